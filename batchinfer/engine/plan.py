@@ -1,0 +1,59 @@
+"""One step as a frozen value: what the scheduler decided, and what the runner answered.
+
+A plan is all that crosses to other ranks. A running sequence holds a *seat*, a small integer that indexes the runner's
+per-sequence tensors (block table, sampling parameters), so that a step carries only what changed: who took a seat
+(`joins`), which blocks were appended to whose table (`grown`), and for each scheduled sequence the range of tokens to
+compute. Replaying plans in order from the first rebuilds the same state. (Whole block tables in every plan cost the
+host more than the rest of a step: 256 tables of 64 blocks are 16,384 integers.)
+
+Shapes: S = sequences in the step, T = tokens in the step, N = sequences that sample.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from batchinfer.request import Request, TokenLogprob
+
+
+class Join(NamedTuple):
+    """A sequence takes a seat. `output` are tokens that it generated before it was preempted (usually none)."""
+
+    seat: int
+    request: Request
+    output: tuple[int, ...]
+
+
+class Grown(NamedTuple):
+    """`blocks` continue the block table of `seat` from block index `first`."""
+
+    seat: int
+    first: int
+    blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What one forward pass computes. Lists are parallel and never changed after construction.
+
+    Sequence i computes positions `starts[i] .. starts[i] + counts[i] - 1`; its token ids are the next `counts[i]` of
+    `tokens`. Its context is everything before, in the blocks of its seat. If `samples[i]`, one token is sampled from
+    the last of these positions; the j-th True in `samples` is the j-th entry of the result.
+    """
+
+    step: int
+    joins: tuple[Join, ...]
+    grown: tuple[Grown, ...]
+    seats: list[int]  # [S]
+    starts: list[int]  # [S]
+    counts: list[int]  # [S]
+    samples: list[bool]  # [S]
+    tokens: list[int]  # [T]
+
+
+class StepResult(NamedTuple):
+    """Sampled token ids [N], and for those sequences that asked, logprobs [N] (None for the others)."""
+
+    tokens: list[int]
+    logprobs: list[TokenLogprob | None] | None = None

@@ -1,0 +1,1 @@
+"""Input and output: storage, rows, and the formats of files."""

@@ -1,0 +1,1 @@
+"""The job: plan, the outer loop, commits, report."""

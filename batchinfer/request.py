@@ -1,0 +1,196 @@
+"""What is asked of the engine, and what it answers: plain values, no torch, no numpy.
+
+A row asks for `n` samples; each sample is one `Request`. Token ids are ints, logprobs natural logarithms.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, NamedTuple
+
+from batchinfer.errors import BadParameters, RowError, suggest
+
+FinishReason = Literal["stop", "length", "error"]
+StopCheck = Callable[[list[int]], bool]
+"""Given all output token ids so far, says whether a stop string has appeared. Called once per new token, in order."""
+
+MAX_LOGPROBS = 20
+_INT64 = 1 << 63
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen and when a sequence ends. Field names follow vLLM's and OpenAI's.
+
+    temperature 0 is greedy. top_k 0 or -1 and top_p 1 mean off. `max_tokens` None means up to the context's end.
+    `logprobs` k returns the chosen token's logprob and the k best, from the unmodified log-softmax.
+    Raises BadParameters for a value out of range.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    seed: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    bad_words: tuple[str, ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    logprobs: int | None = None
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("stop", "stop_token_ids", "bad_words", "allowed_token_ids"):
+            _freeze(self, name)
+        if self.logit_bias is not None:
+            object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
+        for name, (kind, low, high) in _RANGES.items():
+            _check_range(name, getattr(self, name), kind, low, high)
+        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
+            if not isinstance(getattr(self, name), bool):
+                raise BadParameters(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise BadParameters(f"min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}")
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise BadParameters("allowed_token_ids is empty: no token could be chosen")
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], base: SamplingParams | None = None) -> SamplingParams:
+        """`base` with `values` on top; None leaves a field as it is. Raises BadParameters for an unknown name."""
+        known = {f.name for f in fields(cls)}
+        merged = {name: getattr(base, name) for name in known} if base is not None else {}
+        for name, value in values.items():
+            if name not in known:
+                raise BadParameters(f"unknown sampling parameter {name!r}{suggest(name, known)}")
+            if value is not None:
+                merged[name] = value
+        return cls(**merged)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+# name → (type, lowest, highest); None in the value is allowed where the default is None
+_RANGES: dict[str, tuple[type, float, float]] = {
+    "n": (int, 1, 1024),
+    "temperature": (float, 0.0, math.inf),
+    "top_p": (float, 0.0, 1.0),
+    "top_k": (int, -1, _INT64),
+    "min_p": (float, 0.0, 1.0),
+    "repetition_penalty": (float, 0.0, math.inf),
+    "presence_penalty": (float, -2.0, 2.0),
+    "frequency_penalty": (float, -2.0, 2.0),
+    "seed": (int, -_INT64, _INT64 - 1),
+    "max_tokens": (int, 1, _INT64),
+    "min_tokens": (int, 0, _INT64),
+    "logprobs": (int, 0, MAX_LOGPROBS),
+}
+_OPTIONAL = frozenset({"seed", "max_tokens", "logprobs"})
+_POSITIVE = frozenset({"repetition_penalty", "top_p"})  # zero is out of range as well
+
+
+def _check_range(name: str, value: Any, kind: type, low: float, high: float) -> None:
+    if value is None and name in _OPTIONAL:
+        return
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or (kind is int and not isinstance(value, int)):
+        raise BadParameters(f"{name} must be {'an integer' if kind is int else 'a number'}, got {value!r}")
+    if not low <= value <= high or math.isinf(value) or (name in _POSITIVE and value == 0):
+        raise BadParameters(f"{name} must be between {low:g} and {high:g}, got {value!r}")
+
+
+def _freeze(params: SamplingParams, name: str) -> None:
+    """Lists become tuples, a single stop string a tuple of one; the items' type is checked."""
+    value = getattr(params, name)
+    if value is None and name == "allowed_token_ids":
+        return
+    if name == "stop" and isinstance(value, str):
+        value = (value,)
+    item = str if name in ("stop", "bad_words") else int
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise BadParameters(f"{name} must be a list, got {value!r}")
+    wanted = "a non-empty string" if item is str else "a token id"
+    for entry in value:
+        if not isinstance(entry, item) or isinstance(entry, bool) or entry == "":
+            raise BadParameters(f"{name} holds {entry!r}; every item must be {wanted}")
+    object.__setattr__(params, name, tuple(value))
+
+
+def _bias(value: Any) -> dict[int, float]:
+    try:
+        bias = {int(token): float(amount) for token, amount in value.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise BadParameters(f"logit_bias must map token ids to numbers, got {value!r}") from None
+    for token, amount in bias.items():
+        if not -100.0 <= amount <= 100.0:
+            raise BadParameters(f"logit_bias of token {token} must be between -100 and 100, got {amount!r}")
+    return bias
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Request:
+    """One sample of one row, ready for the engine: everything that needs a tokenizer is already resolved.
+
+    `max_tokens` ≥ 1 is what fits the context. `key` seeds the counter-based random numbers of this sample.
+    `stop_ids` end the sequence (end-of-sequence tokens unless ignored, and the user's). `bad_words` are id sequences.
+    """
+
+    request_id: int
+    prompt: list[int]
+    params: SamplingParams
+    max_tokens: int
+    key: int = 0
+    stop_ids: frozenset[int] = frozenset()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    stop_check: StopCheck | None = None
+
+
+class TokenLogprob(NamedTuple):
+    """The chosen token's logprob, and the best `logprobs` tokens, best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """What became of a request. `token_ids` holds the stop token, if one ended it. `error` excludes the rest."""
+
+    request: Request
+    token_ids: list[int]
+    finish_reason: FinishReason
+    logprobs: list[TokenLogprob] | None = None
+    error: RowError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One sample's answer."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    logprobs: list[TokenLogprob] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The answer to one prompt: `n` outputs, or an error and none."""
+
+    index: int
+    prompt_token_ids: list[int]
+    outputs: list[Output] = field(default_factory=list)
+    error: RowError | None = None

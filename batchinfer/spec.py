@@ -1,0 +1,269 @@
+"""The job file: what was asked, parsed once and frozen. Unknown keys are errors that name file, line and nearest key.
+
+Relative paths in a job file are relative to the working directory, as in a shell command.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from batchinfer.errors import BadParameters, SpecError, suggest
+from batchinfer.request import SamplingParams
+
+FAKE_MODEL = "fake"
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+StringList = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class InputSpec(_Section):
+    """What to read. Formats follow the file name (.parquet, .jsonl, .jsonl.gz, .jsonl.zst) unless given."""
+
+    path: StringList = Field(description="path, glob or URL, or a list of them")
+    format: Literal["parquet", "jsonl", "openai-batch"] | None = Field(None, description="default: from the file name")
+    columns: StringList | None = Field(None, description="input columns that the output carries; default all")
+    where: str | None = Field(None, description="Jinja expression over columns; rows where it is false are left out")
+    limit: int | None = Field(None, ge=1, description="stop after this many selected rows")
+
+    @field_validator("path")
+    @classmethod
+    def _some_path(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value or not all(value):
+            raise ValueError("needs at least one path")
+        return value
+
+
+class PromptSpec(_Section):
+    """How a row becomes a prompt: exactly one of `template`, `user`, `messages`, `column`."""
+
+    template: str | None = Field(None, description="Jinja template over columns; its result is the prompt as it is")
+    system: str | None = Field(None, description="Jinja template of the system message; goes with `user`")
+    user: str | None = Field(None, description="Jinja template of the user message; goes into the chat template")
+    messages: str | None = Field(None, description="column that holds chat messages (a list, or JSON text)")
+    column: str | None = Field(None, description="column that holds a ready prompt (text, or a list of token ids)")
+    chat_template: str | None = Field(None, description="a Jinja chat template instead of the model's")
+    chat_template_kwargs: dict[str, Any] = Field({}, description="extra variables for the chat template")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> PromptSpec:
+        ways = [name for name in ("template", "user", "messages", "column") if getattr(self, name) is not None]
+        if len(ways) != 1:
+            got = " and ".join(ways) or "none"
+            raise ValueError(f"needs exactly one of template, user, messages, column; got {got}")
+        if self.system is not None and self.user is None:
+            raise ValueError("system goes with user")
+        return self
+
+
+class OutputSpec(_Section):
+    """Where results go and which columns they have."""
+
+    path: str = Field(description="directory or URL prefix; parts land in its parts/ folder")
+    format: Literal["parquet", "jsonl", "openai-batch"] | None = Field(None, description="default: the input's")
+    compression: Literal["zstd", "snappy", "gzip", "none"] | None = Field(
+        None, description="default zstd for parquet, none for lines"
+    )
+    token_ids: bool = Field(False, description="add prompt_token_ids and token_ids")
+    samples: Literal["list", "rows"] = Field("list", description="n > 1 as list columns, or one row per sample")
+    prefix: str = Field("", description="put before the names of all added columns")
+    chunk_rows: int = Field(1000, ge=1, le=1_000_000, description="rows per part, the unit of commit")
+
+
+class EngineSpec(_Section):
+    """The engine's limits. None means: chosen for the model and the machine, and logged."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="compute type; float32 on CPU")
+    kv_cache_tokens: int | None = Field(None, ge=32, description="KV cache size in tokens")
+    max_num_seqs: int = Field(256, ge=1, le=65536, description="sequences that run at once")
+    max_step_tokens: int = Field(2048, ge=1, description="tokens of one step; longer prompts are computed in chunks")
+    max_model_len: int | None = Field(None, ge=1, description="context limit; default the model's")
+    enable_prefix_caching: bool = Field(True, description="reuse KV blocks of equal prefixes")
+    block_size: int = Field(16, ge=1, le=1024, description="tokens per KV block")
+    num_threads: int | None = Field(None, ge=1, description="CPU threads of the model; default all cores")
+
+
+class StorageSpec(_Section):
+    """How object storage is reached. Keys come from the environment or the usual AWS files, never from here."""
+
+    endpoint: str | None = Field(None, description="S3 endpoint URL, for stores that are not AWS")
+    region: str | None = Field(None, description="S3 region")
+    anonymous: bool = Field(False, description="unsigned requests, for public buckets")
+    requester_pays: bool = Field(False, description="accept charges of requester-pays buckets")
+    options: dict[str, Any] = Field({}, description="further keyword arguments of the fsspec filesystem")
+
+
+class ErrorsSpec(_Section):
+    """When to give up."""
+
+    max: int | float | None = Field(
+        None, description="stop past this many error rows (whole number) or this share of rows (below 1, or '5%')"
+    )
+
+    @field_validator("max", mode="before")
+    @classmethod
+    def _percent(cls, value: Any) -> Any:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", value) if isinstance(value, str) else None
+        return float(match[1]) / 100 if match else value
+
+    @field_validator("max")
+    @classmethod
+    def _in_range(cls, value: int | float | None) -> int | float | None:
+        if value is not None and (value < 0 or (isinstance(value, float) and value > 1)):
+            raise ValueError("must be a whole number of rows, a share between 0 and 1, or a percentage")
+        return value
+
+
+class FakeSpec(_Section):
+    """`model: fake`, or `run --rehearse`: answers that depend on the request alone."""
+
+    answer_tokens: int | tuple[int, int] = Field(40, description="answer length, or [shortest, longest]")
+    step_s: float = Field(0.0, ge=0, description="time that every step takes, seconds")
+
+    @field_validator("answer_tokens")
+    @classmethod
+    def _positive(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
+        low, high = value if isinstance(value, tuple) else (value, value)
+        if not 1 <= low <= high:
+            raise ValueError("must be a positive number, or [shortest, longest]")
+        return value
+
+
+class JobSpec(_Section):
+    """A whole job. `sampling` takes the fields of SamplingParams, and `column`: a column of per-row overrides."""
+
+    model: str = Field(description="directory, .gguf file, URL or Hugging Face id; 'fake' rehearses without a model")
+    tokenizer: str | None = Field(None, description="tokenizer of another model; default the model's own")
+    seed: int = Field(0, description="seed of the job's random numbers")
+    input: InputSpec
+    prompt: PromptSpec | None = Field(None, description="not for openai-batch input, whose lines are requests")
+    sampling: dict[str, Any] = Field({}, description="sampling parameters; the model's own defaults come first")
+    output: OutputSpec
+    engine: EngineSpec = EngineSpec()
+    errors: ErrorsSpec = ErrorsSpec()
+    storage: StorageSpec = StorageSpec()
+    fake: FakeSpec = FakeSpec()
+
+    @field_validator("sampling")
+    @classmethod
+    def _sampling(cls, value: dict[str, Any]) -> dict[str, Any]:
+        known = {f.name for f in dataclasses.fields(SamplingParams)} | {"column"}
+        for name in value:
+            if name not in known:
+                raise ValueError(f"unknown sampling parameter {name!r}{suggest(name, known)}")
+        if not isinstance(value.get("column", ""), str):
+            raise ValueError(f"column must be a column name, got {value['column']!r}")
+        try:
+            SamplingParams.from_mapping({k: v for k, v in value.items() if k != "column"})
+        except BadParameters as error:
+            raise ValueError(str(error)) from None
+        return value
+
+    @property
+    def sampling_values(self) -> dict[str, Any]:
+        return {name: value for name, value in self.sampling.items() if name != "column"}
+
+    @property
+    def sampling_column(self) -> str | None:
+        return self.sampling.get("column")
+
+
+def load_spec(path: str | Path, overrides: dict[str, Any] | None = None) -> JobSpec:
+    """Read a job file. `overrides` maps dotted keys to values, as `--set engine.max_num_seqs=64` gives them.
+
+    Raises SpecError with file, line and key of everything that is wrong in it.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise SpecError(f"{path}: a job file is a mapping with model, input, prompt and output")
+    for key, value in (overrides or {}).items():
+        _assign(values, key, value)
+    return parse_spec(values, str(path), node)
+
+
+def parse_spec(values: dict[str, Any], source: str = "job", node: yaml.Node | None = None) -> JobSpec:
+    """Validate plain values; `source` and `node` say where they stand in a file."""
+    try:
+        spec = JobSpec.model_validate(values)
+    except ValidationError as error:
+        raise SpecError("\n".join(_problem(problem, source, node) for problem in error.errors())) from None
+    batch = spec.input.format == "openai-batch"
+    if spec.prompt is None and not batch:
+        raise SpecError(f"{source}: prompt: missing; give template, user, messages or column")
+    if spec.prompt is not None and batch:
+        line = _line(node, ("prompt",))
+        raise SpecError(f"{source}{line}: prompt: openai-batch lines are requests already; leave it out")
+    if spec.output.format == "openai-batch" and not batch:
+        line = _line(node, ("output", "format"))
+        raise SpecError(f"{source}{line}: output.format: openai-batch goes with openai-batch input")
+    return spec
+
+
+def _assign(values: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for name in parents:
+        child = values.setdefault(name, {})
+        if not isinstance(child, dict):
+            raise SpecError(f"--set {key}: {name} is not a section")
+        values = child
+    values[last] = value
+
+
+def _problem(problem: Any, source: str, node: yaml.Node | None) -> str:
+    # pydantic adds the union branch to the location ("int", "tuple[int,int]"): no key of ours has such a name
+    path = tuple(part for part in problem["loc"] if isinstance(part, int) or re.fullmatch(r"[a-z_]+", part))
+    if problem["type"] == "extra_forbidden":
+        known = _fields_at(path[:-1])
+        text = f"unknown key{suggest(str(path[-1]), known)} (known: {', '.join(known)})"
+    elif problem["type"] == "missing":
+        text = "missing"
+    else:
+        text = problem["msg"].removeprefix("Value error, ")
+        text = text if problem["type"] == "value_error" else f"{text}, got {problem['input']!r}"
+    return f"{source}{_line(node, path)}: {'.'.join(str(part) for part in path) or 'job'}: {text}"
+
+
+def _fields_at(path: tuple[int | str, ...]) -> list[str]:
+    model: type[BaseModel] = JobSpec
+    for part in path:
+        annotation = str(model.model_fields[str(part)].annotation)
+        model = next((s for s in _Section.__subclasses__() if s.__name__ in annotation), model)
+    return list(model.model_fields)
+
+
+def _line(node: yaml.Node | None, path: tuple[int | str, ...]) -> str:
+    """`":12"`, the line of the deepest key of `path` that the file has; empty without a file."""
+    if node is None:
+        return ""
+    line = node.start_mark.line
+    for part in path:
+        if isinstance(node, yaml.MappingNode):
+            pair = next(((key, value) for key, value in node.value if key.value == part), None)
+            if pair is None:
+                break
+            line, node = pair[0].start_mark.line, pair[1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line
+    return f":{line + 1}"

@@ -1,0 +1,1 @@
+"""Kernels: one op, one name, in every backend. `reference` is the specification."""

@@ -1,0 +1,1 @@
+"""Plain torch: what every op means, vectorised over sequences."""
