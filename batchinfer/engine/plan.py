@@ -53,7 +53,11 @@ class StepPlan:
 
 
 class StepResult(NamedTuple):
-    """Sampled token ids [N], and for those sequences that asked, logprobs [N] (None for the others)."""
+    """Sampled token ids [N], and for those sequences that asked, logprobs [N] (None for the others).
+
+    `failed` maps an index among the N to why nothing could be sampled there (its token is meaningless).
+    """
 
     tokens: list[int]
     logprobs: list[TokenLogprob | None] | None = None
+    failed: dict[int, str] | None = None

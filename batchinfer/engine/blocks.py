@@ -1,0 +1,132 @@
+"""The block pool: which KV blocks are free, shared, or kept because a later prompt may begin the same way.
+
+State: every block is either held (`refs` > 0) or on the free list. A free block may still be indexed: its content is
+found again by prefix until the block is taken for something else. The free list is in order of eviction: blocks that
+nobody can find come first, then the least recently used.
+
+The prefix index is a trie in a dict: (uid of the parent block's content, the block's own tokens) → block. A uid names
+one content for ever, so a hit is verified all the way to the root by dict equality on the tokens themselves; there is
+no hash to trust. The root's uid is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+ROOT = 0
+_Key = tuple[int, tuple[int, ...]]
+
+
+class Block:
+    """One block of KV cache. `uid` and `key` are set while it is indexed; `prev`/`next` while it is free."""
+
+    __slots__ = ("index", "key", "next", "prev", "refs", "uid")
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.refs = 0
+        self.uid = ROOT
+        self.key: _Key | None = None
+        self.prev: Block | None = None
+        self.next: Block | None = None
+
+    def __repr__(self) -> str:
+        return f"Block({self.index}, refs={self.refs}, uid={self.uid})"
+
+
+class BlockPool:
+    """Hands out blocks, counts who holds them, and finds them again by prefix."""
+
+    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
+        self.block_size = block_size
+        self.enable_prefix_caching = enable_prefix_caching
+        self.blocks = [Block(index) for index in range(num_blocks)]
+        self.num_free = 0
+        self._index: dict[_Key, Block] = {}
+        self._last_uid = ROOT
+        self._head = Block(-1)  # sentinel: head.next is evicted first, head.prev last
+        self._head.prev = self._head.next = self._head
+        for block in self.blocks:
+            self._link(block, self._head)
+
+    def allocate(self) -> Block:
+        """Take the block that is least worth keeping. The caller has checked `num_free`."""
+        block = self._head.next
+        assert block is not None and block is not self._head, "no free block"
+        self._unlink(block)
+        if block.key is not None:
+            self._forget(block)
+        block.refs = 1
+        return block
+
+    def find(self, parent: int, tokens: tuple[int, ...]) -> Block | None:
+        """The block that holds `tokens` after the content `parent`, if there is one."""
+        return self._index.get((parent, tokens))
+
+    def acquire(self, block: Block) -> None:
+        """One more holder of a block that `find` returned."""
+        if block.refs == 0:
+            self._unlink(block)
+        block.refs += 1
+
+    def release(self, blocks: Sequence[Block]) -> None:
+        """One holder less of each block of a chain, tail first: a prefix outlives what follows it."""
+        for block in reversed(blocks):
+            block.refs -= 1
+            if block.refs == 0:
+                # nobody can find an unindexed block again: reuse it before anything worth keeping
+                self._link(block, self._head if block.key is not None else self._head.next)
+
+    def index(self, block: Block, parent: int, tokens: tuple[int, ...]) -> int:
+        """Make a full block findable; returns the uid of its content (an equal block's, if one is indexed already)."""
+        key = (parent, tokens)
+        known = self._index.get(key)
+        if known is not None:
+            return known.uid
+        self._last_uid += 1
+        block.uid, block.key = self._last_uid, key
+        self._index[key] = block
+        return block.uid
+
+    def forget_all(self) -> None:
+        """Drop the whole index: after a failed step nobody knows what the blocks hold."""
+        for block in list(self._index.values()):
+            self._forget(block)
+
+    def check_integrity(self, tables: Iterable[Sequence[Block]]) -> None:
+        """Assert that reference counts, free list and index agree with the block tables of all live sequences."""
+        held: dict[int, int] = {}
+        for table in tables:
+            for block in table:
+                held[block.index] = held.get(block.index, 0) + 1
+        free = set()
+        block = self._head.next
+        while block is not None and block is not self._head:
+            assert block.index not in free and block.refs == 0, f"{block} is twice free, or free and held"
+            assert block.next is not None and block.next.prev is block, f"broken link at {block}"
+            free.add(block.index)
+            block = block.next
+        assert len(free) == self.num_free, f"{len(free)} blocks on the free list, {self.num_free} counted"
+        for block in self.blocks:
+            assert block.refs == held.get(block.index, 0), f"{block} is held {held.get(block.index, 0)} times"
+            assert (block.refs == 0) == (block.index in free), f"{block} is neither free nor held, or both"
+            assert block.key is None or self._index.get(block.key) is block, f"{block} is indexed elsewhere"
+        assert all(block.key == key for key, block in self._index.items()), "stale index entry"
+
+    def _forget(self, block: Block) -> None:
+        assert block.key is not None
+        del self._index[block.key]
+        block.key = None
+
+    def _link(self, block: Block, before: Block | None) -> None:
+        assert before is not None and before.prev is not None
+        block.prev, block.next = before.prev, before
+        before.prev.next = block
+        before.prev = block
+        self.num_free += 1
+
+    def _unlink(self, block: Block) -> None:
+        assert block.prev is not None and block.next is not None
+        block.prev.next, block.next.prev = block.next, block.prev
+        block.prev = block.next = None
+        self.num_free -= 1

@@ -1,0 +1,69 @@
+"""The inner loop: schedule, run, update. Token ids in, token ids out."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from batchinfer.engine.plan import StepPlan, StepResult
+from batchinfer.engine.scheduler import EngineStats, Scheduler
+from batchinfer.errors import EngineError
+from batchinfer.log import log
+from batchinfer.request import Finished, Request
+
+_MAX_FAILED_STEPS = 64
+
+
+class Runner(Protocol):
+    """Computes a step. An exception means that nothing of the step counts; the runner stays usable."""
+
+    def run(self, plan: StepPlan) -> StepResult: ...
+
+
+class Engine:
+    """Continuous batching: requests are added at any time, and every `step` returns those that ended in it."""
+
+    def __init__(self, scheduler: Scheduler, runner: Runner) -> None:
+        self.scheduler = scheduler
+        self._runner = runner
+        self._failed_steps = 0  # in a row
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises TooLong if it can never fit."""
+        self.scheduler.add(request)
+
+    def abort(self, request_id: int) -> bool:
+        """Drop a request and free what it holds; False if it is not here (any more)."""
+        return self.scheduler.abort(request_id)
+
+    def step(self) -> list[Finished]:
+        """One forward pass. Raises EngineError if step after step fails, whatever is in it."""
+        plan = self.scheduler.schedule()
+        if plan.seats:
+            try:
+                result = self._runner.run(plan)
+            except Exception as error:
+                self._recover(error)
+            else:
+                self.scheduler.update(result)
+                self._failed_steps = 0
+        return self.scheduler.take_finished()
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.scheduler.waiting)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.scheduler.waiting or self.scheduler.running)
+
+    @property
+    def stats(self) -> EngineStats:
+        return self.scheduler.stats
+
+    def _recover(self, error: Exception) -> None:
+        self._failed_steps += 1
+        reason = f"{type(error).__name__}: {error}"
+        log.warning("a step failed; looking for the sequence at fault", reason=reason)
+        if self._failed_steps >= _MAX_FAILED_STEPS:
+            raise EngineError(f"{self._failed_steps} steps failed in a row, the last with {reason}") from error
+        self.scheduler.fail(reason)

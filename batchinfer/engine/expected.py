@@ -1,0 +1,35 @@
+"""How long an answer will be: a running quantile of the answers of this job so far."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import deque
+
+_PRIOR_TOKENS = 256
+
+
+class ExpectedLength:
+    """Quantile over the last `window` output lengths. Until `enough` of them are known, a fixed prior.
+
+    Admission by `max_tokens` would leave most of the cache empty, admission by zero would thrash: the quantile keeps
+    preemption rare without knowing the distribution.
+    """
+
+    def __init__(self, quantile: float = 0.8, window: int = 512, enough: int = 16) -> None:
+        self._quantile = quantile
+        self._enough = enough
+        self._recent: deque[int] = deque(maxlen=window)
+        self._sorted: list[int] = []
+
+    def observe(self, length: int) -> None:
+        """Add the output length, in tokens, of a finished sequence."""
+        if len(self._recent) == self._recent.maxlen:
+            del self._sorted[bisect_left(self._sorted, self._recent[0])]
+        self._recent.append(length)
+        insort(self._sorted, length)
+
+    def tokens(self, max_tokens: int) -> int:
+        """Expected output length, in tokens, of a request that may produce `max_tokens`."""
+        if len(self._sorted) < self._enough:
+            return min(max_tokens, _PRIOR_TOKENS)
+        return min(max_tokens, self._sorted[int(self._quantile * (len(self._sorted) - 1))])

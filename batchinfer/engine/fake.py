@@ -1,0 +1,72 @@
+"""FakeRunner: runs a plan without a model, so that everything around the engine can be tested and rehearsed.
+
+Its answers depend on the request alone: on the prompt's tokens, and if the request samples, on its random key.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from batchinfer.engine.plan import Join, StepPlan, StepResult
+from batchinfer.request import TokenLogprob
+
+_STRIDE = 2654435761  # Knuth's multiplicative constant: neighbouring positions give unrelated tokens
+
+
+@dataclass(frozen=True, slots=True)
+class FakeAnswer:
+    """How fake answers look: their length in tokens, [shortest, longest], and the ids that they are made of."""
+
+    shortest: int
+    longest: int
+    vocabulary: Sequence[int]
+    eos_id: int
+
+
+class FakeRunner:
+    """Answers every plan; `step_s` is how long a step takes, in seconds."""
+
+    def __init__(self, answer: FakeAnswer, step_s: float = 0.0) -> None:
+        self._answer = answer
+        self._step_s = step_s
+        self._seats: dict[int, tuple[int, int, int, Join]] = {}  # seat → (prompt length, answer length, seed, join)
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """Sample for every sequence that samples; nothing is computed."""
+        if self._step_s:
+            time.sleep(self._step_s)
+        for join in plan.joins:
+            self._seats[join.seat] = self._sit(join)
+        vocabulary, size, eos_id = self._answer.vocabulary, len(self._answer.vocabulary), self._answer.eos_id
+        tokens = []
+        wants_logprobs = False
+        for seat, start, count, samples in zip(plan.seats, plan.starts, plan.counts, plan.samples, strict=True):
+            if samples:
+                prompt, length, seed, join = self._seats[seat]
+                number = start + count - prompt
+                tokens.append(vocabulary[(seed + number * _STRIDE) % size] if number != length - 1 else eos_id)
+                wants_logprobs |= join.request.params.logprobs is not None
+        return StepResult(tokens, self._logprobs(plan, tokens) if wants_logprobs else None)
+
+    def _sit(self, join: Join) -> tuple[int, int, int, Join]:
+        request, answer = join.request, self._answer
+        seed = zlib.crc32(array("q", request.prompt).tobytes())
+        if not request.params.greedy:
+            seed = zlib.crc32(request.key.to_bytes(8, "little"), seed)
+        length = answer.shortest + seed % (answer.longest - answer.shortest + 1)
+        if answer.eos_id not in request.stop_ids or length <= request.params.min_tokens:
+            length = 0  # no token has this number: it goes on to max_tokens
+        return len(request.prompt), length, seed, join
+
+    def _logprobs(self, plan: StepPlan, tokens: list[int]) -> list[TokenLogprob | None]:
+        """Every chosen token is certain: logprob 0."""
+        entries: list[TokenLogprob | None] = []
+        sampling = (seat for seat, samples in zip(plan.seats, plan.samples, strict=True) if samples)
+        for seat, token in zip(sampling, tokens, strict=True):
+            k = self._seats[seat][3].request.params.logprobs
+            entries.append(None if k is None else TokenLogprob(token, 0.0, ((token, 0.0),) if k else ()))
+        return entries

@@ -1,0 +1,351 @@
+"""The scheduler: which tokens of which sequences the next step computes, and what a step's result means.
+
+State it owns: the waiting queue, the running list (in order of admission), free seats, every sequence's progress, and
+through `BlockPool` the blocks. Data flow: `add` → waiting → (`schedule` admits) running → (`update` ends) finished.
+`schedule` and `update` alternate. On failure: no free block → the newest running sequence is preempted and computed
+again later; a sequence that does not fit alone → its error; a failed step → `fail` looks for the sequence at fault.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from batchinfer.engine.blocks import Block, BlockPool
+from batchinfer.engine.expected import ExpectedLength
+from batchinfer.engine.plan import Grown, Join, StepPlan, StepResult
+from batchinfer.engine.sequence import Sequence
+from batchinfer.errors import EngineFailure, RowError, TooLong
+from batchinfer.request import Finished, FinishReason, Request, TokenLogprob
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Counters since the engine started."""
+
+    prompt_tokens_computed: int = 0
+    prompt_tokens_reused: int = 0
+    generated_tokens: int = 0
+    steps: int = 0
+    preemptions: int = 0
+
+
+class _Draft:
+    """A plan in the making, and the sequences that are in it."""
+
+    __slots__ = ("counts", "grown", "joins", "samples", "seats", "sequences", "starts", "tokens")
+
+    def __init__(self) -> None:
+        self.sequences: list[Sequence] = []
+        self.joins: list[Join] = []
+        self.grown: list[Grown] = []
+        self.seats: list[int] = []
+        self.starts: list[int] = []
+        self.counts: list[int] = []
+        self.samples: list[bool] = []
+        self.tokens: list[int] = []
+
+
+class Scheduler:
+    """Continuous batching over a block pool, in pure Python.
+
+    max_num_seqs: seats. max_step_tokens: tokens of one step (at least one per seat, so that no sequence starves).
+    """
+
+    def __init__(self, pool: BlockPool, max_num_seqs: int, max_step_tokens: int) -> None:
+        self.pool = pool
+        self.max_step_tokens = max(max_step_tokens, max_num_seqs)
+        self.stats = EngineStats()
+        self.expected = ExpectedLength()
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self._max_num_seqs = max_num_seqs
+        self._careful = max_num_seqs  # how many may run: below max_num_seqs while a failing sequence is looked for
+        self._seats = list(range(max_num_seqs - 1, -1, -1))
+        self._promised = 0  # sum of `promised` over the running sequences
+        self._draft = _Draft()
+        self._finished: list[Finished] = []
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises TooLong if its prompt and one token more cannot fit the whole cache."""
+        capacity = len(self.pool.blocks) * self.pool.block_size
+        if len(request.prompt) + 1 > capacity:
+            raise TooLong(
+                f"the prompt has {len(request.prompt)} tokens and the KV cache {capacity}: raise engine.kv_cache_tokens"
+            )
+        self.waiting.append(Sequence(request))
+
+    def abort(self, request_id: int) -> bool:
+        """Forget a request wherever it is; False if it is not here. Call between steps."""
+        for sequence in self.running:
+            if sequence.request.request_id == request_id:
+                self.running.remove(sequence)
+                self._leave(sequence)
+                return True
+        for sequence in self.waiting:
+            if sequence.request.request_id == request_id:
+                self.waiting.remove(sequence)
+                return True
+        return False
+
+    def take_finished(self) -> list[Finished]:
+        """What ended since the last call."""
+        finished, self._finished = self._finished, []
+        return finished
+
+    # -- one step -----------------------------------------------------------------------------------------------
+
+    def schedule(self) -> StepPlan:
+        """Decide the next step. An empty plan means that nothing can run."""
+        draft = self._draft = _Draft()
+        budget = self.max_step_tokens
+        position = 0
+        while position < len(self.running) and budget > 0:
+            sequence = self.running[position]
+            taken = self._advance(sequence, budget, draft)
+            budget -= taken
+            position += sequence.seat >= 0  # else it was preempted or failed, and left the running list
+        self._admit(budget, draft)
+        self.stats.steps += bool(draft.seats)
+        return StepPlan(
+            step=self.stats.steps,
+            joins=tuple(draft.joins),
+            grown=tuple(draft.grown),
+            seats=draft.seats,
+            starts=draft.starts,
+            counts=draft.counts,
+            samples=draft.samples,
+            tokens=draft.tokens,
+        )
+
+    def update(self, result: StepResult) -> None:
+        """Take in the result of the plan that `schedule` returned last."""
+        draft = self._draft
+        ended = False
+        sampled = 0
+        for sequence, count, samples in zip(draft.sequences, draft.counts, draft.samples, strict=True):
+            sequence.num_computed += count
+            sequence.proven = True
+            if not samples:
+                continue
+            token = result.tokens[sampled]
+            logprob = result.logprobs[sampled] if result.logprobs is not None else None
+            failure = result.failed.get(sampled) if result.failed is not None else None
+            sampled += 1
+            if failure is not None:
+                self._finish(sequence, "error", EngineFailure(failure))
+                ended = True
+                continue
+            reason = _append(sequence, token, logprob)
+            if reason is not None:
+                self._finish(sequence, reason)
+                ended = True
+        self.stats.generated_tokens += sampled
+        if ended:
+            self.running = [sequence for sequence in self.running if sequence.seat >= 0]
+        self._careful = min(self._max_num_seqs, self._careful * 2)
+
+    def fail(self, reason: str) -> None:
+        """The step of the last plan raised. Find out which sequence is at fault, and end only that one.
+
+        All go back to the queue, those that have not yet been in a good step first, and half as many may run at once:
+        the search halves the suspects until a sequence fails alone. Good steps widen the limit again.
+        """
+        scheduled = self._draft.sequences
+        if len(scheduled) == 1:
+            self.running.remove(scheduled[0])
+            self._finish(scheduled[0], "error", EngineFailure(reason))
+        suspects = [sequence for sequence in scheduled if not sequence.proven]
+        self._careful = max(1, (len(suspects) or len(scheduled)) // 2)
+        self.running.sort(key=lambda sequence: sequence.proven)
+        while self.running:
+            self._preempt(self.running.pop())
+        self.pool.forget_all()
+
+    def check_integrity(self) -> None:
+        """Assert that sequences, seats and blocks agree. Called after every step in tests."""
+        self.pool.check_integrity(sequence.blocks for sequence in self.running)
+        seats = [sequence.seat for sequence in self.running]
+        assert sorted(seats + self._seats) == list(range(self._max_num_seqs)), "seats lost or doubled"
+        assert self._promised == sum(sequence.promised for sequence in self.running), "promises do not add up"
+        for sequence in self.running:
+            assert sequence.num_computed < len(sequence.tokens), "nothing left to compute"
+            assert sequence.num_computed <= len(sequence.blocks) * self.pool.block_size, "computed beyond its blocks"
+        assert all(not sequence.blocks and sequence.seat < 0 for sequence in self.waiting), "waiting with blocks"
+
+    # -- growing ------------------------------------------------------------------------------------------------
+
+    def _advance(self, sequence: Sequence, budget: int, draft: _Draft) -> int:
+        """Plan the next tokens of a running sequence; how many. Zero if it has to wait or had to leave."""
+        size = self.pool.block_size
+        start = sequence.num_computed
+        known = len(sequence.tokens)
+        first = len(sequence.blocks)
+        if known - start > 1 and start == first * size:
+            start = self._extend_by_hits(sequence)
+        count = known - start
+        if count > budget:
+            # whole blocks only: at a block border the next chunk can be found in the cache
+            count = (start + budget) // size * size - start
+            if count <= 0:
+                count = budget if not draft.seats else 0
+        end = start + count
+        if end > len(sequence.blocks) * size and not self._grow(sequence, end):
+            return 0
+        if len(sequence.blocks) > first:
+            added = tuple(block.index for block in sequence.blocks[first:])
+            draft.grown.append(Grown(sequence.seat, first, added))
+        if count == 0:
+            return 0
+        if end // size > sequence.num_indexed and self.pool.enable_prefix_caching:
+            self._index_full_blocks(sequence, end // size)
+        draft.sequences.append(sequence)
+        draft.seats.append(sequence.seat)
+        draft.starts.append(start)
+        draft.counts.append(count)
+        draft.samples.append(end == known)
+        if count == 1:
+            draft.tokens.append(sequence.tokens[start])
+        else:
+            draft.tokens.extend(sequence.tokens[start:end])
+        if start < len(sequence.request.prompt):
+            self.stats.prompt_tokens_computed += min(end, len(sequence.request.prompt)) - start
+        return count
+
+    def _grow(self, sequence: Sequence, end: int) -> bool:
+        """Allocate blocks up to position `end`, preempting the newest. False if `sequence` itself had to leave."""
+        while len(sequence.blocks) * self.pool.block_size < end:
+            if self.pool.num_free == 0:
+                victim = self.running.pop()
+                if victim is sequence and not self.running:
+                    self._finish(sequence, "error", _does_not_fit(sequence, self.pool))
+                    return False
+                self._preempt(victim)
+                if victim is sequence:
+                    return False
+                continue
+            sequence.blocks.append(self.pool.allocate())
+            if sequence.promised:
+                sequence.promised -= 1
+                self._promised -= 1
+        return True
+
+    def _extend_by_hits(self, sequence: Sequence) -> int:
+        """Take over cached blocks that continue this sequence; its new `num_computed`."""
+        hits = self._hits(sequence)
+        for block in hits:
+            self.pool.acquire(block)
+            sequence.blocks.append(block)
+            sequence.chain = block.uid
+            released = min(1, sequence.promised)
+            sequence.promised -= released
+            self._promised -= released
+        before = sequence.num_computed
+        sequence.num_indexed += len(hits)
+        sequence.num_computed += len(hits) * self.pool.block_size
+        reused = min(sequence.num_computed, len(sequence.request.prompt)) - before
+        self.stats.prompt_tokens_reused += max(0, reused)
+        return sequence.num_computed
+
+    def _hits(self, sequence: Sequence) -> list[Block]:
+        """Indexed blocks that continue `sequence`. One known token is always left to compute: it is sampled from."""
+        hits: list[Block] = []
+        if not self.pool.enable_prefix_caching:
+            return hits
+        size = self.pool.block_size
+        parent = sequence.chain
+        for start in range(sequence.num_computed, len(sequence.tokens) - size, size):
+            block = self.pool.find(parent, tuple(sequence.tokens[start : start + size]))
+            if block is None:
+                break
+            hits.append(block)
+            parent = block.uid
+        return hits
+
+    def _index_full_blocks(self, sequence: Sequence, full: int) -> None:
+        """Index at allocation: this step computes these blocks, so a sequence later in the same step may share them."""
+        size = self.pool.block_size
+        for number in range(sequence.num_indexed, full):
+            tokens = tuple(sequence.tokens[number * size : (number + 1) * size])
+            sequence.chain = self.pool.index(sequence.blocks[number], sequence.chain, tokens)
+        sequence.num_indexed = full
+
+    # -- coming and going ---------------------------------------------------------------------------------------
+
+    def _admit(self, budget: int, draft: _Draft) -> None:
+        """Seat waiting sequences while tokens, seats and expected memory last."""
+        while self.waiting and self._seats and budget > 0 and len(self.running) < self._careful:
+            sequence = self.waiting[0]
+            promised = self._blocks_needed(sequence)
+            if promised is None:
+                return
+            self.waiting.popleft()
+            sequence.seat = self._seats.pop()
+            sequence.promised = promised
+            self._promised += promised
+            self.running.append(sequence)
+            draft.joins.append(Join(sequence.seat, sequence.request, tuple(sequence.output)))
+            taken = self._advance(sequence, budget, draft)
+            if taken == 0:
+                return
+            budget -= taken
+
+    def _blocks_needed(self, sequence: Sequence) -> int | None:
+        """Blocks to promise to a waiting sequence; None if they are not there and waiting for others can help."""
+        available = self.pool.num_free - self._promised
+        if self.running and available <= 0:
+            return None
+        size = self.pool.block_size
+        hits = self._hits(sequence)
+        left = sequence.limit - len(sequence.tokens)
+        expected = max(1, min(left, self.expected.tokens(sequence.request.max_tokens) - len(sequence.output)))
+        needed = -(-(len(sequence.tokens) + expected) // size)
+        fresh = needed - len(hits) + sum(block.refs == 0 for block in hits)
+        if self.running and fresh > available:
+            return None
+        return min(needed, len(self.pool.blocks))
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Back to the head of the queue; what it computed stays in the cache for as long as memory allows."""
+        self._leave(sequence)
+        sequence.proven = False
+        self.waiting.appendleft(sequence)
+        self.stats.preemptions += 1
+
+    def _finish(self, sequence: Sequence, reason: FinishReason, error: RowError | None = None) -> None:
+        self._leave(sequence)
+        if error is None:
+            self.expected.observe(len(sequence.output))
+        self._finished.append(Finished(sequence.request, sequence.output, reason, sequence.logprobs, error))
+
+    def _leave(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.blocks)
+        self._promised -= sequence.promised
+        self._seats.append(sequence.seat)
+        sequence.leave()
+
+
+def _append(sequence: Sequence, token: int, logprob: TokenLogprob | None) -> FinishReason | None:
+    """Append a sampled token; why the sequence ends with it, or None."""
+    request = sequence.request
+    sequence.tokens.append(token)
+    sequence.output.append(token)
+    if sequence.logprobs is not None and logprob is not None:
+        sequence.logprobs.append(logprob)
+    if token in request.stop_ids:
+        return "stop"
+    # a stop string counts only from min_tokens on, like the stop ids that the sampler masks until then
+    if (
+        request.stop_check is not None
+        and len(sequence.output) >= request.params.min_tokens
+        and request.stop_check(sequence.output)
+    ):
+        return "stop"
+    return "length" if len(sequence.tokens) >= sequence.limit else None
+
+
+def _does_not_fit(sequence: Sequence, pool: BlockPool) -> TooLong:
+    return TooLong(
+        f"prompt ({len(sequence.request.prompt)} tokens) and answer (so far {len(sequence.output)}) do not fit the KV "
+        f"cache of {len(pool.blocks) * pool.block_size} tokens: raise engine.kv_cache_tokens or lower max_tokens"
+    )
