@@ -1,0 +1,101 @@
+"""The ops of a forward pass: one name each, whatever the backend. The backend follows the tensors' device.
+
+`reference` (plain torch) is the specification and runs on every device that has no backend of its own.
+
+T tokens of a step · S sequences · N blocks (or rows, in norms) · K kv heads · H query heads · B slots per block ·
+D head size · R rotated part of a head · E hidden size · F feed-forward size
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import NamedTuple
+
+from torch import Tensor
+
+from batchinfer_kernels import reference
+from batchinfer_kernels.reference.step_index import StepIndex
+
+__all__ = [
+    "KVPair",
+    "ScoreRule",
+    "StepIndex",
+    "gelu_mul",
+    "kv_write",
+    "paged_attention",
+    "rms_norm",
+    "rope",
+    "silu_mul",
+    "step_index",
+]
+
+KVPair = tuple[Tensor, Tensor]
+"""One layer's cache: k_NKBD, v_NKBD."""
+
+_BACKENDS: dict[str, ModuleType] = {}  # device type → its kernels; the reference where there are none
+
+
+def _backend(x: Tensor) -> ModuleType:
+    return _BACKENDS.get(x.device.type, reference)
+
+
+class ScoreRule(NamedTuple):
+    """How attention scores are made: (q · k) * scale, then soft_cap * tanh(score / soft_cap), then the mask.
+
+    A token at position p sees the positions p - window + 1 .. p; without a window 0 .. p.
+    """
+
+    scale: float
+    window: int | None = None
+    soft_cap: float | None = None
+
+
+def step_index(
+    block_tables_SB: Tensor, query_starts: list[int], lengths: list[int], slots_T: Tensor, block_size: int
+) -> StepIndex:
+    """What `kv_write` and `paged_attention` of every layer share in one step; see layers.attention.StepInputs."""
+    made: StepIndex = _backend(slots_T).step_index(block_tables_SB, query_starts, lengths, slots_T, block_size)
+    return made
+
+
+def rms_norm(x_NE: Tensor, weight_E: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """x / rms(x) * (offset + weight), computed in float32, in x's dtype. Any leading shape; new memory."""
+    out: Tensor = _backend(x_NE).rms_norm(x_NE, weight_E, eps, offset)
+    return out
+
+
+def add_rms_norm(x_NE: Tensor, residual_NE: Tensor, weight_E: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """residual += x, in place; then rms_norm(residual)."""
+    out: Tensor = _backend(x_NE).add_rms_norm(x_NE, residual_NE, weight_E, eps, offset)
+    return out
+
+
+def rope(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> None:
+    """Rotates the first 2R numbers of each head in place: pairs (i, i + R), as in GPT-NeoX. cos, sin [T, R]."""
+    _backend(x_THD).rope(x_THD, cos_TR, sin_TR)
+
+
+def kv_write(k_TKD: Tensor, v_TKD: Tensor, cache: KVPair, index: StepIndex) -> None:
+    """Puts each token's key and value into its slot; casts to the cache's dtype."""
+    _backend(k_TKD).kv_write(k_TKD, v_TKD, cache[0], cache[1], index)
+
+
+def paged_attention(q_THD: Tensor, cache: KVPair, index: StepIndex, rule: ScoreRule) -> Tensor:
+    """Attention of each token over its sequence's cached context, itself included (so write first). out_THD.
+
+    Query head h reads kv head h // (H / K). Slots beyond a sequence's length never influence it, NaN included.
+    """
+    out: Tensor = _backend(q_THD).paged_attention(q_THD, cache[0], cache[1], index, *rule)
+    return out
+
+
+def silu_mul(x_T2F: Tensor) -> Tensor:
+    """silu(first half) * second half along the last axis. out_TF."""
+    out: Tensor = _backend(x_T2F).silu_mul(x_T2F)
+    return out
+
+
+def gelu_mul(x_T2F: Tensor) -> Tensor:
+    """gelu(first half, tanh approximation) * second half along the last axis. out_TF."""
+    out: Tensor = _backend(x_T2F).gelu_mul(x_T2F)
+    return out
