@@ -1,0 +1,97 @@
+"""The columns of an output: which input columns ride along, which are added, and what their types are.
+
+Added columns, each with `output.prefix` before its name: `row` (ordinal in the input file), `sample` (with
+`output.samples: rows`), the answer, its counts, the row's status and error, and where asked token ids and logprobs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from batchinfer.errors import SpecError
+from batchinfer.io.rows import Inputs
+from batchinfer.spec import JobSpec
+
+OK = "ok"
+ERROR = "error"
+_LINE_SUFFIX = {"none": "", "gzip": ".gz", "zstd": ".zst"}
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a part looks. `listed`: n samples of a row are one row of lists; `exploded`: each is a row of its own."""
+
+    format: str  # parquet, jsonl or openai-batch
+    compression: str  # zstd, snappy, gzip or none
+    carried: tuple[str, ...]  # input columns of the output
+    schema: pa.Schema  # all columns of a part, in order
+    text_json: frozenset[str]  # string columns whose text is JSON
+    prefix: str
+    listed: bool
+    exploded: bool
+
+    def has(self, name: str) -> bool:
+        """Whether the added column `name` (without prefix) is part of this output."""
+        return self.prefix + name in self.schema.names
+
+    @property
+    def suffix(self) -> str:
+        return ".parquet" if self.format == "parquet" else ".jsonl" + _LINE_SUFFIX[self.compression]
+
+    @property
+    def file_format(self) -> str:
+        """What io writes: openai-batch lines are JSON lines whose columns are built here."""
+        return "parquet" if self.format == "parquet" else "jsonl"
+
+
+def output_layout(spec: JobSpec, inputs: Inputs) -> Layout:
+    """The layout that a job asks for. Raises SpecError for a name clash or a compression that does not fit."""
+    format_ = spec.output.format or inputs.files[0].format
+    compression = spec.output.compression or ("zstd" if format_ == "parquet" else "none")
+    if format_ != "parquet" and compression == "snappy":
+        raise SpecError("output.compression: snappy is for parquet; JSON lines take zstd, gzip or none")
+    exploded = spec.output.samples == "rows"
+    listed = not exploded and spec.sampling_values.get("n", 1) > 1
+    if format_ == "openai-batch":
+        names = ("id", "custom_id", "response", "error")
+        schema = pa.schema([(name, pa.string()) for name in names])
+        carried = ("custom_id",)
+        json_columns = frozenset({"response", "error"})
+        return Layout(format_, compression, carried, schema, json_columns, "", False, False)
+    carried = spec.input.columns or tuple(inputs.schema.names)
+    added = _added(spec, listed, exploded)
+    _refuse_clash(carried, added, inputs)
+    schema = pa.schema([inputs.schema.field(name) for name in carried] + added)
+    json_columns = (inputs.text_json & set(carried)) | {spec.output.prefix + "logprobs"}
+    return Layout(format_, compression, carried, schema, frozenset(json_columns), spec.output.prefix, listed, exploded)
+
+
+def _added(spec: JobSpec, listed: bool, exploded: bool) -> list[pa.Field]:
+    text = pa.list_(pa.string()) if listed else pa.string()
+    ids = pa.list_(pa.int32())
+    fields = [("row", pa.int64())]
+    if exploded:
+        fields.append(("sample", pa.int32()))
+    fields += [("response", text), ("finish_reason", text)]
+    fields += [("prompt_tokens", pa.int32()), ("completion_tokens", pa.int32())]
+    fields += [("status", pa.string()), ("error_type", pa.string()), ("error", pa.string())]
+    if spec.output.token_ids:
+        fields += [("prompt_token_ids", ids), ("token_ids", pa.list_(ids) if listed else ids)]
+    # rows may ask for logprobs of their own through their overrides or bodies
+    rows_may_ask = spec.sampling_column is not None or spec.input.format == "openai-batch"
+    if spec.sampling_values.get("logprobs") is not None or rows_may_ask:
+        fields.append(("logprobs", pa.string()))
+    return [pa.field(spec.output.prefix + name, kind) for name, kind in fields]
+
+
+def _refuse_clash(carried: tuple[str, ...], added: list[pa.Field], inputs: Inputs) -> None:
+    clashes = sorted(set(carried) & {field.name for field in added})
+    if clashes:
+        names = ", ".join(repr(name) for name in clashes)
+        raise SpecError(
+            f"output: the input already has {'columns' if len(clashes) > 1 else 'a column'} named {names} "
+            f"({inputs.files[0].url}), which this job would add; set output.prefix (for example 'model_'), "
+            "or leave them out with input.columns"
+        )

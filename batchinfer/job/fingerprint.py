@@ -1,0 +1,61 @@
+"""Everything that decides an output, as named values: two runs with equal fingerprints write the same rows.
+
+Not in it: where the output lies, how the storage is reached, the engine's capacity and speed, when to give up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from batchinfer.errors import OutputConflict
+from batchinfer.job.columns import Layout
+from batchinfer.spec import FAKE_MODEL, JobSpec
+
+FORMAT_VERSION = "1"  # of the output's layout and of how rows become requests; raise it when either changes
+_SHOWN_CHARS = 120
+
+
+def fingerprint(spec: JobSpec, layout: Layout, identities: Mapping[str, str], files_hash: str) -> dict[str, str]:
+    """Named parts. `identities` hold the hashes of the model (weights, config, tokenizer, generation_config)."""
+    parts = {"format": FORMAT_VERSION, "seed": str(spec.seed), "input.files": files_hash}
+    parts |= {name: value for name, value in identities.items() if value}
+    if spec.model == FAKE_MODEL:
+        parts["fake.answer_tokens"] = _short(spec.fake.answer_tokens)
+    if spec.prompt is not None:
+        parts |= _named("prompt", spec.prompt.model_dump(exclude_none=True))
+    parts |= _named("sampling", spec.sampling)
+    parts |= _named("input", spec.input.model_dump(exclude_none=True, exclude={"path", "format"}))
+    parts |= _named("engine", spec.engine.model_dump(exclude_none=True, include={"dtype", "max_model_len"}))
+    parts |= _named("output", spec.output.model_dump(include={"token_ids", "samples", "prefix", "chunk_rows"}))
+    parts |= {"output.format": layout.format, "output.compression": layout.compression}
+    return dict(sorted(parts.items()))
+
+
+def digest(parts: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(dict(parts), sort_keys=True).encode()).hexdigest()
+
+
+def refuse_difference(ours: Mapping[str, str], theirs: Mapping[str, str], where: str) -> None:
+    """Raises OutputConflict that names every part that differs, with the old and the new value."""
+    names = sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
+    if names:
+        lines = [f"  {name}: was {theirs.get(name, 'not set')}, is {ours.get(name, 'not set')}" for name in names]
+        raise OutputConflict(
+            f"{where} belongs to a job with other settings:\n" + "\n".join(lines) + "\n"
+            "Give this job another output.path, or run it with the settings that the output was begun with."
+        )
+
+
+def _named(section: str, values: Mapping[str, Any]) -> dict[str, str]:
+    return {f"{section}.{name}": _short(value) for name, value in values.items() if value != {}}
+
+
+def _short(value: Any) -> str:
+    """JSON, and for a long text its beginning and its hash."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    if len(text) <= _SHOWN_CHARS:
+        return text
+    return f"{text[: _SHOWN_CHARS // 2]}… (sha256 {hashlib.sha256(text.encode('utf-8', 'replace')).hexdigest()[:16]})"

@@ -1,0 +1,209 @@
+"""What a job covers: the input files as they were, cut into chunks of fixed row ranges, and the fingerprint.
+
+`plan.json` is written once, put-if-absent. It names files, not chunks: chunk ranges follow from rows per chunk, so it
+stays small for any number of rows, and it holds no time of day.
+"""
+
+from __future__ import annotations
+
+import base64
+import bisect
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import orjson
+import pyarrow as pa
+
+from batchinfer.errors import InputError, InputMissing, OutputConflict, SpecError, suggest
+from batchinfer.io.rows import InputFile, Inputs, Span
+from batchinfer.io.storage import Store
+from batchinfer.job import fingerprint as prints
+from batchinfer.job.columns import Layout
+from batchinfer.spec import JobSpec
+
+PLAN = "plan.json"
+CHUNK_BYTES = 64 << 20  # a chunk's rows are held in memory while its part is built
+_EXPANSION = {"parquet": 4, ".gz": 6, ".zst": 6}  # text against its compressed size, roughly
+
+
+@dataclass(frozen=True)
+class JobPlan:
+    """Chunk i covers `chunks[i]`; its first row has the global index `bases[i]`. Chunks never cross files."""
+
+    inputs: Inputs
+    chunk_rows: tuple[int, ...]  # rows per chunk, for each file
+    taken: tuple[int, ...]  # rows of each file that the job covers: all, unless input.limit ends it earlier
+    fingerprint: dict[str, str]
+    chunks: tuple[Span, ...] = field(init=False, repr=False)
+    bases: tuple[int, ...] = field(init=False, repr=False)
+    digest: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        spans: list[Span] = []
+        bases: list[int] = []
+        base = 0
+        for number, (step, taken) in enumerate(zip(self.chunk_rows, self.taken, strict=True)):
+            for start in range(0, taken, step):
+                spans.append(Span(number, start, min(step, taken - start)))
+                bases.append(base + start)
+            base += taken
+        object.__setattr__(self, "chunks", tuple(spans))
+        object.__setattr__(self, "bases", tuple(bases))
+        object.__setattr__(self, "digest", prints.digest(self.fingerprint))
+
+    @property
+    def rows(self) -> int:
+        """Rows that the chunks cover, before `where`."""
+        return sum(self.taken)
+
+    def chunk_of(self, index: int) -> int:
+        """The chunk that holds the row of this global index."""
+        return bisect.bisect_right(self.bases, index) - 1
+
+    def to_bytes(self) -> bytes:
+        values = {
+            "format": prints.FORMAT_VERSION,
+            "digest": self.digest,
+            "rows": self.rows,
+            "chunks": len(self.chunks),
+            "fingerprint": self.fingerprint,
+            "schema": {name: str(self.inputs.schema.field(name).type) for name in self.inputs.schema.names},
+            "arrow_schema": base64.b64encode(self.inputs.schema.serialize().to_pybytes()).decode(),
+            "text_json": sorted(self.inputs.text_json),
+            "files": [
+                {**file.to_dict(), "chunk_rows": rows, "taken": taken}
+                for file, rows, taken in zip(self.inputs.files, self.chunk_rows, self.taken, strict=True)
+            ],
+        }
+        return json.dumps(values, indent=1).encode() + b"\n"
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: str = PLAN) -> JobPlan:
+        """Raises OutputConflict for bytes that are not a plan of this version, or a plan that was altered."""
+        try:
+            values = orjson.loads(data)
+            found = values["format"]
+            if found != prints.FORMAT_VERSION:
+                raise OutputConflict(
+                    f"{where}: written by a version of batchinfer with output format {found}, this one writes "
+                    f"{prints.FORMAT_VERSION}; use that version, or another output.path"
+                )
+            plan = cls._from_values(values)
+        except (KeyError, TypeError, ValueError, AttributeError, pa.ArrowException) as error:
+            raise OutputConflict(f"{where}: not a plan of batchinfer ({error!r}); use another output.path") from None
+        if (plan.digest, plan.rows, len(plan.chunks)) != (values["digest"], values["rows"], values["chunks"]):
+            raise OutputConflict(f"{where}: altered after it was written; restore it, or use another output.path")
+        return plan
+
+    @classmethod
+    def _from_values(cls, values: dict[str, Any]) -> JobPlan:
+        files = values["files"]
+        schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(values["arrow_schema"])))
+        own = ("chunk_rows", "taken")
+        described = [{name: value for name, value in file.items() if name not in own} for file in files]
+        inputs = Inputs(
+            files=tuple(InputFile.from_dict(file) for file in described),
+            schema=schema,
+            text_json=frozenset(values["text_json"]),
+        )
+        rows = tuple(file["chunk_rows"] for file in files)
+        return cls(inputs, rows, tuple(file["taken"] for file in files), values["fingerprint"])
+
+
+def make_plan(
+    spec: JobSpec, inputs: Inputs, layout: Layout, identities: Mapping[str, str], taken: tuple[int, ...]
+) -> JobPlan:
+    """`taken` is how many rows of each file the job covers (`rows_taken`)."""
+    if not sum(file.rows for file in inputs.files):
+        names = ", ".join(file.url for file in inputs.files[:3])
+        raise InputMissing(f"input.path: no rows in {names}{' …' if len(inputs.files) > 3 else ''}")
+    parts = prints.fingerprint(spec, layout, identities, _files_hash(inputs))
+    sizes = tuple(_rows_per_chunk(file, spec.output.chunk_rows) for file in inputs.files)
+    return JobPlan(inputs, sizes, taken, parts)
+
+
+def save_plan(plan: JobPlan, store: Store) -> None:
+    """Write plan.json, or agree with the one that is there. Raises OutputConflict that says what differs."""
+    data = plan.to_bytes()
+    if store.put_if_absent(PLAN, data):
+        return
+    where = f"{store.url}/{PLAN}"
+    theirs = load_plan(store)
+    ours_files, their_files = plan.inputs.files, theirs.inputs.files
+    if plan.fingerprint["input.files"] != theirs.fingerprint.get("input.files"):
+        changed = _first_change(ours_files, their_files)
+        plan = replace(plan, fingerprint={**plan.fingerprint, "input.files": f"{len(ours_files)} files; {changed}"})
+    prints.refuse_difference(plan.fingerprint, theirs.fingerprint, where)
+    if (plan.chunk_rows, plan.taken) != (theirs.chunk_rows, theirs.taken):
+        raise OutputConflict(f"{where}: covers other row ranges than this job would; use another output.path")
+
+
+def load_plan(store: Store) -> JobPlan:
+    data = store.read(PLAN)
+    if data is None:
+        raise InputMissing(f"{store.url} holds no {PLAN}: no job has written there")
+    return JobPlan.from_bytes(data, f"{store.url}/{PLAN}")
+
+
+def check_columns(needed: Mapping[str, frozenset[str]], inputs: Inputs) -> None:
+    """`needed`: job key → columns that it names. Raises SpecError with key, column, file and the nearest name."""
+    names = inputs.schema.names
+    for key, columns in needed.items():
+        for column in sorted(columns):
+            if column not in names:
+                raise SpecError(
+                    f"{key}: column {column!r} is not in {inputs.files[0].url}{suggest(column, names)} "
+                    f"(columns: {', '.join(names)})"
+                )
+
+
+def check_type(key: str, column: str, inputs: Inputs, allowed: str) -> None:
+    """Refuse a column whose every row would fail. `allowed`: letters of t(ext), i(d list), l(ist), m(apping)."""
+    kind = inputs.schema.field(column).type
+    if pa.types.is_null(kind):
+        raise InputError(f"{key}: column {column!r} of {inputs.files[0].url} holds nothing but nulls")
+    listed = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    fits = {
+        "t": pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind),
+        "i": listed and pa.types.is_integer(kind.value_type),
+        "l": listed,
+        "m": pa.types.is_struct(kind) or pa.types.is_map(kind),
+    }
+    value = kind.value_type if pa.types.is_dictionary(kind) else kind
+    fits["t"] = fits["t"] or pa.types.is_string(value) or pa.types.is_large_string(value)
+    if not any(fits[letter] for letter in allowed):
+        words = {"t": "text", "i": "lists of token ids", "l": "lists", "m": "mappings"}
+        wanted = " or ".join(words[letter] for letter in allowed)
+        raise InputError(f"{key}: column {column!r} of {inputs.files[0].url} has type {kind}; it must hold {wanted}")
+
+
+def _rows_per_chunk(file: InputFile, asked: int) -> int:
+    factor = _EXPANSION.get(file.format, 1)
+    for ending in (".gz", ".zst"):
+        if file.url.endswith(ending):
+            factor = _EXPANSION[ending]
+    row_bytes = max(1, file.size * factor // max(1, file.rows))
+    return max(1, min(asked, CHUNK_BYTES // row_bytes))
+
+
+def _files_hash(inputs: Inputs) -> str:
+    whole = hashlib.sha256()
+    for file in inputs.files:
+        whole.update(repr((file.url, file.size, file.etag, file.rows)).encode())
+    whole.update(inputs.schema.serialize().to_pybytes())
+    rows = sum(file.rows for file in inputs.files)
+    return f"{len(inputs.files)} files, {rows} rows, {whole.hexdigest()[:32]}"
+
+
+def _first_change(ours: tuple[InputFile, ...], theirs: tuple[InputFile, ...]) -> str:
+    known = {file.url: file for file in theirs}
+    for file in ours:
+        before = known.pop(file.url, None)
+        if before is None:
+            return f"{file.url} is new"
+        if (before.size, before.etag, before.rows) != (file.size, file.etag, file.rows):
+            return f"{file.url} changed since the output was begun ({before.size} bytes then, {file.size} now)"
+    return f"{next(iter(known))} is gone" if known else "their order or columns changed"
