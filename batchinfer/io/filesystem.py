@@ -1,0 +1,234 @@
+"""URLs to filesystems, and what every call to a store has in common: bounded retries and typed errors.
+
+Local paths never go through fsspec: `local_path` says which URLs are local. Everything else is an fsspec filesystem
+without instance or listing caches, so that an object which another worker has just written is seen.
+"""
+
+from __future__ import annotations
+
+import errno
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from batchinfer.errors import (
+    AccessDenied,
+    BatchInferError,
+    InputMissing,
+    SpecError,
+    StorageError,
+    UsageError,
+    UserError,
+)
+from batchinfer.log import log
+from batchinfer.spec import StorageSpec
+
+T = TypeVar("T")
+
+RETRY_S = 60.0
+CONNECT_TIMEOUT_S = 5
+READ_TIMEOUT_S = 30
+
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "abfss": "azure", "az": "azure"}
+_S3 = ("s3", "s3a")
+
+# By name, so that no optional package is imported only to name its errors.
+_TRANSIENT = frozenset(
+    {
+        "builtins.ConnectionError",
+        "builtins.TimeoutError",
+        "botocore.exceptions.ConnectionError",
+        "botocore.exceptions.HTTPClientError",
+        "botocore.exceptions.IncompleteReadError",
+        "botocore.parsers.ResponseParserError",
+        "aiohttp.client_exceptions.ClientError",
+        "urllib3.exceptions.HTTPError",
+        "requests.exceptions.ConnectionError",
+        "requests.exceptions.Timeout",
+        "azure.core.exceptions.ServiceRequestError",
+        "azure.core.exceptions.ServiceResponseError",
+    }
+)
+_NO_CREDENTIALS = frozenset(
+    {
+        "botocore.exceptions.NoCredentialsError",
+        "botocore.exceptions.PartialCredentialsError",
+        "botocore.exceptions.CredentialRetrievalError",
+        "botocore.exceptions.TokenRetrievalError",
+        "botocore.exceptions.ProfileNotFound",
+        "google.auth.exceptions.DefaultCredentialsError",
+        "azure.core.exceptions.ClientAuthenticationError",
+    }
+)
+_MISCONFIGURED = frozenset(
+    {
+        "builtins.ValueError",
+        "botocore.exceptions.ParamValidationError",
+        "botocore.exceptions.NoRegionError",
+        "botocore.exceptions.BaseEndpointResolverError",
+    }
+)
+_TRANSIENT_STATUS = frozenset({408, 409, 425, 429})
+_TRANSIENT_CODES = frozenset({"SlowDown", "RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch"})
+
+
+def protocol_of(url: str) -> str:
+    """`"s3"` of `"s3://bucket/key"`; `"file"` of a plain path."""
+    scheme, separator, _ = url.partition("://")
+    return scheme.lower() if separator else "file"
+
+
+def local_path(url: str) -> Path | None:
+    """The path that a plain path or a file:// URL names; None for every other URL."""
+    if protocol_of(url) not in ("file", "local"):
+        return None
+    return Path(url.partition("://")[2] if "://" in url else url).expanduser()
+
+
+def connect(url: str, options: StorageSpec) -> Any:
+    """A fresh fsspec filesystem for a URL that is not local.
+
+    Raises SpecError for an unknown protocol or options that it refuses, UserError for a package to install.
+    """
+    import fsspec
+
+    protocol = protocol_of(url)
+    arguments: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
+    arguments |= _s3_arguments(options) if protocol in _S3 else _other_arguments(options)
+    try:
+        filesystem = fsspec.filesystem(protocol, **{**arguments, **options.options})
+    except ImportError as error:
+        extra = _EXTRAS.get(protocol)
+        hint = f"pip install 'batchinfer[{extra}]'" if extra else str(error)
+        raise UserError(f"{url}: {protocol}:// needs a package that is not installed: {hint}") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise SpecError(f"{url}: cannot be reached with these storage options: {error}") from None
+    if protocol in _S3:
+        # botocore repeats a request a few times and Retry repeats the operation: a third loop between them helps nobody
+        filesystem.retries = 1
+    return filesystem
+
+
+def _s3_arguments(options: StorageSpec) -> dict[str, Any]:
+    config = {
+        "connect_timeout": CONNECT_TIMEOUT_S,
+        "read_timeout": READ_TIMEOUT_S,
+        "retries": {"mode": "standard", "total_max_attempts": 3},
+    }
+    client = {"region_name": options.region} if options.region else {}
+    return {
+        "endpoint_url": options.endpoint,
+        "anon": options.anonymous,
+        "requester_pays": options.requester_pays,
+        "client_kwargs": client,
+        "config_kwargs": config,
+    }
+
+
+def _other_arguments(options: StorageSpec) -> dict[str, Any]:
+    given = [name for name in ("endpoint", "region", "requester_pays") if getattr(options, name)]
+    if given:
+        raise SpecError(f"storage.{given[0]} goes with s3:// URLs; use storage.options for other filesystems")
+    return {"anon": True} if options.anonymous else {}
+
+
+class Retry:
+    """Repeats calls that fail in passing, with jittered backoff, for at most `total_s` seconds each."""
+
+    def __init__(self, place: str, total_s: float | None = None) -> None:
+        self.place = place  # appended to messages: which endpoint
+        self.total_s = RETRY_S if total_s is None else total_s
+
+    def __call__(self, url: str, action: Callable[[], T], passes: tuple[type[Exception], ...] = ()) -> T:
+        """The result of `action`. Errors in `passes` are raised as they are, all others translated.
+
+        Raises AccessDenied, InputMissing, SpecError, or StorageError (at once, or after all retries).
+        """
+        give_up = time.monotonic() + self.total_s
+        attempt = 0
+        while True:
+            try:
+                return action()
+            except passes:
+                raise
+            except BatchInferError:
+                raise
+            except Exception as error:
+                attempt += 1
+                wait_s = min(0.1 * 2**attempt, 8.0) * random.uniform(0.5, 1.0)
+                if not transient(error) or time.monotonic() + wait_s > give_up:
+                    raise translate(error, url, self.place, attempt) from error
+                if attempt >= 4:
+                    log.warning("storage does not answer, trying again", url=url, error=_text(error), attempt=attempt)
+            time.sleep(wait_s)
+
+
+def _names(error: BaseException) -> set[str]:
+    return {f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__}
+
+
+def _response(error: BaseException) -> tuple[int | None, str]:
+    """HTTP status and the store's own error code, from whichever attribute the client library keeps them in."""
+    for candidate in (error, error.__cause__):
+        response = getattr(candidate, "response", None)
+        if isinstance(response, dict):  # botocore
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            return status, str(response.get("Error", {}).get("Code", ""))
+        for name in ("status_code", "status", "code"):  # azure, aiohttp, gcsfs
+            status = getattr(candidate, name, None)
+            if isinstance(status, int) or (isinstance(status, str) and status.isdigit()):
+                return int(status), str(getattr(candidate, "error_code", ""))
+    return None, ""
+
+
+def transient(error: BaseException) -> bool:
+    """Whether the same call may succeed a little later."""
+    status, code = _response(error)
+    if status is not None and (status >= 500 or status in _TRANSIENT_STATUS):
+        return status != 501
+    return code in _TRANSIENT_CODES or bool(_names(error) & _TRANSIENT)
+
+
+def already_exists(error: BaseException) -> bool:
+    """Whether a conditional write was refused because the object is there."""
+    return isinstance(error, FileExistsError) or _response(error)[0] == 412
+
+
+def bucket_missing(error: BaseException) -> bool:
+    return _response(error)[1] in ("NoSuchBucket", "ContainerNotFound")
+
+
+def translate(error: BaseException, url: str, place: str = "", attempts: int = 1) -> BatchInferError:
+    """The error of ours that a failed call means; `place` names the endpoint."""
+    status, code = _response(error)
+    names = _names(error)
+    where = f"{url}{place}"
+    if names & _NO_CREDENTIALS:
+        return AccessDenied(
+            f"{where}: no usable credentials ({_text(error)}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a "
+            "profile, or storage.anonymous: true for a public bucket"
+        )
+    if isinstance(error, PermissionError) or status in (401, 403):
+        return AccessDenied(
+            f"{where}: access denied: {_text(error)}; check key, secret, region and the bucket's policy"
+        )
+    if code in ("NoSuchBucket", "NoSuchContainer") or (status == 404 and not code):
+        return InputMissing(f"{where}: the bucket does not exist, or is not at this endpoint")
+    if isinstance(error, FileNotFoundError):
+        return InputMissing(f"{where}: not found")
+    if isinstance(error, NotADirectoryError | IsADirectoryError):
+        return UsageError(f"{where}: {error.strerror}")
+    if status in (301, 307) or code in ("AuthorizationHeaderMalformed", "IllegalLocationConstraintException"):
+        return SpecError(f"{where}: {_text(error)}; set storage.region to the region of the bucket")
+    if names & _MISCONFIGURED and not isinstance(error, UnicodeError):
+        return SpecError(f"{where}: {_text(error)}")
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return StorageError(f"{where}: no space left on the device")
+    tries = f" (after {attempts} attempts)" if attempts > 1 else ""
+    return StorageError(f"{where}: {_text(error)}{tries}")
+
+
+def _text(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,323 @@
+"""Where results and records are kept: whole objects below one directory or URL prefix.
+
+Everything is written whole: locally into a temporary file that then takes its name, elsewhere in one upload. Names are
+relative and use `/`. Names whose last component begins with a dot belong to this module and are never listed.
+All methods may be called from several threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from batchinfer.errors import AccessDenied
+from batchinfer.io.filesystem import Retry, already_exists, bucket_missing, connect, local_path, protocol_of, translate
+from batchinfer.spec import StorageSpec
+
+TRANSFER_BYTES = 16 << 20
+_STALE_S = 900.0
+# filesystems whose mode="create" is one atomic request; fsspec's generic one looks first and then writes
+_CONDITIONAL = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "memory"})
+_NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
+
+
+class Store(ABC):
+    """Objects below `url`. Raises AccessDenied, InputMissing (bucket gone), StorageError; see io.filesystem."""
+
+    def __init__(self, url: str, retry: Retry) -> None:
+        self.url = url
+        self.retry = retry
+
+    @classmethod
+    def open(cls, url: str, options: StorageSpec) -> Store:
+        """The store of a path or URL. Nothing is contacted or created yet."""
+        path = local_path(url)
+        return LocalStore(url, path) if path is not None else RemoteStore(url, options)
+
+    @abstractmethod
+    def read(self, name: str) -> bytes | None:
+        """The object's content, None if there is none."""
+
+    @abstractmethod
+    def find(self, prefix: str = "") -> dict[str, int]:
+        """Names that begin with `prefix`, and their sizes in bytes, as they are now, sorted."""
+
+    @abstractmethod
+    def put(self, name: str, data: bytes) -> None:
+        """Write or replace the object."""
+
+    @abstractmethod
+    def put_file(self, name: str, local: Path) -> None:
+        """Upload a whole file, replacing the object."""
+
+    @abstractmethod
+    def get_file(self, name: str, local: Path) -> None:
+        """Download the object into a file. Raises InputMissing if there is none."""
+
+    @abstractmethod
+    def delete(self, names: Iterable[str]) -> None:
+        """Remove objects; those that are not there are no error."""
+
+    @abstractmethod
+    def _create(self, name: str, data: bytes) -> bool:
+        """Write the object unless it exists; False if it does."""
+
+    def put_if_absent(self, name: str, data: bytes) -> bool:
+        """True: the object is there with exactly this content. False: it is there with other content.
+
+        An attempt whose response was lost is followed by a refusal although the object is ours: hence the comparison.
+        """
+        assert data, "an empty object skips the condition in some clients"
+        return self._create(name, data) or self.read(name) == data
+
+    def probe_conditional(self) -> bool:
+        """Whether this store refuses to replace an object on request: puts one twice. Also shows that we may write."""
+        name = f".probe-{uuid.uuid4().hex}"
+        try:
+            created = self._create(name, b"first")
+            return created and not self._create(name, b"second")
+        finally:
+            with contextlib.suppress(AccessDenied):  # writing is allowed and deleting is not: the probe stays
+                self.delete([name])
+
+    def _url(self, name: str) -> str:
+        return f"{self.url.rstrip('/')}/{name}"
+
+
+class LocalStore(Store):
+    """A directory. Temporary files live in its `.tmp`, so that a kill leaves nothing beside the results."""
+
+    def __init__(self, url: str, root: Path) -> None:
+        super().__init__(url, Retry(""))
+        self._root = root
+        self._swept = False
+
+    def read(self, name: str) -> bytes | None:
+        try:
+            return (self._root / name).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise translate(error, self._url(name)) from error
+
+    def find(self, prefix: str = "") -> dict[str, int]:
+        folder = self._root / prefix.rpartition("/")[0]
+        found: dict[str, int] = {}
+        for parent, folders, files in os.walk(folder, onerror=self._walk_error):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            for file in files:
+                path = Path(parent, file)
+                name = path.relative_to(self._root).as_posix()
+                if name.startswith(prefix) and not file.startswith("."):
+                    with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                        found[name] = path.stat().st_size
+        return dict(sorted(found.items()))
+
+    def _walk_error(self, error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise translate(error, self.url) from error
+
+    def put(self, name: str, data: bytes) -> None:
+        with self._temporary(name) as temporary:
+            _write(temporary, data)
+            self._take_name(temporary, name)
+
+    def put_file(self, name: str, local: Path) -> None:
+        with self._temporary(name) as temporary:
+            shutil.copyfile(local, temporary)
+            _sync(temporary)
+            self._take_name(temporary, name)
+
+    def get_file(self, name: str, local: Path) -> None:
+        try:
+            shutil.copyfile(self._root / name, local)
+        except OSError as error:
+            raise translate(error, self._url(name)) from error
+
+    def delete(self, names: Iterable[str]) -> None:
+        for name in names:
+            try:
+                (self._root / name).unlink(missing_ok=True)
+            except OSError as error:
+                raise translate(error, self._url(name)) from error
+
+    def _create(self, name: str, data: bytes) -> bool:
+        final = self._root / name
+        with self._temporary(name) as temporary:
+            _write(temporary, data)
+            try:
+                os.link(temporary, final)
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                return _create_exclusive(final, data)
+            _sync(final.parent)
+            return True
+
+    def _take_name(self, temporary: Path, name: str) -> None:
+        final = self._root / name
+        temporary.replace(final)
+        _sync(final.parent)
+
+    @contextlib.contextmanager
+    def _temporary(self, name: str) -> Iterator[Path]:
+        """A path for a temporary file that is gone afterwards; the parent of `name` exists."""
+        folder = self._root / ".tmp"
+        path = folder / uuid.uuid4().hex
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (self._root / name).parent.mkdir(parents=True, exist_ok=True)
+            self._sweep(folder)
+            yield path
+        except OSError as error:
+            raise translate(error, self._url(name)) from error
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+    def _sweep(self, folder: Path) -> None:
+        """Remove what killed processes left, once; a file that is being written is younger."""
+        if self._swept:
+            return
+        self._swept = True
+        for path in folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_mtime < time.time() - _STALE_S:
+                    path.unlink()
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _create_exclusive(path: Path, data: bytes) -> bool:
+    """For filesystems without hard links. A crash within may leave a short file, which a reader has to notice."""
+    try:
+        with path.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except FileExistsError:
+        return False
+    return True
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class RemoteStore(Store):
+    """A prefix on an fsspec filesystem. `retry.total_s` bounds how long a call keeps trying."""
+
+    def __init__(self, url: str, options: StorageSpec) -> None:
+        place = f" (endpoint {options.endpoint})" if options.endpoint else ""
+        super().__init__(url, Retry(place))
+        self._protocol = protocol_of(url)
+        self._filesystem = connect(url, options)
+        self._root = str(self._filesystem._strip_protocol(url)).rstrip("/")
+
+    def read(self, name: str) -> bytes | None:
+        path = self._path(name)
+        # with one connection s3fs asks for the object itself and not for its size first
+        arguments = {"max_concurrency": 1} if self._s3 else {}
+        try:
+            data: bytes = self._call(name, lambda: self._filesystem.cat_file(path, **arguments))
+        except FileNotFoundError as error:
+            self._bucket_gone(error)
+            return None
+        return data
+
+    def find(self, prefix: str = "") -> dict[str, int]:
+        folder = f"{self._root}/{prefix.rpartition('/')[0]}".rstrip("/")
+        try:
+            listing = self._call(prefix, lambda: self._filesystem.find(folder, detail=True))
+        except FileNotFoundError as error:
+            self._bucket_gone(error)
+            return {}
+        found: dict[str, int] = {}
+        for path, info in listing.items():
+            name = path[len(self._root) + 1 :] if path.startswith(f"{self._root}/") else ""
+            # a key that ends in "/" is what some consoles create for a folder
+            hidden = name.rpartition("/")[2].startswith(".") or name.endswith("/")
+            if name and name.startswith(prefix) and not hidden and info.get("type") != "directory":
+                found[name] = int(info["size"])
+        return dict(sorted(found.items()))
+
+    def put(self, name: str, data: bytes) -> None:
+        self._write(name, lambda path: self._filesystem.pipe_file(path, data))
+
+    def put_file(self, name: str, local: Path) -> None:
+        # s3fs holds chunksize × max_concurrency bytes in memory; its defaults are 50 MiB × 10
+        arguments = {"chunksize": TRANSFER_BYTES, "max_concurrency": 2} if self._s3 else {}
+        self._write(name, lambda path: self._filesystem.put_file(str(local), path, **arguments))
+
+    def get_file(self, name: str, local: Path) -> None:
+        path = self._path(name)
+        size = int(self._checked(name, lambda: self._filesystem.info(path))["size"])
+        with local.open("wb") as file:
+            for start in range(0, size, TRANSFER_BYTES):
+                end = min(start + TRANSFER_BYTES, size)
+                file.write(self._checked(name, partial(self._filesystem.cat_file, path, start=start, end=end)))
+
+    def delete(self, names: Iterable[str]) -> None:
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                self._call(name, partial(self._filesystem.rm_file, self._path(name)))
+
+    def _create(self, name: str, data: bytes) -> bool:
+        def attempt(path: str) -> bool:
+            try:
+                self._filesystem.pipe_file(path, data, mode="create")
+            except Exception as error:
+                if already_exists(error):
+                    return False
+                raise
+            return True
+
+        return bool(self._write(name, attempt))
+
+    def probe_conditional(self) -> bool:
+        return self._protocol in _CONDITIONAL and super().probe_conditional()
+
+    @property
+    def _s3(self) -> bool:
+        return self._protocol in ("s3", "s3a")
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+    def _write(self, name: str, action: Callable[..., Any]) -> Any:
+        path = self._path(name)
+        if not self._s3:  # object stores have no folders; other filesystems want them first
+            self._checked(name, lambda: self._filesystem.makedirs(path.rpartition("/")[0], exist_ok=True))
+        return self._checked(name, lambda: action(path))
+
+    def _call(self, name: str, action: Callable[..., Any]) -> Any:
+        """With retries and translated errors, except FileNotFoundError."""
+        return self.retry(self._url(name), action, passes=(FileNotFoundError,))
+
+    def _checked(self, name: str, action: Callable[..., Any]) -> Any:
+        return self.retry(self._url(name), action)
+
+    def _bucket_gone(self, error: FileNotFoundError) -> None:
+        """Raises InputMissing if it is the bucket that is not there, and not just the object."""
+        if bucket_missing(error):
+            raise translate(error, self.url, self.retry.place) from error
