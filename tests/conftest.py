@@ -1,0 +1,19 @@
+"""Fixtures that every test folder may use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+_ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """The model of the quickstart; tests that use it carry the marker `model`."""
+    path = Path(os.environ.get("BATCHINFER_TEST_MODEL", _ROOT / ".models" / "SmolLM2-135M-Instruct.Q4_1.gguf"))
+    if not path.is_file():
+        pytest.fail(f"{path} is not there: run `make model`, or point BATCHINFER_TEST_MODEL at the GGUF file")
+    return path
