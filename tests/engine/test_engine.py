@@ -1,0 +1,276 @@
+"""The engine against a naive loop: batching, chunks, prefix hits, preemption and failures change no token."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from batchinfer.engine.blocks import BlockPool
+from batchinfer.engine.engine import Engine
+from batchinfer.engine.expected import ExpectedLength
+from batchinfer.engine.fake import FakeAnswer, FakeRunner
+from batchinfer.engine.plan import StepPlan, StepResult
+from batchinfer.engine.scheduler import Scheduler
+from batchinfer.errors import EngineError, TooLong
+from batchinfer.request import Finished, Request, SamplingParams
+from tests.engine.checking import EOS, make_engine, make_request, naive
+
+
+def run_all(engine: Engine, requests: list[Request]) -> dict[int, Finished]:
+    for request in requests:
+        engine.add(request)
+    answers = {}
+    for _ in range(100_000):
+        if not engine.has_work:
+            return answers
+        answers.update({answer.request.request_id: answer for answer in engine.step()})
+        engine.scheduler.check_integrity()
+    raise AssertionError("the engine does not come to an end")
+
+
+@pytest.mark.parametrize("caching", [True, False])
+@pytest.mark.parametrize("max_step_tokens", [8, 1000])
+@pytest.mark.parametrize("num_blocks", [12, 400])
+def test_equals_naive_loop(caching: bool, max_step_tokens: int, num_blocks: int) -> None:
+    rng = random.Random(num_blocks + max_step_tokens)
+    shared = [rng.randrange(1, 50) for _ in range(20)]
+    requests = [
+        make_request(i, shared[: rng.randrange(20)] + [rng.randrange(1, 50) for _ in range(rng.randrange(1, 15))], 12)
+        for i in range(60)
+    ]
+    engine, _ = make_engine(num_blocks, max_step_tokens=max_step_tokens, caching=caching)
+    engine.scheduler.expected = ExpectedLength(quantile=0.0, enough=1)  # far too low: preemption must happen
+    answers = run_all(engine, requests)
+    for request in requests:
+        assert answers[request.request_id].token_ids == naive(request)
+    if num_blocks == 12:
+        assert engine.stats.preemptions > 0, "the budget was meant to force preemption"
+    assert (engine.stats.prompt_tokens_reused > 0) == caching
+
+
+def test_same_step_sharing() -> None:
+    """Two sequences admitted in one step compute a common prefix once, also when it takes several chunks."""
+    engine, _ = make_engine(100, block_size=4, max_step_tokens=24)
+    prompt = list(range(1, 41))
+    answers = run_all(engine, [make_request(i, [*prompt, 41 + i], 5) for i in range(4)])
+    assert len(answers) == 4
+    assert engine.stats.prompt_tokens_computed == 40 + 4
+    assert engine.stats.prompt_tokens_reused == 3 * 40
+
+
+def test_full_hit_computes_one_token() -> None:
+    engine, _ = make_engine(100, block_size=4)
+    request = make_request(0, list(range(1, 9)), 3)
+    first = run_all(engine, [request])[0].token_ids
+    computed = engine.stats.prompt_tokens_computed
+    assert run_all(engine, [request])[0].token_ids == first
+    assert engine.stats.prompt_tokens_computed - computed == 4, "the last block is computed again, no more"
+
+
+def test_too_long_prompt_is_refused_and_growth_is_that_rows_error() -> None:
+    engine, _ = make_engine(num_blocks=4, block_size=4)
+    with pytest.raises(TooLong, match="16 tokens and the KV cache 16"):
+        engine.add(make_request(0, [1] * 16, 5))
+    long, short = make_request(1, [1] * 14, 500), make_request(2, [2], 3)
+    long = Request(1, long.prompt, long.params, 500)  # no stop ids: it grows until nothing fits
+    answers = run_all(engine, [long, short])
+    assert isinstance(answers[1].error, TooLong) and answers[1].finish_reason == "error"
+    assert answers[2].token_ids == naive(short)
+
+
+def test_failing_sequence_is_found_and_only_it_ends() -> None:
+    engine, runner = make_engine(400, max_num_seqs=16, max_step_tokens=200)
+    requests = [make_request(i, [1 + i, 2, 3], 10) for i in range(40)]
+    runner.fail_if = lambda plan: any(
+        runner._known[seat][0] == 18 and start + count > 4
+        for seat, start, count in zip(plan.seats, plan.starts, plan.counts, strict=True)
+    )
+    answers = run_all(engine, requests)
+    assert len(naive(requests[17])) > 2, "request 17 must get to the poisoned position"
+    for request in requests:
+        answer = answers[request.request_id]
+        if request.request_id == 17:
+            assert answer.error is not None and "injected" in str(answer.error) and answer.error.retryable
+        else:
+            assert answer.error is None and answer.token_ids == naive(request)
+
+
+def test_engine_gives_up_when_every_step_fails() -> None:
+    engine, runner = make_engine(400)
+    runner.fail_if = lambda plan: True
+    with pytest.raises(EngineError, match="injected"):
+        run_all(engine, [make_request(i, [1 + i % 40], 10) for i in range(200)])
+
+
+def test_failed_rows_of_a_result_end_alone() -> None:
+    class Flaky:
+        def run(self, plan: StepPlan) -> StepResult:
+            return StepResult([7] * sum(plan.samples), failed={0: "logits are not finite"})
+
+    engine = Engine(Scheduler(BlockPool(100, 4), 4, 64), Flaky())
+    answers = run_all(engine, [make_request(i, [1, 2], 1) for i in range(2)])
+    assert answers[0].error is not None and "not finite" in str(answers[0].error)
+    assert answers[1].token_ids == [7]
+
+
+def test_abort_frees_everything() -> None:
+    engine, _ = make_engine(50)
+    for i in range(12):
+        engine.add(make_request(i, [1, 2, 3, i], 50))
+    engine.step()
+    for i in range(12):
+        assert engine.abort(i)
+        engine.scheduler.check_integrity()
+    assert not engine.abort(3) and not engine.has_work
+    assert engine.scheduler.pool.num_free == 50
+
+
+def test_stop_check_and_min_tokens() -> None:
+    params = SamplingParams(temperature=0, min_tokens=3)
+    seen: list[int] = []
+
+    def stop(output: list[int]) -> bool:
+        seen.append(len(output))
+        return True
+
+    engine = Engine(Scheduler(BlockPool(9, 4), 2, 8), FakeRunner(FakeAnswer(9, 9, [5, 6], EOS)))
+    answers = run_all(engine, [Request(0, [1], params, 9, stop_check=stop)])
+    assert answers[0].finish_reason == "stop" and len(answers[0].token_ids) == 3 and seen == [3]
+
+
+def test_fake_answers_depend_on_the_request_alone() -> None:
+    def answers(order: list[int], seats: int, budget: int) -> dict[int, list[int]]:
+        engine = Engine(
+            Scheduler(BlockPool(60, 4), seats, budget), FakeRunner(FakeAnswer(3, 20, list(range(10, 40)), EOS))
+        )
+        params = SamplingParams(temperature=0.5)
+        requests = [
+            Request(i, [i % 7] * (1 + i % 5), params, 30, key=i * 977, stop_ids=frozenset([EOS])) for i in order
+        ]
+        return {i: answer.token_ids for i, answer in run_all(engine, requests).items()}
+
+    reference = answers(list(range(40)), 8, 100)
+    assert {len(ids) for ids in reference.values()} <= set(range(3, 21)) and len(
+        set(map(tuple, reference.values()))
+    ) > 30
+    assert answers(list(reversed(range(40))), 3, 4) == reference
+
+
+def test_expected_length_is_a_running_quantile() -> None:
+    expected = ExpectedLength(quantile=0.8, window=100, enough=10)
+    assert expected.tokens(1000) == 256 and expected.tokens(20) == 20
+    for length in range(1, 101):
+        expected.observe(length)
+    assert expected.tokens(1000) == 80
+    for _ in range(100):
+        expected.observe(7)
+    assert expected.tokens(1000) == 7
+
+
+def test_admission_by_expected_length_prevents_preemption() -> None:
+    """Once lengths are known, hardly anything is preempted, although max_tokens alone would fit two at a time."""
+    engine, _ = make_engine(num_blocks=64, block_size=4, max_num_seqs=32)
+    engine.scheduler.expected = ExpectedLength(enough=4)
+    requests = [make_request(i, [1 + i % 40, 2, 3, i // 40 + 1], 100) for i in range(300)]
+    answers = run_all(engine, requests)
+    assert all(answers[r.request_id].token_ids == naive(r) for r in requests)
+    assert engine.stats.preemptions < 40
+
+
+def test_golden_plan() -> None:
+    """The plan of a small case, whole: what crosses to other ranks does not change unnoticed."""
+    scheduler = Scheduler(BlockPool(8, 4), 2, 6)
+    first, second = make_request(0, [1, 2, 3, 4, 5, 6, 7], 3), make_request(1, [1, 2, 3, 4, 9], 3)
+    scheduler.add(first)
+    scheduler.add(second)
+    plan = scheduler.schedule()
+    assert [(j.seat, j.request.request_id, j.output) for j in plan.joins] == [(0, 0, ()), (1, 1, ())]
+    assert [tuple(g) for g in plan.grown] == [(0, 0, (0,)), (1, 0, (0, 1))]
+    assert (plan.seats, plan.starts, plan.counts, plan.samples) == ([0, 1], [0, 4], [4, 1], [False, True])
+    assert plan.tokens == [1, 2, 3, 4, 9]
+    scheduler.update(StepResult([11]))
+    plan = scheduler.schedule()
+    assert plan.joins == () and [tuple(g) for g in plan.grown] == [(0, 1, (2,))]
+    assert (plan.seats, plan.starts, plan.counts, plan.samples) == ([0, 1], [4, 5], [3, 1], [True, True])
+    assert plan.tokens == [5, 6, 7, 11]
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """Requests come, steps pass, some are aborted, some steps fail; blocks and seats always add up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.engine, self.runner = make_engine(num_blocks=14, block_size=3, max_num_seqs=4, max_step_tokens=7)
+        self.requests: dict[int, Request] = {}
+        self.answers: dict[int, Finished] = {}
+        self.added = 0
+
+    @rule(prompt=st.lists(st.integers(1, 3), min_size=1, max_size=20), max_tokens=st.integers(1, 12))
+    def add(self, prompt: list[int], max_tokens: int) -> None:
+        self.added += 1
+        request = make_request(self.added, prompt, max_tokens)
+        self.requests[request.request_id] = request
+        self.engine.add(request)
+
+    @precondition(lambda self: self.engine.has_work)
+    @rule(times=st.integers(1, 5))
+    def step(self, times: int) -> None:
+        for _ in range(times):
+            self._take(self.engine.step())
+            self.engine.scheduler.check_integrity()
+
+    @precondition(lambda self: self.engine.has_work)
+    @rule()
+    def failing_step(self) -> None:
+        self.runner.fail_if = lambda plan: len(plan.seats) > 1
+        self._take(self.engine.step())
+        self.runner.fail_if = lambda plan: False
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        request_id = data.draw(st.sampled_from(sorted(self.requests)))
+        if self.engine.abort(request_id):
+            del self.requests[request_id]
+
+    @invariant()
+    def adds_up(self) -> None:
+        self.engine.scheduler.check_integrity()
+
+    def teardown(self) -> None:
+        for _ in range(2000):
+            if not self.engine.has_work:
+                break
+            self._take(self.engine.step())
+        assert not self.engine.has_work
+        for request_id, request in self.requests.items():
+            assert self.answers[request_id].token_ids == naive(request)
+        assert self.engine.scheduler.pool.num_free == 14
+
+    def _take(self, finished: list[Finished]) -> None:
+        self.answers.update({answer.request.request_id: answer for answer in finished})
+
+
+EngineMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=25, deadline=None)
+TestEngineMachine = EngineMachine.TestCase
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=40)
+def test_blocks_keep_prefixes_longest(data: st.DataObject) -> None:
+    """Whatever is released in whatever order, a prefix is never evicted before what follows it."""
+    pool = BlockPool(8, 2)
+    chain, parent = [], 0
+    for start in range(4):
+        block = pool.allocate()
+        parent = pool.index(block, parent, (start, start))
+        chain.append(block)
+    pool.release(chain)
+    for _ in range(data.draw(st.integers(0, 8))):
+        pool.allocate()
+    found = [block.key is not None for block in chain]
+    assert found == sorted(found, reverse=True)
