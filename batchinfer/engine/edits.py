@@ -1,0 +1,175 @@
+"""Edits of single logits that a request asks for: logit_bias, allowed_token_ids, bad_words, min_tokens.
+
+Each is a flat table over all seats that have any, so that a step costs a few array operations however many there are.
+The tables are host arrays: a seat's entries change when a sequence joins, and only the few that act in a step travel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from batchinfer.request import Request
+
+Ints = npt.NDArray[np.int64]
+_ALWAYS = np.iinfo(np.int64).max
+
+
+class _Entries(NamedTuple):
+    """One seat's part of the tables. `until_M`: the entry acts while the output is shorter than that."""
+
+    added_ids_M: Ints
+    added_M: npt.NDArray[np.float32]
+    until_M: Ints
+    allowed_ids_M: Ints
+    last_ids_M: Ints
+    prefix_ML: Ints  # bad words of several tokens: all but the last, right-aligned; -1 matches anything
+
+
+class _Tables(NamedTuple):
+    """The entries of all seats, and beside each the seat that it belongs to."""
+
+    added_seats_M: Ints
+    added_ids_M: Ints
+    added_M: npt.NDArray[np.float32]
+    until_M: Ints
+    allowed_seats_M: Ints
+    allowed_ids_M: Ints
+    word_seats_M: Ints
+    last_ids_M: Ints
+    prefix_ML: Ints
+
+
+class LogitEdits:
+    """Seat-indexed: `join` when a sequence takes a seat, `apply` before tokens are chosen, `append` after."""
+
+    def __init__(self, max_num_seqs: int, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._entries: dict[int, _Entries] = {}
+        self._tables: _Tables | None = None
+        self._rows = np.full(max_num_seqs, -1, dtype=np.int64)  # by seat: its row in the step at hand
+        self._tails_SL = np.full((max_num_seqs, 0), -2, dtype=np.int64)  # by seat: the last tokens of its output
+
+    def join(self, seat: int, request: Request, output: Sequence[int]) -> bool:
+        """Replace what `seat` had; whether this request has any edits. Ids beyond the vocabulary are left out."""
+        entries = self._compile(request)
+        if entries is None:
+            if self._entries.pop(seat, None) is not None:
+                self._tables = None
+            return False
+        self._entries[seat] = entries
+        self._tables = None
+        length = entries.prefix_ML.shape[1]
+        if length > self._tails_SL.shape[1]:
+            wider = np.full((len(self._tails_SL), length), -2, dtype=np.int64)
+            wider[:, length - self._tails_SL.shape[1] :] = self._tails_SL
+            self._tails_SL = wider
+        length = self._tails_SL.shape[1]
+        if length:
+            self._tails_SL[seat] = -2
+            tail = list(output[-length:])
+            self._tails_SL[seat, length - len(tail) :] = tail
+        return True
+
+    def apply(self, logits_NV: Tensor, seats_N: Ints, num_output_N: Ints) -> None:
+        """Edit the rows in place. seats_N: whose rows they are; num_output_N: tokens that each has generated."""
+        tables = self._tables = self._tables or self._join_tables()
+        rows_of = self._rows
+        rows_of[seats_N] = np.arange(len(seats_N))
+        if len(tables.allowed_ids_M):
+            _keep_only(logits_NV, *_select(rows_of, tables.allowed_seats_M, tables.allowed_ids_M))
+        rows_M = rows_of[tables.added_seats_M]
+        # num_output_N[-1] stands in for seats that are not here, and is masked out with them
+        acts_M = (rows_M >= 0) & (num_output_N[rows_M] < tables.until_M)
+        _add(logits_NV, rows_M[acts_M], tables.added_ids_M[acts_M], tables.added_M[acts_M])
+        if len(tables.last_ids_M):
+            tails_ML = self._tails_SL[tables.word_seats_M]
+            hit_M = ((tables.prefix_ML == -1) | (tables.prefix_ML == tails_ML)).all(1)
+            rows_M, ids_M = _select(rows_of, tables.word_seats_M[hit_M], tables.last_ids_M[hit_M])
+            _add(logits_NV, rows_M, ids_M, np.full(len(ids_M), -math.inf, dtype=np.float32))
+        rows_of[seats_N] = -1
+
+    def append(self, seats_N: Ints, tokens_N: Ints) -> None:
+        """The tokens that these seats generated in this step."""
+        if self._tails_SL.shape[1]:
+            self._tails_SL[seats_N, :-1] = self._tails_SL[seats_N, 1:]
+            self._tails_SL[seats_N, -1] = tokens_N
+
+    def _compile(self, request: Request) -> _Entries | None:
+        params = request.params
+        bias = params.logit_bias or {}
+        single = {word[0] for word in request.bad_words if len(word) == 1}
+        stops = request.stop_ids if params.min_tokens else frozenset()
+        added = [(token, amount, _ALWAYS) for token, amount in bias.items()]
+        added += [(token, -math.inf, _ALWAYS) for token in sorted(single)]
+        added += [(token, -math.inf, params.min_tokens) for token in sorted(stops)]
+        added = [entry for entry in added if 0 <= entry[0] < self._vocab_size]
+        words = [word for word in request.bad_words if len(word) > 1 and 0 <= word[-1] < self._vocab_size]
+        allowed = {token for token in params.allowed_token_ids or () if 0 <= token < self._vocab_size}
+        if not (added or words or allowed):
+            return None
+        prefix_ML = np.full((len(words), max((len(word) - 1 for word in words), default=0)), -1, dtype=np.int64)
+        for row_L, word in zip(prefix_ML, words, strict=True):
+            row_L[len(row_L) - len(word) + 1 :] = word[:-1]
+        return _Entries(
+            np.array([entry[0] for entry in added], dtype=np.int64),
+            np.array([entry[1] for entry in added], dtype=np.float32),
+            np.array([entry[2] for entry in added], dtype=np.int64),
+            np.array(sorted(allowed), dtype=np.int64),
+            np.array([word[-1] for word in words], dtype=np.int64),
+            prefix_ML,
+        )
+
+    def _join_tables(self) -> _Tables:
+        seats = np.fromiter(self._entries, dtype=np.int64, count=len(self._entries))
+        entries = list(self._entries.values())
+        length = self._tails_SL.shape[1]
+        prefixes = [_left_pad(entry.prefix_ML, length) for entry in entries]
+
+        def seats_of(values_of: Callable[[_Entries], Ints]) -> Ints:
+            return np.repeat(seats, [len(values_of(entry)) for entry in entries])
+
+        return _Tables(
+            seats_of(lambda entry: entry.added_ids_M),
+            np.concatenate([entry.added_ids_M for entry in entries]),
+            np.concatenate([entry.added_M for entry in entries]),
+            np.concatenate([entry.until_M for entry in entries]),
+            seats_of(lambda entry: entry.allowed_ids_M),
+            np.concatenate([entry.allowed_ids_M for entry in entries]),
+            seats_of(lambda entry: entry.last_ids_M),
+            np.concatenate([entry.last_ids_M for entry in entries]),
+            np.concatenate(prefixes),
+        )
+
+
+def _left_pad(prefix_ML: Ints, length: int) -> Ints:
+    return np.pad(prefix_ML, ((0, 0), (length - prefix_ML.shape[1], 0)), constant_values=-1)
+
+
+def _select(rows_of: Ints, seats_M: Ints, ids_M: Ints) -> tuple[Ints, Ints]:
+    """Rows and ids of the entries whose seat is in the step."""
+    rows_M = rows_of[seats_M]
+    here_M = rows_M >= 0
+    return rows_M[here_M], ids_M[here_M]
+
+
+def _add(logits_NV: Tensor, rows_M: Ints, ids_M: Ints, amounts_M: npt.NDArray[np.float32]) -> None:
+    """Amounts for the same logit add up: a banned token stays banned whatever its bias."""
+    device = logits_NV.device
+    place = (torch.from_numpy(rows_M).to(device), torch.from_numpy(ids_M).to(device))
+    logits_NV.index_put_(place, torch.from_numpy(amounts_M).to(device), accumulate=True)
+
+
+def _keep_only(logits_NV: Tensor, rows_M: Ints, ids_M: Ints) -> None:
+    """Everything but the given ids becomes -inf in the rows that have any."""
+    device = logits_NV.device
+    place = (torch.from_numpy(rows_M).to(device), torch.from_numpy(ids_M).to(device))
+    kept_M = logits_NV[place]
+    logits_NV[torch.from_numpy(np.unique(rows_M)).to(device)] = -math.inf
+    logits_NV[place] = kept_M

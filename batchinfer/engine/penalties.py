@@ -1,0 +1,118 @@
+"""Repetition, presence and frequency penalties, with vLLM's meaning: repetition counts prompt and output, the other two
+the output alone; repetition comes first.
+
+What is kept per sequence is its distinct tokens, not a row over the vocabulary: memory and time follow the length of
+the text, and only sequences that use a penalty have any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from batchinfer.request import Request
+
+Ints = npt.NDArray[np.int64]
+_NONE = -1
+
+
+class Penalties:
+    """Seat-indexed: `join` when a sequence takes a seat, `apply` before tokens are chosen, `append` after.
+
+    Legend: P places, one per sequence with penalties · L distinct tokens · M such tokens of all rows together.
+    """
+
+    def __init__(self, max_num_seqs: int, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._places = np.full(max_num_seqs, _NONE, dtype=np.int64)  # by seat
+        self._free: list[int] = []
+        self._tokens_PL = np.zeros((0, 0), dtype=np.int32)
+        self._counts_PL = np.zeros((0, 0), dtype=np.int32)  # how often in the output; 0 for tokens of the prompt alone
+        self._lengths_P = np.zeros(0, dtype=np.int64)
+        self._amounts_P3 = np.zeros((0, 3), dtype=np.float32)  # repetition, presence, frequency
+
+    def join(self, seat: int, request: Request, output: Sequence[int]) -> bool:
+        """Replace what `seat` had; whether this request has any penalty."""
+        if self._places[seat] != _NONE:
+            self._free.append(int(self._places[seat]))
+            self._places[seat] = _NONE
+        params = request.params
+        amounts = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
+        if amounts == (1.0, 0.0, 0.0):
+            return False
+        prompt = np.array(request.prompt if params.repetition_penalty != 1.0 else [], dtype=np.int64)
+        both = np.concatenate([np.array(output, dtype=np.int64), prompt])
+        tokens_L, inverse = np.unique(both, return_inverse=True)
+        counts_L = np.bincount(inverse[: len(output)], minlength=len(tokens_L))
+        known_L = (tokens_L >= 0) & (tokens_L < self._vocab_size)
+        tokens_L, counts_L = tokens_L[known_L], counts_L[known_L]
+        if not self._free:
+            self._more_places()
+        place = self._free.pop()
+        self._more_tokens(len(tokens_L))
+        self._places[seat] = place
+        self._lengths_P[place] = len(tokens_L)
+        self._tokens_PL[place, : len(tokens_L)] = tokens_L
+        self._counts_PL[place, : len(tokens_L)] = counts_L
+        self._amounts_P3[place] = amounts
+        return True
+
+    def apply(self, logits_NV: Tensor, rows_R: Ints, seats_R: Ints) -> None:
+        """Penalise in place the given rows, which belong to the given seats."""
+        places_R = self._places[seats_R]
+        lengths_R = self._lengths_P[places_R]
+        filled_RL = np.arange(lengths_R.max(initial=0)) < lengths_R[:, None]
+        width = filled_RL.shape[1]
+        tokens_M = self._tokens_PL[places_R, :width][filled_RL]
+        counts_M = self._counts_PL[places_R, :width][filled_RL]
+        amounts_M3 = np.repeat(self._amounts_P3[places_R], lengths_R, axis=0)
+        flat_M = np.repeat(rows_R, lengths_R) * logits_NV.shape[1] + tokens_M
+        repetition_M, presence_M, frequency_M = (_to(amounts, logits_NV) for amounts in amounts_M3.T)
+        count_M = _to(counts_M, logits_NV).float()
+        index_M = _to(flat_M, logits_NV)
+        flat = logits_NV.view(-1)
+        values_M = flat[index_M]
+        values_M = torch.where(values_M > 0, values_M / repetition_M, values_M * repetition_M)
+        values_M -= frequency_M * count_M
+        values_M -= presence_M * (count_M > 0)
+        flat[index_M] = values_M
+
+    def append(self, seats_R: Ints, tokens_R: Ints) -> None:
+        """The tokens that these seats generated in this step."""
+        places_R = self._places[seats_R]
+        lengths_R = self._lengths_P[places_R]
+        self._more_tokens(int(lengths_R.max(initial=0)) + 1)
+        width = int(lengths_R.max(initial=0))
+        same_RL = self._tokens_PL[places_R, :width] == tokens_R[:, None]
+        same_RL &= np.arange(width) < lengths_R[:, None]
+        known_R = same_RL.any(1)
+        column_R = np.where(known_R, same_RL.argmax(1) if width else 0, lengths_R)
+        fresh_P = places_R[~known_R]
+        self._tokens_PL[fresh_P, column_R[~known_R]] = tokens_R[~known_R]
+        self._counts_PL[fresh_P, column_R[~known_R]] = 0
+        self._lengths_P[fresh_P] += 1
+        self._counts_PL[places_R, column_R] += 1
+
+    def _more_places(self) -> None:
+        old = len(self._lengths_P)
+        added = max(8, old)
+        self._free.extend(range(old + added - 1, old - 1, -1))
+        self._tokens_PL = np.pad(self._tokens_PL, ((0, added), (0, 0)))
+        self._counts_PL = np.pad(self._counts_PL, ((0, added), (0, 0)))
+        self._lengths_P = np.pad(self._lengths_P, (0, added))
+        self._amounts_P3 = np.pad(self._amounts_P3, ((0, added), (0, 0)))
+
+    def _more_tokens(self, needed: int) -> None:
+        width = self._tokens_PL.shape[1]
+        if needed > width:
+            added = max(needed, min(2 * width, self._vocab_size), 64) - width
+            self._tokens_PL = np.pad(self._tokens_PL, ((0, 0), (0, added)))
+            self._counts_PL = np.pad(self._counts_PL, ((0, 0), (0, added)))
+
+
+def _to(values: npt.NDArray[np.generic], like: Tensor) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values)).to(like.device)

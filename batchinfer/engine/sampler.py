@@ -1,0 +1,177 @@
+"""From logits to tokens, for all rows of a step at once.
+
+What a request asks for is compiled when its sequence takes a seat, into seat-indexed arrays. A step then looks at one
+byte per row to see which of the rarer stages run at all: with none, sampling is one argmax. The order is vLLM's:
+allowed ids, bad words, min_tokens, bias, penalties; then greedy, or temperature, min_p, top_k, top_p and the draw.
+
+The result of a row depends on its logits, its request and its position alone: see `draw` and `philox`.
+
+N rows that sample · V vocabulary · R rows that a stage is for
+"""
+
+from __future__ import annotations
+
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from batchinfer.engine.draw import Filters, argmax, draw, log_sum_exp, ranked
+from batchinfer.engine.edits import LogitEdits
+from batchinfer.engine.penalties import Penalties
+from batchinfer.engine.philox import uniforms
+from batchinfer.engine.plan import Join, StepResult
+from batchinfer.request import Request, SamplingParams, TokenLogprob
+
+Ints = npt.NDArray[np.int64]
+
+_RANDOM, _EDITED, _PENALISED, _LOGPROBS, _REFUSED = 1, 2, 4, 8, 16
+_COLDEST = 1e-5  # below this temperature is greedy: the quotient would be all overflow (vLLM's limit)
+_NOT_FINITE = "the model's logits are not finite (NaN or infinity); if it recurs, compute in float32 (engine.dtype)"
+_NOTHING_LEFT = "allowed_token_ids, bad_words, logit_bias and min_tokens together leave no token to choose"
+
+
+class _Seats:
+    """Sampling parameters by seat."""
+
+    def __init__(self, count: int) -> None:
+        self.flags = np.zeros(count, dtype=np.uint8)
+        self.prompt_tokens = np.zeros(count, dtype=np.int64)
+        self.keys = np.zeros(count, dtype=np.uint64)
+        self.temperature = np.ones(count, dtype=np.float32)
+        self.top_k = np.zeros(count, dtype=np.int64)
+        self.top_p = np.ones(count, dtype=np.float64)
+        self.min_p = np.zeros(count, dtype=np.float64)
+        self.num_logprobs = np.zeros(count, dtype=np.int64)
+
+    def join(self, seat: int, request: Request) -> None:
+        params = request.params
+        self.prompt_tokens[seat] = len(request.prompt)
+        self.keys[seat] = request.key & 0xFFFF_FFFF_FFFF_FFFF
+        self.temperature[seat] = params.temperature
+        self.top_k[seat] = max(params.top_k, 0)
+        self.top_p[seat] = params.top_p
+        self.min_p[seat] = params.min_p
+        self.num_logprobs[seat] = params.logprobs or 0
+
+    def filters(self, seats_R: Ints, positions_R: Ints) -> Filters:
+        return Filters(
+            self.temperature[seats_R],
+            self.top_k[seats_R],
+            self.top_p[seats_R],
+            self.min_p[seats_R],
+            uniforms(self.keys[seats_R], positions_R),
+        )
+
+
+class Sampler:
+    """`join` for every sequence that takes a seat, then `sample` once per step."""
+
+    def __init__(self, max_num_seqs: int, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._seats = _Seats(max_num_seqs)
+        self._edits = LogitEdits(max_num_seqs, vocab_size)
+        self._penalties = Penalties(max_num_seqs, vocab_size)
+        self._refusals: dict[int, str] = {}
+
+    def join(self, join: Join) -> None:
+        """Take in a sequence's parameters. Those that do not suit this model make its first sample fail."""
+        seat, request, output = join
+        params = request.params
+        self._seats.join(seat, request)
+        refusal = self._refusal(params)
+        self._refusals[seat] = refusal
+        edited = self._edits.join(seat, request, output)
+        penalised = self._penalties.join(seat, request, output)
+        self._seats.flags[seat] = (
+            _RANDOM * (params.temperature >= _COLDEST and params.top_k != 1)
+            | _EDITED * edited
+            | _PENALISED * penalised
+            | _LOGPROBS * (params.logprobs is not None)
+            | _REFUSED * bool(refusal)
+        )
+
+    def sample(self, logits_NV: Tensor, seats: Ints, positions: Ints) -> StepResult:
+        """One token per row. logits_NV is float32 and may be overwritten.
+
+        seats [N]: whose row it is, each at most once. positions [N]: where in its sequence the sampled token goes.
+        """
+        flags_N = self._seats.flags[seats]
+        asked = int(np.bitwise_or.reduce(flags_N, initial=0))
+        values_N, tokens_N = argmax(logits_NV)
+        failed = dict.fromkeys((~values_N.isfinite()).nonzero()[:, 0].tolist(), _NOT_FINITE)
+        if asked & _REFUSED:
+            failed |= {int(row): self._refusals[int(seats[row])] for row in np.nonzero(flags_N & _REFUSED)[0]}
+        if asked == 0:
+            return StepResult(tokens_N.tolist(), None, failed or None)
+        edits_logits = asked & (_EDITED | _PENALISED)
+        raw_NV, largest_N = logits_NV, values_N
+        if edits_logits:
+            raw_NV = logits_NV.clone() if asked & _LOGPROBS else logits_NV
+            values_N, tokens_N = self._edit(logits_NV, seats, positions, flags_N)
+            empty = (~values_N.isfinite()).nonzero()[:, 0].tolist()
+            failed = dict.fromkeys(empty, _NOTHING_LEFT) | failed
+        sound_N = np.ones(len(seats), dtype=bool)
+        sound_N[list(failed)] = False
+        if asked & _RANDOM:
+            rows_R = np.nonzero(sound_N & ((flags_N & _RANDOM) != 0))[0]
+            index_R = _index(rows_R, logits_NV)
+            tokens_N[index_R] = draw(logits_NV, rows_R, self._seats.filters(seats[rows_R], positions[rows_R]))
+        tokens = tokens_N.cpu().numpy()
+        if edits_logits:
+            self._append(seats, tokens, flags_N)
+        logprobs = None
+        if asked & _LOGPROBS:
+            rows_R = np.nonzero(sound_N & ((flags_N & _LOGPROBS) != 0))[0]
+            logprobs = self._logprobs(raw_NV, largest_N, seats, tokens, rows_R)
+        return StepResult(tokens.tolist(), logprobs, failed or None)
+
+    def _edit(
+        self, logits_NV: Tensor, seats: Ints, positions: Ints, flags_N: npt.NDArray[np.uint8]
+    ) -> tuple[Tensor, Tensor]:
+        if np.any(flags_N & _EDITED):
+            self._edits.apply(logits_NV, seats, positions - self._seats.prompt_tokens[seats])
+        rows_R = np.nonzero(flags_N & _PENALISED)[0]
+        if len(rows_R):
+            self._penalties.apply(logits_NV, rows_R, seats[rows_R])
+        return argmax(logits_NV)
+
+    def _append(self, seats: Ints, tokens: Ints, flags_N: npt.NDArray[np.uint8]) -> None:
+        for flag, stage in ((_EDITED, self._edits), (_PENALISED, self._penalties)):
+            rows_R = np.nonzero(flags_N & flag)[0]
+            if len(rows_R):
+                stage.append(seats[rows_R], tokens[rows_R])
+
+    def _logprobs(
+        self, raw_NV: Tensor, largest_N: Tensor, seats: Ints, tokens: Ints, rows_R: Ints
+    ) -> list[TokenLogprob | None]:
+        """Log-softmax of the unmodified logits, for the rows that asked."""
+        result: list[TokenLogprob | None] = [None] * len(seats)
+        if len(rows_R) == 0:
+            return result
+        index_R = _index(rows_R, raw_NV)
+        raw_RV = raw_NV if len(rows_R) == len(seats) else raw_NV[index_R]
+        norm_R1 = log_sum_exp(raw_RV, largest_N[index_R])[:, None]
+        counts_R = self._seats.num_logprobs[seats[rows_R]]
+        values_RK, ids_RK = ranked(raw_RV, int(counts_R.max()))
+        chosen_R1 = _index(tokens[rows_R], raw_NV)[:, None]
+        chosen = (raw_RV.gather(1, chosen_R1).double() - norm_R1)[:, 0].tolist()
+        best = (values_RK.double() - norm_R1).tolist()
+        ids = ids_RK.tolist()
+        for place, (row, count) in enumerate(zip(rows_R.tolist(), counts_R.tolist(), strict=True)):
+            top = tuple(zip(ids[place][:count], best[place][:count], strict=True))
+            result[row] = TokenLogprob(int(tokens[row]), chosen[place], top)
+        return result
+
+    def _refusal(self, params: SamplingParams) -> str:
+        """Why this model cannot honour these parameters; empty if it can."""
+        for name, ids in (("logit_bias", params.logit_bias), ("allowed_token_ids", params.allowed_token_ids)):
+            wrong = [token for token in ids or () if not 0 <= token < self._vocab_size]
+            if wrong:
+                return f"{name} names token {wrong[0]}, and the model's vocabulary has {self._vocab_size} tokens"
+        return ""
+
+
+def _index(values: Ints, like: Tensor) -> Tensor:
+    return torch.from_numpy(values).to(like.device)
