@@ -1,0 +1,280 @@
+"""JSON lines: one full scan that finds rows, types and places to seek to, then rows by range, then writing.
+
+A column has the one type that all its values have (null fits any; integers and floats make double). Everything else,
+nested values, mixed types, integers beyond 64 bits, is carried as JSON text in a string column, and lines that are
+written embed it again as JSON. A key that a line lacks is null. Of a key given twice the last counts.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import re
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pyarrow as pa
+import zstandard
+
+from batchinfer.errors import InputError, InvalidInput, RowError
+from batchinfer.io.inputs import Column, FileScan, Format, IndexEntry, InputFile, RowBatch, Span
+from batchinfer.io.lines import MAX_LINE_BYTES, Line, compressed, read_lines
+from batchinfer.io.source import Source
+
+INDEX_ROWS = 4096
+_MAX_COLUMNS = 10_000
+_MAX_SHAPES = 4096
+_INT64 = 1 << 63
+_EXACT = 1 << 53
+# orjson reads an integer beyond 64 bits as a double, and writes a double of that size with such an exponent
+_HUGE = re.compile(rb"e(?:19|[2-9][0-9]|[1-3][0-9][0-9])(?![0-9])")
+
+_KINDS: dict[type, str] = {str: "string", int: "int", float: "double", bool: "bool", list: "nested", dict: "nested"}
+_TYPES: dict[str, pa.DataType] = {
+    "string": pa.string(),
+    "int": pa.int64(),
+    "wide": pa.int64(),
+    "double": pa.float64(),
+    "bool": pa.bool_(),
+}
+
+BATCH_COLUMNS = ("custom_id", "method", "url", "body")
+
+
+def parse(raw: bytes | None) -> dict[str, Any]:
+    """The object on a line. Raises InvalidInput that says what is wrong with it."""
+    if raw is None:
+        raise InvalidInput(f"line is longer than {MAX_LINE_BYTES >> 20} MB")
+    try:
+        value = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise InvalidInput(f"malformed JSON: {error.msg} at column {error.colno}") from None
+    if type(value) is not dict:
+        raise InvalidInput(f"a line must be a JSON object, this one is {_describe(value)}")
+    return value
+
+
+def _describe(value: Any) -> str:
+    return "null" if value is None else f"a {_KINDS[type(value)]}" if not isinstance(value, list) else "a list"
+
+
+class _Types:
+    """Which kinds of value each key has, and on which line each was first seen.
+
+    Rows mostly have one of a few shapes (keys and types of values): a shape is looked at once.
+    """
+
+    def __init__(self) -> None:
+        self.seen: dict[str, dict[str, int]] = {}
+        self._shapes: dict[tuple[Any, ...], tuple[str, ...]] = {}
+
+    def add(self, row: dict[str, Any], line: int) -> None:
+        shape = (*row, *map(type, row.values()))
+        numbers = self._shapes.get(shape)
+        if numbers is None:
+            numbers = self._new(row, line)
+            if len(self._shapes) < _MAX_SHAPES:
+                self._shapes[shape] = numbers
+        for name in numbers:
+            value = row[name]
+            if not -_EXACT <= value <= _EXACT:
+                self._large(name, value, line)
+
+    def _new(self, row: dict[str, Any], line: int) -> tuple[str, ...]:
+        for name, value in row.items():
+            kinds = self.seen.setdefault(name, {})
+            if value is not None:
+                kinds.setdefault(_KINDS[type(value)], line)
+        return tuple(name for name, value in row.items() if type(value) in (int, float))
+
+    def _large(self, name: str, value: float, line: int) -> None:
+        if not -_INT64 <= value < _INT64:
+            self.seen[name].setdefault("huge", line)
+        elif type(value) is int:
+            self.seen[name].setdefault("wide", line)
+
+
+def scan(source: Source, form: Format, limit: int | None = None) -> FileScan:
+    """Reads every line (or the first `limit` rows) once. Raises InputError if no line of a file is an object."""
+    size, etag = source.stat()
+    seekable = not compressed(source)
+    types = _Types()
+    index: list[IndexEntry] = []
+    rows = good = 0
+    first_error = ""
+    for lines in read_lines(source):
+        for line in lines[: None if limit is None else limit - rows]:
+            if seekable and rows and rows % INDEX_ROWS == 0:
+                index.append(IndexEntry(rows, line.offset, line.number))
+            rows += 1
+            try:
+                types.add(parse(line.raw), line.number)
+                good += 1
+            except InvalidInput as error:
+                first_error = first_error or f"line {line.number}: {error}"
+        if rows == limit:
+            break
+        if len(types.seen) > _MAX_COLUMNS:
+            raise InputError(f"{source.url}: more than {_MAX_COLUMNS} different keys: these are not rows of a table")
+    source.check(size, etag, "changed while it was read")
+    if rows and not good:
+        raise InputError(f"{source.url}: no line is a JSON object; {first_error}")
+    columns = _batch_columns(source.url) if form == "openai-batch" else _columns(source.url, types)
+    return FileScan(InputFile(source.url, form, size, etag, rows, tuple(index)), columns)
+
+
+def _batch_columns(url: str) -> tuple[Column, ...]:
+    return tuple(Column(pa.field(name, pa.string()), url, lines=True, json=name == "body") for name in BATCH_COLUMNS)
+
+
+def _columns(url: str, types: _Types) -> tuple[Column, ...]:
+    columns = []
+    for name, kinds in types.seen.items():
+        found = {_TYPES.get(kind) for kind in kinds}
+        if found == {pa.int64(), pa.float64()} and "wide" not in kinds:
+            found = {pa.float64()}
+        scalar = len(found) == 1 and None not in found
+        kind = found.pop() if scalar else pa.string() if found else pa.null()
+        where = f"{url}:{next(iter(kinds.values()), 1)}"
+        text = bool(kinds) and not scalar
+        mixed = text and set(kinds) != {"nested"}
+        columns.append(Column(pa.field(name, kind), where, True, text, mixed, "wide" in kinds))
+    return tuple(columns)
+
+
+def read(
+    source: Source, file: InputFile, schema: pa.Schema, text_json: Collection[str], spans: Iterable[Span]
+) -> Iterator[tuple[Span, RowBatch]]:
+    """The rows of ascending spans. Skips by the index where there is one, else by reading over lines unparsed."""
+    batch = file.format == "openai-batch"
+    cursor = _Cursor(source, file)
+    for span in spans:
+        rows: list[dict[str, Any]] = []
+        raws: list[bytes | None] = []
+        errors: dict[int, RowError] = {}
+        for line in cursor.take(span.start, span.count):
+            raws.append(line.raw)
+            try:
+                rows.append(parse(line.raw))
+                if batch:
+                    _check_request(rows[-1])
+            except InvalidInput as error:
+                errors[len(raws) - 1] = InvalidInput(f"{source.url}:{line.number}: {error}")
+                identity = rows[-1].get("custom_id") if len(rows) == len(raws) else None
+                del rows[len(raws) - 1 :]
+                rows.append({"custom_id": identity} if isinstance(identity, str) else {})
+        yield span, RowBatch(_table(source.url, schema, text_json, rows, raws), errors)
+
+
+class _Cursor:
+    """A position among the rows of a file of lines that only moves forward."""
+
+    def __init__(self, source: Source, file: InputFile) -> None:
+        self._source = source
+        self._index = file.index
+        self._row = 0
+        self._lines: list[Line] = []
+        self._blocks = read_lines(source)
+
+    def take(self, start: int, count: int) -> list[Line]:
+        self._seek(start)
+        taken: list[Line] = []
+        while len(taken) < count:
+            taken += self._next(count - len(taken))
+        return taken
+
+    def _seek(self, start: int) -> None:
+        nearest = max((entry for entry in self._index if entry.row <= start), default=None)
+        if nearest is not None and nearest.row > self._row + len(self._lines):
+            self._row, self._lines = nearest.row, []
+            self._blocks = read_lines(self._source, nearest)
+        while self._row < start:
+            self._next(start - self._row)
+
+    def _next(self, most: int) -> list[Line]:
+        while not self._lines:
+            lines = next(self._blocks, None)
+            if lines is None:
+                raise InputError(f"{self._source.url}: changed while it was read: it now ends after {self._row} rows")
+            self._lines = lines
+        taken, self._lines = self._lines[:most], self._lines[most:]
+        self._row += len(taken)
+        return taken
+
+
+def _check_request(row: dict[str, Any]) -> None:
+    """What a line of OpenAI's batch format must have: https://platform.openai.com/docs/api-reference/batch."""
+    if not isinstance(row.get("custom_id"), str):
+        raise InvalidInput("custom_id must be a string")
+    for name in ("method", "url"):
+        if not isinstance(row.get(name), str | None):
+            raise InvalidInput(f"{name} must be a string")
+    if not isinstance(row.get("body"), dict):
+        raise InvalidInput("body must be a JSON object")
+
+
+def _table(
+    url: str, schema: pa.Schema, text_json: Collection[str], rows: list[dict[str, Any]], raws: list[bytes | None]
+) -> pa.Table:
+    columns = []
+    for field in schema:
+        name = field.name
+        values = [row.get(name) for row in rows]
+        if name in text_json:
+            values = [None if v is None else _json_text(v, name, raw) for v, raw in zip(values, raws, strict=True)]
+        try:
+            columns.append(pa.array(values, field.type))
+        except (pa.ArrowException, OverflowError, TypeError) as error:
+            # the scan has seen every value: only another file can hold another type
+            raise InputError(f"{url}: changed while it was read: column {name!r}: {error}") from error
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def from_text(text: str) -> Any:
+    """The value of a JSON text. A bare number beyond 64 bits keeps all its digits."""
+    if len(text) > 18 and text[0] in "-0123456789":
+        return json.loads(text)
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return json.loads(text)
+
+
+def _json_text(value: Any, name: str, raw: bytes | None) -> str:
+    text = orjson.dumps(value)
+    if raw is not None and _HUGE.search(text):
+        try:
+            # Python's own parser keeps integers of any size
+            return json.dumps(json.loads(raw)[name], ensure_ascii=False, separators=(",", ":"))
+        except (ValueError, RecursionError):  # thousands of digits, or nested too deep for it
+            pass
+    return text.decode()
+
+
+def write(path: Path, rows: Iterator[dict[str, Any]], compression: str | None) -> None:
+    """One object per line. Compressed bytes carry no time and no name."""
+    with _compressor(path, compression) as file:
+        for row in rows:
+            file.write(orjson.dumps(row, default=_plain, option=orjson.OPT_APPEND_NEWLINE))
+
+
+@contextmanager
+def _compressor(path: Path, compression: str | None) -> Iterator[Any]:
+    with path.open("wb") as file:
+        if compression == "gzip":
+            with gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0, compresslevel=6) as packed:
+                yield packed
+        elif compression == "zstd":
+            with zstandard.ZstdCompressor(level=3).stream_writer(file, closefd=False) as packed:
+                yield packed
+        else:
+            yield file
+
+
+def _plain(value: Any) -> str:
+    """What JSON has no type for: bytes in base64, decimal numbers and durations as text."""
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)

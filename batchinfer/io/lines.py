@@ -1,0 +1,108 @@
+"""A file of lines as a stream: decompression, splitting, and lines too long to hold."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import zstandard
+
+from batchinfer.errors import InputError
+from batchinfer.io.inputs import IndexEntry
+from batchinfer.io.source import Source
+
+MAX_LINE_BYTES = 64 << 20
+_GZIP = b"\x1f\x8b"
+_ZSTD = b"\x28\xb5\x2f\xfd"
+_UTF8_MARK = b"\xef\xbb\xbf"
+_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+# compressed bytes per call: what one call returns is then bounded, whatever the ratio
+_FEED_BYTES = 8 << 10
+
+
+class Line(NamedTuple):
+    """A line that is not blank: its number, from 1, its byte offset, and its content, None above MAX_LINE_BYTES."""
+
+    number: int
+    offset: int
+    raw: bytes | None
+
+
+def compressed(source: Source) -> bool:
+    return source.read_at(0, 4).startswith((_GZIP, _ZSTD))
+
+
+def read_lines(source: Source, entry: IndexEntry | None = None) -> Iterator[list[Line]]:
+    """Lines that are not blank, in lists of a few MB, from the start or from an index entry of an uncompressed file.
+
+    What the first bytes say decides about compression, not the name. Offsets mean nothing in a compressed file.
+    Raises InputError for UTF-16 and for damaged or truncated compression.
+    """
+    if entry is not None and entry.offset:
+        yield from _split(source.blocks(entry.offset), entry.offset, entry.line)
+        return
+    head = source.read_at(0, 4)
+    blocks = source.blocks()
+    if head.startswith(_GZIP):
+        blocks = _decompress(source.url, blocks, "gzip")
+    elif head.startswith(_ZSTD):
+        blocks = _decompress(source.url, blocks, "zstd")
+    yield from _split(_without_mark(source.url, blocks), 0, 1)
+
+
+def _without_mark(url: str, blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """Replaces a UTF-8 byte order mark by blanks, which keeps offsets as they are."""
+    first = next(blocks, b"")
+    if first.startswith(_UTF16_MARKS):
+        raise InputError(f"{url}: is UTF-16; convert it to UTF-8")
+    yield b"   " + first[3:] if first.startswith(_UTF8_MARK) else first
+    yield from blocks
+
+
+def _split(blocks: Iterator[bytes], offset: int, number: int) -> Iterator[list[Line]]:
+    rest = b""
+    too_long = 0  # bytes dropped so far of a line that is too long
+    for block in blocks:
+        pieces = (rest + block).split(b"\n")
+        rest = pieces.pop()
+        lines = []
+        for raw in pieces:
+            if too_long or len(raw) > MAX_LINE_BYTES:
+                lines.append(Line(number, offset, None))
+            elif raw and not raw.isspace():
+                lines.append(Line(number, offset, raw))
+            offset += too_long + len(raw) + 1
+            too_long = 0
+            number += 1
+        if too_long or len(rest) > MAX_LINE_BYTES:
+            too_long += len(rest)
+            rest = b""
+        yield lines
+    if too_long or (rest and not rest.isspace()):
+        yield [Line(number, offset, None if too_long else rest)]
+
+
+def _decompress(url: str, blocks: Iterator[bytes], kind: str) -> Iterator[bytes]:
+    """All members or frames of a compressed file, one after the other."""
+    decoder: Any = None
+    try:
+        for block in blocks:
+            for start in range(0, len(block), _FEED_BYTES):
+                data = block[start : start + _FEED_BYTES]
+                while data:
+                    if decoder is None or decoder.eof:
+                        decoder = _decoder(kind)
+                    if output := decoder.decompress(data):
+                        yield output
+                    data = decoder.unused_data if decoder.eof else b""
+    except (zlib.error, zstandard.ZstdError) as error:
+        raise InputError(f"{url}: damaged {kind} data: {error}") from error
+    if decoder is not None and not decoder.eof:
+        raise InputError(f"{url}: the {kind} data ends early: the file is truncated")
+
+
+def _decoder(kind: str) -> Any:
+    if kind == "gzip":
+        return zlib.decompressobj(wbits=31)
+    return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()

@@ -1,0 +1,215 @@
+"""Rows in and out: `scan` finds what there is, `stream` reads it in bounded memory, `write_rows` writes one part."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import queue
+import threading
+from collections.abc import Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import orjson
+import pyarrow as pa
+
+from batchinfer.errors import InputError, SpecError, SpoolError
+from batchinfer.io import jsonl, parquet
+from batchinfer.io.inputs import FileScan, Format, IndexEntry, InputFile, Inputs, RowBatch, Span, unify
+from batchinfer.io.source import Source, Sources
+from batchinfer.spec import InputSpec, StorageSpec
+
+T = TypeVar("T")
+
+__all__ = [
+    "IndexEntry",
+    "InputFile",
+    "Inputs",
+    "RowBatch",
+    "Span",
+    "rows_of",
+    "scan",
+    "stream",
+    "write_rows",
+]
+
+_SUFFIXES: dict[str, Format] = {
+    ".parquet": "parquet",
+    ".jsonl": "jsonl",
+    ".jsonl.gz": "jsonl",
+    ".jsonl.zst": "jsonl",
+    ".ndjson": "jsonl",
+}
+_SCAN_THREADS = 8
+_WRITE_ROWS = 1000
+
+
+def scan(spec: InputSpec, storage: StorageSpec) -> Inputs:
+    """Expands patterns, counts rows and finds the one schema of all files.
+
+    Files keep the order of `spec.path`; those of one pattern are sorted, and none is taken twice. Parquet files are
+    known from their footers; lines are read once from end to end, unless a limit without a filter needs fewer. A file
+    without rows is no error.
+    Raises InputMissing, SpecError (a format that the name does not tell), InputError (schema drift, damaged files).
+    """
+    sources = Sources(storage)
+    urls = list(dict.fromkeys(url for pattern in spec.path for url in sources.expand(pattern)))
+    formats = {url: spec.format or _format(url) for url in urls}
+    if spec.limit is not None and spec.where is None:
+        return unify(_first_rows(sources, formats, spec.limit))
+    with ThreadPoolExecutor(_SCAN_THREADS) as pool:
+        return unify(pool.map(lambda url: _scan_file(sources, url, formats[url], None), urls))
+
+
+def _format(url: str) -> Format:
+    name = url.lower().rpartition("/")[2]
+    for suffix, form in _SUFFIXES.items():
+        if name.endswith(suffix):
+            return form
+    raise SpecError(
+        f"input.path: the name of {url} does not tell its format ({', '.join(_SUFFIXES)}): set input.format"
+    )
+
+
+def _first_rows(sources: Sources, formats: dict[str, Format], limit: int) -> Iterator[FileScan]:
+    for url, form in formats.items():
+        found = _scan_file(sources, url, form, limit)
+        yield found
+        limit -= found.file.rows
+        if not limit:
+            return
+
+
+def _scan_file(sources: Sources, url: str, form: Format, limit: int | None) -> FileScan:
+    with sources.open(url) as source:
+        return parquet.scan(source, limit) if form == "parquet" else jsonl.scan(source, form, limit)
+
+
+def stream(
+    inputs: Inputs, spans: Iterable[Span], storage: StorageSpec, read_ahead: int = 2
+) -> Iterator[tuple[Span, RowBatch]]:
+    """The rows of spans, in the order given: files in any order, spans of one file ascending, gaps allowed.
+
+    One thread reads ahead by up to `read_ahead` spans, and pulls `spans` as it goes; memory holds that many, the one
+    that was yielded and the one being read. Closing the iterator stops the thread.
+    Raises InputError for a file that is not what `scan` saw, before or after its rows are read.
+    """
+    return _ahead(_read(inputs, spans, Sources(storage)), read_ahead)
+
+
+def _read(inputs: Inputs, spans: Iterable[Span], sources: Sources) -> Iterator[tuple[Span, RowBatch]]:
+    for number, group in itertools.groupby(spans, key=lambda span: span.file):
+        file = inputs.files[number]
+        with sources.open(file.url) as source:
+            source.check(file.size, file.etag, "changed since the job was planned")
+            yield from _read_file(source, file, inputs, group)
+
+
+def _read_file(
+    source: Source, file: InputFile, inputs: Inputs, spans: Iterable[Span]
+) -> Iterator[tuple[Span, RowBatch]]:
+    changed = (file.size, file.etag, "changed while it was read")
+    try:
+        if file.format == "parquet":
+            yield from parquet.read(source, inputs.schema, spans)
+        else:
+            yield from jsonl.read(source, file, inputs.schema, inputs.text_json, spans)
+    except InputError:
+        source.check(*changed)  # the reason, if it is one
+        raise
+    source.check(*changed)
+
+
+class _End:
+    """What the reading thread puts last: the error that ended it, or None."""
+
+    def __init__(self, error: BaseException | None) -> None:
+        self.error = error
+
+
+def _ahead(items: Iterator[T], depth: int) -> Iterator[T]:
+    ready: queue.Queue[T | _End] = queue.Queue(max(depth, 1))
+    stopped = threading.Event()
+
+    def put(item: T | _End) -> None:
+        placed = False
+        while not placed and not stopped.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put(item, timeout=0.1)
+                placed = True
+
+    def pump() -> None:
+        error: BaseException | None = None
+        try:
+            for item in items:
+                put(item)
+                if stopped.is_set():
+                    break
+        except BaseException as caught:
+            error = caught
+        finally:
+            close = getattr(items, "close", None)
+            if close is not None:
+                close()
+        put(_End(error))
+
+    thread = threading.Thread(target=pump, name="read-ahead", daemon=True)
+    thread.start()
+    try:
+        while not isinstance(item := ready.get(), _End):
+            yield item
+        if item.error is not None:
+            raise item.error
+    finally:
+        stopped.set()
+        # a request that hangs must not hold up a drain: the thread ends with it
+        thread.join(timeout=1.0)
+
+
+def rows_of(table: pa.Table, columns: Iterable[str], text_json: Collection[str] = ()) -> list[dict[str, Any]]:
+    """The rows as Python values, with JSON text parsed. Values that Python has no type for become text."""
+    names = list(columns)
+    values = [_values(table.column(name), name in text_json) for name in names]
+    if not names:
+        return [{} for _ in range(table.num_rows)]
+    return [dict(zip(names, row, strict=True)) for row in zip(*values, strict=True)]
+
+
+def _values(column: pa.ChunkedArray, is_json: bool) -> list[Any]:
+    if is_json:
+        return [None if text is None else jsonl.from_text(text) for text in column.to_pylist()]
+    try:
+        values: list[Any] = column.to_pylist()
+    except (ValueError, OverflowError, KeyError):  # nanoseconds, years beyond 9999, a time zone that is not installed
+        values = column.cast(pa.string()).to_pylist()
+    return values
+
+
+def write_rows(
+    path: Path, table: pa.Table, form: str, compression: str | None, text_json: Collection[str] = ()
+) -> None:
+    """Write a part to local disk. Equal tables give equal bytes.
+
+    Lines carry JSON text as JSON, bytes in base64, times as ISO 8601 and, since JSON has no such numbers, NaN and
+    infinity as null. Raises SpoolError if the file cannot be written, and then leaves none.
+    """
+    try:
+        if form == "parquet":
+            parquet.write(path, table, compression)
+        elif compression == "snappy":
+            raise SpecError("output.compression: snappy goes with parquet; lines take zstd, gzip or none")
+        else:
+            jsonl.write(path, _lines(table, text_json), compression)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise SpoolError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _lines(table: pa.Table, text_json: Collection[str]) -> Iterator[dict[str, Any]]:
+    for start in range(0, table.num_rows, _WRITE_ROWS):
+        for row in rows_of(table.slice(start, _WRITE_ROWS), table.column_names):
+            for name in text_json:
+                if row.get(name) is not None:
+                    row[name] = orjson.Fragment(row[name])
+            yield row

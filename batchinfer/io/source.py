@@ -1,0 +1,237 @@
+"""Input files as bytes at offsets, wherever they are, and whether they are still what was planned."""
+
+from __future__ import annotations
+
+import glob
+import io
+import os
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from batchinfer.errors import InputError, InputMissing
+from batchinfer.io.filesystem import Retry, connect, local_path, protocol_of, translate
+from batchinfer.spec import StorageSpec
+
+BLOCK_BYTES = 1 << 20
+_SEQUENTIAL_BYTES = 4 << 20
+_CACHED_BLOCKS = 32
+_ETAGS = ("ETag", "etag", "md5Hash", "generation", "content_md5", "LastModified", "last_modified", "mtime", "created")
+
+
+class Stat(NamedTuple):
+    size: int
+    etag: str
+
+
+class Source:
+    """One file. Close it; a local file is held open. Raises InputMissing, AccessDenied, StorageError."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def stat(self) -> Stat:
+        raise NotImplementedError
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """Up to `length` bytes: fewer only at the end of the file."""
+        raise NotImplementedError
+
+    def arrow(self) -> pa.NativeFile:
+        """For pyarrow's readers."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        pass
+
+    def blocks(self, offset: int = 0) -> Iterator[bytes]:
+        """The content from `offset` to the end, in pieces of a few MB."""
+        while block := self.read_at(offset, _SEQUENTIAL_BYTES):
+            yield block
+            offset += len(block)
+
+    def check(self, size: int, etag: str, when: str) -> None:
+        """Raises InputError if the file is no longer the one that was planned."""
+        now = self.stat()
+        if now != (size, etag):
+            raise InputError(
+                f"{self.url}: {when} (it had {size} bytes and mark {etag!r}, now {now.size} and {now.etag!r}): "
+                "restore it, or start with another output.path"
+            )
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class LocalSource(Source):
+    def __init__(self, url: str, path: Path) -> None:
+        super().__init__(url)
+        self._path = path
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise translate(error, url) from error
+
+    def stat(self) -> Stat:
+        # by path and not by descriptor: a file that was replaced has changed too
+        try:
+            stat = self._path.stat()
+        except OSError as error:
+            raise translate(error, self.url) from error
+        return Stat(stat.st_size, str(stat.st_mtime_ns))
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        try:
+            return os.pread(self._descriptor, length, offset)
+        except OSError as error:
+            raise translate(error, self.url) from error
+
+    def arrow(self) -> pa.NativeFile:
+        return pa.OSFile(str(self._path), "rb")
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+class RemoteSource(Source):
+    """Every read is one range request with its own retries; nothing stays open between them."""
+
+    def __init__(self, url: str, filesystem: Any, retry: Retry) -> None:
+        super().__init__(url)
+        self._filesystem = filesystem
+        self._retry = retry
+        self._path = filesystem._strip_protocol(url)
+        self._size = self.stat().size
+
+    def stat(self) -> Stat:
+        info = self._retry(self.url, lambda: self._filesystem.info(self._path))
+        if info.get("type") == "directory" or info.get("size") is None:
+            raise InputMissing(f"{self.url}: not a file of known size")
+        mark = next((info[name] for name in _ETAGS if info.get(name) not in (None, "")), "")
+        return Stat(int(info["size"]), str(mark).strip('"'))
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        end = min(offset + length, self._size)
+        if end <= offset:
+            return b""
+        fetch = self._filesystem.cat_file
+        data: bytes = self._retry(self.url, lambda: fetch(self._path, start=offset, end=end))
+        return data
+
+    def arrow(self) -> pa.NativeFile:
+        return pa.PythonFile(_Seekable(self, self._size), mode="r")
+
+
+class _Seekable(io.RawIOBase):
+    """A remote file for pyarrow, which reads small pieces of many columns: whole blocks are fetched and a few kept."""
+
+    def __init__(self, source: RemoteSource, size: int) -> None:
+        self._source = source
+        self._size = size
+        self._position = 0
+        self._blocks: OrderedDict[int, bytes] = OrderedDict()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def size(self) -> int:
+        return self._size
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._position = offset + (0, self._position, self._size)[whence]
+        return self._position
+
+    def read(self, length: int | None = -1) -> bytes:
+        if length is None or length < 0:
+            length = self._size
+        end = min(self._position + length, self._size)
+        pieces = []
+        while self._position < end:
+            number, skip = divmod(self._position, BLOCK_BYTES)
+            piece = self._block(number)[skip : skip + end - self._position]
+            if not piece:
+                break
+            pieces.append(piece)
+            self._position += len(piece)
+        return b"".join(pieces)
+
+    def _block(self, number: int) -> bytes:
+        if number not in self._blocks:
+            self._blocks[number] = self._source.read_at(number * BLOCK_BYTES, BLOCK_BYTES)
+            if len(self._blocks) > _CACHED_BLOCKS:
+                self._blocks.popitem(last=False)
+        self._blocks.move_to_end(number)
+        return self._blocks[number]
+
+
+class Sources:
+    """Opens input files and expands patterns; one filesystem per protocol. May be used from several threads."""
+
+    def __init__(self, options: StorageSpec) -> None:
+        self._options = options
+        self._retry = Retry(f" (endpoint {options.endpoint})" if options.endpoint else "")
+        self._filesystems: dict[str, Any] = {}
+
+    def open(self, url: str) -> Source:
+        path = local_path(url)
+        if path is not None:
+            return LocalSource(url, path)
+        return RemoteSource(url, self._filesystem(url), self._retry)
+
+    def expand(self, pattern: str) -> list[str]:
+        """The files that a path, glob or directory names, sorted. A directory stands for the files directly in it."""
+        path = local_path(pattern)
+        found = self._remote(pattern) if path is None else _local(pattern, path)
+        if not found:
+            raise InputMissing(f"input.path: nothing matches {pattern}{self._retry.place if path is None else ''}")
+        return sorted(found)
+
+    def _filesystem(self, url: str) -> Any:
+        protocol = protocol_of(url)
+        if protocol not in self._filesystems:
+            self._filesystems[protocol] = connect(url, self._options)
+        return self._filesystems[protocol]
+
+    def _remote(self, pattern: str) -> list[str]:
+        filesystem = self._filesystem(pattern)
+        path = filesystem._strip_protocol(pattern)
+        if not glob.has_magic(path):
+            info = self._retry(pattern, lambda: filesystem.info(path))
+            if info.get("type") != "directory":
+                return [pattern]
+            path = f"{path.rstrip('/')}/*"
+        found = self._retry(pattern, lambda: filesystem.glob(path, detail=True))
+        files = [name for name, info in found.items() if info.get("type") != "directory"]
+        return [str(filesystem.unstrip_protocol(name)) for name in files if _visible(name)]
+
+
+def _local(pattern: str, path: Path) -> list[str]:
+    prefix = "file://" if pattern.startswith("file://") else ""
+    if path.is_dir():
+        return [f"{prefix}{entry}" for entry in path.iterdir() if entry.is_file() and _visible(entry.name)]
+    if path.exists():  # also a name with brackets in it
+        return [pattern]
+    try:
+        matches = glob.glob(str(path), recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
+    except OSError as error:
+        raise translate(error, pattern) from error
+    return [f"{prefix}{match}" for match in matches if Path(match).is_file() and _visible(match)]
+
+
+def _visible(name: str) -> bool:
+    """Not a marker or a hidden file, such as `_SUCCESS`."""
+    return not name.rpartition("/")[2].startswith((".", "_"))
