@@ -11,15 +11,15 @@ from __future__ import annotations
 from types import ModuleType
 from typing import NamedTuple
 
-from torch import Tensor
-
 from batchinfer_kernels import reference
 from batchinfer_kernels.reference.step_index import StepIndex
+from torch import Tensor
 
 __all__ = [
     "KVPair",
     "ScoreRule",
     "StepIndex",
+    "add_rms_norm",
     "gelu_mul",
     "kv_write",
     "paged_attention",
@@ -51,10 +51,13 @@ class ScoreRule(NamedTuple):
 
 
 def step_index(
-    block_tables_SB: Tensor, query_starts: list[int], lengths: list[int], slots_T: Tensor, block_size: int
+    slots_T: Tensor, block_tables_SB: Tensor, query_starts: list[int], lengths: list[int], cache: KVPair
 ) -> StepIndex:
-    """What `kv_write` and `paged_attention` of every layer share in one step; see layers.attention.StepInputs."""
-    made: StepIndex = _backend(slots_T).step_index(block_tables_SB, query_starts, lengths, slots_T, block_size)
+    """What `kv_write` and `paged_attention` of every layer share in one step; see layers.attention.StepInputs.
+
+    `cache` is any layer's: its shape counts, not its content.
+    """
+    made: StepIndex = _backend(slots_T).step_index(slots_T, block_tables_SB, query_starts, lengths, cache[0])
     return made
 
 

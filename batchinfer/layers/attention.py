@@ -1,14 +1,20 @@
 """Attention over the paged cache: fused QKV, optional QK norm, rope or none, window, soft cap.
 
 T tokens of a step · S sequences · N sampled rows, or blocks of the cache · B blocks per table, or slots per block ·
-H query heads · K kv heads · D head size · E hidden size
+H query heads · K kv heads · C = H + 2K · D head size · E hidden size
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from batchinfer import ops
+from batchinfer.layers.linear import Linear, StackedLinear
+from batchinfer.layers.norm import RMSNorm
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,3 +34,68 @@ class StepInputs:
     query_starts: list[int]  # [S + 1], from 0 to T
     lengths: list[int]  # [S]
     sample_rows_N: Tensor  # int64, indices into T: the rows that reach the LM head
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionConfig:
+    """Facts that all attention layers of a model share. `scale` multiplies q · k; `soft_cap` bounds the scores."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    scale: float
+    soft_cap: float | None = None
+    qk_norm: Literal["head", "projection"] | None = None  # over each head's numbers, or over all heads' together
+    qkv_bias: bool = False
+    out_bias: bool = False
+
+
+class Attention(nn.Module):
+    """One layer's attention, projections included."""
+
+    def __init__(
+        self,
+        config: AttentionConfig,
+        hidden_size: int,
+        make_norm: Callable[[int], RMSNorm],
+        window: int | None = None,
+    ) -> None:
+        super().__init__()
+        q_size, kv_size = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
+        self.qkv = StackedLinear(hidden_size, (q_size, kv_size, kv_size), config.qkv_bias)
+        self.out = Linear(q_size, hidden_size, config.out_bias)
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
+        if config.qk_norm is not None:
+            per_head = config.qk_norm == "head"
+            self.q_norm = make_norm(config.head_size if per_head else q_size)
+            self.k_norm = make_norm(config.head_size if per_head else kv_size)
+        self.config = config
+        self.rule = ops.ScoreRule(config.scale, window, config.soft_cap)
+
+    def forward(
+        self, x_TE: Tensor, cos_sin: tuple[Tensor, Tensor] | None, cache: ops.KVPair, index: ops.StepIndex
+    ) -> Tensor:
+        """`cos_sin` None: this layer has no position embedding."""
+        heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
+        qkv_TCD = self.qkv(x_TE).unflatten(-1, (-1, self.config.head_size))
+        if self.q_norm is None or self.k_norm is None:
+            if cos_sin is not None:
+                ops.rope(qkv_TCD[:, : heads + kv_heads], *cos_sin)
+            q_THD, k_TKD = qkv_TCD[:, :heads], qkv_TCD[:, heads : heads + kv_heads]
+        else:
+            q_THD = self._normed(self.q_norm, qkv_TCD[:, :heads])
+            k_TKD = self._normed(self.k_norm, qkv_TCD[:, heads : heads + kv_heads])
+            if cos_sin is not None:
+                ops.rope(q_THD, *cos_sin)
+                ops.rope(k_TKD, *cos_sin)
+        ops.kv_write(k_TKD, qkv_TCD[:, heads + kv_heads :], cache, index)
+        out_THD = ops.paged_attention(q_THD, cache, index, self.rule)
+        out_TE: Tensor = self.out(out_THD.flatten(1))
+        return out_TE
+
+    def _normed(self, norm: RMSNorm, x_TCD: Tensor) -> Tensor:
+        if self.config.qk_norm == "head":
+            y_TCD: Tensor = norm(x_TCD)
+            return y_TCD
+        return norm(x_TCD.flatten(1)).view(x_TCD.shape)  # type: ignore[no-any-return]

@@ -1,1 +1,19 @@
 """Plain torch: what every op means, vectorised over sequences."""
+
+from batchinfer_kernels.reference.activation import gelu_mul, silu_mul
+from batchinfer_kernels.reference.kv_write import kv_write
+from batchinfer_kernels.reference.paged_attention import paged_attention
+from batchinfer_kernels.reference.rms_norm import add_rms_norm, rms_norm
+from batchinfer_kernels.reference.rope import rope
+from batchinfer_kernels.reference.step_index import step_index
+
+__all__ = [
+    "add_rms_norm",
+    "gelu_mul",
+    "kv_write",
+    "paged_attention",
+    "rms_norm",
+    "rope",
+    "silu_mul",
+    "step_index",
+]

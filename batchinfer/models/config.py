@@ -1,0 +1,246 @@
+"""A model's architectural facts, read from a Hugging Face config.json (or what a GGUF file says in its place)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from batchinfer.errors import ModelError
+from batchinfer.layers.attention import AttentionConfig
+from batchinfer.layers.mlp import ACTIVATIONS, MLPConfig
+from batchinfer.layers.rotary import SCALINGS, RopeConfig
+from batchinfer.models.families import Family, HFConfig, family_of
+
+
+class LayerConfig(NamedTuple):
+    """What differs between layers: the attention window in tokens, and which of the model's ropes, if any."""
+
+    window: int | None
+    rope: int | None
+
+
+class Multipliers(NamedTuple):
+    """Granite's and Gemma's factors: embedding and each branch are multiplied, logits divided, then soft-capped."""
+
+    embedding: float = 1.0
+    residual: float = 1.0
+    logits_divisor: float = 1.0
+    logits_soft_cap: float | None = None
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that decides the computation. `context_tokens` is the longest sequence that the model is run on."""
+
+    architecture: str
+    family: Family
+    vocab_size: int
+    hidden_size: int
+    context_tokens: int
+    tied: bool
+    norm_eps: float
+    attention: AttentionConfig
+    mlp: MLPConfig
+    layers: tuple[LayerConfig, ...]
+    ropes: tuple[RopeConfig, ...]
+    multipliers: Multipliers
+
+    @property
+    def kv_shape(self) -> tuple[int, int, int]:
+        """Layers, kv heads, head size: a token's keys have this many numbers, and its values as many."""
+        return len(self.layers), self.attention.num_kv_heads, self.attention.head_size
+
+
+def load_config(path: Path) -> ModelConfig:
+    """From a directory with config.json. Raises ModelError."""
+    file = path / "config.json"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path} holds no config.json: not a Hugging Face model directory") from None
+    except ValueError as error:
+        raise ModelError(f"{file} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ModelError(f"{file} holds no JSON object")
+    return parse_config(values, str(file))
+
+
+def parse_config(values: HFConfig, where: str) -> ModelConfig:
+    """From config.json's content; `where` names it in errors. Raises ModelError."""
+    architectures = values.get("architectures")
+    if not isinstance(architectures, list) or len(architectures) != 1:
+        raise ModelError(f"{where}: 'architectures' must name one architecture, got {architectures!r}")
+    family = family_of(str(architectures[0]))
+    if values.get("quantization_config"):
+        raise ModelError(f"{where}: quantized checkpoints are not supported; use the unquantized model, or a GGUF file")
+    text = values["text_config"] if family.text_config and isinstance(values.get("text_config"), dict) else values
+    facts = _Facts({**family.defaults, **text}, where)
+    ropes, rope_of = _ropes(facts, family)
+    return ModelConfig(
+        architecture=str(architectures[0]),
+        family=family,
+        vocab_size=facts.size("vocab_size"),
+        hidden_size=facts.size("hidden_size"),
+        context_tokens=_context_tokens(facts, ropes),
+        tied=bool(facts.values.get("tie_word_embeddings", False)),
+        norm_eps=facts.number("rms_norm_eps", 1e-6),
+        attention=_attention(facts, family),
+        mlp=_mlp(facts),
+        layers=_layers(facts, family, rope_of),
+        ropes=ropes,
+        multipliers=_multipliers(facts, family),
+    )
+
+
+class _Facts:
+    """config.json's values, read with their type checked. null counts as left out."""
+
+    def __init__(self, values: HFConfig, where: str) -> None:
+        self.values = {key: value for key, value in values.items() if value is not None}
+        self.where = where
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self.values.get(key, default)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise self.wrong(key, "a number")
+        return float(value)
+
+    def size(self, key: str, default: int | None = None) -> int:
+        value = self.values.get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise self.wrong(key, "a positive integer")
+        return value
+
+    def optional(self, key: str) -> float | None:
+        return self.number(key) if key in self.values else None
+
+    def wrong(self, key: str, wanted: str) -> ModelError:
+        got = f"got {self.values[key]!r}" if key in self.values else "it is missing"
+        return ModelError(f"{self.where}: {key!r} must be {wanted}; {got}")
+
+
+def _head_size(facts: _Facts) -> int:
+    if "head_dim" in facts.values:
+        return facts.size("head_dim")
+    return facts.size("hidden_size") // facts.size("num_attention_heads")
+
+
+def _attention(facts: _Facts, family: Family) -> AttentionConfig:
+    num_heads = facts.size("num_attention_heads")
+    num_kv_heads = facts.size("num_key_value_heads", num_heads)
+    if num_heads % num_kv_heads:
+        raise facts.wrong("num_key_value_heads", f"a divisor of num_attention_heads, {num_heads}")
+    if facts.values.get("use_bidirectional_attention"):
+        raise ModelError(f"{facts.where}: a model with bidirectional attention generates no text")
+    scale = float(_head_size(facts) ** -0.5)
+    if "query_pre_attn_scalar" in facts.values:
+        scale = facts.number("query_pre_attn_scalar") ** -0.5
+    bias = bool(facts.values.get("attention_bias"))
+    return AttentionConfig(
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_size=_head_size(facts),
+        scale=facts.number("attention_multiplier", scale),
+        soft_cap=facts.optional("attn_logit_softcapping"),
+        qk_norm=family.qk_norm,
+        qkv_bias=family.qkv_bias or bias,
+        out_bias=bias,
+    )
+
+
+def _mlp(facts: _Facts) -> MLPConfig:
+    activation = facts.values.get("hidden_activation") or facts.values.get("hidden_act") or "silu"
+    if activation not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise ModelError(f"{facts.where}: activation {activation!r} is not supported; supported are {known}")
+    return MLPConfig(facts.size("intermediate_size"), activation, bool(facts.values.get("mlp_bias")))
+
+
+def _multipliers(facts: _Facts, family: Family) -> Multipliers:
+    return Multipliers(
+        embedding=facts.size("hidden_size") ** 0.5
+        if family.scale_embedding
+        else facts.number("embedding_multiplier", 1.0),
+        residual=facts.number("residual_multiplier", 1.0),
+        logits_divisor=facts.number("logits_scaling", 1.0),
+        logits_soft_cap=facts.optional("final_logit_softcapping"),
+    )
+
+
+def _layers(facts: _Facts, family: Family, rope_of: Mapping[bool, int]) -> tuple[LayerConfig, ...]:
+    count = facts.size("num_hidden_layers")
+    try:
+        windowed, turned = family.windows(facts.values), family.rope_layers(facts.values)
+    except (KeyError, TypeError) as error:
+        raise ModelError(f"{facts.where}: cannot tell which layers have a window: {error!r}") from None
+    if len(windowed) < count or len(turned) < count:
+        raise ModelError(f"{facts.where}: layer_types or no_rope_layers name fewer than {count} layers")
+    window = facts.size("sliding_window") if "sliding_window" in facts.values else None
+    return tuple(
+        LayerConfig(window if windowed[layer] else None, rope_of[windowed[layer]] if turned[layer] else None)
+        for layer in range(count)
+    )
+
+
+def _ropes(facts: _Facts, family: Family) -> tuple[tuple[RopeConfig, ...], dict[bool, int]]:
+    """All ropes of the model, and which one layers with (True) and without a window use.
+
+    transformers 5 writes `rope_parameters`, one dict or one per layer type; before, `rope_scaling` stood beside
+    `rope_theta`, and Gemma 3's windowed layers had `rope_local_base_freq` without scaling.
+    """
+    written = facts.values.get("rope_parameters") or facts.values.get("rope_scaling") or {}
+    if not isinstance(written, dict):
+        raise facts.wrong("rope_parameters" if "rope_parameters" in facts.values else "rope_scaling", "an object")
+    theta = facts.number("rope_theta", 10_000.0)
+    local_theta = facts.optional("rope_local_base_freq")
+    if "full_attention" in written or "sliding_attention" in written:
+        full = _rope(facts, written.get("full_attention") or {}, theta)
+        windowed = _rope(facts, written.get("sliding_attention") or {}, local_theta or theta)
+    elif local_theta is not None:
+        full, windowed = _rope(facts, written, theta), _rope(facts, {}, local_theta)
+    else:
+        full = windowed = _rope(facts, written, theta)
+    return ((full,), {False: 0, True: 0}) if full == windowed else ((full, windowed), {False: 0, True: 1})
+
+
+def _rope(facts: _Facts, written: Mapping[str, Any], theta: float) -> RopeConfig:
+    values = {key: value for key, value in written.items() if value is not None}
+    kind = values.get("rope_type") or values.get("type") or "default"
+    # Phi-3's first files said "su", and "yarn" for what became longrope
+    if kind == "su" or (kind == "yarn" and "short_factor" in values):
+        kind = "longrope"
+    if kind not in SCALINGS:
+        raise ModelError(f"{facts.where}: rope type {kind!r} is not supported; supported are {', '.join(SCALINGS)}")
+    context = facts.size("max_position_embeddings", 2048)
+    original = facts.values.get("original_max_position_embeddings")
+    values["original_max_position_embeddings"] = original or values.get("original_max_position_embeddings") or context
+    if kind in ("yarn", "longrope"):
+        values.setdefault("factor", context / values["original_max_position_embeddings"])
+    missing = [key for key in SCALINGS[kind].needs if key not in values]
+    if missing:
+        raise ModelError(f"{facts.where}: rope type {kind!r} needs {', '.join(missing)}")
+    part = values.get("partial_rotary_factor", facts.values.get("partial_rotary_factor", 1.0))
+    size = int(_head_size(facts) * part)
+    if size % 2 or size < 2:
+        raise ModelError(f"{facts.where}: rope turns pairs of numbers, but {size} numbers of a head were asked for")
+    for key in ("short_factor", "long_factor"):
+        if kind == "longrope" and len(values[key]) != size // 2:
+            raise ModelError(f"{facts.where}: rope's {key} must hold {size // 2} numbers, it has {len(values[key])}")
+    used = {key: value for key, value in values.items() if key not in _NOT_SCALING}
+    return RopeConfig(size, float(values.get("rope_theta", theta)), kind, used if SCALINGS[kind].needs else {})
+
+
+_NOT_SCALING = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
+
+
+def _context_tokens(facts: _Facts, ropes: tuple[RopeConfig, ...]) -> int:
+    """max_position_embeddings; YaRN is often switched on without raising it, so its reach counts if it is longer."""
+    context = facts.size("max_position_embeddings", 2048)
+    for rope in ropes:
+        if rope.kind == "yarn":
+            reach = rope.scaling["factor"] * rope.scaling["original_max_position_embeddings"]
+            context = max(context, int(reach))
+    return context

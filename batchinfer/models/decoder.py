@@ -1,0 +1,92 @@
+"""The decoder of all dense families. What tells families apart are facts in ModelConfig.
+
+T tokens of a step · N sampled rows · E hidden size · V vocabulary
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from torch import Tensor, nn
+
+from batchinfer import ops
+from batchinfer.layers.attention import Attention, StepInputs
+from batchinfer.layers.embedding import Embedding, logits
+from batchinfer.layers.linear import Linear
+from batchinfer.layers.mlp import MLP
+from batchinfer.layers.norm import RMSNorm
+from batchinfer.layers.rotary import Rotary
+from batchinfer.models.config import LayerConfig, ModelConfig
+
+
+class DecoderLayer(nn.Module):
+    """Attention, then feed-forward, each a branch off the residual stream, with norms before, after or both."""
+
+    def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
+        super().__init__()
+        make_norm = partial(RMSNorm, eps=config.norm_eps, offset=config.family.norm_offset)
+
+        def norm(name: str) -> RMSNorm | None:
+            return make_norm(config.hidden_size) if name in config.family.norms else None
+
+        self.attention_norm = norm("attention_norm")
+        self.attention = Attention(config.attention, config.hidden_size, make_norm, layer.window)
+        self.attention_post_norm = norm("attention_post_norm")
+        self.mlp_norm = norm("mlp_norm")
+        self.mlp = MLP(config.mlp, config.hidden_size)
+        self.mlp_post_norm = norm("mlp_post_norm")
+        self.residual_multiplier = config.multipliers.residual
+
+    def forward(
+        self,
+        x_TE: Tensor,
+        residual_TE: Tensor,
+        cos_sin: tuple[Tensor, Tensor] | None,
+        cache: ops.KVPair,
+        index: ops.StepIndex,
+    ) -> Tensor:
+        """x is the branch before, not yet added to the residual, which changes in place. Returns the last branch."""
+        x_TE = _add(x_TE, residual_TE, self.attention_norm)
+        x_TE = self._scaled(self.attention(x_TE, cos_sin, cache, index), self.attention_post_norm)
+        x_TE = _add(x_TE, residual_TE, self.mlp_norm)
+        return self._scaled(self.mlp(x_TE), self.mlp_post_norm)
+
+    def _scaled(self, x_TE: Tensor, norm: RMSNorm | None) -> Tensor:
+        x_TE = x_TE if norm is None else norm(x_TE)
+        return x_TE if self.residual_multiplier == 1.0 else x_TE.mul_(self.residual_multiplier)
+
+
+def _add(x_TE: Tensor, residual_TE: Tensor, norm: RMSNorm | None) -> Tensor:
+    return residual_TE.add_(x_TE) if norm is None else norm.after_adding(x_TE, residual_TE)
+
+
+class Decoder(nn.Module):
+    """Call it for hidden states of the sampled rows, `logits` for their logits. Weights: models.weights."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = Embedding(config.vocab_size, config.hidden_size, config.multipliers.embedding)
+        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in config.layers)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, config.family.norm_offset)
+        self.head = None if config.tied else Linear(config.hidden_size, config.vocab_size)
+        self.rotaries = [Rotary(rope, config.context_tokens) for rope in config.ropes]
+
+    def forward(self, inputs: StepInputs, cache: Sequence[ops.KVPair]) -> Tensor:
+        """Computes the step's tokens, writes their keys and values into `cache` (one pair a layer). hidden_NE."""
+        index = ops.step_index(inputs.slots_T, inputs.block_tables_SB, inputs.query_starts, inputs.lengths, cache[0])
+        turns = [rotary.cos_sin(inputs.positions_T) for rotary in self.rotaries]
+        x_TE = self.embedding(inputs.tokens_T)
+        residual_TE = x_TE.new_zeros(x_TE.shape)
+        for layer, facts, pair in zip(self.layers, self.config.layers, cache, strict=True):
+            cos_sin = None if facts.rope is None else turns[facts.rope]
+            x_TE = layer(x_TE, residual_TE, cos_sin, pair, index)
+        rows_N = inputs.sample_rows_N
+        return self.norm.after_adding(x_TE[rows_N], residual_TE[rows_N])
+
+    def logits(self, hidden_NE: Tensor) -> Tensor:
+        """float32 [N, V]."""
+        weight_VE = self.embedding.weight if self.head is None else self.head.weight
+        multipliers = self.config.multipliers
+        return logits(hidden_NE, weight_VE, multipliers.logits_divisor, multipliers.logits_soft_cap)

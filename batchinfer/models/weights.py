@@ -1,0 +1,201 @@
+"""Weights from disk straight into the decoder's parameters: one tensor in memory at a time, whatever the format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from batchinfer.errors import ModelError, suggest
+from batchinfer.layers.linear import StackedLinear
+from batchinfer.models.config import ModelConfig, load_config, parse_config
+from batchinfer.models.decoder import Decoder
+from batchinfer.models.gguf import GGUFFile
+
+_ONE_FILE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_NEVER_NEEDED = ".rotary_emb.inv_freq"  # old Llama files hold what follows from the config
+
+
+def load_decoder(
+    path: Path, dtype: torch.dtype, max_model_len: int | None = None, device: torch.device | str = "cpu"
+) -> Decoder:
+    """From a directory with config.json and safetensors, or from a .gguf file. Raises ModelError.
+
+    `max_model_len` shortens the context; decoder.config.context_tokens says what it then is.
+    """
+    if path.suffix == ".gguf":
+        gguf = GGUFFile(path)
+        config = _shortened(parse_config(gguf.config_dict(), str(path)), max_model_len)
+        decoder = _empty(config, dtype, device)
+        filler = _Filler(decoder, config.family.prefixes[0])
+        filler.fill((name, path, weight) for name, weight in gguf.weights())
+    else:
+        config = _shortened(load_config(path), max_model_len)
+        shapes = _safetensors_shapes(path)
+        decoder = _empty(config, dtype, device)
+        filler = _Filler(decoder, _prefix(config, shapes))
+        filler.check(shapes)
+        filler.fill(_read_safetensors(list(dict.fromkeys(file for file, _ in shapes.values()))))
+    return decoder.eval()
+
+
+def _shortened(config: ModelConfig, max_model_len: int | None) -> ModelConfig:
+    if max_model_len is None:
+        return config
+    if max_model_len > config.context_tokens:
+        raise ModelError(
+            f"max_model_len {max_model_len} is above the model's context of {config.context_tokens} tokens"
+        )
+    return replace(config, context_tokens=max_model_len)
+
+
+def _empty(config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> Decoder:
+    """Memory that nothing has touched yet: the weights are its first and only content."""
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    return decoder.to(dtype).to_empty(device=device)
+
+
+def _prefix(config: ModelConfig, names: Iterable[str]) -> str:
+    prefixes = config.family.prefixes
+    return next((p for p in prefixes if any(name.startswith(p) for name in names)), prefixes[0])
+
+
+def _targets(decoder: Decoder, prefix: str) -> dict[str, Tensor]:
+    """Hugging Face's name of every weight → the rows of ours that it fills."""
+    family = decoder.config.family
+    targets: dict[str, Tensor] = {
+        f"{prefix}embed_tokens.weight": decoder.embedding.weight,
+        f"{prefix}norm.weight": decoder.norm.weight,
+    }
+    if decoder.head is not None:
+        targets["lm_head.weight"] = decoder.head.weight
+    for ours, parameter in decoder.layers.named_parameters():
+        layer, _, path = ours.partition(".")
+        module, _, kind = path.rpartition(".")
+        pieces: tuple[Tensor, ...] = (parameter,)
+        if module in family.stacks:
+            theirs = family.stacks[module]
+            if len(theirs) > 1:
+                stacked = decoder.layers.get_submodule(f"{layer}.{module}")
+                assert isinstance(stacked, StackedLinear)
+                pieces = torch.split(parameter, list(stacked.parts))
+        else:
+            theirs = (family.norms.get(module) or _SAME_FOR_ALL[module],)
+        for name, piece in zip(theirs, pieces, strict=True):
+            targets[f"{prefix}layers.{layer}.{name}.{kind}"] = piece
+    return targets
+
+
+_SAME_FOR_ALL = {
+    "attention.out": "self_attn.o_proj",
+    "attention.q_norm": "self_attn.q_norm",
+    "attention.k_norm": "self_attn.k_norm",
+    "mlp.down": "mlp.down_proj",
+}
+
+
+class _Filler:
+    """Copies weights to where they belong, and knows which are missing, surplus or of the wrong shape."""
+
+    def __init__(self, decoder: Decoder, prefix: str) -> None:
+        self._targets = _targets(decoder, prefix)
+        self._architecture = decoder.config.architecture
+        self._ignored = decoder.config.family.ignored
+        # files of models with tied embeddings may hold the matrix twice
+        self._tied: Tensor | None = decoder.embedding.weight if decoder.head is None else None
+
+    def check(self, shapes: dict[str, tuple[Path, tuple[int, ...]]]) -> None:
+        """Before anything is read: name → file and shape."""
+        for name, (file, shape) in shapes.items():
+            self._target(name, file, shape)
+        self._complain_of_missing(set(shapes), next(iter(shapes.values()))[0].parent if shapes else None)
+
+    def fill(self, weights: Iterable[tuple[str, Path, Tensor]]) -> None:
+        done = set()
+        file: Path | None = None
+        second: tuple[Path, Tensor] | None = None
+        for name, file, weight in weights:
+            target = self._target(name, file, tuple(weight.shape))
+            if target is None:
+                continue
+            if not weight.dtype.is_floating_point:
+                raise ModelError(f"{file}: {name} holds {weight.dtype}, not floating-point numbers")
+            if name == "lm_head.weight" and self._tied is not None:
+                second = (file, weight)  # compared at the end: the embedding may come after it
+                continue
+            target.copy_(weight)
+            done.add(name)
+        self._complain_of_missing(done, file)
+        if second is not None and self._tied is not None:
+            file, head = second
+            if not torch.equal(head.to(self._tied), self._tied):
+                raise ModelError(f"{file}: lm_head.weight is not the embedding, but tie_word_embeddings says so")
+
+    def _target(self, name: str, file: Path, shape: tuple[int, ...]) -> Tensor | None:
+        """None: not needed. Raises ModelError for a weight that has no place, or another shape than its place."""
+        target = self._targets.get(name)
+        if name == "lm_head.weight" and self._tied is not None:
+            target = self._tied
+        if target is None:
+            if name.startswith(self._ignored) or name.endswith(_NEVER_NEEDED):
+                return None
+            near = suggest(name, self._targets)
+            raise ModelError(f"{file}: {name} {list(shape)} has no place in {self._architecture}{near}")
+        if tuple(target.shape) != shape:
+            raise ModelError(f"{file}: {name} has shape {list(shape)}, but config.json asks for {list(target.shape)}")
+        return target
+
+    def _complain_of_missing(self, there: set[str], file: Path | None) -> None:
+        missing = [name for name in self._targets if name not in there]
+        if missing:
+            shape = list(self._targets[missing[0]].shape)
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise ModelError(f"{file}: {missing[0]} {shape}{more} of {self._architecture} is missing")
+
+
+def _safetensors_shapes(path: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
+    """Of every tensor: file and shape, from the files' headers alone."""
+    shapes = {}
+    for file in _safetensors_files(path):
+        with _open(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                shapes[name] = (file, tuple(tensors.get_slice(name).get_shape()))
+    return shapes
+
+
+def _safetensors_files(path: Path) -> list[Path]:
+    if (path / _INDEX).exists():
+        try:
+            names = sorted(set(json.loads((path / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{path / _INDEX} is not a safetensors index: {error!r}") from None
+    elif (path / _ONE_FILE).exists():
+        names = [_ONE_FILE]
+    else:
+        raise ModelError(f"{path} holds neither {_ONE_FILE} nor {_INDEX}; other formats of weights are not read")
+    missing = [name for name in names if not (path / name).is_file()]
+    if missing:
+        raise ModelError(f"{path}: {_INDEX} names {missing[0]}, which is not there; download the model again")
+    return [path / name for name in names]
+
+
+def _open(file: Path) -> safe_open:
+    try:
+        return safe_open(file, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file} is not a whole safetensors file: {error}; download it again") from None
+
+
+def _read_safetensors(files: list[Path]) -> Iterator[tuple[str, Path, Tensor]]:
+    """Tensors are views of the mapped file: nothing is in memory but the pages being copied."""
+    for file in files:
+        with _open(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                yield name, file, tensors.get_tensor(name)

@@ -1,0 +1,62 @@
+"""Attention over a cache of blocks: gather a bucket's keys and values, then dense attention.
+
+T tokens of a step · H query heads · K kv heads · G = H / K · D head size · N blocks · B slots per block ·
+I tiles of a bucket · Q queries per tile · L context slots per tile · X = G * Q
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from batchinfer_kernels.reference.step_index import Bucket, StepIndex
+
+
+def paged_attention(
+    q_THD: Tensor,
+    k_cache_NKBD: Tensor,
+    v_cache_NKBD: Tensor,
+    index: StepIndex,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+) -> Tensor:
+    heads, size = q_THD.shape[1:]
+    kv_heads = k_cache_NKBD.shape[1]
+    group = heads // kv_heads
+    out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
+    for bucket in index.buckets(window, group, q_THD.dtype):
+        q_MHD = q_THD if bucket.queries_M is None else q_THD.index_select(0, bucket.queries_M)
+        q_IQKGD = q_MHD.reshape(-1, bucket.num_queries, kv_heads, group, size)
+        q_IKXD = q_IQKGD.permute(0, 2, 3, 1, 4).reshape(q_IQKGD.shape[0], kv_heads, -1, size)
+        k_IKLD = _gather(k_cache_NKBD, bucket, index, 0).to(q_THD.dtype)
+        v_IKLD = _gather(v_cache_NKBD, bucket, index, 1).to(q_THD.dtype)
+        if soft_cap is None:
+            o_IKXD = F.scaled_dot_product_attention(q_IKXD, k_IKLD, v_IKLD, bucket.bias_I1XL, scale=scale)
+        else:
+            o_IKXD = _attend_capped(q_IKXD, k_IKLD, v_IKLD, bucket.bias_I1XL, scale, soft_cap)
+        o_IKGQD = o_IKXD.reshape(-1, kv_heads, group, bucket.num_queries, size)
+        o_MHD = o_IKGQD.permute(0, 3, 1, 2, 4).reshape(q_MHD.shape)
+        if bucket.queries_M is None:
+            return o_MHD
+        # a padded query repeats a real one, so rows written twice get the same values
+        out_THD.index_copy_(0, bucket.queries_M, o_MHD)
+    return out_THD
+
+
+def _attend_capped(
+    q_IKXD: Tensor, k_IKLD: Tensor, v_IKLD: Tensor, bias_I1XL: Tensor | None, scale: float, soft_cap: float
+) -> Tensor:
+    score_IKXL = (q_IKXD @ k_IKLD.transpose(2, 3)).mul_(scale / soft_cap).tanh_().mul_(soft_cap)
+    if bias_I1XL is not None:
+        score_IKXL += bias_I1XL
+    wide = torch.promote_types(q_IKXD.dtype, torch.float32)
+    return score_IKXL.softmax(-1, dtype=wide).to(q_IKXD.dtype) @ v_IKLD
+
+
+def _gather(cache_NKBD: Tensor, bucket: Bucket, index: StepIndex, number: int) -> Tensor:
+    kv_heads, size = cache_NKBD.shape[1], cache_NKBD.shape[3]
+    space_MD = index.workspace(number, cache_NKBD, len(bucket.rows_M))
+    torch.index_select(cache_NKBD.view(-1, size), 0, bucket.rows_M, out=space_MD)
+    return space_MD.view(-1, kv_heads, bucket.num_slots, size)

@@ -1,0 +1,164 @@
+"""Where a step's queries, keys and values are: computed once per step on the host, used by every layer.
+
+A sequence's queries are cut into tiles of at most TILE tokens, so that masks stay small whatever the context, and a
+tile reads only the part of the context that it can see. Tiles of like size share a bucket: one padded dense
+attention. A decode is a tile of one query.
+
+T tokens of a step · S sequences · I tiles of a bucket · Q queries per tile · L context slots per tile · K kv heads ·
+N blocks · B slots per block · D head size
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+TILE = 128
+SPLIT_SLOTS = 2048  # a bucket is split where that saves this many query × context slots; about one more bucket's cost
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Tiles that are computed together. Padding repeats a tile's last query, and its last visible slot, masked."""
+
+    queries_M: Tensor | None  # int64 [I * Q], rows of the step; None: all rows in order, one each
+    num_queries: int  # Q
+    rows_M: Tensor  # int32 [I * K * L], rows of the cache seen as [N * K * B, D]
+    num_slots: int  # L
+    bias_I1XL: Tensor | None  # 0 or -inf, X = query heads per kv head * Q (or 1, for all); None: everything is seen
+
+
+@dataclass(slots=True)
+class StepIndex:
+    """What layers with equal windows, head counts and dtype share is made by the first of them."""
+
+    write_T: tuple[Tensor, Tensor]  # int64 block and offset of each token's slot
+    tables_SB: Ints
+    query_starts_X: Ints  # [S + 1]
+    lengths_S: Ints
+    num_kv_heads: int
+    block_size: int
+    device: torch.device
+    _buckets: dict[tuple[int | None, int, torch.dtype], list[Bucket]] = field(default_factory=dict)
+    _workspaces: dict[int, Tensor] = field(default_factory=dict)
+
+    def buckets(self, window: int | None, group: int, dtype: torch.dtype) -> list[Bucket]:
+        """`group` query heads share a kv head; `dtype` is that of the scores."""
+        key = (window, group, dtype)
+        made = self._buckets.get(key)
+        if made is None:
+            made = self._buckets[key] = [_bucket(self, tiles, *key) for tiles in _make_tiles(self, window)]
+        return made
+
+    def workspace(self, number: int, cache: Tensor, rows: int) -> Tensor:
+        """[rows, D] of the cache's dtype, reused over layers: fresh memory costs more than the copy into it."""
+        size = cache.shape[-1]
+        held = self._workspaces.get(number)
+        if held is None or held.numel() < rows * size or held.dtype != cache.dtype:
+            held = self._workspaces[number] = cache.new_empty(rows * size)
+        return held[: rows * size].view(rows, size)
+
+
+def step_index(
+    slots_T: Tensor, block_tables_SB: Tensor, query_starts: list[int], lengths: list[int], k_cache_NKBD: Tensor
+) -> StepIndex:
+    num_kv_heads, block_size = k_cache_NKBD.shape[1:3]
+    return StepIndex(
+        write_T=(slots_T // block_size, slots_T % block_size),
+        tables_SB=block_tables_SB.cpu().numpy().astype(np.int64),
+        query_starts_X=np.asarray(query_starts, dtype=np.int64),
+        lengths_S=np.asarray(lengths, dtype=np.int64),
+        num_kv_heads=num_kv_heads,
+        block_size=block_size,
+        device=slots_T.device,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Tiles:
+    """Parallel arrays [I]: the sequence, the first row in the step, rows, and the positions that are seen."""
+
+    sequence: Ints
+    row: Ints
+    count: Ints
+    position: Ints  # of the first query
+    start: Ints  # first position that the first query sees
+    end: Ints  # one past the last query's position
+
+    def take(self, chosen: Ints) -> _Tiles:
+        return _Tiles(*(getattr(self, name)[chosen] for name in self.__slots__))
+
+
+def _make_tiles(index: StepIndex, window: int | None) -> list[_Tiles]:
+    """The tiles of each bucket."""
+    tiles = _cut(index, window)
+    # queries padded to a power of two: at most 8 kinds, and decodes (1) never share with chunks
+    width = 2 ** np.ceil(np.log2(tiles.count)).astype(np.int64)
+    groups: list[_Tiles] = []
+    for queries in np.unique(width):
+        members = np.flatnonzero(width == queries)
+        seen = (tiles.end - tiles.start)[members]
+        order = np.argsort(-seen, kind="stable")
+        groups += [tiles.take(np.sort(part)) for part in _split(members[order], seen[order], int(queries))]
+    return groups
+
+
+def _cut(index: StepIndex, window: int | None) -> _Tiles:
+    counts = np.diff(index.query_starts_X)
+    tiles_S = -(-counts // TILE)
+    sequence = np.repeat(np.arange(len(counts)), tiles_S)
+    first = TILE * (np.arange(len(sequence)) - np.repeat(np.cumsum(tiles_S) - tiles_S, tiles_S))
+    count = np.minimum(TILE, counts[sequence] - first)
+    position = index.lengths_S[sequence] - counts[sequence] + first
+    start = np.zeros_like(position) if window is None else np.maximum(0, position - window + 1)
+    return _Tiles(sequence, index.query_starts_X[sequence] + first, count, position, start, position + count)
+
+
+def _split(members: Ints, seen: Ints, queries: int) -> list[Ints]:
+    """`members` by falling context, cut where that saves most padding, as long as it saves enough."""
+    saved = (len(seen) - np.arange(len(seen))) * (seen[0] - seen) * queries
+    at = int(saved.argmax())
+    if saved[at] < SPLIT_SLOTS:
+        return [members]
+    return _split(members[:at], seen[:at], queries) + _split(members[at:], seen[at:], queries)
+
+
+def _bucket(index: StepIndex, tiles: _Tiles, window: int | None, group: int, dtype: torch.dtype) -> Bucket:
+    num_queries = int(tiles.count.max())
+    num_slots = int((tiles.end - tiles.start).max())
+    query_IQ = np.minimum(np.arange(num_queries), tiles.count[:, None] - 1)
+    row_IQ = tiles.row[:, None] + query_IQ
+    wanted_IL = tiles.start[:, None] + np.arange(num_slots)
+    position_IL = np.minimum(wanted_IL, tiles.end[:, None] - 1)
+    block_IL = index.tables_SB[tiles.sequence[:, None], position_IL // index.block_size]
+    head_K1 = np.arange(index.num_kv_heads)[:, None]
+    rows_IKL = (block_IL[:, None, :] * index.num_kv_heads + head_K1) * index.block_size
+    rows_IKL += (position_IL % index.block_size)[:, None, :]
+
+    whole = num_queries == 1 and len(tiles.row) == index.query_starts_X[-1]
+    return Bucket(
+        queries_M=None if whole else torch.from_numpy(row_IQ.reshape(-1)).to(index.device),
+        num_queries=num_queries,
+        rows_M=torch.from_numpy(rows_IKL.reshape(-1).astype(np.int32)).to(index.device),
+        num_slots=num_slots,
+        bias_I1XL=_bias(wanted_IL[:, None, :], (tiles.position[:, None] + query_IQ)[:, :, None], window, group, dtype),
+    )
+
+
+def _bias(key_I1L: Ints, query_IQ1: Ints, window: int | None, group: int, dtype: torch.dtype) -> Tensor | None:
+    """From positions. The CPU's fused attention wants a float mask, over all query heads of a kv head."""
+    visible_IQL = key_I1L <= query_IQ1
+    if window is not None:
+        visible_IQL &= key_I1L > query_IQ1 - window
+    if visible_IQL.all():
+        return None
+    bias_IQL = torch.zeros(visible_IQL.shape, dtype=dtype).masked_fill_(torch.from_numpy(~visible_IQL), -torch.inf)
+    if bias_IQL.shape[1] == 1:
+        return bias_IQL.unsqueeze(1)
+    return bias_IQL.repeat(1, group, 1).unsqueeze(1)

@@ -1,0 +1,58 @@
+"""Every family against transformers: equal logits over shuffled blocks, chunks, and chunks mixed with decodes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from batchinfer.models.weights import load_decoder
+from tests.models.tiny import MODELS, SIZES, Paged, build
+
+
+SPANS = (
+    {0: (0, 17)},
+    {0: (17, 31), 1: (0, 24)},
+    {1: (24, 25), 0: (31, 40), 2: (0, 35)},
+    {0: (40, 41), 1: (25, 26), 2: (35, 36)},
+    {2: (36, 37), 0: (41, 43), 1: (26, 35)},
+    {2: (37, 38)},
+)
+"""Which tokens of which sequence each step computes: whole prompts, chunks, decodes, and all of them mixed."""
+
+
+def _rows(*lengths):
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(3, SIZES["vocab_size"], (n,), generator=generator).tolist() for n in lengths]
+
+
+def _compute(paged, rows, spans):
+    got = [[] for _ in rows]
+    for step in spans:
+        work = {sequence: rows[sequence][a:b] for sequence, (a, b) in step.items()}
+        parts = paged.step(work).split([len(tokens) for tokens in work.values()])
+        for sequence, part in zip(work, parts, strict=True):
+            got[sequence].append(part)
+    return [torch.cat(parts) for parts in got]
+
+
+@torch.inference_mode()
+def _assert_equal(got, model, rows):
+    for mine, row in zip(got, rows, strict=True):
+        theirs = model(torch.tensor([row])).logits[0]
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
+        assert theirs.std() > 0.01  # not all alike: the comparison means something
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_equal_those_of_transformers(name, tmp_path):
+    model = build(name, tmp_path)
+    rows = _rows(43, 35, 38)  # all beyond every window and every original context
+    paged = Paged(load_decoder(tmp_path, torch.float32), sequences=3)
+    _assert_equal(_compute(paged, rows, SPANS), model, rows)
+
+
+def test_longrope_takes_the_short_factors_where_the_context_is_limited(tmp_path):
+    model = build("phi3-longrope", tmp_path)
+    rows = _rows(32)
+    paged = Paged(load_decoder(tmp_path, torch.float32, max_model_len=32), sequences=1)
+    _assert_equal(_compute(paged, rows, [{0: (0, 20)}, {0: (20, 32)}]), model, rows)
