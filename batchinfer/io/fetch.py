@@ -1,0 +1,211 @@
+"""Where a model's files are: a local path, a URL (copied into a cache directory) or a Hugging Face id."""
+
+from __future__ import annotations
+
+import fcntl
+import fnmatch
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from batchinfer.errors import InputMissing, ModelError
+from batchinfer.io.filesystem import local_path, translate
+from batchinfer.io.source import Source, Sources
+from batchinfer.log import log
+from batchinfer.spec import StorageSpec
+
+CACHE_DIR = Path("~/.cache/batchinfer")
+WEIGHTS = ("*.safetensors", "*.gguf")
+_NEEDED = (*WEIGHTS, "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
+# a second copy of the weights in the format of one vendor's own loader
+_NEVER = ("consolidated*",)
+# everything that decides a token; other JSON files, such as a trainer's state, may change without harm
+_DECISIVE = (
+    *WEIGHTS,
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "chat_template*",
+    "*.tiktoken",
+    "tekken.json",
+)
+_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?P<file>/[\w./-]+\.gguf)?(?:@(?P<revision>[\w./-]+))?")
+_SAMPLES = 16
+_SAMPLE_BYTES = 64 << 10
+_TRANSFER_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """`path` is a directory or a .gguf file. `identity` is a hash of all that decides the model's answers: the content
+    of configuration, tokenizer and templates; of weights their names, sizes and 16 samples of 64 KB each.
+    """
+
+    path: Path
+    identity: str
+
+
+def fetch_model(model: str, storage: StorageSpec, weights: bool = True, cache_dir: Path = CACHE_DIR) -> ModelFiles:
+    """The local files of `model`: a path, a URL of a directory or .gguf file, or `org/name[/file.gguf][@revision]`.
+
+    URLs are copied into `cache_dir`, resumed where a copy broke off, and copied anew when an object has changed; the
+    Hub keeps its own cache. Without `weights` only configuration and tokenizer are fetched; the identity of a URL is
+    the same either way, that of a Hub id then leaves out weights that are not in the cache.
+    Raises ModelError, and AccessDenied or StorageError for URLs.
+    """
+    path = local_path(model)
+    if path is None:
+        return _from_url(model, storage, weights, cache_dir.expanduser())
+    if not path.exists() and (hub_id := _HUB_ID.fullmatch(model)):
+        path = _from_hub(model, hub_id, weights)
+    return _local(model, path, weights)
+
+
+def _local(model: str, path: Path, weights: bool) -> ModelFiles:
+    if not path.exists():
+        raise ModelError(f"{model}: no such file or directory, and not a Hugging Face id (org/name)")
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise ModelError(f"{model}: a model is a directory or a .gguf file")
+        return ModelFiles(path, _identity([str(path)], Sources(StorageSpec())))
+    names = [entry.name for entry in path.iterdir() if entry.is_file()]
+    single = [name for name in names if name.lower().endswith(".gguf")]
+    if "config.json" not in names and len(single) == 1:
+        return _local(model, path / single[0], weights)
+    if weights:
+        _check_complete(model, names)
+    return ModelFiles(path, _identity([str(path / name) for name in names], Sources(StorageSpec())))
+
+
+def _check_complete(model: str, names: list[str]) -> None:
+    if "config.json" not in names:
+        raise ModelError(f"{model}: holds no config.json; a model directory has config.json, tokenizer and safetensors")
+    if not any(_matches(name, ("*.safetensors",)) for name in names):
+        pickled = [name for name in names if name.endswith((".bin", ".pth", ".pt"))]
+        hint = f"; {pickled[0]} is a pickle, which can run code: convert it to safetensors" if pickled else ""
+        raise ModelError(f"{model}: holds no safetensors weights{hint}")
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns) and not fnmatch.fnmatch(name, _NEVER[0])
+
+
+def _identity(urls: list[str], sources: Sources) -> str:
+    whole = hashlib.sha256()
+    for url in sorted(urls, key=_name):
+        if not _matches(_name(url), _DECISIVE):
+            continue
+        with sources.open(url) as source:
+            size = source.stat().size
+            pieces = _samples(source, size) if _matches(_name(url), WEIGHTS) else source.blocks()
+            content = hashlib.sha256()
+            for piece in pieces:
+                content.update(piece)
+        # the name of a single .gguf file is no part of what it holds
+        name = _name(url) if len(urls) > 1 else ""
+        whole.update(f"{name}\0{size}\0{content.hexdigest()}\n".encode())
+    return whole.hexdigest()
+
+
+def _samples(source: Source, size: int) -> Iterator[bytes]:
+    """Evenly spaced, the first and the last bytes among them."""
+    last = max(size - _SAMPLE_BYTES, 0)
+    for offset in sorted({last * i // (_SAMPLES - 1) for i in range(_SAMPLES)}):
+        yield source.read_at(offset, _SAMPLE_BYTES)
+
+
+def _name(url: str) -> str:
+    return url.rpartition("/")[2]
+
+
+def _from_hub(model: str, hub_id: re.Match[str], weights: bool) -> Path:
+    import huggingface_hub
+
+    repo, file, revision = hub_id["repo"], hub_id["file"], hub_id["revision"]
+    try:
+        if file:
+            return Path(huggingface_hub.hf_hub_download(repo, file.lstrip("/"), revision=revision))
+        wanted = [pattern for pattern in _NEEDED if weights or pattern not in WEIGHTS]
+        wanted = [pattern for pattern in wanted if pattern != "*.gguf"]
+        skipped = ["*/*", *_NEVER]
+        folder = huggingface_hub.snapshot_download(
+            repo, revision=revision, allow_patterns=wanted, ignore_patterns=skipped
+        )
+        return Path(folder)
+    except Exception as error:  # the Hub's errors share no root: HTTP, offline, gated, validation
+        reason = " ".join(str(error).split())
+        raise ModelError(
+            f"{model}: no such file or directory here, and not to be had from the Hugging Face Hub: {reason}"
+        ) from error
+
+
+def _from_url(url: str, storage: StorageSpec, weights: bool, cache_dir: Path) -> ModelFiles:
+    sources = Sources(storage)
+    try:
+        found = sources.expand(url)
+    except InputMissing as error:
+        raise ModelError(f"{url}: no model there: {error}") from None
+    if found == [url] and not url.lower().endswith(".gguf"):
+        raise ModelError(f"{url}: a model is a directory or a .gguf file")
+    urls = [file for file in found if _matches(_name(file), _NEEDED)]
+    if weights and found != [url]:
+        _check_complete(url, [_name(file) for file in found])
+    fetched = [file for file in urls if weights or not _matches(_name(file), ("*.safetensors",))]
+    folder = _copy(url, fetched, sources, cache_dir / "models")
+    path = folder / _name(url) if found == [url] else folder
+    return ModelFiles(path, _identity(urls, sources))
+
+
+def _copy(url: str, files: list[str], sources: Sources, cache: Path) -> Path:
+    """A directory that holds exactly these objects as they are now; it takes its name when it is complete."""
+    version = hashlib.sha256()
+    for file in files:
+        with sources.open(file) as source:
+            version.update(f"{file}\0{source.stat()}\n".encode())
+    final = cache / f"{_name(url.rstrip('/'))}-{version.hexdigest()[:16]}"
+    partial = final.with_name(f"{final.name}.partial")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with _only_one(final.with_name(f"{final.name}.lock")):
+            if final.exists():
+                return final
+            partial.mkdir(exist_ok=True)
+            log.info("copying the model", url=url, to=str(final), files=len(files))
+            with ThreadPoolExecutor(4) as pool:
+                list(pool.map(lambda file: _download(sources, file, partial / _name(file)), files))
+            partial.rename(final)
+    except OSError as error:
+        raise translate(error, str(final)) from error
+    return final
+
+
+def _download(sources: Sources, url: str, path: Path) -> None:
+    """Continues a file that is there in part: what it holds is of the same version, since the directory is."""
+    with sources.open(url) as source, path.open("ab") as file:
+        size, etag = source.stat()
+        done = file.tell()
+        while done < size and (piece := source.read_at(done, _TRANSFER_BYTES)):
+            file.write(piece)
+            done += len(piece)
+        file.flush()
+        os.fsync(file.fileno())
+        source.check(size, etag, "changed while it was copied")
+
+
+@contextmanager
+def _only_one(path: Path) -> Iterator[Any]:
+    """Other processes on this machine wait here and then find the files complete."""
+    with path.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
