@@ -53,7 +53,6 @@ class LogitEdits:
         self._vocab_size = vocab_size
         self._entries: dict[int, _Entries] = {}
         self._tables: _Tables | None = None
-        self._rows = np.full(max_num_seqs, -1, dtype=np.int64)  # by seat: its row in the step at hand
         self._tails_SL = np.full((max_num_seqs, 0), -2, dtype=np.int64)  # by seat: the last tokens of its output
 
     def join(self, seat: int, request: Request, output: Sequence[int]) -> bool:
@@ -80,7 +79,7 @@ class LogitEdits:
     def apply(self, logits_NV: Tensor, seats_N: Ints, num_output_N: Ints) -> None:
         """Edit the rows in place. seats_N: whose rows they are; num_output_N: tokens that each has generated."""
         tables = self._tables = self._tables or self._join_tables()
-        rows_of = self._rows
+        rows_of = np.full(len(self._tails_SL), -1, dtype=np.int64)  # by seat
         rows_of[seats_N] = np.arange(len(seats_N))
         if len(tables.allowed_ids_M):
             _keep_only(logits_NV, *_select(rows_of, tables.allowed_seats_M, tables.allowed_ids_M))
@@ -93,7 +92,6 @@ class LogitEdits:
             hit_M = ((tables.prefix_ML == -1) | (tables.prefix_ML == tails_ML)).all(1)
             rows_M, ids_M = _select(rows_of, tables.word_seats_M[hit_M], tables.last_ids_M[hit_M])
             _add(logits_NV, rows_M, ids_M, np.full(len(ids_M), -math.inf, dtype=np.float32))
-        rows_of[seats_N] = -1
 
     def append(self, seats_N: Ints, tokens_N: Ints) -> None:
         """The tokens that these seats generated in this step."""

@@ -11,7 +11,6 @@ N rows that sample · V vocabulary · R rows that a stage is for
 
 from __future__ import annotations
 
-
 import numpy as np
 import numpy.typing as npt
 import torch

@@ -1,4 +1,4 @@
-"""The draw against a naive single-row implementation, against exact distributions, and against itself in other batches."""
+"""The draw against a naive single-row implementation, exact distributions, and itself in other batches."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def kept(logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p
     mass = np.where(keep, mass, 0)
     mass /= mass.sum()
     if top_p < 1:
-        above = np.array([mass[mass > value].sum() for value in mass])
+        ascending = np.sort(mass)
+        above = mass.sum() - ascending.cumsum()[np.searchsorted(ascending, mass, side="right") - 1]
         mass = np.where(above < top_p, mass, 0)
     return mass / mass.sum()
 

@@ -30,7 +30,7 @@ def test_published_vectors():
 def test_uniforms_are_uniform_and_uncorrelated():
     keys = np.arange(400, dtype=np.uint64) << np.uint64(32) | np.uint64(7)
     table = np.array([uniforms(keys, np.full(400, position)) for position in range(500)])
-    assert 0 <= table.min() and table.max() < 1
+    assert table.min() >= 0 and table.max() < 1
     counts = np.histogram(table, bins=100, range=(0, 1))[0]
     assert ((counts - 2000) ** 2 / 2000).sum() < 180  # chi-square with 99 degrees of freedom: 1e-6
     for shifted in (table[1:, :] * table[:-1, :], table[:, 1:] * table[:, :-1]):

@@ -1,0 +1,120 @@
+"""Runs a plan on a model: from token ranges to sampled tokens.
+
+It owns, by seat, block tables and sampling state, and the KV cache; a plan says what changes in them. Per step the host
+does a fixed number of array operations whatever the number of sequences; only those that join or grow are looped over.
+If a step raises, nothing in it counts, and whoever was in it joins again: nothing needs to be undone here.
+
+T tokens of a step · S sequences in it · N those that sample · B blocks per table · V vocabulary
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from batchinfer.engine.cache import KVCache
+from batchinfer.engine.plan import StepPlan, StepResult
+from batchinfer.engine.sampler import Sampler
+from batchinfer.layers.attention import StepInputs
+from batchinfer.models.decoder import Decoder
+
+Ints = npt.NDArray[np.int64]
+
+_LOGITS_BYTES = 1 << 29  # at once; with more rows than that, LM head and sampler run several times
+
+
+class _Sampled(NamedTuple):
+    """Who samples: seats, and the position in its sequence that each sampled token gets."""
+
+    seats_N: Ints
+    positions_N: Ints
+
+
+class ModelRunner:
+    """Executes plans in the order in which the scheduler made them."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        kv_dtype: torch.dtype | None = None,
+    ) -> None:
+        """Allocates the KV cache on the decoder's device, in its dtype unless told. Raises ModelError without room."""
+        weight = decoder.embedding.weight
+        self.decoder = decoder
+        self.cache = KVCache(decoder.config.kv_shape, num_blocks, block_size, kv_dtype or weight.dtype, weight.device)
+        self.sampler = Sampler(max_num_seqs, decoder.config.vocab_size)
+        self._device = weight.device
+        self._tables_SB = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int32)
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> StepResult:
+        """One forward pass over the plan's tokens. Raises whatever goes wrong; the runner stays usable."""
+        for join in plan.joins:
+            self.sampler.join(join)
+        for seat, first, blocks in plan.grown:
+            self._tables_SB[seat, first : first + len(blocks)] = blocks
+        if not plan.seats:
+            return StepResult([])
+        inputs, sampled = self._inputs(plan)
+        hidden_NE = self.decoder(inputs, self.cache.layers)
+        return self._sample(hidden_NE, sampled)
+
+    def _inputs(self, plan: StepPlan) -> tuple[StepInputs, _Sampled]:
+        seats_S = np.array(plan.seats, dtype=np.int64)
+        starts_S = np.array(plan.starts, dtype=np.int64)
+        counts_S = np.array(plan.counts, dtype=np.int64)
+        samples_S = np.array(plan.samples, dtype=bool)
+        tokens_T = np.array(plan.tokens, dtype=np.int64)
+        ends_S = starts_S + counts_S
+        stops_S = counts_S.cumsum()
+        self._check(tokens_T, int(stops_S[-1]), int(ends_S.max()))
+        positions_T = np.arange(len(tokens_T)) + np.repeat(starts_S - (stops_S - counts_S), counts_S)
+        size = self.cache.block_size
+        blocks_T = self._tables_SB[np.repeat(seats_S, counts_S), positions_T // size].astype(np.int64)
+        inputs = StepInputs(
+            tokens_T=self._to_device(tokens_T),
+            positions_T=self._to_device(positions_T),
+            slots_T=self._to_device(blocks_T * size + positions_T % size),
+            block_tables_SB=self._to_device(self._tables_SB[seats_S, : -(-int(ends_S.max()) // size)]),
+            query_starts=[0, *stops_S.tolist()],
+            lengths=ends_S.tolist(),
+            sample_rows_N=self._to_device(stops_S[samples_S] - 1),
+        )
+        return inputs, _Sampled(seats_S[samples_S], ends_S[samples_S])
+
+    def _sample(self, hidden_NE: Tensor, sampled: _Sampled) -> StepResult:
+        tokens: list[int] = []
+        logprobs = []
+        failed: dict[int, str] = {}
+        size = max(1, _LOGITS_BYTES // (4 * self.decoder.config.vocab_size))
+        for start in range(0, len(hidden_NE), size):
+            rows = slice(start, start + size)
+            logits_NV = self.decoder.logits(hidden_NE[rows])
+            result = self.sampler.sample(logits_NV, sampled.seats_N[rows], sampled.positions_N[rows])
+            tokens += result.tokens
+            logprobs += result.logprobs or [None] * len(result.tokens)
+            failed |= {start + row: reason for row, reason in (result.failed or {}).items()}
+        return StepResult(tokens, logprobs if any(logprobs) else None, failed or None)
+
+    def _check(self, tokens_T: Ints, num_tokens: int, longest: int) -> None:
+        """What a GPU would answer with an abort of the process, or with another sequence's memory."""
+        assert len(tokens_T) == num_tokens, f"a plan of {num_tokens} tokens brings {len(tokens_T)}"
+        limit = self._tables_SB.shape[1] * self.cache.block_size
+        if longest > limit:
+            raise ValueError(f"a sequence of {longest} tokens is beyond the context of {limit}")
+        lowest, highest = int(tokens_T.min()), int(tokens_T.max())
+        vocab = self.decoder.config.vocab_size
+        if lowest < 0 or highest >= vocab:
+            wrong = lowest if lowest < 0 else highest
+            raise ValueError(f"token {wrong} is not in the model's vocabulary of {vocab} tokens")
+
+    def _to_device(self, values: npt.NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(values).to(self._device, non_blocking=True)
