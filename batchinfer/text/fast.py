@@ -1,0 +1,115 @@
+"""A tokenizer of the `tokenizers` library, which works in Rust with the GIL released."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers.processors import TemplateProcessing
+
+from batchinfer.errors import InvalidInput
+from batchinfer.text.pieces import BytePieces, DecodedPieces, Pieces, SentencePieces, byte_level_bytes
+
+
+@dataclass(frozen=True)
+class TokenizerFacts:
+    """What stands beside the vocabulary. `source_digest` is a hash of the files that decide the ids."""
+
+    source_digest: str
+    eos_ids: frozenset[int] = frozenset()
+    special_tokens: dict[str, str] = field(default_factory=dict)
+    chat_template: str | None = None
+
+
+class FastTokenizer:
+    """A tokenizer of the `tokenizers` library."""
+
+    def __init__(self, rust: RustTokenizer, facts: TokenizerFacts) -> None:
+        # tokenizer.json may ask for truncation: nothing is ever cut off silently here
+        rust.no_truncation()
+        rust.no_padding()
+        self._rust = rust
+        self._digest = facts.source_digest
+        added = rust.get_added_tokens_decoder()
+        self._special = frozenset(token_id for token_id, token in added.items() if token.special)
+        self.vocab_size = max(rust.get_vocab_size(with_added_tokens=True), max(added, default=-1) + 1)
+        self.eos_ids = facts.eos_ids
+        self.special_tokens = facts.special_tokens
+        self.chat_template = facts.chat_template
+        bos = facts.special_tokens.get("bos_token")
+        self.bos_id: int | None = None if bos is None else rust.token_to_id(bos)
+        self._decoder = json.loads(rust.decoder.__getstate__()) if rust.decoder is not None else None
+        self._bytes: dict[int, bytes] = {}
+
+    def encode_batch(self, texts: list[str], add_special_tokens: bool) -> list[list[int] | InvalidInput]:
+        try:
+            found = self._rust.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+        except (TypeError, UnicodeEncodeError):
+            return self._encode_each(texts, add_special_tokens)
+        return [encoding.ids for encoding in found]
+
+    def _encode_each(self, texts: list[str], add_special_tokens: bool) -> list[list[int] | InvalidInput]:
+        """Some text is not valid Unicode: find which, and encode the others."""
+        errors = [unicode_error(text) for text in texts]
+        good = [text for text, error in zip(texts, errors, strict=True) if error is None]
+        found = iter(self._rust.encode_batch_fast(good, add_special_tokens=add_special_tokens))
+        return [next(found).ids if error is None else error for error in errors]
+
+    def decode_batch(self, ids: list[list[int]], skip_special_tokens: bool) -> list[str]:
+        return self._rust.decode_batch(ids, skip_special_tokens=skip_special_tokens)
+
+    def pieces(self, skip_special_tokens: bool) -> Pieces:
+        skip = self._special if skip_special_tokens else frozenset()
+        if self._decoder is not None and self._decoder["type"] == "ByteLevel":
+            return BytePieces(self._token_bytes, skip)
+        spaced = sentencepiece_strip(self._decoder)
+        if spaced is not None:
+            return SentencePieces(self._rust.id_to_token, skip, strip=spaced)
+        return DecodedPieces(lambda ids: self._rust.decode(ids, skip_special_tokens=skip_special_tokens))
+
+    def _token_bytes(self, token_id: int) -> bytes:
+        found = self._bytes.get(token_id)
+        if found is None:
+            found = self._bytes[token_id] = byte_level_bytes(self._rust.id_to_token(token_id) or "")
+        return found
+
+    def identity(self) -> str:
+        return self._digest
+
+
+def sentencepiece_strip(decoder: Mapping[str, Any] | None) -> bool | None:
+    """Whether a sentencepiece decoder strips one leading space; None for any other kind of decoder."""
+    if decoder is None or decoder["type"] != "Sequence":
+        return None
+    *steps, last = decoder["decoders"]
+    strip = last == {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    kinds = [step["type"] for step in (steps if strip else decoder["decoders"])]
+    if kinds != ["Replace", "ByteFallback", "Fuse"]:
+        return None
+    replace = decoder["decoders"][0]
+    return strip if (replace["pattern"], replace["content"]) == ({"String": "▁"}, " ") else None
+
+
+def set_framing(rust: RustTokenizer, bos: str | None, eos: str | None) -> None:
+    """Put these tokens before and after every text that is encoded with special tokens."""
+    ids = {token: rust.token_to_id(token) for token in (bos, eos) if token is not None}
+    before = [bos] if bos is not None and ids[bos] is not None else []
+    after = [eos] if eos is not None and ids[eos] is not None else []
+    rust.post_processor = TemplateProcessing(
+        single=[*before, "$A", *after],
+        pair=[*before, "$A", *after, *before, "$B:1", *after],
+        special_tokens=[(token, number) for token, number in ids.items() if number is not None],
+    )
+
+
+def unicode_error(text: str) -> InvalidInput | None:
+    """The error of a text that cannot be written as UTF-8: JSON's \\ud800 and the like."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        return InvalidInput(f"the text is not valid Unicode: lone surrogate U+{code:04X} at character {error.start}")
+    return None

@@ -1,0 +1,157 @@
+"""The tokenizer of a model directory in Hugging Face's layout, as transformers would configure it.
+
+transformers itself is asked only where a directory has no tokenizer.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as RustTokenizer
+
+from batchinfer.errors import ModelError
+from batchinfer.text.fast import FastTokenizer, TokenizerFacts, set_framing
+
+_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+def load_directory(path: Path) -> FastTokenizer:
+    """Raises ModelError for files that are missing or damaged, or that need a package that is not installed."""
+    config = _read_json(path / "tokenizer_config.json")
+    named = _special_tokens({**_read_json(path / "special_tokens_map.json"), **config})
+    file = path / "tokenizer.json"
+    rust = _read_rust(file) if file.is_file() else _convert(path)
+    _add_tokens(path, rust, config, named)
+    _set_bos_eos(rust, config, named)
+    template = _read_chat_template(path, config)
+    return FastTokenizer(rust, TokenizerFacts(_digest(path, rust), _eos_ids(path, rust, named), named, template))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, empty if the file is not there."""
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ModelError(f"{path}: must hold a JSON object")
+    return values
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """bos_token and the like, from values that are strings or {"content": string}."""
+    names = [*_NAMED, *(name for name in config if name.endswith("_token") and name not in _NAMED)]
+    contents = {name: _content(config.get(name)) for name in names}
+    return {name: content for name, content in contents.items() if content is not None}
+
+
+def _content(value: Any) -> str | None:
+    content = value.get("content") if isinstance(value, dict) else value
+    return content if isinstance(content, str) else None
+
+
+def _read_rust(path: Path) -> RustTokenizer:
+    try:
+        return RustTokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception for everything
+        raise ModelError(f"{path}: not a usable tokenizer: {error}") from None
+
+
+def _convert(path: Path) -> RustTokenizer:
+    """Vocabularies that only transformers can read: sentencepiece models, vocab.json with merges.txt."""
+    try:
+        from transformers import AutoTokenizer
+
+        found = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+    except ImportError as error:
+        raise ModelError(
+            f"{path}: has no tokenizer.json, and converting its tokenizer needs more packages: "
+            f"pip install 'batchinfer[transformers]' ({' '.join(str(error).split())[:200]})"
+        ) from None
+    except Exception as error:
+        raise ModelError(
+            f"{path}: has no tokenizer.json, and transformers cannot load its tokenizer: {' '.join(str(error).split())}"
+        ) from None
+    if not getattr(found, "is_fast", False):
+        raise ModelError(
+            f"{path}: its tokenizer {type(found).__name__} exists in Python only; provide a tokenizer.json"
+        )
+    rust: RustTokenizer = found.backend_tokenizer
+    return rust
+
+
+def _add_tokens(path: Path, rust: RustTokenizer, config: Mapping[str, Any], named: Mapping[str, str]) -> None:
+    """Tokens that tokenizer_config.json names and tokenizer.json does not have, and those that it makes special."""
+    for token_id, entry in sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0])):
+        content = _content(entry)
+        if content is None or (rust.token_to_id(content) is not None and not entry.get("special")):
+            continue
+        (rust.add_special_tokens if entry.get("special") else rust.add_tokens)([content])
+        if rust.token_to_id(content) != int(token_id):
+            raise ModelError(
+                f"{path}: token {content!r} is {token_id} in tokenizer_config.json but "
+                f"{rust.token_to_id(content)} in the vocabulary"
+            )
+    special = {token.content for token in rust.get_added_tokens_decoder().values() if token.special}
+    rust.add_special_tokens([t for t in named.values() if t not in special and rust.token_to_id(t) is not None])
+
+
+def _set_bos_eos(rust: RustTokenizer, config: Mapping[str, Any], named: Mapping[str, str]) -> None:
+    """add_bos_token and add_eos_token of tokenizer_config.json win over tokenizer.json, as in transformers."""
+    wanted = {name: config.get(f"add_{name}") for name in ("bos_token", "eos_token")}
+    if not any(isinstance(value, bool) for value in wanted.values()):
+        return
+    begins, ends = _framing(rust)
+    add_bos = wanted["bos_token"] if isinstance(wanted["bos_token"], bool) else bool(begins)
+    add_eos = wanted["eos_token"] if isinstance(wanted["eos_token"], bool) else bool(ends)
+    set_framing(rust, named.get("bos_token") if add_bos else None, named.get("eos_token") if add_eos else None)
+
+
+def _framing(rust: RustTokenizer) -> tuple[list[int], list[int]]:
+    """The special ids that the tokenizer puts before and after a text."""
+    bare = rust.encode("a", add_special_tokens=False).ids
+    whole = rust.encode("a", add_special_tokens=True).ids
+    extra = len(whole) - len(bare)
+    before = next((i for i in range(extra + 1) if whole[i : i + len(bare)] == bare), extra)
+    return whole[:before], whole[before + len(bare) :]
+
+
+def _read_chat_template(path: Path, config: Mapping[str, Any]) -> str | None:
+    """chat_template.jinja, else the key of tokenizer_config.json; of several named templates the one called default."""
+    file = path / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = config.get("chat_template", _read_json(path / "chat_template.json").get("chat_template"))
+    if isinstance(template, list):
+        template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+    if isinstance(template, dict):
+        template = template.get("default", next(iter(template.values()), None))
+    return template if isinstance(template, str) else None
+
+
+def _eos_ids(path: Path, rust: RustTokenizer, named: Mapping[str, str]) -> frozenset[int]:
+    """The tokenizer's end of sequence, and generation_config.json's (a number or a list), else config.json's."""
+    ids = _read_json(path / "generation_config.json").get("eos_token_id")
+    if ids is None:
+        ids = _read_json(path / "config.json").get("eos_token_id")
+    listed = ids if isinstance(ids, list) else [ids]
+    eos = rust.token_to_id(named["eos_token"]) if "eos_token" in named else None
+    return frozenset(i for i in (*listed, eos) if isinstance(i, int) and not isinstance(i, bool))
+
+
+def _digest(path: Path, rust: RustTokenizer) -> str:
+    """Of the files where there is a tokenizer.json: the library's own text changes with its version."""
+    digest = hashlib.sha256()
+    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+    if not (path / names[0]).is_file():
+        digest.update(rust.to_str().encode())
+    for name in names:
+        if (path / name).is_file():
+            digest.update(name.encode() + b"\0" + (path / name).read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,137 @@
+"""Decoding one token at a time, without decoding the whole again: what stop strings are found in.
+
+The three ways that decoders of language models have: bytes (byte-level BPE), sentencepiece with byte fallback, and for
+any other decoder a short window that is decoded again. Each gives the text that decoding all tokens gives.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable
+from typing import Protocol
+
+_WINDOW_TOKENS = 16  # of text that does not come to a valid end; a character has at most 4 bytes
+
+
+class Pieces(Protocol):
+    """`push` takes the next token and gives the text that is now settled; `pending` the text that may still change."""
+
+    def push(self, token_id: int) -> str: ...
+
+    @property
+    def pending(self) -> str: ...
+
+
+class BytePieces:
+    """Tokens that are bytes: the text is their UTF-8 decoding, where a cut character is U+FFFD until it is whole."""
+
+    def __init__(self, token_bytes: Callable[[int], bytes], skip: frozenset[int]) -> None:
+        self._token_bytes = token_bytes
+        self._skip = skip
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        return "" if token_id in self._skip else self._decoder.decode(self._token_bytes(token_id))
+
+    @property
+    def pending(self) -> str:
+        return "\ufffd" if self._decoder.getstate()[0] else ""
+
+
+class SentencePieces:
+    """▁ is a space, <0x0A> a byte; a run of byte tokens is text if all of it is UTF-8, else one U+FFFD each.
+
+    `strip` drops one space at the very beginning of the text.
+    """
+
+    def __init__(self, id_to_token: Callable[[int], str | None], skip: frozenset[int], strip: bool) -> None:
+        self._id_to_token = id_to_token
+        self._skip = skip
+        self._strip = strip
+        self._run = b""
+
+    def push(self, token_id: int) -> str:
+        token = None if token_id in self._skip else self._id_to_token(token_id)
+        if token is None:
+            return ""
+        value = _fallback_byte(token)
+        if value is not None:
+            self._run += value
+            return ""
+        return self._settle(self._close() + token.replace("▁", " "))
+
+    @property
+    def pending(self) -> str:
+        text = _run_text(self._run)
+        return text.removeprefix(" ") if self._strip and text.startswith(" ") else text
+
+    def _close(self) -> str:
+        run, self._run = self._run, b""
+        return _run_text(run)
+
+    def _settle(self, text: str) -> str:
+        if self._strip and text:
+            self._strip = False
+            return text.removeprefix(" ")
+        return text
+
+
+class DecodedPieces:
+    """Any decoder: decodes the few last tokens with and without the new one, and takes the difference."""
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self._decode = decode
+        self._context: list[int] = []  # settled tokens that the decoder sees before the new ones
+        self._new: list[int] = []
+        self._before = ""
+
+    def push(self, token_id: int) -> str:
+        self._new.append(token_id)
+        text = self._decode(self._context + self._new)
+        if text == self._before:  # a special token that is skipped: it says nothing to the tokens after it either
+            self._new.pop()
+            return ""
+        if len(text) <= len(self._before) or (text.endswith("\ufffd") and len(self._new) < _WINDOW_TOKENS):
+            return ""
+        settled = text[len(self._before) :]
+        self._context, self._new = self._new, []
+        self._before = self._decode(self._context)
+        return settled
+
+    @property
+    def pending(self) -> str:
+        return self._decode(self._context + self._new)[len(self._before) :] if self._new else ""
+
+
+def _fallback_byte(token: str) -> bytes | None:
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        try:
+            return bytes((int(token[3:5], 16),))
+        except ValueError:
+            return None
+    return None
+
+
+def _run_text(run: bytes) -> str:
+    try:
+        return run.decode()
+    except UnicodeDecodeError:
+        return "\ufffd" * len(run)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable character for every byte."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+BYTE_ALPHABET = _byte_alphabet()
+
+
+def byte_level_bytes(token: str) -> bytes:
+    """The bytes of a token of a byte-level vocabulary; an added token with other characters stands for itself."""
+    try:
+        return bytes([BYTE_ALPHABET[char] for char in token])
+    except KeyError:
+        return token.encode()

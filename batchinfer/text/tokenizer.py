@@ -1,0 +1,97 @@
+"""Tokenizers: text to token ids and back, from a model directory, a GGUF file, or plain bytes.
+
+Decoding never "cleans up" spaces: the text is what the tokens say.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from batchinfer.errors import InvalidInput, ModelError
+from batchinfer.text.fast import unicode_error
+from batchinfer.text.gguf_tokenizer import load_gguf
+from batchinfer.text.model_directory import load_directory
+from batchinfer.text.pieces import BytePieces, Pieces
+
+
+class Tokenizer(Protocol):
+    """What the rest of the program knows of a tokenizer.
+
+    `eos_ids` end a generation. `special_tokens` ("bos_token" → "<s>") are variables of the chat template.
+    """
+
+    vocab_size: int
+    eos_ids: frozenset[int]
+    bos_id: int | None
+    special_tokens: dict[str, str]
+    chat_template: str | None
+
+    def encode_batch(self, texts: list[str], add_special_tokens: bool) -> list[list[int] | InvalidInput]:
+        """Ids of each text, or the error of a text that is not valid Unicode. Special tokens in a text are parsed."""
+        ...
+
+    def decode_batch(self, ids: list[list[int]], skip_special_tokens: bool) -> list[str]:
+        """Bytes that are not UTF-8 become U+FFFD; ids that the vocabulary does not have are left out."""
+        ...
+
+    def pieces(self, skip_special_tokens: bool) -> Pieces:
+        """A new incremental decoder: the same text as `decode_batch`, one token at a time."""
+        ...
+
+    def identity(self) -> str:
+        """Hash of everything that decides ids and text."""
+        ...
+
+
+class ByteTokenizer:
+    """Every UTF-8 byte is a token; 256 is <bos>, 257 <eos>. For `model: fake`, where no vocabulary is at hand."""
+
+    vocab_size = 258
+    eos_ids = frozenset({257})
+    bos_id: int | None = 256
+    chat_template: str | None = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+
+    def __init__(self) -> None:
+        self.special_tokens = {"bos_token": "<bos>", "eos_token": "<eos>"}
+
+    def encode_batch(self, texts: list[str], add_special_tokens: bool) -> list[list[int] | InvalidInput]:
+        """No special token is ever added or recognised."""
+        try:
+            return [list(text.encode()) for text in texts]
+        except UnicodeEncodeError:
+            return [unicode_error(text) or list(text.encode()) for text in texts]
+
+    def decode_batch(self, ids: list[list[int]], skip_special_tokens: bool) -> list[str]:
+        return [self._decode(sequence, skip_special_tokens) for sequence in ids]
+
+    def _decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        try:
+            return bytes(ids).decode(errors="replace")
+        except ValueError:  # an id above 255
+            skip = frozenset({256, 257}) if skip_special_tokens else frozenset()
+            return b"".join(self._token_bytes(i) for i in ids if i not in skip).decode(errors="replace")
+
+    def _token_bytes(self, token_id: int) -> bytes:
+        if token_id < 256:
+            return bytes((token_id,))
+        return {256: b"<bos>", 257: b"<eos>"}.get(token_id, b"")
+
+    def pieces(self, skip_special_tokens: bool) -> Pieces:
+        return BytePieces(self._token_bytes, frozenset({256, 257}) if skip_special_tokens else frozenset())
+
+    def identity(self) -> str:
+        return "bytes-1"
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a model directory, or of a .gguf file. Raises ModelError where there is none that is usable."""
+    path = Path(path)
+    if path.is_dir():
+        return load_directory(path)
+    if path.is_file():
+        return load_gguf(path)
+    raise ModelError(f"{path}: no such model directory or GGUF file")
