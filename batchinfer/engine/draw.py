@@ -28,6 +28,7 @@ from torch import Tensor
 _SCALE_BITS = 40  # with up to 2^22 tokens, a row's sum stays below 2^63
 _SCALE = float(1 << _SCALE_BITS)
 _BLOCK = 128
+_COLUMN = 32
 _CANDIDATES = (64, 256)  # best tokens to look at first; beyond the last, sorting the row is cheaper
 _CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}  # of temporaries at once: what a core's cache holds; a memory bound
 
@@ -51,7 +52,6 @@ class _Rows(NamedTuple):
     needs_total: some row has top_p without top_k. has_min_p: some row has min_p.
     """
 
-    index_R: Tensor  # in the logits
     place_R: Tensor  # in the result
     temperature_R1: Tensor
     top_k_R1: Tensor
@@ -75,38 +75,43 @@ def draw(logits_NV: Tensor, rows_R: Ints, filters: Filters) -> Tensor:
     low = 0
     for size in _CANDIDATES:
         for chunk in _chunks(np.nonzero((needed_R > low) & (needed_R <= size))[0], logits_NV):
-            some = _take(filters, rows_R, chunk, logits_NV.device)
-            drawn_R, solved_R = _draw_from_best(logits_NV[some.index_R], min(size, vocab), some)
+            some = _take(filters, chunk, logits_NV.device)
+            drawn_R, solved_R = _draw_from_best(_select(logits_NV, rows_R[chunk]), min(size, vocab), some)
             tokens_R[some.place_R] = drawn_R
             unsolved.append(chunk[~solved_R.cpu().numpy()])
         low = size
     for group, sort in ((np.concatenate(unsolved), True), (np.nonzero(needed_R == 0)[0], False)):
         for chunk in _chunks(group, logits_NV):
-            some = _take(filters, rows_R, chunk, logits_NV.device)
-            tokens_R[some.place_R] = _draw_from_all(logits_NV[some.index_R], some, sort)
+            some = _take(filters, chunk, logits_NV.device)
+            tokens_R[some.place_R] = _draw_from_all(_select(logits_NV, rows_R[chunk]), some, sort)
     return tokens_R
 
 
 def argmax(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
     """The largest logit of each row and its token id, the lowest of equals. A NaN counts as the largest.
 
-    torch.argmax is not vectorised on CPUs; maxima of blocks are, and only the best block is then searched.
+    torch.argmax is not vectorised on CPUs; maxima over a slow axis are, and then only one column is searched.
     """
     rows, vocab = logits_NV.shape
-    whole = vocab // _BLOCK * _BLOCK
-    if rows == 0 or whole < 8 * _BLOCK:
-        ids_N = logits_NV.argmax(-1)
-    else:
-        blocks_NCB = logits_NV[:, :whole].view(rows, -1, _BLOCK)
-        best_N = blocks_NCB.amax(-1).argmax(-1)
-        inner_NB = blocks_NCB[torch.arange(rows, device=best_N.device), best_N]
-        ids_N = best_N * _BLOCK + inner_NB.argmax(-1)
-        if whole < vocab:
-            values_N = logits_NV.gather(1, ids_N[:, None])[:, 0]
-            rest_N = logits_NV[:, whole:].argmax(-1) + whole
-            rest_values_N = logits_NV.gather(1, rest_N[:, None])[:, 0]
-            ids_N = torch.where((rest_values_N > values_N) | rest_values_N.isnan(), rest_N, ids_N)
-    return logits_NV.gather(1, ids_N[:, None])[:, 0], ids_N
+    columns = vocab // _COLUMN
+    whole = columns * _COLUMN
+    if rows == 0 or columns < 8:
+        ids_N = logits_NV.argmax(1)
+        return logits_NV.gather(1, ids_N[:, None])[:, 0], ids_N
+    columns_NBC = logits_NV[:, :whole].view(rows, _COLUMN, columns)
+    best_NC = columns_NBC.amax(1)
+    if whole < vocab:
+        best_NC = torch.cat([best_NC, logits_NV[:, whole:]], dim=1)
+    place_N = best_NC.argmax(1)
+    values_N = best_NC.gather(1, place_N[:, None])[:, 0]
+    column_N = place_N.clamp(max=columns - 1)
+    inner_NB = columns_NBC[torch.arange(rows, device=place_N.device), :, column_N]
+    ids_N = torch.where(place_N < columns, inner_NB.argmax(1) * columns + column_N, place_N - columns + whole)
+    # among equals in several columns the lowest id is not in the first column
+    tied_N = ((best_NC == values_N[:, None]).sum(1) > 1).nonzero()[:, 0]
+    if len(tied_N):
+        ids_N[tied_N] = logits_NV[tied_N].argmax(1)
+    return values_N, ids_N
 
 
 def largest(logits_NV: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -193,7 +198,8 @@ def _draw_from_all(logits_NV: Tensor, rows: _Rows, sort: bool) -> Tensor:
         threshold_N1 = _thresholds(sorted_NV, _weights(sorted_NV.clone()), rows, None)[1]
     outside_NV = scaled_NV < threshold_N1 if sort or rows.has_min_p else None
     padded = -(-vocab // _BLOCK) * _BLOCK
-    weights_NV = torch.zeros(len(logits_NV), padded, dtype=torch.int64, device=logits_NV.device)
+    weights_NV = torch.empty(len(logits_NV), padded, dtype=torch.int64, device=logits_NV.device)
+    weights_NV[:, vocab:] = 0
     weights_NV[:, :vocab] = scaled_NV.exp_().mul_(_SCALE)
     if outside_NV is not None:
         weights_NV[:, :vocab].masked_fill_(outside_NV, 0)
@@ -257,14 +263,21 @@ def _descending(scaled_NV: Tensor) -> Tensor:
     return torch.from_numpy(np.sort(scaled_NV.neg().numpy(), axis=1)).neg_()
 
 
-def _take(filters: Filters, rows_R: Ints, chunk: Ints, device: torch.device) -> _Rows:
+def _select(logits_NV: Tensor, rows_R: Ints) -> Tensor:
+    """These rows; without a copy if they follow one another."""
+    first, last = int(rows_R[0]), int(rows_R[-1])
+    if last - first + 1 == len(rows_R) and np.all(np.diff(rows_R) == 1):
+        return logits_NV[first : last + 1]
+    return logits_NV.index_select(0, torch.from_numpy(rows_R).to(logits_NV.device))
+
+
+def _take(filters: Filters, chunk: Ints, device: torch.device) -> _Rows:
     def column(values_R: npt.NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(values_R[chunk][:, None]).to(device)
 
     with np.errstate(divide="ignore"):
         log_min_p_R = np.log(filters.min_p_R).astype(np.float32)
     return _Rows(
-        torch.from_numpy(rows_R[chunk]).to(device),
         torch.from_numpy(chunk).to(device),
         column(filters.temperature_R),
         column(filters.top_k_R),
