@@ -25,7 +25,7 @@ class Layout:
 
     format: str  # parquet, jsonl or openai-batch
     compression: str  # zstd, snappy, gzip or none
-    carried: tuple[str, ...]  # input columns of the output
+    carried: tuple[str, ...]  # input columns that a part is made from
     schema: pa.Schema  # all columns of a part, in order
     text_json: frozenset[str]  # string columns whose text is JSON
     prefix: str
@@ -57,9 +57,8 @@ def output_layout(spec: JobSpec, inputs: Inputs) -> Layout:
     if format_ == "openai-batch":
         names = ("id", "custom_id", "response", "error")
         schema = pa.schema([(name, pa.string()) for name in names])
-        carried = ("custom_id",)
-        json_columns = frozenset({"response", "error"})
-        return Layout(format_, compression, carried, schema, json_columns, "", False, False)
+        json_lines = frozenset({"response", "error"})
+        return Layout(format_, compression, ("custom_id", "url"), schema, json_lines, "", False, False)
     carried = spec.input.columns or tuple(inputs.schema.names)
     added = _added(spec, listed, exploded)
     _refuse_clash(carried, added, inputs)

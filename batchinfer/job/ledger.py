@@ -6,6 +6,7 @@ and never changes; a retry pass p adds `<chunk>.r<p>.json`, and the highest pass
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterable
@@ -45,7 +46,7 @@ class CommitRecord:
     pass_number: int
     fingerprint: str  # the plan's digest
     part: str | None  # name below the output
-    bytes: int
+    size_bytes: int
     sha256: str  # of the whole part, hex
     rows: int  # input rows that were selected
     output_rows: int  # rows of the part: more than `rows` where samples are rows
@@ -59,8 +60,9 @@ class CommitRecord:
         return CommitKey(self.chunk, self.pass_number)
 
     def to_bytes(self) -> bytes:
-        values = {name: getattr(self, name) for name in self.__slots__}
+        values = dataclasses.asdict(self)
         values["pass"] = values.pop("pass_number")
+        values["bytes"] = values.pop("size_bytes")
         return json.dumps(values, sort_keys=True).encode() + b"\n"
 
     @classmethod
@@ -68,8 +70,9 @@ class CommitRecord:
         try:
             values: dict[str, Any] = orjson.loads(data)
             values["pass_number"] = values.pop("pass")
+            values["size_bytes"] = values.pop("bytes")
             record = cls(**values)
-            whole = (record.chunk, record.pass_number, record.bytes, record.rows, record.output_rows, record.ok)
+            whole = (record.chunk, record.pass_number, record.size_bytes, record.rows, record.output_rows, record.ok)
             if not all(type(number) is int for number in (*whole, *record.errors.values())):
                 raise ValueError("a count is not a whole number")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -88,7 +91,7 @@ class Ledger:
         self.store = store
         self.plan = plan
 
-    def keys(self) -> list[CommitKey]:
+    def listed(self) -> list[CommitKey]:
         """All records that exist, by chunk and pass. One listing."""
         keys = []
         for name in self.store.find(COMMITS):
@@ -99,7 +102,7 @@ class Ledger:
 
     def in_effect(self) -> dict[int, CommitKey]:
         """Chunk → its record of the highest pass; chunks without a record are open."""
-        return {key.chunk: key for key in self.keys()}  # sorted: the last one wins
+        return {key.chunk: key for key in self.listed()}  # sorted: the last one wins
 
     def read(self, key: CommitKey) -> CommitRecord:
         """Raises OutputConflict for a record that is gone, damaged or of another job."""

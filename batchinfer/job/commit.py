@@ -1,0 +1,127 @@
+"""Complete chunks into committed parts, in a few threads beside the engine.
+
+A chunk's rows are sorted, its part is written to local disk, uploaded whole under a name that its content decides, and
+then made real by its commit record. Whatever fails here stops the job: `finish` raises it in the job's loop.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from batchinfer.io.rows import write_rows
+from batchinfer.job.batchlines import build_lines
+from batchinfer.job.columns import Layout
+from batchinfer.job.ledger import CommitRecord, Ledger, part_name
+from batchinfer.job.results import build_table, count, decode
+from batchinfer.job.spool import Spool
+from batchinfer.log import log
+
+_THREADS = 2  # one builds while the other uploads
+_GRACE_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class PartWriter:
+    """Builds, uploads and commits one chunk. `model` is the name that openai-batch lines carry."""
+
+    ledger: Ledger
+    layout: Layout
+    spool: Spool
+    pass_number: int
+    model: str
+
+    def commit(self, chunk: int) -> CommitRecord:
+        plan = self.ledger.plan
+        rows = decode(self.spool.lines(chunk))
+        carried = self.spool.carried(chunk)
+        assert len(rows) == carried.num_rows, f"chunk {chunk}: {len(rows)} results for {carried.num_rows} rows"
+        if self.layout.format == "openai-batch":
+            table = build_lines(self.layout, rows, carried, plan.bases[chunk], self.model)
+        else:
+            table = build_table(self.layout, rows, carried, plan.chunks[chunk].start)
+        counts = count(rows, self.layout.exploded)
+        part, size, sha256 = None, 0, ""
+        if counts.output_rows:
+            local = self.spool.scratch(f"{chunk:06d}.part")
+            form, compression = self.layout.file_format, self.layout.compression
+            write_rows(local, table, form, None if compression == "none" else compression, self.layout.text_json)
+            sha256, size = _hash(local), local.stat().st_size
+            part = part_name(chunk, sha256, self.layout.suffix)
+            self.ledger.store.put_file(part, local)
+            local.unlink()
+        record = CommitRecord(
+            chunk=chunk,
+            pass_number=self.pass_number,
+            fingerprint=plan.digest,
+            part=part,
+            size_bytes=size,
+            sha256=sha256,
+            rows=counts.rows,
+            output_rows=counts.output_rows,
+            ok=counts.ok,
+            errors=counts.errors,
+            prompt_tokens=counts.prompt_tokens,
+            completion_tokens=counts.completion_tokens,
+        )
+        holds = self.ledger.commit(record)
+        if holds != record:
+            log.warning("another worker had committed this chunk: its results hold", chunk=chunk)
+        self.spool.drop(chunk)
+        return holds
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Committer:
+    """Commits chunks in the background. The queue is bounded by the window of open chunks, which `done` reopens."""
+
+    def __init__(self, writer: PartWriter, done: Callable[[CommitRecord], None]) -> None:
+        self._writer = writer
+        self._done = done
+        self._queue: queue.Queue[int | None] = queue.Queue()
+        self._error: BaseException | None = None
+        self._closed = False
+        self._threads = [
+            threading.Thread(target=self._work, name=f"commit-{number}", daemon=True) for number in range(_THREADS)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def failed(self) -> bool:
+        return self._error is not None
+
+    def submit(self, chunk: int) -> None:
+        self._queue.put(chunk)
+
+    def finish(self, stopping: Callable[[], bool]) -> None:
+        """Wait for everything submitted, or until `stopping`. Raises what stopped a commit."""
+        for _ in self._threads:
+            self._queue.put(None)
+        while any(thread.is_alive() for thread in self._threads) and not stopping():
+            for thread in self._threads:
+                thread.join(timeout=0.05)
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        """Begin no further commit, and give those that are under way a moment."""
+        self._closed = True
+        for thread in self._threads:
+            self._queue.put(None)
+            thread.join(timeout=_GRACE_S)
+
+    def _work(self) -> None:
+        while (chunk := self._queue.get()) is not None and not self.failed and not self._closed:
+            try:
+                self._done(self._writer.commit(chunk))
+            except BaseException as error:
+                self._error = error

@@ -1,0 +1,97 @@
+"""Chunks in, prompts out: reads the rows of open chunks in order, a bounded number of rows ahead of their commits."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from batchinfer.io.rows import Inputs, RowBatch, stream
+from batchinfer.job.columns import Layout
+from batchinfer.job.plan import JobPlan
+from batchinfer.job.prompts import RowPrompts
+from batchinfer.job.results import Row, encode_row
+from batchinfer.job.spool import Spool
+from batchinfer.prompting import Prompt, mix
+from batchinfer.request import SamplingParams
+from batchinfer.spec import StorageSpec
+
+
+class Window:
+    """How many rows may be open, read and not yet committed: bounds memory and spool, even behind a straggler."""
+
+    def __init__(self, rows: int) -> None:
+        self._limit = rows
+        self._open = 0
+        self._closed = False
+        self._changed = threading.Condition()
+
+    def enter(self, rows: int) -> bool:
+        """Wait for room (a chunk always fits an empty window); False if the window was closed."""
+        with self._changed:
+            while not self._closed and self._open and self._open + rows > self._limit:
+                self._changed.wait()
+            self._open += rows
+            return not self._closed
+
+    def leave(self, rows: int) -> None:
+        with self._changed:
+            self._open -= rows
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Admit nothing more."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """Makes prompts of chunks.
+
+    `recover` gives the rows of a chunk that are finished already; `opened` is told of them, and how many rows `where`
+    leaves out; `complete` is called for a chunk that needs no prompt at all.
+    """
+
+    plan: JobPlan
+    rows: RowPrompts
+    layout: Layout
+    spool: Spool
+    window: Window
+    recover: Callable[[int], list[Row]]
+    complete: Callable[[int], None]
+    opened: Callable[[list[Row], int], None]
+
+    def prompts(self, chunks: list[int], seed: int, defaults: SamplingParams, storage: StorageSpec) -> Iterator[Prompt]:
+        """Runs in the engine's feeder thread. Every prompt's index is its row's index in the whole job."""
+        inputs = self.plan.inputs.select(self.rows.read_columns | set(self.layout.carried))
+        spans = (self.plan.chunks[chunk] for chunk in chunks)
+        for chunk, (span, batch) in zip(chunks, stream(inputs, spans, storage), strict=True):
+            if not self.window.enter(span.count):
+                return
+            wanted = self._open(chunk, batch, inputs)
+            base = self.plan.bases[chunk]
+            for prompt in self.rows.prompts(batch, wanted, inputs.text_json, defaults):
+                index = base + prompt.offset
+                yield Prompt(index, prompt.content, prompt.params, mix(seed, index), prompt.error)
+
+    def _open(self, chunk: int, batch: RowBatch, inputs: Inputs) -> list[int]:
+        """Spool what the chunk's part will carry; returns the offsets of the rows that are left to run."""
+        selected = self.rows.select(batch, inputs.text_json)
+        known = set(selected)
+        finished = [row for row in self.recover(chunk) if row.offset in known]
+        carried = batch.table.select(list(self.layout.carried))
+        self.opened(finished, carried.num_rows - len(selected))
+        if len(selected) < carried.num_rows:
+            carried = carried.take(selected)
+        left = self.spool.open(chunk, len(selected), map(encode_row, finished), carried)
+        if left == 0:
+            self.complete(chunk)
+        done = {row.offset for row in finished}
+        return [offset for offset in selected if offset not in done] if done else selected
+
+
+def open_rows(chunk_rows: Iterable[int], max_num_seqs: int) -> int:
+    """A window that keeps the engine fed while a few chunks are being finished and committed, in rows."""
+    return max(4 * max(chunk_rows), 16 * max_num_seqs + 4096)

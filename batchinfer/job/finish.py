@@ -1,0 +1,109 @@
+"""The end of a job: when every chunk is committed, the manifest, then _SUCCESS, then the sweep of what nobody names.
+
+Any worker that finds all commits does it; doing it twice, or at once, writes the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from typing import Any
+
+import orjson
+
+from batchinfer.errors import OutputConflict
+from batchinfer.io.storage import Store
+from batchinfer.job.ledger import PARTS, CommitKey, CommitRecord, Ledger
+from batchinfer.job.salvage import SALVAGE
+
+MANIFEST = "manifest.json"
+SUCCESS = "_SUCCESS"
+
+
+def read_manifest(store: Store) -> dict[str, Any] | None:
+    """The manifest, None before the job's end. Raises OutputConflict for a damaged one."""
+    data = store.read(MANIFEST)
+    if data is None:
+        return None
+    try:
+        manifest = orjson.loads(data)
+        if not isinstance(manifest, dict) or type(manifest["pass"]) is not int:
+            raise ValueError("not a manifest")
+    except (ValueError, KeyError) as error:
+        raise OutputConflict(f"{store.url}/{MANIFEST}: damaged ({error}); remove it and run the job again") from None
+    return manifest
+
+
+def is_finished(store: Store) -> bool:
+    """Whether _SUCCESS stands and belongs to the manifest."""
+    success, manifest = store.read(SUCCESS), store.read(MANIFEST)
+    return (
+        success is not None and manifest is not None and success.strip().decode("ascii", "replace") == _hash(manifest)
+    )
+
+
+def finalise(
+    ledger: Ledger, pass_number: int, known: dict[CommitKey, CommitRecord] | None = None
+) -> dict[str, Any] | None:
+    """Write manifest and _SUCCESS if every chunk is committed; returns the manifest, None if chunks are open.
+
+    `known`: records that need not be read again. Parts that the last manifest names stay until a new one stands.
+    """
+    store = ledger.store
+    parts = set(store.find(PARTS))  # before the commits: a part that comes later is none of ours to sweep
+    listed = ledger.listed()
+    effect = {key.chunk: key for key in listed if key.pass_number <= pass_number}
+    if len(effect) < len(ledger.plan.chunks):
+        return None
+    known = known or {}
+    missing = [key for key in effect.values() if key not in known]
+    read = dict(zip(missing, ledger.read_all(missing), strict=True))
+    records = [known.get(key) or read[key] for _, key in sorted(effect.items())]
+    data = _manifest(ledger.plan.digest, pass_number, records)
+    later = ledger.read_all(key for key in listed if key.pass_number > pass_number)  # of an interrupted retry
+    unnamed = parts - {record.part for record in (*records, *later)}
+    if pass_number == 0:
+        store.delete(sorted(unnamed))  # plain readers take all of parts/ once _SUCCESS stands
+    store.put(MANIFEST, data)
+    store.put(SUCCESS, _hash(data).encode() + b"\n")
+    store.delete(sorted(unnamed) if pass_number else [])
+    store.delete(list(store.find(SALVAGE)))
+    manifest: dict[str, Any] = orjson.loads(data)
+    return manifest
+
+
+def _manifest(digest: str, pass_number: int, records: list[CommitRecord]) -> bytes:
+    errors: Counter[str] = Counter()
+    for record in records:
+        errors.update(record.errors)
+    totals = {
+        name: sum(getattr(record, name) for record in records)
+        for name in ("rows", "output_rows", "ok", "prompt_tokens", "completion_tokens")
+    }
+    parts = [
+        {
+            "chunk": record.chunk,
+            "pass": record.pass_number,
+            "part": record.part,
+            "bytes": record.size_bytes,
+            "sha256": record.sha256,
+            "rows": record.rows,
+            "output_rows": record.output_rows,
+        }
+        for record in records
+    ]
+    values = {
+        "fingerprint": digest,
+        "pass": pass_number,
+        "chunks": len(records),
+        **totals,
+        "errors": dict(sorted(errors.items())),
+        "bytes": sum(record.size_bytes for record in records),
+        "parts": parts,
+    }
+    return json.dumps(values, indent=1).encode() + b"\n"
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

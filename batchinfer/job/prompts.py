@@ -1,0 +1,188 @@
+"""Rows into prompts: templates, message and prompt columns, openai-batch bodies, and per-row sampling parameters.
+
+Whatever is wrong with a row becomes that row's error; nothing that a row holds raises out of this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import orjson
+import pyarrow as pa
+
+from batchinfer.errors import BadParameters, InvalidInput, RowError, TemplateError
+from batchinfer.io.rows import Inputs, RowBatch, rows_of
+from batchinfer.job.bodies import Content, chat_messages, parse_body, parse_json, ready_prompt
+from batchinfer.job.plan import check_columns, check_type
+from batchinfer.request import SamplingParams
+from batchinfer.spec import JobSpec
+from batchinfer.text.chat import RowFilter, RowTemplate
+
+Row = Mapping[str, Any]
+_SLICE_ROWS = 256  # rows that are Python objects at once
+_REMEMBERED = 1024  # distinct per-row overrides whose parsed form is kept
+
+
+class RowPrompt(NamedTuple):
+    """The prompt of the row at `offset` of its span; with an `error`, content is None."""
+
+    offset: int
+    content: Content | None
+    params: SamplingParams | None
+    error: RowError | None
+
+
+class RowPrompts:
+    """The compiled prompt section of a job. `columns`: job key → columns that it reads.
+
+    Raises SpecError for a template that does not compile.
+    """
+
+    def __init__(self, spec: JobSpec) -> None:
+        self._where = RowFilter(spec.input.where) if spec.input.where is not None else None
+        self._sampling_column = spec.sampling_column
+        self._many = spec.output.samples == "rows" or spec.sampling_values.get("n", 1) > 1
+        self._many = self._many or spec.output.format == "openai-batch"
+        self._remembered: dict[bytes, SamplingParams] = {}
+        self.columns: dict[str, frozenset[str]] = {"input.columns": frozenset(spec.input.columns or ())}
+        if self._where is not None:
+            self.columns["input.where"] = self._where.columns
+        if self._sampling_column is not None:
+            self.columns["sampling.column"] = frozenset({self._sampling_column})
+        self._types: dict[str, str] = {"sampling.column": "tm"}
+        self._content, self._reads_body = self._compile(spec)
+
+    @property
+    def read_columns(self) -> frozenset[str]:
+        """Columns that prompts and overrides need, not those that are only carried or filtered by."""
+        return frozenset().union(*(self.columns[key] for key in self.columns if key not in ("input.columns",)))
+
+    @property
+    def filters(self) -> bool:
+        return self._where is not None
+
+    def check(self, inputs: Inputs) -> None:
+        """Every column exists, and holds what it is used for. Raises SpecError or InputError."""
+        check_columns(self.columns, inputs)
+        for key, allowed in self._types.items():
+            for column in self.columns.get(key, ()):
+                if column not in inputs.text_json:
+                    check_type(key, column, inputs, allowed)
+
+    def select(self, batch: RowBatch, text_json: frozenset[str]) -> list[int]:
+        """Offsets of the rows that `where` keeps. A row that cannot be judged is kept: its error must be seen."""
+        if self._where is None:
+            return list(range(batch.table.num_rows))
+        kept = []
+        for offset, row in _rows(batch.table, self._where.columns, text_json):
+            if offset in batch.errors:
+                kept.append(offset)
+                continue
+            try:
+                if self._where.matches(row):
+                    kept.append(offset)
+            except RowError as error:
+                batch.errors[offset] = error
+                kept.append(offset)
+        return kept
+
+    def prompts(
+        self, batch: RowBatch, wanted: list[int], text_json: frozenset[str], defaults: SamplingParams
+    ) -> Iterator[RowPrompt]:
+        """The prompts of the rows at the `wanted` offsets (ascending). Python rows exist a slice at a time."""
+        table = batch.table if len(wanted) == batch.table.num_rows else batch.table.take(wanted)
+        for place, row in _rows(table, self.read_columns, text_json):
+            offset = wanted[place]
+            error = batch.errors.get(offset)
+            if error is not None:
+                yield RowPrompt(offset, None, None, error)
+                continue
+            try:
+                content, params = self._request(row, defaults)
+            except RowError as problem:
+                yield RowPrompt(offset, None, None, problem)
+            else:
+                yield RowPrompt(offset, content, params, None)
+
+    def _request(self, row: Row, defaults: SamplingParams) -> tuple[Content, SamplingParams | None]:
+        params: SamplingParams | None = None
+        if self._reads_body:
+            content, params = parse_body(row["url"], row["body"], defaults)
+        else:
+            content = self._content(row)
+        if self._sampling_column is not None:
+            params = self._override(row[self._sampling_column], defaults)
+        if params is not None and params.n > 1 and not self._many:
+            raise BadParameters("n of a row above 1 needs output.samples: rows, or n above 1 in the job's sampling")
+        return content, params
+
+    def _override(self, value: Any, defaults: SamplingParams) -> SamplingParams | None:
+        if value is None:
+            return None
+        key = value.encode() if isinstance(value, str) else orjson.dumps(value, default=str)
+        if key in self._remembered:
+            return self._remembered[key]
+        values = parse_json(value, self._sampling_column or "") if isinstance(value, str) else value
+        if isinstance(values, list) and all(isinstance(pair, tuple) for pair in values):
+            values = dict(values)  # how Arrow gives a map
+        if not isinstance(values, dict):
+            raise BadParameters(f"column {self._sampling_column!r} must hold a mapping of sampling parameters")
+        params = SamplingParams.from_mapping(values, defaults)
+        if len(self._remembered) >= _REMEMBERED:
+            self._remembered.clear()
+        self._remembered[key] = params
+        return params
+
+    def _compile(self, spec: JobSpec) -> tuple[Callable[[Row], Content], bool]:
+        """How a row becomes a prompt, and whether it is an openai-batch line instead."""
+        prompt = spec.prompt
+        if prompt is None:
+            self.columns["input.format"] = frozenset({"url", "body"})
+            return _no_content, True
+        if prompt.template is not None:
+            return self._text("prompt.template", prompt.template), False
+        if prompt.user is not None:
+            user = self._text("prompt.user", prompt.user)
+            if prompt.system is None:
+                return lambda row: [{"role": "user", "content": user(row)}], False
+            system = self._text("prompt.system", prompt.system)
+            return _with_system(system, user), False
+        if prompt.messages is not None:
+            column = prompt.messages
+            self.columns["prompt.messages"], self._types["prompt.messages"] = frozenset({column}), "tl"
+            return lambda row: chat_messages(row[column], f"column {column!r}"), False
+        name = str(prompt.column)
+        self.columns["prompt.column"], self._types["prompt.column"] = frozenset({name}), "ti"
+        return lambda row: ready_prompt(row[name], f"column {name!r}"), False
+
+    def _text(self, key: str, source: str) -> Callable[[Row], str]:
+        template = RowTemplate(source, key)
+        self.columns[key] = template.columns
+
+        def render(row: Row) -> str:
+            text: str = template.render(row)
+            if not text.strip():
+                nulls = sorted(column for column in template.columns if row[column] is None)
+                why = f": column {nulls[0]!r} is null" if nulls else ""
+                raise InvalidInput(f"{key}: the prompt is empty{why}")
+            return text
+
+        return render
+
+
+def _with_system(system: Callable[[Row], str], user: Callable[[Row], str]) -> Callable[[Row], Content]:
+    def messages(row: Row) -> Content:
+        return [{"role": "system", "content": system(row)}, {"role": "user", "content": user(row)}]
+
+    return messages
+
+
+def _no_content(row: Row) -> Content:
+    raise TemplateError("an openai-batch line has no template")
+
+
+def _rows(table: pa.Table, columns: frozenset[str], text_json: frozenset[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    for start in range(0, table.num_rows, _SLICE_ROWS):
+        piece = table.slice(start, _SLICE_ROWS)
+        yield from enumerate(rows_of(piece, sorted(columns), text_json), start)

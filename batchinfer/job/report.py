@@ -1,0 +1,200 @@
+"""What a run did: running totals, the snapshots that a progress display shows, and report.json.
+
+report.json lands whether a run ends well, is drained or fails; with several workers each writes its own.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from typing import Any, Protocol
+
+from batchinfer import __version__
+from batchinfer.errors import BatchInferError, TooManyRowErrors
+from batchinfer.io.storage import Store
+from batchinfer.job.shard import Shard
+from batchinfer.request import Completion
+
+_EXAMPLES = 3  # of each kind of error
+_SHARE_FROM_ROWS = 200  # a share of fewer rows says nothing
+_VERSIONED = ("torch", "pyarrow", "tokenizers", "fsspec", "s3fs")
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One moment of a run. Rows and tokens are this worker's; `rows_before` were done when it started."""
+
+    phase: str  # planning, loading, running, finishing
+    rows_total: int = 0  # that this worker's chunks cover; `where` may leave some out
+    rows_before: int = 0
+    rows_done: int = 0  # in this run, rows that `where` left out included
+    errors: int = 0
+    chunks_total: int = 0
+    chunks_done: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    computed_tokens: int = 0  # prompt tokens that the engine computed
+    reused_tokens: int = 0  # prompt tokens that it found in its cache
+    elapsed_s: float = 0.0  # since the first prompt was read
+
+
+class Progress(Protocol):
+    """Shows snapshots. Called a few times a second, from one thread that is not the main one."""
+
+    def update(self, snapshot: Snapshot) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Silent:
+    """A progress display that shows nothing."""
+
+    def update(self, snapshot: Snapshot) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass
+class Tally:
+    """Running totals of this run, against `errors.max`. `recovered` rows came from the salvage, `before` are committed
+    rows of earlier runs (counted only where a threshold needs them)."""
+
+    max_errors: int | float | None = None
+    rows: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    recovered_rows: int = 0
+    recovered_errors: int = 0
+    before_rows: int = 0
+    before_errors: int = 0
+    left_out: int = 0  # by `where`
+
+    def add(self, completion: Completion) -> None:
+        self.rows += 1
+        self.prompt_tokens += len(completion.prompt_token_ids)
+        for output in completion.outputs:
+            self.completion_tokens += len(output.token_ids)
+        if completion.error is not None:
+            self.errors[completion.error.kind] += 1
+            examples = self.examples.setdefault(completion.error.kind, [])
+            if len(examples) < _EXAMPLES:
+                examples.append({"row": completion.index, "error": str(completion.error)})
+
+    @property
+    def all_rows(self) -> int:
+        return self.rows + self.recovered_rows + self.before_rows
+
+    @property
+    def all_errors(self) -> int:
+        return self.errors.total() + self.recovered_errors + self.before_errors
+
+    @property
+    def too_many(self) -> bool:
+        """Whether the job should stop now. A share is judged once enough rows are done."""
+        if self.max_errors is None or not self.errors:
+            return False
+        early = isinstance(self.max_errors, float) and self.all_rows < _SHARE_FROM_ROWS
+        return not early and self.exceeds(self.all_rows, self.all_errors)
+
+    def exceeds(self, rows: int, errors: int) -> bool:
+        if self.max_errors is None:
+            return False
+        allowed = self.max_errors if isinstance(self.max_errors, int) else self.max_errors * rows
+        return errors > allowed
+
+    def refusal(self, rows: int, errors: int, complete: bool) -> TooManyRowErrors:
+        kinds = ", ".join(f"{kind}: {number}" for kind, number in self.errors.most_common())
+        first = next((f"; row {e[0]['row']}: {e[0]['error']}" for e in self.examples.values()), "")
+        state = "the output is complete" if complete else "stopped; raise errors.max and run again to go on"
+        return TooManyRowErrors(
+            f"{errors} of {rows} rows failed ({kinds or 'in earlier runs'}), errors.max is {self.max_errors}; "
+            f"{state}{first}"
+        )
+
+
+@dataclass
+class Report:
+    """The content of report.json. `outcome` is done, drained, too_many_errors or failed."""
+
+    outcome: str = "failed"
+    exit_code: int = 70
+    message: str = ""
+    output: str = ""
+    shard: str = ""
+    pass_number: int = 0
+    complete: bool = False  # whether the whole job, all shards, is done
+    rows: dict[str, int] = field(default_factory=dict)
+    chunks: dict[str, int] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+    rates: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, Any] = field(default_factory=dict)
+    totals: dict[str, Any] = field(default_factory=dict)  # of the whole output, once complete
+    timing: dict[str, Any] = field(default_factory=dict)  # start, and seconds of each phase
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def to_bytes(self) -> bytes:
+        values = asdict(self)
+        values["pass"] = values.pop("pass_number")
+        return json.dumps(values, indent=1).encode() + b"\n"
+
+
+class Clock:
+    """When the phases of a run began."""
+
+    def __init__(self) -> None:
+        self.started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        self._began = time.monotonic()
+        self._phases: dict[str, float] = {}
+        self.phase = ""
+
+    def enter(self, phase: str) -> None:
+        self._phases[phase] = time.monotonic()
+        self.phase = phase
+
+    def since(self, phase: str) -> float:
+        """Seconds since a phase began; 0 if it did not."""
+        return time.monotonic() - self._phases[phase] if phase in self._phases else 0.0
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of every phase so far, and in all."""
+        now = time.monotonic()
+        ends = [*list(self._phases.values())[1:], now]
+        spent = {name: round(end - begin, 3) for (name, begin), end in zip(self._phases.items(), ends, strict=True)}
+        return {**spent, "total": round(now - self._began, 3)}
+
+
+def report_name(shard: Shard) -> str:
+    return "report.json" if shard.count == 1 else f"report-{shard.name}.json"
+
+
+def write_report(report: Report, store: Store, shard: Shard) -> None:
+    store.put(report_name(shard), report.to_bytes())
+
+
+def settle(report: Report, error: BaseException | None) -> None:
+    """Fill in how a run ended."""
+    if error is None:
+        report.outcome, report.exit_code = "done", 0
+        return
+    known = isinstance(error, BatchInferError)
+    report.exit_code = error.exit_code if isinstance(error, BatchInferError) else 70
+    report.outcome = {10: "too_many_errors", 33: "drained"}.get(report.exit_code, "failed")
+    report.message = str(error) if known else f"{type(error).__name__}: {error}"
+
+
+def versions() -> dict[str, str]:
+    found = {"batchinfer": __version__, "python": platform.python_version(), "platform": platform.platform()}
+    for name in _VERSIONED:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,219 @@
+"""Results: one line per finished row in spool and salvage, and the table of a part made from them.
+
+A line is JSON: [offset, prompt_tokens, prompt_ids|null, [[text, finish_reason, tokens, ids|null, logprobs|null], …],
+error|null]. `offset` counts from the chunk's first row, an error is [kind, message], logprobs are
+[[token, logprob, [[token, logprob], …]], …]. All columns of a part are built a column at a time.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import orjson
+import pyarrow as pa
+
+from batchinfer.job.columns import ERROR, OK, Layout
+from batchinfer.request import Completion, Output, TokenLogprob
+
+Sample = tuple[str, str, int, list[int] | None, list[Any] | None]
+
+
+class Row(NamedTuple):
+    """A finished row, as a line holds it."""
+
+    offset: int
+    prompt_tokens: int
+    prompt_ids: list[int] | None
+    samples: list[Sample]
+    error: list[str] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Totals of finished rows."""
+
+    rows: int = 0
+    output_rows: int = 0
+    ok: int = 0
+    errors: dict[str, int] = field(default_factory=dict)
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class Encoder:
+    """Completions into lines; keeps ids and logprobs only where the output has columns for them."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._ids = layout.has("token_ids")
+        self._logprobs = layout.has("logprobs") or layout.format == "openai-batch"
+
+    def line(self, offset: int, completion: Completion) -> bytes:
+        prompt = completion.prompt_token_ids
+        ids = prompt if self._ids else None
+        error = completion.error
+        if error is not None:
+            return _dumps((offset, len(prompt), ids, (), (error.kind, str(error))))
+        return _dumps((offset, len(prompt), ids, [self._sample(output) for output in completion.outputs], None))
+
+    def _sample(self, output: Output) -> Sample:
+        ids = output.token_ids
+        logprobs = None
+        if self._logprobs and output.logprobs is not None:
+            logprobs = [_plain(entry) for entry in output.logprobs]
+        return output.text, output.finish_reason, len(ids), ids if self._ids else None, logprobs
+
+
+def _plain(entry: TokenLogprob) -> list[Any]:
+    return [entry.token_id, entry.logprob, [list(pair) for pair in entry.top]]
+
+
+def _dumps(value: Any) -> bytes:
+    try:
+        return orjson.dumps(value)
+    except TypeError:  # half of a surrogate pair, which no text column can hold
+        return orjson.dumps(_encodable(value))
+
+
+def _encodable(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    return [_encodable(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def decode(lines: bytes) -> list[Row]:
+    """Rows by offset. Raises ValueError for damaged lines."""
+    values = orjson.loads(b"[" + lines.rstrip(b"\n").replace(b"\n", b",") + b"]")
+    return sorted((Row(*value) for value in values), key=lambda row: row.offset)
+
+
+def count(rows: Iterable[Row], exploded: bool) -> Counts:
+    rows = list(rows)
+    errors = Counter(row.error[0] for row in rows if row.error is not None)
+    samples = [sample for row in rows for sample in row.samples]
+    return Counts(
+        rows=len(rows),
+        output_rows=len(samples) + errors.total() if exploded else len(rows),
+        ok=len(rows) - errors.total(),
+        errors=dict(sorted(errors.items())),
+        prompt_tokens=sum(row.prompt_tokens for row in rows),
+        completion_tokens=sum(sample[2] for sample in samples),
+    )
+
+
+def build_table(layout: Layout, rows: list[Row], carried: pa.Table, first_row: int) -> pa.Table:
+    """The part of a chunk. `carried` holds the input columns of the same rows in the same order.
+
+    `first_row` is the ordinal of offset 0 in the input file.
+    """
+    if layout.exploded:
+        repeats = [place for place, row in enumerate(rows) for _ in row.samples or (None,)]
+        carried = carried.take(pa.array(repeats, pa.int64()))
+        numbers = [number for row in rows for number in range(len(row.samples) or 1)]
+        rows = [each for row in rows for each in _single_samples(row)]
+    else:
+        numbers = []
+    values = _added_values(layout, rows, first_row) | {"sample": numbers}
+    columns = [carried.column(name) for name in layout.carried]
+    added = list(layout.schema)[len(columns) :]
+    columns += [pa.array(values[entry.name.removeprefix(layout.prefix)], entry.type) for entry in added]
+    return pa.table(columns, schema=layout.schema)
+
+
+def _single_samples(row: Row) -> list[Row]:
+    return [row._replace(samples=[sample]) for sample in row.samples] or [row]
+
+
+def _added_values(layout: Layout, rows: list[Row], first_row: int) -> dict[str, list[Any]]:
+    failed = [row.error is not None for row in rows]
+    values: dict[str, list[Any]] = {
+        "row": [first_row + row.offset for row in rows],
+        "prompt_tokens": [row.prompt_tokens for row in rows],
+        "completion_tokens": [sum([sample[2] for sample in row.samples]) for row in rows],
+        "status": [ERROR if bad else OK for bad in failed],
+        "error_type": [row.error[0] if row.error else None for row in rows],
+        "error": [row.error[1] if row.error else None for row in rows],
+        "response": _per_sample(layout, rows, 0),
+        "finish_reason": _per_sample(layout, rows, 1),
+    }
+    if layout.has("token_ids"):
+        values["prompt_token_ids"] = [row.prompt_ids for row in rows]
+        values["token_ids"] = _per_sample(layout, rows, 3)
+    if layout.has("logprobs"):
+        values["logprobs"] = [_logprobs_text(layout, row) for row in rows]
+    return values
+
+
+def _per_sample(layout: Layout, rows: list[Row], place: int) -> list[Any]:
+    if layout.listed:
+        return [[sample[place] for sample in row.samples] if row.error is None else None for row in rows]
+    return [row.samples[0][place] if row.samples else None for row in rows]
+
+
+def _logprobs_text(layout: Layout, row: Row) -> str | None:
+    """JSON: per token {token_id, logprob, top: [{token_id, logprob}, …]}; a list of these with n > 1."""
+    lists = [_logprob_values(sample[4]) for sample in row.samples]
+    if not any(entry is not None for entry in lists):
+        return None
+    return orjson.dumps(lists if layout.listed else lists[0]).decode()
+
+
+def _logprob_values(logprobs: list[Any] | None) -> list[dict[str, Any]] | None:
+    if logprobs is None:
+        return None
+    return [
+        {
+            "token_id": token,
+            "logprob": logprob,
+            "top": [{"token_id": other, "logprob": value} for other, value in top],
+        }
+        for token, logprob, top in logprobs
+    ]
+
+
+def rows_of_part(layout: Layout, values: Iterable[dict[str, Any]], first_row: int) -> list[Row]:
+    """The results that a part's rows hold: the inverse of `build_table`, for a retry that keeps most of them.
+
+    Token counts of the samples of one row are known only in sum: the first sample carries it.
+    """
+    rows: dict[int, Row] = {}
+    for named in values:
+        value = {name.removeprefix(layout.prefix): cell for name, cell in named.items() if name not in layout.carried}
+        offset = value["row"] - first_row
+        error = [value["error_type"], value["error"]] if value["status"] == ERROR else None
+        samples = [] if error else _samples(layout, value)
+        if offset in rows:
+            rows[offset].samples.extend(samples)
+        else:
+            rows[offset] = Row(offset, value["prompt_tokens"], value.get("prompt_token_ids"), samples, error)
+    return [rows[offset] for offset in sorted(rows)]
+
+
+def _samples(layout: Layout, value: dict[str, Any]) -> list[Sample]:
+    logprobs = value.get("logprobs")
+    lists = orjson.loads(logprobs) if isinstance(logprobs, str) else logprobs
+    if not layout.listed:
+        tokens, ids = value["completion_tokens"], value.get("token_ids")
+        return [(value["response"], value["finish_reason"], tokens, ids, _line_logprobs(lists))]
+    samples: list[Sample] = []
+    for number, text in enumerate(value["response"]):
+        ids = value["token_ids"][number] if value.get("token_ids") else None
+        tokens = value["completion_tokens"] if number == 0 else 0
+        own = _line_logprobs(lists[number]) if lists else None
+        samples.append((text, value["finish_reason"][number], tokens, ids, own))
+    return samples
+
+
+def _line_logprobs(values: list[dict[str, Any]] | None) -> list[Any] | None:
+    if values is None:
+        return None
+    return [
+        [entry["token_id"], entry["logprob"], [[top["token_id"], top["logprob"]] for top in entry["top"]]]
+        for entry in values
+    ]
+
+
+def encode_row(row: Row) -> bytes:
+    return _dumps(tuple(row))

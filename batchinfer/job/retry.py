@@ -1,0 +1,96 @@
+"""A retry pass: rows that ended with a retryable error run again, and their results replace theirs.
+
+Pass p writes a chunk anew, the kept rows and the new ones, and commits it as `<chunk>.r<p>.json`. Until the new
+manifest stands, the parts of the last one stay; the highest pass of a chunk is in effect, so that a reader of commits
+sees every row once at any moment. An interrupted pass continues with the same command.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from batchinfer.errors import RETRYABLE_KINDS, OutputConflict, UsageError
+from batchinfer.job.batchlines import rows_of_lines
+from batchinfer.job.drain import Drain
+from batchinfer.job.finish import finalise, is_finished, read_manifest
+from batchinfer.job.ledger import CommitRecord
+from batchinfer.job.prepare import Work
+from batchinfer.job.readback import read_part
+from batchinfer.job.report import Progress, Report, Silent
+from batchinfer.job.results import Row, rows_of_part
+from batchinfer.job.run import begin, judge, run_pass
+from batchinfer.job.shard import Shard
+from batchinfer.job.state import Pass, RunState, Seams, Worker
+from batchinfer.log import log
+from batchinfer.spec import JobSpec
+
+
+def retry_job(
+    spec: JobSpec,
+    *,
+    shard: Shard = Shard(),  # noqa: B008 - frozen
+    spool_dir: Path | None = None,
+    drain: Drain | None = None,
+    progress: Progress | None = None,
+    seams: Seams = Seams(),  # noqa: B008 - frozen
+) -> Report:
+    """Run a new pass over a finished output, or continue one. Returns the report that also stands beside the output.
+
+    Raises UsageError for an output that is not finished, and what `run_job` raises.
+    """
+    worker = Worker(shard, spool_dir, drain or Drain(), progress or Silent(), seams)
+    state = RunState(spec, worker)
+    with state.reporting():
+        work = begin(spec, state)
+        state.manifest = _finished(work)
+        number = state.manifest["pass"] + 1
+        failed = _failed_chunks(work, number)
+        if not failed:
+            log.info("nothing to retry: no row ended with a retryable error", kinds=sorted(RETRYABLE_KINDS))
+        else:
+            done = {key.chunk for key in work.ledger.listed() if key.pass_number == number}
+            own = [chunk for chunk in failed if shard.owns(chunk)]
+            todo = Pass(number, [chunk for chunk in own if chunk not in done], [c for c in own if c in done])
+            run_pass(work, state, todo, lambda chunk: _kept_rows(work, failed[chunk]))
+            state.clock.enter("finishing")
+            done = {key.chunk for key in work.ledger.listed() if key.pass_number == number}
+            state.manifest = finalise(work.ledger, number, state.committed) if done >= failed.keys() else None
+        judge(state)
+    return state.report(None)
+
+
+def _finished(work: Work) -> dict[str, Any]:
+    """The manifest of the last pass; a pass that was stopped while it wrote it is brought to its end."""
+    store = work.ledger.store
+    manifest = read_manifest(store)
+    if manifest is not None and not is_finished(store):
+        manifest = finalise(work.ledger, manifest["pass"])
+    if manifest is None:
+        raise UsageError(
+            f"{store.url}: the job is not finished, there is nothing to retry yet: run it to its end first"
+        )
+    return manifest
+
+
+def _failed_chunks(work: Work, number: int) -> dict[int, CommitRecord]:
+    """Chunks with retryable errors as they were before pass `number`."""
+    before = {key.chunk: key for key in work.ledger.listed() if key.pass_number < number}
+    records = work.ledger.read_all(before.values())
+    return {record.chunk: record for record in records if RETRYABLE_KINDS & record.errors.keys()}
+
+
+def _kept_rows(work: Work, record: CommitRecord) -> list[Row]:
+    """The rows of a part that the pass leaves as they are. Raises OutputConflict for a part that was altered."""
+    store, plan = work.ledger.store, work.plan
+    assert record.part is not None, "a part without rows has no errors"
+    data = store.read(record.part)
+    if data is None or hashlib.sha256(data).hexdigest() != record.sha256:
+        raise OutputConflict(f"{store.url}/{record.part}: gone or altered since it was committed; see verify")
+    values = read_part(data, record.part)
+    if work.layout.format == "openai-batch":
+        rows = rows_of_lines(values, plan.bases[record.chunk])
+    else:
+        rows = rows_of_part(work.layout, values, plan.chunks[record.chunk].start)
+    return [row for row in rows if row.error is None or row.error[0] not in RETRYABLE_KINDS]

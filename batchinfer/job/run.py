@@ -1,0 +1,183 @@
+"""The outer loop of a job: chunks in, prompts through the engine, rows into the spool, parts and commits out.
+
+`run_job` is the whole life of one worker: plan, load, run what is open, finish what is complete.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import cast
+
+from batchinfer.errors import AccessDenied, Drained, StorageError
+from batchinfer.job.background import Repeat
+from batchinfer.job.commit import Committer, PartWriter
+from batchinfer.job.drain import Drain
+from batchinfer.job.feed import Feed, Window, open_rows
+from batchinfer.job.finish import finalise, is_finished, read_manifest
+from batchinfer.job.ledger import CommitKey, CommitRecord
+from batchinfer.job.prepare import Work, prepare
+from batchinfer.job.report import Progress, Report, Silent
+from batchinfer.job.results import Encoder, Row
+from batchinfer.job.salvage import Salvage
+from batchinfer.job.shard import Shard
+from batchinfer.job.spool import Spool
+from batchinfer.job.state import Pass, RunState, Seams, Worker
+from batchinfer.log import log
+from batchinfer.request import Completion
+from batchinfer.spec import JobSpec
+
+_SHOW_EVERY_S = 0.25
+_QUIET_S = 2.0  # how long the saving waits for the loop to stop, so that nothing finished is missed
+
+Recover = Callable[[int], list[Row]]
+
+
+def run_job(
+    spec: JobSpec,
+    *,
+    shard: Shard = Shard(),  # noqa: B008 - frozen
+    spool_dir: Path | None = None,
+    drain: Drain | None = None,
+    progress: Progress | None = None,
+    seams: Seams = Seams(),  # noqa: B008 - frozen
+) -> Report:
+    """Run a job, or what is left of it, and return the report that also stands beside the output.
+
+    Raises UserError before any model is loaded, Drained, TooManyRowErrors, InfrastructureError.
+    """
+    worker = Worker(shard, spool_dir, drain or Drain(), progress or Silent(), seams)
+    state = RunState(spec, worker)
+    log.info("shard", index=shard.index, count=shard.count, source=shard.source)
+    with state.reporting():
+        work = begin(spec, state)
+        manifest = read_manifest(work.ledger.store) if is_finished(work.ledger.store) else None
+        if manifest is None:
+            run_pass(work, state, _open_chunks(work, state), lambda _: [])
+            state.clock.enter("finishing")
+            manifest = finalise(work.ledger, 0, state.committed)
+        else:
+            state.todo = Pass(0, [], [chunk for chunk in range(len(work.plan.chunks)) if shard.owns(chunk)])
+        state.manifest = manifest
+        judge(state)
+    return state.report(None)
+
+
+def begin(spec: JobSpec, state: RunState) -> Work:
+    """Plan, and agree with the plan on storage. From here on the output is ours and gets a report."""
+    state.clock.enter("planning")
+    state.show()
+    worker = state.worker
+    work = worker.drain.call(lambda: prepare(spec, lambda: worker.seams.open_store(spec)))
+    state.work = work
+    worker.drain.on_request(lambda: state.write_report(Drained("stopped before the first row")))
+    worker.drain.check()
+    plan = work.plan
+    log.info(
+        "plan", output=work.ledger.store.url, files=len(plan.inputs.files), rows=plan.rows, chunks=len(plan.chunks)
+    )
+    return work
+
+
+def run_pass(work: Work, state: RunState, todo: Pass, kept: Recover) -> None:
+    """Run the chunks of a pass; `kept` gives the rows of a chunk that the pass leaves as they are."""
+    state.todo = todo
+    if not todo.chunks:
+        return
+    worker = state.worker
+    state.clock.enter("loading")
+    state.show()
+    state.llm = worker.drain.call(lambda: worker.seams.load_llm(work.spec, work.files))
+    with ExitStack() as stack:
+        spool = stack.enter_context(closing(Spool(worker.spool_dir)))
+        salvage = Salvage(work.ledger.store, spool, worker.shard, work.plan.digest, todo.number)
+        salvage.load(set(todo.chunks))
+        quiet = threading.Event()
+        worker.drain.on_request(lambda: _save(quiet, salvage, state))
+        stack.enter_context(Repeat(worker.seams.salvage_every_s, salvage.save, "saving the salvage"))
+        stack.enter_context(Repeat(_SHOW_EVERY_S, state.show, "showing progress"))
+        state.clock.enter("running")
+        try:
+            run_chunks(work, state, spool, lambda chunk: kept(chunk) + salvage.rows(chunk))
+        except Drained:
+            quiet.set()
+            worker.drain.wait_saved()
+            raise
+        except (StorageError, AccessDenied):
+            raise  # nothing can be saved there now
+        except BaseException:
+            _save_quietly(salvage)
+            raise
+        finally:
+            worker.drain.on_request(None)
+
+
+def run_chunks(work: Work, state: RunState, spool: Spool, recover: Recover) -> None:
+    """The outer loop: every completion into the spool, every complete chunk to the committer."""
+    plan, tally, drain, llm = work.plan, state.tally, state.worker.drain, state.llm
+    assert llm is not None
+    window = Window(open_rows(plan.chunk_rows, work.spec.engine.max_num_seqs))
+
+    def done(record: CommitRecord) -> None:
+        state.done(record)
+        window.leave(plan.chunks[record.chunk].count)
+
+    writer = PartWriter(work.ledger, work.layout, spool, state.todo.number, work.spec.model)
+    with closing(Committer(writer, done)) as committer:
+        feed = Feed(plan, work.rows, work.layout, spool, window, recover, committer.submit, state.opened)
+        prompts = feed.prompts(state.todo.chunks, work.spec.seed, llm.default_params, work.spec.storage)
+        encoder = Encoder(work.layout)
+        with closing(cast("Generator[Completion, None, None]", llm.run(prompts))) as completions, closing(window):
+            for completion in completions:
+                chunk = plan.chunk_of(completion.index)
+                tally.add(completion)
+                if spool.add(chunk, encoder.line(completion.index - plan.bases[chunk], completion)):
+                    committer.submit(chunk)
+                if drain.requested or committer.failed or tally.too_many:
+                    break
+        committer.finish(lambda: drain.requested)
+    if len(state.committed) < len(state.todo.chunks):
+        drain.check()
+        raise tally.refusal(tally.all_rows, tally.all_errors, complete=False)
+
+
+def judge(state: RunState) -> None:
+    """Raises TooManyRowErrors if the whole output, or this worker's share of it, has more than `errors.max`."""
+    tally, manifest = state.tally, state.manifest
+    rows, errors = tally.all_rows, tally.all_errors
+    if manifest is not None:
+        rows, errors = manifest["rows"], sum(manifest["errors"].values())
+    if tally.exceeds(rows, errors):
+        raise tally.refusal(rows, errors, complete=manifest is not None)
+
+
+def _open_chunks(work: Work, state: RunState) -> Pass:
+    """This worker's chunks that no commit record names. Counts the errors of the others if a threshold is set."""
+    done = work.ledger.in_effect()
+    own = [chunk for chunk in range(len(work.plan.chunks)) if state.worker.shard.owns(chunk)]
+    before = [chunk for chunk in own if chunk in done]
+    if work.spec.errors.max is not None:
+        for record in work.ledger.read_all(CommitKey(chunk, 0) for chunk in before):
+            state.tally.before_rows += record.rows
+            state.tally.before_errors += sum(record.errors.values())
+    if before:
+        log.info("continuing", chunks_done=len(before), chunks_open=len(own) - len(before))
+    return Pass(0, [chunk for chunk in own if chunk not in done], before)
+
+
+def _save(quiet: threading.Event, salvage: Salvage, state: RunState) -> None:
+    """On a request to stop. The loop is given a moment to stop by itself; if it hangs, what is there is saved."""
+    quiet.wait(_QUIET_S)
+    try:
+        salvage.save()
+    finally:
+        state.write_report(Drained("stopped by a signal with work left: run the same command again to continue"))
+
+
+def _save_quietly(salvage: Salvage) -> None:
+    try:
+        salvage.save()
+    except Exception as error:
+        log.warning("the salvage could not be saved; its rows will be computed again", error=str(error))

@@ -1,0 +1,159 @@
+"""Finished rows and carried columns of open chunks, on local disk until their part is built.
+
+The directory is fresh for every process, locked while its owner lives, and removed at the end; what killed processes
+left behind is removed at the start. Resume never depends on it: that is what commits and salvage are for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+
+from batchinfer.errors import SpoolError
+from batchinfer.log import log
+
+_PREFIX = "batchinfer-spool-"
+_BUFFER_BYTES = 64 << 10  # per open chunk
+
+
+class _OpenChunk:
+    """A chunk whose rows are being finished: how many are left, and those not yet on disk."""
+
+    __slots__ = ("buffer", "buffered_bytes", "left", "rows")
+
+    def __init__(self, rows: int, left: int) -> None:
+        self.rows = rows
+        self.left = left
+        self.buffer: list[bytes] = []
+        self.buffered_bytes = 0
+
+
+class Spool:
+    """Thread-safe: rows are added by one thread while others open chunks, build parts and write the salvage.
+
+    Raises SpoolError, with the path and what to do, where the disk is full or not writable.
+    """
+
+    def __init__(self, base: Path | None = None) -> None:
+        base = base or Path(tempfile.gettempdir())
+        self._lock = threading.Lock()
+        self._open: dict[int, _OpenChunk] = {}
+        self.changes = 0  # rows added so far: whether a salvage would hold anything new
+        with explained(base):
+            base.mkdir(parents=True, exist_ok=True)
+            _sweep(base)
+            self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
+            self._lock_file = os.open(self.path / "lock", os.O_CREAT | os.O_RDWR, 0o600)
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def close(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock_file)
+
+    def open(self, chunk: int, rows: int, finished: Iterable[bytes], carried: pa.Table) -> int:
+        """Begin a chunk of `rows` selected rows, some of which are finished. Returns how many are left."""
+        lines = list(finished)
+        with explained(self.path):
+            with pa.OSFile(str(self._carried(chunk)), "wb") as sink, pa.ipc.new_file(sink, carried.schema) as writer:
+                writer.write_table(carried)
+            with self._rows(chunk).open("wb") as file:
+                file.write(b"".join(line + b"\n" for line in lines))
+        left = rows - len(lines)
+        with self._lock:
+            self._open[chunk] = _OpenChunk(rows, left)
+            self.changes += len(lines)
+        return left
+
+    def add(self, chunk: int, line: bytes) -> bool:
+        """Append a finished row; True if it was the chunk's last."""
+        with self._lock:
+            opened = self._open[chunk]
+            opened.buffer.append(line)
+            opened.buffered_bytes += len(line)
+            opened.left -= 1
+            self.changes += 1
+            if opened.buffered_bytes >= _BUFFER_BYTES:
+                self._flush(chunk, opened)
+            return opened.left == 0
+
+    def lines(self, chunk: int) -> bytes:
+        """All finished rows of an open chunk so far, a line each."""
+        with self._lock:
+            self._flush(chunk, self._open[chunk])
+        with explained(self.path):
+            return self._rows(chunk).read_bytes()
+
+    def carried(self, chunk: int) -> pa.Table:
+        with explained(self.path), pa.memory_map(str(self._carried(chunk))) as source:
+            return pa.ipc.open_file(source).read_all()
+
+    def scratch(self, name: str) -> Path:
+        """A path for a file of the caller's, which removes it."""
+        return self.path / name
+
+    def drop(self, chunk: int) -> None:
+        """The chunk is committed: forget it."""
+        with self._lock:
+            self._open.pop(chunk)
+        self._carried(chunk).unlink(missing_ok=True)
+        self._rows(chunk).unlink(missing_ok=True)
+
+    def finished(self) -> Iterator[tuple[int, bytes]]:
+        """The finished rows of every open chunk that has some, for the salvage."""
+        for chunk in sorted(self._open):
+            with contextlib.suppress(KeyError):  # committed meanwhile
+                lines = self.lines(chunk)
+                if lines:
+                    yield chunk, lines
+
+    def _flush(self, chunk: int, opened: _OpenChunk) -> None:
+        if opened.buffer:
+            with explained(self.path), self._rows(chunk).open("ab") as file:
+                file.write(b"\n".join(opened.buffer) + b"\n")
+            opened.buffer.clear()
+            opened.buffered_bytes = 0
+
+    def _carried(self, chunk: int) -> Path:
+        return self.path / f"{chunk:06d}.arrow"
+
+    def _rows(self, chunk: int) -> Path:
+        return self.path / f"{chunk:06d}.rows"
+
+
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """OSError of the spool directory into SpoolError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        todo = "free some space there" if full else "make it writable"
+        reason = error.strerror or str(error)
+        raise SpoolError(f"spool {path}: {reason}: {todo}, or use another disk with --spool-dir") from error
+
+
+def _sweep(base: Path) -> None:
+    """Remove spools whose owner is gone: a lock says so across containers, where process ids mean nothing."""
+    for path in base.glob(f"{_PREFIX}*"):
+        try:
+            file = os.open(path / "lock", os.O_RDWR)
+        except OSError:
+            continue  # being made right now, or somebody else's
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            continue
+        else:
+            log.debug("removing the spool of a killed run", path=str(path))
+            shutil.rmtree(path, ignore_errors=True)
+        finally:
+            os.close(file)
