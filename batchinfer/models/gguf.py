@@ -48,7 +48,10 @@ class GGUFFile:
     def config_dict(self) -> dict[str, Any]:
         """The model's facts with the keys of a Hugging Face config.json."""
         factors = {name: self.tensor(name) for name in self.tensors if gguf_config.is_rope_factors(name)}
-        return gguf_config.config_dict(self.header, factors)
+        try:
+            return gguf_config.config_dict(self.header, factors)
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+            raise ModelError(f"{self.path}: the metadata is damaged: {type(error).__name__}: {error}") from None
 
     def tensor(self, name: str) -> np.ndarray:
         """float32 values of one tensor, as they stand in the file: no permutation undone."""
@@ -68,13 +71,21 @@ class GGUFFile:
                 continue
             hf_name = gguf_config.hf_name(self.header, name)
             values = self.tensor(name)
-            if self.family.permuted and ".attn_q." in name:
-                values = _unpermute(values, heads)
-            elif self.family.permuted and ".attn_k." in name:
-                values = _unpermute(values, kv_heads)
+            if self.family.permuted and (".attn_q." in name or ".attn_k." in name):
+                values = self._unpermute(name, values, heads if ".attn_q." in name else kv_heads)
             elif self.family.norm_plus_one and name.endswith("norm.weight"):
                 values -= 1.0
             yield hf_name, torch.from_numpy(values)
+
+    def _unpermute(self, name: str, values: np.ndarray, heads: int) -> np.ndarray:
+        """Rows of each head from interleaved pairs to two halves: the inverse of llama.cpp's `LlamaModel.permute`."""
+        rows = values.shape[0]
+        if rows % (2 * heads):
+            raise ModelError(
+                f"{self.path}: tensor {name!r} has {rows} rows, not an even number for each of {heads} heads"
+            )
+        paired = values.reshape(heads, rows // heads // 2, 2, *values.shape[1:])
+        return np.ascontiguousarray(paired.swapaxes(1, 2)).reshape(values.shape)
 
     def _type(self, info: TensorInfo) -> GGMLType:
         try:
@@ -122,10 +133,3 @@ def _dequantize(raw: np.ndarray, ggml_type: GGMLType, count: int) -> np.ndarray:
         with ThreadPoolExecutor(_THREADS) as pool:
             list(pool.map(fill, starts))
     return out
-
-
-def _unpermute(values: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of each head from interleaved pairs back to two halves (inverse of `LlamaModel.permute` in llama.cpp)."""
-    half = values.shape[0] // heads // 2
-    paired = values.reshape(heads, half, 2, *values.shape[1:])
-    return np.ascontiguousarray(paired.swapaxes(1, 2)).reshape(values.shape)

@@ -249,16 +249,15 @@ def _llama3_scaling(header: GGUFHeader, divisors: np.ndarray) -> dict[str, Any]:
     factor = float(divisors.max())
     if factor == 1.0:
         return {"rope_type": "default"}
-    low, high, original = 1.0, 4.0, 8192.0
     smooth = (1.0 / divisors.astype(np.float64) - 1.0 / factor) / (1.0 - 1.0 / factor)
     inside = (smooth > 1e-6) & (smooth < 1 - 1e-6)
+    low, high, original = 1.0, 4.0, 8192.0
     if inside.sum() >= 2:
         slope, offset = np.polyfit(frequency[inside], smooth[inside], 1)
-        high = 1.0 - 1.0 / offset
-        original = slope * (high - 1.0)
-        # the published numbers are whole: take them where the fit is that close
-        high = float(round(high)) if abs(high - round(high)) < 1e-2 else float(high)
-        original = float(round(original)) if abs(original - round(original)) < 1.0 else float(original)
+        high = _whole(1.0 - 1.0 / float(offset), within=0.01)
+        original = _whole(float(slope) * (high - low), within=1.0)
+    elif inside.sum() == 1:  # not enough for both: every published model has high = 4
+        original = _whole(float((low + (high - low) * smooth[inside][0]) / frequency[inside][0]), within=1.0)
     expected = np.clip((original * frequency - low) / (high - low), 0.0, 1.0)
     if np.abs(expected - smooth).max() > 1e-3:
         raise ModelError(f"{header.path}: tensor 'rope_freqs.weight' is not a Llama 3 rope scaling")
@@ -269,3 +268,8 @@ def _llama3_scaling(header: GGUFHeader, divisors: np.ndarray) -> dict[str, Any]:
         "high_freq_factor": high,
         "original_max_position_embeddings": round(original),
     }
+
+
+def _whole(value: float, within: float) -> float:
+    """Published numbers are whole; what was fitted to them nearly is."""
+    return float(round(value)) if abs(value - round(value)) < within else value
