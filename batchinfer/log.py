@@ -22,6 +22,12 @@ class Log:
         self._level = _LEVELS[level]
         self._as_json = as_json
 
+    @property
+    def as_json(self) -> bool:
+        if self._as_json is not None:
+            return self._as_json
+        return not (self._stream or sys.stderr).isatty()
+
     def debug(self, message: str, **values: Any) -> None:
         self._write("debug", message, values)
 
@@ -38,8 +44,7 @@ class Log:
         if _LEVELS[level] < self._level:
             return
         stream = self._stream or sys.stderr
-        as_json = self._as_json if self._as_json is not None else not stream.isatty()
-        if as_json:
+        if self.as_json:
             stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
             line = json.dumps({"time": stamp, "level": level, "message": message, **values}, default=str)
         else:

@@ -1,0 +1,361 @@
+"""The command line: options and environment in, exit codes out. All work is done below, and imported when it is due.
+
+The environment is read here and nowhere below: the platform variables of an array job, BATCHINFER_SHARD_INDEX and
+BATCHINFER_SHARD_COUNT, BATCHINFER_CACHE.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from batchinfer.cli_progress import choose_progress, summary
+from batchinfer.errors import EXIT_OK, BatchInferError, UsageError
+from batchinfer.log import log
+
+if TYPE_CHECKING:
+    from batchinfer.job.report import Report
+    from batchinfer.spec import JobSpec, StorageSpec
+
+EXIT_BUG = 70
+EXIT_INTERRUPTED = 130
+_COMMANDS_WITH_LOG = ("run", "retry")
+_JOB_FILES = (".yaml", ".yml", ".json")
+_PIPED_COLUMNS = 100  # width of text that no terminal shows
+
+_EXIT_CODES = """\b
+Exit codes:
+   0  done
+   1  verify found a difference
+  10  done, but more row errors than errors.max allows
+  33  stopped by a signal with work left: run the same command again
+  64  a wrong option or argument
+  65  input with wrong content
+  66  input or output that is not there
+  69  a model that cannot be used
+  70  a bug in batchinfer: please report it with its traceback
+  73  the output belongs to another job
+  75  storage, spool disk or engine failed: run the same command again
+  77  access denied
+  78  a mistake in the job file
+Retrying helps with 33 and 75, and with nothing else."""
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.", show_default=False)]
+Where = Annotated[
+    str, typer.Argument(metavar="OUTPUT", help="Output directory or URL, or its job file.", show_default=False)
+]
+Settings = Annotated[
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE", help="Replace a key of the job file, e.g. engine.max_num_seqs=64."),
+]
+Shard = Annotated[
+    str | None,
+    typer.Option(metavar="I/N", help="Do only share I (from 0) of N. Default: the scheduler's own variables."),
+]
+Limit = Annotated[int | None, typer.Option(metavar="N", help="Stop after N selected rows (input.limit).")]
+Rehearse = Annotated[
+    bool, typer.Option("--rehearse", help="Fake answers, into <output.path>-rehearsal; loads no model.")
+]
+SpoolDir = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Local disk for unfinished parts. Default: a temporary directory.")
+]
+
+app = typer.Typer(
+    name="batchinfer",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; every error becomes one message on stderr."""
+    try:
+        code = app(args=arguments, prog_name="batchinfer", standalone_mode=False)
+    except BatchInferError as error:
+        values = {"error": type(error).__name__, "exit_code": error.exit_code} if log.as_json else {}
+        log.error(str(error), **values)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # the reader of our output went away, as `| head` does; nothing more may be written at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
+    except Exception as error:
+        return _usage_error(error) or _bug(error)
+    return int(code or EXIT_OK)
+
+
+def _usage_error(error: Exception) -> int:
+    """The exit code of a mistake on the command line, after its message; 0 if `error` is something else.
+
+    Typer carries its own copy of click or imports it, depending on its version; its usage errors share these names.
+    """
+    describe, context = getattr(error, "format_message", None), getattr(error, "ctx", None)
+    if describe is None:
+        return 0
+    message = describe().rstrip(".")
+    command = context.command_path if context is not None else "batchinfer"
+    if getattr(error, "option_name", "") in ("--log-level", "--log-json", "--no-log-json"):
+        message += "; it goes before the command: batchinfer --log-level debug run JOB.yaml"
+    sys.stderr.write(f"error: {message}\nSee '{command} --help'.\n")
+    return UsageError.exit_code
+
+
+def _bug(error: Exception) -> int:
+    traceback.print_exception(error)
+    sys.stderr.write(
+        "error: batchinfer failed in a way that it should not; nothing that was committed is lost. "
+        "Please report the lines above together with the job file.\n"
+    )
+    return EXIT_BUG
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from batchinfer import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback(
+    epilog=_EXIT_CODES,
+    help="""Run prompts out of Parquet or JSONL through a language model; every row gets exactly one result.
+
+\b
+  batchinfer plan job.yaml          what would run: files, rows, tokens; loads no weights
+  batchinfer run job.yaml           run it; the same command again continues after a stop
+  batchinfer show OUTPUT            a few rows of input and output
+  batchinfer verify OUTPUT          audit the output against the input
+
+OUTPUT is the job's output.path, or the job file itself.""",
+)
+def _options(
+    context: typer.Context,
+    log_level: Annotated[
+        str, typer.Option(metavar="LEVEL", help="debug, info, warning or error.", envvar="BATCHINFER_LOG_LEVEL")
+    ] = "info",
+    log_json: Annotated[
+        bool | None, typer.Option(help="Log JSON lines, or text. Default: text on a terminal, else JSON.")
+    ] = None,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    if log_level not in ("debug", "info", "warning", "error"):
+        raise UsageError(f"--log-level: {log_level!r} is none of debug, info, warning, error")
+    if log_json is None and context.invoked_subcommand not in _COMMANDS_WITH_LOG:
+        log_json = False  # their messages are for the person who typed the command
+    log.configure(log_level, log_json)
+
+
+def _load(job: Path, settings: list[str], limit: int | None = None, rehearse: bool = False) -> JobSpec:
+    """The job as it will run: the file, then --set, --limit and --rehearse on top."""
+    from batchinfer.spec import load_spec
+
+    values = _parse_settings(settings)
+    if limit is not None:
+        values["input.limit"] = limit
+    spec = load_spec(job, values)
+    return _rehearsal(spec) if rehearse else spec
+
+
+def _rehearsal(spec: JobSpec) -> JobSpec:
+    """The same job with fake answers: the real output is not touched, a tokenizer on local disk is kept."""
+    from batchinfer.spec import FAKE_MODEL
+
+    if spec.model == FAKE_MODEL:
+        return spec
+    local = spec.model if Path(spec.model).exists() else None
+    output = spec.output.model_copy(update={"path": spec.output.path.rstrip("/") + "-rehearsal"})
+    return spec.model_copy(update={"model": FAKE_MODEL, "tokenizer": spec.tokenizer or local, "output": output})
+
+
+def _parse_settings(settings: list[str]) -> dict[str, Any]:
+    """`engine.max_num_seqs=64` → {"engine.max_num_seqs": 64}: values are written as in the job file."""
+    import yaml
+
+    values: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not key.strip():
+            raise UsageError(f"--set {setting}: must be KEY=VALUE, for example engine.max_num_seqs=64")
+        try:
+            values[key.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UsageError(f"--set {setting}: {text!r} is not YAML; quote it as in the job file") from None
+    return values
+
+
+def _locate(output: str, settings: list[str]) -> tuple[str, StorageSpec]:
+    """Where an output lies and how to reach it, from its job file or from its URL and `--set storage.…`."""
+    from batchinfer.spec import StorageSpec
+
+    if output.endswith(_JOB_FILES) and "://" not in output:
+        spec = _load(Path(output), settings)
+        return spec.output.path, spec.storage
+    values = _parse_settings(settings)
+    known = {f"storage.{name}" for name in StorageSpec.model_fields}
+    for key in values:
+        if key not in known:
+            raise UsageError(f"--set {key}: beside an output URL these can be set: {', '.join(sorted(known))}")
+    try:
+        return output, StorageSpec(**{key.removeprefix("storage."): value for key, value in values.items()})
+    except ValueError as error:
+        raise UsageError(f"--set storage: {error}") from None
+
+
+@app.command(
+    epilog=_EXIT_CODES,
+    help="""Run a job, or what is left of it.
+
+Everything that can be wrong is looked for before the model is loaded. Results are committed chunk by chunk below
+output.path; after a stop or a crash the same command continues and repeats nothing that was committed. SIGTERM, SIGINT
+and SIGUSR1 save finished rows and leave with exit code 33 within 8 seconds; a second signal leaves at once.
+
+--rehearse runs any job without its model: the answers are fake and cost no time, everything else is real. They go to
+<output.path>-rehearsal, so the real output is not touched. The model's tokenizer is kept if the model is a local path
+or the job names a tokenizer; otherwise a token is a byte.
+
+\b
+  batchinfer run jobs/quickstart.yaml
+  batchinfer run job.yaml --set sampling.temperature=0.7 --set output.path=s3://bucket/out
+  batchinfer run job.yaml --shard 0/8        the first of 8 workers; array jobs are recognised
+  batchinfer run job.yaml --rehearse --limit 1000
+  batchinfer --log-level debug run job.yaml""",
+)
+def run(
+    job: JobFile,
+    settings: Settings = [],  # noqa: B006  typer reads the default and never changes it
+    shard: Shard = None,
+    limit: Limit = None,
+    rehearse: Rehearse = False,
+    spool_dir: SpoolDir = None,
+) -> None:
+    from batchinfer.job.drain import Drain
+
+    drain = Drain()
+    drain.install()  # before the imports below, which take a second
+    from batchinfer.job.run import run_job
+    from batchinfer.job.shard import resolve_shard
+
+    spec = _load(job, settings, limit, rehearse)
+    place = resolve_shard(shard, os.environ)
+    progress = choose_progress()
+    _finish(run_job(spec, shard=place, spool_dir=spool_dir, drain=drain, progress=progress))
+
+
+def _finish(report: Report) -> None:
+    if log.as_json:
+        log.info("done", output=report.output, rows=report.rows, tokens=report.tokens, complete=report.complete)
+    else:
+        typer.echo(summary(report))
+
+
+@app.command(
+    epilog=_EXIT_CODES,
+    help="""Say what a job would do; loads no weights and writes nothing.
+
+Counts files, rows and chunks, and measures a sample of rows with the job's templates and tokenizer: prompt lengths,
+rows that do not fit the context, repeated prompts, shared prefixes, rows that would be errors. Says where the output
+goes, and whether one is there that the job would continue, or that belongs to another job (exit code 73).
+
+\b
+  batchinfer plan jobs/quickstart.yaml
+  batchinfer plan job.yaml --sample 10000""",
+)
+def plan(
+    job: JobFile,
+    settings: Settings = [],  # noqa: B006
+    limit: Limit = None,
+    sample: Annotated[int, typer.Option(metavar="N", min=1, help="Rows to render and tokenize.")] = 1000,
+) -> None:
+    from batchinfer.job.preview import describe, preview
+
+    found = preview(_load(job, settings, limit), sample)
+    typer.echo(describe(found))
+    if found.conflict is not None:
+        raise found.conflict
+
+
+@app.command(
+    epilog=_EXIT_CODES,
+    help="""Say how far a job is, from its output alone.
+
+Counts committed chunks, rows, tokens and errors by kind. Works while the job runs, from any machine that reaches the
+output; no worker is asked.
+
+\b
+  batchinfer status output/quickstart
+  batchinfer status s3://bucket/out --set storage.endpoint=http://127.0.0.1:8333
+  batchinfer status job.yaml --shards 8      also the share of each of 8 workers""",
+)
+def status(
+    output: Where,
+    settings: Settings = [],  # noqa: B006  typer reads the default and never changes it
+    shards: Annotated[int, typer.Option(metavar="N", min=1, help="Show the share of each of N workers.")] = 1,
+) -> None:
+    from batchinfer.job.ledger import open_output
+    from batchinfer.job.status import describe, read_status
+
+    typer.echo(describe(read_status(open_output(*_locate(output, settings)), shards)))
+
+
+@app.command(
+    epilog=_EXIT_CODES,
+    help="""Audit an output against its input; exit code 1 if anything differs.
+
+Reads every part and the whole input: each row has exactly one output, with the input's own text and numbers beside it;
+sizes, hashes and totals agree with the commit records, and these with manifest.json and _SUCCESS. Each difference is
+one line on stdout with file and row.
+
+\b
+  batchinfer verify output/quickstart
+  batchinfer verify job.yaml""",
+)
+def verify(
+    output: Where,
+    settings: Settings = [],  # noqa: B006
+) -> None:
+    from batchinfer.errors import VerifyFailed
+    from batchinfer.job.verify import audit, describe
+
+    url, storage = _locate(output, settings)
+    found = audit(url, storage)
+    typer.echo(describe(found))
+    if found.differences:
+        raise VerifyFailed(f"{url}: {len(found.differences)} differences")
+
+
+@app.command(
+    epilog=_EXIT_CODES,
+    help="""Show a few rows of an output beside their input.
+
+\b
+  batchinfer show output/quickstart
+  batchinfer show job.yaml --errors          only rows that ended as errors
+  batchinfer show output/quickstart --row 17 the row at position 17 (from 0) of its input file""",
+)
+def show(
+    output: Where,
+    rows: Annotated[int, typer.Option("--rows", "-n", metavar="N", min=1, help="How many.")] = 5,
+    errors: Annotated[bool, typer.Option("--errors", help="Only rows that ended as errors.")] = False,
+    row: Annotated[int | None, typer.Option(metavar="N", min=0, help="The row at this position of its file.")] = None,
+    settings: Settings = [],  # noqa: B006
+) -> None:
+    import shutil
+
+    from batchinfer.job.ledger import open_output
+    from batchinfer.job.show import describe, pick
+
+    url, storage = _locate(output, settings)
+    shown = pick(open_output(url, storage), storage, rows, errors=errors, row=row)
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else _PIPED_COLUMNS
+    typer.echo(describe(shown, width))

@@ -1,0 +1,216 @@
+"""The audit of parts: their bytes against commit records, their rows against the input."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from batchinfer.errors import BatchInferError, OutputConflict, RowError
+from batchinfer.io.rows import Inputs, RowBatch, Span, rows_of, stream
+from batchinfer.io.storage import Store
+from batchinfer.job.audit import Audit, Chunk, Difference, Layout, Record, name_rows
+from batchinfer.job.plan import load_plan
+from batchinfer.job.readback import read_part
+from batchinfer.spec import StorageSpec
+from batchinfer.text.chat import RowFilter
+
+_ADDED = ("row", "status", "error_type", "prompt_tokens", "completion_tokens", "sample")
+
+
+class _PartRow(NamedTuple):
+    """A row of a part, as far as it is checked. `carried`: its input columns."""
+
+    row: int
+    sample: int
+    ok: bool
+    error_type: str | None
+    prompt_tokens: int
+    completion_tokens: int
+    carried: dict[str, Any]
+
+
+def check_parts(
+    store: Store, storage: StorageSpec, layout: Layout, records: Mapping[int, Record], result: Audit
+) -> None:
+    source = _Source(store, storage, layout, [layout.chunks[number] for number in records], result)
+    for number, record in records.items():
+        chunk = layout.chunks[number]
+        wanted = source.take(chunk)
+        result.chunks += 1
+        found = _part_rows(store, record, _Reader(chunk, layout, source.compared), result)
+        if found is None:
+            continue
+        if wanted is not None:
+            _check_rows(record.part or record.name, chunk, wanted, found, result)
+        _check_counts(record, found, result)
+
+
+def _part_rows(store: Store, record: Record, reader: _Reader, result: Audit) -> list[_PartRow] | None:
+    """The rows of a record's part, whose size and hash are compared; None if it cannot be read."""
+    if record.part is None:
+        return []
+    data = store.read(record.part)
+    if data is None:
+        result.note(record.part, f"missing, and {record.name} names it")
+        return None
+    result.parts += 1
+    result.bytes += len(data)
+    if len(data) != record.values.get("bytes"):
+        result.note(record.part, f"has {len(data)} bytes, and {record.name} says {record.values.get('bytes')}")
+    elif hashlib.sha256(data).hexdigest() != record.values.get("sha256"):
+        result.note(record.part, f"was altered: its sha256 is not that of {record.name}")
+    try:
+        return reader.rows(data, record.part)
+    except OutputConflict as error:
+        result.differences.append(Difference(record.part, str(error).partition(": ")[2]))
+    except (KeyError, TypeError, ValueError) as error:
+        result.note(record.part, f"a row lacks what it should have: {error!r}")
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """Reads the parts of one chunk. `compared`: the input columns whose values are looked at."""
+
+    chunk: Chunk
+    layout: Layout
+    compared: tuple[str, ...]
+
+    def rows(self, data: bytes, name: str) -> list[_PartRow]:
+        """Raises OutputConflict, or KeyError, TypeError or ValueError for rows that are not ours."""
+        if self.layout.format == "openai-batch":
+            return [self._batch_line(row) for row in read_part(data, name)]
+        added = [self.layout.prefix + name for name in _ADDED]
+        return [self._table_row(row) for row in read_part(data, name, [*added, *self.compared])]
+
+    def _table_row(self, row: dict[str, Any]) -> _PartRow:
+        number, status, error_type, prompt, completion = [row.pop(self.layout.prefix + name) for name in _ADDED[:5]]
+        sample = row.pop(self.layout.prefix + "sample") if self.layout.exploded else 0
+        if status not in ("ok", "error") or (status == "ok") != (error_type is None):
+            raise ValueError(f"row {number} has status {status!r} and error_type {error_type!r}")
+        return _PartRow(int(number), int(sample), status == "ok", error_type, prompt, completion, row)
+
+    def _batch_line(self, row: dict[str, Any]) -> _PartRow:
+        """A response line of OpenAI's batch format; its id carries the row's index in the job."""
+        number = int(row["id"].rpartition("_")[2]) - self.chunk.base + self.chunk.start
+        usage, error = row["response"]["body"]["usage"], row["error"]
+        tokens = usage["prompt_tokens"], usage["completion_tokens"]
+        carried = {"custom_id": row["custom_id"]}
+        return _PartRow(number, 0, error is None, error and error["code"], *tokens, carried)
+
+
+def _check_rows(where: str, chunk: Chunk, wanted: _Wanted, found: list[_PartRow], result: Audit) -> None:
+    """Every wanted row once, and with the input's own values."""
+    samples: dict[int, list[int]] = {}
+    for row in found:
+        samples.setdefault(row.row, []).append(row.sample)
+    doubled = [row for row, numbers in samples.items() if sorted(numbers) != list(range(len(numbers)))]
+    missing = wanted.rows - samples.keys()
+    strange = samples.keys() - wanted.rows
+    result.rows += len(wanted.rows) - len(missing) - len(wanted.rows.intersection(doubled))
+    for rows, what in ((missing, "has no output for"), (doubled, "has more than one output for")):
+        if rows:
+            result.note(where, f"{what} rows {name_rows(rows)} of {chunk.url}")
+    if strange:
+        result.note(where, f"has rows {name_rows(strange)} of {chunk.url}, which are not the job's or not this chunk's")
+    for row in found:
+        theirs = wanted.values.get(row.row, {})
+        for column in theirs.keys() & row.carried.keys():
+            if not _same(theirs[column], row.carried[column]):
+                result.note(where, f"row {row.row}: column {column!r} is not what {chunk.url} has there")
+
+
+def _same(theirs: Any, ours: Any) -> bool:
+    return bool(theirs == ours or (theirs != theirs and ours != ours))  # two NaN are the same here
+
+
+def _check_counts(record: Record, found: list[_PartRow], result: Audit) -> None:
+    rows = [row for row in found if row.sample == 0]
+    errors = Counter(row.error_type for row in rows if not row.ok)
+    counted: dict[str, Any] = {
+        "rows": len(rows),
+        "output_rows": len(found),
+        "ok": len(rows) - errors.total(),
+        "errors": dict(errors),
+        "prompt_tokens": sum(row.prompt_tokens for row in rows),
+        "completion_tokens": sum(row.completion_tokens for row in found),
+    }
+    for name, value in counted.items():
+        if record.values.get(name) != value:
+            where = record.part or record.name
+            result.note(where, f"{name} is {value}, and {record.name} says {record.values.get(name)}")
+
+
+# -- inputs -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """The rows of a chunk that the output must have, and their input values (empty if they could not be read)."""
+
+    rows: set[int]
+    values: dict[int, dict[str, Any]]
+
+
+class _Source:
+    """The input, read once from beginning to end; a file that is gone or changed is a difference, and ends it."""
+
+    def __init__(self, store: Store, storage: StorageSpec, layout: Layout, chunks: list[Chunk], result: Audit) -> None:
+        self.compared: tuple[str, ...] = ()
+        self._result = result
+        self._text_json: frozenset[str] = frozenset()
+        self._filter = RowFilter(layout.where) if layout.where is not None else None
+        self._batches: Iterator[tuple[Span, RowBatch]] = iter(())
+        try:
+            inputs = load_plan(store).inputs
+            self._text_json = inputs.text_json
+            self.compared = tuple(name for name in inputs.schema.names if _plain(inputs, name, layout.lines))
+            read = {*self.compared, *(self._filter.columns if self._filter else ())}
+            spans = [Span(chunk.file, chunk.start, chunk.stop - chunk.start) for chunk in chunks]
+            self._batches = stream(inputs.select(read), spans, storage)
+        except BatchInferError as error:
+            self._fail(error)
+
+    def take(self, chunk: Chunk) -> _Wanted | None:
+        """The next chunk; None if nothing is known about which rows it should have."""
+        try:
+            _, batch = next(self._batches)
+        except StopIteration:
+            return None if self._filter else _Wanted(set(range(chunk.start, chunk.stop)), {})
+        except BatchInferError as error:
+            self._fail(error)
+            return self.take(chunk)
+        kept = self._kept(batch)
+        values = batch.table.select(self.compared).to_pylist()
+        return _Wanted({chunk.start + offset for offset in kept}, {chunk.start + o: values[o] for o in kept})
+
+    def _kept(self, batch: RowBatch) -> Iterable[int]:
+        """Offsets of the selected rows; one that `where` cannot judge must be seen as an error row."""
+        if self._filter is None:
+            return range(batch.table.num_rows)
+        kept = list(batch.errors)
+        for offset, row in enumerate(rows_of(batch.table, sorted(self._filter.columns), self._text_json)):
+            try:
+                if offset not in batch.errors and self._filter.matches(row):
+                    kept.append(offset)
+            except RowError:
+                kept.append(offset)
+        return kept
+
+    def _fail(self, error: BatchInferError) -> None:
+        self._batches = iter(())
+        self._result.note("input", str(error))
+
+
+def _plain(inputs: Inputs, name: str, lines: bool) -> bool:
+    """Whether values of this column look the same in the output. JSON changes the form of dates, bytes, fractions."""
+    kind = inputs.schema.field(name).type
+    if lines and name in inputs.text_json:
+        return False
+    numbers = pa.types.is_integer(kind) or pa.types.is_boolean(kind) or (pa.types.is_floating(kind) and not lines)
+    return numbers or pa.types.is_string(kind) or pa.types.is_large_string(kind)

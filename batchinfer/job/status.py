@@ -1,0 +1,101 @@
+"""How far a job is, from its output alone: commit records, salvage, manifest. No worker is asked."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from batchinfer.job.ledger import CommitRecord, Output
+from batchinfer.job.shard import Shard
+
+SUCCESS = "_SUCCESS"
+SALVAGE = "salvage/"
+
+
+@dataclass(frozen=True)
+class ShardShare:
+    """Chunks of one worker of an array job: done, and in all."""
+
+    shard: Shard
+    done: int
+    chunks: int
+
+
+@dataclass(frozen=True)
+class Status:
+    """Counts of what is committed. `rows` are selected input rows of committed chunks, `covered` those of the plan."""
+
+    url: str
+    finished: bool
+    chunks_done: int
+    chunks: int
+    rows: int
+    covered: int
+    ok: int
+    errors: dict[str, int]
+    prompt_tokens: int
+    completion_tokens: int
+    retry_passes: int
+    salvage: dict[str, int]  # name → bytes
+    shards: list[ShardShare] = field(default_factory=list)
+
+
+def read_status(output: Output, shards: int = 1) -> Status:
+    """`shards` above 1 adds the share of each of that many workers."""
+    plan = output.plan
+    keys = output.ledger.in_effect()
+    records: list[CommitRecord] = output.ledger.read_all(keys.values())
+    errors: Counter[str] = Counter()
+    for record in records:
+        errors.update(record.errors)
+    workers = [Shard(index, shards) for index in range(shards)] if shards > 1 else []
+    return Status(
+        url=output.store.url,
+        finished=output.store.read(SUCCESS) is not None,
+        chunks_done=len(records),
+        chunks=len(plan.chunks),
+        rows=sum(record.rows for record in records),
+        covered=plan.rows,
+        ok=sum(record.ok for record in records),
+        errors=dict(errors.most_common()),
+        prompt_tokens=sum(record.prompt_tokens for record in records),
+        completion_tokens=sum(record.completion_tokens for record in records),
+        retry_passes=max((key.pass_number for key in keys.values()), default=0),
+        salvage=output.store.find(SALVAGE),
+        shards=[_share(worker, len(plan.chunks), keys.keys()) for worker in workers],
+    )
+
+
+def _share(worker: Shard, chunks: int, done: Iterable[int]) -> ShardShare:
+    own = [chunk for chunk in range(chunks) if worker.owns(chunk)]
+    return ShardShare(worker, len(set(own).intersection(done)), len(own))
+
+
+def describe(status: Status) -> str:
+    """The status as lines for a person."""
+    share = f"{100 * status.chunks_done / status.chunks:.1f} %" if status.chunks else "nothing to do"
+    lines = [
+        ("output", status.url),
+        ("state", "finished" if status.finished else "not finished; run the same command again to continue"),
+        ("chunks", f"{status.chunks_done:,} of {status.chunks:,} committed ({share})"),
+        ("rows", f"{status.rows:,} written, of {status.covered:,} that the job covers before input.where"),
+        ("tokens", f"{status.prompt_tokens:,} in, {status.completion_tokens:,} out"),
+        ("errors", _errors(status)),
+    ]
+    if status.retry_passes:
+        lines.append(("retries", f"{status.retry_passes} pass{'es' if status.retry_passes > 1 else ''}"))
+    if status.salvage and not status.finished:
+        size = sum(status.salvage.values())
+        lines.append(("salvage", f"{len(status.salvage)} journals, {size:,} bytes of rows in open chunks"))
+    for share_ in status.shards:
+        shard = share_.shard
+        lines.append((f"shard {shard.index}/{shard.count}", f"{share_.done:,} of {share_.chunks:,} chunks committed"))
+    return "\n".join(f"{name:<10} {text}" for name, text in lines)
+
+
+def _errors(status: Status) -> str:
+    if not status.errors:
+        return "none"
+    kinds = ", ".join(f"{kind} {count:,}" for kind, count in status.errors.items())
+    return f"{sum(status.errors.values()):,} rows ({kinds})"
