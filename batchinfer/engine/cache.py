@@ -71,7 +71,7 @@ def free_bytes(device: torch.device, root: Path = Path("/")) -> int:
     """Memory that can be allocated now: the device's, or of the machine within the container's limit."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return min(_machine_free_bytes(root), *_cgroup_free_bytes(root))
+    return min([_machine_free_bytes(root), *_cgroup_free_bytes(root)])
 
 
 def _machine_free_bytes(root: Path) -> int:

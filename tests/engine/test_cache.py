@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from batchinfer.engine.cache import KVCache, bytes_per_token, default_kv_tokens, free_bytes
+from batchinfer.errors import ModelError
+
+CPU = torch.device("cpu")
+GIB = 2**30
+
+
+def test_shapes_and_bytes():
+    cache = KVCache((3, 2, 8), 5, 4, torch.float16, CPU)
+    assert len(cache.layers) == 3
+    for pair in cache.layers:
+        assert all(part.shape == (5, 2, 4, 8) and part.dtype == torch.float16 for part in pair)
+    held = sum(part.nbytes for pair in cache.layers for part in pair)
+    assert held == bytes_per_token((3, 2, 8), torch.float16) * 5 * 4
+    storages = {part.untyped_storage().data_ptr() for pair in cache.layers for part in pair}
+    assert len(storages) == 6, "no two layers share memory"
+
+
+def test_no_room_is_an_error_that_says_what_to_lower():
+    with pytest.raises(ModelError, match=r"1048576000000 tokens .* lower engine.kv_cache_tokens"):
+        KVCache((30, 8, 128), 65_536_000_000, 16, torch.float32, CPU)
+
+
+def machine(root, available_kib: int, **files: str):
+    (root / "proc").mkdir()
+    (root / "proc/meminfo").write_text(f"MemTotal: 99999999 kB\nMemAvailable: {available_kib} kB\n")
+    for name, text in files.items():
+        path = root / "sys/fs/cgroup" / name.replace("__", "/").replace("_DOT_", ".")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def test_free_memory_of_a_machine_and_of_containers(tmp_path):
+    for folder in "abcd":
+        (tmp_path / folder).mkdir()
+    stat = "anon 5\ninactive_file 1073741824\n"
+    plain = machine(tmp_path / "a", 8 * 2**20)
+    open_v2 = machine(
+        tmp_path / "b", 8 * 2**20, memory_DOT_max="max\n", memory_DOT_current=f"{GIB}\n", memory_DOT_stat=stat
+    )
+    limited_v2 = machine(
+        tmp_path / "c",
+        8 * 2**20,
+        memory_DOT_max=f"{4 * GIB}\n",
+        memory_DOT_current=f"{2 * GIB}\n",
+        memory_DOT_stat=stat,
+    )
+    limited_v1 = machine(
+        tmp_path / "d",
+        8 * 2**20,
+        memory__memory_DOT_limit_in_bytes=f"{4 * GIB}",
+        memory__memory_DOT_usage_in_bytes=f"{5 * GIB}",
+        memory__memory_DOT_stat="cache 1\n",
+    )
+    assert free_bytes(CPU, plain) == free_bytes(CPU, open_v2) == 8 * GIB
+    assert free_bytes(CPU, limited_v2) == 3 * GIB  # page cache that can go counts as free
+    assert free_bytes(CPU, limited_v1) == 0
+    (tmp_path / "empty").mkdir()
+    assert 0 < free_bytes(CPU, tmp_path / "empty") < 2**50
+
+
+def test_default_size_is_a_share_of_free_memory_or_what_the_seats_can_use(monkeypatch):
+    monkeypatch.setattr("batchinfer.engine.cache.free_bytes", lambda device: 4_000_000)
+    assert default_kv_tokens(1000, 256, 2048, CPU) == 1000
+    assert default_kv_tokens(1000, 2, 100, CPU) == 200
+    with pytest.raises(ModelError, match=r"4 MiB of memory are free.*engine.kv_cache_tokens"):
+        default_kv_tokens(100_000, 256, 2048, CPU)
+    assert default_kv_tokens(100_000, 1, 8, CPU) == 8

@@ -1,0 +1,295 @@
+"""The runner: its inputs against plain loops, its tokens against sequences computed alone, and what failures leave."""
+
+from __future__ import annotations
+
+import math
+import types
+
+import numpy as np
+import pytest
+import torch
+
+from batchinfer.engine.blocks import BlockPool
+from batchinfer.engine.engine import Engine
+from batchinfer.engine.expected import ExpectedLength
+from batchinfer.engine.plan import Grown, Join, StepPlan
+from batchinfer.engine.runner import ModelRunner
+from batchinfer.engine.sampler import Sampler
+from batchinfer.engine.scheduler import Scheduler
+from batchinfer.models.weights import load_decoder
+from batchinfer.request import Request, SamplingParams
+from tests.models.tiny import SIZES, Paged, build
+
+VOCAB = SIZES["vocab_size"]
+
+
+class Echo(torch.nn.Module):
+    """Stands in for a decoder: keeps its inputs; logits are a row of a fixed table, chosen by token and position."""
+
+    def __init__(self, vocab: int = 40) -> None:
+        super().__init__()
+        self.config = types.SimpleNamespace(kv_shape=(1, 1, 2), vocab_size=vocab)
+        self.embedding = torch.nn.Embedding(vocab, 4)
+        self.table = torch.randn(997, vocab, generator=torch.Generator().manual_seed(1)) * 3
+        self.seen = []
+        self.head_rows = 0
+        self.fail = None
+
+    def forward(self, inputs, cache):
+        self.seen.append(inputs)
+        if self.fail is not None and len(self.seen) % 7 == 4 and len(inputs.lengths) > 1:
+            raise self.fail
+        return (inputs.tokens_T * 31 + inputs.positions_T)[inputs.sample_rows_N, None]
+
+    def logits(self, hidden):
+        self.head_rows += len(hidden)
+        return self.table[hidden[:, 0] % 997].clone()
+
+
+def greedy(prompt, request_id=0, max_tokens=50, **params) -> Request:
+    return Request(request_id, list(prompt), SamplingParams(**{"temperature": 0.0} | params), max_tokens, request_id)
+
+
+def plan(joins=(), grown=(), work=()) -> StepPlan:
+    """work: (seat, start, tokens, samples)."""
+    return StepPlan(
+        1,
+        tuple(joins),
+        tuple(Grown(*one) for one in grown),
+        [seat for seat, *_ in work],
+        [start for _, start, *_ in work],
+        [len(tokens) for _, _, tokens, _ in work],
+        [samples for *_, samples in work],
+        [token for _, _, tokens, _ in work for token in tokens],
+    )
+
+
+def test_inputs_equal_plain_loops():
+    """Random plans over several steps: what each token's position and slot, and each sequence's table must be."""
+    generator = np.random.default_rng(0)
+    size, seats, decoder = 4, 9, Echo()
+    runner = ModelRunner(decoder, 400, size, seats, 60)
+    tables = {seat: [] for seat in range(seats)}
+    computed = dict.fromkeys(range(seats), 0)
+    blocks = iter(generator.permutation(400).tolist())
+    for _ in range(25):
+        joins, grown, work = [], [], []
+        for seat in generator.permutation(seats)[: generator.integers(1, seats + 1)].tolist():
+            count = int(generator.choice([1, 1, 2, 7]))
+            if computed[seat] == 0 or computed[seat] + count > 60:
+                joins.append(Join(seat, greedy([1, 2]), ()))
+                tables[seat], computed[seat] = [], 0
+            needed = -(-(computed[seat] + count) // size) - len(tables[seat])
+            if needed > 0:
+                added = tuple(next(blocks) for _ in range(needed))
+                grown.append((seat, len(tables[seat]), added))
+                tables[seat].extend(added)
+            tokens = generator.integers(0, 40, count).tolist()
+            work.append((seat, computed[seat], tokens, bool(generator.random() < 0.6)))
+            computed[seat] += count
+        result = runner.run(plan(joins, grown, work))
+        inputs = decoder.seen[-1]
+        flat = [(seat, start + i, token) for seat, start, tokens, _ in work for i, token in enumerate(tokens)]
+        assert inputs.tokens_T.tolist() == [token for *_, token in flat]
+        assert inputs.positions_T.tolist() == [position for _, position, _ in flat]
+        assert inputs.slots_T.tolist() == [tables[s][p // size] * size + p % size for s, p, _ in flat]
+        assert inputs.lengths == [start + len(tokens) for _, start, tokens, _ in work]
+        counts = [len(tokens) for _, _, tokens, _ in work]
+        assert inputs.query_starts == [sum(counts[:i]) for i in range(len(work) + 1)]
+        ends = [sum(counts[: i + 1]) - 1 for i in range(len(work))]
+        rows = [end for end, (*_, samples) in zip(ends, work, strict=True) if samples]
+        assert inputs.sample_rows_N.tolist() == rows
+        for row, (seat, *_) in zip(inputs.block_tables_SB.tolist(), work, strict=True):
+            used = -(-computed[seat] // size)
+            assert row[:used] == tables[seat][:used]
+        dtypes = (inputs.tokens_T, inputs.positions_T, inputs.slots_T, inputs.sample_rows_N)
+        assert {one.dtype for one in dtypes} == {torch.int64} and inputs.block_tables_SB.dtype == torch.int32
+        expected = [decoder.table[(flat[row][2] * 31 + flat[row][1]) % 997].argmax() for row in rows]
+        assert result.tokens == [int(token) for token in expected]
+
+
+def test_only_sampled_rows_reach_the_head():
+    decoder = Echo()
+    runner = ModelRunner(decoder, 10, 4, 3, 16)
+    joins = [Join(seat, greedy([1, 2, 3, 4]), ()) for seat in range(3)]
+    grown = [(seat, 0, (seat,)) for seat in range(3)]
+    result = runner.run(plan(joins, grown, [(0, 0, [1, 2, 3, 4], True), (1, 0, [1, 2], False), (2, 0, [5], False)]))
+    assert len(result.tokens) == decoder.head_rows == 1
+    result = runner.run(plan((), (), [(1, 2, [3], False)]))
+    assert result.tokens == [] and result.logprobs is None and decoder.head_rows == 1
+    assert runner.run(plan()).tokens == [] and len(decoder.seen) == 2
+
+
+def test_rows_go_through_the_head_in_parts(monkeypatch):
+    """Thousands of rows over a large vocabulary would not fit at once; parts must not change a thing."""
+    requests = [greedy([1, 2], seat, temperature=seat % 3 / 2, logprobs=2 if seat % 2 else None) for seat in range(11)]
+    work = [(seat, 0, [seat, 2], seat != 4) for seat in range(11)]
+    step = plan([Join(seat, one, ()) for seat, one in enumerate(requests)], [(s, 0, (s,)) for s in range(11)], work)
+    results = []
+    for size in (1 << 29, 4 * 40 * 3):
+        monkeypatch.setattr("batchinfer.engine.runner._LOGITS_BYTES", size)
+        decoder = Echo()
+        results.append(ModelRunner(decoder, 20, 4, 11, 8).run(step))
+        assert decoder.head_rows == 10
+    assert results[0] == results[1] and len(results[0].tokens) == 10
+
+
+def test_failed_rows_keep_their_number_across_parts(monkeypatch):
+    monkeypatch.setattr("batchinfer.engine.runner._LOGITS_BYTES", 4 * 40 * 2)
+    decoder = Echo()
+    decoder.table[(9 * 31 + 0) % 997, 3] = math.nan
+    runner = ModelRunner(decoder, 20, 4, 5, 8)
+    joins = [Join(seat, greedy([1]), ()) for seat in range(5)]
+    tokens = [4, 5, 9, 6, 9]
+    work = [(seat, 0, [tokens[seat]], True) for seat in range(5)]
+    result = runner.run(plan(joins, [(seat, 0, (seat,)) for seat in range(5)], work))
+    assert set(result.failed) == {2, 4} and len(result.tokens) == 5
+
+
+@pytest.mark.parametrize("token", [-1, 40, 2**62])
+def test_tokens_beyond_the_vocabulary_never_reach_the_model(token):
+    decoder = Echo()
+    runner = ModelRunner(decoder, 4, 4, 1, 8)
+    with pytest.raises(ValueError, match=f"token {token} is not in the model's vocabulary of 40 tokens"):
+        runner.run(plan([Join(0, greedy([1]), ())], [(0, 0, (0,))], [(0, 0, [1, token], True)]))
+    assert not decoder.seen
+
+
+def test_a_sequence_beyond_the_context_is_refused():
+    runner = ModelRunner(Echo(), 8, 4, 1, 8)
+    runner.run(plan([Join(0, greedy([1]), ())], [(0, 0, (0, 1))], [(0, 0, [1] * 8, True)]))
+    with pytest.raises(ValueError, match="9 tokens is beyond the context of 8"):
+        runner.run(plan((), (), [(0, 8, [1], True)]))
+
+
+def make_engine(decoder, num_blocks: int, seats=6, caching=True, budget=24, block_size=4) -> Engine:
+    runner = ModelRunner(decoder, num_blocks, block_size, seats, 128)
+    for pair in runner.cache.layers:
+        for part in pair:
+            part.fill_(math.nan)  # whatever is read before it was written shows
+    engine = Engine(Scheduler(BlockPool(num_blocks, block_size, caching), seats, budget), runner)
+    engine.scheduler.expected = ExpectedLength(quantile=0.0, enough=1)  # far too low: sequences get preempted
+    return engine
+
+
+def answers_of(engine: Engine, requests) -> dict:
+    for one in requests:
+        engine.add(one)
+    answers = {}
+    for _ in range(5000):
+        if not engine.has_work:
+            return answers
+        answers |= {answer.request.request_id: answer for answer in engine.step()}
+        engine.scheduler.check_integrity()
+    raise AssertionError("the engine does not come to an end")
+
+
+def requests_of(count: int, vocab: int) -> list[Request]:
+    generator = np.random.default_rng(count)
+    shared = generator.integers(3, vocab, 14).tolist()
+    kinds = [
+        {"temperature": 0.0},
+        {"temperature": 0.9, "top_k": 20},
+        {"temperature": 1.2, "top_p": 0.9, "logprobs": 3},
+        {"temperature": 0.0, "repetition_penalty": 1.3, "frequency_penalty": 0.5, "logprobs": 0},
+        {"temperature": 0.7, "presence_penalty": 1.0, "logit_bias": {5: 2.0}, "min_tokens": 9},
+        {"temperature": 1.0, "allowed_token_ids": tuple(range(2, vocab, 3)), "min_p": 0.01},
+    ]
+    requests = []
+    for number in range(count):
+        prompt = shared[: generator.integers(0, 15)] + generator.integers(3, vocab, generator.integers(1, 30)).tolist()
+        params = SamplingParams(**kinds[number % len(kinds)])
+        words = ((7,), (int(prompt[0]), 8)) if number % 4 == 0 else ()
+        length = int(generator.integers(1, 25))
+        requests.append(Request(number, prompt, params, length, number * 7919, frozenset({2}), words))
+    return requests
+
+
+@torch.inference_mode()
+def alone(decoder, one: Request) -> list[int]:
+    """The plainest loop: a fresh cache, the whole context again for every token, a sampler with one seat."""
+    output: list[int] = []
+    while len(output) < one.max_tokens:
+        logits = Paged(decoder, sequences=1).step({0: [*one.prompt, *output]})[-1:]
+        sampler = Sampler(1, decoder.config.vocab_size)
+        sampler.join(Join(0, one, tuple(output)))
+        position = len(one.prompt) + len(output)
+        output += sampler.sample(logits, np.array([0]), np.array([position])).tokens
+        if output[-1] in one.stop_ids:
+            break
+    return output
+
+
+@pytest.fixture(scope="module")
+def tiny_llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    build("llama", folder)
+    return load_decoder(folder, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_llama):
+    return {one.request_id: alone(tiny_llama, one) for one in requests_of(30, VOCAB)}
+
+
+@pytest.mark.parametrize(("num_blocks", "budget"), [(400, 1000), (400, 7), (22, 24)])
+@pytest.mark.parametrize("caching", [True, False])
+def test_batched_chunked_preempted_and_cached_equal_alone(tiny_llama, expected, num_blocks, budget, caching):
+    engine = make_engine(tiny_llama, num_blocks, caching=caching, budget=budget)
+    answers = answers_of(engine, requests_of(30, VOCAB))
+    assert {number: answer.token_ids for number, answer in answers.items()} == expected
+    assert (engine.stats.prompt_tokens_reused > 0) == caching
+    assert (engine.stats.preemptions > 0) == (num_blocks == 22)
+    for answer in answers.values():
+        wanted = answer.request.params.logprobs
+        if wanted is not None:
+            assert [one.token_id for one in answer.logprobs] == answer.token_ids
+            assert all(len(one.top) == wanted and one.logprob <= 0 for one in answer.logprobs)
+
+
+def test_a_16_bit_cache_holds_a_float32_model(tiny_llama):
+    runner = ModelRunner(tiny_llama, 20, 4, 2, 64, kv_dtype=torch.bfloat16)
+    assert runner.cache.layers[0][0].dtype == torch.bfloat16
+    request = greedy([5, 6, 7, 8])
+    result = runner.run(plan([Join(0, request, ())], [(0, 0, (3,))], [(0, 0, request.prompt, True)]))
+    exact = Paged(tiny_llama, sequences=1).step({0: request.prompt})[-1]
+    assert exact[result.tokens[0]] > exact.max() - 0.1
+
+
+@pytest.mark.parametrize("failure", [torch.OutOfMemoryError("injected"), RuntimeError("injected"), MemoryError()])
+def test_a_failed_step_leaves_the_runner_usable(failure):
+    """Every seventh step fails; the sequences join again, and end as if nothing had been."""
+    requests = [one for one in requests_of(18, 40) if max(one.prompt) < 40]
+    undisturbed = answers_of(make_engine(Echo(), 60), requests)
+    decoder = Echo()
+    decoder.fail = failure
+    engine = make_engine(decoder, 60)
+    answers = answers_of(engine, requests)
+    assert engine.stats.preemptions > 10 and len(answers) == len(requests)
+    for number, answer in answers.items():
+        assert answer.error is None and answer.token_ids == undisturbed[number].token_ids
+
+
+def test_a_row_with_bad_logits_ends_alone(tiny_llama):
+    """An embedding that is not a number poisons its own sequence, and no other, whatever blocks they take over."""
+    poisoned = 4
+    requests = [greedy([9, 8, 7, 10 + number], number, max_tokens=12) for number in range(12)]
+    calm = answers_of(make_engine(tiny_llama, 16), requests)
+    weight = tiny_llama.embedding.weight
+    before = weight[poisoned].clone()
+    bad = [greedy([11, poisoned, 12], 100 + number, max_tokens=5, logit_bias={4: -100.0}) for number in range(4)]
+    mixed = [one for group in zip(requests[::3], requests[1::3], requests[2::3], bad, strict=True) for one in group]
+    untouched = all(poisoned not in answer.token_ids for answer in calm.values())
+    try:
+        with torch.no_grad():
+            weight[poisoned] = math.nan
+        answers = answers_of(make_engine(tiny_llama, 16), mixed)
+    finally:
+        with torch.no_grad():
+            weight[poisoned] = before
+    assert untouched
+    for one in bad:
+        error = answers[one.request_id].error
+        assert error is not None and error.retryable and "not finite" in str(error)
+    for one in requests:
+        assert answers[one.request_id].token_ids == calm[one.request_id].token_ids
