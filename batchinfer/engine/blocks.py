@@ -100,12 +100,12 @@ class BlockPool:
             for block in table:
                 held[block.index] = held.get(block.index, 0) + 1
         free = set()
-        block = self._head.next
-        while block is not None and block is not self._head:
-            assert block.index not in free and block.refs == 0, f"{block} is twice free, or free and held"
-            assert block.next is not None and block.next.prev is block, f"broken link at {block}"
-            free.add(block.index)
-            block = block.next
+        cursor = self._head.next
+        while cursor is not None and cursor is not self._head:
+            assert cursor.index not in free and cursor.refs == 0, f"{cursor} is twice free, or free and held"
+            assert cursor.next is not None and cursor.next.prev is cursor, f"broken link at {cursor}"
+            free.add(cursor.index)
+            cursor = cursor.next
         assert len(free) == self.num_free, f"{len(free)} blocks on the free list, {self.num_free} counted"
         for block in self.blocks:
             assert block.refs == held.get(block.index, 0), f"{block} is held {held.get(block.index, 0)} times"

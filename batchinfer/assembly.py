@@ -1,0 +1,145 @@
+"""Puts an engine together from its parts: tokenizer, weights, KV cache, runner, and the model's own defaults."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from batchinfer.engine.blocks import BlockPool
+from batchinfer.engine.engine import Runner
+from batchinfer.engine.fake import FakeAnswer, FakeRunner
+from batchinfer.errors import BadParameters, ModelError
+from batchinfer.io.fetch import ModelFiles
+from batchinfer.log import log
+from batchinfer.prompting import Limits
+from batchinfer.request import SamplingParams
+from batchinfer.spec import EngineSpec, FakeSpec
+from batchinfer.text.chat import ChatTemplate
+from batchinfer.text.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+
+FAKE_CONTEXT_TOKENS = 32768
+_SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+@dataclass(frozen=True, slots=True)
+class Assembly:
+    """All parts of an engine, ready. `defaults` are the sampling parameters of the model's generation_config.json."""
+
+    tokenizer: Tokenizer
+    chat: ChatTemplate | None
+    defaults: SamplingParams
+    limits: Limits
+    runner: Runner
+    pool: BlockPool
+
+
+def assemble(
+    engine: EngineSpec,
+    files: ModelFiles | None,
+    tokenizer_files: ModelFiles | None,
+    fake: FakeSpec,
+    chat_template: str | None,
+) -> Assembly:
+    """Load everything. `files` None is the fake model; `tokenizer_files` replaces the model's own tokenizer.
+
+    Raises ModelError.
+    """
+    source = tokenizer_files or files
+    tokenizer: Tokenizer = load_tokenizer(source.path) if source is not None else ByteTokenizer()
+    template = chat_template or tokenizer.chat_template
+    chat = ChatTemplate(template, tokenizer.special_tokens) if template else None
+    generation = _generation_config(files.path) if files is not None else {}
+    eos_ids = tokenizer.eos_ids | _eos_of(generation)
+    if files is None:
+        runner, pool, context = _fake_runner(engine, fake, tokenizer)
+        vocab_size = tokenizer.vocab_size
+    else:
+        runner, pool, context, vocab_size = _model_runner(engine, files.path)
+    limits = Limits(context, vocab_size, eos_ids)
+    return Assembly(tokenizer, chat, _defaults(generation, files), limits, runner, pool)
+
+
+def _model_runner(engine: EngineSpec, path: Path) -> tuple[Runner, BlockPool, int, int]:
+    """Load the weights and allocate the KV cache; (runner, pool, context in tokens, vocabulary size)."""
+    # torch takes seconds to import: only here, where a model is really wanted
+    import torch
+
+    from batchinfer.engine.cache import bytes_per_token, default_kv_tokens
+    from batchinfer.engine.runner import ModelRunner
+    from batchinfer.models.weights import load_decoder
+
+    if engine.num_threads is not None:
+        torch.set_num_threads(engine.num_threads)
+    dtype: torch.dtype = getattr(torch, engine.dtype or "float32")
+    decoder = load_decoder(path, dtype, engine.max_model_len)
+    context = decoder.config.context_tokens
+    kv_tokens = engine.kv_cache_tokens
+    if kv_tokens is None:
+        token_bytes = bytes_per_token(decoder.config.kv_shape, dtype)
+        kv_tokens = default_kv_tokens(token_bytes, engine.max_num_seqs, context, torch.device("cpu"))
+    num_blocks = kv_tokens // engine.block_size
+    if num_blocks == 0:
+        raise ModelError(
+            f"a KV cache of {kv_tokens} tokens holds no block of {engine.block_size}: lower engine.block_size"
+        )
+    runner = ModelRunner(decoder, num_blocks, engine.block_size, engine.max_num_seqs, context)
+    log.info(
+        "model loaded",
+        architecture=decoder.config.architecture,
+        dtype=str(dtype).removeprefix("torch."),
+        context_tokens=context,
+        kv_cache_tokens=num_blocks * engine.block_size,
+        threads=torch.get_num_threads(),
+    )
+    pool = BlockPool(num_blocks, engine.block_size, engine.enable_prefix_caching)
+    return runner, pool, context, decoder.config.vocab_size
+
+
+def _fake_runner(engine: EngineSpec, fake: FakeSpec, tokenizer: Tokenizer) -> tuple[Runner, BlockPool, int]:
+    context = engine.max_model_len or FAKE_CONTEXT_TOKENS
+    kv_tokens = engine.kv_cache_tokens or max(context, 512 * engine.max_num_seqs)
+    low, high = fake.answer_tokens if isinstance(fake.answer_tokens, tuple) else (fake.answer_tokens,) * 2
+    if not tokenizer.eos_ids:
+        raise ModelError("the tokenizer names no end-of-sequence token, which fake answers end with")
+    answer = FakeAnswer(low, high, _plain_ids(tokenizer), min(tokenizer.eos_ids))
+    pool = BlockPool(kv_tokens // engine.block_size, engine.block_size, engine.enable_prefix_caching)
+    return FakeRunner(answer, fake.step_s), pool, context
+
+
+def _plain_ids(tokenizer: Tokenizer, wanted: int = 1024) -> list[int]:
+    """Ids of printable tokens, which fake answers are made of."""
+    candidates = list(range(min(tokenizer.vocab_size, 8 * wanted)))
+    texts = tokenizer.decode_batch([[token] for token in candidates], skip_special_tokens=True)
+    plain = [
+        token for token, text in zip(candidates, texts, strict=True) if text.isascii() and text.isprintable() and text
+    ]
+    return plain[-wanted:]
+
+
+def _generation_config(path: Path) -> dict[str, Any]:
+    file = path / "generation_config.json"
+    if not file.is_file():
+        return {}
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{file}: not JSON: {error}") from None
+    return values if isinstance(values, dict) else {}
+
+
+def _eos_of(generation: dict[str, Any]) -> frozenset[int]:
+    eos = generation.get("eos_token_id")
+    return frozenset([eos] if isinstance(eos, int) else eos or ())
+
+
+def _defaults(generation: dict[str, Any], files: ModelFiles | None) -> SamplingParams:
+    values = {name: generation[name] for name in _SAMPLING_DEFAULTS if generation.get(name) is not None}
+    if generation.get("do_sample") is False:
+        values["temperature"] = 0.0
+    try:
+        return SamplingParams.from_mapping(values)
+    except BadParameters as error:
+        place = files.path if files is not None else "."
+        raise ModelError(f"{place}/generation_config.json: {error}") from None

@@ -1,0 +1,244 @@
+"""From prompts to requests: chat templates, tokenizing and all checks of a prompt against the model, batch by batch.
+
+`Preparer` works on batches, in a thread of its own (`Feeder`), so that tokenizing runs ahead of the engine. A prompt
+that is wrong becomes an error completion here; no exception for one prompt leaves this module.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from batchinfer.errors import BadParameters, InvalidInput, RowError, TooLong
+from batchinfer.request import Completion, Request, SamplingParams
+from batchinfer.text.chat import ChatTemplate
+from batchinfer.text.detokenize import StopStrings, bad_word_ids
+from batchinfer.text.tokenizer import Tokenizer
+
+Content = str | list[int] | list[dict[str, Any]]
+_MASK = (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt: text as it is, token ids, or chat messages. `index` comes back in its completion.
+
+    `params` None means the model's and job's defaults. `key` seeds the random numbers of its samples. A prompt that
+    already has an `error` becomes an error completion, so that a stream of rows keeps one answer per row.
+    """
+
+    index: int
+    content: Content | None
+    params: SamplingParams | None = None
+    key: int = 0
+    error: RowError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A prompt that the engine can run: one request per sample, all with the same prompt ids."""
+
+    index: int
+    ids: list[int]
+    params: SamplingParams
+    requests: list[Request]
+    stop: StopStrings | None
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the model allows. `context` counts prompt and answer, in tokens."""
+
+    context: int
+    vocab_size: int
+    eos_ids: frozenset[int]
+
+
+def mix(key: int, number: int) -> int:
+    """A 64-bit key for part `number` of `key` (the finaliser of splitmix64; Steele, Lea, Flood 2014)."""
+    z = (key + 0x9E3779B97F4A7C15 * (number + 1)) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)
+
+
+class Preparer:
+    """Checks and tokenizes prompts. Used from one thread at a time."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        limits: Limits,
+        defaults: SamplingParams,
+        chat: ChatTemplate | None,
+        chat_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._limits = limits
+        self._defaults = defaults
+        self._chat = chat
+        self._chat_kwargs = chat_kwargs or {}
+        self._next_id = 0
+        self._stops: dict[tuple[tuple[str, ...], bool, bool], StopStrings] = {}
+
+    def prepare(self, prompts: list[Prompt]) -> list[Prepared | Completion]:
+        """One result per prompt, in order: ready to run, or an error completion."""
+        contents = [self._content(prompt) for prompt in prompts]
+        results: list[Prepared | Completion] = []
+        for prompt, ids in zip(prompts, self._tokenize(contents), strict=True):
+            try:
+                if isinstance(ids, RowError):
+                    raise ids
+                results.append(self._prepared(prompt, ids))
+            except RowError as error:
+                known = ids if isinstance(ids, list) else []
+                results.append(Completion(prompt.index, known, error=error))
+        return results
+
+    def _content(self, prompt: Prompt) -> tuple[str, bool] | list[int] | RowError:
+        """(text, whether special tokens are added), or token ids, or what is wrong."""
+        if prompt.error is not None:
+            return prompt.error
+        content = prompt.content
+        if isinstance(content, str):
+            return (content, True) if content else InvalidInput("the prompt is empty")
+        if not isinstance(content, list) or not content:
+            return InvalidInput("the prompt is empty" if content == [] else "a prompt is text, token ids or messages")
+        if all(isinstance(message, dict) for message in content):
+            return self._render(content)
+        if all(isinstance(token, int) and not isinstance(token, bool) for token in content):
+            return [int(token) for token in content if isinstance(token, int)]
+        return InvalidInput("a prompt list holds token ids (integers) or chat messages (mappings)")
+
+    def _render(self, messages: list[Any]) -> tuple[str, bool] | RowError:
+        if self._chat is None:
+            return InvalidInput("this model has no chat template: give prompt.chat_template, or a ready prompt")
+        try:
+            # the template writes the special tokens itself
+            return self._chat.render(messages, **self._chat_kwargs), False
+        except RowError as error:
+            return error
+
+    def _tokenize(self, contents: list[tuple[str, bool] | list[int] | RowError]) -> list[list[int] | RowError]:
+        results: list[list[int] | RowError] = [
+            content if not isinstance(content, tuple) else [] for content in contents
+        ]
+        for special in (True, False):
+            places = [i for i, content in enumerate(contents) if isinstance(content, tuple) and content[1] is special]
+            if places:
+                texts = [content[0] for i in places if isinstance(content := contents[i], tuple)]
+                encoded = self._tokenizer.encode_batch(texts, add_special_tokens=special)
+                for place, ids in zip(places, encoded, strict=True):
+                    results[place] = ids
+        return results
+
+    def _prepared(self, prompt: Prompt, ids: list[int]) -> Prepared:
+        params = prompt.params or self._defaults
+        limits = self._limits
+        if not ids:
+            raise InvalidInput("the prompt has no tokens")
+        if len(ids) >= limits.context:
+            raise TooLong(f"the prompt has {len(ids)} tokens and the context {limits.context}, with room for an answer")
+        if not 0 <= min(ids) <= max(ids) < limits.vocab_size:
+            raise InvalidInput(f"a prompt token id is out of vocabulary (0 to {limits.vocab_size - 1})")
+        _check_ids(params, limits.vocab_size)
+        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else limits.eos_ids)
+        room = limits.context - len(ids)
+        max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        bad_words = bad_word_ids(self._tokenizer, params.bad_words) if params.bad_words else ()
+        stop = self._stop_strings(params) if params.stop else None
+        requests = []
+        for sample in range(params.n):
+            self._next_id += 1
+            requests.append(
+                Request(
+                    request_id=self._next_id,
+                    prompt=ids,
+                    params=params,
+                    max_tokens=max_tokens,
+                    key=mix(prompt.key if params.seed is None else params.seed & _MASK, sample),
+                    stop_ids=stop_ids,
+                    bad_words=bad_words,
+                    stop_check=stop.checker() if stop is not None else None,
+                )
+            )
+        return Prepared(prompt.index, ids, params, requests, stop)
+
+    def _stop_strings(self, params: SamplingParams) -> StopStrings:
+        key = (params.stop, params.include_stop_str_in_output, params.skip_special_tokens)
+        if key not in self._stops:
+            if len(self._stops) > 1000:  # stop strings of its own in every row
+                self._stops.clear()
+            self._stops[key] = StopStrings(self._tokenizer, *key)
+        return self._stops[key]
+
+
+def _check_ids(params: SamplingParams, vocab_size: int) -> None:
+    given = {
+        "logit_bias": params.logit_bias or (),
+        "allowed_token_ids": params.allowed_token_ids or (),
+        "stop_token_ids": params.stop_token_ids,
+    }
+    for name, ids in given.items():
+        for token in ids:
+            if not 0 <= token < vocab_size:
+                raise BadParameters(f"{name} names token {token}, out of vocabulary (0 to {vocab_size - 1})")
+
+
+class Feeder:
+    """Prepares prompts ahead of the engine in a thread, at most `depth` batches of `batch` prompts ahead.
+
+    An exception of the prompts' own iterator ends the stream and is raised by `take`.
+    """
+
+    def __init__(self, prompts: Iterable[Prompt], preparer: Preparer, batch: int = 64, depth: int = 4) -> None:
+        self._queue: queue.Queue[list[Prepared | Completion] | BaseException | None] = queue.Queue(depth)
+        self._closed = threading.Event()
+        self._prompts = prompts
+        self._preparer = preparer
+        self._batch = batch
+        self.done = False
+        self._thread = threading.Thread(target=self._feed, name="batchinfer-feeder", daemon=True)
+        self._thread.start()
+
+    def take(self, wait: bool) -> list[Prepared | Completion]:
+        """The next batch; empty if none is ready (or, with `wait`, if the stream has ended: `done`)."""
+        if self.done:
+            return []
+        try:
+            batch = self._queue.get(block=wait)
+        except queue.Empty:
+            return []
+        if isinstance(batch, list):
+            return batch
+        self.done = True
+        if batch is not None:
+            raise batch
+        return []
+
+    def close(self) -> None:
+        """Stop the thread; prompts that it has taken and not handed over are dropped."""
+        self._closed.set()
+        while self._thread.is_alive():
+            try:
+                self._queue.get(timeout=0.05)
+            except queue.Empty:
+                continue
+
+    def _feed(self) -> None:
+        end: BaseException | None = None
+        prompts: Iterator[Prompt] = iter(self._prompts)
+        try:
+            while not self._closed.is_set() and (batch := list(islice(prompts, self._batch))):
+                self._queue.put(self._preparer.prepare(batch))
+        except BaseException as error:
+            end = error
+        finally:
+            close = getattr(prompts, "close", None)
+            if close is not None:
+                close()
+            self._queue.put(end)

@@ -1,0 +1,107 @@
+"""Greedy tokens of the real model equal transformers': random admission, preemption, prefix cache, chunks.
+
+transformers checks by one forward pass over prompt and answer: if at every position of the answer its arg-max is the
+next token, its own greedy answer is this one (by induction over the positions).
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from batchinfer.assembly import assemble
+from batchinfer.engine.engine import Engine
+from batchinfer.engine.expected import ExpectedLength
+from batchinfer.engine.scheduler import Scheduler
+from batchinfer.io.fetch import ModelFiles
+from batchinfer.models.gguf import GGUFFile
+from batchinfer.request import Request, SamplingParams
+from batchinfer.spec import EngineSpec, FakeSpec
+from batchinfer.text.tokenizer import load_tokenizer
+
+pytestmark = [pytest.mark.model, pytest.mark.timeout(400)]
+_PROMPTS = Path(__file__).parents[2] / "jobs" / "data" / "quickstart.parquet"
+_ANSWER_TOKENS = 16
+
+
+@pytest.fixture(scope="module")
+def reference(smollm2_gguf: Path) -> LlamaForCausalLM:
+    file = GGUFFile(smollm2_gguf)
+    model = LlamaForCausalLM(LlamaConfig(**file.config_dict()))
+    state = dict(file.weights())
+    missing, surplus = model.load_state_dict(state, strict=False)
+    assert set(missing) <= {"lm_head.weight"} and not surplus
+    model.tie_weights()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def prompts(smollm2_gguf: Path) -> list[list[int]]:
+    """50 real prompts of mixed length."""
+    texts = pq.read_table(_PROMPTS).column("prompt").to_pylist()
+    rng = random.Random(4)
+    rng.shuffle(texts)
+    tokenizer = load_tokenizer(smollm2_gguf)
+    ids = tokenizer.encode_batch(texts[:50], add_special_tokens=True)
+    assert max(map(len, ids)) > 4 * min(map(len, ids))
+    return [list(entry) for entry in ids]
+
+
+def engine_answers(
+    path: Path, prompts: list[list[int]], engine: EngineSpec, preempt: bool = True
+) -> tuple[list[list[int]], Engine]:
+    assembly = assemble(engine, ModelFiles(path, "test"), None, FakeSpec(), None)
+    scheduler = Scheduler(assembly.pool, engine.max_num_seqs, engine.max_step_tokens)
+    if preempt:
+        scheduler.expected = ExpectedLength(quantile=0.0, enough=1)  # admits far too much
+        scheduler.expected.observe(1)
+    loop = Engine(scheduler, assembly.runner)
+    params = SamplingParams(temperature=0, max_tokens=_ANSWER_TOKENS)
+    waiting = [Request(i, ids, params, _ANSWER_TOKENS) for i, ids in enumerate(prompts)]
+    rng = random.Random(0)
+    answers: dict[int, list[int]] = {}
+    while waiting or loop.has_work:
+        while waiting and (not loop.has_work or rng.random() < 0.5):
+            loop.add(waiting.pop(0))
+        for finished in loop.step():
+            assert finished.error is None
+            answers[finished.request.request_id] = finished.token_ids
+        scheduler.check_integrity()
+    return [answers[i] for i in range(len(prompts))], loop
+
+
+def assert_greedy(reference: LlamaForCausalLM, prompt: list[int], answer: list[int]) -> None:
+    with torch.inference_mode():
+        logits = reference(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+    assert logits.argmax(-1).tolist() == answer
+
+
+def test_smollm2_equals_transformers(smollm2_gguf: Path, prompts: list[list[int]], reference: LlamaForCausalLM) -> None:
+    options = {"dtype": "float32", "kv_cache_tokens": 1200, "max_num_seqs": 16}
+    cached, loop = engine_answers(smollm2_gguf, prompts, EngineSpec(**options, max_step_tokens=64))
+    assert loop.stats.preemptions > 0
+    for prompt, answer in zip(prompts, cached, strict=True):
+        assert_greedy(reference, prompt, answer)
+    whole, loop = engine_answers(
+        smollm2_gguf, prompts, EngineSpec(**options, max_step_tokens=2048, enable_prefix_caching=False)
+    )
+    assert loop.stats.preemptions > 0 and loop.stats.prompt_tokens_reused == 0
+    assert whole == cached
+
+
+def test_smollm2_with_hits_and_chunks(smollm2_gguf: Path, prompts: list[list[int]], reference: LlamaForCausalLM) -> None:
+    """A long shared prefix: hits in the same step, hits after preemption, chunks that end inside a prompt."""
+    shared = (prompts[0] + prompts[1])[:100]
+    extended = [shared + ids[:40] for ids in prompts[:12]]
+    options = {"dtype": "float32", "kv_cache_tokens": 480, "max_num_seqs": 8}
+    chunked, loop = engine_answers(smollm2_gguf, extended, EngineSpec(**options, max_step_tokens=40))
+    assert loop.stats.preemptions > 0 and loop.stats.prompt_tokens_reused > 500
+    whole, _ = engine_answers(smollm2_gguf, extended, EngineSpec(**options, max_step_tokens=2048))
+    assert whole == chunked
+    for prompt, answer in zip(extended, chunked, strict=True):
+        assert_greedy(reference, prompt, answer)
