@@ -21,13 +21,14 @@ from batchinfer.log import log
 from batchinfer.spec import StorageSpec
 
 CACHE_DIR = Path("~/.cache/batchinfer")
-WEIGHTS = ("*.safetensors", "*.gguf")
-_NEEDED = (*WEIGHTS, "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
+_SAFETENSORS = ("*.safetensors",)
+_TEXTS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
+_WEIGHTS = (*_SAFETENSORS, "*.gguf")
 # a second copy of the weights in the format of one vendor's own loader
 _NEVER = ("consolidated*",)
 # everything that decides a token; other JSON files, such as a trainer's state, may change without harm
 _DECISIVE = (
-    *WEIGHTS,
+    *_WEIGHTS,
     "*.safetensors.index.json",
     "config.json",
     "generation_config.json",
@@ -91,7 +92,7 @@ def _local(model: str, path: Path, weights: bool) -> ModelFiles:
 def _check_complete(model: str, names: list[str]) -> None:
     if "config.json" not in names:
         raise ModelError(f"{model}: holds no config.json; a model directory has config.json, tokenizer and safetensors")
-    if not any(_matches(name, ("*.safetensors",)) for name in names):
+    if not any(_matches(name, _SAFETENSORS) for name in names):
         pickled = [name for name in names if name.endswith((".bin", ".pth", ".pt"))]
         hint = f"; {pickled[0]} is a pickle, which can run code: convert it to safetensors" if pickled else ""
         raise ModelError(f"{model}: holds no safetensors weights{hint}")
@@ -108,7 +109,7 @@ def _identity(urls: list[str], sources: Sources) -> str:
             continue
         with sources.open(url) as source:
             size = source.stat().size
-            pieces = _samples(source, size) if _matches(_name(url), WEIGHTS) else source.blocks()
+            pieces = _samples(source, size) if _matches(_name(url), _WEIGHTS) else source.blocks()
             content = hashlib.sha256()
             for piece in pieces:
                 content.update(piece)
@@ -136,11 +137,9 @@ def _from_hub(model: str, hub_id: re.Match[str], weights: bool) -> Path:
     try:
         if file:
             return Path(huggingface_hub.hf_hub_download(repo, file.lstrip("/"), revision=revision))
-        wanted = [pattern for pattern in _NEEDED if weights or pattern not in WEIGHTS]
-        wanted = [pattern for pattern in wanted if pattern != "*.gguf"]
-        skipped = ["*/*", *_NEVER]
+        wanted = [*_TEXTS, *(_SAFETENSORS if weights else ())]
         folder = huggingface_hub.snapshot_download(
-            repo, revision=revision, allow_patterns=wanted, ignore_patterns=skipped
+            repo, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*", *_NEVER]
         )
         return Path(folder)
     except Exception as error:  # the Hub's errors share no root: HTTP, offline, gated, validation
@@ -156,15 +155,16 @@ def _from_url(url: str, storage: StorageSpec, weights: bool, cache_dir: Path) ->
         found = sources.expand(url)
     except InputMissing as error:
         raise ModelError(f"{url}: no model there: {error}") from None
-    if found == [url] and not url.lower().endswith(".gguf"):
-        raise ModelError(f"{url}: a model is a directory or a .gguf file")
-    urls = [file for file in found if _matches(_name(file), _NEEDED)]
-    if weights and found != [url]:
+    cache = cache_dir / "models"
+    if found == [url]:
+        if not url.lower().endswith(".gguf"):
+            raise ModelError(f"{url}: a model is a directory or a .gguf file")
+        return ModelFiles(_copy(url, found, sources, cache) / _name(url), _identity(found, sources))
+    if weights:
         _check_complete(url, [_name(file) for file in found])
-    fetched = [file for file in urls if weights or not _matches(_name(file), ("*.safetensors",))]
-    folder = _copy(url, fetched, sources, cache_dir / "models")
-    path = folder / _name(url) if found == [url] else folder
-    return ModelFiles(path, _identity(urls, sources))
+    files = [file for file in found if _matches(_name(file), (*_TEXTS, *_SAFETENSORS))]
+    copied = [file for file in files if weights or not _matches(_name(file), _SAFETENSORS)]
+    return ModelFiles(_copy(url, copied, sources, cache), _identity(files, sources))
 
 
 def _copy(url: str, files: list[str], sources: Sources, cache: Path) -> Path:

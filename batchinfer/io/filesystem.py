@@ -7,6 +7,7 @@ without instance or listing caches, so that an object which another worker has j
 from __future__ import annotations
 
 import errno
+import functools
 import random
 import time
 from collections.abc import Callable
@@ -29,7 +30,7 @@ T = TypeVar("T")
 
 RETRY_S = 60.0
 CONNECT_TIMEOUT_S = 5
-READ_TIMEOUT_S = 30
+READ_TIMEOUT_S = 20
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "abfss": "azure", "az": "azure"}
 _S3 = ("s3", "s3a")
@@ -95,10 +96,10 @@ def connect(url: str, options: StorageSpec) -> Any:
     import fsspec
 
     protocol = protocol_of(url)
-    arguments: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
-    arguments |= _s3_arguments(options) if protocol in _S3 else _other_arguments(options)
+    fresh = {"skip_instance_cache": True, "use_listings_cache": False}
     try:
-        filesystem = fsspec.filesystem(protocol, **{**arguments, **options.options})
+        arguments = _s3_arguments(options) if protocol in _S3 else _other_arguments(options)
+        filesystem = fsspec.filesystem(protocol, **{**fresh, **arguments, **options.options})
     except ImportError as error:
         extra = _EXTRAS.get(protocol)
         hint = f"pip install 'batchinfer[{extra}]'" if extra else str(error)
@@ -106,25 +107,39 @@ def connect(url: str, options: StorageSpec) -> Any:
     except (ValueError, TypeError, KeyError) as error:
         raise SpecError(f"{url}: cannot be reached with these storage options: {error}") from None
     if protocol in _S3:
-        # botocore repeats a request a few times and Retry repeats the operation: a third loop between them helps nobody
-        filesystem.retries = 1
+        # each request twice, so that one lost part does not repeat a whole upload; Retry repeats the operation
+        filesystem.retries = 2
     return filesystem
 
 
 def _s3_arguments(options: StorageSpec) -> dict[str, Any]:
+    # botocore's own retries, inside the two loops around it, would multiply the time until we give up
     config = {
         "connect_timeout": CONNECT_TIMEOUT_S,
         "read_timeout": READ_TIMEOUT_S,
-        "retries": {"mode": "standard", "total_max_attempts": 3},
+        "retries": {"total_max_attempts": 1},
     }
-    client = {"region_name": options.region} if options.region else {}
-    return {
+    arguments = {
         "endpoint_url": options.endpoint,
         "anon": options.anonymous,
         "requester_pays": options.requester_pays,
-        "client_kwargs": client,
+        "client_kwargs": {"region_name": options.region} if options.region else {},
         "config_kwargs": config,
     }
+    if not {"session", "profile"} & options.options.keys():
+        from s3fs.core import aiobotocore
+
+        arguments["session"] = session = aiobotocore.session.AioSession()
+        session.register_component("data_loader", _service_models())
+    return arguments
+
+
+@functools.cache
+def _service_models() -> Any:
+    """botocore's description of S3 (no keys in it), read once per process: it is 0.3 s of every new client."""
+    from botocore.loaders import create_loader
+
+    return create_loader()
 
 
 def _other_arguments(options: StorageSpec) -> dict[str, Any]:
@@ -157,10 +172,10 @@ class Retry:
                 raise
             except Exception as error:
                 attempt += 1
-                wait_s = min(0.1 * 2**attempt, 8.0) * random.uniform(0.5, 1.0)
+                wait_s = min(0.05 * 2**attempt, 8.0) * random.uniform(0.5, 1.0)
                 if not transient(error) or time.monotonic() + wait_s > give_up:
                     raise translate(error, url, self.place, attempt) from error
-                if attempt >= 4:
+                if attempt >= 5:
                     log.warning("storage does not answer, trying again", url=url, error=_text(error), attempt=attempt)
             time.sleep(wait_s)
 

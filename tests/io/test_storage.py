@@ -1,0 +1,318 @@
+"""Stores: the same contract on local disk, in memory and on real S3, and what each does when things go wrong."""
+
+import errno
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from batchinfer.errors import AccessDenied, InputMissing, SpecError, StorageError, UsageError, UserError
+from batchinfer.io import filesystem, storage
+from batchinfer.io.storage import Store
+from batchinfer.spec import StorageSpec
+
+
+@pytest.fixture(params=["local", "memory", "seaweed"])
+def store(request, tmp_path):
+    if request.param == "local":
+        return Store.open(str(tmp_path / "out"), StorageSpec())
+    if request.param == "memory":
+        return Store.open(f"memory://{tmp_path.name}/out", StorageSpec())
+    server = request.getfixturevalue("seaweed")
+    return Store.open(f"{server.bucket()}/some/out", server.storage)
+
+
+def remote(server, bucket=None, retry_s=20.0):
+    opened = Store.open(f"{bucket or server.bucket()}/out", server.storage)
+    opened.retry.total_s = retry_s
+    return opened
+
+
+class TestContract:
+    def test_objects(self, store, tmp_path):
+        assert store.find() == {}
+        assert store.read("a/b") is None
+        store.put("a/b", b"one")
+        store.put("a/b", b"two")
+        store.put("a/bc/d", b"")
+        source = tmp_path / "source"
+        source.write_bytes(b"x" * 100_000)
+        store.put_file("parts/p", source)
+        assert store.read("a/b") == b"two"
+        assert store.find() == {"a/b": 3, "a/bc/d": 0, "parts/p": 100_000}
+        assert list(store.find("a/")) == ["a/b", "a/bc/d"]
+        assert list(store.find("a/bc")) == ["a/bc/d"]
+        assert store.find("nothing/") == {}
+        store.get_file("parts/p", tmp_path / "copy")
+        assert (tmp_path / "copy").read_bytes() == source.read_bytes()
+        store.delete(["a/b", "never/was"])
+        assert list(store.find()) == ["a/bc/d", "parts/p"]
+
+    def test_absent_object_cannot_be_fetched(self, store, tmp_path):
+        with pytest.raises(InputMissing, match="nope"):
+            store.get_file("nope", tmp_path / "copy")
+
+    def test_put_if_absent(self, store):
+        assert store.put_if_absent("commits/1", b"mine")
+        assert store.put_if_absent("commits/1", b"mine")
+        assert not store.put_if_absent("commits/1", b"theirs")
+        assert store.read("commits/1") == b"mine"
+        assert list(store.find()) == ["commits/1"]
+
+    def test_probe_leaves_nothing(self, store):
+        assert store.probe_conditional()
+        assert store.find() == {}
+
+    def test_one_of_many_threads_wins(self, store):
+        won = []
+        threads = [
+            threading.Thread(target=lambda i=i: store.put_if_absent("claim", b"%d" % i) and won.append(i))
+            for i in range(8)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if isinstance(store, storage.RemoteStore) and store._protocol == "memory":
+            return  # fsspec's memory filesystem is not atomic between threads
+        assert len(won) == 1
+        assert store.read("claim") == b"%d" % won[0]
+
+
+class TestLocal:
+    def test_a_write_that_fails_leaves_the_old_object(self, tmp_path, monkeypatch):
+        store = Store.open(str(tmp_path), StorageSpec())
+        store.put("a", b"old")
+
+        def full(_):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(os, "fsync", full)
+        for write in (store.put, store.put_if_absent):
+            with pytest.raises(StorageError, match="no space left"):
+                write("a" if write == store.put else "b", b"new")
+        monkeypatch.undo()
+        assert store.read("a") == b"old"
+        assert list(store.find()) == ["a"]
+        assert list((tmp_path / ".tmp").iterdir()) == []
+
+    def test_without_hard_links(self, tmp_path, monkeypatch):
+        def refuse(*_):
+            raise OSError(errno.EPERM, "no links here")
+
+        monkeypatch.setattr(os, "link", refuse)
+        store = Store.open(str(tmp_path), StorageSpec())
+        assert store.probe_conditional()
+        assert store.put_if_absent("a", b"mine")
+        assert not store.put_if_absent("a", b"theirs")
+
+    def test_what_killed_processes_left_is_swept(self, tmp_path):
+        (tmp_path / ".tmp").mkdir()
+        for name, age_s in (("old", 10_000), ("young", 0)):
+            path = tmp_path / ".tmp" / name
+            path.write_bytes(b"x")
+            os.utime(path, (time.time() - age_s,) * 2)
+        store = Store.open(str(tmp_path), StorageSpec())
+        store.put("a", b"x")
+        assert [path.name for path in (tmp_path / ".tmp").iterdir()] == ["young"]
+        assert list(store.find()) == ["a"]
+
+    def test_path_that_is_a_file(self, tmp_path):
+        (tmp_path / "file").write_bytes(b"")
+        store = Store.open(str(tmp_path / "file" / "out"), StorageSpec())
+        assert store.read("a") is None
+        assert store.find() == {}
+        with pytest.raises(UsageError, match="Not a directory"):
+            store.put("a", b"x")
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+    def test_no_permission(self, tmp_path):
+        tmp_path.chmod(0o500)
+        with pytest.raises(AccessDenied):
+            Store.open(str(tmp_path / "out"), StorageSpec()).put("a", b"x")
+
+    def test_file_url_and_home(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        Store.open("~/out", StorageSpec()).put("a", b"x")
+        assert Store.open(f"file://{tmp_path}/out", StorageSpec()).read("a") == b"x"
+
+
+class TestFaults:
+    """Each must end in the same result as without the fault."""
+
+    def test_slow_down_and_resets(self, faults, tmp_path):
+        store = remote(faults)
+        path = tmp_path / "part"
+        path.write_bytes(bytes(200_000))
+        for kind in ("status", "reset"):
+            faults.add(kind, times=4)
+            store.put("a", kind.encode())
+            faults.add(kind, times=4)
+            assert store.read("a") == kind.encode()
+            faults.add(kind, times=4)
+            assert list(store.find("a")) == ["a"]
+            faults.add(kind, times=4)
+            store.put_file("part", path)
+            faults.add(kind, times=4)
+            store.delete(["a"])
+        assert store.find() == {"part": 200_000}
+
+    def test_half_a_body(self, faults, tmp_path):
+        store = remote(faults)
+        data = os.urandom(300_000)
+        store.put("a", data)
+        faults.add("half", method="GET", times=3)
+        assert store.read("a") == data
+        faults.add("half", method="GET", times=3)
+        store.get_file("a", tmp_path / "copy")
+        assert (tmp_path / "copy").read_bytes() == data
+
+    @pytest.mark.parametrize("times", [1, 4])
+    def test_lost_response_of_a_conditional_put(self, faults, times):
+        store = remote(faults)
+        faults.add("lose", method="PUT", times=times)
+        assert store.put_if_absent("commits/1", b"mine")
+        assert faults.faults[0].times == 0
+        assert len(faults.requests("PUT", "commits/1")) > 1
+        assert store.read("commits/1") == b"mine"
+
+    def test_lost_response_when_it_is_someone_elses(self, faults):
+        store = remote(faults)
+        store.put("commits/1", b"theirs")
+        faults.add("lose", method="PUT", times=2)
+        assert not store.put_if_absent("commits/1", b"mine")
+        assert store.read("commits/1") == b"theirs"
+
+    def test_many_random_faults(self, faults):
+        store = remote(faults)
+        faults.rate = 0.4
+        for i in range(12):
+            assert store.put_if_absent(f"c/{i}", b"%d" % i)
+            assert not store.put_if_absent(f"c/{i}", b"other")
+        assert list(store.find("c/")) == sorted(f"c/{i}" for i in range(12))
+
+    def test_gives_up_in_time_and_says_where(self, faults):
+        store = remote(faults, retry_s=2.0)
+        faults.add("status", times=1000)
+        began = time.monotonic()
+        with pytest.raises(StorageError, match=rf"s3://test-.*/out/a \(endpoint {faults.endpoint}\).*attempts"):
+            store.put("a", b"x")
+        assert time.monotonic() - began < 15
+
+    def test_a_store_that_never_answers(self, faults, monkeypatch):
+        monkeypatch.setattr(filesystem, "READ_TIMEOUT_S", 0.3)
+        store = remote(faults, faults.bucket(), retry_s=0.5)
+        faults.add("hang", times=1000)
+        began = time.monotonic()
+        with pytest.raises(StorageError):
+            store.read("a")
+        assert time.monotonic() - began < 15
+
+    def test_nobody_listens(self, seaweed):
+        options = seaweed.storage.model_copy(update={"endpoint": "http://127.0.0.1:9"})
+        store = Store.open("s3://bucket/out", options)
+        store.retry.total_s = 0.5
+        with pytest.raises(StorageError, match=r"127\.0\.0\.1:9"):
+            store.find()
+
+
+class TestRefusals:
+    def test_wrong_secret(self, seaweed):
+        options = seaweed.storage.model_copy(update={"options": {"key": "tester", "secret": "wrong"}})
+        store = Store.open(f"{seaweed.bucket()}/out", options)
+        for call in (store.find, store.probe_conditional, lambda: store.read("a"), lambda: store.put("a", b"x")):
+            with pytest.raises(AccessDenied, match="signature"):
+                call()
+
+    def test_no_credentials(self, seaweed, monkeypatch, tmp_path):
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        store = Store.open(f"{seaweed.bucket()}/out", StorageSpec(endpoint=seaweed.endpoint))
+        with pytest.raises(AccessDenied, match=r"storage\.anonymous: true"):
+            store.find()
+
+    def test_bucket_gone(self, seaweed, tmp_path):
+        store = Store.open("s3://never-was/out", seaweed.storage)
+        calls = (
+            store.find,
+            lambda: store.read("a"),
+            lambda: store.put("a", b"x"),
+            lambda: store.put_if_absent("a", b"x"),
+            lambda: store.get_file("a", tmp_path / "a"),
+        )
+        for call in calls:
+            with pytest.raises(InputMissing, match=f"never-was.*{seaweed.endpoint}.*bucket does not exist"):
+                call()
+
+    def test_store_that_ignores_the_condition(self, moto, unconditional):
+        assert remote(moto).probe_conditional()
+        store = remote(unconditional)
+        assert not store.probe_conditional()
+        assert store.find() == {}
+        assert any("If-None-Match" in seen.headers for seen in unconditional.seen)
+
+    def test_a_filesystem_that_looks_before_it_writes_is_not_conditional(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(storage, "_CONDITIONAL", frozenset())
+        assert not Store.open(f"memory://{tmp_path.name}", StorageSpec()).probe_conditional()
+
+    def test_missing_package(self, monkeypatch):
+        import fsspec
+
+        def missing(*_, **__):
+            raise ImportError("Install s3fs to access S3")
+
+        monkeypatch.setattr(fsspec, "filesystem", missing)
+        for url, extra in (("s3://b/x", "s3"), ("gs://b/x", "gcs"), ("abfs://b/x", "azure")):
+            with pytest.raises(UserError, match=rf"pip install 'batchinfer\[{extra}\]'"):
+                Store.open(url, StorageSpec())
+
+    def test_unknown_protocol_and_misplaced_options(self):
+        with pytest.raises(SpecError, match="sss://b/x"):
+            Store.open("sss://b/x", StorageSpec())
+        with pytest.raises(SpecError, match=r"storage.endpoint goes with s3://"):
+            Store.open("memory://b", StorageSpec(endpoint="http://x"))
+        with pytest.raises(SpecError):
+            Store.open("s3://b/x", StorageSpec(endpoint="no-scheme")).find()
+
+
+def test_s3_options_reach_the_requests(faults):
+    bucket = faults.bucket()
+    options = faults.storage.model_copy(update={"requester_pays": True, "region": "eu-north-1"})
+    Store.open(f"{bucket}/out", options).put("a", b"x")
+    [seen] = faults.requests("PUT", "out/a")
+    assert seen.headers["x-amz-request-payer"] == "requester"
+    assert "/eu-north-1/s3/" in seen.headers["Authorization"]
+    anonymous = faults.storage.model_copy(update={"anonymous": True, "options": {}})
+    with pytest.raises(AccessDenied):
+        Store.open(f"{bucket}/out", anonymous).read("a")
+    assert "Authorization" not in faults.requests("GET", "out/a")[-1].headers
+
+
+def test_large_upload_in_parts(faults, tmp_path):
+    path = tmp_path / "large"
+    with path.open("wb") as file:
+        for i in range(40):
+            file.write(bytes([i]) * (1 << 20))
+    store = remote(faults)
+    faults.add("status", method="PUT", contains="partNumber=2", times=2)
+    store.put_file("parts/large", path)
+    assert store.find() == {"parts/large": 40 << 20}
+    # 40 MB in parts of 16 are three; the second needs three attempts, two of them within one upload
+    assert len(faults.requests("PUT", "partNumber=")) <= 6
+    store.get_file("parts/large", tmp_path / "copy")
+    assert Path(tmp_path / "copy").read_bytes() == path.read_bytes()
+
+
+def test_new_objects_of_others_are_seen(seaweed):
+    bucket = seaweed.bucket()
+    ours, theirs = remote(seaweed, bucket), remote(seaweed, bucket)
+    assert ours.find() == {}
+    theirs.put("a", b"x")
+    assert ours.find() == {"a": 1}
+    theirs.put("b", b"x")
+    theirs.delete(["a"])
+    assert ours.find() == {"b": 1}
