@@ -20,7 +20,9 @@ from batchinfer.errors import EXIT_OK, BatchInferError, UsageError
 from batchinfer.log import log
 
 if TYPE_CHECKING:
+    from batchinfer.job.drain import Drain
     from batchinfer.job.report import Report
+    from batchinfer.job.shard import Shard
     from batchinfer.spec import JobSpec, StorageSpec
 
 EXIT_BUG = 70
@@ -54,7 +56,7 @@ Settings = Annotated[
     list[str],
     typer.Option("--set", metavar="KEY=VALUE", help="Replace a key of the job file, e.g. engine.max_num_seqs=64."),
 ]
-Shard = Annotated[
+ShardFlag = Annotated[
     str | None,
     typer.Option(metavar="I/N", help="Do only share I (from 0) of N. Default: the scheduler's own variables."),
 ]
@@ -220,8 +222,8 @@ Everything that can be wrong is looked for before the model is loaded. Results a
 output.path; after a stop or a crash the same command continues and repeats nothing that was committed. SIGTERM, SIGINT
 and SIGUSR1 save finished rows and leave with exit code 33 within 8 seconds; a second signal leaves at once.
 
---rehearse runs any job without its model: the answers are fake and cost no time, everything else is real. They go to
-<output.path>-rehearsal, so the real output is not touched. The model's tokenizer is kept if the model is a local path
+--rehearse runs any job without its model: the answers are fake (see `fake` in the job file), all else is real. They go
+to <output.path>-rehearsal, so the real output is not touched. The model's tokenizer is kept if the model is a local path
 or the job names a tokenizer; otherwise a token is a byte.
 
 \b
@@ -234,22 +236,59 @@ or the job names a tokenizer; otherwise a token is a byte.
 def run(
     job: JobFile,
     settings: Settings = [],  # noqa: B006  typer reads the default and never changes it
-    shard: Shard = None,
+    shard: ShardFlag = None,
     limit: Limit = None,
     rehearse: Rehearse = False,
     spool_dir: SpoolDir = None,
 ) -> None:
+    drain = _install_drain()
+    from batchinfer.job.run import run_job
+
+    spec = _load(job, settings, limit, rehearse)
+    place = _resolve_shard(shard)
+    _finish(run_job(spec, shard=place, spool_dir=spool_dir, drain=drain, progress=choose_progress()))
+
+
+@app.command(
+    epilog=_EXIT_CODES,
+    help="""Run the rows of a finished output again that ended with a retryable error (engine, deadline).
+
+Their new results replace the old ones in one step; all other rows stay as they are. Give the same job file, --set,
+--limit and --rehearse as for run. An interrupted retry continues with the same command.
+
+\b
+  batchinfer retry job.yaml
+  batchinfer retry job.yaml --shard 0/8""",
+)
+def retry(
+    job: JobFile,
+    settings: Settings = [],  # noqa: B006
+    shard: ShardFlag = None,
+    limit: Limit = None,
+    rehearse: Rehearse = False,
+    spool_dir: SpoolDir = None,
+) -> None:
+    drain = _install_drain()
+    from batchinfer.job.retry import retry_job
+
+    spec = _load(job, settings, limit, rehearse)
+    place = _resolve_shard(shard)
+    _finish(retry_job(spec, shard=place, spool_dir=spool_dir, drain=drain, progress=choose_progress()))
+
+
+def _install_drain() -> Drain:
+    """Signals are heard from here on; importing the rest of a job takes a second."""
     from batchinfer.job.drain import Drain
 
     drain = Drain()
-    drain.install()  # before the imports below, which take a second
-    from batchinfer.job.run import run_job
+    drain.install()
+    return drain
+
+
+def _resolve_shard(flag: str | None) -> Shard:
     from batchinfer.job.shard import resolve_shard
 
-    spec = _load(job, settings, limit, rehearse)
-    place = resolve_shard(shard, os.environ)
-    progress = choose_progress()
-    _finish(run_job(spec, shard=place, spool_dir=spool_dir, drain=drain, progress=progress))
+    return resolve_shard(flag, os.environ)
 
 
 def _finish(report: Report) -> None:

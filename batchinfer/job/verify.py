@@ -1,4 +1,4 @@
-"""An audit of an output that shares no code with the run that wrote it: own reading of plan, commits, parts, totals.
+"""An audit of an output: its own reading of plan, commit records, parts and totals, not that of the run.
 
 What it holds: every input row that the job covers has exactly one output (or one per sample), in exactly one part that
 a commit record names, beside the text and numbers that the input has there; every part has the size, hash and counts of
