@@ -27,11 +27,10 @@ from torch import Tensor
 
 _SCALE_BITS = 40  # with up to 2^22 tokens, a row's sum stays below 2^63
 _SCALE = float(1 << _SCALE_BITS)
-_BLOCK = 128
-_COLUMN = 32
+_BLOCK = 128  # tokens that the draw from a whole vocabulary searches one by one
+_COLUMN = 32  # tokens that argmax searches one by one
 _CANDIDATES = (64, 256)  # best tokens to look at first; beyond the last, sorting the row is cheaper
 _CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}  # of temporaries at once: what a core's cache holds; a memory bound
-
 
 Ints = npt.NDArray[np.int64]
 

@@ -106,7 +106,7 @@ class LogitEdits:
         stops = request.stop_ids if params.min_tokens else frozenset()
         added = [(token, amount, _ALWAYS) for token, amount in bias.items()]
         added += [(token, -math.inf, _ALWAYS) for token in sorted(single)]
-        added += [(token, -math.inf, params.min_tokens) for token in sorted(stops)]
+        added += [(token, -math.inf, min(params.min_tokens, _ALWAYS)) for token in sorted(stops)]
         added = [entry for entry in added if 0 <= entry[0] < self._vocab_size]
         words = [word for word in request.bad_words if len(word) > 1 and 0 <= word[-1] < self._vocab_size]
         allowed = {token for token in params.allowed_token_ids or () if 0 <= token < self._vocab_size}

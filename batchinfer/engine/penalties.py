@@ -18,6 +18,7 @@ from batchinfer.request import Request
 
 Ints = npt.NDArray[np.int64]
 _NONE = -1
+_MILDEST, _HARSHEST = 1e-30, 1e30  # beyond, float32 logits would overflow
 
 
 class Penalties:
@@ -41,7 +42,8 @@ class Penalties:
             self._free.append(int(self._places[seat]))
             self._places[seat] = _NONE
         params = request.params
-        amounts = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
+        repetition = min(max(params.repetition_penalty, _MILDEST), _HARSHEST)
+        amounts = (repetition, params.presence_penalty, params.frequency_penalty)
         if amounts == (1.0, 0.0, 0.0):
             return False
         prompt = np.array(request.prompt if params.repetition_penalty != 1.0 else [], dtype=np.int64)

@@ -25,8 +25,10 @@ from batchinfer.request import Request, SamplingParams, TokenLogprob
 
 Ints = npt.NDArray[np.int64]
 
+_INT64_MAX = np.iinfo(np.int64).max
 _RANDOM, _EDITED, _PENALISED, _LOGPROBS, _REFUSED = 1, 2, 4, 8, 16
 _COLDEST = 1e-5  # below this temperature is greedy: the quotient would be all overflow (vLLM's limit)
+_HOTTEST = 1e30  # what float32 divides by without trouble; every token is as likely as any other long before
 _NOT_FINITE = "the model's logits are not finite (NaN or infinity); if it recurs, compute in float32 (engine.dtype)"
 _NOTHING_LEFT = "allowed_token_ids, bad_words, logit_bias and min_tokens together leave no token to choose"
 
@@ -48,8 +50,8 @@ class _Seats:
         params = request.params
         self.prompt_tokens[seat] = len(request.prompt)
         self.keys[seat] = request.key & 0xFFFF_FFFF_FFFF_FFFF
-        self.temperature[seat] = params.temperature
-        self.top_k[seat] = max(params.top_k, 0)
+        self.temperature[seat] = min(params.temperature, _HOTTEST)
+        self.top_k[seat] = min(max(params.top_k, 0), _INT64_MAX)
         self.top_p[seat] = params.top_p
         self.min_p[seat] = params.min_p
         self.num_logprobs[seat] = params.logprobs or 0

@@ -401,6 +401,26 @@ def test_penalty_memory_follows_the_text_not_the_vocabulary():
     assert penalties._tokens_PL.nbytes < 64 * 256 * 4
 
 
+EXTREMES = (
+    {"temperature": 1e300, "top_p": 0.9, "allowed_token_ids": (1, 2, 3)},
+    {"temperature": 1e-300},
+    {"temperature": 1.0, "top_k": 2**63, "min_p": 1.0},
+    {"temperature": 1.0, "min_tokens": 2**63, "top_p": 1e-300},
+    {"temperature": 0.0, "repetition_penalty": 1e300},
+    {"temperature": 1.0, "repetition_penalty": 1e-300, "presence_penalty": -2.0, "logprobs": 20},
+    {"temperature": 1.0, "logit_bias": {3: -100.0, 4: 100.0}, "frequency_penalty": 2.0, "logprobs": 20},
+)
+
+
+@pytest.mark.parametrize("params", EXTREMES)
+def test_extreme_values_that_are_allowed_work(params):
+    batch = Batch([request(SamplingParams(**params), stop_ids=(7,))], 60)
+    for step in range(4):
+        result = batch.step(torch.randn(1, 60, generator=torch.Generator().manual_seed(step)) * 30)
+        assert result.failed is None and 0 <= result.tokens[0] < 60
+        assert not result.logprobs or math.isfinite(result.logprobs[0].logprob)
+
+
 def test_an_empty_step():
     result = Sampler(4, 10).sample(torch.zeros(0, 10), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
     assert result.tokens == [] and result.failed is None
