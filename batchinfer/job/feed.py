@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+import pyarrow as pa
+
 from batchinfer.io.rows import Inputs, RowBatch, stream
 from batchinfer.job.columns import Layout
 from batchinfer.job.plan import JobPlan
@@ -84,7 +86,7 @@ class Feed:
         carried = batch.table.select(list(self.layout.carried))
         self.opened(finished, carried.num_rows - len(selected))
         if len(selected) < carried.num_rows:
-            carried = carried.take(selected)
+            carried = carried.take(pa.array(selected, pa.int64()))
         left = self.spool.open(chunk, len(selected), map(encode_row, finished), carried)
         if left == 0:
             self.complete(chunk)

@@ -91,7 +91,7 @@ class RowPrompts:
         self, batch: RowBatch, wanted: list[int], text_json: frozenset[str], defaults: SamplingParams
     ) -> Iterator[RowPrompt]:
         """The prompts of the rows at the `wanted` offsets (ascending). Python rows exist a slice at a time."""
-        table = batch.table if len(wanted) == batch.table.num_rows else batch.table.take(wanted)
+        table = batch.table if len(wanted) == batch.table.num_rows else batch.table.take(pa.array(wanted, pa.int64()))
         for place, row in _rows(table, self.read_columns, text_json):
             offset = wanted[place]
             error = batch.errors.get(offset)

@@ -10,6 +10,7 @@ import platform
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib import metadata
 from typing import Any, Protocol
 
@@ -190,6 +191,7 @@ def settle(report: Report, error: BaseException | None) -> None:
     report.message = str(error) if known else f"{type(error).__name__}: {error}"
 
 
+@cache
 def versions() -> dict[str, str]:
     found = {"batchinfer": __version__, "python": platform.python_version(), "platform": platform.platform()}
     for name in _VERSIONED:
