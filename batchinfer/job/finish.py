@@ -63,12 +63,12 @@ def finalise(
     data = _manifest(ledger.plan.digest, pass_number, records)
     later = ledger.read_all(key for key in listed if key.pass_number > pass_number)  # of an interrupted retry
     unnamed = parts - {record.part for record in (*records, *later)}
+    store.delete(list(store.find(SALVAGE)))
     if pass_number == 0:
         store.delete(sorted(unnamed))  # plain readers take all of parts/ once _SUCCESS stands
     store.put(MANIFEST, data)
     store.put(SUCCESS, _hash(data).encode() + b"\n")
     store.delete(sorted(unnamed) if pass_number else [])
-    store.delete(list(store.find(SALVAGE)))
     manifest: dict[str, Any] = orjson.loads(data)
     return manifest
 

@@ -43,7 +43,7 @@ class RowPrompts:
         self._where = RowFilter(spec.input.where) if spec.input.where is not None else None
         self._sampling_column = spec.sampling_column
         self._many = spec.output.samples == "rows" or spec.sampling_values.get("n", 1) > 1
-        self._many = self._many or spec.output.format == "openai-batch"
+        self._many = self._many or (spec.output.format or spec.input.format) == "openai-batch"
         self._remembered: dict[bytes, SamplingParams] = {}
         self.columns: dict[str, frozenset[str]] = {"input.columns": frozenset(spec.input.columns or ())}
         if self._where is not None:

@@ -49,6 +49,7 @@ def retry_job(
         failed = _failed_chunks(work, number)
         if not failed:
             log.info("nothing to retry: no row ended with a retryable error", kinds=sorted(RETRYABLE_KINDS))
+            state.manifest = finalise(work.ledger, number - 1)  # the last pass may have been stopped while it swept
         else:
             done = {key.chunk for key in work.ledger.listed() if key.pass_number == number}
             own = [chunk for chunk in failed if shard.owns(chunk)]

@@ -139,14 +139,14 @@ def retried(tmp_path_factory):
     run(spec, ScriptedLLM(flaky), first)
     start = dict(first.objects)
     run(spec, ScriptedLLM(well), first, retry_job)
-    return spec, start, {chunk: record["part"] for chunk, record in see(first.objects).items()}
+    parts = {chunk: record["part"] for chunk, record in see(first.objects).items()}
+    return lambda: (spec, dict(start), parts)  # hypothesis shows arguments, and these are long
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(crashes=st.lists(st.tuples(st.integers(1, 60), st.booleans(), st.booleans()), min_size=1, max_size=3))
 def test_crashes_in_a_retry_pass(retried, crashes):
-    spec, start, parts = retried
-    objects = dict(start)
+    spec, objects, parts = retried()
     for crash_at, after, sharded in crashes:
         shard = Shard(0, 2, "t") if sharded else Shard()
         try:
