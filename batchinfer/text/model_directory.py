@@ -1,6 +1,7 @@
-"""The tokenizer of a model directory in Hugging Face's layout, as transformers would configure it.
+"""The tokenizer of a model directory in Hugging Face's layout, as transformers 5 would configure it.
 
-transformers itself is asked only where a directory has no tokenizer.json.
+Where there is a tokenizer.json it alone says which tokens are put around a text (add_bos_token in
+tokenizer_config.json is for the others). transformers itself is asked only where there is none.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 from tokenizers import Tokenizer as RustTokenizer
 
 from batchinfer.errors import ModelError
-from batchinfer.text.fast import FastTokenizer, TokenizerFacts, set_framing
+from batchinfer.text.fast import FastTokenizer, TokenizerFacts
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -26,7 +27,6 @@ def load_directory(path: Path) -> FastTokenizer:
     file = path / "tokenizer.json"
     rust = _read_rust(file) if file.is_file() else _convert(path)
     _add_tokens(path, rust, config, named)
-    _set_bos_eos(rust, config, named)
     template = _read_chat_template(path, config)
     return FastTokenizer(rust, TokenizerFacts(_digest(path, rust), _eos_ids(path, rust, named), named, template))
 
@@ -100,26 +100,6 @@ def _add_tokens(path: Path, rust: RustTokenizer, config: Mapping[str, Any], name
             )
     special = {token.content for token in rust.get_added_tokens_decoder().values() if token.special}
     rust.add_special_tokens([t for t in named.values() if t not in special and rust.token_to_id(t) is not None])
-
-
-def _set_bos_eos(rust: RustTokenizer, config: Mapping[str, Any], named: Mapping[str, str]) -> None:
-    """add_bos_token and add_eos_token of tokenizer_config.json win over tokenizer.json, as in transformers."""
-    wanted = {name: config.get(f"add_{name}") for name in ("bos_token", "eos_token")}
-    if not any(isinstance(value, bool) for value in wanted.values()):
-        return
-    begins, ends = _framing(rust)
-    add_bos = wanted["bos_token"] if isinstance(wanted["bos_token"], bool) else bool(begins)
-    add_eos = wanted["eos_token"] if isinstance(wanted["eos_token"], bool) else bool(ends)
-    set_framing(rust, named.get("bos_token") if add_bos else None, named.get("eos_token") if add_eos else None)
-
-
-def _framing(rust: RustTokenizer) -> tuple[list[int], list[int]]:
-    """The special ids that the tokenizer puts before and after a text."""
-    bare = rust.encode("a", add_special_tokens=False).ids
-    whole = rust.encode("a", add_special_tokens=True).ids
-    extra = len(whole) - len(bare)
-    before = next((i for i in range(extra + 1) if whole[i : i + len(bare)] == bare), extra)
-    return whole[:before], whole[before + len(bare) :]
 
 
 def _read_chat_template(path: Path, config: Mapping[str, Any]) -> str | None:
