@@ -173,16 +173,19 @@ def _safetensors_shapes(path: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
 def _safetensors_files(path: Path) -> list[Path]:
     if (path / _INDEX).exists():
         try:
-            names = sorted(set(json.loads((path / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+            weight_map = json.loads((path / _INDEX).read_text(encoding="utf-8"))["weight_map"]
+            names = sorted({str(name) for name in weight_map.values()})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{path / _INDEX} is not a safetensors index: {error!r}") from None
     elif (path / _ONE_FILE).exists():
         names = [_ONE_FILE]
     else:
         raise ModelError(f"{path} holds neither {_ONE_FILE} nor {_INDEX}; other formats of weights are not read")
-    missing = [name for name in names if not (path / name).is_file()]
-    if missing:
-        raise ModelError(f"{path}: {_INDEX} names {missing[0]}, which is not there; download the model again")
+    for name in names:
+        if Path(name).name != name:
+            raise ModelError(f"{path / _INDEX} names {name}, which is not a file beside it")
+        if not (path / name).is_file():
+            raise ModelError(f"{path / _INDEX} names {name}, which is not there; download the model again")
     return [path / name for name in names]
 
 

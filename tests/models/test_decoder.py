@@ -8,7 +8,6 @@ import torch
 from batchinfer.models.weights import load_decoder
 from tests.models.tiny import MODELS, SIZES, Paged, build
 
-
 SPANS = (
     {0: (0, 17)},
     {0: (17, 31), 1: (0, 24)},

@@ -1,0 +1,59 @@
+"""The one table of odd shapes and tolerances that every backend of every op is tested with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 4e-2}
+"""Absolute and relative, for inputs of the order of 1 and results computed in at least float32."""
+
+NORM_SHAPES = [(1, 1), (3, 5), (1, 576), (7, 64), (2, 3, 48), (0, 16), (257, 33)]
+
+# (tokens, heads, head size, rotated pairs)
+ROPE_SHAPES = [(1, 1, 2, 1), (5, 3, 8, 4), (4, 2, 10, 3), (0, 2, 8, 4), (33, 12, 64, 32), (3, 1, 96, 36)]
+
+GATED_SHAPES = [(1, 2), (3, 10), (2, 4, 96), (0, 8), (65, 3072)]
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """`sequences` are (tokens in this step, context length with them)."""
+
+    sequences: tuple[tuple[int, int], ...]
+    heads: int = 4
+    kv_heads: int = 2
+    head_size: int = 8
+    block_size: int = 4
+    window: int | None = None
+    soft_cap: float | None = None
+    scale: float = 0.3
+
+
+ATTENTION = {
+    "one-token": AttentionCase(((1, 1),)),
+    "one-decode": AttentionCase(((1, 9),)),
+    "equal-decodes": AttentionCase(((1, 8), (1, 8), (1, 8))),
+    "odd-decodes": AttentionCase(((1, 3), (1, 17), (1, 4), (1, 1), (1, 16))),
+    "far-apart-decodes": AttentionCase(((1, 2), (1, 2600), (1, 5), (1, 2400), (1, 3)), block_size=16),
+    "prompt": AttentionCase(((13, 13),)),
+    "prompts": AttentionCase(((5, 5), (1, 1), (12, 12), (2, 2))),
+    "chunk": AttentionCase(((6, 23),)),
+    "mixed": AttentionCase(((1, 30), (7, 7), (1, 2), (9, 41), (1, 12), (3, 4))),
+    "long-chunk": AttentionCase(((300, 310), (1, 50), (129, 129)), block_size=16),
+    "no-groups": AttentionCase(((4, 9), (1, 6)), heads=3, kv_heads=3),
+    "one-kv-head": AttentionCase(((4, 9), (1, 6)), heads=5, kv_heads=1),
+    "head-size-1": AttentionCase(((4, 9), (1, 6)), head_size=1),
+    "head-size-96": AttentionCase(((4, 9), (1, 6)), head_size=96, heads=6),
+    "block-size-1": AttentionCase(((4, 9), (1, 6)), block_size=1),
+    "block-size-7": AttentionCase(((4, 9), (1, 7), (1, 14), (1, 15)), block_size=7),
+    "window-1": AttentionCase(((4, 9), (1, 6)), window=1),
+    "window-inside-block": AttentionCase(((9, 30), (1, 17), (1, 2)), window=3),
+    "window-decodes": AttentionCase(((1, 30), (1, 6), (1, 5), (1, 400)), window=6),
+    "window-beyond-context": AttentionCase(((4, 9), (1, 6)), window=1000),
+    "window-tiles": AttentionCase(((280, 300), (1, 90)), window=70, block_size=16),
+    "soft-cap": AttentionCase(((4, 9), (1, 6), (1, 3)), soft_cap=0.8),
+    "soft-cap-window": AttentionCase(((9, 22), (1, 60), (1, 3)), soft_cap=2.0, window=5, scale=1.5),
+    "large-scores": AttentionCase(((4, 9), (1, 6)), scale=40.0),
+}

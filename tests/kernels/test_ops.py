@@ -1,0 +1,162 @@
+"""Every op against a naive loop in float64, over the table of odd shapes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from batchinfer import ops
+from tests.kernels import naive
+from tests.kernels.cases import ATTENTION, GATED_SHAPES, NORM_SHAPES, ROPE_SHAPES, TOLERANCE
+
+DTYPES = list(TOLERANCE)
+
+
+def _random(*shape, dtype=torch.float64, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def _close(got, expected, dtype):
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", NORM_SHAPES, ids=str)
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_rms_norm(shape, dtype, offset):
+    x, weight = _random(*shape, dtype=dtype), _random(shape[-1], dtype=dtype, seed=1)
+    _close(ops.rms_norm(x, weight, 1e-5, offset), naive.rms_norm(x, weight, 1e-5, offset), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", NORM_SHAPES, ids=str)
+def test_add_rms_norm_changes_the_residual_and_not_x(shape, dtype):
+    x, residual = _random(*shape, dtype=dtype), _random(*shape, dtype=dtype, seed=2)
+    weight, x_before, total = _random(shape[-1], dtype=dtype, seed=1), x.clone(), x + residual
+    got = ops.add_rms_norm(x, residual, weight, 1e-6)
+    assert torch.equal(residual, total)
+    assert torch.equal(x, x_before)
+    _close(got, naive.rms_norm(total, weight, 1e-6), dtype)
+
+
+def test_rms_norm_of_a_strided_view():
+    wide = _random(4, 3, 20)
+    weight = _random(8, seed=1)
+    _close(ops.rms_norm(wide[:, 1:, 4:12], weight, 1e-5), naive.rms_norm(wide[:, 1:, 4:12], weight, 1e-5), wide.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", ROPE_SHAPES, ids=str)
+def test_rope_turns_in_place_and_leaves_the_rest(shape, dtype):
+    tokens, heads, size, pairs = shape
+    whole = _random(tokens, heads + 2, size, dtype=dtype)  # a view of fused heads, as attention passes it
+    before = whole.clone()
+    angles = _random(tokens, pairs, seed=1) * 100
+    wide = torch.promote_types(dtype, torch.float32)
+    cos, sin = angles.cos().to(wide), angles.sin().to(wide)
+    ops.rope(whole[:, 1 : 1 + heads], cos, sin)
+    _close(whole[:, 1 : 1 + heads], naive.rope(before[:, 1 : 1 + heads], cos, sin), dtype)
+    assert torch.equal(whole[:, 0], before[:, 0])
+    assert torch.equal(whole[:, -1], before[:, -1])
+    assert torch.equal(whole[..., 2 * pairs :], before[..., 2 * pairs :])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", GATED_SHAPES, ids=str)
+def test_gated_activations(shape, dtype):
+    x = _random(*shape, dtype=dtype) * 3
+    before = x.clone()
+    gate, up = x.double().chunk(2, dim=-1)
+    silu = gate / (1 + torch.exp(-gate)) * up
+    gelu = 0.5 * gate * (1 + torch.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))) * up
+    # the activation is rounded before the product: twice the rounding of one result
+    torch.testing.assert_close(ops.silu_mul(x).double(), silu, atol=2 * TOLERANCE[dtype], rtol=2 * TOLERANCE[dtype])
+    torch.testing.assert_close(ops.gelu_mul(x).double(), gelu, atol=2 * TOLERANCE[dtype], rtol=2 * TOLERANCE[dtype])
+    assert torch.equal(x, before)
+
+
+class _Batch:
+    """A case's random tensors, its cache in shuffled blocks. Slots that hold no context hold NaN."""
+
+    def __init__(self, case, dtype, cache_dtype=None):
+        cache_dtype = cache_dtype or dtype
+        needed = [-(-length // case.block_size) for _, length in case.sequences]
+        blocks = sum(needed) + 2
+        order = torch.randperm(blocks, generator=torch.Generator().manual_seed(1))
+        # entries beyond a sequence's blocks must not matter: point far outside
+        self.tables = torch.full((len(needed), max(needed) + 1), 1 << 30, dtype=torch.int32)
+        shape = (blocks, case.kv_heads, case.block_size, case.head_size)
+        self.cache = (torch.full(shape, torch.nan, dtype=cache_dtype), torch.full(shape, torch.nan, dtype=cache_dtype))
+        self.starts, self.lengths, self.keys, self.values, slots = [0], [], [], [], []
+        used = 0
+        for s, (count, length) in enumerate(case.sequences):
+            self.tables[s, : needed[s]] = order[used : used + needed[s]]
+            used += needed[s]
+            k = _random(length, case.kv_heads, case.head_size, dtype=dtype, seed=10 + s)
+            v = _random(length, case.kv_heads, case.head_size, dtype=dtype, seed=90 + s)
+            position = torch.arange(length)
+            block, offset = self.tables[s].long()[position // case.block_size], position % case.block_size
+            past = length - count
+            self.cache[0][block[:past], :, offset[:past]] = k[:past].to(cache_dtype)
+            self.cache[1][block[:past], :, offset[:past]] = v[:past].to(cache_dtype)
+            slots.append((block * case.block_size + offset)[past:])
+            self.keys.append(k)
+            self.values.append(v)
+            self.starts.append(self.starts[-1] + count)
+            self.lengths.append(length)
+        self.q = _random(self.starts[-1], case.heads, case.head_size, dtype=dtype, seed=5)
+        self.slots = torch.cat(slots)
+        self.index = ops.step_index(self.slots, self.tables, self.starts, self.lengths, self.cache)
+        self.case = case
+
+    def new(self, context):
+        """The part of keys or values that this step brings."""
+        return torch.cat([c[len(c) - n :] for c, (n, _) in zip(context, self.case.sequences, strict=True)])
+
+    def write_and_attend(self):
+        ops.kv_write(self.new(self.keys), self.new(self.values), self.cache, self.index)
+        rule = ops.ScoreRule(self.case.scale, self.case.window, self.case.soft_cap)
+        return ops.paged_attention(self.q, self.cache, self.index, rule)
+
+    def expected(self):
+        parts = []
+        for s, (count, length) in enumerate(self.case.sequences):
+            q = self.q[self.starts[s] : self.starts[s + 1]]
+            parts.append(naive.attention(q, self.keys[s], self.values[s], length - count, self.case))
+        return torch.cat(parts)
+
+
+# large scores times 16-bit rounding say nothing
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, dtype) for name in ATTENTION for dtype in DTYPES if name != "large-scores" or dtype.itemsize > 2],
+    ids=str,
+)
+def test_paged_attention(name, dtype):
+    batch = _Batch(ATTENTION[name], dtype)
+    _close(batch.write_and_attend(), batch.expected(), dtype)
+
+
+@pytest.mark.parametrize("name", ["mixed", "soft-cap-window", "far-apart-decodes"])
+def test_paged_attention_over_a_16_bit_cache(name):
+    batch = _Batch(ATTENTION[name], torch.float32, cache_dtype=torch.bfloat16)
+    got = batch.write_and_attend()
+    batch.keys = [k.bfloat16().float() for k in batch.keys]
+    batch.values = [v.bfloat16().float() for v in batch.values]
+    _close(got, batch.expected(), torch.float32)
+
+
+@pytest.mark.parametrize("name", ["mixed", "block-size-7"])
+def test_kv_write_changes_its_slots_alone(name):
+    batch = _Batch(ATTENTION[name], torch.float32)
+    before = [tensor.clone() for tensor in batch.cache]
+    ops.kv_write(batch.new(batch.keys), batch.new(batch.values), batch.cache, batch.index)
+    size = batch.case.block_size
+    for tensor, old, context in zip(batch.cache, before, (batch.keys, batch.values), strict=True):
+        for slot, row in zip(batch.slots.tolist(), batch.new(context), strict=True):
+            assert torch.equal(tensor[slot // size, :, slot % size], row)
+            old[slot // size, :, slot % size] = row
+        assert torch.equal(tensor.nan_to_num(7.5), old.nan_to_num(7.5))

@@ -1,0 +1,150 @@
+"""config.json in its old and new forms, with keys left out, and with values that cannot be."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from batchinfer.errors import ModelError
+from batchinfer.models.config import LayerConfig, load_config, parse_config
+from batchinfer.models.families import FAMILIES
+from tests.models.tiny import LLAMA3, LONGROPE, YARN
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
+
+
+def _parse(**changes):
+    return parse_config({**LLAMA, **changes}, "config.json")
+
+
+def _old(rope, kind="rope_type"):
+    """The form of before transformers 5."""
+    scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "rope_type")}
+    return {"rope_theta": rope["rope_theta"], "rope_scaling": {kind: rope["rope_type"], **scaling}}
+
+
+@pytest.mark.parametrize("rope", [LLAMA3, YARN, {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0}])
+@pytest.mark.parametrize("kind", ["rope_type", "type"])
+def test_rope_in_old_and_new_form_is_the_same(rope, kind):
+    new, old = _parse(rope_parameters=rope), _parse(**_old(rope, kind))
+    assert new == old
+    assert new.ropes[0].kind == rope["rope_type"]
+    assert new.ropes[0].theta == rope["rope_theta"]
+
+
+def test_defaults_of_keys_that_old_files_leave_out():
+    config = _parse(rope_scaling=None, num_key_value_heads=None, head_dim=None)
+    assert config.attention.num_kv_heads == 4
+    assert config.attention.head_size == 8
+    assert config.ropes[0].theta == 10_000.0
+    assert config.layers == (LayerConfig(None, 0),) * 4
+    assert not config.tied
+
+
+def test_yarn_reaches_beyond_max_position_embeddings():
+    rope = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+    assert _parse(rope_scaling=rope).context_tokens == 512
+    assert _parse(rope_scaling={**rope, "original_max_position_embeddings": 16}).context_tokens == 128
+
+
+@pytest.mark.parametrize("kind", ["longrope", "su", "yarn"])
+def test_all_names_of_phi3s_longrope(kind):
+    factors = {key: LONGROPE[key] for key in ("short_factor", "long_factor")}
+    phi3 = {
+        "architectures": ["Phi3ForCausalLM"],
+        "rope_scaling": {"type": kind, **factors},
+        "partial_rotary_factor": 0.75,
+        "original_max_position_embeddings": 32,
+    }
+    (rope,) = _parse(**phi3).ropes
+    assert (rope.kind, rope.size, rope.scaling["factor"]) == ("longrope", 6, 4.0)
+
+
+def test_gemma3_before_transformers_5_and_its_text_config():
+    text = {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_hidden_layers": 7,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    }
+    values = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": text, "vision_config": {}}
+    config = parse_config(values, "config.json")
+    assert (config.vocab_size, config.attention.num_heads, config.attention.head_size) == (262_208, 8, 256)
+    assert config.tied
+    assert [(rope.kind, rope.theta) for rope in config.ropes] == [("linear", 1e6), ("default", 1e4)]
+    assert [layer.window for layer in config.layers] == [1024] * 5 + [None, 1024]
+    assert [layer.rope for layer in config.layers] == [1] * 5 + [0, 1]
+
+
+def test_smollm3_layers_without_position_embedding():
+    config = _parse(architectures=["SmolLM3ForCausalLM"])
+    assert [layer.rope for layer in config.layers] == [0, 0, 0, None]
+    config = _parse(architectures=["SmolLM3ForCausalLM"], no_rope_layers=[0, 1, 1, 0])
+    assert [layer.rope for layer in config.layers] == [None, 0, 0, None]
+
+
+def test_gemma2_alternates_without_layer_types():
+    config = _parse(architectures=["Gemma2ForCausalLM"])
+    assert [layer.window for layer in config.layers] == [4096, None, 4096, None]
+
+
+def test_qwen_has_no_window_unless_it_is_switched_on():
+    assert all(layer.window is None for layer in _parse(architectures=["Qwen2ForCausalLM"], sliding_window=8).layers)
+
+
+def test_kv_shape():
+    assert _parse(num_key_value_heads=2).kv_shape == (4, 2, 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"architectures": ["MambaForCausalLM"]}, ["MambaForCausalLM", *FAMILIES]),
+        ({"architectures": None}, ["architectures"]),
+        ({"architectures": ["LlamaForCausalLM", "X"]}, ["architectures"]),
+        ({"vocab_size": None}, ["vocab_size", "missing"]),
+        ({"hidden_size": "32"}, ["hidden_size", "positive integer", "'32'"]),
+        ({"num_hidden_layers": 0}, ["num_hidden_layers", "positive integer"]),
+        ({"num_key_value_heads": 3}, ["num_key_value_heads", "divisor"]),
+        ({"rms_norm_eps": "tiny"}, ["rms_norm_eps", "number"]),
+        ({"hidden_act": "relu"}, ["relu", "silu"]),
+        ({"rope_scaling": {"type": "spiral"}}, ["spiral", "llama3"]),
+        ({"rope_scaling": {"type": "linear"}}, ["linear", "factor"]),
+        ({"rope_scaling": [1]}, ["rope_scaling", "object"]),
+        ({"rope_scaling": {**LONGROPE, "short_factor": [1.0]}}, ["short_factor", "3 numbers", "1"]),
+        ({"head_dim": 5}, ["pairs", "5"]),
+        ({"quantization_config": {"bits": 4}}, ["quantized"]),
+        ({"architectures": ["Gemma3ForCausalLM"], "use_bidirectional_attention": True}, ["bidirectional"]),
+        ({"architectures": ["Gemma2ForCausalLM"], "layer_types": ["full_attention"]}, ["layer_types", "4"]),
+        ({"architectures": ["Gemma2ForCausalLM"], "layer_types": 7}, ["window"]),
+    ],
+)
+def test_what_cannot_be_is_named(changes, said):
+    with pytest.raises(ModelError) as caught:
+        _parse(**changes)
+    for part in said:
+        assert part in str(caught.value)
+
+
+def test_files_that_are_no_config(tmp_path):
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        load_config(tmp_path)
+    for content, said in (("{", "not JSON"), ("[]", "no JSON object"), ("\ufffd", "not JSON")):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ModelError, match=said):
+            load_config(tmp_path)
+    (tmp_path / "config.json").write_bytes(b"\xff\xfe{}")
+    with pytest.raises(ModelError, match="not JSON"):
+        load_config(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    assert load_config(tmp_path).hidden_size == 32

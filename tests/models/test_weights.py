@@ -1,0 +1,172 @@
+"""Weights land where they belong, from every layout on disk; what is wrong is named with tensor, file and shapes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from batchinfer.errors import ModelError
+from batchinfer.models.weights import load_decoder
+from tests.models.tiny import Paged, build
+
+TOKENS = [5, 17, 40, 3, 90, 41]
+
+
+def _logits(path, dtype=torch.float32, **options):
+    return Paged(load_decoder(path, dtype, **options), sequences=1).step({0: TOKENS})
+
+
+def _rewrite(folder, change):
+    """Changes the tensors of a saved model; `change` gets the dict."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "phi3", "gemma3"])
+def test_a_sharded_index_is_read_like_one_file(name, tmp_path):
+    model = build(name, tmp_path / "one")
+    model.save_pretrained(tmp_path / "many", max_shard_size="20KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
+    assert torch.equal(_logits(tmp_path / "many"), _logits(tmp_path / "one"))
+
+
+def test_dtypes_are_converted_while_reading(tmp_path):
+    model = build("llama", tmp_path / "32")
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "16")
+    exact = _logits(tmp_path / "32")
+    widened = _logits(tmp_path / "16")
+    narrow = load_decoder(tmp_path / "32", torch.bfloat16)
+    assert {weight.dtype for weight in narrow.parameters()} == {torch.bfloat16}
+    assert 1e-4 < (widened - exact).abs().max() < 0.1
+    assert torch.equal(Paged(narrow, sequences=1).step({0: TOKENS}), _logits(tmp_path / "16", dtype=torch.bfloat16))
+
+
+def test_tied_weights_are_one_tensor(tmp_path):
+    build("llama-tied", tmp_path)
+    decoder = load_decoder(tmp_path, torch.float32)
+    assert decoder.head is None
+    assert sum(weight.numel() for weight in decoder.parameters()) == sum(
+        tensor.numel() for tensor in load_file(tmp_path / "model.safetensors").values()
+    )
+
+
+def test_a_tied_head_may_be_in_the_file_if_it_is_the_embedding(tmp_path):
+    build("llama-tied", tmp_path)
+    before = _logits(tmp_path)
+    _rewrite(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    assert torch.equal(_logits(tmp_path), before)
+    _rewrite(tmp_path, lambda t: t["lm_head.weight"].add_(0.5))
+    with pytest.raises(ModelError, match=r"model\.safetensors: lm_head\.weight is not the embedding"):
+        load_decoder(tmp_path, torch.float32)
+
+
+def test_buffers_of_old_llama_files_are_left_out(tmp_path):
+    build("llama", tmp_path)
+    _rewrite(tmp_path, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    load_decoder(tmp_path, torch.float32)
+
+
+@pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model."])
+def test_the_text_half_of_gemma3_with_images(prefix, tmp_path):
+    build("gemma3", tmp_path)
+    expected = _logits(tmp_path)
+
+    def rename(tensors):
+        for name in list(tensors):
+            tensors[prefix + name.removeprefix("model.")] = tensors.pop(name)
+        tensors["vision_tower.x"] = tensors["multi_modal_projector.y"] = torch.ones(2)
+        tensors["multi_modal_projector.y"] = torch.ones(3)
+
+    _rewrite(tmp_path, rename)
+    text = json.loads((tmp_path / "config.json").read_text())
+    config = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": text, "vision_config": {}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert torch.equal(_logits(tmp_path), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        (
+            "llama",
+            lambda t: t.pop("model.layers.2.self_attn.k_proj.weight"),
+            ["model.layers.2.self_attn.k_proj.weight", "[16, 32]", "missing", "LlamaForCausalLM"],
+        ),
+        (
+            "qwen2",
+            lambda t: [t.pop(f"model.layers.{i}.self_attn.v_proj.bias") for i in range(4)],
+            ["model.layers.0.self_attn.v_proj.bias", "3 more", "missing"],
+        ),
+        ("llama", lambda t: t.pop("lm_head.weight"), ["lm_head.weight", "[96, 32]", "missing"]),
+        (
+            "llama",
+            lambda t: t.update({"model.layers.0.mlp.gate_proj.weigth": torch.ones(3)}),
+            ["model.layers.0.mlp.gate_proj.weigth [3]", "no place", "'model.layers.0.mlp.gate_proj.weight'"],
+        ),
+        ("llama", lambda t: t.update({"model.layers.4.mlp.up_proj.weight": torch.ones(48, 32)}), ["layers.4", "place"]),
+        (
+            "llama",
+            lambda t: t.update({"model.layers.1.self_attn.q_proj.weight": torch.ones(16, 32)}),
+            ["model.layers.1.self_attn.q_proj.weight", "[16, 32]", "[32, 32]"],
+        ),
+        (
+            "phi3",
+            lambda t: t.update({"model.layers.1.self_attn.qkv_proj.weight": torch.ones(63, 32)}),
+            ["qkv_proj", "[63, 32]", "[64, 32]"],
+        ),
+        (
+            "llama",
+            lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)}),
+            ["model.norm.weight", "int8"],
+        ),
+    ],
+)
+def test_what_is_wrong_is_named(name, change, said, tmp_path):
+    build(name, tmp_path)
+    _rewrite(tmp_path, change)
+    with pytest.raises(ModelError) as caught:
+        load_decoder(tmp_path, torch.float32)
+    for part in [*said, str(tmp_path)]:
+        assert part in str(caught.value)
+
+
+def test_files_that_are_not_there_or_not_whole(tmp_path):
+    model = build("llama", tmp_path / "one")
+    model.save_pretrained(tmp_path / "many", max_shard_size="20KB")
+    shard = sorted((tmp_path / "many").glob("*.safetensors"))[1]
+    content = shard.read_bytes()
+    for cut in (b"", content[:4], content[:-10], b"\xff" * 100):
+        shard.write_bytes(cut)
+        with pytest.raises(ModelError, match=f"{shard.name} is not a whole safetensors file"):
+            load_decoder(tmp_path / "many", torch.float32)
+    shard.unlink()
+    with pytest.raises(ModelError, match=f"names {shard.name}, which is not there"):
+        load_decoder(tmp_path / "many", torch.float32)
+    (tmp_path / "many" / "model.safetensors.index.json").write_text('{"weight_map": 3}')
+    with pytest.raises(ModelError, match="not a safetensors index"):
+        load_decoder(tmp_path / "many", torch.float32)
+    (tmp_path / "one" / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="holds neither"):
+        load_decoder(tmp_path / "one", torch.float32)
+
+
+def test_an_index_cannot_name_files_elsewhere(tmp_path):
+    model = build("llama", tmp_path / "one")
+    model.save_pretrained(tmp_path / "many", max_shard_size="20KB")
+    index = {"weight_map": {"lm_head.weight": "../one/model.safetensors"}}
+    (tmp_path / "many" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match=r"\.\./one"):
+        load_decoder(tmp_path / "many", torch.float32)
+
+
+def test_max_model_len_shortens_the_context_and_never_stretches_it(tmp_path):
+    build("llama", tmp_path)
+    assert load_decoder(tmp_path, torch.float32).config.context_tokens == 128
+    assert load_decoder(tmp_path, torch.float32, max_model_len=50).config.context_tokens == 50
+    with pytest.raises(ModelError, match="129 is above the model's context of 128"):
+        load_decoder(tmp_path, torch.float32, max_model_len=129)
