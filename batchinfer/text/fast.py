@@ -47,16 +47,16 @@ class FastTokenizer:
     def encode_batch(self, texts: list[str], add_special_tokens: bool) -> list[list[int] | InvalidInput]:
         try:
             found = self._rust.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
-        except (TypeError, UnicodeEncodeError):
-            return self._encode_each(texts, add_special_tokens)
+        except Exception:  # one text is enough to refuse them all
+            return [self._encode(text, add_special_tokens) for text in texts]
         return [encoding.ids for encoding in found]
 
-    def _encode_each(self, texts: list[str], add_special_tokens: bool) -> list[list[int] | InvalidInput]:
-        """Some text is not valid Unicode: find which, and encode the others."""
-        errors = [unicode_error(text) for text in texts]
-        good = [text for text, error in zip(texts, errors, strict=True) if error is None]
-        found = iter(self._rust.encode_batch_fast(good, add_special_tokens=add_special_tokens))
-        return [next(found).ids if error is None else error for error in errors]
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int] | InvalidInput:
+        try:
+            ids: list[int] = self._rust.encode(text, add_special_tokens=add_special_tokens).ids
+        except Exception as error:  # the library raises plain Exception for what it has no token for
+            return unicode_error(text) or InvalidInput(f"the text cannot be tokenized: {error}")
+        return ids
 
     def decode_batch(self, ids: list[list[int]], skip_special_tokens: bool) -> list[str]:
         return self._rust.decode_batch(ids, skip_special_tokens=skip_special_tokens)
@@ -68,7 +68,7 @@ class FastTokenizer:
         spaced = sentencepiece_strip(self._decoder)
         if spaced is not None:
             return SentencePieces(self._rust.id_to_token, skip, strip=spaced)
-        return DecodedPieces(lambda ids: self._rust.decode(ids, skip_special_tokens=skip_special_tokens))
+        return DecodedPieces(lambda ids: self._rust.decode(ids, skip_special_tokens=False), skip)
 
     def _token_bytes(self, token_id: int) -> bytes:
         found = self._bytes.get(token_id)

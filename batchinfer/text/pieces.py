@@ -79,19 +79,20 @@ class SentencePieces:
 class DecodedPieces:
     """Any decoder: decodes the few last tokens with and without the new one, and takes the difference."""
 
-    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+    def __init__(self, decode: Callable[[list[int]], str], skip: frozenset[int]) -> None:
         self._decode = decode
+        self._skip = skip
         self._context: list[int] = []  # settled tokens that the decoder sees before the new ones
         self._new: list[int] = []
-        self._before = ""
+        self._before = ""  # text of the context
 
     def push(self, token_id: int) -> str:
+        if token_id in self._skip:
+            return ""
         self._new.append(token_id)
         text = self._decode(self._context + self._new)
-        if text == self._before:  # a special token that is skipped: it says nothing to the tokens after it either
-            self._new.pop()
-            return ""
-        if len(text) <= len(self._before) or (text.endswith("\ufffd") and len(self._new) < _WINDOW_TOKENS):
+        unsettled = len(text) <= len(self._before) or text.endswith("\ufffd")
+        if unsettled and len(self._new) < _WINDOW_TOKENS:
             return ""
         settled = text[len(self._before) :]
         self._context, self._new = self._new, []

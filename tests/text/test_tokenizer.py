@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as RustTokenizer
-from tokenizers.models import BPE
+from tokenizers.models import BPE, WordLevel
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -185,6 +185,14 @@ def test_a_lone_surrogate_is_its_own_text_error(name: str, tmp_path: Path) -> No
     assert isinstance(found[3], InvalidInput)
     assert [found[0], found[2], found[4]] == tokenizer.encode_batch(["before", "", "after"], False)
     assert found[2] == []
+
+
+def test_a_text_that_no_token_spells_is_its_own_error(tmp_path: Path) -> None:
+    rust = RustTokenizer(WordLevel({"yes": 0, "no": 1}))
+    tokenizer = load_tokenizer(save(tmp_path / "m", rust, {"eos_token": None}))
+    [yes, maybe, no] = tokenizer.encode_batch(["yes", "maybe", "no"], False)
+    assert (yes, no) == ([0], [1])
+    assert isinstance(maybe, InvalidInput) and "cannot be tokenized" in str(maybe)
 
 
 @pytest.mark.parametrize("name", BOTH)

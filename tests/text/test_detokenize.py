@@ -1,0 +1,227 @@
+"""Stop strings and bad words, on byte-level, sentencepiece and unknown decoders."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import decoders
+from tokenizers.models import WordLevel
+
+from batchinfer.errors import BadParameters
+from batchinfer.text.detokenize import StopStrings, bad_word_ids
+from batchinfer.text.fast import FastTokenizer, TokenizerFacts
+from batchinfer.text.pieces import BytePieces, DecodedPieces, SentencePieces
+from batchinfer.text.tokenizer import ByteTokenizer, Tokenizer
+
+from .test_tokenizer import byte_level, sentencepiece
+
+
+def metaspace() -> RustTokenizer:
+    """A decoder that is none of the two known kinds."""
+    rust = RustTokenizer(
+        WordLevel({token: i for i, token in enumerate(["<s>", "▁a", "b", "▁", "ab", "▁bc", "c", "é"])})
+    )
+    rust.decoder = decoders.Metaspace()
+    rust.add_special_tokens(["<s>"])
+    return rust
+
+
+def sentencepiece_without_strip() -> RustTokenizer:
+    rust = sentencepiece()
+    rust.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return rust
+
+
+def fast(rust: RustTokenizer) -> FastTokenizer:
+    return FastTokenizer(rust, TokenizerFacts("test"))
+
+
+KINDS: dict[str, tuple[Callable[[], Tokenizer], type]] = {
+    "bytes": (ByteTokenizer, BytePieces),
+    "byte level": (lambda: fast(byte_level()), BytePieces),
+    "sentencepiece": (lambda: fast(sentencepiece()), SentencePieces),
+    "sentencepiece, no strip": (lambda: fast(sentencepiece_without_strip()), SentencePieces),
+    "metaspace": (lambda: fast(metaspace()), DecodedPieces),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizers() -> dict[str, Tokenizer]:
+    return {name: make() for name, (make, _) in KINDS.items()}
+
+
+def fires_at(check: Callable[[list[int]], bool], ids: list[int]) -> int | None:
+    """The number of tokens after which the check is first true, called as the engine calls it."""
+    output: list[int] = []
+    for token_id in ids:
+        output.append(token_id)
+        if check(output):
+            return len(output)
+    return None
+
+
+def naive_fires_at(tokenizer: Tokenizer, ids: list[int], stop: tuple[str, ...], skip: bool) -> int | None:
+    for count in range(1, len(ids) + 1):
+        [text] = tokenizer.decode_batch([ids[:count]], skip)
+        if any(s in text for s in stop):
+            return count
+    return None
+
+
+# few bytes, so that characters come together and stop strings appear
+_BYTES = st.sampled_from([*b"ab \n", 0xE2, 0x82, 0xAC, 0xC3, 0xA9, 0x80, 0xF0, 0x9F, 0x99, 0x82])
+STOPS = [
+    "a",
+    "ab",
+    "b a",
+    "€",
+    "a€",
+    "€b",
+    "é\n",
+    "\n\n",
+    "🙂",
+    "\ufffd",
+    "\ufffda",
+    " ",
+    "he",
+    "llo",
+    " hello",
+    "aba",
+    "ba",
+]
+
+
+def token_ids(tokenizer: Tokenizer) -> st.SearchStrategy[list[int]]:
+    """Byte tokens (in SentencePiece <0xE2>), merged ones, special ones, and ids that do not exist."""
+    if isinstance(tokenizer, ByteTokenizer):
+        one = st.one_of(_BYTES, st.sampled_from([256, 257, 999]))
+    else:
+        size = tokenizer.vocab_size
+        texts = [chr(0x20), "a", "b", "ab", "he", "llo", " hello", "\n", "é", "🙂", "€"]
+        found = [ids for ids in tokenizer.encode_batch(texts, False) if isinstance(ids, list)]
+        known = [i for ids in found for i in ids] or list(range(size))
+        one = st.one_of(st.sampled_from(known), st.sampled_from(known), st.integers(0, size - 1), st.just(size + 9))
+        if size > 256:
+            bytes_at = 3 if tokenizer.decode_batch([[3 + 0x41]], False) == ["A"] else None
+            if bytes_at is not None:
+                one = st.one_of(one, _BYTES.map(lambda byte: bytes_at + byte))
+    return st.lists(one, max_size=24)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@settings(deadline=None, max_examples=120)
+@given(data=st.data())
+def test_the_check_fires_at_the_first_token_that_completes_a_stop(
+    name: str, tokenizers: dict[str, Tokenizer], data: st.DataObject
+) -> None:
+    tokenizer = tokenizers[name]
+    ids = data.draw(token_ids(tokenizer))
+    stop = tuple(data.draw(st.lists(st.sampled_from(STOPS), min_size=1, max_size=3)))
+    skip = data.draw(st.booleans())
+    strings = StopStrings(tokenizer, stop, include=False, skip_special_tokens=skip)
+    assert fires_at(strings.checker(), ids) == naive_fires_at(tokenizer, ids, stop, skip)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_pieces_join_to_the_decoded_text(name: str, tokenizers: dict[str, Tokenizer], data: st.DataObject) -> None:
+    tokenizer = tokenizers[name]
+    ids, skip = data.draw(token_ids(tokenizer)), data.draw(st.booleans())
+    pieces = tokenizer.pieces(skip)
+    text = "".join(pieces.push(token_id) for token_id in ids) + pieces.pending
+    assert [text] == tokenizer.decode_batch([ids], skip)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_which_decoder_is_recognised(name: str, tokenizers: dict[str, Tokenizer]) -> None:
+    assert type(tokenizers[name].pieces(True)) is KINDS[name][1]
+
+
+def naive_cut(text: str, stop: tuple[str, ...], include: bool) -> str:
+    for end in range(1, len(text) + 1):
+        ended = [s for s in stop if text[:end].endswith(s)]
+        if ended:
+            return text[:end] if include else text[: end - max(map(len, ended))]
+    return text
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    text=st.text("ab\n€", max_size=30),
+    stop=st.lists(st.text("ab\n€", min_size=1, max_size=4), min_size=1, max_size=4).map(tuple),
+    include=st.booleans(),
+)
+def test_cut_equals_the_naive_answer(text: str, stop: tuple[str, ...], include: bool) -> None:
+    assert StopStrings(ByteTokenizer(), stop, include, True).cut(text) == naive_cut(text, stop, include)
+
+
+@pytest.mark.parametrize(
+    ("stop", "include", "expected"),
+    [
+        (("###",), False, "one "),
+        (("###",), True, "one ###"),
+        (("two", "###"), False, "one "),
+        (("# two", "##"), False, "one "),
+        (("nothing",), True, "one ### two"),
+        (("one ### two", "e "), False, "on"),  # "e " is complete first, though the other began before
+    ],
+)
+def test_cut(stop: tuple[str, ...], include: bool, expected: str) -> None:
+    assert StopStrings(ByteTokenizer(), stop, include, True).cut("one ### two") == expected
+
+
+def test_sequences_do_not_share_state() -> None:
+    strings = StopStrings(ByteTokenizer(), ("ab",), False, True)
+    first, second = strings.checker(), strings.checker()
+    assert not first([97])
+    assert not second([98])
+    assert first([97, 98])
+
+
+def test_tokens_that_came_several_at_once_are_all_seen() -> None:
+    """After a preemption, or with speculative decoding, the list may grow by more than one."""
+    check = StopStrings(ByteTokenizer(), ("bc",), False, True).checker()
+    assert not check(list(b"ab"))
+    assert check(list(b"abcde"))
+
+
+def test_the_cost_of_a_token_does_not_grow() -> None:
+    """Twenty times the tokens may take twenty times as long; decoding the whole each time takes 400 times."""
+    tokenizer = fast(byte_level())
+    [ids] = tokenizer.encode_batch(["The quick brown is_not 3.14159 — "], False)
+    strings = StopStrings(tokenizer, ("never to be seen",), False, True)
+
+    def seconds(tokens: list[int]) -> float:
+        start = time.perf_counter()
+        assert fires_at(strings.checker(), tokens) is None
+        return time.perf_counter() - start
+
+    assert isinstance(ids, list)
+    short = min(seconds(ids * 20) for _ in range(5))
+    assert seconds(ids * 400) < 100 * short
+
+
+def test_bad_words_with_and_without_a_space() -> None:
+    tokenizer = fast(byte_level())
+    [bare, spaced] = tokenizer.encode_batch(["quick", " quick"], False)
+    assert bare != spaced
+    found = bad_word_ids(tokenizer, ("quick", " quick"))
+    assert found == ((*bare,), (*spaced,)) or found == ((*bare,),)  # type: ignore[misc]
+    assert all(tokenizer.decode_batch([list(ids)], False)[0].strip() == "quick" for ids in found)
+
+
+def test_bad_words_leave_out_what_can_never_be_reached() -> None:
+    """Of " x" = (space, x) and "x" the second already refuses both."""
+    assert bad_word_ids(ByteTokenizer(), ("x", "yz")) == ((120,), (121, 122))
+
+
+@pytest.mark.parametrize("word", ["", "   ", "\ud800"])
+def test_a_bad_word_that_no_tokens_spell(word: str) -> None:
+    with pytest.raises(BadParameters, match="bad_words holds"):
+        bad_word_ids(ByteTokenizer(), (word,))
