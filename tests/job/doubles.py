@@ -19,21 +19,18 @@ from batchinfer.spec import parse_spec
 
 
 class MemoryStore(Store):
-    """Objects in a dict. `crash_at` k: the k-th operation raises, before its effect or after it, and so do all later."""
+    """Objects in a dict. `crash_at` k: the k-th operation raises, before or after its effect, and all later."""
 
-    def __init__(self, objects=None, crash_at=None, after=False, writes_only=False):
+    def __init__(self, objects=None, crash_at=None, after=False):
         super().__init__("memory://out", Retry(""))
         self.objects = {} if objects is None else objects
         self.operations = 0
         self.crash_at = crash_at
         self.after = after
-        self.writes_only = writes_only
         self.lock = threading.RLock()
 
-    def _operate(self, effect, write=True):
+    def _operate(self, effect):
         with self.lock:
-            if self.writes_only and not write:
-                return effect()
             self.operations += 1
             dead = self.crash_at is not None and self.operations >= self.crash_at
             if dead and not (self.after and self.operations == self.crash_at):
@@ -44,11 +41,11 @@ class MemoryStore(Store):
             return result
 
     def read(self, name):
-        return self._operate(lambda: self.objects.get(name), write=False)
+        return self._operate(lambda: self.objects.get(name))
 
     def find(self, prefix=""):
         found = lambda: {n: len(d) for n, d in sorted(self.objects.items()) if n.startswith(prefix)}  # noqa: E731
-        return self._operate(found, write=False)
+        return self._operate(found)
 
     def put(self, name, data):
         self._operate(lambda: self.objects.__setitem__(name, data))

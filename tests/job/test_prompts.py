@@ -24,7 +24,11 @@ def draft(tmp_path, columns, **sections):
     ("sections", "error", "words"),
     [
         ({"prompt": {"template": "{{ txet }}"}}, SpecError, ["prompt.template", "'txet'", "in.parquet", "'text'"]),
-        ({"prompt": {"template": None, "user": "{{ text }}", "system": "{{ x }}"}}, SpecError, ["prompt.system", "'x'"]),
+        (
+            {"prompt": {"template": None, "user": "{{ text }}", "system": "{{ x }}"}},
+            SpecError,
+            ["prompt.system", "'x'"],
+        ),
         ({"prompt": {"template": None, "column": "prompt"}}, SpecError, ["prompt.column", "'prompt'"]),
         ({"prompt": {"template": None, "column": "score"}}, InputError, ["prompt.column", "double", "text or lists"]),
         ({"prompt": {"template": None, "messages": "score"}}, InputError, ["prompt.messages", "double"]),
@@ -121,7 +125,7 @@ def test_overrides_from_maps_and_structs(tmp_path):
     assert llm.seen[0].params.temperature == 0.5 and llm.seen[1].params is None
 
 
-# -- openai-batch bodies ------------------------------------------------------------------------------------------------
+# -- openai-batch bodies
 
 DEFAULTS = SamplingParams(max_tokens=16)
 

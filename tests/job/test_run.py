@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchinfer.errors import (
-    BadParameters,
     EngineFailure,
     InputMissing,
     InvalidInput,
@@ -30,8 +29,8 @@ def test_every_row_has_one_result_and_the_input_columns(tmp_path):
     assert [row["response"] for row in rows] == [f"row {n}!" for n in range(10)]
     assert {row["status"] for row in rows} == {"ok"}
     assert rows[0] | {"id": 0} == {
-        **{"id": 0, "text": "row 0", "row": 0, "response": "row 0!", "finish_reason": "stop", "prompt_tokens": 3},
-        **{"completion_tokens": 2, "status": "ok", "error_type": None, "error": None},
+        "id": 0, "text": "row 0", "row": 0, "response": "row 0!", "finish_reason": "stop", "prompt_tokens": 3,
+        "completion_tokens": 2, "status": "ok", "error_type": None, "error": None,
     }
     assert report.outcome == "done" and report.complete and report.totals["rows"] == 10
     saved = json.loads((tmp_path / "out" / "report.json").read_text())
