@@ -162,7 +162,7 @@ def _raise_exception(message: str) -> NoReturn:
 
 
 def _strftime_now(layout: str) -> str:
-    return datetime.datetime.now().astimezone().strftime(layout)
+    return datetime.datetime.now().strftime(layout)
 
 
 class _Dict:

@@ -7,6 +7,7 @@ tokenizer_config.json is for the others). transformers itself is asked only wher
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -65,15 +66,19 @@ def _read_rust(path: Path) -> RustTokenizer:
 
 def _convert(path: Path) -> RustTokenizer:
     """Vocabularies that only transformers can read: sentencepiece models, vocab.json with merges.txt."""
+    needed = [] if not (path / "tokenizer.model").is_file() else ["sentencepiece", "google.protobuf"]
     try:
         from transformers import AutoTokenizer
 
-        found = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+        for package in needed:
+            importlib.import_module(package)
     except ImportError as error:
         raise ModelError(
-            f"{path}: has no tokenizer.json, and converting its tokenizer needs more packages: "
-            f"pip install 'batchinfer[transformers]' ({' '.join(str(error).split())[:200]})"
+            f"{path}: has no tokenizer.json, and converting its tokenizer needs more packages ({error}): "
+            "pip install 'batchinfer[transformers]'"
         ) from None
+    try:
+        found = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except Exception as error:
         raise ModelError(
             f"{path}: has no tokenizer.json, and transformers cannot load its tokenizer: {' '.join(str(error).split())}"

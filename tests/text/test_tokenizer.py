@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -270,6 +271,13 @@ def test_vocab_and_merges_go_through_transformers(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(builtins, "__import__", without_transformers)
     with pytest.raises(ModelError, match=r"has no tokenizer\.json.*pip install 'batchinfer\[transformers\]'"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_sentencepiece_model_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(ModelError, match=r"sentencepiece.*pip install 'batchinfer\[transformers\]'"):
         load_tokenizer(tmp_path)
 
 
