@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from batchinfer_kernels.reference.step_index import SPLIT_SLOTS, TILE, step_index
+from batchinfer_kernels.reference.step_index import BUCKET_NUMBERS, SPLIT_SLOTS, TILE, step_index
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 BLOCK = 16
 
 
-def _buckets(sequences, window=None):
+def _buckets(sequences, window=None, head_size=1):
     counts, lengths = [n for n, _ in sequences], [length for _, length in sequences]
     blocks = -(-max(lengths) // BLOCK)
     tables = torch.arange(blocks * len(lengths), dtype=torch.int32).view(len(lengths), blocks)
     starts = [0]
     for count in counts:
         starts.append(starts[-1] + count)
-    cache = torch.empty(tables.numel(), 1, BLOCK, 1)
+    cache = torch.empty(tables.numel(), 1, BLOCK, head_size)
     index = step_index(torch.zeros(starts[-1], dtype=torch.int64), tables, starts, lengths, cache)
     return index.buckets(window, 1, torch.float32)
 
@@ -56,6 +56,13 @@ def test_a_long_prompt_is_cut_so_that_early_queries_read_little():
 def test_a_window_is_all_that_is_read(count):
     (bucket,) = _buckets([(count, 5000)], window=64)
     assert bucket.num_slots == 64 + count - 1
+
+
+def test_memory_does_not_follow_the_number_of_sequences():
+    buckets = _buckets([(1, 3000)] * 40, head_size=512)
+    assert max(len(bucket.rows_M) * 512 for bucket in buckets) <= BUCKET_NUMBERS
+    assert len(buckets) == 4
+    assert sum(len(bucket.queries_M) for bucket in buckets) == 40
 
 
 @settings(deadline=None, max_examples=60)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 TILE = 128
 SPLIT_SLOTS = 2048  # a bucket is split where that saves this many query × context slots; about one more bucket's cost
+BUCKET_NUMBERS = 1 << 24  # of gathered keys or of a mask, in one bucket: sequences that share blocks are copied apart
 
 Ints = npt.NDArray[np.int64]
 
@@ -31,6 +32,7 @@ class Bucket:
     num_queries: int  # Q
     rows_M: Tensor  # int32 [I * K * L], rows of the cache seen as [N * K * B, D]
     num_slots: int  # L
+    bags: tuple[Tensor, Tensor] | None  # of decodes: rows_M for every query head, int32 [I * H * L]; starts [I * H]
     bias_I1XL: Tensor | None  # 0 or -inf, X = query heads per kv head * Q (or 1, for all); None: everything is seen
 
 
@@ -44,6 +46,7 @@ class StepIndex:
     lengths_S: Ints
     num_kv_heads: int
     block_size: int
+    head_size: int
     device: torch.device
     _buckets: dict[tuple[int | None, int, torch.dtype], list[Bucket]] = field(default_factory=dict)
     _workspaces: dict[int, Tensor] = field(default_factory=dict)
@@ -53,7 +56,7 @@ class StepIndex:
         key = (window, group, dtype)
         made = self._buckets.get(key)
         if made is None:
-            made = self._buckets[key] = [_bucket(self, tiles, *key) for tiles in _make_tiles(self, window)]
+            made = self._buckets[key] = [_bucket(self, tiles, *key) for tiles in _make_tiles(self, window, group)]
         return made
 
     def workspace(self, number: int, cache: Tensor, rows: int) -> Tensor:
@@ -68,7 +71,7 @@ class StepIndex:
 def step_index(
     slots_T: Tensor, block_tables_SB: Tensor, query_starts: list[int], lengths: list[int], k_cache_NKBD: Tensor
 ) -> StepIndex:
-    num_kv_heads, block_size = k_cache_NKBD.shape[1:3]
+    num_kv_heads, block_size, head_size = k_cache_NKBD.shape[1:]
     return StepIndex(
         write_T=(slots_T // block_size, slots_T % block_size),
         tables_SB=block_tables_SB.cpu().numpy().astype(np.int64),
@@ -76,6 +79,7 @@ def step_index(
         lengths_S=np.asarray(lengths, dtype=np.int64),
         num_kv_heads=num_kv_heads,
         block_size=block_size,
+        head_size=head_size,
         device=slots_T.device,
     )
 
@@ -95,17 +99,20 @@ class _Tiles:
         return _Tiles(*(getattr(self, name)[chosen] for name in self.__slots__))
 
 
-def _make_tiles(index: StepIndex, window: int | None) -> list[_Tiles]:
+def _make_tiles(index: StepIndex, window: int | None, group: int) -> list[_Tiles]:
     """The tiles of each bucket."""
     tiles = _cut(index, window)
+    seen = tiles.end - tiles.start
     # queries padded to a power of two: at most 8 kinds, and decodes (1) never share with chunks
     width = 2 ** np.ceil(np.log2(tiles.count)).astype(np.int64)
     groups: list[_Tiles] = []
     for queries in np.unique(width):
         members = np.flatnonzero(width == queries)
-        seen = (tiles.end - tiles.start)[members]
-        order = np.argsort(-seen, kind="stable")
-        groups += [tiles.take(np.sort(part)) for part in _split(members[order], seen[order], int(queries))]
+        members = members[np.argsort(-seen[members], kind="stable")]
+        numbers_per_slot = max(index.num_kv_heads * index.head_size, group * int(queries))
+        for part in _split(members, seen[members], int(queries)):
+            most = max(1, BUCKET_NUMBERS // (numbers_per_slot * int(seen[part[0]])))
+            groups += [tiles.take(np.sort(part[i : i + most])) for i in range(0, len(part), most)]
     return groups
 
 
@@ -141,14 +148,22 @@ def _bucket(index: StepIndex, tiles: _Tiles, window: int | None, group: int, dty
     rows_IKL = (block_IL[:, None, :] * index.num_kv_heads + head_K1) * index.block_size
     rows_IKL += (position_IL % index.block_size)[:, None, :]
 
+    rows_M = torch.from_numpy(rows_IKL.reshape(-1).astype(np.int32)).to(index.device)
+    bias_I1XL = _bias(wanted_IL[:, None, :], (tiles.position[:, None] + query_IQ)[:, :, None], window, group, dtype)
     whole = num_queries == 1 and len(tiles.row) == index.query_starts_X[-1]
     return Bucket(
         queries_M=None if whole else torch.from_numpy(row_IQ.reshape(-1)).to(index.device),
         num_queries=num_queries,
-        rows_M=torch.from_numpy(rows_IKL.reshape(-1).astype(np.int32)).to(index.device),
+        rows_M=rows_M,
         num_slots=num_slots,
-        bias_I1XL=_bias(wanted_IL[:, None, :], (tiles.position[:, None] + query_IQ)[:, :, None], window, group, dtype),
+        bags=_bags(rows_M, num_slots, group) if num_queries == 1 else None,
+        bias_I1XL=None if bias_I1XL is None else bias_I1XL.to(index.device),
     )
+
+
+def _bags(rows_M: Tensor, num_slots: int, group: int) -> tuple[Tensor, Tensor]:
+    each_M = rows_M.view(-1, 1, num_slots).expand(-1, group, num_slots).reshape(-1)
+    return each_M, torch.arange(0, len(each_M), num_slots, dtype=torch.int32, device=rows_M.device)
 
 
 def _bias(key_I1L: Ints, query_IQ1: Ints, window: int | None, group: int, dtype: torch.dtype) -> Tensor | None:
