@@ -13,6 +13,13 @@ from tokenizers.processors import TemplateProcessing
 from batchinfer.errors import InvalidInput
 from batchinfer.text.pieces import BytePieces, DecodedPieces, Pieces, SentencePieces, byte_level_bytes
 
+_SENTENCEPIECE_STEPS = [
+    {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+    {"type": "ByteFallback"},
+    {"type": "Fuse"},
+]
+_STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+
 
 @dataclass(frozen=True)
 class TokenizerFacts:
@@ -82,15 +89,10 @@ class FastTokenizer:
 
 def sentencepiece_strip(decoder: Mapping[str, Any] | None) -> bool | None:
     """Whether a sentencepiece decoder strips one leading space; None for any other kind of decoder."""
-    if decoder is None or decoder["type"] != "Sequence":
+    steps = decoder["decoders"] if decoder is not None and decoder["type"] == "Sequence" else []
+    if steps[:3] != _SENTENCEPIECE_STEPS or steps[3:] not in ([], [_STRIP]):
         return None
-    *steps, last = decoder["decoders"]
-    strip = last == {"type": "Strip", "content": " ", "start": 1, "stop": 0}
-    kinds = [step["type"] for step in (steps if strip else decoder["decoders"])]
-    if kinds != ["Replace", "ByteFallback", "Fuse"]:
-        return None
-    replace = decoder["decoders"][0]
-    return strip if (replace["pattern"], replace["content"]) == ({"String": "▁"}, " ") else None
+    return steps[3:] == [_STRIP]
 
 
 def set_framing(rust: RustTokenizer, bos: str | None, eos: str | None) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as RustTokenizer
 
 from batchinfer.errors import ModelError
@@ -37,12 +38,19 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: not readable as JSON: {error}") from None
+        values = json.loads(_read_text(path))
+    except ValueError as error:
+        raise ModelError(f"{path}: not JSON: {error}") from None
     if not isinstance(values, dict):
         raise ModelError(f"{path}: must hold a JSON object")
     return values
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path}: cannot be read as text: {error}") from None
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
@@ -92,26 +100,45 @@ def _convert(path: Path) -> RustTokenizer:
 
 
 def _add_tokens(path: Path, rust: RustTokenizer, config: Mapping[str, Any], named: Mapping[str, str]) -> None:
-    """Tokens that tokenizer_config.json names and tokenizer.json does not have, and those that it makes special."""
-    for token_id, entry in sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0])):
-        content = _content(entry)
-        if content is None or (rust.token_to_id(content) is not None and not entry.get("special")):
+    """Tokens that tokenizer_config.json has and tokenizer.json lacks or has otherwise; named ones are special."""
+    present = {token.content: token for token in rust.get_added_tokens_decoder().values()}
+    for token_id, token in _config_tokens(path, config):
+        if repr(present.get(token.content)) == repr(token):
             continue
-        (rust.add_special_tokens if entry.get("special") else rust.add_tokens)([content])
-        if rust.token_to_id(content) != int(token_id):
+        (rust.add_special_tokens if token.special else rust.add_tokens)([token])
+        present[token.content] = token
+        if rust.token_to_id(token.content) != token_id:
             raise ModelError(
-                f"{path}: token {content!r} is {token_id} in tokenizer_config.json but "
-                f"{rust.token_to_id(content)} in the vocabulary"
+                f"{path}: token {token.content!r} is {token_id} in tokenizer_config.json but "
+                f"{rust.token_to_id(token.content)} in the vocabulary"
             )
-    special = {token.content for token in rust.get_added_tokens_decoder().values() if token.special}
-    rust.add_special_tokens([t for t in named.values() if t not in special and rust.token_to_id(t) is not None])
+    for text in named.values():
+        token = present.get(text, AddedToken(text, normalized=False))
+        if not token.special and rust.token_to_id(text) is not None:
+            token.special = True
+            rust.add_special_tokens([token])
+
+
+def _config_tokens(path: Path, config: Mapping[str, Any]) -> list[tuple[int, AddedToken]]:
+    """(id, token) of added_tokens_decoder, by id."""
+    try:
+        entries = sorted((int(token_id), entry) for token_id, entry in config.get("added_tokens_decoder", {}).items())
+        return [(token_id, _added_token(**entry)) for token_id, entry in entries]
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ModelError(f"{path / 'tokenizer_config.json'}: added_tokens_decoder is damaged: {error}") from None
+
+
+def _added_token(content: str, special: bool = False, normalized: bool | None = None, **flags: bool) -> AddedToken:
+    """Without a word on it, text is normalized before a token is looked for unless the token is special."""
+    normalized = not special if normalized is None else normalized
+    return AddedToken(content, special=special, normalized=normalized, **flags)
 
 
 def _read_chat_template(path: Path, config: Mapping[str, Any]) -> str | None:
     """chat_template.jinja, else the key of tokenizer_config.json; of several named templates the one called default."""
     file = path / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        return _read_text(file)
     template = config.get("chat_template", _read_json(path / "chat_template.json").get("chat_template"))
     if isinstance(template, list):
         template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}

@@ -286,10 +286,34 @@ def test_an_empty_directory_is_an_error(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
-def test_special_tokens_of_the_config_become_special(tmp_path: Path) -> None:
-    """A token that only tokenizer_config.json calls eos is skipped in decoding, as in transformers."""
+@pytest.mark.parametrize(
+    "token",
+    [
+        AddedToken("<end>", special=False),
+        AddedToken("<end>", special=True, rstrip=True),
+        AddedToken("<end>", special=True, lstrip=True, normalized=False),
+        AddedToken("<end>", single_word=True),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("listed", [True, False], ids=["listed", "named only"])
+def test_flags_of_added_tokens_are_kept(token: AddedToken, listed: bool, tmp_path: Path) -> None:
+    """Phi-3's tokens swallow the spaces after them; naming one in tokenizer_config.json must not lose that."""
     rust = byte_level()
-    rust.add_tokens([AddedToken("<end>", special=False)])
-    tokenizer = load_tokenizer(save(tmp_path / "m", rust, {"eos_token": "<end>"}))
-    [ids] = tokenizer.encode_batch(["a<end>"], False)
-    assert tokenizer.decode_batch([ids], True) == ["a"]
+    rust.add_tokens([token])
+    flags = {name: getattr(token, name) for name in ("special", "lstrip", "rstrip", "single_word", "normalized")}
+    entry = {str(rust.token_to_id("<end>")): {"content": "<end>", **flags}}
+    save(tmp_path / "m", rust, {"eos_token": "<end>", **({"added_tokens_decoder": entry} if listed else {})})
+    ours = load_tokenizer(tmp_path / "m")
+    theirs = PreTrainedTokenizerFast.from_pretrained(str(tmp_path / "m"))
+    texts = ["a<end>", "a <end> b", "x<end>\n\nb", "<end><end>", "a<end>b"]
+    found = ours.encode_batch(texts, True)
+    assert found == theirs(texts)["input_ids"]
+    assert ours.decode_batch(found, True) == theirs.batch_decode(found, skip_special_tokens=True)
+
+
+def test_a_damaged_list_of_added_tokens(tmp_path: Path) -> None:
+    for damaged in ([1], {"x": {"content": "a"}}, {"600": {"content": 3}}, {"600": "a"}, {"600": {}}):
+        folder = save(tmp_path / "m", byte_level(), {"added_tokens_decoder": damaged})
+        with pytest.raises(ModelError, match="added_tokens_decoder is damaged"):
+            load_tokenizer(folder)
