@@ -99,6 +99,13 @@ class RowBatch:
     errors: dict[int, RowError] = field(default_factory=dict)
 
 
+def table_of(columns: list[Any], schema: pa.Schema, rows: int) -> pa.Table:
+    """A table that keeps its number of rows even without any column."""
+    if columns:
+        return pa.Table.from_arrays(columns, schema=schema)
+    return pa.table({"": pa.nulls(rows)}).select([])  # setting the schema's metadata would lose the number again
+
+
 @dataclass(frozen=True)
 class Column:
     """A column as one file has it. `where` is the file, for lines with the line that shows the type.

@@ -21,7 +21,7 @@ import pyarrow as pa
 import zstandard
 
 from batchinfer.errors import InputError, InvalidInput, RowError
-from batchinfer.io.inputs import Column, FileScan, Format, IndexEntry, InputFile, RowBatch, Span
+from batchinfer.io.inputs import Column, FileScan, Format, IndexEntry, InputFile, RowBatch, Span, table_of
 from batchinfer.io.lines import MAX_LINE_BYTES, Line, compressed, read_lines
 from batchinfer.io.source import Source
 
@@ -31,7 +31,7 @@ _MAX_SHAPES = 4096
 _INT64 = 1 << 63
 _EXACT = 1 << 53
 # orjson reads an integer beyond 64 bits as a double, and writes a double of that size with such an exponent
-_HUGE = re.compile(rb"e(?:19|[2-9][0-9]|[1-3][0-9][0-9])(?![0-9])")
+_HUGE = re.compile(rb"e\+?(?:1[89]|[2-9][0-9]|[1-3][0-9][0-9])(?![0-9])")
 
 _KINDS: dict[type, str] = {str: "string", int: "int", float: "double", bool: "bool", list: "nested", dict: "nested"}
 _TYPES: dict[str, pa.DataType] = {
@@ -72,11 +72,11 @@ class _Types:
         self.seen: dict[str, dict[str, int]] = {}
         self._shapes: dict[tuple[Any, ...], tuple[str, ...]] = {}
 
-    def add(self, row: dict[str, Any], line: int) -> None:
+    def add(self, row: dict[str, Any], line: Line) -> None:
         shape = (*row, *map(type, row.values()))
         numbers = self._shapes.get(shape)
         if numbers is None:
-            numbers = self._new(row, line)
+            numbers = self._new(row, line.number)
             if len(self._shapes) < _MAX_SHAPES:
                 self._shapes[shape] = numbers
         for name in numbers:
@@ -91,11 +91,12 @@ class _Types:
                 kinds.setdefault(_KINDS[type(value)], line)
         return tuple(name for name, value in row.items() if type(value) in (int, float))
 
-    def _large(self, name: str, value: float, line: int) -> None:
-        if not -_INT64 <= value < _INT64:
-            self.seen[name].setdefault("huge", line)
-        elif type(value) is int:
-            self.seen[name].setdefault("wide", line)
+    def _large(self, name: str, value: float, line: Line) -> None:
+        if abs(value) >= _INT64 and type(value) is float:
+            value = _exact(line.raw, name, value)
+        if type(value) is int:
+            kind = "wide" if -_INT64 <= value < _INT64 else "huge"
+            self.seen[name].setdefault(kind, line.number)
 
 
 def scan(source: Source, form: Format, limit: int | None = None) -> FileScan:
@@ -112,7 +113,7 @@ def scan(source: Source, form: Format, limit: int | None = None) -> FileScan:
                 index.append(IndexEntry(rows, line.offset, line.number))
             rows += 1
             try:
-                types.add(parse(line.raw), line.number)
+                types.add(parse(line.raw), line)
                 good += 1
             except InvalidInput as error:
                 first_error = first_error or f"line {line.number}: {error}"
@@ -231,7 +232,7 @@ def _table(
         except (pa.ArrowException, OverflowError, TypeError) as error:
             # the scan has seen every value: only another file can hold another type
             raise InputError(f"{url}: changed while it was read: column {name!r}: {error}") from error
-    return pa.Table.from_arrays(columns, schema=schema)
+    return table_of(columns, schema, len(rows))
 
 
 def from_text(text: str) -> Any:
@@ -246,13 +247,17 @@ def from_text(text: str) -> Any:
 
 def _json_text(value: Any, name: str, raw: bytes | None) -> str:
     text = orjson.dumps(value)
-    if raw is not None and _HUGE.search(text):
-        try:
-            # Python's own parser keeps integers of any size
-            return json.dumps(json.loads(raw)[name], ensure_ascii=False, separators=(",", ":"))
-        except (ValueError, RecursionError):  # thousands of digits, or nested too deep for it
-            pass
+    if _HUGE.search(text):
+        return json.dumps(_exact(raw, name, value), ensure_ascii=False, separators=(",", ":"))
     return text.decode()
+
+
+def _exact(raw: bytes | None, name: str, value: Any) -> Any:
+    """A line's value by Python's own parser, which keeps integers of any size; `value` where it gives up."""
+    try:
+        return value if raw is None else json.loads(raw)[name]
+    except (ValueError, RecursionError):  # thousands of digits, or nested too deep for it
+        return value
 
 
 def write(path: Path, rows: Iterator[dict[str, Any]], compression: str | None) -> None:
@@ -269,7 +274,7 @@ def _compressor(path: Path, compression: str | None) -> Iterator[Any]:
             with gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0, compresslevel=6) as packed:
                 yield packed
         elif compression == "zstd":
-            with zstandard.ZstdCompressor(level=3).stream_writer(file, closefd=False) as packed:
+            with zstandard.ZstdCompressor(level=3, write_checksum=True).stream_writer(file, closefd=False) as packed:
                 yield packed
         else:
             yield file

@@ -61,26 +61,33 @@ def _without_mark(url: str, blocks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _split(blocks: Iterator[bytes], offset: int, number: int) -> Iterator[list[Line]]:
-    rest = b""
-    too_long = 0  # bytes dropped so far of a line that is too long
+    held: list[bytes] = []  # the beginning of a line that goes on in the next block; emptied when it gets too long
+    held_bytes = 0
     for block in blocks:
-        pieces = (rest + block).split(b"\n")
+        pieces = block.split(b"\n")
         rest = pieces.pop()
-        lines = []
-        for raw in pieces:
-            if too_long or len(raw) > MAX_LINE_BYTES:
-                lines.append(Line(number, offset, None))
-            elif raw and not raw.isspace():
-                lines.append(Line(number, offset, raw))
-            offset += too_long + len(raw) + 1
-            too_long = 0
-            number += 1
-        if too_long or len(rest) > MAX_LINE_BYTES:
-            too_long += len(rest)
-            rest = b""
-        yield lines
-    if too_long or (rest and not rest.isspace()):
-        yield [Line(number, offset, None if too_long else rest)]
+        if pieces:
+            held_bytes += len(pieces[0])
+            pieces[0] = b"".join([*held, pieces[0]])
+            lines = []
+            for raw in pieces:
+                size = held_bytes or len(raw)
+                if size > MAX_LINE_BYTES:
+                    lines.append(Line(number, offset, None))
+                elif raw and not raw.isspace():
+                    lines.append(Line(number, offset, raw))
+                offset += size + 1
+                number += 1
+                held_bytes = 0
+            yield lines
+            held = []
+        held.append(rest)
+        held_bytes += len(rest)
+        if held_bytes > MAX_LINE_BYTES:
+            held = []
+    last = b"".join(held)
+    if held_bytes > MAX_LINE_BYTES or (last and not last.isspace()):
+        yield [Line(number, offset, None if held_bytes > MAX_LINE_BYTES else last)]
 
 
 def _decompress(url: str, blocks: Iterator[bytes], kind: str) -> Iterator[bytes]:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchinfer.errors import BatchInferError, InputError, InvalidInput, RowError
-from batchinfer.io.inputs import Column, FileScan, InputFile, RowBatch, Span
+from batchinfer.io.inputs import Column, FileScan, InputFile, RowBatch, Span, table_of
 from batchinfer.io.source import Source
 
 _BUFFER_BYTES = 256 << 10
@@ -55,9 +55,8 @@ def read(source: Source, schema: pa.Schema, spans: Iterable[Span]) -> Iterator[t
             except BatchInferError:
                 raise
             except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-                raise InputError(
-                    f"{source.url}: rows {span.start} to {span.start + span.count - 1}: {error}"
-                ) from error
+                place = f"{source.url}: rows {span.start} to {span.start + span.count - 1}"
+                raise InputError(f"{place} cannot be read: {error}") from error
             yield span, _checked(pa.Table.from_batches(batches), schema, source.url, span.start)
 
 
@@ -132,7 +131,7 @@ def _checked(table: pa.Table, schema: pa.Schema, url: str, start: int) -> RowBat
             for offset in bad:
                 errors[offset] = InvalidInput(f"{url}: row {start + offset}: column {field.name!r} is not valid UTF-8")
         columns.append(column if column.type == field.type else column.cast(field.type))
-    return RowBatch(pa.Table.from_arrays(columns, schema=schema), errors)
+    return RowBatch(table_of(columns, schema, table.num_rows), errors)
 
 
 def _without_bad_cells(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, list[int]]:

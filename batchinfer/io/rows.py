@@ -67,9 +67,8 @@ def _format(url: str) -> Format:
     for suffix, form in _SUFFIXES.items():
         if name.endswith(suffix):
             return form
-    raise SpecError(
-        f"input.path: the name of {url} does not tell its format ({', '.join(_SUFFIXES)}): set input.format"
-    )
+    known = ", ".join(_SUFFIXES)
+    raise SpecError(f"input.path: {url}: its name does not tell the format (known: {known}); set input.format")
 
 
 def _first_rows(sources: Sources, formats: dict[str, Format], limit: int) -> Iterator[FileScan]:

@@ -18,6 +18,7 @@ from batchinfer.spec import StorageSpec
 
 BLOCK_BYTES = 1 << 20
 _SEQUENTIAL_BYTES = 4 << 20
+_PIECE_BYTES = 256 << 10
 _CACHED_BLOCKS = 32
 _ETAGS = ("ETag", "etag", "md5Hash", "generation", "content_md5", "LastModified", "last_modified", "mtime", "created")
 
@@ -48,10 +49,11 @@ class Source:
         pass
 
     def blocks(self, offset: int = 0) -> Iterator[bytes]:
-        """The content from `offset` to the end, in pieces of a few MB."""
-        while block := self.read_at(offset, _SEQUENTIAL_BYTES):
-            yield block
-            offset += len(block)
+        """The content from `offset` to the end: fetched a few MB at a time, given in smaller pieces."""
+        while fetched := self.read_at(offset, _SEQUENTIAL_BYTES):
+            for start in range(0, len(fetched), _PIECE_BYTES):
+                yield fetched[start : start + _PIECE_BYTES]
+            offset += len(fetched)
 
     def check(self, size: int, etag: str, when: str) -> None:
         """Raises InputError if the file is no longer the one that was planned."""

@@ -1,0 +1,52 @@
+"""What the tests of reading share: files from rows, and everything that a scan and a stream give."""
+
+import gzip
+import json
+
+import pyarrow.parquet as pq
+import zstandard
+
+from batchinfer.io.rows import Span, rows_of, scan, stream
+from batchinfer.spec import InputSpec, StorageSpec
+
+LOCAL = StorageSpec()
+
+
+def write_lines(path, rows, end="\n"):
+    """`rows` are values, or bytes for a line as it is. The name decides about compression."""
+    lines = [row if isinstance(row, bytes) else json.dumps(row, ensure_ascii=False).encode() for row in rows]
+    data = b"".join(line + end.encode() for line in lines)
+    path.write_bytes(compress(path.name, data))
+    return str(path)
+
+
+def compress(name, data):
+    if name.endswith(".gz"):
+        return gzip.compress(data)
+    return zstandard.ZstdCompressor(write_checksum=True).compress(data) if name.endswith(".zst") else data
+
+
+def write_parquet(path, table, **settings):
+    pq.write_table(table, path, **settings)
+    return str(path)
+
+
+def scan_all(*paths, storage=LOCAL, **settings):
+    return scan(InputSpec(path=tuple(str(path) for path in paths), **settings), storage)
+
+
+def spans_of(inputs, step=1000):
+    for number, file in enumerate(inputs.files):
+        for start in range(0, file.rows, step):
+            yield Span(number, start, min(step, file.rows - start))
+
+
+def read_all(inputs, spans=None, storage=LOCAL):
+    """(rows as Python values, {position: error text}) of all spans."""
+    rows, errors = [], {}
+    for span, batch in stream(inputs, spans_of(inputs) if spans is None else spans, storage):
+        assert batch.table.num_rows == span.count
+        assert batch.table.schema.equals(inputs.schema, check_metadata=True)
+        errors |= {len(rows) + offset: str(error) for offset, error in batch.errors.items()}
+        rows += rows_of(batch.table, inputs.schema.names, inputs.text_json)
+    return rows, errors
