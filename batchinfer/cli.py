@@ -6,6 +6,7 @@ BATCHINFER_SHARD_COUNT, BATCHINFER_CACHE.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from batchinfer import cli_help as pages
 from batchinfer.cli_progress import choose_progress, summary
 from batchinfer.errors import EXIT_OK, BatchInferError, UsageError
 from batchinfer.log import log
@@ -28,25 +30,9 @@ if TYPE_CHECKING:
 EXIT_BUG = 70
 EXIT_INTERRUPTED = 130
 _COMMANDS_WITH_LOG = ("run", "retry")
+_LEVELS = ("debug", "info", "warning", "error")
 _JOB_FILES = (".yaml", ".yml", ".json")
 _PIPED_COLUMNS = 100  # width of text that no terminal shows
-
-_EXIT_CODES = """\b
-Exit codes:
-   0  done
-   1  verify found a difference
-  10  done, but more row errors than errors.max allows
-  33  stopped by a signal with work left: run the same command again
-  64  a wrong option or argument
-  65  input with wrong content
-  66  input or output that is not there
-  69  a model that cannot be used
-  70  a bug in batchinfer: please report it with its traceback
-  73  the output belongs to another job
-  75  storage, spool disk or engine failed: run the same command again
-  77  access denied
-  78  a mistake in the job file
-Retrying helps with 33 and 75, and with nothing else."""
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.", show_default=False)]
 Where = Annotated[
@@ -79,6 +65,9 @@ app = typer.Typer(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; every error becomes one message on stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # rows hold characters that a plain locale has not
     try:
         code = app(args=arguments, prog_name="batchinfer", standalone_mode=False)
     except BatchInferError as error:
@@ -87,10 +76,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # the reader of our output went away, as `| head` does; nothing more may be written at exit either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_OK
     except Exception as error:
         return _usage_error(error) or _bug(error)
     return int(code or EXIT_OK)
@@ -129,18 +114,7 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(
-    epilog=_EXIT_CODES,
-    help="""Run prompts out of Parquet or JSONL through a language model; every row gets exactly one result.
-
-\b
-  batchinfer plan job.yaml          what would run: files, rows, tokens; loads no weights
-  batchinfer run job.yaml           run it; the same command again continues after a stop
-  batchinfer show OUTPUT            a few rows of input and output
-  batchinfer verify OUTPUT          audit the output against the input
-
-OUTPUT is the job's output.path, or the job file itself.""",
-)
+@app.callback(epilog=pages.EXIT_CODES, help=pages.OVERVIEW)
 def _options(
     context: typer.Context,
     log_level: Annotated[
@@ -151,11 +125,21 @@ def _options(
     ] = None,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
 ) -> None:
-    if log_level not in ("debug", "info", "warning", "error"):
-        raise UsageError(f"--log-level: {log_level!r} is none of debug, info, warning, error")
     if log_json is None and context.invoked_subcommand not in _COMMANDS_WITH_LOG:
         log_json = False  # their messages are for the person who typed the command
-    log.configure(log_level, log_json)
+    known = log_level in _LEVELS
+    log.configure(log_level if known else "info", log_json)
+    if not known:
+        raise UsageError(f"--log-level: {log_level!r} is none of {', '.join(_LEVELS)}")
+
+
+def _print(text: str) -> None:
+    try:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # the reader went away, as `| head` does; the exit code still says what was found, and nothing is flushed again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _load(job: Path, settings: list[str], limit: int | None = None, rehearse: bool = False) -> JobSpec:
@@ -181,7 +165,7 @@ def _rehearsal(spec: JobSpec) -> JobSpec:
 
 
 def _parse_settings(settings: list[str]) -> dict[str, Any]:
-    """`engine.max_num_seqs=64` → {"engine.max_num_seqs": 64}: values are written as in the job file."""
+    """`seed=7` → {"seed": 7}. Values are YAML, as in the job file; what is not, as `{{ text }}` alone, is text."""
     import yaml
 
     values: dict[str, Any] = {}
@@ -192,7 +176,7 @@ def _parse_settings(settings: list[str]) -> dict[str, Any]:
         try:
             values[key.strip()] = yaml.safe_load(text)
         except yaml.YAMLError:
-            raise UsageError(f"--set {setting}: {text!r} is not YAML; quote it as in the job file") from None
+            values[key.strip()] = text
     return values
 
 
@@ -214,25 +198,7 @@ def _locate(output: str, settings: list[str]) -> tuple[str, StorageSpec]:
         raise UsageError(f"--set storage: {error}") from None
 
 
-@app.command(
-    epilog=_EXIT_CODES,
-    help="""Run a job, or what is left of it.
-
-Everything that can be wrong is looked for before the model is loaded. Results are committed chunk by chunk below
-output.path; after a stop or a crash the same command continues and repeats nothing that was committed. SIGTERM, SIGINT
-and SIGUSR1 save finished rows and leave with exit code 33 within 8 seconds; a second signal leaves at once.
-
---rehearse runs any job without its model: the answers are fake (see `fake` in the job file), all else is real. They go
-to <output.path>-rehearsal, so the real output is not touched. The model's tokenizer is kept if the model is a local path
-or the job names a tokenizer; otherwise a token is a byte.
-
-\b
-  batchinfer run jobs/quickstart.yaml
-  batchinfer run job.yaml --set sampling.temperature=0.7 --set output.path=s3://bucket/out
-  batchinfer run job.yaml --shard 0/8        the first of 8 workers; array jobs are recognised
-  batchinfer run job.yaml --rehearse --limit 1000
-  batchinfer --log-level debug run job.yaml""",
-)
+@app.command(epilog=pages.EXIT_CODES, help=pages.RUN)
 def run(
     job: JobFile,
     settings: Settings = [],  # noqa: B006  typer reads the default and never changes it
@@ -249,17 +215,7 @@ def run(
     _finish(run_job(spec, shard=place, spool_dir=spool_dir, drain=drain, progress=choose_progress()))
 
 
-@app.command(
-    epilog=_EXIT_CODES,
-    help="""Run the rows of a finished output again that ended with a retryable error (engine, deadline).
-
-Their new results replace the old ones in one step; all other rows stay as they are. Give the same job file, --set,
---limit and --rehearse as for run. An interrupted retry continues with the same command.
-
-\b
-  batchinfer retry job.yaml
-  batchinfer retry job.yaml --shard 0/8""",
-)
+@app.command(epilog=pages.EXIT_CODES, help=pages.RETRY)
 def retry(
     job: JobFile,
     settings: Settings = [],  # noqa: B006
@@ -295,21 +251,10 @@ def _finish(report: Report) -> None:
     if log.as_json:
         log.info("done", output=report.output, rows=report.rows, tokens=report.tokens, complete=report.complete)
     else:
-        typer.echo(summary(report))
+        _print(summary(report))
 
 
-@app.command(
-    epilog=_EXIT_CODES,
-    help="""Say what a job would do; loads no weights and writes nothing.
-
-Counts files, rows and chunks, and measures a sample of rows with the job's templates and tokenizer: prompt lengths,
-rows that do not fit the context, repeated prompts, shared prefixes, rows that would be errors. Says where the output
-goes, and whether one is there that the job would continue, or that belongs to another job (exit code 73).
-
-\b
-  batchinfer plan jobs/quickstart.yaml
-  batchinfer plan job.yaml --sample 10000""",
-)
+@app.command(epilog=pages.EXIT_CODES, help=pages.PLAN)
 def plan(
     job: JobFile,
     settings: Settings = [],  # noqa: B006
@@ -319,23 +264,12 @@ def plan(
     from batchinfer.job.preview import describe, preview
 
     found = preview(_load(job, settings, limit), sample)
-    typer.echo(describe(found))
+    _print(describe(found))
     if found.conflict is not None:
         raise found.conflict
 
 
-@app.command(
-    epilog=_EXIT_CODES,
-    help="""Say how far a job is, from its output alone.
-
-Counts committed chunks, rows, tokens and errors by kind. Works while the job runs, from any machine that reaches the
-output; no worker is asked.
-
-\b
-  batchinfer status output/quickstart
-  batchinfer status s3://bucket/out --set storage.endpoint=http://127.0.0.1:8333
-  batchinfer status job.yaml --shards 8      also the share of each of 8 workers""",
-)
+@app.command(epilog=pages.EXIT_CODES, help=pages.STATUS)
 def status(
     output: Where,
     settings: Settings = [],  # noqa: B006  typer reads the default and never changes it
@@ -344,21 +278,10 @@ def status(
     from batchinfer.job.ledger import open_output
     from batchinfer.job.status import describe, read_status
 
-    typer.echo(describe(read_status(open_output(*_locate(output, settings)), shards)))
+    _print(describe(read_status(open_output(*_locate(output, settings)), shards)))
 
 
-@app.command(
-    epilog=_EXIT_CODES,
-    help="""Audit an output against its input; exit code 1 if anything differs.
-
-Reads every part and the whole input: each row has exactly one output, with the input's own text and numbers beside it;
-sizes, hashes and totals agree with the commit records, and these with manifest.json and _SUCCESS. Each difference is
-one line on stdout with file and row.
-
-\b
-  batchinfer verify output/quickstart
-  batchinfer verify job.yaml""",
-)
+@app.command(epilog=pages.EXIT_CODES, help=pages.VERIFY)
 def verify(
     output: Where,
     settings: Settings = [],  # noqa: B006
@@ -368,20 +291,12 @@ def verify(
 
     url, storage = _locate(output, settings)
     found = audit(url, storage)
-    typer.echo(describe(found))
+    _print(describe(found))
     if found.differences:
         raise VerifyFailed(f"{url}: {len(found.differences)} differences")
 
 
-@app.command(
-    epilog=_EXIT_CODES,
-    help="""Show a few rows of an output beside their input.
-
-\b
-  batchinfer show output/quickstart
-  batchinfer show job.yaml --errors          only rows that ended as errors
-  batchinfer show output/quickstart --row 17 the row at position 17 (from 0) of its input file""",
-)
+@app.command(epilog=pages.EXIT_CODES, help=pages.SHOW)
 def show(
     output: Where,
     rows: Annotated[int, typer.Option("--rows", "-n", metavar="N", min=1, help="How many.")] = 5,
@@ -397,4 +312,4 @@ def show(
     url, storage = _locate(output, settings)
     shown = pick(open_output(url, storage), storage, rows, errors=errors, row=row)
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else _PIPED_COLUMNS
-    typer.echo(describe(shown, width))
+    _print(describe(shown, width))

@@ -27,7 +27,7 @@ def choose_progress() -> Progress:
 
 
 class Rates:
-    """Tokens per second over the last seconds, from cumulative counts."""
+    """Tokens per second over the last seconds, by the engine's counts, which run ahead of finished rows."""
 
     def __init__(self) -> None:
         self._recent: deque[Snapshot] = deque()
@@ -38,15 +38,15 @@ class Rates:
             self._recent.popleft()
 
     def tokens_per_s(self) -> tuple[float, float]:
-        """Prompt tokens in and completion tokens out; 0 while too little time has passed."""
+        """Prompt tokens in, from the cache or computed, and generated tokens out; 0 before two snapshots."""
         if not self._recent:
             return 0.0, 0.0
         first, last = self._recent[0], self._recent[-1]
         spent = last.elapsed_s - first.elapsed_s
         if spent <= 0:
             return 0.0, 0.0
-        prompt = last.prompt_tokens - first.prompt_tokens
-        return prompt / spent, (last.completion_tokens - first.completion_tokens) / spent
+        tokens_in = last.computed_tokens + last.reused_tokens - first.computed_tokens - first.reused_tokens
+        return tokens_in / spent, (last.generated_tokens - first.generated_tokens) / spent
 
 
 def cache_share(snapshot: Snapshot) -> float:

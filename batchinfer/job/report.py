@@ -40,6 +40,7 @@ class Snapshot:
     completion_tokens: int = 0
     computed_tokens: int = 0  # prompt tokens that the engine computed
     reused_tokens: int = 0  # prompt tokens that it found in its cache
+    generated_tokens: int = 0  # of finished and unfinished rows, by the engine
     elapsed_s: float = 0.0  # since the first prompt was read
 
 

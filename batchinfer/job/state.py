@@ -107,6 +107,7 @@ class RunState:
             completion_tokens=tally.completion_tokens,
             computed_tokens=stats.prompt_tokens_computed if stats is not None else 0,
             reused_tokens=stats.prompt_tokens_reused if stats is not None else 0,
+            generated_tokens=stats.generated_tokens if stats is not None else 0,
             elapsed_s=self.clock.since("running"),
         )
 

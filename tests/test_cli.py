@@ -1,0 +1,302 @@
+"""The command line: options and environment in; exit codes, messages and help pages out."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from batchinfer.cli import main
+from batchinfer.job.drain import Drain
+from batchinfer.job.shard import _PLATFORMS, OUR_COUNT, OUR_INDEX
+from batchinfer.log import log
+from tests import frozen
+from tests.job.outputs import ROWS, write_input
+
+CLI = [sys.executable, "-c", "import sys; from batchinfer.cli import main; sys.exit(main(sys.argv[1:]))"]
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch):
+    """No scheduler's variables, no signal handlers of the test process, and the log as it was."""
+    for names in _PLATFORMS.values():
+        for name in filter(None, names):
+            monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv(OUR_INDEX, raising=False)
+    monkeypatch.delenv(OUR_COUNT, raising=False)
+    monkeypatch.setattr(Drain, "install", lambda self: None)
+    yield
+    log.configure("info", None)
+
+
+@pytest.fixture
+def job(tmp_path) -> Path:
+    write_input(tmp_path)
+    values = {
+        "model": "fake",
+        "input": {"path": str(tmp_path / "in.parquet")},
+        "prompt": {"template": "{{ text }}"},
+        "output": {"path": str(tmp_path / "out"), "chunk_rows": 10},
+    }
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def run(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def output_rows(out: Path) -> int:
+    return sum(pq.read_metadata(part).num_rows for part in (out / "parts").iterdir())
+
+
+# -- frozen pages --------------------------------------------------------------------------------------------------
+
+
+def test_help_pages_are_as_frozen():
+    assert frozen.help_pages() == frozen.HELP.read_text(encoding="utf-8"), "meant? then: python -m tests.frozen"
+
+
+def test_readme_lists_the_job_fields():
+    text = frozen.README.read_text(encoding="utf-8")
+    assert frozen.section(text, "job") == frozen.job_table(), "meant? then: python -m tests.frozen"
+    assert len(frozen.job_fields()) <= 40
+
+
+def test_every_exit_code_is_documented():
+    readme = frozen.README.read_text(encoding="utf-8")
+    help_page = frozen.HELP.read_text(encoding="utf-8")
+    for code in {0, *frozen.exit_codes()}:
+        assert re.search(rf"^ +{code}  \S", help_page, re.MULTILINE), code
+        assert re.search(rf"^\| {code} \| ", readme, re.MULTILINE), code
+
+
+def test_readme_lists_the_shard_platforms():
+    readme = frozen.README.read_text(encoding="utf-8")
+    for name, variables in _PLATFORMS.items():
+        assert all(f"`{variable}`" in readme for variable in filter(None, variables)), name
+
+
+@pytest.mark.parametrize("samples", ["list", "rows"])
+def test_readme_lists_the_output_columns(tmp_path, samples):
+    from batchinfer.io.rows import scan
+    from batchinfer.job.columns import output_layout
+    from tests.job.outputs import make_spec
+
+    write_input(tmp_path)
+    spec = make_spec(tmp_path, output={"token_ids": True, "samples": samples}, sampling={"n": 2, "logprobs": 1})
+    layout = output_layout(spec, scan(spec.input, spec.storage))
+    readme = frozen.README.read_text(encoding="utf-8")
+    for name in set(layout.schema.names) - set(layout.carried):
+        assert re.search(rf"^\| `{name}` \| ", readme, re.MULTILINE), name
+
+
+# -- a job from start to finish ------------------------------------------------------------------------------------
+
+
+def test_job_from_start_to_finish(job, tmp_path, capsys):
+    assert run("plan", job) == 0
+    assert "does not exist yet" in capsys.readouterr().out
+    assert run("--no-log-json", "run", job) == 0
+    out = capsys.readouterr().out
+    assert f"{ROWS} rows in" in out and f"batchinfer verify {tmp_path / 'out'}" in out
+    assert run("--no-log-json", "run", job) == 0
+    assert f"already complete: {ROWS} rows" in capsys.readouterr().out
+    assert run("plan", job) == 0
+    assert "3 of 3 chunks committed" in capsys.readouterr().out
+    for command in ("status", "verify", "show"):
+        for place in (job, tmp_path / "out"):
+            assert run(command, place) == 0, command
+    out = capsys.readouterr().out
+    assert "finished" in out and "no difference" in out and "question 0" in out
+    assert run("retry", job) == 0
+
+
+def test_json_logs(job, tmp_path, capsys):
+    assert run("--log-json", "run", job) == 0
+    captured = capsys.readouterr()
+    events = [json.loads(line) for line in captured.err.splitlines()]
+    assert captured.out == ""
+    assert events[-1]["message"] == "done" and events[-1]["complete"] is True
+    assert events[-1]["output"] == str(tmp_path / "out")
+
+
+def test_settings_and_limit(job, tmp_path):
+    other = tmp_path / "other"
+    assert run("run", job, "--set", f"output.path={other}", "--set", "output.format=jsonl", "--limit", 7) == 0
+    rows = [json.loads(line) for part in (other / "parts").iterdir() for line in part.read_text().splitlines()]
+    assert len(rows) == 7 and not (tmp_path / "out").exists()
+
+
+def test_rehearsal_leaves_the_real_output_alone(job, tmp_path):
+    values = yaml.safe_load(job.read_text()) | {"model": "some-org/some-model"}
+    values["output"]["path"] += "/"
+    job.write_text(yaml.safe_dump(values))
+    assert run("run", job, "--rehearse") == 0
+    assert not (tmp_path / "out").exists()
+    assert output_rows(tmp_path / "out-rehearsal") == ROWS
+
+
+def test_shards_share_the_work(job, tmp_path, monkeypatch, capsys):
+    assert run("run", job, "--shard", "0/2") == 0
+    assert output_rows(tmp_path / "out") == 20
+    assert run("status", job, "--shards", 2) == 0
+    status = capsys.readouterr().out
+    assert "shard 0/2  2 of 2" in status and "shard 1/2  0 of 1" in status and "not finished" in status
+    assert run("verify", job) == 1
+    assert "rows 10-19 have no output" in capsys.readouterr().out
+    monkeypatch.setenv(OUR_INDEX, "1")
+    monkeypatch.setenv(OUR_COUNT, "2")
+    assert run("run", job) == 0
+    assert run("verify", job) == 0
+
+
+def test_platform_variables(job, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "2")
+    assert run("run", job) == 64
+    assert OUR_COUNT in capsys.readouterr().err
+    monkeypatch.setenv(OUR_COUNT, "3")
+    assert run("run", job) == 0
+    assert output_rows(tmp_path / "out") == 10
+
+
+def test_spool_dir(job, tmp_path):
+    assert run("run", job, "--spool-dir", tmp_path / "spool") == 0
+    assert (tmp_path / "spool").is_dir()
+
+
+# -- mistakes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["rnu"], "Did you mean 'run'?"),
+        (["run", "JOB", "--limt", "3"], "--limit"),
+        (["run"], "JOB.yaml"),
+        (["run", "JOB", "--limit", "many"], "--limit"),
+        (["run", "JOB", "--log-level", "debug"], "batchinfer --log-level debug run"),
+        (["--log-level", "loud", "run", "JOB"], "'loud' is none of debug"),
+        (["run", "JOB", "--set", "seed"], "must be KEY=VALUE"),
+        (["run", "JOB", "--shard", "3"], "must be INDEX/COUNT"),
+        (["run", "JOB", "--shard", "3/3"], "does not exist"),
+        (["status", "OUT", "--set", "seed=1"], "storage.endpoint"),
+        (["status", "OUT", "--set", "storage.anonymous=perhaps"], "storage"),
+        (["show", "OUT", "--row", "-1"], "--row"),
+    ],
+)
+def test_wrong_usage(job, tmp_path, capsys, arguments, message):
+    places = {"JOB": str(job), "OUT": str(tmp_path / "out")}
+    assert run("--no-log-json", *(places.get(argument, argument) for argument in arguments)) == 64
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.startswith("error: ") and "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize(
+    ("settings", "code", "message"),
+    [
+        (["engine.max_num_sqes=4"], 78, "did you mean 'max_num_seqs'?"),
+        (["sampling.temprature=1"], 78, "did you mean 'temperature'?"),
+        (["prompt.template={{ txet }}"], 78, "'txet' is not in"),
+        (["input.path=/nowhere/*.parquet"], 66, "/nowhere/*.parquet"),
+        (["model=/no/such/model"], 69, "/no/such/model"),
+        (["seed=[1"], 78, "seed"),
+        (["input.columns=[id, row]"], 78, "'row'"),
+    ],
+)
+def test_mistakes_in_a_job(job, capsys, settings, code, message):
+    arguments = [part for setting in settings for part in ("--set", setting)]
+    assert run("--no-log-json", "run", job, *arguments) == code
+    captured = capsys.readouterr()
+    assert message in captured.err and "Traceback" not in captured.err
+    assert run("plan", job, *arguments) == code
+
+
+def test_missing_job_file(tmp_path, capsys):
+    assert run("run", tmp_path / "nothing.yaml") == 78
+    assert "nothing.yaml" in capsys.readouterr().err
+
+
+def test_output_of_another_job(job, capsys):
+    assert run("run", job) == 0
+    capsys.readouterr()
+    assert run("--no-log-json", "run", job, "--set", "seed=5") == 73
+    assert "seed: was 0, is 5" in capsys.readouterr().err
+    assert run("plan", job, "--set", "seed=5") == 73
+    assert "exists and belongs to another job" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["status", "verify", "show"])
+def test_output_that_is_not_there(tmp_path, command, capsys):
+    assert run(command, tmp_path / "nothing") == 66
+    assert "no job has written there" in capsys.readouterr().err
+
+
+def test_error_in_json_logs(tmp_path, capsys):
+    assert run("--log-json", "run", tmp_path / "nothing.yaml") == 78
+    event = json.loads(capsys.readouterr().err.splitlines()[-1])
+    assert (event["level"], event["error"], event["exit_code"]) == ("error", "SpecError", 78)
+
+
+def test_too_many_row_errors(job, capsys):
+    arguments = ["--set", "prompt.template={{ text.missing.attribute }}", "--set", "errors.max=3"]
+    assert run("--no-log-json", "run", job, *arguments) == 10
+    assert "errors.max" in capsys.readouterr().err
+
+
+def test_a_bug_is_told_from_a_mistake(job, capsys, monkeypatch):
+    monkeypatch.setattr("batchinfer.job.run.run_job", lambda *_, **__: {}["gone"])
+    assert run("run", job) == 70
+    err = capsys.readouterr().err
+    assert "KeyError" in err and "Traceback" in err and "Please report" in err
+
+
+# -- as a process --------------------------------------------------------------------------------------------------
+
+
+def test_reader_that_goes_away(job):
+    """`batchinfer verify OUTPUT | true` keeps its exit code, and prints no traceback."""
+    assert run("run", job, "--shard", "0/2") == 0
+    for command, code in (("verify", 1), ("show", 0)):
+        reading, writing = os.pipe()
+        os.close(reading)
+        result = subprocess.run([*CLI, command, str(job)], stdout=writing, stderr=subprocess.PIPE, text=True)
+        os.close(writing)
+        assert result.returncode == code
+        assert "Traceback" not in result.stderr and "BrokenPipe" not in result.stderr
+
+
+def test_plain_locale(tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"text": "für 日本"}\n')
+    values = {"model": "fake", "input": {"path": str(tmp_path / "in.jsonl")}, "prompt": {"template": "{{ text }}"}}
+    job = tmp_path / "job.yaml"
+    job.write_text(yaml.safe_dump({**values, "output": {"path": str(tmp_path / "out")}}))
+    assert run("run", job) == 0
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    result = subprocess.run([*CLI, "show", str(job)], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0 and "f\\xfcr" in result.stdout
+
+
+def test_sigterm_drains(job, tmp_path):
+    slow = ["--set", "fake.step_s=0.5", "--set", "fake.answer_tokens=400"]
+    command = [*CLI, "--log-json", "run", str(job), *slow]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("BATCHINFER_")}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    assert process.stderr is not None
+    while "phase: running" not in process.stderr.readline():
+        assert process.poll() is None
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 33, err
+    assert json.loads((tmp_path / "out" / "report.json").read_bytes())["outcome"] == "drained"
