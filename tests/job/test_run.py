@@ -1,5 +1,6 @@
 """The whole job over the fake model, on local disk and on a store in memory."""
 
+import contextlib
 import json
 import random
 
@@ -29,8 +30,16 @@ def test_every_row_has_one_result_and_the_input_columns(tmp_path):
     assert [row["response"] for row in rows] == [f"row {n}!" for n in range(10)]
     assert {row["status"] for row in rows} == {"ok"}
     assert rows[0] | {"id": 0} == {
-        "id": 0, "text": "row 0", "row": 0, "response": "row 0!", "finish_reason": "stop", "prompt_tokens": 3,
-        "completion_tokens": 2, "status": "ok", "error_type": None, "error": None,
+        "id": 0,
+        "text": "row 0",
+        "row": 0,
+        "response": "row 0!",
+        "finish_reason": "stop",
+        "prompt_tokens": 3,
+        "completion_tokens": 2,
+        "status": "ok",
+        "error_type": None,
+        "error": None,
     }
     assert report.outcome == "done" and report.complete and report.totals["rows"] == 10
     saved = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -122,9 +131,8 @@ def test_a_bad_row_ends_alone(tmp_path):
     run(job(tmp_path, sampling={"column": "over"}), ScriptedLLM())
     rows = rows_of_output(tmp_path / "out")
     assert [row["status"] for row in rows] == ["ok", *["error"] * 5]
-    assert [row["error_type"] for row in rows[1:]] == [*["invalid_input"] * 2, "bad_parameters", "invalid_input"] + [
-        "bad_parameters"
-    ]
+    kinds = ["invalid_input", "invalid_input", "bad_parameters", "invalid_input", "bad_parameters"]
+    assert [row["error_type"] for row in rows[1:]] == kinds
     assert "null" in rows[1]["error"] and "empty" in rows[2]["error"] and "temperature" in rows[3]["error"]
     assert rows[1]["response"] is None and rows[1]["finish_reason"] is None
 
@@ -132,7 +140,7 @@ def test_a_bad_row_ends_alone(tmp_path):
 def test_errors_max_stops_early_and_can_be_raised(tmp_path):
     write_parquet(tmp_path / "in.parquet", 40)
     failing = ScriptedLLM(lambda prompt: InvalidInput("no") if prompt.index % 2 else None)
-    with pytest.raises(TooManyRowErrors, match="errors.max is 3"):
+    with pytest.raises(TooManyRowErrors, match=r"errors\.max is 3"):
         run(job(tmp_path, errors={"max": 3}), failing)
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["outcome"] == "too_many_errors" and report["exit_code"] == 10
@@ -141,7 +149,7 @@ def test_errors_max_stops_early_and_can_be_raised(tmp_path):
     again = ScriptedLLM(failing.answer)
     run(job(tmp_path, errors={"max": 20}), again)
     assert len(again.seen) < 40  # what was finished is not run again
-    with pytest.raises(TooManyRowErrors, match="20 of 40 rows failed.*complete"):
+    with pytest.raises(TooManyRowErrors, match=r"20 of 40 rows failed.*complete"):
         run(job(tmp_path, errors={"max": 19}), again)
 
 
@@ -278,10 +286,8 @@ def test_crashes_of_one_of_several_workers(crash_job, crash_at, shards, data):
     order = data.draw(st.permutations(range(shards)))
     for index in order:
         store = MemoryStore(objects, crash_at if index == 0 else None, data.draw(st.booleans()))
-        try:
+        with contextlib.suppress(StorageError):
             run(spec, ScriptedLLM(), store, shard=Shard(index, shards, "test"))
-        except StorageError:
-            pass
     last = MemoryStore(objects)
     run(spec, ScriptedLLM(), last)
     assert final(last) == whole
@@ -313,4 +319,3 @@ def test_sampling_column_and_per_row_errors_of_type(tmp_path):
     llm = ScriptedLLM()
     run(job(tmp_path, sampling={"column": "over"}), llm)
     assert [(p.params.temperature, p.params.top_k, p.params.max_tokens) for p in llm.seen] == [(0.5, 0, 8), (2.0, 3, 8)]
-    assert isinstance(BadParameters("x"), Exception)
