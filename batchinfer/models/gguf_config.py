@@ -106,6 +106,7 @@ def _gemma(header: GGUFHeader, config: dict[str, Any], pattern: int, largest: in
     layers = config["num_hidden_layers"]
     scalar = config["hidden_size"] // config["num_attention_heads"] if layers == largest else config["head_dim"]
     return {
+        "hidden_act": "gelu_pytorch_tanh",
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": scalar,
         "sliding_window": _value(header, "attention.sliding_window", 4096),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +62,12 @@ _PRE = {name: splits for names, splits in _SPLITS.items() for name in names}
 _WHOLE_WORDS = frozenset({"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"})
 _WHOLE_WORDS |= {"tekken"}  # these look a word up before they merge, and begin with bos by default
 
-# what llama.cpp takes for the end of a turn by its spelling, whatever the metadata says
+# what llama.cpp takes for the end of a turn by its spelling, whatever the metadata says (without </s>, which it has for
+# the sake of one model: in Gemma's vocabulary that is the end of struck-out HTML)
 _END_NAMES = frozenset(
     {
         *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>"),
-        *("<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>", "</s>", "<eos>"),
+        *("<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>"),
         "<｜end▁of▁sentence｜>",
     }
 )
@@ -159,9 +161,12 @@ def _merges(tokens: list[str], types: list[int], scores: list[float]) -> list[tu
     for token, kind, score in zip(tokens, types, scores, strict=False):
         if kind in (_CONTROL, _UNKNOWN, _BYTE, _USER_DEFINED):
             continue
-        halves = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
-        ranked.extend((-score, pair) for pair in halves if pair[0] in vocab and pair[1] in vocab)
-    ranked.sort(key=lambda entry: (entry[0], -len(entry[1][0])))
+        ranked.extend(
+            (-score, (token[:cut], token[cut:]))
+            for cut in range(len(token) - 1, 0, -1)
+            if token[:cut] in vocab and token[cut:] in vocab
+        )
+    ranked.sort(key=itemgetter(0))  # stable: of one token the split with the longest first half comes first
     return [pair for _, pair in ranked]
 
 
