@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from batchinfer.job.report import Progress, Report, Snapshot
 
-_WINDOW_S = 15.0
+_WINDOW_S = 30.0
 _LOG_EVERY_S = 10.0
 _BAR_CELLS = 24
 
