@@ -83,9 +83,10 @@ def _hash(path: Path) -> str:
 class Committer:
     """Commits chunks in the background. The queue is bounded by the window of open chunks, which `done` reopens."""
 
-    def __init__(self, writer: PartWriter, done: Callable[[CommitRecord], None]) -> None:
+    def __init__(self, writer: PartWriter, done: Callable[[CommitRecord], None], failed: Callable[[], None]) -> None:
         self._writer = writer
         self._done = done
+        self._on_failure = failed
         self._queue: queue.Queue[int | None] = queue.Queue()
         self._error: BaseException | None = None
         self._closed = False
@@ -125,3 +126,4 @@ class Committer:
                 self._done(self._writer.commit(chunk))
             except BaseException as error:
                 self._error = error
+                self._on_failure()

@@ -25,7 +25,7 @@ from batchinfer.job.columns import Layout
 from batchinfer.spec import JobSpec
 
 PLAN = "plan.json"
-CHUNK_BYTES = 64 << 20  # a chunk's rows are held in memory while its part is built
+CHUNK_BYTES = 32 << 20  # a few chunks are in memory at once: read ahead, made into prompts, built into parts
 _EXPANSION = {"parquet": 4, ".gz": 6, ".zst": 6}  # text against its compressed size, roughly
 
 
@@ -118,7 +118,10 @@ def make_plan(
 ) -> JobPlan:
     """`identities`: hashes of model and tokenizer. `taken`: how many rows of each file the job covers."""
     parts = prints.fingerprint(spec, layout, identities, _files_hash(inputs))
-    sizes = tuple(_rows_per_chunk(file, spec.output.chunk_rows) for file in inputs.files)
+    # with a limit, `file.rows` says little of how large a row is
+    sized = spec.input.limit is None or spec.input.where is not None
+    asked = spec.output.chunk_rows
+    sizes = tuple(_rows_per_chunk(file, asked) if sized else asked for file in inputs.files)
     return JobPlan(inputs, sizes, taken, parts)
 
 
@@ -160,6 +163,8 @@ def check_columns(needed: Mapping[str, frozenset[str]], inputs: Inputs) -> None:
 def check_type(key: str, column: str, inputs: Inputs, allowed: str) -> None:
     """Refuse a column whose every row would fail. `allowed`: letters of t(ext), i(d list), l(ist), m(apping)."""
     kind = inputs.schema.field(column).type
+    if pa.types.is_null(kind) and "m" in allowed:
+        return  # no row has an override
     if pa.types.is_null(kind):
         raise InputError(f"{key}: column {column!r} of {inputs.files[0].url} holds nothing but nulls")
     listed = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)

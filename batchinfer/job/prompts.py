@@ -102,6 +102,8 @@ class RowPrompts:
                 content, params = self._request(row, defaults)
             except RowError as problem:
                 yield RowPrompt(offset, None, None, problem)
+            except (TypeError, ValueError, OverflowError, RecursionError) as problem:
+                yield RowPrompt(offset, None, None, InvalidInput(f"cannot be read: {problem}"))
             else:
                 yield RowPrompt(offset, content, params, None)
 

@@ -53,13 +53,11 @@ def run_job(
     log.info("shard", index=shard.index, count=shard.count, source=shard.source)
     with state.reporting():
         work = begin(spec, state)
-        manifest = read_manifest(work.ledger.store) if is_finished(work.ledger.store) else None
-        if manifest is None:
-            run_pass(work, state, _open_chunks(work, state), lambda _: [])
-            state.clock.enter("finishing")
-            manifest = finalise(work.ledger, 0, state.committed)
-        else:
-            state.todo = Pass(0, [], [chunk for chunk in range(len(work.plan.chunks)) if shard.owns(chunk)])
+        manifest = read_manifest(work.ledger.store)  # of an earlier run, or of a retry pass
+        run_pass(work, state, _open_chunks(work, state), lambda _: [])
+        state.clock.enter("finishing")
+        if manifest is None or not is_finished(work.ledger.store):
+            manifest = finalise(work.ledger, manifest["pass"] if manifest is not None else 0, state.committed)
         state.manifest = manifest
         judge(state)
     return state.report(None)
@@ -94,13 +92,14 @@ def run_pass(work: Work, state: RunState, todo: Pass, kept: Recover) -> None:
         spool = stack.enter_context(closing(Spool(worker.spool_dir)))
         salvage = Salvage(work.ledger.store, spool, worker.shard, work.plan.digest, todo.number)
         salvage.load(set(todo.chunks))
+        window = Window(open_rows(work.plan.chunk_rows, work.spec.engine.max_num_seqs))
         quiet = threading.Event()
-        worker.drain.on_request(lambda: _save(quiet, salvage, state))
+        worker.drain.on_request(lambda: _save(window, quiet, salvage, state))
         stack.enter_context(Repeat(worker.seams.salvage_every_s, salvage.save, "saving the salvage"))
         stack.enter_context(Repeat(_SHOW_EVERY_S, state.show, "showing progress"))
         state.clock.enter("running")
         try:
-            run_chunks(work, state, spool, lambda chunk: kept(chunk) + salvage.rows(chunk))
+            run_chunks(work, state, spool, window, lambda chunk: kept(chunk) + salvage.rows(chunk))
         except Drained:
             quiet.set()
             worker.drain.wait_saved()
@@ -114,18 +113,18 @@ def run_pass(work: Work, state: RunState, todo: Pass, kept: Recover) -> None:
             worker.drain.on_request(None)
 
 
-def run_chunks(work: Work, state: RunState, spool: Spool, recover: Recover) -> None:
+def run_chunks(work: Work, state: RunState, spool: Spool, window: Window, recover: Recover) -> None:
     """The outer loop: every completion into the spool, every complete chunk to the committer."""
     plan, tally, drain, llm = work.plan, state.tally, state.worker.drain, state.llm
     assert llm is not None
-    window = Window(open_rows(plan.chunk_rows, work.spec.engine.max_num_seqs))
 
     def done(record: CommitRecord) -> None:
         state.done(record)
         window.leave(plan.chunks[record.chunk].count)
 
     writer = PartWriter(work.ledger, work.layout, spool, state.todo.number, work.spec.model)
-    with closing(Committer(writer, done)) as committer:
+    # a commit that failed frees no window: closing it ends the stream of prompts, and with it the loop
+    with closing(Committer(writer, done, failed=window.close)) as committer:
         feed = Feed(plan, work.rows, work.layout, spool, window, recover, committer.submit, state.opened)
         prompts = feed.prompts(state.todo.chunks, work.spec.seed, llm.default_params, work.spec.storage)
         encoder = Encoder(work.layout)
@@ -140,6 +139,7 @@ def run_chunks(work: Work, state: RunState, spool: Spool, recover: Recover) -> N
         committer.finish(lambda: drain.requested)
     if len(state.committed) < len(state.todo.chunks):
         drain.check()
+        assert tally.too_many, "the engine ended before all rows were done"
         raise tally.refusal(tally.all_rows, tally.all_errors, complete=False)
 
 
@@ -167,8 +167,9 @@ def _open_chunks(work: Work, state: RunState) -> Pass:
     return Pass(0, [chunk for chunk in own if chunk not in done], before)
 
 
-def _save(quiet: threading.Event, salvage: Salvage, state: RunState) -> None:
+def _save(window: Window, quiet: threading.Event, salvage: Salvage, state: RunState) -> None:
     """On a request to stop. The loop is given a moment to stop by itself; if it hangs, what is there is saved."""
+    window.close()
     quiet.wait(_QUIET_S)
     try:
         salvage.save()

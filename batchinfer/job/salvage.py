@@ -17,6 +17,7 @@ from typing import Any
 import orjson
 import zstandard
 
+from batchinfer.errors import InputMissing
 from batchinfer.io.storage import Store
 from batchinfer.job.results import Row, decode, encode_row
 from batchinfer.job.shard import Shard
@@ -61,12 +62,12 @@ class Salvage:
         """Fetch the journals' rows of the `wanted` chunks into the spool directory."""
         for number, name in enumerate(self._store.find(SALVAGE)):
             packed, plain = self._spool.scratch(f"journal-{number}.zst"), self._spool.scratch(f"journal-{number}")
-            self._store.get_file(name, packed)
             try:
+                self._store.get_file(name, packed)
                 with explained(plain), packed.open("rb") as source, plain.open("wb") as target:
                     zstandard.ZstdDecompressor().copy_stream(source, target)
                 self._split(plain, wanted)
-            except (zstandard.ZstdError, ValueError, KeyError, TypeError) as error:
+            except (InputMissing, zstandard.ZstdError, ValueError, KeyError, TypeError) as error:
                 log.warning(
                     "salvage ignored: its rows will be computed again", file=f"{self._store.url}/{name}", why=str(error)
                 )

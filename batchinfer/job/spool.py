@@ -87,9 +87,8 @@ class Spool:
 
     def lines(self, chunk: int) -> bytes:
         """All finished rows of an open chunk so far, a line each."""
-        with self._lock:
+        with self._lock, explained(self.path):  # while it is read, nobody drops it
             self._flush(chunk, self._open[chunk])
-        with explained(self.path):
             return self._rows(chunk).read_bytes()
 
     def carried(self, chunk: int) -> pa.Table:
@@ -109,7 +108,9 @@ class Spool:
 
     def finished(self) -> Iterator[tuple[int, bytes]]:
         """The finished rows of every open chunk that has some, for the salvage."""
-        for chunk in sorted(self._open):
+        with self._lock:
+            chunks = sorted(self._open)
+        for chunk in chunks:
             with contextlib.suppress(KeyError):  # committed meanwhile
                 lines = self.lines(chunk)
                 if lines:

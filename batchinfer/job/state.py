@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from batchinfer.errors import Drained
+from batchinfer.errors import Drained, StorageError
 from batchinfer.io.fetch import ModelFiles
 from batchinfer.io.storage import Store
 from batchinfer.job.drain import Drain
@@ -21,6 +21,8 @@ from batchinfer.job.shard import Shard
 from batchinfer.llm import LLM
 from batchinfer.log import log
 from batchinfer.spec import JobSpec
+
+_LAST_WORD_S = 5.0  # for a report to a store that has just failed for a minute
 
 
 def load_llm(spec: JobSpec, files: ModelFiles | None) -> LLM:
@@ -35,8 +37,8 @@ def open_store(spec: JobSpec) -> Store:
 class Seams:
     """What a test replaces: the store, the model, and how often the salvage is saved."""
 
-    open_store: Any = open_store
-    load_llm: Any = load_llm
+    open_store: Callable[[JobSpec], Store] = open_store
+    load_llm: Callable[[JobSpec, ModelFiles | None], LLM] = load_llm
     salvage_every_s: float = 30.0
 
 
@@ -184,10 +186,13 @@ class RunState:
     def write_report(self, error: BaseException | None) -> None:
         if self.work is None:
             return
+        store = self.work.ledger.store
+        if isinstance(error, StorageError):
+            store.retry.total_s = _LAST_WORD_S
         try:
-            write_report(self.report(error), self.work.ledger.store, self.worker.shard)
+            write_report(self.report(error), store, self.worker.shard)
         except Exception as problem:
-            log.warning("the report could not be written", output=self.work.ledger.store.url, error=str(problem))
+            log.warning("the report could not be written", output=store.url, error=str(problem))
 
     def _covered(self, chunks: list[int]) -> int:
         return sum(self.work.plan.chunks[chunk].count for chunk in chunks) if self.work is not None else 0

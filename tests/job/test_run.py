@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 
 from batchinfer.errors import (
     EngineFailure,
+    InputError,
     InputMissing,
     InvalidInput,
     OutputConflict,
     StorageError,
     TooManyRowErrors,
 )
+from batchinfer.job.retry import retry_job
 from batchinfer.job.shard import Shard
 from tests.job.doubles import MemoryStore, ScriptedLLM, job, rows_of_output, run, snapshot, write_parquet
 
@@ -319,3 +321,45 @@ def test_sampling_column_and_per_row_errors_of_type(tmp_path):
     llm = ScriptedLLM()
     run(job(tmp_path, sampling={"column": "over"}), llm)
     assert [(p.params.temperature, p.params.top_k, p.params.max_tokens) for p in llm.seen] == [(0.5, 0, 8), (2.0, 3, 8)]
+
+
+@pytest.mark.timeout(60)
+def test_a_failed_commit_ends_a_job_whose_window_is_full(tmp_path):
+    """Nothing leaves the window any more: waiting for it would be for ever."""
+    write_parquet(tmp_path / "in.parquet", 12000)
+
+    class Dying(MemoryStore):
+        def put_file(self, name, local):
+            raise StorageError("gone")
+
+    for llm in (ScriptedLLM(), None):
+        with pytest.raises(StorageError, match="gone"):
+            run(job(tmp_path, output={"chunk_rows": 100}), llm, Dying())
+
+
+def test_a_run_over_an_output_whose_retry_broke_off_at_its_end(tmp_path):
+    """Manifest of pass 1 written, _SUCCESS not: the run finishes that pass, it does not go back to pass 0."""
+    write_parquet(tmp_path / "in.parquet", 10)
+    store = MemoryStore()
+    run(job(tmp_path), ScriptedLLM(lambda prompt: EngineFailure("x") if prompt.index == 3 else None), store)
+    run(job(tmp_path), ScriptedLLM(), store, retry_job)
+    done = dict(store.objects)
+    store.objects["_SUCCESS"] = b"0" * 64
+    run(job(tmp_path), None, store)
+    assert {**store.objects, "report.json": b""} == {**done, "report.json": b""}
+
+
+def test_a_file_that_changes_while_it_is_read(tmp_path):
+    write_parquet(tmp_path / "in.parquet", 12000)
+
+    class Meddling(ScriptedLLM):
+        def run(self, prompts):
+            for completion in super().run(prompts):
+                if completion.index == 5:
+                    write_parquet(tmp_path / "in.parquet", 12001)
+                yield completion
+
+    with pytest.raises(InputError, match=r"in\.parquet: changed while it was read"):
+        run(job(tmp_path, output={"chunk_rows": 500}), Meddling())
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert (report["outcome"], report["exit_code"]) == ("failed", 65)
