@@ -228,16 +228,16 @@ def test_bytes_and_their_special_tokens() -> None:
 
 
 def test_encoding_does_not_hold_the_gil(tmp_path: Path) -> None:
-    """Tokenizing runs ahead of the engine in a thread: the engine's thread must get its turns."""
+    """Tokenizing runs ahead of the engine in a thread: the engine's thread must get its turns meanwhile."""
     tokenizer = load_tokenizer(save(tmp_path / "m", byte_level()))
     texts = ["The quick brown fox 3.14159 " * 20_000] * 4
     worker = threading.Thread(target=tokenizer.encode_batch, args=(texts, False))
-    start, turns = time.perf_counter(), 0
+    turns = 0
     worker.start()
     while worker.is_alive():
         time.sleep(0.001)
         turns += 1
-    assert turns >= (time.perf_counter() - start) / 0.1  # a turn in a tenth of a second at the very least
+    assert turns > 10  # one or two if it were held
 
 
 def test_what_is_no_tokenizer(tmp_path: Path) -> None:
