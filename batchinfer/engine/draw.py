@@ -29,8 +29,11 @@ _SCALE_BITS = 40  # with up to 2^22 tokens, a row's sum stays below 2^63
 _SCALE = float(1 << _SCALE_BITS)
 _BLOCK = 128  # tokens that the draw from a whole vocabulary searches one by one
 _COLUMN = 32  # tokens that argmax searches one by one
-_CANDIDATES = (64, 256)  # best tokens to look at first; beyond the last, sorting the row is cheaper
-_CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}  # of temporaries at once: what a core's cache holds; a memory bound
+_CANDIDATES = (64, 256)  # best tokens to look at, then more; beyond the last, sorting the row is cheaper
+# elements of temporaries at once: on CPUs what a core's cache holds, elsewhere a bound on memory
+_DRAW_ELEMENTS = {"cpu": 1 << 19}
+_SUM_ELEMENTS = {"cpu": 1 << 17}
+_MOST_ELEMENTS = 1 << 26
 
 Ints = npt.NDArray[np.int64]
 
@@ -67,20 +70,17 @@ def draw(logits_NV: Tensor, rows_R: Ints, filters: Filters) -> Tensor:
     tokens_R = torch.empty(len(rows_R), dtype=torch.int64, device=logits_NV.device)
     limited_R = (filters.top_k_R > 0) & (filters.top_k_R < vocab)
     filters = filters._replace(top_k_R=np.where(limited_R, filters.top_k_R, 0))
-    nucleus_R = filters.top_p_R < 1
     # a few more candidates than top_k, so that ties with the last one kept are nearly always among them
-    needed_R = np.where(limited_R, filters.top_k_R + filters.top_k_R // 8 + 8, np.where(nucleus_R, _CANDIDATES[-1], 0))
-    unsolved = [np.nonzero(needed_R > _CANDIDATES[-1])[0]]
-    low = 0
+    needed_R = np.where(limited_R, filters.top_k_R + filters.top_k_R // 8 + 8, filters.top_p_R < 1)
+    open_R = needed_R > 0
     for size in _CANDIDATES:
-        for chunk in _chunks(np.nonzero((needed_R > low) & (needed_R <= size))[0], logits_NV):
+        for chunk in _chunks(np.nonzero(open_R & (needed_R <= size))[0], logits_NV):
             some = _take(filters, chunk, logits_NV.device)
             drawn_R, solved_R = _draw_from_best(_select(logits_NV, rows_R[chunk]), min(size, vocab), some)
             tokens_R[some.place_R] = drawn_R
-            unsolved.append(chunk[~solved_R.cpu().numpy()])
-        low = size
-    for group, sort in ((np.concatenate(unsolved), True), (np.nonzero(needed_R == 0)[0], False)):
-        for chunk in _chunks(group, logits_NV):
+            open_R[chunk[solved_R.cpu().numpy()]] = False
+    for group_R, sort in ((open_R, True), (needed_R == 0, False)):
+        for chunk in _chunks(np.nonzero(group_R)[0], logits_NV):
             some = _take(filters, chunk, logits_NV.device)
             tokens_R[some.place_R] = _draw_from_all(_select(logits_NV, rows_R[chunk]), some, sort)
     return tokens_R
@@ -157,11 +157,7 @@ def ranked(logits_NV: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 def log_sum_exp(logits_NV: Tensor, largest_N: Tensor) -> Tensor:
     """float64 [N], bit for bit the same whatever other rows there are. `largest_N` is each row's maximum."""
-    sums = [
-        _weights(logits_NV[rows] - largest_N[rows, None]).sum(1)
-        for rows in _slices(len(logits_NV), logits_NV.shape[1], logits_NV.device)
-    ]
-    total_N = torch.cat(sums).double()
+    total_N = _sums(logits_NV, largest_N[:, None], None)[:, 0].double()
     return largest_N.double() + total_N.log() - _SCALE_BITS * math.log(2.0)
 
 
@@ -174,7 +170,7 @@ def _draw_from_best(logits_NV: Tensor, count: int, rows: _Rows) -> tuple[Tensor,
     scaled_NK = (values_NK - values_NK[:, :1]) / rows.temperature_R1
     weights_NK = _weights(scaled_NK.clone())
     unlimited_N1 = rows.top_k_R1 == 0
-    totals_N1 = _total(logits_NV, values_NK[:, :1], rows) if rows.needs_total else None
+    totals_N1 = _sums(logits_NV, values_NK[:, :1], rows) if rows.needs_total else None
     limit_N1, threshold_N1 = _thresholds(scaled_NK, weights_NK, rows, totals_N1)
     worst_N1 = scaled_NK[:, -1:]
     closed_N1 = (worst_N1 < threshold_N1) & (unlimited_N1 | (worst_N1 < limit_N1))
@@ -232,11 +228,17 @@ def _thresholds(scaled_NK: Tensor, weights_NK: Tensor, rows: _Rows, totals_N1: T
     return limit_N1, torch.where(rows.top_p_R1 < 1, lowest_N1, limit_N1)
 
 
-def _total(logits_NV: Tensor, largest_N1: Tensor, rows: _Rows) -> Tensor:
-    scaled_NV = (logits_NV - largest_N1).div_(rows.temperature_R1)
-    if rows.has_min_p:
-        scaled_NV.masked_fill_(scaled_NV < rows.log_min_p_R1, -math.inf)
-    return _weights(scaled_NV).sum(1, keepdim=True)
+def _sums(logits_NV: Tensor, largest_N1: Tensor, rows: _Rows | None) -> Tensor:
+    """The weight of each row's whole vocabulary, int64 [N, 1]: after temperature and min_p if `rows` is given."""
+    sums = []
+    for part in _slices(len(logits_NV), logits_NV, _SUM_ELEMENTS):
+        scaled_NV = logits_NV[part] - largest_N1[part]
+        if rows is not None:
+            scaled_NV.div_(rows.temperature_R1[part])
+            if rows.has_min_p:
+                scaled_NV.masked_fill_(scaled_NV < rows.log_min_p_R1[part], -math.inf)
+        sums.append(_weights(scaled_NV).sum(1, keepdim=True))
+    return torch.cat(sums)
 
 
 def _weights(scaled: Tensor) -> Tensor:
@@ -245,9 +247,8 @@ def _weights(scaled: Tensor) -> Tensor:
 
 
 def _targets(total_N1: Tensor, rows: _Rows) -> Tensor:
-    """A whole number in [0, total): rounding could reach the total itself."""
-    target_N1 = (rows.uniform_R1 * total_N1.double()).to(torch.int64)
-    return torch.minimum(target_N1, total_N1 - 1)
+    """Whole numbers in [0, total): of a number of at most 1 - 2^-53 the product rounds below the total."""
+    return (rows.uniform_R1 * total_N1.double()).to(torch.int64)
 
 
 def _search(sums_NK: Tensor, targets_N1: Tensor) -> Tensor:
@@ -289,11 +290,11 @@ def _take(filters: Filters, chunk: Ints, device: torch.device) -> _Rows:
 
 
 def _chunks(rows: Ints, logits_NV: Tensor) -> Iterator[Ints]:
-    for part in _slices(len(rows), logits_NV.shape[1], logits_NV.device):
+    for part in _slices(len(rows), logits_NV, _DRAW_ELEMENTS):
         yield rows[part]
 
 
-def _slices(rows: int, vocab: int, device: torch.device) -> Iterator[slice]:
-    size = max(1, _CHUNK_ELEMENTS.get(device.type, 1 << 26) // vocab)
-    for start in range(0, rows, size):
+def _slices(count: int, logits_NV: Tensor, elements: dict[str, int]) -> Iterator[slice]:
+    size = max(1, elements.get(logits_NV.device.type, _MOST_ELEMENTS) // logits_NV.shape[1])
+    for start in range(0, count, size):
         yield slice(start, start + size)

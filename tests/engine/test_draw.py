@@ -122,6 +122,7 @@ def mixed_batch(vocab=5003, rows=96):
     logits = (generator.standard_normal((rows, vocab)) * generator.uniform(0.1, 6, (rows, 1))).astype(np.float32)
     # ties everywhere in a third of the rows, as 16-bit logits have them
     logits[::3] = torch.from_numpy(logits[::3]).bfloat16().float().numpy()
+    logits[1::6] = logits[1::6].round()
     some = filters(
         rows,
         temperature=generator.uniform(0.2, 3, rows),
@@ -163,7 +164,7 @@ def test_candidates_and_the_whole_vocabulary_draw_the_same(monkeypatch):
     """The short way and the long way must agree bit for bit, or a row's token would depend on its neighbours."""
     logits, some = mixed_batch()
     short = draw(logits, all_rows(logits), some)
-    monkeypatch.setattr("batchinfer.engine.draw._CANDIDATES", (0, 1))
+    monkeypatch.setattr("batchinfer.engine.draw._CANDIDATES", ())
     assert torch.equal(draw(logits, all_rows(logits), some), short)
 
 
@@ -178,12 +179,20 @@ def test_extreme_uniforms_stay_inside_what_is_kept(case, uniform):
     assert token == (inside[0] if uniform == 0.0 else inside[-1])
 
 
+def test_the_largest_uniform_of_a_large_flat_row():
+    """The product with a sum beyond 2^53 rounds up to the sum itself."""
+    assert draw(torch.zeros(1, 50_000), np.array([0]), filters(1, uniform=1 - 2.0**-53)).tolist() == [49_999]
+
+
 def test_ties_with_the_last_one_kept_are_kept():
     logits = torch.zeros(3000, 500)
     uniform = np.random.default_rng(5).random(3000)
     for case in ({"top_k": 3}, {"top_p": 0.1}, {"min_p": 1.0}):
         tokens = draw(logits, all_rows(logits), filters(3000, uniform=uniform, **case))
         assert len(tokens.unique()) > 450
+    # what top_p is a share of is all that top_k keeps, not only as many of the equals as were looked at
+    logits[:, 1:] -= 3
+    assert len(draw(logits, all_rows(logits), filters(3000, top_k=4, top_p=0.2, uniform=uniform)).unique()) > 450
 
 
 def test_masked_and_extreme_logits():
@@ -199,6 +208,8 @@ def test_argmax_and_largest_agree_with_torch(vocab):
     logits = torch.randn(40, vocab, generator=generator)
     logits[10:] = logits[10:].bfloat16().float()
     logits[39] = 0.0
+    for row in range(10):  # the largest at two places
+        logits[row, torch.randint(0, vocab, (2,), generator=generator)] = 9.0
     values, ids = argmax(logits)
     assert torch.equal(ids, logits.argmax(1)) and torch.equal(values, logits.amax(1))
     for count in {1, min(20, vocab), min(64, vocab), vocab}:

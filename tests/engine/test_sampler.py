@@ -130,13 +130,20 @@ def naive_sample(logits: np.ndarray, one: Request, output: list[int]) -> tuple[i
 
 @pytest.mark.parametrize("vocab", [11, 60, 1500])
 def test_random_requests_equal_the_naive_sampler(vocab):
-    """Everything at once, for 12 steps, so that counts, tails and min_tokens move. Exact up to float32's rounding."""
+    """Everything at once, for 12 steps, so that counts, tails and min_tokens move, and seats change hands.
+
+    Exact up to float32's rounding.
+    """
     generator = np.random.default_rng(vocab)
     batch = Batch([random_request(generator, vocab) for _ in range(64)], vocab)
     differ = compared = 0
     for _ in range(12):
         # coarse logits: greedy rows see no near ties that float32 arithmetic could turn around
         logits = torch.from_numpy(generator.permuted(np.tile(np.linspace(-6, 6, vocab), (64, 1)), axis=1)).float()
+        for number in np.nonzero(generator.random(64) < 0.15)[0].tolist():
+            batch.requests[number] = random_request(generator, vocab)
+            batch.outputs[number] = generator.integers(0, vocab, generator.integers(0, 4)).tolist()
+            batch.join(number)
         before = [list(output) for output in batch.outputs]
         result = batch.step(logits)
         for number, one in enumerate(batch.requests):
@@ -308,6 +315,24 @@ def test_a_seat_forgets_who_had_it_before():
         sampler.join(Join(1, request(SamplingParams(temperature=0.0)), ()))
         result = sampler.sample(logits.clone(), seat, position)
         assert result.tokens == [int(logits.argmax())] and result.logprobs is None and result.failed is None
+
+
+def test_neighbours_with_edits_do_not_wake_what_a_seat_forgot():
+    plain, special = SamplingParams(temperature=0.0), SamplingParams(temperature=0.0, logit_bias={7: 100.0})
+    batch = Batch([request(special), request(special)], 20)
+    logits = torch.arange(20).float().expand(2, -1)
+    assert batch.step(logits).tokens == [7, 7]
+    batch.requests[0] = request(plain)
+    batch.join(0)
+    assert batch.step(logits).tokens == [19, 7]
+    # bad words do not match what the one before said on this seat
+    batch.requests[0] = request(plain, bad_words=((19, 19),))
+    batch.outputs[0] = [19]
+    batch.join(0)
+    assert batch.step(logits).tokens == [18, 7]
+    batch.outputs[0] = []
+    batch.join(0)
+    assert batch.step(logits).tokens == [19, 7]
 
 
 def test_min_tokens_hold_back_stop_tokens_until_then():
