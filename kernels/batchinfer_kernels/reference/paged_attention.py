@@ -53,7 +53,7 @@ def _attend(
     if soft_cap is None and bags is None:
         v_IKLD = _gather(cache[1], bucket, index, 1).to(q_IKXD.dtype)
         return F.scaled_dot_product_attention(q_IKXD, k_IKLD, v_IKLD, bucket.bias_I1XL, scale=scale)
-    score_IKXL = (q_IKXD @ k_IKLD.transpose(2, 3)).mul_(scale)
+    score_IKXL = (q_IKXD * scale) @ k_IKLD.transpose(2, 3)  # in this order no product overflows float16
     if soft_cap is not None:
         score_IKXL.div_(soft_cap).tanh_().mul_(soft_cap)
     if bucket.bias_I1XL is not None:
