@@ -177,13 +177,12 @@ class LLM:
     def _cut(self, prepared: Prepared, answer: Finished, text: str) -> str:
         if prepared.stop is None or answer.finish_reason != "stop" or answer.token_ids[-1] in answer.request.stop_ids:
             return text
-        start = 0
-        free = prepared.params.min_tokens - 1  # before this token a stop string does not count
-        if free > 0:
+        after = 0
+        early = prepared.params.min_tokens - 1  # a stop string that these tokens complete does not count
+        if early > 0:
             skip = prepared.params.skip_special_tokens
-            head = self._tokenizer.decode_batch([answer.token_ids[:free]], skip_special_tokens=skip)[0]
-            start = max(0, len(head) - max(map(len, prepared.params.stop)) + 1)
-        return text[:start] + prepared.stop.cut(text[start:])
+            after = len(self._tokenizer.decode_batch([answer.token_ids[:early]], skip_special_tokens=skip)[0])
+        return prepared.stop.cut(text, after)
 
     # -- construction -------------------------------------------------------------------------------------------
 

@@ -163,7 +163,7 @@ class Preparer:
                     key=mix(prompt.key if params.seed is None else params.seed & _MASK, sample),
                     stop_ids=stop_ids,
                     bad_words=bad_words,
-                    stop_check=stop.checker() if stop is not None else None,
+                    stop_check=stop.checker(params.min_tokens) if stop is not None else None,
                 )
             )
         return Prepared(prompt.index, ids, params, requests, stop)

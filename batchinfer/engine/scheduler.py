@@ -334,12 +334,7 @@ def _append(sequence: Sequence, token: int, logprob: TokenLogprob | None) -> Fin
         sequence.logprobs.append(logprob)
     if token in request.stop_ids:
         return "stop"
-    # a stop string counts only from min_tokens on, like the stop ids that the sampler masks until then
-    if (
-        request.stop_check is not None
-        and len(sequence.output) >= request.params.min_tokens
-        and request.stop_check(sequence.output)
-    ):
+    if request.stop_check is not None and request.stop_check(sequence.output):
         return "stop"
     return "length" if len(sequence.tokens) >= sequence.limit else None
 

@@ -21,13 +21,20 @@ class StopStrings:
         self._include = include
         self._skip_special_tokens = skip_special_tokens
 
-    def checker(self) -> StopCheck:
-        """A check for one sequence. Its cost per token does not grow with the sequence."""
-        return _Checker(self._stop, self._tokenizer.pieces(self._skip_special_tokens))
+    def checker(self, min_tokens: int = 0) -> StopCheck:
+        """A check for one sequence. Its cost per token does not grow with the sequence.
 
-    def cut(self, text: str) -> str:
-        """`text` up to the first stop string, or through it; all of it if none is there."""
-        ends = [(start + len(stop), start) for stop in self._stop if (start := text.find(stop)) >= 0]
+        A stop string that is complete before output token number `min_tokens` does not count.
+        """
+        return _Checker(self._stop, self._tokenizer.pieces(self._skip_special_tokens), min_tokens)
+
+    def cut(self, text: str, after: int = 0) -> str:
+        """`text` up to the first stop string that ends after character `after`, or through it; all if none does."""
+        ends = []
+        for stop in self._stop:
+            start = text.find(stop, max(0, after - len(stop) + 1))
+            if start >= 0:
+                ends.append((start + len(stop), start))
         if not ends:
             return text
         end, start = min(ends)
@@ -37,9 +44,10 @@ class StopStrings:
 class _Checker:
     """Keeps the end of the text, one character shorter than the longest stop string."""
 
-    def __init__(self, stop: tuple[str, ...], pieces: Pieces) -> None:
+    def __init__(self, stop: tuple[str, ...], pieces: Pieces, min_tokens: int) -> None:
         self._stop = stop
         self._pieces = pieces
+        self._min_tokens = min_tokens
         self._keep = max(map(len, stop)) - 1
         self._tail = ""
         self._seen = 0
@@ -47,11 +55,14 @@ class _Checker:
     def __call__(self, output_ids: list[int]) -> bool:
         pieces, found = self._pieces, False
         for token_id in output_ids[self._seen :]:
+            old = len(self._tail)
             text = self._tail + pieces.push(token_id)
-            whole = text + pieces.pending
-            found = found or any(stop in whole for stop in self._stop)
+            self._seen += 1
+            if self._seen >= self._min_tokens:
+                whole = text + pieces.pending
+                # only what this token completes: an earlier one may still stand in the tail
+                found = found or any(whole.find(stop, max(0, old - len(stop) + 1)) >= 0 for stop in self._stop)
             self._tail = text[-self._keep :] if self._keep else ""
-        self._seen = len(output_ids)
         return found
 
 

@@ -129,17 +129,16 @@ def test_abort_frees_everything() -> None:
     assert engine.scheduler.pool.num_free == 50
 
 
-def test_stop_check_and_min_tokens() -> None:
-    params = SamplingParams(temperature=0, min_tokens=3)
+def test_stop_check_sees_every_token_once() -> None:
     seen: list[int] = []
 
     def stop(output: list[int]) -> bool:
         seen.append(len(output))
-        return True
+        return len(output) == 3
 
     engine = Engine(Scheduler(BlockPool(9, 4), 2, 8), FakeRunner(FakeAnswer(9, 9, [5, 6], EOS)))
-    answers = run_all(engine, [Request(0, [1], params, 9, stop_check=stop)])
-    assert answers[0].finish_reason == "stop" and len(answers[0].token_ids) == 3 and seen == [3]
+    answers = run_all(engine, [Request(0, [1], SamplingParams(temperature=0), 9, stop_check=stop)])
+    assert answers[0].finish_reason == "stop" and len(answers[0].token_ids) == 3 and seen == [1, 2, 3]
 
 
 def test_fake_answers_depend_on_the_request_alone() -> None:
