@@ -27,11 +27,16 @@ def fingerprint(spec: JobSpec, layout: Layout, identities: Mapping[str, str], fi
     if spec.prompt is not None:
         parts |= _named("prompt", spec.prompt.model_dump(exclude_none=True))
     parts |= _named("sampling", spec.sampling)
-    parts |= _named("input", spec.input.model_dump(exclude_none=True, exclude={"path", "format"}))
+    parts |= input_parts(spec)
     parts |= _named("engine", spec.engine.model_dump(exclude_none=True, include={"dtype", "max_model_len"}))
     parts |= _named("output", spec.output.model_dump(include={"token_ids", "samples", "prefix", "chunk_rows"}))
     parts |= {"output.format": layout.format, "output.compression": layout.compression}
     return dict(sorted(parts.items()))
+
+
+def input_parts(spec: JobSpec) -> dict[str, str]:
+    """What decides which rows are read, besides the files themselves."""
+    return _named("input", spec.input.model_dump(exclude_none=True, exclude={"path"}))
 
 
 def digest(parts: Mapping[str, str]) -> str:

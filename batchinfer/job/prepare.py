@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from batchinfer.errors import InputMissing
 from batchinfer.io.fetch import ModelFiles, fetch_model
 from batchinfer.io.rows import Inputs, Span, scan, stream
+from batchinfer.io.source import Sources
 from batchinfer.io.storage import Store
 from batchinfer.job.columns import Layout, output_layout
+from batchinfer.job.fingerprint import input_parts
 from batchinfer.job.ledger import Ledger, save_spec
-from batchinfer.job.plan import JobPlan, make_plan, save_plan
+from batchinfer.job.plan import PLAN, JobPlan, load_plan, make_plan, save_plan
 from batchinfer.job.prompts import RowPrompts
 from batchinfer.log import log
 from batchinfer.spec import FAKE_MODEL, JobSpec
 
 _FILTER_ROWS = 1000  # read at once while `where` and `limit` are applied together
+_STAT_THREADS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,20 +47,22 @@ class Work:
     files: ModelFiles | None  # None for the fake model
 
 
-def draft_plan(spec: JobSpec, weights: bool = False) -> Draft:
+def draft_plan(spec: JobSpec, weights: bool = False, known: JobPlan | None = None) -> Draft:
     """Compile the templates, scan the inputs, check one against the other, and plan. Writes nothing.
 
     The model's files come last; without `weights` only its configuration and tokenizer are fetched, and the plan's
-    fingerprint may then lack them. Raises SpecError, InputError, InputMissing, ModelError.
+    fingerprint may then lack them. The scan of a `known` plan is used again if its files did not change.
+    Raises SpecError, InputError, InputMissing, ModelError.
     """
     rows = RowPrompts(spec)
-    inputs = scan(spec.input, spec.storage)
+    rescan = known is None or not _unchanged(spec, known)
+    inputs = scan(spec.input, spec.storage) if known is None or rescan else known.inputs
     if not any(file.rows for file in inputs.files):
         names = ", ".join(file.url for file in inputs.files[:3])
         raise InputMissing(f"input.path: no rows in {names}{' …' if len(inputs.files) > 3 else ''}")
     rows.check(inputs)
     layout = output_layout(spec, inputs)
-    taken = rows_taken(spec, rows, inputs)
+    taken = rows_taken(spec, rows, inputs) if known is None or rescan else known.taken
     files = None if spec.model == FAKE_MODEL else fetch_model(spec.model, spec.storage, weights)
     identities = {"model": files.identity if files is not None else FAKE_MODEL}
     if spec.tokenizer is not None:
@@ -66,8 +72,9 @@ def draft_plan(spec: JobSpec, weights: bool = False) -> Draft:
 
 def prepare(spec: JobSpec, open_store: Callable[[], Store]) -> Work:
     """Draft the plan and put it on storage, or agree with the one that is there. Raises OutputConflict as well."""
-    draft = draft_plan(spec, weights=True)
     store = open_store()
+    known = load_plan(store) if store.read(PLAN) is not None else None
+    draft = draft_plan(spec, weights=True, known=known)
     if not store.probe_conditional():
         log.warning(
             "this store does not refuse to replace an object: commits are checked and then written, so never let two "
@@ -102,3 +109,23 @@ def rows_taken(spec: JobSpec, rows: RowPrompts, inputs: Inputs) -> tuple[int, ..
     finally:
         batches.close()
     return tuple(counts)
+
+
+def _unchanged(spec: JobSpec, known: JobPlan) -> bool:
+    """Whether a plan reads the same rows of the same files: then nobody needs to count them again."""
+    asked = input_parts(spec)
+    if asked != {name: known.fingerprint.get(name) for name in asked}:
+        return False
+    sources = Sources(spec.storage)
+    urls = list(dict.fromkeys(url for pattern in spec.input.path for url in sources.expand(pattern)))
+    files = known.inputs.files
+    # the scan ended where the limit was full
+    ended_early = spec.input.limit is not None and spec.input.where is None and len(files) < len(urls)
+
+    def mark(url: str) -> tuple[str, int, str]:
+        with sources.open(url) as source:
+            return (url, *source.stat())
+
+    with ThreadPoolExecutor(_STAT_THREADS) as pool:
+        found = list(pool.map(mark, urls[: len(files)] if ended_early else urls))
+    return found == [(file.url, file.size, file.etag) for file in files]

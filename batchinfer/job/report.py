@@ -168,8 +168,9 @@ class Clock:
     def seconds(self) -> dict[str, float]:
         """Seconds of every phase so far, and in all."""
         now = time.monotonic()
-        ends = [*list(self._phases.values())[1:], now]
-        spent = {name: round(end - begin, 3) for (name, begin), end in zip(self._phases.items(), ends, strict=True)}
+        phases = list(self._phases.items())
+        ends = [*(begin for _, begin in phases[1:]), now]
+        spent = {name: round(end - begin, 3) for (name, begin), end in zip(phases, ends, strict=True)}
         return {**spent, "total": round(now - self._began, 3)}
 
 

@@ -29,7 +29,6 @@ from batchinfer.log import log
 from batchinfer.request import Completion
 from batchinfer.spec import JobSpec
 
-_SHOW_EVERY_S = 0.25
 _QUIET_S = 2.0  # how long the saving waits for the loop to stop, so that nothing finished is missed
 
 Recover = Callable[[int], list[Row]]
@@ -66,7 +65,6 @@ def run_job(
 def begin(spec: JobSpec, state: RunState) -> Work:
     """Plan, and agree with the plan on storage. From here on the output is ours and gets a report."""
     state.clock.enter("planning")
-    state.show()
     worker = state.worker
     work = worker.drain.call(lambda: prepare(spec, lambda: worker.seams.open_store(spec)))
     state.work = work
@@ -86,7 +84,6 @@ def run_pass(work: Work, state: RunState, todo: Pass, kept: Recover) -> None:
         return
     worker = state.worker
     state.clock.enter("loading")
-    state.show()
     state.llm = worker.drain.call(lambda: worker.seams.load_llm(work.spec, work.files))
     with ExitStack() as stack:
         spool = stack.enter_context(closing(Spool(worker.spool_dir)))
@@ -96,7 +93,6 @@ def run_pass(work: Work, state: RunState, todo: Pass, kept: Recover) -> None:
         quiet = threading.Event()
         worker.drain.on_request(lambda: _save(window, quiet, salvage, state))
         stack.enter_context(Repeat(worker.seams.salvage_every_s, salvage.save, "saving the salvage"))
-        stack.enter_context(Repeat(_SHOW_EVERY_S, state.show, "showing progress"))
         state.clock.enter("running")
         try:
             run_chunks(work, state, spool, window, lambda chunk: kept(chunk) + salvage.rows(chunk))

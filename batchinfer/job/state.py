@@ -12,6 +12,7 @@ from typing import Any
 from batchinfer.errors import Drained, StorageError
 from batchinfer.io.fetch import ModelFiles
 from batchinfer.io.storage import Store
+from batchinfer.job.background import Repeat
 from batchinfer.job.drain import Drain
 from batchinfer.job.ledger import CommitKey, CommitRecord
 from batchinfer.job.prepare import Work
@@ -22,6 +23,7 @@ from batchinfer.llm import LLM
 from batchinfer.log import log
 from batchinfer.spec import JobSpec
 
+_SHOW_EVERY_S = 0.25
 _LAST_WORD_S = 5.0  # for a report to a store that has just failed for a minute
 
 
@@ -170,7 +172,8 @@ class RunState:
         drain = self.worker.drain
         ending: BaseException | None = None
         try:
-            yield
+            with Repeat(_SHOW_EVERY_S, self.show, "showing progress"):
+                yield
         except BaseException as error:
             ending = error
             raise

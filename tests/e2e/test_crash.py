@@ -164,3 +164,24 @@ def test_the_response_of_every_commit_is_lost_once(tmp_path, table, seaweed, fau
     runs.finish()
     check(Store.open(url, seaweed.storage), seaweed.storage, whole)
     assert not [fault for fault in faults.faults if fault.times]
+
+
+@pytest.mark.timeout(120)
+def test_a_store_that_ignores_conditions_is_named_and_used(table, unconditional, whole, capsys):
+    values = job(table, f"{unconditional.bucket()}/out", unconditional.endpoint)
+    spec = parse_spec(values).model_copy(update={"storage": unconditional.storage})
+    run_job(spec)
+    assert "does not refuse to replace an object" in capsys.readouterr().err
+    assert final(Store.open(spec.output.path, spec.storage)) == whole
+
+
+@pytest.mark.parametrize(("change", "code", "words"), [("secret", 77, "secret"), ("bucket", 66, "no-such-bucket")])
+def test_mistakes_of_access_have_their_own_exit_codes(tmp_path, table, seaweed, change, code, words):
+    url = "s3://no-such-bucket" if change == "bucket" else seaweed.bucket()
+    env = {**seaweed.env, "AWS_SECRET_ACCESS_KEY": "wrong"} if change == "secret" else seaweed.env
+    runs = Job(tmp_path, job(table, f"{url}/out", seaweed.endpoint), env)
+    process = runs.start()
+    process.join(60)
+    said = runs.log.read_text()
+    assert process.exitcode == code, said[-2000:]
+    assert words in said.lower() and "Traceback" not in said

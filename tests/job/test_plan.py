@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchinfer.errors import InputMissing, OutputConflict, SpecError
-from batchinfer.io.rows import InputFile, Inputs
+from batchinfer.io.rows import InputFile, Inputs, scan
 from batchinfer.job.ledger import CommitRecord, Ledger, open_output, save_spec
 from batchinfer.job.plan import CHUNK_BYTES, JobPlan, load_plan, make_plan, save_plan
 from batchinfer.job.prepare import draft_plan
@@ -147,3 +147,29 @@ def test_the_prompt_of_a_job_without_columns(tmp_path):
     assert [prompt.content for prompt in llm.seen] == ["Say hi."] * 3
     with pytest.raises(SpecError):
         draft_plan(job(tmp_path, prompt={"template": "{{ nope }}"}))
+
+
+def test_rows_are_counted_once_and_again_where_files_changed(tmp_path, monkeypatch):
+    lines = [b'{"text": "a", "k": %d}' % n for n in range(20)]
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_bytes(b"\n".join(lines))
+    scans = []
+
+    def counting(*arguments):
+        scans.append(arguments)
+        return scan(*arguments)
+
+    monkeypatch.setattr("batchinfer.job.prepare.scan", counting)
+    for number, section in enumerate([{}, {"limit": 5}, {"where": "k > 3", "limit": 30}]):
+        spec = job(
+            tmp_path, input={"path": str(tmp_path / "*.jsonl"), **section}, output={"path": f"{tmp_path}/{number}"}
+        )
+        first = run(spec, ScriptedLLM())
+        assert len(scans) == number + 1
+        assert run(spec, ScriptedLLM()).totals == first.totals
+        assert len(scans) == number + 1
+    (tmp_path / "c.jsonl").write_bytes(lines[0])
+    spec = job(tmp_path, input={"path": str(tmp_path / "*.jsonl")}, output={"path": f"{tmp_path}/0"})
+    with pytest.raises(OutputConflict, match=r"c\.jsonl is new"):
+        run(spec, ScriptedLLM())
+    assert len(scans) == 4
