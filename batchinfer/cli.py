@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from batchinfer.job.shard import Shard
     from batchinfer.spec import JobSpec, StorageSpec
 
+CACHE_VARIABLE = "BATCHINFER_CACHE"
 EXIT_BUG = 70
 EXIT_INTERRUPTED = 130
 _COMMANDS_WITH_LOG = ("run", "retry")
@@ -150,6 +151,9 @@ def _load(job: Path, settings: list[str], limit: int | None = None, rehearse: bo
     if limit is not None:
         values["input.limit"] = limit
     spec = load_spec(job, values)
+    cache = os.environ.get(CACHE_VARIABLE)
+    if cache and spec.storage.cache is None:
+        spec = spec.model_copy(update={"storage": spec.storage.model_copy(update={"cache": cache})})
     return _rehearsal(spec) if rehearse else spec
 
 

@@ -103,6 +103,7 @@ class StorageSpec(_Section):
     region: str | None = Field(None, description="S3 region")
     anonymous: bool = Field(False, description="unsigned requests, for public buckets")
     requester_pays: bool = Field(False, description="accept charges of requester-pays buckets")
+    cache: str | None = Field(None, description="directory for copies of models from URLs; default ~/.cache/batchinfer")
     options: dict[str, Any] = Field({}, description="further keyword arguments of the fsspec filesystem")
 
 

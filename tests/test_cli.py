@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from batchinfer.cli import main
+from batchinfer.cli import CACHE_VARIABLE, _load, main
 from batchinfer.job.drain import Drain
 from batchinfer.job.shard import _PLATFORMS, OUR_COUNT, OUR_INDEX
 from batchinfer.log import log
@@ -136,6 +136,12 @@ def test_settings_and_limit(job, tmp_path):
     assert run("run", job, "--set", f"output.path={other}", "--set", "output.format=jsonl", "--limit", 7) == 0
     rows = [json.loads(line) for part in (other / "parts").iterdir() for line in part.read_text().splitlines()]
     assert len(rows) == 7 and not (tmp_path / "out").exists()
+
+
+def test_cache_directory(job, monkeypatch, tmp_path):
+    monkeypatch.setenv(CACHE_VARIABLE, "/from/environment")
+    assert _load(job, []).storage.cache == "/from/environment"
+    assert _load(job, ["storage.cache=/from/job"]).storage.cache == "/from/job"
 
 
 def test_rehearsal_leaves_the_real_output_alone(job, tmp_path):
