@@ -33,13 +33,13 @@ def load_decoder(
         gguf = GGUFFile(path)
         config = _shortened(parse_config(gguf.config_dict(), str(path)), max_model_len)
         decoder = _empty(config, dtype, device)
-        filler = _Filler(decoder, config.family.prefixes[0])
+        filler = _Filler(decoder, config.family.prefixes[0], path)
         filler.fill((name, path, weight) for name, weight in gguf.weights())
     else:
         config = _shortened(load_config(path), max_model_len)
         shapes = _safetensors_shapes(path)
         decoder = _empty(config, dtype, device)
-        filler = _Filler(decoder, _prefix(config, shapes))
+        filler = _Filler(decoder, _prefix(config, shapes), path)
         filler.check(shapes)
         filler.fill(_read_safetensors(list(dict.fromkeys(file for file, _ in shapes.values()))))
     return decoder.eval()
@@ -104,7 +104,8 @@ _SAME_FOR_ALL = {
 class _Filler:
     """Copies weights to where they belong, and knows which are missing, surplus or of the wrong shape."""
 
-    def __init__(self, decoder: Decoder, prefix: str) -> None:
+    def __init__(self, decoder: Decoder, prefix: str, path: Path) -> None:
+        self._path = path
         self._targets = _targets(decoder, prefix)
         self._architecture = decoder.config.architecture
         self._ignored = decoder.config.family.ignored
@@ -115,11 +116,10 @@ class _Filler:
         """Before anything is read: name → file and shape."""
         for name, (file, shape) in shapes.items():
             self._target(name, file, shape)
-        self._complain_of_missing(set(shapes), next(iter(shapes.values()))[0].parent if shapes else None)
+        self._complain_of_missing(set(shapes))
 
     def fill(self, weights: Iterable[tuple[str, Path, Tensor]]) -> None:
         done = set()
-        file: Path | None = None
         second: tuple[Path, Tensor] | None = None
         for name, file, weight in weights:
             target = self._target(name, file, tuple(weight.shape))
@@ -132,7 +132,7 @@ class _Filler:
                 continue
             target.copy_(weight)
             done.add(name)
-        self._complain_of_missing(done, file)
+        self._complain_of_missing(done)
         if second is not None and self._tied is not None:
             file, head = second
             if not torch.equal(head.to(self._tied), self._tied):
@@ -149,15 +149,17 @@ class _Filler:
             near = suggest(name, self._targets)
             raise ModelError(f"{file}: {name} {list(shape)} has no place in {self._architecture}{near}")
         if tuple(target.shape) != shape:
-            raise ModelError(f"{file}: {name} has shape {list(shape)}, but config.json asks for {list(target.shape)}")
+            raise ModelError(
+                f"{file}: {name} has shape {list(shape)}, but the model's configuration asks for {list(target.shape)}"
+            )
         return target
 
-    def _complain_of_missing(self, there: set[str], file: Path | None) -> None:
+    def _complain_of_missing(self, there: set[str]) -> None:
         missing = [name for name in self._targets if name not in there]
         if missing:
             shape = list(self._targets[missing[0]].shape)
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise ModelError(f"{file}: {missing[0]} {shape}{more} of {self._architecture} is missing")
+            raise ModelError(f"{self._path}: {missing[0]} {shape}{more} of {self._architecture} is missing")
 
 
 def _safetensors_shapes(path: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
