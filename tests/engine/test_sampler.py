@@ -330,6 +330,8 @@ def test_neighbours_with_edits_do_not_wake_what_a_seat_forgot():
     batch.outputs[0] = [19]
     batch.join(0)
     assert batch.step(logits).tokens == [18, 7]
+    batch.outputs[0] = [19]
+    batch.join(0)
     batch.outputs[0] = []
     batch.join(0)
     assert batch.step(logits).tokens == [19, 7]
