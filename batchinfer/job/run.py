@@ -111,32 +111,38 @@ def run_pass(work: Work, state: RunState, todo: Pass, kept: Recover) -> None:
 
 def run_chunks(work: Work, state: RunState, spool: Spool, window: Window, recover: Recover) -> None:
     """The outer loop: every completion into the spool, every complete chunk to the committer."""
-    plan, tally, drain, llm = work.plan, state.tally, state.worker.drain, state.llm
-    assert llm is not None
+    plan, tally, drain = work.plan, state.tally, state.worker.drain
 
     def done(record: CommitRecord) -> None:
         state.done(record)
         window.leave(plan.chunks[record.chunk].count)
 
     writer = PartWriter(work.ledger, work.layout, spool, state.todo.number, work.spec.model)
+    encoder = Encoder(work.layout)
     # a commit that failed frees no window: closing it ends the stream of prompts, and with it the loop
-    with closing(Committer(writer, done, failed=window.close)) as committer:
-        feed = Feed(plan, work.rows, work.layout, spool, window, recover, committer.submit, state.opened)
-        prompts = feed.prompts(state.todo.chunks, work.spec.seed, llm.default_params, work.spec.storage)
-        encoder = Encoder(work.layout)
-        with closing(cast("Generator[Completion, None, None]", llm.run(prompts))) as completions, closing(window):
-            for completion in completions:
-                chunk = plan.chunk_of(completion.index)
-                tally.add(completion)
-                if spool.add(chunk, encoder.line(completion.index - plan.bases[chunk], completion)):
-                    committer.submit(chunk)
-                if drain.requested or committer.failed or tally.too_many:
-                    break
+    committer = Committer(writer, done, failed=window.close)
+    feed = Feed(plan, work.rows, work.layout, spool, window, recover, committer.submit, state.opened)
+    with closing(committer), _answers(work, state, feed) as completions, closing(window):
+        for completion in completions:
+            chunk = plan.chunk_of(completion.index)
+            tally.add(completion)
+            if spool.add(chunk, encoder.line(completion.index - plan.bases[chunk], completion)):
+                committer.submit(chunk)
+            if drain.requested or committer.failed or tally.too_many:
+                break
         committer.finish(lambda: drain.requested)
     if len(state.committed) < len(state.todo.chunks):
         drain.check()
         assert tally.too_many, "the engine ended before all rows were done"
         raise tally.refusal(tally.all_rows, tally.all_errors, complete=False)
+
+
+def _answers(work: Work, state: RunState, feed: Feed) -> closing[Generator[Completion, None, None]]:
+    """The engine at work; closing it stops the engine and its feeder."""
+    llm = state.llm
+    assert llm is not None
+    prompts = feed.prompts(state.todo.chunks, work.spec.seed, llm.default_params, work.spec.storage)
+    return closing(cast("Generator[Completion, None, None]", llm.run(prompts)))
 
 
 def judge(state: RunState) -> None:

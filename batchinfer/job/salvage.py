@@ -101,10 +101,12 @@ class Salvage:
         with explained(plain), plain.open("rb") as file:
             for chunk, lines in self._blocks(file):
                 if chunk in wanted:
-                    path = self._spool.scratch(f"{chunk:06d}.recovered")
-                    with path.open("ab") as target:
-                        target.writelines(lines)
-                    self._recovered[chunk] = path
+                    self._keep(chunk, lines)
+
+    def _keep(self, chunk: int, lines: list[bytes]) -> None:
+        path = self._recovered[chunk] = self._spool.scratch(f"{chunk:06d}.recovered")
+        with path.open("ab") as target:
+            target.writelines(lines)
 
     def _blocks(self, file: io.BufferedReader) -> Iterator[tuple[int, list[bytes]]]:
         header = _line(file)
