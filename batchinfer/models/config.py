@@ -13,6 +13,7 @@ from batchinfer.layers.attention import AttentionConfig
 from batchinfer.layers.mlp import ACTIVATIONS, MLPConfig
 from batchinfer.layers.rotary import SCALINGS, RopeConfig
 from batchinfer.models.families import Family, HFConfig, family_of
+from batchinfer.models.gguf import GGUFFile
 
 
 class LayerConfig(NamedTuple):
@@ -55,7 +56,9 @@ class ModelConfig:
 
 
 def load_config(path: Path) -> ModelConfig:
-    """From a directory with config.json. Raises ModelError."""
+    """From a directory with config.json, or from a .gguf file. Raises ModelError."""
+    if path.suffix == ".gguf":
+        return parse_config(GGUFFile(path).config_dict(), str(path))
     file = path / "config.json"
     try:
         values = json.loads(file.read_text(encoding="utf-8"))

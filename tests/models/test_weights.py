@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from batchinfer.errors import ModelError
+from batchinfer.models.config import load_config
 from batchinfer.models.weights import load_decoder
+from tests.models.gguf_files import write_model
 from tests.models.tiny import Paged, build
 
 TOKENS = [5, 17, 40, 3, 90, 41]
@@ -33,6 +35,19 @@ def test_a_sharded_index_is_read_like_one_file(name, tmp_path):
     model.save_pretrained(tmp_path / "many", max_shard_size="20KB")
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
     assert torch.equal(_logits(tmp_path / "many"), _logits(tmp_path / "one"))
+
+
+def test_a_gguf_file_is_read_like_the_directory(tmp_path):
+    model = build("llama", tmp_path)
+    file = tmp_path / "model.gguf"
+    write_model(file, "llama", model)
+    assert load_config(file).kv_shape == load_config(tmp_path).kv_shape == (4, 2, 8)
+    torch.testing.assert_close(_logits(file), _logits(tmp_path), atol=1e-5, rtol=0)
+    short = tmp_path / "short.gguf"
+    del model.model.layers[3:]
+    write_model(short, "llama", model)
+    with pytest.raises(ModelError, match=r"short\.gguf: model\.layers\.3\..* missing"):
+        load_decoder(short, torch.float32)
 
 
 def test_dtypes_are_converted_while_reading(tmp_path):
