@@ -88,10 +88,15 @@ class BlockPool:
         self._index[key] = block
         return block.uid
 
+    def forget(self, blocks: Iterable[Block]) -> None:
+        """Nobody shall find these again: what they hold is not to be trusted."""
+        for block in blocks:
+            if block.key is not None:
+                self._forget(block)
+
     def forget_all(self) -> None:
         """Drop the whole index: after a failed step nobody knows what the blocks hold."""
-        for block in list(self._index.values()):
-            self._forget(block)
+        self.forget(list(self._index.values()))
 
     def check_integrity(self, tables: Iterable[Sequence[Block]]) -> None:
         """Assert that reference counts, free list and index agree with the block tables of all live sequences."""

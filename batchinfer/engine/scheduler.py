@@ -133,6 +133,7 @@ class Scheduler:
             failure = result.failed.get(sampled) if result.failed is not None else None
             sampled += 1
             if failure is not None:
+                self.pool.forget(sequence.blocks)
                 self._finish(sequence, "error", EngineFailure(failure))
                 ended = True
                 continue

@@ -112,9 +112,12 @@ def test_failed_rows_of_a_result_end_alone() -> None:
             return StepResult([7] * sum(plan.samples), failed={0: "logits are not finite"})
 
     engine = Engine(Scheduler(BlockPool(100, 4), 4, 64), Flaky())
-    answers = run_all(engine, [make_request(i, [1, 2], 1) for i in range(2)])
+    answers = run_all(engine, [make_request(i, [1, 2, 3, 4, 5 + i], 1) for i in range(2)])
     assert answers[0].error is not None and "not finite" in str(answers[0].error)
     assert answers[1].token_ids == [7]
+    assert engine.stats.prompt_tokens_reused == 4
+    run_all(engine, [make_request(2, [1, 2, 3, 4, 9], 1)])
+    assert engine.stats.prompt_tokens_reused == 4, "blocks of a failed sequence must not be found again"
 
 
 def test_abort_frees_everything() -> None:
