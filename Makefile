@@ -16,7 +16,7 @@ OUT := output/quickstart
 .PHONY: demo test check model clean
 
 demo: $(VENV)/.base $(MODEL)
-	$(BIN)/batchinfer run $(JOB)
+	$(BIN)/batchinfer --no-log-json run $(JOB)
 	$(BIN)/batchinfer show $(OUT) --rows 3
 	$(BIN)/batchinfer verify $(OUT)
 
