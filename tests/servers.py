@@ -53,6 +53,7 @@ class S3:
     """What every store offers to a test."""
 
     endpoint: str
+    _has_bucket = False
 
     @property
     def storage(self):
@@ -75,10 +76,12 @@ class S3:
         return s3fs.S3FileSystem(**options, use_listings_cache=False, skip_instance_cache=True)
 
     def bucket(self):
-        """A fresh bucket's URL."""
-        name = f"test-{uuid.uuid4().hex[:12]}"
-        self.filesystem().mkdir(name)
-        return f"s3://{name}"
+        """The URL of an empty place. All are in one bucket: each further one takes several of weed's volumes."""
+        if not self._has_bucket:
+            with contextlib.suppress(FileExistsError):
+                self.filesystem().mkdir("tests")
+            self._has_bucket = True
+        return f"s3://tests/{uuid.uuid4().hex[:12]}"
 
 
 class Seaweed(S3):

@@ -57,17 +57,17 @@ class ModelFiles:
     identity: str
 
 
-def fetch_model(model: str, storage: StorageSpec, weights: bool = True, cache_dir: Path = CACHE_DIR) -> ModelFiles:
+def fetch_model(model: str, storage: StorageSpec, weights: bool = True, cache_dir: Path | None = None) -> ModelFiles:
     """The local files of `model`: a path, a URL of a directory or .gguf file, or `org/name[/file.gguf][@revision]`.
 
-    URLs are copied into `cache_dir`, resumed where a copy broke off, and copied anew when an object has changed; the
-    Hub keeps its own cache. Without `weights` only configuration and tokenizer are fetched; the identity of a URL is
-    the same either way, that of a Hub id then leaves out weights that are not in the cache.
+    URLs are copied into `cache_dir` (default `storage.cache`), resumed where a copy broke off, and copied anew when an
+    object has changed; the Hub keeps its own cache. Without `weights` only configuration and tokenizer are fetched; the
+    identity of a URL is the same either way, that of a Hub id then leaves out weights that are not in the cache.
     Raises ModelError, and AccessDenied or StorageError for URLs.
     """
     path = local_path(model)
     if path is None:
-        return _from_url(model, storage, weights, cache_dir.expanduser())
+        return _from_url(model, storage, weights, (cache_dir or Path(storage.cache or CACHE_DIR)).expanduser())
     if not path.exists() and (hub_id := _HUB_ID.fullmatch(model)):
         path = _from_hub(model, hub_id, weights)
     return _local(model, path, weights)
@@ -108,7 +108,7 @@ def _identity(urls: list[str], sources: Sources) -> str:
         if not _matches(_name(url), _DECISIVE):
             continue
         with sources.open(url) as source:
-            size = source.stat().size
+            size = source.opened.size
             pieces = _samples(source, size) if _matches(_name(url), _WEIGHTS) else source.blocks()
             content = hashlib.sha256()
             for piece in pieces:
@@ -159,12 +159,14 @@ def _from_url(url: str, storage: StorageSpec, weights: bool, cache_dir: Path) ->
     if found == [url]:
         if not url.lower().endswith(".gguf"):
             raise ModelError(f"{url}: a model is a directory or a .gguf file")
-        return ModelFiles(_copy(url, found, sources, cache) / _name(url), _identity(found, sources))
+        path = _copy(url, found, sources, cache) / _name(url)
+        return ModelFiles(path, _identity([str(path)], sources))
     if weights:
         _check_complete(url, [_name(file) for file in found])
     files = [file for file in found if _matches(_name(file), (*_TEXTS, *_SAFETENSORS))]
     copied = [file for file in files if weights or not _matches(_name(file), _SAFETENSORS)]
-    return ModelFiles(_copy(url, copied, sources, cache), _identity(files, sources))
+    folder = _copy(url, copied, sources, cache)
+    return ModelFiles(folder, _identity([str(folder / _name(f)) if f in copied else f for f in files], sources))
 
 
 def _copy(url: str, files: list[str], sources: Sources, cache: Path) -> Path:
@@ -172,7 +174,7 @@ def _copy(url: str, files: list[str], sources: Sources, cache: Path) -> Path:
     version = hashlib.sha256()
     for file in files:
         with sources.open(file) as source:
-            version.update(f"{file}\0{source.stat()}\n".encode())
+            version.update(f"{file}\0{source.opened}\n".encode())
     final = cache / f"{_name(url.rstrip('/'))}-{version.hexdigest()[:16]}"
     partial = final.with_name(f"{final.name}.partial")
     try:
@@ -193,14 +195,13 @@ def _copy(url: str, files: list[str], sources: Sources, cache: Path) -> Path:
 def _download(sources: Sources, url: str, path: Path) -> None:
     """Continues a file that is there in part: what it holds is of the same version, since the directory is."""
     with sources.open(url) as source, path.open("ab") as file:
-        size, etag = source.stat()
         done = file.tell()
-        while done < size and (piece := source.read_at(done, _TRANSFER_BYTES)):
+        while done < source.opened.size and (piece := source.read_at(done, _TRANSFER_BYTES)):
             file.write(piece)
             done += len(piece)
         file.flush()
         os.fsync(file.fileno())
-        source.check(size, etag, "changed while it was copied")
+        source.check(source.opened, "changed while it was copied")
 
 
 @contextmanager

@@ -99,7 +99,10 @@ def connect(url: str, options: StorageSpec) -> Any:
     fresh = {"skip_instance_cache": True, "use_listings_cache": False}
     try:
         arguments = _s3_arguments(options) if protocol in _S3 else _other_arguments(options)
-        filesystem = fsspec.filesystem(protocol, **{**fresh, **arguments, **options.options})
+        for name, value in options.options.items():
+            ours = arguments.get(name)
+            arguments[name] = {**ours, **value} if isinstance(ours, dict) and isinstance(value, dict) else value
+        filesystem = fsspec.filesystem(protocol, **{**fresh, **arguments})
     except ImportError as error:
         extra = _EXTRAS.get(protocol)
         hint = f"pip install 'batchinfer[{extra}]'" if extra else str(error)

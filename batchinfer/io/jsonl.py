@@ -101,7 +101,6 @@ class _Types:
 
 def scan(source: Source, form: Format, limit: int | None = None) -> FileScan:
     """Reads every line (or the first `limit` rows) once. Raises InputError if no line of a file is an object."""
-    size, etag = source.stat()
     seekable = not compressed(source)
     types = _Types()
     index: list[IndexEntry] = []
@@ -121,11 +120,11 @@ def scan(source: Source, form: Format, limit: int | None = None) -> FileScan:
             break
         if len(types.seen) > _MAX_COLUMNS:
             raise InputError(f"{source.url}: more than {_MAX_COLUMNS} different keys: these are not rows of a table")
-    source.check(size, etag, "changed while it was read")
+    source.check(source.opened, "changed while it was read")
     if rows and not good:
         raise InputError(f"{source.url}: no line is a JSON object; {first_error}")
     columns = _batch_columns(source.url) if form == "openai-batch" else _columns(source.url, types)
-    return FileScan(InputFile(source.url, form, size, etag, rows, tuple(index)), columns)
+    return FileScan(InputFile(source.url, form, *source.opened, rows, tuple(index)), columns)
 
 
 def _batch_columns(url: str) -> tuple[Column, ...]:
@@ -151,23 +150,19 @@ def read(
     source: Source, file: InputFile, schema: pa.Schema, text_json: Collection[str], spans: Iterable[Span]
 ) -> Iterator[tuple[Span, RowBatch]]:
     """The rows of ascending spans. Skips by the index where there is one, else by reading over lines unparsed."""
-    batch = file.format == "openai-batch"
     cursor = _Cursor(source, file)
+    read_row = _request if file.format == "openai-batch" else parse
     for span in spans:
+        lines = cursor.take(span.start, span.count)
         rows: list[dict[str, Any]] = []
-        raws: list[bytes | None] = []
         errors: dict[int, RowError] = {}
-        for line in cursor.take(span.start, span.count):
-            raws.append(line.raw)
+        for offset, line in enumerate(lines):
             try:
-                rows.append(parse(line.raw))
-                if batch:
-                    _check_request(rows[-1])
+                rows.append(read_row(line.raw))
             except InvalidInput as error:
-                errors[len(raws) - 1] = InvalidInput(f"{source.url}:{line.number}: {error}")
-                identity = rows[-1].get("custom_id") if len(rows) == len(raws) else None
-                del rows[len(raws) - 1 :]
-                rows.append({"custom_id": identity} if isinstance(identity, str) else {})
+                errors[offset] = InvalidInput(f"{source.url}:{line.number}: {error}")
+                rows.append(_what_identifies(line.raw) if read_row is _request else {})
+        raws = [line.raw for line in lines]
         yield span, RowBatch(_table(source.url, schema, text_json, rows, raws), errors)
 
 
@@ -207,8 +202,9 @@ class _Cursor:
         return taken
 
 
-def _check_request(row: dict[str, Any]) -> None:
-    """What a line of OpenAI's batch format must have: https://platform.openai.com/docs/api-reference/batch."""
+def _request(raw: bytes | None) -> dict[str, Any]:
+    """A line of OpenAI's batch format: https://platform.openai.com/docs/api-reference/batch/request-input."""
+    row = parse(raw)
     if not isinstance(row.get("custom_id"), str):
         raise InvalidInput("custom_id must be a string")
     for name in ("method", "url"):
@@ -216,6 +212,16 @@ def _check_request(row: dict[str, Any]) -> None:
             raise InvalidInput(f"{name} must be a string")
     if not isinstance(row.get("body"), dict):
         raise InvalidInput("body must be a JSON object")
+    return row
+
+
+def _what_identifies(raw: bytes | None) -> dict[str, Any]:
+    """What is left of a request that cannot be run: its id, if it has one."""
+    try:
+        identity = parse(raw).get("custom_id")
+    except InvalidInput:
+        return {}
+    return {"custom_id": identity} if isinstance(identity, str) else {}
 
 
 def _table(

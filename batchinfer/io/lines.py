@@ -67,27 +67,29 @@ def _split(blocks: Iterator[bytes], offset: int, number: int) -> Iterator[list[L
         pieces = block.split(b"\n")
         rest = pieces.pop()
         if pieces:
-            held_bytes += len(pieces[0])
+            sizes = [held_bytes + len(pieces[0]), *map(len, pieces[1:])]
             pieces[0] = b"".join([*held, pieces[0]])
-            lines = []
-            for raw in pieces:
-                size = held_bytes or len(raw)
-                if size > MAX_LINE_BYTES:
-                    lines.append(Line(number, offset, None))
-                elif raw and not raw.isspace():
-                    lines.append(Line(number, offset, raw))
-                offset += size + 1
-                number += 1
-                held_bytes = 0
-            yield lines
-            held = []
+            yield _lines(pieces, sizes, offset, number)
+            offset += sum(sizes) + len(sizes)
+            number += len(sizes)
+            held, held_bytes = [], 0
         held.append(rest)
         held_bytes += len(rest)
         if held_bytes > MAX_LINE_BYTES:
             held = []
-    last = b"".join(held)
-    if held_bytes > MAX_LINE_BYTES or (last and not last.isspace()):
-        yield [Line(number, offset, None if held_bytes > MAX_LINE_BYTES else last)]
+    yield _lines([b"".join(held)], [held_bytes], offset, number)
+
+
+def _lines(pieces: list[bytes], sizes: list[int], offset: int, number: int) -> list[Line]:
+    lines = []
+    for raw, size in zip(pieces, sizes, strict=True):
+        if size > MAX_LINE_BYTES:
+            lines.append(Line(number, offset, None))
+        elif raw and not raw.isspace():
+            lines.append(Line(number, offset, raw))
+        offset += size + 1
+        number += 1
+    return lines
 
 
 def _decompress(url: str, blocks: Iterator[bytes], kind: str) -> Iterator[bytes]:

@@ -26,11 +26,10 @@ _ROW_GROUP_ROWS = 65536
 
 def scan(source: Source, limit: int | None = None) -> FileScan:
     """Rows (at most `limit`) and columns from the footer. Raises InputError for what is not a Parquet file."""
-    size, etag = source.stat()
     with _open(source) as parquet:
         schema: pa.Schema = parquet.schema_arrow
         rows = int(parquet.metadata.num_rows)
-    source.check(size, etag, "changed while it was read")
+    source.check(source.opened, "changed while it was read")
     rows = rows if limit is None else min(rows, limit)
     names = schema.names
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -38,7 +37,7 @@ def scan(source: Source, limit: int | None = None) -> FileScan:
         raise InputError(f"{source.url}: {f'column {twice[0]!r} is there twice' if twice else 'has no columns'}")
     # nullable, since a cell that cannot be read becomes null
     columns = tuple(Column(field.with_nullable(True), source.url) for field in schema)
-    return FileScan(InputFile(source.url, "parquet", size, etag, rows), columns, schema.metadata)
+    return FileScan(InputFile(source.url, "parquet", *source.opened, rows), columns, schema.metadata)
 
 
 def read(source: Source, schema: pa.Schema, spans: Iterable[Span]) -> Iterator[tuple[Span, RowBatch]]:

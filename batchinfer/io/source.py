@@ -29,10 +29,13 @@ class Stat(NamedTuple):
 
 
 class Source:
-    """One file. Close it; a local file is held open. Raises InputMissing, AccessDenied, StorageError."""
+    """One file. Close it; a local file is held open. Raises InputMissing, AccessDenied, StorageError.
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+    `opened` is what it was when it was opened.
+    """
+
+    url: str
+    opened: Stat
 
     def stat(self) -> Stat:
         raise NotImplementedError
@@ -55,13 +58,13 @@ class Source:
                 yield fetched[start : start + _PIECE_BYTES]
             offset += len(fetched)
 
-    def check(self, size: int, etag: str, when: str) -> None:
-        """Raises InputError if the file is no longer the one that was planned."""
-        now = self.stat()
-        if now != (size, etag):
+    def check(self, planned: Stat, when: str, now: Stat | None = None) -> None:
+        """Raises InputError if the file is not, or `now` no longer, the one that was planned."""
+        now = now or self.stat()
+        if now != planned:
             raise InputError(
-                f"{self.url}: {when} (it had {size} bytes and mark {etag!r}, now {now.size} and {now.etag!r}): "
-                "restore it, or start with another output.path"
+                f"{self.url}: {when} (it had {planned.size} bytes and mark {planned.etag!r}, now {now.size} and "
+                f"{now.etag!r}): restore it, or start with another output.path"
             )
 
     def __enter__(self) -> Source:
@@ -73,8 +76,10 @@ class Source:
 
 class LocalSource(Source):
     def __init__(self, url: str, path: Path) -> None:
-        super().__init__(url)
+        self.url = url
         self._path = path
+        self._descriptor = -1
+        self.opened = self.stat()
         try:
             self._descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
@@ -107,11 +112,11 @@ class RemoteSource(Source):
     """Every read is one range request with its own retries; nothing stays open between them."""
 
     def __init__(self, url: str, filesystem: Any, retry: Retry) -> None:
-        super().__init__(url)
+        self.url = url
         self._filesystem = filesystem
         self._retry = retry
         self._path = filesystem._strip_protocol(url)
-        self._size = self.stat().size
+        self.opened = self.stat()
 
     def stat(self) -> Stat:
         info = self._retry(self.url, lambda: self._filesystem.info(self._path))
@@ -121,7 +126,7 @@ class RemoteSource(Source):
         return Stat(int(info["size"]), str(mark).strip('"'))
 
     def read_at(self, offset: int, length: int) -> bytes:
-        end = min(offset + length, self._size)
+        end = min(offset + length, self.opened.size)
         if end <= offset:
             return b""
         fetch = self._filesystem.cat_file
@@ -129,7 +134,7 @@ class RemoteSource(Source):
         return data
 
     def arrow(self) -> pa.NativeFile:
-        return pa.PythonFile(_Seekable(self, self._size), mode="r")
+        return pa.PythonFile(_Seekable(self, self.opened.size), mode="r")
 
 
 class _Seekable(io.RawIOBase):

@@ -26,8 +26,9 @@ def make_model(folder, weights=3_000_000):
 
 def upload(server, folder):
     bucket = server.bucket()
+    filesystem = server.filesystem()
     for path in folder.iterdir():
-        server.filesystem().put_file(str(path), f"{bucket}/models/{folder.name}/{path.name}")
+        filesystem.put_file(str(path), f"{bucket}/models/{folder.name}/{path.name}")
     return f"{bucket}/models/{folder.name}"
 
 

@@ -150,7 +150,7 @@ class TestDamage:
 
     def test_a_bomb_is_bounded(self, tmp_path):
         path = tmp_path / "a.jsonl.gz"
-        path.write_bytes(gzip.compress(b'{"x":1}\n' + b" " * 100_000_000 + b"\n" + b'{"x":2}\n'))
+        path.write_bytes(gzip.compress(b'{"x":1}\n' + b" " * 70_000_000 + b"\n" + b'{"x":2}\n'))
         found, errors = read_all(scan_all(path))
         assert [row["x"] for row in found] == [1, None, 2]
         assert list(errors) == [1]

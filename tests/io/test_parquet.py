@@ -224,9 +224,9 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 
 @pytest.mark.parametrize("form", ["parquet", "jsonl"])
 def test_memory_does_not_grow_with_the_file(tmp_path, form):
-    """One row group holds all rows, as most writers make it. Without streaming the larger file needs 40 MB more."""
+    """One row group holds all rows, as most writers make it. Without streaming the larger file needs 20 MB more."""
     peaks = []
-    for rows in (40_000, 300_000):
+    for rows in (50_000, 200_000):
         text = [f"some words that make a prompt of a usual length, number {i * 7919}" for i in range(rows)]
         table = pa.table({"i": range(rows), "a": text, "b": text})
         path = tmp_path / f"{rows}.{form}"

@@ -197,7 +197,7 @@ class TestFaults:
         store = remote(faults, retry_s=2.0)
         faults.add("status", times=1000)
         began = time.monotonic()
-        with pytest.raises(StorageError, match=rf"s3://test-.*/out/a \(endpoint {faults.endpoint}\).*attempts"):
+        with pytest.raises(StorageError, match=rf"s3://tests/.*/out/a \(endpoint {faults.endpoint}\).*attempts"):
             store.put("a", b"x")
         assert time.monotonic() - began < 15
 
@@ -286,6 +286,11 @@ def test_s3_options_reach_the_requests(faults):
     [seen] = faults.requests("PUT", "out/a")
     assert seen.headers["x-amz-request-payer"] == "requester"
     assert "/eu-north-1/s3/" in seen.headers["Authorization"]
+    merged = {**faults.storage.options, "client_kwargs": {"use_ssl": False}, "config_kwargs": {"user_agent": "me"}}
+    Store.open(f"{bucket}/out", options.model_copy(update={"options": merged})).put("b", b"x")
+    [seen] = faults.requests("PUT", "out/b")
+    assert "/eu-north-1/s3/" in seen.headers["Authorization"]
+    assert seen.headers["User-Agent"].startswith("me ")
     anonymous = faults.storage.model_copy(update={"anonymous": True, "options": {}})
     with pytest.raises(AccessDenied):
         Store.open(f"{bucket}/out", anonymous).read("a")
