@@ -7,7 +7,7 @@ for completion in llm.stream(["Once upon a time"], SamplingParams(max_tokens=32)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ class LLM:
         self,
         prompts: Iterable[Content] | str,
         sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
-    ) -> Iterator[Completion]:
+    ) -> Generator[Completion, None, None]:
         """Answer prompts as they come, completions as they finish. The prompts may be an endless iterator."""
         contents = [prompts] if isinstance(prompts, str) else prompts
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
@@ -98,7 +98,7 @@ class LLM:
 
     # -- the loop under it --------------------------------------------------------------------------------------
 
-    def run(self, prompts: Iterable[Prompt]) -> Iterator[Completion]:
+    def run(self, prompts: Iterable[Prompt]) -> Generator[Completion, None, None]:
         """Answer prompts in any order. `prompts` is read in a thread, a bounded number ahead of the engine.
 
         Closing the iterator stops the thread and drops what is running. One run at a time.

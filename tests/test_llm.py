@@ -109,7 +109,7 @@ def test_stream_takes_an_endless_iterator_and_closes() -> None:
     with pytest.raises(UsageError, match="already running"):
         next(llm.stream(["another"]))
     before = threading.active_count()
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     assert threading.active_count() == before - 1
     assert next(taken) < 2000, "look-ahead is bounded"
     assert llm.generate(["again"])[0].error is None

@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import cast
 
 from batchinfer.errors import AccessDenied, Drained, StorageError
 from batchinfer.job.background import Repeat
@@ -142,7 +141,7 @@ def _answers(work: Work, state: RunState, feed: Feed) -> closing[Generator[Compl
     llm = state.llm
     assert llm is not None
     prompts = feed.prompts(state.todo.chunks, work.spec.seed, llm.default_params, work.spec.storage)
-    return closing(cast("Generator[Completion, None, None]", llm.run(prompts)))
+    return closing(llm.run(prompts))
 
 
 def judge(state: RunState) -> None:

@@ -94,7 +94,9 @@ def test_smollm2_equals_transformers(smollm2_gguf: Path, prompts: list[list[int]
     assert whole == cached
 
 
-def test_smollm2_with_hits_and_chunks(smollm2_gguf: Path, prompts: list[list[int]], reference: LlamaForCausalLM) -> None:
+def test_smollm2_with_hits_and_chunks(
+    smollm2_gguf: Path, prompts: list[list[int]], reference: LlamaForCausalLM
+) -> None:
     """A long shared prefix: hits in the same step, hits after preemption, chunks that end inside a prompt."""
     shared = (prompts[0] + prompts[1])[:100]
     extended = [shared + ids[:40] for ids in prompts[:12]]
