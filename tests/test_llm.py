@@ -1,4 +1,4 @@
-"""The Python API over the fake model: order, errors, samples, stop strings, closing, and what a bad prompt does not do."""
+"""The Python API over the fake model: order, errors, samples, stop strings, closing, and what one bad prompt spoils."""
 
 from __future__ import annotations
 
