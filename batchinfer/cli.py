@@ -161,9 +161,7 @@ def _rehearsal(spec: JobSpec) -> JobSpec:
     """The same job with fake answers: the real output is not touched, a tokenizer on local disk is kept."""
     from batchinfer.spec import FAKE_MODEL
 
-    if spec.model == FAKE_MODEL:
-        return spec
-    local = spec.model if Path(spec.model).exists() else None
+    local = spec.model if spec.model != FAKE_MODEL and Path(spec.model).exists() else None
     output = spec.output.model_copy(update={"path": spec.output.path.rstrip("/") + "-rehearsal"})
     return spec.model_copy(update={"model": FAKE_MODEL, "tokenizer": spec.tokenizer or local, "output": output})
 

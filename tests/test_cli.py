@@ -144,13 +144,21 @@ def test_cache_directory(job, monkeypatch, tmp_path):
     assert _load(job, ["storage.cache=/from/job"]).storage.cache == "/from/job"
 
 
-def test_rehearsal_leaves_the_real_output_alone(job, tmp_path):
-    values = yaml.safe_load(job.read_text()) | {"model": "some-org/some-model"}
+@pytest.mark.parametrize("model", ["some-org/some-model", "fake"])
+def test_rehearsal_leaves_the_real_output_alone(job, tmp_path, model):
+    values = yaml.safe_load(job.read_text()) | {"model": model}
     values["output"]["path"] += "/"
     job.write_text(yaml.safe_dump(values))
     assert run("run", job, "--rehearse") == 0
     assert not (tmp_path / "out").exists()
     assert output_rows(tmp_path / "out-rehearsal") == ROWS
+
+
+@pytest.mark.model
+def test_rehearsal_keeps_a_local_tokenizer(job, tmp_path, smollm2_gguf):
+    assert run("run", job, "--rehearse", "--set", f"model={smollm2_gguf}", "--set", "output.token_ids=true") == 0
+    part = next((tmp_path / "out-rehearsal" / "parts").iterdir())
+    assert max(pq.read_table(part).column("prompt_token_ids")[0].as_py()) > 300  # the byte tokenizer has fewer ids
 
 
 def test_shards_share_the_work(job, tmp_path, monkeypatch, capsys):

@@ -170,7 +170,9 @@ def describe(found: Preview) -> str:
     plan, sample = found.draft.plan, found.sample
     files = plan.inputs.files
     size = sum(file.size for file in files)
-    lines = [("input", f"{len(files):,} files, {sum(f.rows for f in files):,} rows, {size:,} bytes")]
+    rows = sum(file.rows for file in files)
+    noun = "file" if len(files) == 1 else "files"
+    lines = [("input", f"{len(files):,} {noun}, {rows:,} rows, {size:,} bytes")]
     lines += [("", f"{file.url}  {file.format}, {file.rows:,} rows") for file in files[:_FILES_SHOWN]]
     if len(files) > _FILES_SHOWN:
         lines.append(("", f"and {len(files) - _FILES_SHOWN:,} more"))

@@ -102,6 +102,8 @@ def _with_inputs(output: Output, storage: StorageSpec, shown: list[Shown]) -> li
     inputs = output.plan.inputs
     if set(inputs.schema.names) == set(shown[0].input):
         return shown
+    if storage == StorageSpec():
+        storage = output.spec.storage
     numbers = {file.url: number for number, file in enumerate(inputs.files)}
     wanted = sorted({(numbers[one.file], one.row) for one in shown})
     whole: dict[tuple[int, int], dict[str, Any]] = {}
@@ -141,7 +143,7 @@ def _block(values: Mapping[str, Any], width: int) -> Iterator[str]:
     for name, value in values.items():
         label = name.ljust(margin)
         for line in _wrapped(_text(value), max(20, width - margin)):
-            yield label + line
+            yield (label + line).rstrip()
             label = " " * margin
 
 

@@ -6,11 +6,10 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from batchinfer.job.finish import is_finished
 from batchinfer.job.ledger import CommitRecord, Output
+from batchinfer.job.salvage import SALVAGE
 from batchinfer.job.shard import Shard
-
-SUCCESS = "_SUCCESS"
-SALVAGE = "salvage/"
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def read_status(output: Output, shards: int = 1) -> Status:
     workers = [Shard(index, shards) for index in range(shards)] if shards > 1 else []
     return Status(
         url=output.store.url,
-        finished=output.store.read(SUCCESS) is not None,
+        finished=is_finished(output.store),
         chunks_done=len(records),
         chunks=len(plan.chunks),
         rows=sum(record.rows for record in records),

@@ -30,7 +30,7 @@ _READERS = 16
 
 
 def audit(url: str, storage: StorageSpec) -> Audit:
-    """Audit the output at `url`. `storage` reaches it, and the inputs too, unless the job has storage options.
+    """Audit the output at `url`. `storage` reaches it and the inputs; the default means the job's own for the inputs.
 
     Raises InputMissing where no job has written. Everything else that is wrong is a difference in the result.
     """
@@ -52,6 +52,8 @@ def audit(url: str, storage: StorageSpec) -> Audit:
     manifest = _read_json(store, "manifest.json", result)
     commits = _read_commits(store, plan.get("digest"), len(layout.chunks), manifest, result)
     _note_missing_chunks(layout.chunks, commits.in_effect, result)
+    if storage == StorageSpec():
+        storage = _job_storage(job or {})
     check_parts(store, storage, layout, commits.in_effect, result)
     _check_names(store, commits, result)
     _check_end(manifest, store, commits, result)
@@ -71,6 +73,13 @@ def _read_json(store: Store, name: str, result: Audit) -> dict[str, Any] | None:
         result.note(name, f"damaged: {error}")
         return None
     return values
+
+
+def _job_storage(job: Mapping[str, Any]) -> StorageSpec:
+    try:
+        return StorageSpec(**job["storage"])
+    except (KeyError, TypeError, ValueError):
+        return StorageSpec()
 
 
 def _digest(fingerprint: Any) -> str:

@@ -1,0 +1,90 @@
+"""Progress: rates and time left from snapshots, log lines now and then, one line on a terminal."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+
+from batchinfer import cli_progress
+from batchinfer.cli_progress import LogProgress, Rates, TerminalProgress, cache_share, duration, seconds_left
+from batchinfer.job.report import Snapshot
+from batchinfer.log import log
+
+
+def snapshot(elapsed_s: float, rows: int = 0, **values) -> Snapshot:
+    return Snapshot("running", rows_total=100, rows_done=rows, elapsed_s=elapsed_s, **values)
+
+
+@pytest.fixture
+def lines(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    log.configure("info", False)
+    yield lambda: stream.getvalue().splitlines()
+    log.configure("info", None)
+
+
+def test_rates_are_of_the_last_seconds():
+    rates = Rates()
+    assert rates.tokens_per_s() == (0, 0)
+    for second in range(201):
+        slow = min(second, 100)  # nothing is generated after the first half
+        rates.add(snapshot(second, computed_tokens=20 * second, reused_tokens=10 * second, generated_tokens=5 * slow))
+    assert rates.tokens_per_s() == (30, 0)
+
+
+def test_time_left():
+    assert seconds_left(snapshot(5)) is None
+    assert seconds_left(snapshot(10, rows=20)) == 40
+    assert seconds_left(snapshot(10, rows=20, rows_before=60)) == 10
+
+
+def test_cache_share():
+    assert cache_share(snapshot(1)) == 0
+    assert cache_share(snapshot(1, computed_tokens=75, reused_tokens=25)) == 0.25
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (59.7, "1 min 00 s"), (187, "3 min 07 s"), (7500, "2 h 05 min")]
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_log_lines_every_ten_seconds(lines):
+    progress = LogProgress()
+    for tenth in range(300):
+        progress.update(snapshot(tenth / 10, rows=tenth // 10, errors=2))
+    progress.close()
+    first, *rest = lines()
+    assert first == "phase: running"
+    assert [line.split("  ")[1] for line in rest] == ["rows=10", "rows=20"]
+    assert "errors=2" in rest[0] and "percent=10.0" in rest[0] and "left_s=90" in rest[0]
+
+
+def test_terminal_line(lines):
+    progress = TerminalProgress()
+    try:
+        assert progress._line(Snapshot("loading")).plain == "loading …"
+        progress.update(snapshot(0))
+        progress.update(snapshot(10, rows=25, generated_tokens=500, computed_tokens=900, reused_tokens=100, errors=3))
+        text = progress._line(snapshot(10, rows=25, computed_tokens=900, reused_tokens=100, errors=3)).plain
+    finally:
+        progress.close()
+    for part in ("25 of 100 rows 25%", "100 tokens/s in, 50 out", "cache 10%", "3 errors", "30 s left"):
+        assert part in text
+
+
+def test_choice(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    progress = cli_progress.choose_progress()
+    assert isinstance(progress, TerminalProgress)
+    progress.close()
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    assert isinstance(cli_progress.choose_progress(), LogProgress)
