@@ -18,11 +18,9 @@ def snapshot(elapsed_s: float, rows: int = 0, **values) -> Snapshot:
 
 
 @pytest.fixture
-def lines(monkeypatch):
-    stream = io.StringIO()
-    monkeypatch.setattr(sys, "stderr", stream)
+def lines(capsys):
     log.configure("info", False)
-    yield lambda: stream.getvalue().splitlines()
+    yield lambda: capsys.readouterr().err.splitlines()
     log.configure("info", None)
 
 
