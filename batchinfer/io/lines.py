@@ -96,19 +96,24 @@ def _decompress(url: str, blocks: Iterator[bytes], kind: str) -> Iterator[bytes]
     """All members or frames of a compressed file, one after the other."""
     decoder: Any = None
     try:
-        for block in blocks:
-            for start in range(0, len(block), _FEED_BYTES):
-                data = block[start : start + _FEED_BYTES]
-                while data:
-                    if decoder is None or decoder.eof:
-                        decoder = _decoder(kind)
-                    if output := decoder.decompress(data):
-                        yield output
-                    data = decoder.unused_data if decoder.eof else b""
+        for data in _portions(blocks):
+            while data:
+                if decoder is None or decoder.eof:
+                    decoder = _decoder(kind)
+                if output := decoder.decompress(data):
+                    yield output
+                data = decoder.unused_data if decoder.eof else b""
     except (zlib.error, zstandard.ZstdError) as error:
         raise InputError(f"{url}: damaged {kind} data: {error}") from error
     if decoder is not None and not decoder.eof:
         raise InputError(f"{url}: the {kind} data ends early: the file is truncated")
+
+
+def _portions(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """Little enough at a time that what comes out of it stays small."""
+    for block in blocks:
+        for start in range(0, len(block), _FEED_BYTES):
+            yield block[start : start + _FEED_BYTES]
 
 
 def _decoder(kind: str) -> Any:

@@ -208,7 +208,5 @@ def write_rows(
 def _lines(table: pa.Table, text_json: Collection[str]) -> Iterator[dict[str, Any]]:
     for start in range(0, table.num_rows, _WRITE_ROWS):
         for row in rows_of(table.slice(start, _WRITE_ROWS), table.column_names):
-            for name in text_json:
-                if row.get(name) is not None:
-                    row[name] = orjson.Fragment(row[name])
-            yield row
+            given = [name for name in text_json if row.get(name) is not None]
+            yield row | {name: orjson.Fragment(row[name]) for name in given}

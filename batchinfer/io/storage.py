@@ -112,15 +112,17 @@ class LocalStore(Store):
     def find(self, prefix: str = "") -> dict[str, int]:
         folder = self._root / prefix.rpartition("/")[0]
         found: dict[str, int] = {}
+        for path in self._files(folder):
+            name = path.relative_to(self._root).as_posix()
+            if name.startswith(prefix):
+                with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                    found[name] = path.stat().st_size
+        return dict(sorted(found.items()))
+
+    def _files(self, folder: Path) -> Iterator[Path]:
         for parent, folders, files in os.walk(folder, onerror=self._walk_error):
             folders[:] = [name for name in folders if not name.startswith(".")]
-            for file in files:
-                path = Path(parent, file)
-                name = path.relative_to(self._root).as_posix()
-                if name.startswith(prefix) and not file.startswith("."):
-                    with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
-                        found[name] = path.stat().st_size
-        return dict(sorted(found.items()))
+            yield from (Path(parent, file) for file in files if not file.startswith("."))
 
     def _walk_error(self, error: OSError) -> None:
         if not isinstance(error, FileNotFoundError | NotADirectoryError):
