@@ -94,18 +94,13 @@ def _lines(pieces: list[bytes], sizes: list[int], offset: int, number: int) -> l
 
 def _decompress(url: str, blocks: Iterator[bytes], kind: str) -> Iterator[bytes]:
     """All members or frames of a compressed file, one after the other."""
-    decoder: Any = None
+    members = _Members(kind)
     try:
         for data in _portions(blocks):
-            while data:
-                if decoder is None or decoder.eof:
-                    decoder = _decoder(kind)
-                if output := decoder.decompress(data):
-                    yield output
-                data = decoder.unused_data if decoder.eof else b""
+            yield from members.feed(data)
     except (zlib.error, zstandard.ZstdError) as error:
         raise InputError(f"{url}: damaged {kind} data: {error}") from error
-    if decoder is not None and not decoder.eof:
+    if members.unfinished:
         raise InputError(f"{url}: the {kind} data ends early: the file is truncated")
 
 
@@ -116,7 +111,26 @@ def _portions(blocks: Iterator[bytes]) -> Iterator[bytes]:
             yield block[start : start + _FEED_BYTES]
 
 
-def _decoder(kind: str) -> Any:
-    if kind == "gzip":
-        return zlib.decompressobj(wbits=31)
-    return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+class _Members:
+    """Decoders one after the other: a file may be several compressed ones joined."""
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+        self._decoder: Any = None
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        while data:
+            if not self.unfinished:
+                self._decoder = self._new()
+            if output := self._decoder.decompress(data):
+                yield output
+            data = self._decoder.unused_data if self._decoder.eof else b""
+
+    @property
+    def unfinished(self) -> bool:
+        return self._decoder is not None and not self._decoder.eof
+
+    def _new(self) -> Any:
+        if self._kind == "gzip":
+            return zlib.decompressobj(wbits=31)
+        return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
