@@ -1,0 +1,228 @@
+"""One pass of prompts through the engine, and no work done twice on the way.
+
+State: prompts that are prepared and not yet in the engine (`PrefixOrder`), groups of requests in it, groups that have
+ended and are not yet text, and recent answers (`Repeats`). Data flow: feeder → order → engine → text → completions.
+A prompt that fails anywhere becomes an error completion; an exception of the prompts' iterator ends the stream.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Generator, Hashable, Iterable, Iterator
+
+from batchinfer.engine.engine import Engine
+from batchinfer.errors import RowError
+from batchinfer.prompting import Feeder, Prepared, Preparer, Prompt
+from batchinfer.request import Completion, Finished, Output
+from batchinfer.text.tokenizer import Tokenizer
+
+_DETOKENIZE_TOGETHER = 32  # finished prompts that are turned into text in one call
+
+
+class Stream:
+    """Answers `prompts` in any order. `close` stops reading them and drops what is running."""
+
+    def __init__(
+        self, prompts: Iterable[Prompt], preparer: Preparer, engine: Engine, tokenizer: Tokenizer, max_num_seqs: int
+    ) -> None:
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._queue_target = max(64, max_num_seqs)  # as many wait in the engine as have a seat
+        self._order = PrefixOrder(max(1024, 4 * max_num_seqs))
+        self._repeats = Repeats()
+        self._groups: dict[int, _Group] = {}
+        self._ready: list[_Group] = []
+        self._feeder = Feeder(prompts, preparer)
+
+    def completions(self) -> Generator[Completion, None, None]:
+        while not self._feeder.done or self._order or self._engine.has_work or self._ready:
+            yield from self._fill()
+            self._ready += self._collect(self._engine.step())
+            if len(self._ready) >= _DETOKENIZE_TOGETHER or not self._engine.has_work:
+                yield from self._answer()
+
+    def close(self) -> None:
+        self._feeder.close()
+        for group in {id(group): group for group in self._groups.values()}.values():
+            for request in group.prepared.requests:
+                self._engine.abort(request.request_id)
+
+    def _fill(self) -> Iterator[Completion]:
+        """Keep window and engine full; yields what needs no engine: prompts in error, and repeated ones."""
+        while self._order.has_room:
+            idle = not (self._engine.has_work or self._ready or self._order)
+            batch = self._feeder.take(wait=idle)
+            if not batch:
+                break
+            for item in batch:
+                if isinstance(item, Completion):
+                    yield item
+                else:
+                    self._order.add(item)
+        while self._order and self._engine.num_waiting < self._queue_target:
+            yield from self._start(self._order.pop())
+
+    def _start(self, prepared: Prepared) -> Iterator[Completion]:
+        group = _Group(prepared)
+        known = self._repeats.find(group)
+        if known is not None:
+            self._engine.stats.prompt_tokens_reused += len(prepared.ids)
+        if known is None:
+            yield from self._submit(group)
+        elif isinstance(known, _Group):
+            known.followers.append(prepared)
+        else:
+            yield Completion(prepared.index, prepared.ids, known)
+
+    def _submit(self, group: _Group) -> Iterator[Completion]:
+        try:
+            for request in group.prepared.requests:
+                self._engine.add(request)
+                self._groups[request.request_id] = group
+        except RowError as error:  # the first sample is refused if any is: they have the same prompt
+            self._repeats.drop(group)
+            yield Completion(group.prepared.index, group.prepared.ids, error=error)
+
+    def _collect(self, finished: list[Finished]) -> list[_Group]:
+        """The prompts whose last sample is among `finished`."""
+        complete = []
+        for answer in finished:
+            group = self._groups.pop(answer.request.request_id)
+            group.answers.append(answer)
+            if len(group.answers) == len(group.prepared.requests):
+                complete.append(group)
+        return complete
+
+    def _answer(self) -> Iterator[Completion]:
+        """Turn what is ready into text, together: one call of the tokenizer for most of it."""
+        groups, self._ready = self._ready, []
+        texts = self._texts([answer for group in groups for answer in group.answers if answer.error is None])
+        for group in groups:
+            error = next((answer.error for answer in group.answers if answer.error is not None), None)
+            outputs = []
+            if error is None:
+                for answer in sorted(group.answers, key=lambda answer: answer.request.request_id):
+                    text = self._cut(group.prepared, answer, texts[answer.request.request_id])
+                    outputs.append(Output(text, answer.token_ids, answer.finish_reason, answer.logprobs))
+                self._repeats.answered(group, outputs)
+            else:
+                self._repeats.drop(group)
+            for prepared in (group.prepared, *group.followers):
+                yield Completion(prepared.index, prepared.ids, outputs, error)
+
+    def _texts(self, answers: list[Finished]) -> dict[int, str]:
+        """Request id → text."""
+        texts: dict[int, str] = {}
+        for skip in (True, False):
+            same = [answer for answer in answers if answer.request.params.skip_special_tokens is skip]
+            if same:
+                decoded = self._tokenizer.decode_batch([_visible(answer) for answer in same], skip_special_tokens=skip)
+                texts.update(zip((answer.request.request_id for answer in same), decoded, strict=True))
+        return texts
+
+    def _cut(self, prepared: Prepared, answer: Finished, text: str) -> str:
+        if prepared.stop is None or answer.finish_reason != "stop" or answer.token_ids[-1] in answer.request.stop_ids:
+            return text
+        after = 0
+        early = prepared.params.min_tokens - 1  # a stop string that these tokens complete does not count
+        if early > 0:
+            skip = prepared.params.skip_special_tokens
+            after = len(self._tokenizer.decode_batch([answer.token_ids[:early]], skip_special_tokens=skip)[0])
+        return prepared.stop.cut(text, after)
+
+
+class _Group:
+    """A prompt in the engine, those of its samples that have ended, and equal prompts that wait for its answer."""
+
+    __slots__ = ("answers", "followers", "key", "prepared")
+
+    def __init__(self, prepared: Prepared) -> None:
+        self.prepared = prepared
+        self.answers: list[Finished] = []
+        self.followers: list[Prepared] = []
+        self.key = _identity(prepared)
+
+
+class PrefixOrder:
+    """Hands prompts out sorted by their tokens, a window at a time: depth-first over the trie of their prefixes.
+
+    Prompts with a common prefix follow one another, so that it is computed once and is still cached for the last of
+    them, however far apart their rows are within the window. Windows do not mix, so no prompt waits for ever.
+    """
+
+    def __init__(self, window: int) -> None:
+        self._window = window
+        self._next: list[Prepared] = []
+        self._now: list[Prepared] = []  # sorted, the first last
+
+    def __len__(self) -> int:
+        return len(self._now) + len(self._next)
+
+    @property
+    def has_room(self) -> bool:
+        return len(self._next) < self._window
+
+    def add(self, prepared: Prepared) -> None:
+        self._next.append(prepared)
+
+    def pop(self) -> Prepared:
+        if not self._now:
+            self._now = sorted(self._next, key=lambda prepared: prepared.ids, reverse=True)
+            self._next = []
+        return self._now.pop()
+
+
+class Repeats:
+    """Equal prompts with equal parameters whose answer chance has no part in run once.
+
+    Holds those in the engine, and recent answers of at most `max_tokens` tokens, prompts included.
+    """
+
+    def __init__(self, max_tokens: int = 1 << 19) -> None:
+        self._room = max_tokens
+        self._running: dict[Hashable, _Group] = {}
+        self._answers: OrderedDict[Hashable, tuple[int, list[Output]]] = OrderedDict()
+
+    def find(self, group: _Group) -> _Group | list[Output] | None:
+        """The answer of an equal prompt, or the group that will have it; None: `group` is the first, run it."""
+        if group.key is None:
+            return None
+        held = self._answers.get(group.key)
+        if held is not None:
+            self._answers.move_to_end(group.key)
+            return held[1]
+        first = self._running.setdefault(group.key, group)
+        return None if first is group else first
+
+    def answered(self, group: _Group, outputs: list[Output]) -> None:
+        """Keep the answer of a group that `find` let run."""
+        if group.key is None:
+            return
+        del self._running[group.key]
+        size = len(group.prepared.ids) + sum(len(output.token_ids) for output in outputs)
+        self._answers[group.key] = (size, outputs)
+        self._room -= size
+        while self._room < 0:
+            self._room += self._answers.popitem(last=False)[1][0]
+
+    def drop(self, group: _Group) -> None:
+        """The group failed: an equal prompt may try again."""
+        if group.key is not None:
+            del self._running[group.key]
+
+
+def _identity(prepared: Prepared) -> Hashable | None:
+    """What decides the answer, if prompt and parameters alone do."""
+    params = prepared.params
+    if (not params.greedy and params.seed is None) or params.logit_bias is not None:
+        return None  # a logit_bias is a mapping: not worth hashing
+    return array("q", prepared.ids).tobytes(), params
+
+
+def _visible(answer: Finished) -> list[int]:
+    """The ids that become text: all but a stop token, unless it was asked for."""
+    stopped = answer.finish_reason == "stop" and answer.token_ids[-1] in answer.request.stop_ids
+    if stopped and not answer.request.params.include_stop_str_in_output:
+        return answer.token_ids[:-1]
+    return answer.token_ids

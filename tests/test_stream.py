@@ -1,0 +1,105 @@
+"""Work that is not done twice: repeated prompts, and prefixes whose rows lie far apart."""
+
+from __future__ import annotations
+
+import random
+
+from batchinfer import LLM, SamplingParams
+from batchinfer.engine.plan import StepPlan, StepResult
+from batchinfer.errors import EngineFailure
+from batchinfer.prompting import Prepared
+from batchinfer.request import Completion, Output
+from batchinfer.spec import FakeSpec
+from batchinfer.stream import PrefixOrder, Repeats, _Group
+
+GREEDY = SamplingParams(temperature=0, max_tokens=20)
+
+
+def fake_llm(**options: object) -> LLM:
+    return LLM("fake", fake=FakeSpec(answer_tokens=(3, 15)), **options)
+
+
+def test_repeats_run_once_and_every_row_has_its_answer() -> None:
+    rng = random.Random(3)
+    distinct = [f"prompt {i} " * 3 for i in range(40)]
+    prompts = distinct + [rng.choice(distinct) for _ in range(160)]
+    rng.shuffle(prompts)
+    llm = fake_llm(max_num_seqs=4)
+    completions = llm.generate(prompts, GREEDY)
+    assert [bytes(c.prompt_token_ids).decode() for c in completions] == prompts
+    alone = {prompt: fake_llm().generate([prompt], GREEDY)[0].outputs for prompt in distinct}
+    assert all(c.outputs == alone[prompt] for c, prompt in zip(completions, prompts, strict=True))
+    generated = sum(len(outputs[0].token_ids) for outputs in alone.values())
+    assert llm.stats().generated_tokens == generated
+
+
+def test_what_chance_or_other_parameters_decide_is_not_shared() -> None:
+    llm = fake_llm()
+    sampled = llm.generate(["same"] * 8, SamplingParams(temperature=1.0, max_tokens=20))
+    assert len({tuple(c.outputs[0].token_ids) for c in sampled}) > 4
+    seeded = llm.generate(["same"] * 8, SamplingParams(temperature=1.0, seed=1, max_tokens=20))
+    assert len({tuple(c.outputs[0].token_ids) for c in seeded}) == 1
+    lengths = [SamplingParams(temperature=0, max_tokens=n) for n in (1, 2, 3, 2)]
+    assert [len(c.outputs[0].token_ids) for c in llm.generate(["same"] * 4, lengths)] == [1, 2, 3, 2]
+
+
+def test_an_error_reaches_the_followers_and_is_not_kept() -> None:
+    class Broken:
+        def __init__(self) -> None:
+            self.failing = True
+
+        def run(self, plan: StepPlan) -> StepResult:
+            count = sum(plan.samples)
+            failed = dict.fromkeys(range(count), "broken") if self.failing else None
+            return StepResult([7] * count, failed=failed)
+
+    llm = fake_llm()
+    runner = Broken()
+    llm._engine._runner = runner
+    completions = llm.generate(["a", "a", "b"], GREEDY)
+    assert [type(c.error) for c in completions] == [EngineFailure] * 3
+    runner.failing = False
+    assert all(c.error is None for c in llm.generate(["a", "a", "b"], GREEDY))
+
+
+def test_questions_in_any_order_compute_each_document_once() -> None:
+    """Eight documents, five questions each, and a cache of three documents (in tokens; bytes are tokens here)."""
+    rng = random.Random(5)
+    documents = ["".join(rng.choice("abcdefgh ") for _ in range(1500)) for _ in range(8)]
+    grouped = [document + f" question {i}" for document in documents for i in range(5)]
+    tiled = [document + f" question {i}" for i in range(5) for document in documents]
+    shuffled = rng.sample(grouped, len(grouped))
+    least = 8 * 1500 + 40 * 11
+    answers = []
+    for prompts in (grouped, tiled, shuffled):
+        llm = fake_llm(kv_cache_tokens=3 * 1600, max_num_seqs=16)
+        completions: list[Completion] = llm.generate(prompts, GREEDY)
+        answers.append({prompts[c.index]: c.outputs for c in completions})
+        assert llm.stats().prompt_tokens_computed < 1.1 * least
+    assert answers[0] == answers[1] == answers[2]
+
+
+def prepared(index: int, ids: list[int]) -> Prepared:
+    return Prepared(index, ids, GREEDY, [], None)
+
+
+def test_order_is_by_prefix_within_windows_that_do_not_mix() -> None:
+    order = PrefixOrder(3)
+    for index, ids in enumerate(([5], [1, 2], [1])):
+        order.add(prepared(index, ids))
+    assert not order.has_room
+    assert order.pop().ids == [1]
+    order.add(prepared(3, [0]))
+    assert [order.pop().ids for _ in range(3)] == [[1, 2], [5], [0]]
+    assert not order
+
+
+def test_recent_answers_are_bounded() -> None:
+    repeats = Repeats(max_tokens=30)
+    groups = [_Group(prepared(i, [i] * 9)) for i in range(5)]
+    output = [Output("x", [1], "stop")]
+    for group in groups:
+        assert repeats.find(group) is None
+        repeats.answered(group, output)
+    assert repeats.find(_Group(prepared(9, [4] * 9))) is output
+    assert repeats.find(_Group(prepared(9, [0] * 9))) is None, "the oldest went first"
