@@ -224,9 +224,9 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 
 @pytest.mark.parametrize("form", ["parquet", "jsonl"])
 def test_memory_does_not_grow_with_the_file(tmp_path, form):
-    """One row group holds all rows, as most writers make it. Without streaming the larger file needs 20 MB more."""
+    """One row group holds all rows, as most writers make it. Without streaming the larger file needs 70 MB more."""
     peaks = []
-    for rows in (50_000, 200_000):
+    for rows in (50_000, 600_000):
         text = [f"some words that make a prompt of a usual length, number {i * 7919}" for i in range(rows)]
         table = pa.table({"i": range(rows), "a": text, "b": text})
         path = tmp_path / f"{rows}.{form}"
@@ -234,7 +234,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path, form):
             pq.write_table(table, path, row_group_size=rows, compression="none", use_dictionary=False)
         else:
             write_rows(path, table, "jsonl", None)
-        run = subprocess.run([sys.executable, "-c", _MEMORY, str(path)], capture_output=True, text=True, check=True)
-        peaks.append(int(run.stdout) / 1024)
-    assert peaks[1] < peaks[0] * 1.1, peaks
+        command = [sys.executable, "-c", _MEMORY, str(path)]
+        runs = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(2)]
+        peaks.append(min(int(run.stdout) for run in runs) / 1024)  # the allocator alone makes 20 MB of difference
+    assert peaks[1] < peaks[0] + 30, peaks
     assert peaks[1] < 250
