@@ -10,7 +10,8 @@ import io
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +19,7 @@ import typer
 
 from batchinfer import cli_help as pages
 from batchinfer.cli_progress import choose_progress, summary
-from batchinfer.errors import EXIT_OK, BatchInferError, UsageError
+from batchinfer.errors import EXIT_OK, BatchInferError, UsageError, UserError
 from batchinfer.log import log
 
 if TYPE_CHECKING:
@@ -157,6 +158,19 @@ def _load(job: Path, settings: list[str], limit: int | None = None, rehearse: bo
     return _rehearsal(spec) if rehearse else spec
 
 
+@contextmanager
+def _located(job: Path) -> Iterator[None]:
+    """Mistakes that show only beside the input name file and line of their key, like those of the file alone."""
+    try:
+        yield
+    except UserError as error:
+        if not error.key:
+            raise
+        from batchinfer.spec import locate
+
+        raise type(error)(f"{locate(job, error.key)}: {error}") from error
+
+
 def _rehearsal(spec: JobSpec) -> JobSpec:
     """The same job with fake answers: the real output is not touched, a tokenizer on local disk is kept."""
     from batchinfer.spec import FAKE_MODEL
@@ -214,7 +228,9 @@ def run(
 
     spec = _load(job, settings, limit, rehearse)
     place = _resolve_shard(shard)
-    _finish(run_job(spec, shard=place, spool_dir=spool_dir, drain=drain, progress=choose_progress()))
+    with _located(job):
+        report = run_job(spec, shard=place, spool_dir=spool_dir, drain=drain, progress=choose_progress())
+    _finish(report)
 
 
 @app.command(epilog=pages.EXIT_CODES, help=pages.RETRY)
@@ -231,7 +247,9 @@ def retry(
 
     spec = _load(job, settings, limit, rehearse)
     place = _resolve_shard(shard)
-    _finish(retry_job(spec, shard=place, spool_dir=spool_dir, drain=drain, progress=choose_progress()))
+    with _located(job):
+        report = retry_job(spec, shard=place, spool_dir=spool_dir, drain=drain, progress=choose_progress())
+    _finish(report)
 
 
 def _install_drain() -> Drain:
@@ -265,7 +283,9 @@ def plan(
 ) -> None:
     from batchinfer.job.preview import describe, preview
 
-    found = preview(_load(job, settings, limit), sample)
+    spec = _load(job, settings, limit)
+    with _located(job):
+        found = preview(spec, sample)
     _print(describe(found))
     if found.conflict is not None:
         raise found.conflict

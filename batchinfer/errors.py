@@ -42,9 +42,16 @@ class BatchInferError(Exception):
 
 
 class UserError(BatchInferError):
-    """The user's mistake; the message names what is wrong, where, and what to do."""
+    """The user's mistake; the message names what is wrong, where, and what to do.
+
+    `key` is the dotted key of the job file that it is about, if there is one: the command line adds file and line.
+    """
 
     exit_code = 64
+
+    def __init__(self, message: str, *, key: str = "") -> None:
+        super().__init__(f"{key}: {message}" if key else message)
+        self.key = key
 
 
 class UsageError(UserError):

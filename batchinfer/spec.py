@@ -221,6 +221,12 @@ def parse_spec(values: dict[str, Any], source: str = "job", node: yaml.Node | No
     return spec
 
 
+def locate(path: str | Path, key: str) -> str:
+    """`"job.yaml:12"`: where a dotted key, or the deepest part of it that is there, stands in a job file."""
+    node = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    return f"{path}{_line(node, tuple(key.split('.')))}"
+
+
 def _assign(values: dict[str, Any], key: str, value: Any) -> None:
     *parents, last = key.split(".")
     for name in parents:

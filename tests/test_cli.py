@@ -236,6 +236,20 @@ def test_mistakes_in_a_job(job, capsys, settings, code, message):
     assert run("plan", job, *arguments) == code
 
 
+def test_mistakes_that_show_beside_the_input_name_the_line_of_their_key(tmp_path, capsys):
+    (tmp_path / "in.jsonl").write_text('{"text": "a"}\n')
+    path = tmp_path / "job.yaml"
+    path.write_text(
+        f"model: fake\ninput:\n  path: {tmp_path}/in.jsonl\nprompt:\n  template: '{{{{ txet }}}}'\n"
+        f"output:\n  path: {tmp_path}/out\n"
+    )
+    for command in ("run", "plan"):
+        assert run("--no-log-json", command, path) == 78
+        assert f"{path}:5: prompt.template: column 'txet' is not in" in capsys.readouterr().err
+        assert run("--no-log-json", command, path, "--set", "input.path=nothing*.jsonl") == 66
+        assert f"{path}:3: input.path: nothing matches" in capsys.readouterr().err
+
+
 def test_missing_job_file(tmp_path, capsys):
     assert run("run", tmp_path / "nothing.yaml") == 78
     assert "nothing.yaml" in capsys.readouterr().err

@@ -148,7 +148,7 @@ def _service_models() -> Any:
 def _other_arguments(options: StorageSpec) -> dict[str, Any]:
     given = [name for name in ("endpoint", "region", "requester_pays") if getattr(options, name)]
     if given:
-        raise SpecError(f"storage.{given[0]} goes with s3:// URLs; use storage.options for other filesystems")
+        raise SpecError("goes with s3:// URLs; use storage.options for other filesystems", key=f"storage.{given[0]}")
     return {"anon": True} if options.anonymous else {}
 
 

@@ -68,7 +68,7 @@ def _format(url: str) -> Format:
         if name.endswith(suffix):
             return form
     known = ", ".join(_SUFFIXES)
-    raise SpecError(f"input.path: {url}: its name does not tell the format (known: {known}); set input.format")
+    raise SpecError(f"{url}: its name does not tell the format (known: {known}); set input.format", key="input.path")
 
 
 def _first_rows(sources: Sources, formats: dict[str, Format], limit: int) -> Iterator[FileScan]:
@@ -197,7 +197,7 @@ def write_rows(
         if form == "parquet":
             parquet.write(path, table, compression)
         elif compression == "snappy":
-            raise SpecError("output.compression: snappy goes with parquet; lines take zstd, gzip or none")
+            raise SpecError("snappy goes with parquet; lines take zstd, gzip or none", key="output.compression")
         else:
             jsonl.write(path, _lines(table, text_json), compression)
     except OSError as error:

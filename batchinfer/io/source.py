@@ -204,7 +204,9 @@ class Sources:
         path = local_path(pattern)
         found = self._remote(pattern) if path is None else _local(pattern, path)
         if not found:
-            raise InputMissing(f"nothing matches {pattern}{self._retry.place if path is None else ''}")
+            raise InputMissing(
+                f"nothing matches {pattern}{self._retry.place if path is None else ''}", key="input.path"
+            )
         return sorted(found)
 
     def _filesystem(self, url: str) -> Any:

@@ -51,7 +51,7 @@ def output_layout(spec: JobSpec, inputs: Inputs) -> Layout:
     format_ = spec.output.format or inputs.files[0].format
     compression = spec.output.compression or ("zstd" if format_ == "parquet" else "none")
     if format_ != "parquet" and compression == "snappy":
-        raise SpecError("output.compression: snappy is for parquet; JSON lines take zstd, gzip or none")
+        raise SpecError("snappy is for parquet; JSON lines take zstd, gzip or none", key="output.compression")
     exploded = spec.output.samples == "rows"
     listed = not exploded and spec.sampling_values.get("n", 1) > 1
     if format_ == "openai-batch":
@@ -90,7 +90,8 @@ def _refuse_clash(carried: tuple[str, ...], added: list[pa.Field], inputs: Input
     if clashes:
         names = ", ".join(repr(name) for name in clashes)
         raise SpecError(
-            f"output: the input already has {'columns' if len(clashes) > 1 else 'a column'} named {names} "
+            f"the input already has {'columns' if len(clashes) > 1 else 'a column'} named {names} "
             f"({inputs.files[0].url}), which this job would add; set output.prefix (for example 'model_'), "
-            "or leave them out with input.columns"
+            "or leave them out with input.columns",
+            key="output",
         )

@@ -155,8 +155,9 @@ def check_columns(needed: Mapping[str, frozenset[str]], inputs: Inputs) -> None:
         for column in sorted(columns):
             if column not in names:
                 raise SpecError(
-                    f"{key}: column {column!r} is not in {inputs.files[0].url}{suggest(column, names)} "
-                    f"(columns: {', '.join(names)})"
+                    f"column {column!r} is not in {inputs.files[0].url}{suggest(column, names)} "
+                    f"(columns: {', '.join(names)})",
+                    key=key,
                 )
 
 
@@ -166,7 +167,7 @@ def check_type(key: str, column: str, inputs: Inputs, allowed: str) -> None:
     if pa.types.is_null(kind) and "m" in allowed:
         return  # no row has an override
     if pa.types.is_null(kind):
-        raise InputError(f"{key}: column {column!r} of {inputs.files[0].url} holds nothing but nulls")
+        raise InputError(f"column {column!r} of {inputs.files[0].url} holds nothing but nulls", key=key)
     listed = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     fits = {
         "t": pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind),
@@ -179,7 +180,7 @@ def check_type(key: str, column: str, inputs: Inputs, allowed: str) -> None:
     if not any(fits[letter] for letter in allowed):
         words = {"t": "text", "i": "lists of token ids", "l": "lists", "m": "mappings"}
         wanted = " or ".join(words[letter] for letter in allowed)
-        raise InputError(f"{key}: column {column!r} of {inputs.files[0].url} has type {kind}; it must hold {wanted}")
+        raise InputError(f"column {column!r} of {inputs.files[0].url} has type {kind}; it must hold {wanted}", key=key)
 
 
 def _rows_per_chunk(file: InputFile, asked: int) -> int:

@@ -59,7 +59,7 @@ def draft_plan(spec: JobSpec, weights: bool = False, known: JobPlan | None = Non
     inputs = scan(spec.input, spec.storage) if known is None or rescan else known.inputs
     if not any(file.rows for file in inputs.files):
         names = ", ".join(file.url for file in inputs.files[:3])
-        raise InputMissing(f"input.path: no rows in {names}{' …' if len(inputs.files) > 3 else ''}")
+        raise InputMissing(f"no rows in {names}{' …' if len(inputs.files) > 3 else ''}", key="input.path")
     rows.check(inputs)
     layout = output_layout(spec, inputs)
     taken = rows_taken(spec, rows, inputs) if known is None or rescan else known.taken

@@ -40,7 +40,7 @@ class RowPrompts:
     """
 
     def __init__(self, spec: JobSpec) -> None:
-        self._where = RowFilter(spec.input.where) if spec.input.where is not None else None
+        self._where = RowFilter(spec.input.where, "input.where") if spec.input.where is not None else None
         self._sampling_column = spec.sampling_column
         self._many = spec.output.samples == "rows" or spec.sampling_values.get("n", 1) > 1
         self._many = self._many or (spec.output.format or spec.input.format) == "openai-batch"

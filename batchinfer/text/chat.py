@@ -230,9 +230,9 @@ def _compile(compile_source: Callable[[str], Any], source: str, name: str) -> An
     try:
         return compile_source(source)
     except jinja2.TemplateSyntaxError as error:
-        raise SpecError(f"{name}: line {error.lineno}: {error.message}") from None
+        raise SpecError(f"line {error.lineno}: {error.message}", key=name) from None
     except Exception as error:  # nesting too deep for the parser, a constant that cannot be folded
-        raise SpecError(f"{name}: cannot be compiled: {_reason(error)}") from None
+        raise SpecError(f"cannot be compiled: {_reason(error)}", key=name) from None
 
 
 def _columns(source: str) -> frozenset[str]:
