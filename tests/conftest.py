@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 pytest_plugins = ["tests.servers"]
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the command line does; see there
 
 _ROOT = Path(__file__).parent.parent
 
