@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,7 @@ def _model_runner(engine: EngineSpec, path: Path) -> tuple[Runner, BlockPool, in
     from batchinfer.engine.runner import ModelRunner
     from batchinfer.models.weights import load_decoder
 
-    if engine.num_threads is not None:
-        torch.set_num_threads(engine.num_threads)
+    torch.set_num_threads(engine.num_threads or min(torch.get_num_threads(), quota_threads()))
     dtype: torch.dtype = getattr(torch, engine.dtype or "float32")
     decoder = load_decoder(path, dtype, engine.max_model_len)
     context = decoder.config.context_tokens
@@ -95,6 +95,24 @@ def _model_runner(engine: EngineSpec, path: Path) -> tuple[Runner, BlockPool, in
     )
     pool = BlockPool(num_blocks, engine.block_size, engine.enable_prefix_caching)
     return runner, pool, context, decoder.config.vocab_size
+
+
+def quota_threads(root: Path = Path("/")) -> int:
+    """Threads that the container's CPU quota keeps busy (cgroup v2, v1). torch counts cores, whatever the quota."""
+    folder = root / "sys/fs/cgroup"
+    try:
+        quota, period = (folder / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            quota = (folder / "cpu/cpu.cfs_quota_us").read_text()
+            period = (folder / "cpu/cpu.cfs_period_us").read_text()
+        except OSError:
+            return sys.maxsize
+    try:
+        shares = int(quota) / int(period)
+    except ValueError:  # the word "max"
+        return sys.maxsize
+    return max(1, int(shares)) if shares > 0 else sys.maxsize
 
 
 def _fake_runner(engine: EngineSpec, fake: FakeSpec, tokenizer: Tokenizer) -> tuple[Runner, BlockPool, int]:

@@ -93,7 +93,9 @@ class EngineSpec(_Section):
     max_model_len: int | None = Field(None, ge=1, description="context limit; default the model's")
     enable_prefix_caching: bool = Field(True, description="reuse KV blocks of equal prefixes")
     block_size: int = Field(16, ge=1, le=1024, description="tokens per KV block")
-    num_threads: int | None = Field(None, ge=1, description="CPU threads of the model; default all cores")
+    num_threads: int | None = Field(
+        None, ge=1, description="CPU threads of the model; default: cores, within the container's quota"
+    )
 
 
 class StorageSpec(_Section):

@@ -1,0 +1,49 @@
+"""What is decided for the machine, and the model's own sampling defaults."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from batchinfer.assembly import _defaults, _generation_config, quota_threads
+from batchinfer.errors import ModelError
+from batchinfer.io.fetch import ModelFiles
+
+
+@pytest.mark.parametrize(
+    ("files", "threads"),
+    [
+        ({"cpu.max": "max 100000\n"}, sys.maxsize),
+        ({"cpu.max": "250000 100000\n"}, 2),
+        ({"cpu.max": "50000 100000\n"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, sys.maxsize),
+        ({"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4),
+        ({}, sys.maxsize),
+    ],
+)
+def test_threads_within_the_quota(tmp_path: Path, files: dict[str, str], threads: int) -> None:
+    for name, content in files.items():
+        path = tmp_path / "sys/fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    assert quota_threads(tmp_path) == threads
+
+
+def test_sampling_defaults_of_the_model(tmp_path: Path) -> None:
+    files = ModelFiles(tmp_path, "x")
+    assert _defaults(_generation_config(tmp_path), files).temperature == 1.0
+    config = tmp_path / "generation_config.json"
+    config.write_text(json.dumps({"temperature": 0.6, "top_p": 0.9, "top_k": 20, "do_sample": True, "max_length": 9}))
+    params = _defaults(_generation_config(tmp_path), files)
+    assert (params.temperature, params.top_p, params.top_k, params.max_tokens) == (0.6, 0.9, 20, None)
+    config.write_text(json.dumps({"temperature": 0.6, "do_sample": False}))
+    assert _defaults(_generation_config(tmp_path), files).greedy
+    config.write_text(json.dumps({"top_p": 7}))
+    with pytest.raises(ModelError, match=r"generation_config.json: top_p must be between"):
+        _defaults(_generation_config(tmp_path), files)
+    config.write_text("{")
+    with pytest.raises(ModelError, match="not JSON"):
+        _generation_config(tmp_path)
