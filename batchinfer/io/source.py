@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import io
 import os
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +29,7 @@ class Stat(NamedTuple):
     etag: str
 
 
-class Source:
+class Source(ABC):
     """One file. Close it; a local file is held open. Raises InputMissing, AccessDenied, StorageError.
 
     `opened` is what it was when it was opened.
@@ -37,19 +38,21 @@ class Source:
     url: str
     opened: Stat
 
+    @abstractmethod
     def stat(self) -> Stat:
-        raise NotImplementedError
+        """What it is now."""
 
+    @abstractmethod
     def read_at(self, offset: int, length: int) -> bytes:
         """Up to `length` bytes: fewer only at the end of the file."""
-        raise NotImplementedError
 
+    @abstractmethod
     def arrow(self) -> pa.NativeFile:
         """For pyarrow's readers."""
-        raise NotImplementedError
 
+    @abstractmethod
     def close(self) -> None:
-        pass
+        """Nothing can be read any more."""
 
     def blocks(self, offset: int = 0) -> Iterator[bytes]:
         """The content from `offset` to the end: fetched a few MB at a time, given in smaller pieces."""
@@ -135,6 +138,9 @@ class RemoteSource(Source):
 
     def arrow(self) -> pa.NativeFile:
         return pa.PythonFile(_Seekable(self, self.opened.size), mode="r")
+
+    def close(self) -> None:
+        """Nothing is held open."""
 
 
 class _Seekable(io.RawIOBase):
