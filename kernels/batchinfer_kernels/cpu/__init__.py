@@ -1,0 +1,24 @@
+"""C++ (kernels/csrc) for float32 on CPUs; what it does not know goes to the reference. Installed where a compiler is.
+
+See `library.load`: `problem()` says why the backend cannot serve, if it cannot.
+"""
+
+from batchinfer_kernels.cpu.activation import gelu_mul, silu_mul
+from batchinfer_kernels.cpu.kv_write import kv_write
+from batchinfer_kernels.cpu.library import problem
+from batchinfer_kernels.cpu.paged_attention import paged_attention
+from batchinfer_kernels.cpu.rms_norm import add_rms_norm, rms_norm
+from batchinfer_kernels.cpu.rope import rope
+from batchinfer_kernels.cpu.step_index import step_index
+
+__all__ = [
+    "add_rms_norm",
+    "gelu_mul",
+    "kv_write",
+    "paged_attention",
+    "problem",
+    "rms_norm",
+    "rope",
+    "silu_mul",
+    "step_index",
+]

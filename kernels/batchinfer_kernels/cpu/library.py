@@ -1,0 +1,93 @@
+"""The compiled library: which instruction set of it runs here, and the signatures of its functions.
+
+Each function exists once per variant, as `name_variant`. Its threads are those of the OpenMP runtime that torch has
+loaded, so torch must have been imported (see csrc/parallel.h).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+VARIANTS = ("avx512", "avx2", "baseline")  # the best first
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_PATH = Path(__file__).with_name("_ops.so")
+_SIGNATURES = {  # p pointer, n int64, i int, f float
+    "paged_attention": "pnnpppipnppnnnnnfnfi",
+    "kv_write": "pnnpnnippipnnnni",
+    "rms_norm": "pnnnnppnffpi",
+    "rope": "pnnppnnni",
+    "silu_mul": "pnnpi",
+    "gelu_mul": "pnnpi",
+}
+_CTYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
+
+Function = Callable[..., int]
+
+
+class Functions(NamedTuple):
+    """Of one variant. All return 0, or 1 for want of memory."""
+
+    paged_attention: Function
+    kv_write: Function
+    rms_norm: Function
+    rope: Function
+    silu_mul: Function
+    gelu_mul: Function
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(str(_PATH))
+
+
+@cache
+def variants() -> list[str]:
+    """Those that were compiled and that this processor has, the best first. Raises OSError without the library."""
+    library = _library()
+    return [name for name in VARIANTS if name == "baseline" or getattr(library, f"has_variant_{name}")()]
+
+
+@cache
+def load(variant: str) -> Functions:
+    library = _library()
+
+    def function(name: str) -> Function:
+        found = getattr(library, f"{name}_{variant}")
+        found.argtypes = [_CTYPES[letter] for letter in _SIGNATURES[name]]
+        found.restype = ctypes.c_int
+        made: Function = found
+        return made
+
+    return Functions(*map(function, Functions._fields))
+
+
+_chosen: list[Functions] = []
+
+
+def functions() -> Functions:
+    """Of the variant in use."""
+    return _chosen[0] if _chosen else choose(variants()[0])
+
+
+def choose(variant: str) -> Functions:
+    """From now on, in this process."""
+    _chosen[:] = [load(variant)]
+    return _chosen[0]
+
+
+def problem() -> str | None:
+    """Why the library cannot be used; None if it can."""
+    if not _PATH.exists():
+        return "they were not compiled when this was installed: it takes a C++ compiler"
+    try:
+        functions()
+    except (OSError, AttributeError) as error:
+        return str(error)
+    return None

@@ -1,0 +1,56 @@
+"""Attention over a cache of blocks, for any mix of prompt chunks and decodes: csrc/paged_attention.h.
+
+T tokens of a step · H query heads · N blocks · K kv heads · B slots per block · D head size
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from batchinfer_kernels import reference
+from batchinfer_kernels.cpu.library import TYPES, functions
+from batchinfer_kernels.cpu.step_index import CPUStepIndex
+from batchinfer_kernels.reference.step_index import StepIndex
+
+
+def paged_attention(
+    q_THD: Tensor,
+    k_cache_NKBD: Tensor,
+    v_cache_NKBD: Tensor,
+    index: StepIndex,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+) -> Tensor:
+    kv_type = TYPES.get(k_cache_NKBD.dtype)
+    known = q_THD.dtype == torch.float32 and kv_type is not None and v_cache_NKBD.dtype == k_cache_NKBD.dtype
+    dense = q_THD.stride(2) == 1 and k_cache_NKBD.is_contiguous() and v_cache_NKBD.is_contiguous()
+    if not (known and dense and isinstance(index, CPUStepIndex)):
+        return reference.paged_attention(q_THD, k_cache_NKBD, v_cache_NKBD, index, scale, window, soft_cap)
+    out_THD = torch.empty(q_THD.shape)
+    tables, query_starts, lengths = index.addresses
+    failed = functions().paged_attention(
+        q_THD.data_ptr(),
+        q_THD.stride(0),
+        q_THD.stride(1),
+        out_THD.data_ptr(),
+        k_cache_NKBD.data_ptr(),
+        v_cache_NKBD.data_ptr(),
+        kv_type,
+        tables,
+        index.int32_tables_SB.shape[1],
+        query_starts,
+        lengths,
+        len(index.lengths_S),
+        q_THD.shape[1],
+        *k_cache_NKBD.shape[1::2],
+        k_cache_NKBD.shape[2],
+        scale,
+        window or 0,
+        soft_cap or 0.0,
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise MemoryError("no memory for the workspace of attention")
+    return out_THD

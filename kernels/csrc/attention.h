@@ -1,0 +1,67 @@
+// What decodes and prompt chunks share: the call's arguments, and where a position's key lies.
+//
+// T tokens of the step · S sequences · H query heads · K kv heads · G = H / K · N blocks · B slots per block · D head size
+#pragma once
+
+#include "parallel.h"
+#include "simd.h"
+
+namespace {
+
+// scores are kept as powers of two: exp(x) = 2**(x log2(e))
+constexpr float LOG2_E = 1.4426950408889634f;
+constexpr float LOWEST = -3e38f;  // a maximum over nothing: finite, so that differences are never NaN
+
+struct Attention {
+    const float* q_THD;  // strided over T and H
+    int64_t q_stride_T, q_stride_H;
+    float* out_THD;  // contiguous
+    const void* k_NKBD;
+    const void* v_NKBD;
+    const int32_t* tables;  // [S, table_stride]
+    int64_t table_stride;
+    const int64_t* query_starts;  // [S + 1]
+    const int64_t* lengths;       // [S]
+    int64_t num_sequences, heads, kv_heads, head_size, block_size;
+    float scale;
+    int64_t window;  // 0: none
+    float soft_cap;  // 0: none
+
+    int64_t group() const { return heads / kv_heads; }
+    // to the power of two's exponent: of q · k, and after the cap
+    float score_scale() const { return soft_cap > 0 ? scale / soft_cap : scale * LOG2_E; }
+    float cap_scale() const { return soft_cap * LOG2_E; }
+    int64_t first_seen(int64_t position) const {
+        return window > 0 && position >= window ? position - window + 1 : 0;
+    }
+    // in numbers, from the cache's start
+    int64_t row(int64_t sequence, int64_t kv_head, int64_t position) const {
+        const int64_t block = tables[sequence * table_stride + position / block_size];
+        return ((block * kv_heads + kv_head) * block_size + position % block_size) * head_size;
+    }
+    // rows of positions first .. last - 1
+    void rows(int64_t sequence, int64_t kv_head, int64_t first, int64_t last, int64_t* to) const {
+        for (int64_t p = first; p < last;) {
+            const int64_t stop = (p / block_size + 1) * block_size < last ? (p / block_size + 1) * block_size : last;
+            int64_t at = row(sequence, kv_head, p);
+            for (; p < stop; p++, at += head_size) *to++ = at;
+        }
+    }
+};
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// numbers as float32, and zeros up to `padded`
+template <class KV>
+inline void widen(const KV* from, int64_t count, int64_t padded, float* to) {
+    int64_t d = 0;
+    for (; d + VL <= count; d += VL) store(to + d, load(from + d));
+    for (; d < count; d++) to[d] = to_float(from[d]);
+    for (; d < padded; d++) to[d] = 0;
+}
+
+inline void prefetch(const void* from, int64_t bytes) {
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch((const char*)from + at, 0, 3);
+}
+
+}  // namespace

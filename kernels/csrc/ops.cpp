@@ -1,0 +1,112 @@
+// The ops as C functions over raw pointers and sizes. Compiled once per instruction set, with VARIANT in the names.
+//
+// T tokens · H query heads · K kv heads · D head size · N blocks, or rows · B slots per block · E features · R pairs ·
+// F feed-forward size. Strides are in numbers; the last axis is always dense. `threads` is the most that may be used.
+
+#include "elementwise.h"
+#include "paged_attention.h"
+
+#define JOINED(name, variant) name##_##variant
+#define NAMED(name, variant) JOINED(name, variant)
+#define OP(name) extern "C" __attribute__((visibility("default"))) int NAMED(name, VARIANT)
+
+namespace {
+
+constexpr int64_t GRAIN = 1 << 14;  // numbers that are worth a thread
+
+enum Type { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+
+template <class From, class To>
+void write_slots(
+    const From* x_TKD, int64_t stride_T, int64_t stride_K, To* cache_NKBD, const int64_t* slots, int64_t tokens,
+    int64_t kv_heads, int64_t block_size, int64_t size) {
+    for (int64_t t = 0; t < tokens; t++) {
+        for (int64_t k = 0; k < kv_heads; k++) {
+            const From* from = x_TKD + t * stride_T + k * stride_K;
+            To* to = cache_NKBD + ((slots[t] / block_size * kv_heads + k) * block_size + slots[t] % block_size) * size;
+            if constexpr (std::is_same_v<From, To>) memcpy(to, from, size * sizeof(To));
+            else for (int64_t d = 0; d < size; d++) convert(from[d], to + d);
+        }
+    }
+}
+
+}  // namespace
+
+// 0, or 1 if there was no memory
+OP(paged_attention)(
+    const float* q_THD, int64_t q_stride_T, int64_t q_stride_H, float* out_THD, const void* k_NKBD, const void* v_NKBD,
+    int kv_type, const int32_t* tables_SX, int64_t table_stride, const int64_t* query_starts, const int64_t* lengths,
+    int64_t num_sequences, int64_t heads, int64_t kv_heads, int64_t head_size, int64_t block_size, float scale,
+    int64_t window, float soft_cap, int threads) {
+    const Attention a{q_THD, q_stride_T, q_stride_H, out_THD, k_NKBD, v_NKBD, tables_SX, table_stride, query_starts,
+                      lengths, num_sequences, heads, kv_heads, head_size, block_size, scale, window, soft_cap};
+    try {
+        if (kv_type == FLOAT32) attend<float>(a, threads);
+        else if (kv_type == BFLOAT16) attend<bf16>(a, threads);
+        else attend<f16>(a, threads);
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+    return 0;
+}
+
+// float32 into a cache of any type, or 16-bit numbers into a cache of their own type
+OP(kv_write)(
+    const void* k_TKD, int64_t k_stride_T, int64_t k_stride_K, const void* v_TKD, int64_t v_stride_T,
+    int64_t v_stride_K, int type, void* k_NKBD, void* v_NKBD, int kv_type, const int64_t* slots, int64_t tokens,
+    int64_t kv_heads, int64_t block_size, int64_t size, int threads) {
+    auto write = [&](auto* k, auto* v, auto* k_cache, auto* v_cache) {
+        for_ranges(threads, tokens, GRAIN / (kv_heads * size), [&](int64_t first, int64_t last) {
+            const int64_t count = last - first;
+            write_slots(k + first * k_stride_T, k_stride_T, k_stride_K, k_cache, slots + first, count, kv_heads,
+                        block_size, size);
+            write_slots(v + first * v_stride_T, v_stride_T, v_stride_K, v_cache, slots + first, count, kv_heads,
+                        block_size, size);
+        });
+    };
+    if (type != FLOAT32) write((const bf16*)k_TKD, (const bf16*)v_TKD, (bf16*)k_NKBD, (bf16*)v_NKBD);
+    else if (kv_type == FLOAT32) write((const float*)k_TKD, (const float*)v_TKD, (float*)k_NKBD, (float*)v_NKBD);
+    else if (kv_type == BFLOAT16) write((const float*)k_TKD, (const float*)v_TKD, (bf16*)k_NKBD, (bf16*)v_NKBD);
+    else write((const float*)k_TKD, (const float*)v_TKD, (f16*)k_NKBD, (f16*)v_NKBD);
+    return 0;
+}
+
+// rows in two strided axes, out dense. The residual, where there is one, is dense and changed
+OP(rms_norm)(
+    const float* x, int64_t outer, int64_t inner, int64_t outer_stride, int64_t inner_stride, float* residual,
+    const float* weight_E, int64_t size, float eps, float offset, float* out, int threads) {
+    for_ranges(threads, outer * inner, GRAIN / size, [&](int64_t first, int64_t last) {
+        for (int64_t n = first; n < last; n++) {
+            const float* row = x + n / inner * outer_stride + n % inner * inner_stride;
+            norm_row(row, residual ? residual + n * size : nullptr, weight_E, size, eps, offset, out + n * size);
+        }
+    });
+    return 0;
+}
+
+OP(rope)(
+    float* x_THD, int64_t stride_T, int64_t stride_H, const float* cos_TR, const float* sin_TR, int64_t tokens,
+    int64_t heads, int64_t pairs, int threads) {
+    for_ranges(threads, tokens, GRAIN / (2 * heads * pairs), [&](int64_t first, int64_t last) {
+        for (int64_t t = first; t < last; t++) {
+            for (int64_t h = 0; h < heads; h++) {
+                rope_head(x_THD + t * stride_T + h * stride_H, cos_TR + t * pairs, sin_TR + t * pairs, pairs);
+            }
+        }
+    });
+    return 0;
+}
+
+OP(silu_mul)(const float* x_T2F, int64_t tokens, int64_t size, float* out_TF, int threads) {
+    for_ranges(threads, tokens, GRAIN / (2 * size), [&](int64_t first, int64_t last) {
+        for (int64_t t = first; t < last; t++) gated_row<false>(x_T2F + 2 * t * size, size, out_TF + t * size);
+    });
+    return 0;
+}
+
+OP(gelu_mul)(const float* x_T2F, int64_t tokens, int64_t size, float* out_TF, int threads) {
+    for_ranges(threads, tokens, GRAIN / (2 * size), [&](int64_t first, int64_t last) {
+        for (int64_t t = first; t < last; t++) gated_row<true>(x_T2F + 2 * t * size, size, out_TF + t * size);
+    });
+    return 0;
+}

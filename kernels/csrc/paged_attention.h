@@ -1,0 +1,119 @@
+// A step's attention as one list of tasks: tiles of prompt chunks, largest first, then pieces of decodes.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "decode.h"
+#include "prompt.h"
+
+namespace {
+
+struct DecodeUnit {
+    int64_t sequence, kv_head;
+    int64_t first, last;  // positions that are seen
+    int64_t pieces;
+    int64_t partial_at;  // in the partial results, in floats
+    int64_t left;        // pieces to be computed; whoever computes the last one joins them
+};
+
+struct DecodePiece {
+    int64_t unit, number;
+};
+
+struct Tasks {
+    std::vector<PromptTile> tiles;
+    std::vector<DecodeUnit> units;
+    std::vector<DecodePiece> pieces;
+    Arena arena;
+    int64_t tile_queries = 0, partial_floats = 0;
+
+    void list(const Attention& a, int threads) {
+        tiles.clear();
+        units.clear();
+        pieces.clear();
+        partial_floats = 0;
+        int64_t prompt_queries = 0;
+        for (int64_t s = 0; s < a.num_sequences; s++) {
+            const int64_t queries = a.query_starts[s + 1] - a.query_starts[s];
+            if (queries == 1) list_decode(a, s);
+            else prompt_queries += queries;
+        }
+        if (prompt_queries == 0) return;
+        // smaller tiles where there would be too few: no row's result changes by it
+        tile_queries = std::max<int64_t>(1, ROWS / a.group());
+        while (tile_queries * a.group() > 2 * VL && prompt_queries * a.kv_heads < 4 * threads * tile_queries) {
+            tile_queries = (tile_queries + 1) / 2;
+        }
+        for (int64_t s = 0; s < a.num_sequences; s++) list_prompt(a, s);
+        std::stable_sort(tiles.begin(), tiles.end(), [&](const PromptTile& one, const PromptTile& other) {
+            return cost(a, one) > cost(a, other);
+        });
+    }
+
+    void list_decode(const Attention& a, int64_t s) {
+        const int64_t last = a.lengths[s], first = a.first_seen(last - 1);
+        const int64_t count = (last - 1) / PIECE - first / PIECE + 1;
+        for (int64_t k = 0; k < a.kv_heads; k++) {
+            units.push_back({s, k, first, last, count, partial_floats, count});
+            for (int64_t i = 0; i < count; i++) pieces.push_back({(int64_t)units.size() - 1, i});
+            partial_floats += count * partial_size(a.group(), round_up(a.head_size, VL));
+        }
+    }
+
+    void list_prompt(const Attention& a, int64_t s) {
+        const int64_t queries = a.query_starts[s + 1] - a.query_starts[s];
+        if (queries == 1) return;
+        for (int64_t first = 0; first < queries; first += tile_queries) {
+            const int64_t count = std::min(tile_queries, queries - first);
+            for (int64_t k = 0; k < a.kv_heads; k++) tiles.push_back({s, k, first, count});
+        }
+    }
+
+    static int64_t cost(const Attention& a, const PromptTile& tile) {
+        const int64_t queries = a.query_starts[tile.sequence + 1] - a.query_starts[tile.sequence];
+        const int64_t position = a.lengths[tile.sequence] - queries + tile.first;
+        return (position + tile.count - a.first_seen(position)) * tile.count;
+    }
+};
+
+template <class KV>
+void run_piece(const Attention& a, Tasks& tasks, const DecodePiece& piece, DecodeSpace& space, float* partials) {
+    DecodeUnit& unit = tasks.units[piece.unit];
+    const int64_t cut = (unit.first / PIECE + piece.number) * PIECE;
+    const int64_t first = std::max(unit.first, cut), last = std::min(unit.last, cut + PIECE);
+    float* of_unit = partials + unit.partial_at;
+    const int64_t stride = partial_size(a.group(), round_up(a.head_size, VL));
+    attend_piece<KV>(a, unit.sequence, unit.kv_head, first, last, space, of_unit + piece.number * stride);
+    if (__atomic_sub_fetch(&unit.left, 1, __ATOMIC_ACQ_REL) == 0) {
+        join_pieces(a, unit.sequence, unit.kv_head, of_unit, unit.pieces);
+    }
+}
+
+// throws std::bad_alloc, before any thread starts
+template <class KV>
+void attend(const Attention& a, int threads) {
+    thread_local Tasks tasks;
+    tasks.list(a, threads);
+    const int64_t group = a.group(), size = a.head_size, padded = round_up(size, VL);
+    const int64_t rows = tasks.tiles.empty() ? 0 : round_up(tasks.tile_queries * group, VL);
+    const size_t decode_bytes = DecodeSpace::bytes(group, padded), prompt_bytes = PromptSpace::bytes(rows, size);
+    tasks.arena.reserve(
+        Arena::bytes_for<float>(tasks.partial_floats) + threads * (decode_bytes + prompt_bytes));
+    float* partials = tasks.arena.take<float>(tasks.partial_floats);
+    std::vector<DecodeSpace*> decode_spaces;
+    std::vector<PromptSpace> prompt_spaces;
+    for (int i = 0; i < threads; i++) {
+        decode_spaces.push_back(DecodeSpace::make(tasks.arena, group, padded));
+        prompt_spaces.emplace_back(tasks.arena, rows, size);
+    }
+    // few large tasks first, then small ones in the order of memory
+    Tasks& shared = tasks;  // a thread_local name means another object on another thread
+    const int64_t tiles = (int64_t)tasks.tiles.size(), count = tiles + (int64_t)tasks.pieces.size();
+    for_tasks(threads, count, [&](int thread, int64_t i) {
+        if (i < tiles) attend_tile<KV>(a, shared.tiles[i], prompt_spaces[thread]);
+        else run_piece<KV>(a, shared, shared.pieces[i - tiles], *decode_spaces[thread], partials);
+    });
+}
+
+}  // namespace

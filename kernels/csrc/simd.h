@@ -1,0 +1,180 @@
+// Vectors of the widest registers that the compiler may use, in GCC's vector extensions: one source for every machine.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+// every name below is private to one translation unit: the same source is compiled once per instruction set
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int VL = 16;  // floats in a vector
+constexpr bool MANY_REGISTERS = true;
+#elif defined(__AVX2__)
+constexpr int VL = 8;
+constexpr bool MANY_REGISTERS = false;
+#else
+constexpr int VL = 4;
+constexpr bool MANY_REGISTERS = false;
+#endif
+
+typedef float vec __attribute__((vector_size(VL * 4)));
+typedef int32_t ivec __attribute__((vector_size(VL * 4)));
+typedef uint32_t uvec __attribute__((vector_size(VL * 4)));
+typedef uint16_t hvec __attribute__((vector_size(VL * 2)));
+
+struct bf16 {
+    uint16_t bits;
+};
+struct f16 {
+    uint16_t bits;
+};
+
+template <class To, class From>
+inline To bits_as(From from) {
+    static_assert(sizeof(To) == sizeof(From), "same size");
+    To to;
+    memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+inline vec splat(float x) { return x - vec{}; }
+
+inline vec load(const float* p) {
+    vec v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+inline void store(float* p, vec v) { memcpy(p, &v, sizeof v); }
+
+inline vec load(const bf16* p) {
+    hvec h;
+    memcpy(&h, p, sizeof h);
+    return bits_as<vec>(__builtin_convertvector(h, uvec) << 16);
+}
+
+inline vec load(const f16* p) {
+#if defined(__AVX512F__)
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+    hvec h;
+    memcpy(&h, p, sizeof h);
+    const uvec u = __builtin_convertvector(h, uvec);
+    const uvec magnitude = (u & 0x7fff) << 13;
+    // a power of two moves the exponent, and makes subnormals normal; infinities and NaN keep theirs all ones
+    const vec finite = bits_as<vec>(magnitude) * 0x1p112f;
+    const uvec out = (u & 0x7c00) == 0x7c00 ? magnitude | 0x7f800000u : bits_as<uvec>(finite);
+    return bits_as<vec>(out | (u & 0x8000) << 16);
+#endif
+}
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) { return bits_as<float>((uint32_t)x.bits << 16); }
+inline float to_float(f16 x) {
+    const uint32_t magnitude = (uint32_t)(x.bits & 0x7fff) << 13;
+    uint32_t out = bits_as<uint32_t>(bits_as<float>(magnitude) * 0x1p112f);
+    if ((x.bits & 0x7c00) == 0x7c00) out = magnitude | 0x7f800000u;
+    return bits_as<float>(out | (uint32_t)(x.bits & 0x8000) << 16);
+}
+
+// rounding to nearest, ties to even, as torch does
+inline void convert(float x, float* to) { *to = x; }
+inline void convert(float x, bf16* to) {
+    const uint32_t u = bits_as<uint32_t>(x);
+    const bool is_nan = (u & 0x7fffffff) > 0x7f800000;
+    to->bits = is_nan ? 0x7fc0 : (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+inline void convert(float x, f16* to) {
+    const uint32_t u = bits_as<uint32_t>(x), sign = u >> 16 & 0x8000, magnitude = u & 0x7fffffff;
+    uint32_t out;
+    if (magnitude > 0x7f800000) {
+        out = 0x7e00;
+    } else if (magnitude >= 0x477ff000) {  // rounds beyond the largest
+        out = 0x7c00;
+    } else if (magnitude < 0x38800000) {  // subnormal: the float addition rounds where float16 ends
+        out = bits_as<uint32_t>(bits_as<float>(magnitude) + 0.5f) - 0x3f000000;
+    } else {
+        out = (magnitude + 0xfff + (magnitude >> 13 & 1) - 0x38000000) >> 13;
+    }
+    to->bits = (uint16_t)(out | sign);
+}
+
+inline vec vmax(vec a, vec b) {
+#if defined(__AVX512F__)
+    return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+    return _mm256_max_ps(a, b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+// 2**x for x up to 127; 0 below -126. Within 1e-7 of the result.
+inline vec exp2_to_127(vec x) {
+    const vec magic = splat(0x1.8p23f);  // adding it rounds to an integer, which is in the low bits
+    const vec shifted = x + magic;
+    const vec f = x - (shifted - magic);  // -0.5 .. 0.5
+    vec p = splat(1.32647185e-3f);        // of degree 5, fitted to the relative error, exact at 0
+    p = p * f + 9.67151328e-3f;
+    p = p * f + 5.55073377e-2f;
+    p = p * f + 2.40222421e-1f;
+    p = p * f + 6.93146978e-1f;
+    p = p * f + 1.0f;
+    const vec power = bits_as<vec>((bits_as<ivec>(shifted) + 127) << 23);
+    return x < -126.0f ? vec{} : p * power;
+}
+
+inline vec exp2_any(vec x) { return exp2_to_127(x > 128.0f ? splat(128.0f) : x); }
+
+// Cephes' tanhf: a polynomial near 0, where 1 - 2 / (e**2x + 1) cancels
+inline vec tanh_of(vec x) {
+    const vec size = bits_as<vec>(bits_as<uvec>(x) & 0x7fffffffu);
+    const vec far = 1.0f - 2.0f / (exp2_any(size * 2.8853900817779268f) + 1.0f);
+    const vec signed_far = bits_as<vec>(bits_as<uvec>(far) | (bits_as<uvec>(x) & 0x80000000u));
+    const vec z = x * x;
+    vec p = splat(-5.70498872745e-3f);
+    p = p * z + 2.06390887954e-2f;
+    p = p * z - 5.37397155531e-2f;
+    p = p * z + 1.33314422036e-1f;
+    p = p * z - 3.33332819422e-1f;
+    return size < 0.625f ? p * z * x + x : signed_far;
+}
+
+template <int SEGMENT, int HIGH, size_t... LANE>
+inline vec halves(vec a, vec b, std::index_sequence<LANE...>) {
+    constexpr int H = SEGMENT / 2;
+    // blocks of H lanes: of a, of b, of a's next segment, of b's next
+#define INDEX ((int)(LANE / H % 2 * VL + LANE / H / 2 * SEGMENT + HIGH * H + LANE % H))
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, INDEX...);
+#else
+    return __builtin_shuffle(a, b, ivec{INDEX...});
+#endif
+#undef INDEX
+}
+
+// lane i of the result is the sum of rows[i]'s lanes; overwrites rows
+template <int N = VL>
+inline vec row_sums(vec* rows) {
+    if constexpr (N == 1) {
+        return rows[0];
+    } else {
+        constexpr std::make_index_sequence<VL> lanes{};
+#pragma GCC unroll 8
+        for (int i = 0; i < N / 2; i++) {
+            rows[i] = halves<N, 0>(rows[i], rows[i + N / 2], lanes) + halves<N, 1>(rows[i], rows[i + N / 2], lanes);
+        }
+        return row_sums<N / 2>(rows);
+    }
+}
+
+}  // namespace

@@ -1,0 +1,76 @@
+"""Compiles the CPU kernels with the system's C++ compiler; everything else is in pyproject.toml.
+
+One source becomes one library: compiled once per instruction set, and the library's user chooses among them at run
+time. Where there is no compiler, or it fails, the install goes on without the library, and plain torch serves.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+SOURCES = Path("kernels/csrc")
+FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-fvisibility=hidden"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+VARIANTS = {"baseline": list[str]()}
+if platform.machine() in ("x86_64", "AMD64"):
+    VARIANTS |= {"avx2": AVX2, "avx512": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]}
+
+
+class BuildKernels(build_ext):
+    """Compiler and linker called directly: no Python or torch headers, and no OpenMP runtime (see csrc/parallel.h)."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path(*fullname.split("."))) + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+        if compiler is None:
+            raise CompileError("no C++ compiler: none of c++, g++ and clang++ is installed, and CXX is not set")
+        objects = Path(self.build_temp)
+        objects.mkdir(parents=True, exist_ok=True)
+        command = [*compiler.split(), *FLAGS]
+        compiles = [
+            [*command, *flags, f"-DVARIANT={name}", "-c", str(SOURCES / "ops.cpp"), "-o", str(objects / f"{name}.o")]
+            for name, flags in VARIANTS.items()
+        ]
+        compiles.append([*command, "-c", str(SOURCES / "variants.cpp"), "-o", str(objects / "variants.o")])
+        _run_all(compiles)
+        library = Path(self.get_ext_fullpath(ext.name))
+        library.parent.mkdir(parents=True, exist_ok=True)
+        linked = [str(objects / f"{name}.o") for name in (*VARIANTS, "variants")]
+        made = objects / "_ops.so"
+        _run_all([[*command, "-shared", *linked, "-o", str(made)]])
+        shutil.copyfile(made, library.with_suffix(".new"))
+        library.with_suffix(".new").replace(library)  # a process that has the old one loaded keeps it
+
+
+def _run_all(commands: list[list[str]]) -> None:
+    """At the same time."""
+    try:
+        running = [subprocess.Popen(command) for command in commands]
+    except OSError as error:
+        raise CompileError(f"cannot run {commands[0][0]}: {error}") from None
+    failed = [process.args for process in running if process.wait()]
+    if failed:
+        raise CompileError(f"failed: {failed[0]}")
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "batchinfer_kernels.cpu._ops",
+            sources=["kernels/csrc/ops.cpp", "kernels/csrc/variants.cpp"],
+            depends=[str(path) for path in sorted(SOURCES.glob("*.h"))],
+            optional=True,
+        )
+    ],
+    cmdclass={"build_ext": BuildKernels},
+)
