@@ -1,6 +1,7 @@
 """The ops of a forward pass: one name each, whatever the backend. The backend follows the tensors' device.
 
-`reference` (plain torch) is the specification and runs on every device that has no backend of its own.
+`reference` (plain torch) is the specification and runs on every device that has no backend of its own; `cpu` is C++,
+and serves where an install could compile it.
 
 T tokens of a step · S sequences · N blocks (or rows, in norms) · K kv heads · H query heads · B slots per block ·
 D head size · R rotated part of a head · E hidden size · F feed-forward size
@@ -11,9 +12,11 @@ from __future__ import annotations
 from types import ModuleType
 from typing import NamedTuple
 
-from batchinfer_kernels import reference
+from batchinfer_kernels import cpu, reference
 from batchinfer_kernels.reference.step_index import StepIndex
 from torch import Tensor
+
+from batchinfer.log import log
 
 __all__ = [
     "KVPair",
@@ -27,16 +30,38 @@ __all__ = [
     "rope",
     "silu_mul",
     "step_index",
+    "use_reference",
 ]
 
 KVPair = tuple[Tensor, Tensor]
 """One layer's cache: k_NKBD, v_NKBD."""
 
-_BACKENDS: dict[str, ModuleType] = {}  # device type → its kernels; the reference where there are none
+_BACKENDS: dict[str, ModuleType] = {}  # device type → its kernels, from its first op on
 
 
 def _backend(x: Tensor) -> ModuleType:
-    return _BACKENDS.get(x.device.type, reference)
+    device = x.device.type
+    return _BACKENDS.get(device) or _choose(device)
+
+
+def _choose(device: str) -> ModuleType:
+    chosen: ModuleType = reference
+    if device == "cpu":
+        problem = cpu.problem()
+        if problem is None:
+            chosen = cpu
+        else:
+            log.warning("the C++ kernels are not there: plain torch serves, more slowly", why=problem)
+    _BACKENDS[device] = chosen
+    return chosen
+
+
+def use_reference(device: str, wanted: bool = True) -> None:
+    """From now on, `device` runs the reference, or again what is best for it."""
+    if wanted:
+        _BACKENDS[device] = reference
+    else:
+        _BACKENDS.pop(device, None)
 
 
 class ScoreRule(NamedTuple):

@@ -13,6 +13,17 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the command line does; se
 _ROOT = Path(__file__).parent.parent
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--reference-kernels", action="store_true", help="run every op in plain torch, as without C++")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--reference-kernels"):
+        from batchinfer import ops  # only here: torch takes seconds, and few folders' tests need it
+
+        ops.use_reference("cpu")
+
+
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
     """The model of the quickstart; tests that use it carry the marker `model`."""

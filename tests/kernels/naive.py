@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 
 
@@ -32,17 +33,18 @@ def rope(x, cos, sin):
 
 
 def attention(q, k, v, first, case):
-    """q [n, H, D] at positions first.. over k, v [length, K, D]; one query, one head at a time."""
-    q, k, v = q.double(), k.double(), v.double()
-    out = torch.empty_like(q)
+    """q [n, H, D] at positions first.. over k, v [length, K, D]; one query at a time, in numpy: no pool to wait for."""
+    q_nHD, k_LKD, v_LKD = (x.double().numpy() for x in (q, k, v))
+    out = torch.empty(q.shape, dtype=torch.float64)
     group = case.heads // case.kv_heads
-    for i in range(q.shape[0]):
+    for i, q_HD in enumerate(q_nHD):
         position = first + i
         start = 0 if case.window is None else max(0, position - case.window + 1)
+        seen = slice(start, position + 1)
         for h in range(case.heads):
-            scores = (k[start : position + 1, h // group] @ q[i, h]) * case.scale
+            scores = k_LKD[seen, h // group] @ q_HD[h] * case.scale
             if case.soft_cap is not None:
-                scores = case.soft_cap * torch.tanh(scores / case.soft_cap)
-            weights = torch.exp(scores - scores.max())
-            out[i, h] = (weights / weights.sum()) @ v[start : position + 1, h // group]
+                scores = case.soft_cap * np.tanh(scores / case.soft_cap)
+            weights = np.exp(scores - scores.max())
+            out[i, h] = torch.from_numpy(weights @ v_LKD[seen, h // group] / weights.sum())
     return out

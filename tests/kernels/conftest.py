@@ -1,0 +1,29 @@
+"""Every test of an op runs on every backend that is here: plain torch, and C++ with each instruction set."""
+
+from __future__ import annotations
+
+import pytest
+from batchinfer_kernels import cpu
+from batchinfer_kernels.cpu import library
+
+from batchinfer import ops
+
+_VARIANTS = [] if cpu.problem() else library.variants()
+
+
+@pytest.fixture(params=["reference", *library.VARIANTS])
+def backend(request):
+    name = request.param
+    if name == "reference":
+        ops.use_reference("cpu")
+        yield name
+        ops.use_reference("cpu", request.config.getoption("--reference-kernels"))
+        return
+    if request.config.getoption("--reference-kernels"):
+        pytest.skip("--reference-kernels")
+    if name not in _VARIANTS:
+        pytest.skip(cpu.problem() or f"this processor has no {name}")
+    ops.use_reference("cpu", False)
+    library.choose(name)
+    yield name
+    library.choose(_VARIANTS[0])

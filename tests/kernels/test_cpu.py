@@ -1,0 +1,131 @@
+"""What C++ promises beyond the ops' meaning: results that depend on nothing else, and one pool of threads."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from batchinfer_kernels import cpu
+from batchinfer_kernels.cpu import library
+
+from batchinfer import ops
+from tests.kernels.cases import ATTENTION
+from tests.kernels.test_ops import Batch
+
+pytestmark = pytest.mark.skipif(cpu.problem() is not None, reason=str(cpu.problem()))
+
+
+@pytest.fixture(autouse=True)
+def compiled(backend):
+    if backend == "reference":
+        pytest.skip("about C++")
+
+
+def on_threads(count, call):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        return call()
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", ["mixed-sizes", "window-pieces", "pieces"])
+def test_a_sequence_s_result_depends_on_nothing_else(name):
+    case = ATTENTION[name]
+    batch = Batch(case, torch.float32)
+    together = on_threads(3, batch.write_and_attend)
+    start = 0
+    for s, (count, length) in enumerate(case.sequences):
+        rows = slice(start, start + count)
+        alone = ops.step_index(batch.slots[rows], batch.tables[s : s + 1], [0, count], [length], batch.cache)
+        rule = ops.ScoreRule(case.scale, case.window)
+        q = batch.q[rows]
+        got = on_threads(1, lambda q=q, alone=alone, rule=rule: ops.paged_attention(q, batch.cache, alone, rule))
+        assert torch.equal(got, together[rows]), s
+        start += count
+
+
+def test_queries_may_be_a_view_of_fused_heads():
+    batch = Batch(ATTENTION["mixed"], torch.float32)
+    expected = batch.write_and_attend()
+    fused = torch.randn(len(batch.q), 7, batch.q.shape[2])
+    fused[:, 1:5] = batch.q
+    batch.q = fused[:, 1:5]
+    assert torch.equal(batch.write_and_attend(), expected)
+
+
+def test_a_chunk_gives_what_the_whole_prompt_gives():
+    case = ATTENTION["long-chunk"]
+    batch = Batch(case, torch.float32)
+    whole = batch.write_and_attend()[:300]
+    slots, tables, rule = batch.slots[200:300], batch.tables[:1], ops.ScoreRule(case.scale)
+    index = ops.step_index(slots, tables, [0, 100], [310], batch.cache)
+    assert torch.equal(ops.paged_attention(batch.q[200:300], batch.cache, index, rule), whole[200:])
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_kv_write_rounds_as_torch_does(cache_dtype):
+    edges = [
+        0.0,
+        -0.0,
+        torch.inf,
+        -torch.inf,
+        torch.nan,
+        65504.0,
+        65519.99,
+        65520.0,
+        6e-8,
+        2.9e-8,
+        3.1e-8,
+        -6.1e-5,
+        3.4e38,
+    ]
+    spread = torch.randn(2000, generator=torch.Generator().manual_seed(3)) * 10.0 ** torch.randint(-9, 6, (2000,))
+    x = torch.cat([torch.tensor(edges), spread, spread.to(cache_dtype).float() * 1.001953125])
+    rows = x[: len(x) // 4 * 4].view(-1, 1, 4)
+    cache = (torch.zeros(len(rows), 1, 1, 4, dtype=cache_dtype), torch.zeros(len(rows), 1, 1, 4, dtype=cache_dtype))
+    slots = torch.arange(len(rows))
+    index = ops.step_index(slots, slots.int().view(-1, 1), list(range(len(rows) + 1)), [1] * len(rows), cache)
+    ops.kv_write(rows, rows, cache, index)
+    torch.testing.assert_close(cache[0].view(-1), rows.to(cache_dtype).view(-1), rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(cache[0].nan_to_num(), cache[1].nan_to_num())
+
+
+def test_nan_in_a_query_is_not_hidden():
+    batch = Batch(ATTENTION["mixed"], torch.float32)
+    batch.q[0, 0, 0] = torch.nan
+    out = batch.write_and_attend()
+    assert out[0, 0].isnan().all()
+    assert not out[1:].isnan().any()
+
+
+def test_threads_are_torch_s():
+    batch = Batch(ATTENTION["mixed"], torch.float32)
+    on_threads(2, batch.write_and_attend)
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("no /proc")
+    runtimes = set(re.findall(r"\S*/lib(?:gomp|iomp5|omp)[-.\w]*", maps.read_text()))
+    assert len(runtimes) == 1, runtimes
+
+
+def test_a_missing_library_is_said_once_and_the_reference_serves(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(library, "_PATH", tmp_path / "_ops.so")
+    ops.use_reference("cpu", False)
+    for _ in range(2):
+        assert torch.equal(ops.silu_mul(torch.zeros(2, 4)), torch.zeros(2, 2))
+    assert capsys.readouterr().err.count("C++ kernels are not there") == 1
+    ops.use_reference("cpu", False)
+
+
+def test_a_broken_library_is_no_failure(monkeypatch, tmp_path):
+    broken = tmp_path / "_ops.so"
+    broken.write_bytes(b"no library")
+    monkeypatch.setattr(library, "_PATH", broken)
+    for cached in (library._library, library.variants):
+        monkeypatch.setattr(library, cached.__name__, cached.__wrapped__)
+    monkeypatch.setattr(library, "_chosen", [])
+    assert str(broken) in cpu.problem()
