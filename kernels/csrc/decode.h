@@ -185,6 +185,11 @@ void attend_piece(
     for (int64_t i = 0; i < keys; i += STAGE) {
         const int64_t count = keys - i < STAGE ? keys - i : STAGE;
         if (!whole) copy(k_cache, i, count);
+        if (i + STAGE >= keys) {  // the first values, which nothing else would fetch in time
+            for (int64_t j = 0; j < AHEAD && j < keys; j++) {
+                prefetch(v_cache + space.rows[j], size * (int64_t)sizeof(KV));
+            }
+        }
         per_heads([&](auto heads, int64_t h) {
             constexpr int G = decltype(heads)::value;
             float* scores = space.scores_of(h) + i * lanes_of(G);
