@@ -22,7 +22,7 @@ from batchinfer.log import log
 from tests import frozen
 from tests.job.outputs import ROWS, write_input
 
-CLI = [sys.executable, "-c", "import sys; from batchinfer.cli import main; sys.exit(main(sys.argv[1:]))"]
+CLI = [sys.executable, "-c", "from batchinfer.cli import process; process()"]
 
 
 @pytest.fixture(autouse=True)

@@ -273,7 +273,7 @@ class TestRefusals:
     def test_unknown_protocol_and_misplaced_options(self):
         with pytest.raises(SpecError, match="sss://b/x"):
             Store.open("sss://b/x", StorageSpec())
-        with pytest.raises(SpecError, match=r"storage.endpoint goes with s3://"):
+        with pytest.raises(SpecError, match=r"storage.endpoint: goes with s3://"):
             Store.open("memory://b", StorageSpec(endpoint="http://x"))
         with pytest.raises(SpecError):
             Store.open("s3://b/x", StorageSpec(endpoint="no-scheme")).find()
