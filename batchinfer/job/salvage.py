@@ -19,7 +19,7 @@ import zstandard
 
 from batchinfer.errors import InputMissing
 from batchinfer.io.storage import Store
-from batchinfer.job.results import Row, decode, encode_row
+from batchinfer.job.results import Row, decode
 from batchinfer.job.shard import Shard
 from batchinfer.job.spool import Spool, explained
 from batchinfer.log import log
@@ -128,9 +128,3 @@ def _line(file: io.BufferedReader) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError("it is not a salvage journal")
     return values
-
-
-def keep_known(rows: list[Row], selected: list[int]) -> list[bytes]:
-    """Lines of those recovered rows that the chunk really has."""
-    known = set(selected)
-    return [encode_row(row) for row in rows if row.offset in known]

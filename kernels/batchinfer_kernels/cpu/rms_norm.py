@@ -15,19 +15,7 @@ def rms_norm(x_NE: Tensor, weight_E: Tensor, eps: float, offset: float) -> Tenso
     rows = _rows(x_NE)
     if rows is None or not _known(x_NE, weight_E):
         return reference.rms_norm(x_NE, weight_E, eps, offset)
-    out_NE = torch.empty(x_NE.shape)
-    functions().rms_norm(
-        x_NE.data_ptr(),
-        *rows,
-        None,
-        weight_E.data_ptr(),
-        x_NE.shape[-1],
-        eps,
-        offset,
-        out_NE.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return out_NE
+    return _norm(x_NE, rows, None, weight_E, (eps, offset))
 
 
 def add_rms_norm(x_NE: Tensor, residual_NE: Tensor, weight_E: Tensor, eps: float, offset: float) -> Tensor:
@@ -35,15 +23,24 @@ def add_rms_norm(x_NE: Tensor, residual_NE: Tensor, weight_E: Tensor, eps: float
     alike = residual_NE.dtype == torch.float32 and residual_NE.shape == x_NE.shape and residual_NE.is_contiguous()
     if rows is None or not alike or not _known(x_NE, weight_E):
         return reference.add_rms_norm(x_NE, residual_NE, weight_E, eps, offset)
+    return _norm(x_NE, rows, residual_NE.data_ptr(), weight_E, (eps, offset))
+
+
+def _norm(
+    x_NE: Tensor,
+    rows: tuple[int, int, int, int],
+    residual: int | None,  # address
+    weight_E: Tensor,
+    eps_offset: tuple[float, float],
+) -> Tensor:
     out_NE = torch.empty(x_NE.shape)
     functions().rms_norm(
         x_NE.data_ptr(),
         *rows,
-        residual_NE.data_ptr(),
+        residual,
         weight_E.data_ptr(),
         x_NE.shape[-1],
-        eps,
-        offset,
+        *eps_offset,
         out_NE.data_ptr(),
         torch.get_num_threads(),
     )
