@@ -4,7 +4,7 @@
 and serves where an install could compile it.
 
 T tokens of a step · S sequences · N blocks (or rows, in norms) · K kv heads · H query heads · B slots per block ·
-D head size · R rotated part of a head · E hidden size · F feed-forward size
+D head size · R rotated part of a head · E hidden size · F feed-forward size · I, O features in and out
 """
 
 from __future__ import annotations
@@ -20,11 +20,15 @@ from batchinfer.log import log
 
 __all__ = [
     "KVPair",
+    "Packed",
     "ScoreRule",
     "StepIndex",
     "add_rms_norm",
     "gelu_mul",
     "kv_write",
+    "linear",
+    "pack_linear",
+    "packed_rows",
     "paged_attention",
     "rms_norm",
     "rope",
@@ -35,6 +39,9 @@ __all__ = [
 
 KVPair = tuple[Tensor, Tensor]
 """One layer's cache: k_NKBD, v_NKBD."""
+
+Packed = Tensor | cpu.PackedLinear
+"""A matrix [O, I]: as it is, or in a backend's own form."""
 
 _BACKENDS: dict[str, ModuleType] = {}  # device type → its kernels, from its first op on
 
@@ -126,4 +133,24 @@ def silu_mul(x_T2F: Tensor) -> Tensor:
 def gelu_mul(x_T2F: Tensor) -> Tensor:
     """gelu(first half, tanh approximation) * second half along the last axis. out_TF."""
     out: Tensor = _backend(x_T2F).gelu_mul(x_T2F)
+    return out
+
+
+def pack_linear(weight_OI: Tensor) -> Packed:
+    """The matrix in the form that `linear` multiplies with fastest on its device. A copy, or the matrix itself."""
+    packed: Packed = _backend(weight_OI).pack_linear(weight_OI)
+    return packed
+
+
+def linear(x_NI: Tensor, matrix_OI: Packed, bias_O: Tensor | None) -> Tensor:
+    """x Wᵀ + b. What was packed stays with the backend that packed it."""
+    backend = _backend(x_NI) if isinstance(matrix_OI, Tensor) else cpu
+    out: Tensor = backend.linear(x_NI, matrix_OI, bias_O)
+    return out
+
+
+def packed_rows(matrix_OI: Packed, rows_N: Tensor) -> Tensor:
+    """Rows of the matrix by number, [N, I]: an embedding's lookup in the matrix that is the LM head as well."""
+    backend = _backend(rows_N) if isinstance(matrix_OI, Tensor) else cpu
+    out: Tensor = backend.packed_rows(matrix_OI, rows_N)
     return out

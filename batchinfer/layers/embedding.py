@@ -6,28 +6,29 @@ T tokens · N sampled rows · E hidden size · V vocabulary
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
+from batchinfer import ops
+from batchinfer.layers.linear import Linear
 
 
-class Embedding(nn.Module):
+class Embedding(Linear):
     """Rows of the matrix times `multiplier`, which is rounded to the matrix's dtype first, as Gemma was trained."""
 
     def __init__(self, vocab_size: int, hidden_size: int, multiplier: float = 1.0) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size), requires_grad=False)
+        super().__init__(hidden_size, vocab_size)
         self.multiplier = multiplier
 
     def forward(self, tokens_T: Tensor) -> Tensor:
-        x_TE = F.embedding(tokens_T, self.weight)
+        x_TE = ops.packed_rows(self.matrix, tokens_T)
         if self.multiplier != 1.0:
             x_TE.mul_(torch.tensor(self.multiplier, dtype=x_TE.dtype).item())
         return x_TE
 
 
-def logits(hidden_NE: Tensor, weight_VE: Tensor, divisor: float, soft_cap: float | None) -> Tensor:
+def logits(hidden_NE: Tensor, matrix_VE: ops.Packed, divisor: float, soft_cap: float | None) -> Tensor:
     """float32 [N, V], divided by `divisor`, then soft_cap * tanh(logit / soft_cap)."""
-    logits_NV = F.linear(hidden_NE, weight_VE).float()
+    logits_NV = ops.linear(hidden_NE, matrix_VE, None).float()
     if divisor != 1.0:
         logits_NV.div_(divisor)
     if soft_cap is not None:

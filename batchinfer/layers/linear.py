@@ -1,13 +1,14 @@
 """Linear maps. Several maps of one input are one parameter, stacked by rows: one GEMM, one read of the input.
 
-I input features · O output features · any leading axes
+N rows · I input features · O output features
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from batchinfer import ops
 
 
 class Linear(nn.Module):
@@ -15,11 +16,24 @@ class Linear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
+        self._packed: ops.Packed | None = None
 
-    def forward(self, x_I: Tensor) -> Tensor:
-        return F.linear(x_I, self.weight, self.bias)
+    def pack(self) -> None:
+        """Once the weight is read: into the form that this machine multiplies with fastest. Its memory is given back."""
+        self._packed = ops.pack_linear(self.weight)
+        self.weight = nn.Parameter(self.weight.new_empty(0, self.in_features), requires_grad=False)
+
+    @property
+    def matrix(self) -> ops.Packed:
+        """[O, I], packed or not."""
+        return self.weight if self._packed is None else self._packed
+
+    def forward(self, x_NI: Tensor) -> Tensor:
+        return ops.linear(x_NI, self.matrix, self.bias)
 
 
 class StackedLinear(Linear):

@@ -87,6 +87,12 @@ class Decoder(nn.Module):
 
     def logits(self, hidden_NE: Tensor) -> Tensor:
         """float32 [N, V]."""
-        weight_VE = self.embedding.weight if self.head is None else self.head.weight
+        matrix_VE = (self.embedding if self.head is None else self.head).matrix
         multipliers = self.config.multipliers
-        return logits(hidden_NE, weight_VE, multipliers.logits_divisor, multipliers.logits_soft_cap)
+        return logits(hidden_NE, matrix_VE, multipliers.logits_divisor, multipliers.logits_soft_cap)
+
+    def pack(self) -> None:
+        """Once the weights are read: every matrix that is multiplied with, into this machine's best form of it."""
+        for module in self.modules():
+            if isinstance(module, Linear) and (module is not self.embedding or self.head is None):
+                module.pack()

@@ -42,6 +42,7 @@ def load_decoder(
         filler = _Filler(decoder, _prefix(config, shapes), path)
         filler.check(shapes)
         filler.fill(_read_safetensors(list(dict.fromkeys(file for file, _ in shapes.values()))))
+    decoder.pack()
     return decoder.eval()
 
 

@@ -1,10 +1,13 @@
 // The ops as C functions over raw pointers and sizes. Compiled once per instruction set, with VARIANT in the names.
 //
 // T tokens · H query heads · K kv heads · D head size · N blocks, or rows · B slots per block · E features · R pairs ·
-// F feed-forward size. Strides are in numbers; the last axis is always dense. `threads` is the most that may be used.
+// F feed-forward size ·
+// I input features · O output features. Strides are in numbers; the last axis is always dense. `threads` is the most that may be used.
 
 #include "elementwise.h"
+#include "linear.h"
 #include "paged_attention.h"
+#include "quantized_linear.h"
 
 #define JOINED(name, variant) name##_##variant
 #define NAMED(name, variant) JOINED(name, variant)
@@ -108,5 +111,51 @@ OP(gelu_mul)(const float* x_T2F, int64_t tokens, int64_t size, float* out_TF, in
     for_ranges(threads, tokens, GRAIN / (2 * size), [&](int64_t first, int64_t last) {
         for (int64_t t = first; t < last; t++) gated_row<true>(x_T2F + 2 * t * size, size, out_TF + t * size);
     });
+    return 0;
+}
+
+// output features of a panel: whoever packs gives room for whole panels
+OP(linear_panel)() { return PANEL; }
+
+// the panels of `linear`, in a type that holds each weight exactly
+OP(pack_linear)(
+    const float* w_OI, int64_t in_features, int64_t out_features, void* panels, int type, int threads) {
+    if (type == FLOAT32) pack(w_OI, in_features, out_features, (float*)panels, threads);
+    else if (type == BFLOAT16) pack(w_OI, in_features, out_features, (bf16*)panels, threads);
+    else pack(w_OI, in_features, out_features, (f16*)panels, threads);
+    return 0;
+}
+
+// 0, or 1 if there was no memory
+OP(linear)(
+    const float* x_NI, int64_t stride_N, const void* panels, int type, const float* bias_O, float* out_NO, int64_t rows,
+    int64_t in_features, int64_t out_features, int threads) {
+    const Linear l{x_NI, stride_N, panels, bias_O, out_NO, rows, in_features, out_features};
+    try {
+        if (type == FLOAT32) multiply<float>(l, threads);
+        else if (type == BFLOAT16) multiply<bf16>(l, threads);
+        else multiply<f16>(l, threads);
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+    return 0;
+}
+
+// panels of whole groups of four input features, zeros beyond, and the sum of each output feature's weights
+OP(pack_quantized)(
+    const int8_t* w_OI, int64_t in_features, int64_t out_features, int8_t* panels, int32_t* sums_O, int threads) {
+    pack_quantized(w_OI, in_features, out_features, panels, sums_O, threads);
+    return 0;
+}
+
+// 0, or 1 if there was no memory
+OP(quantized_linear)(
+    const float* x_NI, int64_t stride_N, const int8_t* panels, const int32_t* sums_O, const float* scales_O,
+    const float* bias_O, float* out_NO, int64_t rows, int64_t in_features, int64_t out_features, int threads) {
+    try {
+        multiply_quantized({x_NI, stride_N, panels, sums_O, scales_O, bias_O, out_NO, rows, in_features, out_features}, threads);
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
     return 0;
 }

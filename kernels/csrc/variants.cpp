@@ -18,3 +18,11 @@ extern "C" __attribute__((visibility("default"))) int has_variant_avx512() {
     return 0;
 #endif
 }
+
+extern "C" __attribute__((visibility("default"))) int has_variant_avx512_vnni() {
+#if defined(__x86_64__)
+    return has_variant_avx512() && __builtin_cpu_supports("avx512vnni");
+#else
+    return 0;
+#endif
+}

@@ -17,6 +17,13 @@ ROPE_SHAPES = [(1, 1, 2, 1), (5, 3, 8, 4), (4, 2, 10, 3), (0, 2, 8, 4), (33, 12,
 GATED_SHAPES = [(1, 2), (3, 10), (2, 4, 96), (0, 8), (65, 3072)]
 
 
+# (rows, input features, output features)
+LINEAR_SHAPES = [
+    (1, 1, 1), (3, 5, 7), (0, 4, 4), (2, 33, 31), (14, 64, 32), (15, 64, 33), (29, 576, 96), (61, 1537, 40),
+    (7, 512, 70), (300, 1024, 65), (5, 3100, 64), (1000, 24, 8),
+]  # fmt: skip
+
+
 @dataclass(frozen=True)
 class AttentionCase:
     """`sequences` are (tokens in this step, context length with them)."""

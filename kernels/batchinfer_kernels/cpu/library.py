@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-VARIANTS = ("avx512", "avx2", "baseline")  # the best first
+VARIANTS = ("avx512_vnni", "avx512", "avx2", "baseline")  # the best first
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _PATH = Path(__file__).with_name("_ops.so")
@@ -25,6 +25,11 @@ _SIGNATURES = {  # p pointer, n int64, i int, f float
     "rope": "pnnppnnni",
     "silu_mul": "pnnpi",
     "gelu_mul": "pnnpi",
+    "linear_panel": "",
+    "pack_linear": "pnnpii",
+    "linear": "pnpippnnni",
+    "pack_quantized": "pnnppi",
+    "quantized_linear": "pnpppppnnni",
 }
 _CTYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
 
@@ -32,7 +37,7 @@ Function = Callable[..., int]
 
 
 class Functions(NamedTuple):
-    """Of one variant. All return 0, or 1 for want of memory."""
+    """Of one variant. All but linear_panel return 0, or 1 for want of memory."""
 
     paged_attention: Function
     kv_write: Function
@@ -40,6 +45,11 @@ class Functions(NamedTuple):
     rope: Function
     silu_mul: Function
     gelu_mul: Function
+    linear_panel: Function
+    pack_linear: Function
+    linear: Function
+    pack_quantized: Function
+    quantized_linear: Function
 
 
 @cache
@@ -80,6 +90,12 @@ def choose(variant: str) -> Functions:
     """From now on, in this process."""
     _chosen[:] = [load(variant)]
     return _chosen[0]
+
+
+def checked(status: int) -> None:
+    """Raises MemoryError for what a function returned."""
+    if status:
+        raise MemoryError("no memory for the workspace of a kernel")
 
 
 def problem() -> str | None:

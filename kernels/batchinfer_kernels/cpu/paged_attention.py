@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from batchinfer_kernels import reference
-from batchinfer_kernels.cpu.library import TYPES, functions
+from batchinfer_kernels.cpu.library import TYPES, checked, functions
 from batchinfer_kernels.cpu.step_index import CPUStepIndex
 from batchinfer_kernels.reference.step_index import StepIndex
 
@@ -30,7 +30,7 @@ def paged_attention(
         return reference.paged_attention(q_THD, k_cache_NKBD, v_cache_NKBD, index, scale, window, soft_cap)
     out_THD = torch.empty(q_THD.shape)
     tables, query_starts, lengths = index.addresses
-    failed = functions().paged_attention(
+    status = functions().paged_attention(
         q_THD.data_ptr(),
         q_THD.stride(0),
         q_THD.stride(1),
@@ -51,6 +51,5 @@ def paged_attention(
         soft_cap or 0.0,
         torch.get_num_threads(),
     )
-    if failed:
-        raise MemoryError("no memory for the workspace of attention")
+    checked(status)
     return out_THD

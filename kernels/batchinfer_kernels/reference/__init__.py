@@ -2,6 +2,7 @@
 
 from batchinfer_kernels.reference.activation import gelu_mul, silu_mul
 from batchinfer_kernels.reference.kv_write import kv_write
+from batchinfer_kernels.reference.linear import linear, pack_linear, packed_rows
 from batchinfer_kernels.reference.paged_attention import paged_attention
 from batchinfer_kernels.reference.rms_norm import add_rms_norm, rms_norm
 from batchinfer_kernels.reference.rope import rope
@@ -11,6 +12,9 @@ __all__ = [
     "add_rms_norm",
     "gelu_mul",
     "kv_write",
+    "linear",
+    "pack_linear",
+    "packed_rows",
     "paged_attention",
     "rms_norm",
     "rope",

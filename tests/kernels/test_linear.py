@@ -1,0 +1,100 @@
+"""Linear layers over packed weights: what they compute, in every form that a weight is kept in."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from batchinfer import ops
+from tests.kernels.cases import LINEAR_SHAPES, TOLERANCE
+
+pytestmark = pytest.mark.usefixtures("backend")
+
+
+def _random(*shape, seed, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def _inputs(shape, dtype, kept=None):
+    """x, weight, bias of the order of 1 and a result of that order; weights that `kept` holds exactly."""
+    rows, in_features, out_features = shape
+    weight = _random(out_features, in_features, seed=1, dtype=dtype) / in_features**0.5
+    if kept is not None:
+        weight = weight.to(kept).to(dtype)
+    return _random(rows, in_features, seed=0, dtype=dtype), weight, _random(out_features, seed=2, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("shape", LINEAR_SHAPES, ids=str)
+def test_linear(shape, dtype):
+    x, weight, bias = _inputs(shape, dtype)
+    packed = ops.pack_linear(weight)
+    for given in (None, bias):
+        expected = x.double() @ weight.double().T + (0 if given is None else given.double())
+        got = ops.linear(x, packed, given)
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("kept", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 70, 33), (40, 70, 33), (300, 1600, 70)], ids=str)
+def test_weights_of_16_bits_change_no_bit(shape, kept):
+    """Packed in 16 bits where that is exact: the sums are those of the same weights in float32."""
+    x, weight, bias = _inputs(shape, torch.float32, kept)
+    whole = weight.clone()
+    whole[-1, 0] += 2.0**-20  # one weight that 16 bits do not hold
+    narrow, wide = (ops.linear(x, ops.pack_linear(w), bias)[:, :-1] for w in (weight, whole))
+    assert torch.equal(narrow, wide)
+
+
+def test_16_bit_weights_take_half_the_memory(backend):
+    if backend == "reference":
+        pytest.skip("keeps the matrix as it is")
+    _, weight, _ = _inputs((1, 64, 64), torch.float32, torch.bfloat16)
+    assert ops.pack_linear(weight).panels.dtype == torch.bfloat16
+    assert ops.pack_linear(weight + 2.0**-20).panels.dtype == torch.float32
+    assert ops.pack_linear(torch.full((3, 8), 1 + 2.0**-10)).panels.dtype == torch.float16
+
+
+def test_a_row_s_result_depends_on_nothing_else(backend):
+    """Not on the rows beside it, their number, nor the threads: tokens do not depend on the batch."""
+    if backend == "reference":
+        pytest.skip("torch promises nothing of the kind")
+    for shape in ((300, 1600, 70), (64, 576, 200), (33, 512, 40)):
+        x, weight, bias = _inputs(shape, torch.float32)
+        packed = ops.pack_linear(weight)
+        together = ops.linear(x, packed, bias)
+        before = torch.get_num_threads()
+        for threads, rows in ((1, 1), (3, 13), (2, 29)):
+            torch.set_num_threads(threads)
+            for start in range(0, len(x), rows):
+                assert torch.equal(ops.linear(x[start : start + rows], packed, bias), together[start : start + rows])
+        torch.set_num_threads(before)
+
+
+def test_rows_may_be_strided():
+    x, weight, _ = _inputs((5, 40, 9), torch.float32)
+    packed = ops.pack_linear(weight)
+    wide = torch.zeros(5, 100)
+    wide[:, 30:70] = x
+    assert torch.equal(ops.linear(wide[:, 30:70], packed, None), ops.linear(x, packed, None))
+    assert torch.equal(ops.linear(x.T.contiguous().T, packed, None), ops.linear(x, packed, None))
+
+
+@pytest.mark.parametrize("kept", [None, torch.bfloat16, torch.float16], ids=str)
+def test_packed_rows_are_the_matrix_s_rows(kept):
+    _, weight, _ = _inputs((1, 40, 70), torch.float32, kept)
+    rows = torch.tensor([69, 0, 33, 33, 31, 32])
+    assert torch.equal(ops.packed_rows(ops.pack_linear(weight), rows), weight[rows])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so_and_stays_in_its_row(bad):
+    x, weight, bias = _inputs((20, 64, 40), torch.float32)
+    packed = ops.pack_linear(weight)
+    calm = ops.linear(x, packed, bias)
+    x[7, 3] = bad
+    got = ops.linear(x, packed, bias)
+    assert not got[7].isfinite().any()
+    others = [row for row in range(20) if row != 7]
+    assert torch.equal(got[others], calm[others])
