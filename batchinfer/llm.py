@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Iterator
 from itertools import chain, repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pydantic import ValidationError
 
@@ -58,7 +58,7 @@ class LLM:
         self._setup(assemble(engine, files, other, fake or FakeSpec(), chat_template), engine, seed)
 
     @classmethod
-    def from_spec(cls, spec: JobSpec, files: ModelFiles | None) -> LLM:
+    def from_spec(cls, spec: JobSpec, files: ModelFiles | None) -> Self:
         """The model of a job; `files` as `fetch_model` returned them, None for the fake model."""
         llm = cls.__new__(cls)
         prompt = spec.prompt

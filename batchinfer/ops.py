@@ -9,6 +9,8 @@ D head size · R rotated part of a head · E hidden size · F feed-forward size 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import NamedTuple
 
@@ -24,7 +26,9 @@ __all__ = [
     "ScoreRule",
     "StepIndex",
     "add_rms_norm",
+    "backends",
     "gelu_mul",
+    "keeping_backend",
     "kv_write",
     "linear",
     "pack_linear",
@@ -68,7 +72,27 @@ def use_reference(device: str, wanted: bool = True) -> None:
     if wanted:
         _BACKENDS[device] = reference
     else:
+        _choose(device)
+
+
+@contextmanager
+def keeping_backend(device: str) -> Iterator[None]:
+    """Whatever is chosen inside, `device` then runs what it ran before."""
+    before = _BACKENDS.get(device)
+    try:
+        yield
+    finally:
         _BACKENDS.pop(device, None)
+        if before is not None:
+            _BACKENDS[device] = before
+
+
+def backends(device: str) -> dict[str, bool]:
+    """What can run on a device, the best first: name → what `use_reference` takes to choose it."""
+    there = {"reference": True}
+    if device == "cpu" and cpu.problem() is None:
+        there = {f"C++ {cpu.variant()}": False} | there
+    return there
 
 
 class ScoreRule(NamedTuple):

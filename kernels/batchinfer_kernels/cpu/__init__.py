@@ -5,7 +5,7 @@ See `library.load`: `problem()` says why the backend cannot serve, if it cannot.
 
 from batchinfer_kernels.cpu.activation import gelu_mul, silu_mul
 from batchinfer_kernels.cpu.kv_write import kv_write
-from batchinfer_kernels.cpu.library import problem
+from batchinfer_kernels.cpu.library import problem, variant
 from batchinfer_kernels.cpu.linear import PackedLinear, linear, pack_linear, packed_rows
 from batchinfer_kernels.cpu.paged_attention import paged_attention
 from batchinfer_kernels.cpu.rms_norm import add_rms_norm, rms_norm
@@ -26,4 +26,5 @@ __all__ = [
     "rope",
     "silu_mul",
     "step_index",
+    "variant",
 ]

@@ -98,6 +98,12 @@ def checked(status: int) -> None:
         raise MemoryError("no memory for the workspace of a kernel")
 
 
+def variant() -> str:
+    """The name of the one in use."""
+    used = functions()
+    return next(name for name in variants() if load(name) is used)
+
+
 def problem() -> str | None:
     """Why the library cannot be used; None if it can."""
     if not _PATH.exists():
