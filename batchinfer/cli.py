@@ -1,7 +1,7 @@
 """The command line: options and environment in, exit codes out. All work is done below, and imported when it is due.
 
-The environment is read here and nowhere below: the platform variables of an array job, BATCHINFER_SHARD_INDEX and
-BATCHINFER_SHARD_COUNT, BATCHINFER_CACHE.
+The environment is read here and in `cli_options`, and nowhere below: the platform variables of an array job,
+BATCHINFER_SHARD_INDEX and BATCHINFER_SHARD_COUNT, BATCHINFER_CACHE.
 """
 
 from __future__ import annotations
@@ -10,25 +10,25 @@ import io
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from batchinfer import cli_help as pages
+from batchinfer.cli_options import Settings, load_job, located, parse_settings, print_text
 from batchinfer.cli_progress import choose_progress, summary
-from batchinfer.errors import EXIT_OK, BatchInferError, UsageError, UserError
+from batchinfer.errors import EXIT_OK, BatchInferError, UsageError
 from batchinfer.log import log
 
 if TYPE_CHECKING:
     from batchinfer.job.drain import Drain
     from batchinfer.job.report import Report
     from batchinfer.job.shard import Shard
-    from batchinfer.spec import JobSpec, StorageSpec
+    from batchinfer.spec import StorageSpec
 
-CACHE_VARIABLE = "BATCHINFER_CACHE"
 # How long a thread of torch's pool spins for the others (GNU OpenMP) before it sleeps. On two cores, GEMMs of 32 rows
 # take 15 ms with the default and with this; beside one busy process 370 ms with the default and 72 ms with this.
 SPIN = ("GOMP_SPINCOUNT", "10000")
@@ -42,10 +42,6 @@ _PIPED_COLUMNS = 100  # width of text that no terminal shows
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.", show_default=False)]
 Where = Annotated[
     str, typer.Argument(metavar="OUTPUT", help="Output directory or URL, or its job file.", show_default=False)
-]
-Settings = Annotated[
-    list[str],
-    typer.Option("--set", metavar="KEY=VALUE", help="Replace a key of the job file, e.g. engine.max_num_seqs=64."),
 ]
 ShardFlag = Annotated[
     str | None,
@@ -151,75 +147,14 @@ def _options(
         raise UsageError(f"--log-level: {log_level!r} is none of {', '.join(_LEVELS)}")
 
 
-def _print(text: str) -> None:
-    try:
-        sys.stdout.write(text + "\n")
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # the reader went away, as `| head` does; the exit code still says what was found, and nothing is flushed again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _load(job: Path, settings: list[str], limit: int | None = None, rehearse: bool = False) -> JobSpec:
-    """The job as it will run: the file, then --set, --limit and --rehearse on top."""
-    from batchinfer.spec import load_spec
-
-    values = _parse_settings(settings)
-    if limit is not None:
-        values["input.limit"] = limit
-    spec = load_spec(job, values)
-    cache = os.environ.get(CACHE_VARIABLE)
-    if cache and spec.storage.cache is None:
-        spec = spec.model_copy(update={"storage": spec.storage.model_copy(update={"cache": cache})})
-    return _rehearsal(spec) if rehearse else spec
-
-
-@contextmanager
-def _located(job: Path) -> Iterator[None]:
-    """Mistakes that show only beside the input name file and line of their key, like those of the file alone."""
-    try:
-        yield
-    except UserError as error:
-        if not error.key:
-            raise
-        from batchinfer.spec import locate
-
-        raise type(error)(f"{locate(job, error.key)}: {error}") from error
-
-
-def _rehearsal(spec: JobSpec) -> JobSpec:
-    """The same job with fake answers: the real output is not touched, a tokenizer on local disk is kept."""
-    from batchinfer.spec import FAKE_MODEL
-
-    local = spec.model if spec.model != FAKE_MODEL and Path(spec.model).exists() else None
-    output = spec.output.model_copy(update={"path": spec.output.path.rstrip("/") + "-rehearsal"})
-    return spec.model_copy(update={"model": FAKE_MODEL, "tokenizer": spec.tokenizer or local, "output": output})
-
-
-def _parse_settings(settings: list[str]) -> dict[str, Any]:
-    """`seed=7` → {"seed": 7}. Values are YAML, as in the job file; what is not, as `{{ text }}` alone, is text."""
-    import yaml
-
-    values: dict[str, Any] = {}
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not equals or not key.strip():
-            raise UsageError(f"--set {setting}: must be KEY=VALUE, for example engine.max_num_seqs=64")
-        try:
-            values[key.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            values[key.strip()] = text
-    return values
-
-
 def _locate(output: str, settings: list[str]) -> tuple[str, StorageSpec]:
     """Where an output lies and how to reach it, from its job file or from its URL and `--set storage.…`."""
     from batchinfer.spec import StorageSpec
 
     if output.endswith(_JOB_FILES) and "://" not in output:
-        spec = _load(Path(output), settings)
+        spec = load_job(Path(output), settings)
         return spec.output.path, spec.storage
-    values = _parse_settings(settings)
+    values = parse_settings(settings)
     known = {f"storage.{name}" for name in StorageSpec.model_fields}
     for key in values:
         if key not in known:
@@ -242,9 +177,9 @@ def run(
     drain = _install_drain()
     from batchinfer.job.run import run_job
 
-    spec = _load(job, settings, limit, rehearse)
+    spec = load_job(job, settings, limit, rehearse)
     place = _resolve_shard(shard)
-    with _located(job):
+    with located(job):
         report = run_job(spec, shard=place, spool_dir=spool_dir, drain=drain, progress=choose_progress())
     _finish(report)
 
@@ -261,9 +196,9 @@ def retry(
     drain = _install_drain()
     from batchinfer.job.retry import retry_job
 
-    spec = _load(job, settings, limit, rehearse)
+    spec = load_job(job, settings, limit, rehearse)
     place = _resolve_shard(shard)
-    with _located(job):
+    with located(job):
         report = retry_job(spec, shard=place, spool_dir=spool_dir, drain=drain, progress=choose_progress())
     _finish(report)
 
@@ -287,7 +222,7 @@ def _finish(report: Report) -> None:
     if log.as_json:
         log.info("done", output=report.output, rows=report.rows, tokens=report.tokens, complete=report.complete)
     else:
-        _print(summary(report))
+        print_text(summary(report))
 
 
 @app.command(epilog=pages.EXIT_CODES, help=pages.PLAN)
@@ -299,10 +234,10 @@ def plan(
 ) -> None:
     from batchinfer.job.preview import describe, preview
 
-    spec = _load(job, settings, limit)
-    with _located(job):
+    spec = load_job(job, settings, limit)
+    with located(job):
         found = preview(spec, sample)
-    _print(describe(found))
+    print_text(describe(found))
     if found.conflict is not None:
         raise found.conflict
 
@@ -316,7 +251,7 @@ def status(
     from batchinfer.job.ledger import open_output
     from batchinfer.job.status import describe, read_status
 
-    _print(describe(read_status(open_output(*_locate(output, settings)), shards)))
+    print_text(describe(read_status(open_output(*_locate(output, settings)), shards)))
 
 
 @app.command(epilog=pages.EXIT_CODES, help=pages.VERIFY)
@@ -329,7 +264,7 @@ def verify(
 
     url, storage = _locate(output, settings)
     found = audit(url, storage)
-    _print(describe(found))
+    print_text(describe(found))
     if found.differences:
         raise VerifyFailed(f"{url}: {len(found.differences)} differences")
 
@@ -350,4 +285,4 @@ def show(
     url, storage = _locate(output, settings)
     shown = pick(open_output(url, storage), storage, rows, errors=errors, row=row)
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else _PIPED_COLUMNS
-    _print(describe(shown, width))
+    print_text(describe(shown, width))

@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from batchinfer.cli import CACHE_VARIABLE, _load, main
+from batchinfer.cli import main
+from batchinfer.cli_options import CACHE_VARIABLE, load_job
 from batchinfer.job.drain import Drain
 from batchinfer.job.shard import _PLATFORMS, OUR_COUNT, OUR_INDEX
 from batchinfer.log import log
@@ -140,8 +141,8 @@ def test_settings_and_limit(job, tmp_path):
 
 def test_cache_directory(job, monkeypatch, tmp_path):
     monkeypatch.setenv(CACHE_VARIABLE, "/from/environment")
-    assert _load(job, []).storage.cache == "/from/environment"
-    assert _load(job, ["storage.cache=/from/job"]).storage.cache == "/from/job"
+    assert load_job(job, []).storage.cache == "/from/environment"
+    assert load_job(job, ["storage.cache=/from/job"]).storage.cache == "/from/job"
 
 
 @pytest.mark.parametrize("model", ["some-org/some-model", "fake"])
