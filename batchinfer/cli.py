@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from batchinfer import cli_help as pages
+from batchinfer.cli_bench import bench
 from batchinfer.cli_options import Settings, load_job, located, parse_settings, print_text
 from batchinfer.cli_progress import choose_progress, summary
 from batchinfer.errors import EXIT_OK, BatchInferError, UsageError
@@ -62,6 +63,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
+app.add_typer(bench, name="bench")
 
 
 def process() -> None:

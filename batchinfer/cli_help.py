@@ -26,6 +26,7 @@ OVERVIEW = """Run prompts out of Parquet or JSONL through a language model; ever
   batchinfer run job.yaml           run it; the same command again continues after a stop
   batchinfer show OUTPUT            a few rows of input and output
   batchinfer verify OUTPUT          audit the output against the input
+  batchinfer bench --help           measure the engine on this machine
 
 OUTPUT is the job's output.path, or the job file itself."""
 
@@ -91,3 +92,48 @@ SHOW = """Show a few rows of an output beside their input.
   batchinfer show output/quickstart
   batchinfer show job.yaml --errors          only rows that ended as errors
   batchinfer show output/quickstart --row 17 the row at position 17 (from 0) of its input file"""
+
+BENCH = """Measure the engine, each time beside the limit of the machine.
+
+Every command prints the machine first, with its GEMM rate and memory bandwidth as measured on the threads that are
+used. --json writes all figures to a file."""
+
+BENCH_THROUGHPUT = """Tokens per second, from prompts to text.
+
+Prompts are random token ids, those of --workload, or the first rows of a job, with its templates and sampling; nothing
+is written to the job's output. Each run begins with an empty prefix cache. The limit is the time of the linear layers
+alone, at the measured GEMM rate or reading their weights once a step at the measured bandwidth.
+
+\b
+  batchinfer bench throughput MODEL --input-tokens 64-256 --output-tokens 64 --requests 256
+  batchinfer bench throughput MODEL --shared-prefix 100 --repeat 3 --json throughput.json
+  batchinfer bench throughput MODEL --workload requests.jsonl --set engine.max_num_seqs=64
+  batchinfer bench throughput jobs/quickstart.yaml --requests 64"""
+
+BENCH_LATENCY = """Time to the first token and per token after it, by batch.
+
+A fixed number of requests runs: one that ends is replaced at once. Tokenizing and reading of prompts are not in these
+times. Per token is the mean of each request, a gap the time between two tokens. The limit is that of the linear layers
+alone, in a step with one prompt and in a step with a token of each request.
+
+\b
+  batchinfer bench latency MODEL --batch 1,8,32 --input-tokens 128 --output-tokens 64"""
+
+BENCH_HOST = """Milliseconds that a step takes outside the model, on one core.
+
+Loads no model: fake answers, and a runner whose decoder computes nothing. Parts of a step: queue (requests added,
+finished ones taken), schedule, build (the model's inputs), sample (bookkeeping), update (tokens taken in). Stop checks
+are what a stop string in each request adds. Growth is relative to the row before: 1 is linear in sequences.
+
+\b
+  batchinfer bench host --sequences 256,1024"""
+
+BENCH_KERNELS = """Each op against what bandwidth or GEMM rate allow.
+
+The limit of an op is the longer of two times: its unavoidable bytes at the measured bandwidth, and its operations at
+the measured GEMM rate. Bandwidth is measured on data of the same size, in the cache that holds it. Every op runs with
+all backends that are there, in turn; linear layers have one. Loads no weights.
+
+\b
+  batchinfer bench kernels
+  batchinfer bench kernels MODEL --threads 1 --json kernels.json"""

@@ -27,11 +27,14 @@ COLUMNS = "100"
 
 def help_pages() -> str:
     """Every page of the command line, as a terminal of 100 columns shows it."""
-    names = [command.callback.__name__ for command in app.registered_commands]
+    names = [[command.callback.__name__] for command in app.registered_commands]
+    for group in app.registered_groups:
+        commands = group.typer_instance.registered_commands
+        names += [[group.name], *([group.name, command.callback.__name__] for command in commands)]
     before = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = COLUMNS
     try:
-        pages = [_page(["--help"]), *(_page([name, "--help"]) for name in names)]
+        pages = [_page(["--help"]), *(_page([*name, "--help"]) for name in names)]
     finally:
         del os.environ["COLUMNS"]
         if before is not None:

@@ -1,0 +1,241 @@
+"""What a step costs around the model: scheduling, building its inputs, sampling bookkeeping, taking in tokens.
+
+Two runners answer each plan. `FakeRunner` decides the tokens, and its time is left out. `ModelRunner` runs with a
+decoder that computes nothing: what it then does is all host work that a real step has. Sequences come and go at random
+times, with answers of 32 to 128 tokens, so that a step sees the usual share of arrivals and ends. One core.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchinfer import ops
+from batchinfer.bench.table import number, table
+from batchinfer.bench.timing import percentile
+from batchinfer.engine.blocks import BlockPool
+from batchinfer.engine.fake import FakeAnswer, FakeRunner
+from batchinfer.engine.plan import StepPlan, StepResult
+from batchinfer.engine.runner import ModelRunner
+from batchinfer.engine.scheduler import Scheduler
+from batchinfer.errors import UsageError
+from batchinfer.layers.attention import StepInputs
+from batchinfer.models.config import ModelConfig, parse_config
+from batchinfer.models.decoder import Decoder
+from batchinfer.request import Request, SamplingParams
+from batchinfer.text.detokenize import StopStrings
+from batchinfer.text.tokenizer import ByteTokenizer
+
+_VOCAB = 32  # so small that finding the largest logit is no work
+_EOS = 2
+_PROMPT_TOKENS = 60
+_ANSWER_TOKENS = (32, 128)
+_BLOCK_SIZE = 16
+_CONTEXT = 192
+_MOST_SEQUENCES = 65536
+_LEAST_STEPS = 30
+_MOST_STEPS = 200
+_BUDGET_S = 4.0  # of measured steps, for one number of sequences
+_STOP = "stop"  # its letters are not in the vocabulary, so it is looked for and never found
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Seconds of one step. queue: adding requests and handing over finished ones."""
+
+    queue: float
+    schedule: float
+    build: float
+    sample: float
+    update: float
+
+    @property
+    def total(self) -> float:
+        return self.queue + self.schedule + self.build + self.sample + self.update
+
+
+@dataclass(frozen=True)
+class HostCost:
+    """Medians, in milliseconds per step. `stop_checks_ms`: what one stop string for each sequence adds to the update.
+
+    `growth`: how much the time grew, over how much the number of sequences did, since the row before; 1 is linear.
+    """
+
+    sequences: int
+    steps: int
+    queue_ms: float
+    schedule_ms: float
+    build_ms: float
+    sample_ms: float
+    update_ms: float
+    total_ms: float
+    total_p90_ms: float
+    stop_checks_ms: float
+    us_per_sequence: float
+    growth: float | None
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def parse_sequences(text: str) -> list[int]:
+    """`"64,256"`, ascending. Raises UsageError."""
+    parts = [part.strip() for part in text.split(",")]
+    numbers = [int(part) for part in parts if part.isascii() and part.isdigit()]
+    if (
+        len(numbers) != len(parts)
+        or numbers != sorted(set(numbers))
+        or not 0 < numbers[0] <= numbers[-1] <= _MOST_SEQUENCES
+    ):
+        raise UsageError(
+            f"--sequences {text}: must be rising numbers from 1 to {_MOST_SEQUENCES}, separated by commas, for example "
+            "64,256,1024"
+        )
+    return numbers
+
+
+def measure(sequences: int, before: HostCost | None = None) -> HostCost:
+    """`before` is the cost at fewer sequences, which growth is measured from."""
+    plain, checked = _Load(sequences, False), _Load(sequences, True)
+    for _ in range(2 * _ANSWER_TOKENS[1]):
+        plain.step()
+        checked.step()
+    steps: list[Parts] = []
+    updates: list[float] = []
+    start = perf_counter()
+    while len(steps) < _MOST_STEPS and (len(steps) < _LEAST_STEPS or perf_counter() - start < _BUDGET_S):
+        steps.append(plain.step())
+        updates.append(checked.step().update)
+    median = {part.name: 1e3 * percentile([getattr(step, part.name) for step in steps], 0.5) for part in fields(Parts)}
+    totals = [1e3 * step.total for step in steps]
+    total = percentile(totals, 0.5)
+    return HostCost(
+        sequences=sequences,
+        steps=len(steps),
+        queue_ms=median["queue"],
+        schedule_ms=median["schedule"],
+        build_ms=median["build"],
+        sample_ms=median["sample"],
+        update_ms=median["update"],
+        total_ms=total,
+        total_p90_ms=percentile(totals, 0.9),
+        stop_checks_ms=1e3 * percentile(updates, 0.5) - median["update"],
+        us_per_sequence=1e3 * total / sequences,
+        growth=None if before is None else total / before.total_ms * before.sequences / sequences,
+    )
+
+
+class _Load:
+    """An engine with all seats taken, fed for as long as it is stepped."""
+
+    def __init__(self, sequences: int, stop_strings: bool) -> None:
+        blocks = 2 * sequences * _CONTEXT // _BLOCK_SIZE
+        self._scheduler = Scheduler(BlockPool(blocks, _BLOCK_SIZE), sequences, 2 * sequences + 4096)
+        self._runner = _HostRunner(sequences, blocks)
+        self._waiting = max(64, sequences // 4)  # requests in the queue before each step
+        self._rng = random.Random(sequences)
+        self._stop = StopStrings(ByteTokenizer(), (_STOP,), False, True) if stop_strings else None
+        self._made = 0
+
+    def step(self) -> Parts:
+        scheduler, runner = self._scheduler, self._runner
+        fresh = [self._request() for _ in range(self._waiting - len(scheduler.waiting))]
+        start = perf_counter()
+        for request in fresh:
+            scheduler.add(request)
+        added = perf_counter()
+        plan = scheduler.schedule()
+        planned = perf_counter()
+        result = runner.run(plan)
+        answered = perf_counter()
+        scheduler.update(result)
+        updated = perf_counter()
+        finished = scheduler.take_finished()
+        end = perf_counter()
+        assert all(answer.error is None for answer in finished)
+        return Parts(
+            added - start + end - updated, planned - added, runner.build_s, runner.sample_s, updated - answered
+        )
+
+    def _request(self) -> Request:
+        self._made += 1
+        check = self._stop.checker() if self._stop is not None else None
+        prompt = self._rng.choices(range(_VOCAB), k=_PROMPT_TOKENS)
+        params = SamplingParams(temperature=0.0)
+        return Request(
+            self._made, prompt, params, _CONTEXT - _PROMPT_TOKENS, stop_ids=frozenset({_EOS}), stop_check=check
+        )
+
+
+class _HostRunner:
+    """`build_s` and `sample_s` of the last plan: until the decoder is called, and from its logits to tokens."""
+
+    def __init__(self, sequences: int, blocks: int) -> None:
+        self._decoder = _NoArithmetic(sequences)
+        self._runner = ModelRunner(self._decoder, blocks, _BLOCK_SIZE, sequences, _CONTEXT)
+        plain = [token for token in range(_VOCAB) if token != _EOS]
+        self._fake = FakeRunner(FakeAnswer(*_ANSWER_TOKENS, plain, _EOS))
+        self.build_s = self.sample_s = 0.0
+
+    def run(self, plan: StepPlan) -> StepResult:
+        start = perf_counter()
+        self._runner.run(plan)
+        end = perf_counter()
+        self.build_s = self._decoder.called - start
+        self.sample_s = end - self._decoder.answered
+        return self._fake.run(plan)
+
+
+class _NoArithmetic(Decoder):
+    """Takes a step's inputs, indexes them as a real decoder does, and has its logits at hand. Notes when."""
+
+    def __init__(self, sequences: int) -> None:
+        super().__init__(_smallest_config())
+        self._logits_NV = torch.zeros(sequences, _VOCAB)
+        self.called = self.answered = 0.0
+
+    def forward(self, inputs: StepInputs, cache: Sequence[ops.KVPair]) -> Tensor:
+        ops.step_index(inputs.slots_T, inputs.block_tables_SB, inputs.query_starts, inputs.lengths, cache[0])
+        self.called = perf_counter()
+        return self._logits_NV[: len(inputs.sample_rows_N)]
+
+    def logits(self, hidden_NE: Tensor) -> Tensor:
+        self.answered = perf_counter()
+        return hidden_NE
+
+
+def _smallest_config() -> ModelConfig:
+    values = {
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": _VOCAB,
+        "hidden_size": 2,
+        "intermediate_size": 2,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "max_position_embeddings": _CONTEXT,
+        "tie_word_embeddings": True,
+    }
+    return parse_config(values, "the smallest model")
+
+
+def describe(found: Sequence[HostCost]) -> str:
+    header = (
+        *("sequences", "queue", "schedule", "build", "sample", "update", "ms/step", "p90"),
+        *("stop checks", "us/sequence", "growth"),
+    )
+    rows = [
+        (
+            f"{cost.sequences:,}",
+            *map(number, (cost.queue_ms, cost.schedule_ms, cost.build_ms, cost.sample_ms, cost.update_ms)),
+            *map(number, (cost.total_ms, cost.total_p90_ms, cost.stop_checks_ms, cost.us_per_sequence)),
+            "" if cost.growth is None else f"{cost.growth:.2f}",
+        )
+        for cost in found
+    ]
+    return table(header, rows, left=0)

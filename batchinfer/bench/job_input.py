@@ -1,0 +1,43 @@
+"""The first rows of a job as a workload: its input, templates and sampling; nothing of its output is touched."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from typing import Any
+
+from batchinfer.bench.measured import MeasuredLLM
+from batchinfer.io.rows import stream
+from batchinfer.job.prepare import Draft, draft_plan
+from batchinfer.llm import Prompt
+from batchinfer.prompting import mix
+from batchinfer.spec import JobSpec
+
+
+class JobInput:
+    """`name` says which job it is. `spec.input.limit` bounds its rows; `files` are its model's."""
+
+    def __init__(self, name: str, spec: JobSpec) -> None:
+        """Scans the input. Raises what `run` raises before it loads the model."""
+        self._name = name
+        self._draft: Draft = draft_plan(spec, weights=True)
+        self._rows = 0
+        self.files = self._draft.files
+
+    def describe(self) -> str:
+        return f"{self._name}: its first {self._rows:,} rows, with its templates and sampling"
+
+    def prompts(self, llm: MeasuredLLM) -> list[Prompt]:
+        """Rows in error become prompts in error, as in the job."""
+        plan, rows, spec = self._draft.plan, self._draft.rows, self._draft.spec
+        inputs = plan.inputs.select(rows.read_columns)
+        made: list[Prompt] = []
+        batches: Any = stream(inputs, plan.chunks, spec.storage)
+        with closing(batches):
+            for number, (_, batch) in enumerate(batches):
+                base = plan.bases[number]
+                wanted = rows.select(batch, inputs.text_json)
+                for prompt in rows.prompts(batch, wanted, inputs.text_json, llm.default_params):
+                    index = base + prompt.offset
+                    made.append(Prompt(index, prompt.content, prompt.params, mix(spec.seed, index), prompt.error))
+        self._rows = len(made)
+        return made

@@ -1,0 +1,273 @@
+"""Each op of a forward pass against what memory and arithmetic allow: bytes over bandwidth, operations over GEMM rate.
+
+Bytes are those that an op cannot avoid: every input read once, every output written once. Bandwidth is measured on data
+of the same size, so that what stays in a cache is held to the cache's speed. Element-wise ops count bytes alone.
+
+T tokens · S sequences · E hidden size · F feed-forward size · H query heads · K kv heads · D head size · R rotated
+pairs · N blocks · B slots per block · I, O input and output features
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from batchinfer import ops
+from batchinfer.bench.machine import Bandwidth, Machine
+from batchinfer.bench.table import number, table
+from batchinfer.bench.timing import Timing, time_call, time_in_turn
+from batchinfer.io.fetch import fetch_model
+from batchinfer.layers.linear import Linear
+from batchinfer.models.config import ModelConfig, load_config
+from batchinfer.spec import StorageSpec
+
+Work = Callable[[], object]
+
+_BLOCK_SIZE = 16
+_DECODES, _CONTEXT, _PROMPT = 64, 512, 1024
+_TOKENS = (64, 1024)  # of element-wise ops: a step of decodes, and one with prompts
+_ROWS = (1, 8, 16, 32, 64, 256, 2048)
+_HEAD_ROWS = 256  # more rows than that do not reach an LM head at once
+_BUDGET_S = 0.3
+_FLOAT = 4  # bytes
+_LINEAR_BACKEND = "torch"
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Of a model; the defaults are SmolLM2-135M's."""
+
+    name: str = "SmolLM2-135M"
+    hidden: int = 576
+    heads: int = 9
+    kv_heads: int = 3
+    head_size: int = 64
+    feed_forward: int = 1536
+    vocabulary: int = 49152
+
+    @classmethod
+    def of(cls, config: ModelConfig, name: str) -> Shapes:
+        attention = config.attention
+        return cls(
+            name,
+            config.hidden_size,
+            attention.num_heads,
+            attention.num_kv_heads,
+            attention.head_size,
+            config.mlp.size,
+            config.vocab_size,
+        )
+
+
+def shapes_of(model: str, storage: StorageSpec) -> Shapes:
+    """From the configuration of a model; its weights are not read. Raises ModelError."""
+    return Shapes.of(load_config(fetch_model(model, storage, weights=False).path), model)
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op on some shape. `make` sets up its data for the backend that is chosen then, and gives the call."""
+
+    op: str
+    shape: str
+    data_bytes: int
+    operations: int
+    make: Callable[[], Work]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """`limit_s` is the longer of the two bounds, and `bound` says which; `fits` is the cache that holds the data."""
+
+    op: str
+    shape: str
+    backend: str
+    min_s: float
+    median_s: float
+    samples: int
+    limit_s: float
+    bound: str
+    data_bytes: int
+    operations: int
+    fits: str
+
+    @property
+    def times_over(self) -> float:
+        return self.median_s / self.limit_s
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "times_over_limit": self.times_over}
+
+
+@torch.inference_mode()
+def measure(shapes: Shapes, machine: Machine, cases: Sequence[Case] | None = None) -> Iterator[Measured]:
+    """Every case on every backend that is there; backends take turns. Linear layers have one."""
+    bandwidth = Bandwidth()
+    with ops.keeping_backend("cpu"):
+        for case in all_cases(shapes) if cases is None else cases:
+            timings = {_LINEAR_BACKEND: time_call(case.make(), _BUDGET_S)} if case.op == "linear" else _in_turn(case)
+            for backend, timing in timings.items():
+                yield _against_limit(case, backend, timing, machine, bandwidth)
+
+
+def _in_turn(case: Case) -> dict[str, Timing]:
+    choices = ops.backends("cpu")
+
+    def choose(backend: str) -> None:
+        ops.use_reference("cpu", choices[backend])
+
+    works = {}
+    for backend in choices:
+        choose(backend)
+        works[backend] = case.make()
+    return time_in_turn(works, _BUDGET_S, before=choose)
+
+
+def _against_limit(case: Case, backend: str, timing: Timing, machine: Machine, bandwidth: Bandwidth) -> Measured:
+    moving, computing = case.data_bytes / bandwidth.of(case.data_bytes), case.operations / machine.gemm_per_s
+    return Measured(
+        op=case.op,
+        shape=case.shape,
+        backend=backend,
+        min_s=timing.min_s,
+        median_s=timing.median_s,
+        samples=timing.samples,
+        limit_s=max(moving, computing),
+        bound="bytes" if moving >= computing else "arithmetic",
+        data_bytes=case.data_bytes,
+        operations=case.operations,
+        fits=_cache_of(case.data_bytes, machine),
+    )
+
+
+def _cache_of(data_bytes: int, machine: Machine) -> str:
+    """The first cache that holds it; each core has its own of the lower two levels."""
+    for name, held in machine.caches.items():
+        if data_bytes <= held * (machine.threads if name in ("L1", "L2") else 1):
+            return name
+    return "memory"
+
+
+# -- cases ---------------------------------------------------------------------------------------------------------
+
+
+def all_cases(shapes: Shapes) -> list[Case]:
+    dtypes = (torch.float32, torch.bfloat16)
+    attention = [_attention(shapes, 1, _CONTEXT, _DECODES, dtype) for dtype in dtypes]
+    attention += [_attention(shapes, _PROMPT, _PROMPT, 1, dtype) for dtype in dtypes]
+    return [*attention, *(case for tokens in _TOKENS for case in _element_wise(shapes, tokens)), *_linears(shapes)]
+
+
+def _attention(shapes: Shapes, queries: int, context: int, sequences: int, dtype: torch.dtype) -> Case:
+    """`queries` last tokens of each of `sequences` contexts; a token sees itself and what is before it."""
+    tokens = queries * sequences
+    heads, size = shapes.heads, shapes.head_size
+    seen = sequences * sum(range(context - queries + 1, context + 1))
+    kv_bytes = 2 * sequences * context * shapes.kv_heads * size * dtype.itemsize
+
+    def make() -> Work:
+        blocks = -(-context // _BLOCK_SIZE)
+        order = torch.randperm(sequences * blocks, generator=torch.Generator().manual_seed(1))
+        tables_SB = order.view(sequences, blocks).to(torch.int32)
+        cache_shape = (len(order), shapes.kv_heads, _BLOCK_SIZE, size)
+        cache = (torch.rand(cache_shape).to(dtype), torch.rand(cache_shape).to(dtype))
+        q_THD = torch.rand(tokens, heads, size)
+        starts = list(range(0, tokens + 1, queries))
+        index = ops.step_index(torch.arange(tokens), tables_SB, starts, [context] * sequences, cache)
+        rule = ops.ScoreRule(size**-0.5)
+        return lambda: ops.paged_attention(q_THD, cache, index, rule)
+
+    what = f"{sequences} decodes x {context}" if queries == 1 else f"prompt of {queries}"
+    kind = str(dtype).removeprefix("torch.")
+    data_bytes = kv_bytes + 2 * tokens * heads * size * _FLOAT
+    return Case("paged_attention", f"{what}, {kind} KV", data_bytes, 4 * seen * heads * size, make)
+
+
+def _element_wise(shapes: Shapes, tokens: int) -> Iterator[Case]:
+    hidden, feed = shapes.hidden, shapes.feed_forward
+    kv, size = shapes.kv_heads, shapes.head_size
+    turned = shapes.heads + kv
+    shape = f"{tokens} tokens"
+
+    def norm() -> Work:
+        x_TE, weight_E = torch.rand(tokens, hidden), torch.rand(hidden)
+        return lambda: ops.rms_norm(x_TE, weight_E, 1e-5)
+
+    def add_norm() -> Work:
+        x_TE, residual_TE, weight_E = torch.zeros(tokens, hidden), torch.rand(tokens, hidden), torch.rand(hidden)
+        return lambda: ops.add_rms_norm(x_TE, residual_TE, weight_E, 1e-5)
+
+    def turn() -> Work:
+        x_THD, angles_TR = torch.rand(tokens, turned, size), torch.rand(tokens, size // 2)
+        cos_TR, sin_TR = angles_TR.cos(), angles_TR.sin()
+        return lambda: ops.rope(x_THD, cos_TR, sin_TR)
+
+    def write() -> Work:
+        blocks = -(-tokens // _BLOCK_SIZE)
+        k_TKD, v_TKD = torch.rand(tokens, kv, size), torch.rand(tokens, kv, size)
+        cache = (torch.zeros(blocks, kv, _BLOCK_SIZE, size), torch.zeros(blocks, kv, _BLOCK_SIZE, size))
+        slots_T = torch.arange(tokens)
+        table_SB = torch.arange(blocks, dtype=torch.int32)[None]
+        index = ops.step_index(slots_T, table_SB, [0, tokens], [tokens], cache)
+        return lambda: ops.kv_write(k_TKD, v_TKD, cache, index)
+
+    def gated(op: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], Work]:
+        def make() -> Work:
+            x_T2F = torch.rand(tokens, 2 * feed)
+            return lambda: op(x_T2F)
+
+        return make
+
+    yield Case("rms_norm", shape, 2 * tokens * hidden * _FLOAT, 0, norm)
+    yield Case("add_rms_norm", shape, 4 * tokens * hidden * _FLOAT, 0, add_norm)
+    yield Case("rope", shape, tokens * (2 * turned * size + size) * _FLOAT, 0, turn)
+    yield Case("kv_write", shape, 4 * tokens * kv * size * _FLOAT, 0, write)
+    yield Case("silu_mul", shape, 3 * tokens * feed * _FLOAT, 0, gated(ops.silu_mul))
+    yield Case("gelu_mul", shape, 3 * tokens * feed * _FLOAT, 0, gated(ops.gelu_mul))
+
+
+def _linears(shapes: Shapes) -> Iterator[Case]:
+    inner = shapes.heads * shapes.head_size
+    layers = {
+        "qkv": (shapes.hidden, inner + 2 * shapes.kv_heads * shapes.head_size),
+        "out": (inner, shapes.hidden),
+        "gate_up": (shapes.hidden, 2 * shapes.feed_forward),
+        "down": (shapes.feed_forward, shapes.hidden),
+        "lm_head": (shapes.hidden, shapes.vocabulary),
+    }
+    for name, (wide, high) in layers.items():
+        for rows in _ROWS:
+            if name != "lm_head" or rows <= _HEAD_ROWS:
+                yield _linear(name, wide, high, rows)
+
+
+def _linear(name: str, in_features: int, out_features: int, rows: int) -> Case:
+    def make() -> Work:
+        linear = Linear(in_features, out_features)
+        linear.weight.uniform_(-0.1, 0.1)
+        x_TI = torch.rand(rows, in_features)
+        return lambda: linear(x_TI)
+
+    numbers = in_features * out_features + rows * (in_features + out_features)
+    shape = f"{name} {in_features}x{out_features}, {rows} rows"
+    return Case("linear", shape, numbers * _FLOAT, 2 * rows * in_features * out_features, make)
+
+
+def describe(found: Sequence[Measured]) -> str:
+    header = ("op", "shape", "backend", "fits", "bound by", "min ms", "median", "limit ms", "times limit")
+    rows = [
+        (
+            one.op,
+            one.shape,
+            one.backend,
+            one.fits,
+            one.bound,
+            *(number(1e3 * seconds) for seconds in (one.min_s, one.median_s, one.limit_s)),
+            number(one.times_over),
+        )
+        for one in found
+    ]
+    return table(header, rows, left=5)

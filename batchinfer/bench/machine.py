@@ -1,0 +1,217 @@
+"""What the machine is and what it can do: the limits that measured times are put beside.
+
+Both limits are measured through torch on the threads that the benchmark uses, and are the best of many attempts: how
+fast a large matrix product is, and how fast a buffer of a given size is read or copied. Operations count a
+multiplication and an addition as two.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from batchinfer import __version__, ops
+from batchinfer.assembly import quota_threads
+from batchinfer.bench.table import facts, number
+from batchinfer.bench.timing import time_in_turn
+from batchinfer.engine.cache import free_bytes
+
+_GEMM_SIZES = (1024, 2048)
+_GEMM_BUDGET_S = 1.0
+_MOST_BYTES = 512 << 20  # of a buffer that bandwidth is measured on
+_LEAST_BYTES = 4 << 10
+_FREE_SHARE = 8  # a buffer is at most this part of the memory that is free
+_BANDWIDTH_BUDGET_S = 0.15
+_BUSY = 0.25  # load average for each core, before the measurement, that is worth a word
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates per second: operations (`dtype`'s GEMM), bytes read, bytes read and written in a copy.
+
+    `buffer_bytes` is the size of the data that bandwidth was measured on. `caches` are sizes in bytes by level.
+    """
+
+    cpu: str
+    cores: int
+    threads: int
+    kernels: str
+    torch: str
+    batchinfer: str
+    date: str
+    dtype: str
+    gemm_per_s: float
+    read_bytes_per_s: float
+    copy_bytes_per_s: float
+    buffer_bytes: int
+    caches: dict[str, int]
+    load_average: float | None
+
+    @property
+    def notes(self) -> list[str]:
+        if self.load_average is None or self.load_average <= _BUSY * self.cores:
+            return []
+        return [f"the machine was busy before this began: load average {self.load_average:.2f} on {self.cores} cores"]
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def set_threads(threads: int | None) -> None:
+    """Of torch and the C++ kernels, for this process; None means cores, within the container's quota."""
+    torch.set_num_threads(threads or min(torch.get_num_threads(), quota_threads()))
+
+
+def look_at(dtype: torch.dtype = torch.float32) -> Machine:
+    """Describe and measure the machine; takes about two seconds."""
+    load = _load_average()
+    buffer_bytes = _largest_buffer()
+    read, copy = _rates(buffer_bytes)
+    return Machine(
+        cpu=_cpu_name(),
+        cores=os.cpu_count() or 1,
+        threads=torch.get_num_threads(),
+        kernels=next(iter(ops.backends("cpu"))),
+        torch=torch.__version__,
+        batchinfer=__version__,
+        date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        dtype=str(dtype).removeprefix("torch."),
+        gemm_per_s=gemm_rate(dtype),
+        read_bytes_per_s=read,
+        copy_bytes_per_s=copy,
+        buffer_bytes=buffer_bytes,
+        caches=_caches(),
+        load_average=load,
+    )
+
+
+def describe(machine: Machine) -> str:
+    buffer = size(machine.buffer_bytes)
+    caches = ", ".join(f"{name} {size(held)}" for name, held in machine.caches.items())
+    lines = [
+        ("machine", f"{machine.cpu}, {machine.cores} cores, {machine.threads} threads used"),
+        ("caches", caches or "unknown"),
+        ("software", f"batchinfer {machine.batchinfer}, torch {machine.torch}, kernels {machine.kernels}"),
+        ("GEMM", f"{machine.gemm_per_s / 1e9:,.0f} GFLOP/s in {machine.dtype} (torch, square matrices)"),
+        (
+            "memory",
+            f"{machine.read_bytes_per_s / 1e9:,.1f} GB/s read, {machine.copy_bytes_per_s / 1e9:,.1f} GB/s copied "
+            f"(both ways counted), on {buffer}",
+        ),
+        ("date", machine.date),
+    ]
+    return "\n".join([facts(lines), *(f"note: {note}" for note in machine.notes)])
+
+
+def weight_bandwidth(machine: Machine, weight_bytes: int) -> float:
+    """Bytes per second that weights can be read with: those of a small model stay in a cache."""
+    return machine.read_bytes_per_s if weight_bytes >= machine.buffer_bytes else Bandwidth().of(weight_bytes)
+
+
+def gemm_rate(dtype: torch.dtype) -> float:
+    """Operations per second of the fastest of some products of large square matrices."""
+    best = 0.0
+    for edge in _GEMM_SIZES:
+        left, right = torch.rand(edge, edge).to(dtype), torch.rand(edge, edge).to(dtype)
+        fastest = _fastest({"gemm": _product(left, right)}, _GEMM_BUDGET_S)
+        best = max(best, 2 * edge**3 / fastest)
+    return best
+
+
+def _product(left: Tensor, right: Tensor) -> Callable[[], Tensor]:
+    return lambda: F.linear(left, right)
+
+
+class Bandwidth:
+    """Bytes per second that data of a size is read or copied with, while it stays in whatever cache it fits."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, float] = {}
+        self._most = _largest_buffer()
+
+    def of(self, data_bytes: int) -> float:
+        """Measured on a buffer of that size, rounded up to two or three significant bits, and at most 512 MiB."""
+        wanted = max(data_bytes, _LEAST_BYTES)
+        grain = 1 << (wanted.bit_length() - 3)
+        rounded = min(-(-wanted // grain) * grain, self._most)
+        if rounded not in self._known:
+            self._known[rounded] = max(_rates(rounded))
+        return self._known[rounded]
+
+
+def _rates(buffer_bytes: int) -> tuple[float, float]:
+    """Bytes per second read, and read and written, on a buffer of this size in all."""
+    data = torch.ones(buffer_bytes // 4)
+    half = len(data) // 2
+    first, second = data[:half], data[half : 2 * half]
+    rows = data[: len(data) // 1024 * 1024].view(-1, 1024)
+    vector = torch.ones(1, 1024)
+    read = _fastest(
+        {
+            "sum": data.sum,
+            "dot": lambda: torch.dot(first, second),
+            "matrix times vector": lambda: F.linear(vector, rows),
+        },
+        2 * _BANDWIDTH_BUDGET_S,
+    )
+    copy = _fastest({"copy": lambda: second.copy_(first)}, _BANDWIDTH_BUDGET_S)
+    return buffer_bytes / read, buffer_bytes / copy
+
+
+def _fastest(works: dict[str, Callable[[], object]], budget_s: float) -> float:
+    return min(timing.min_s for timing in time_in_turn(works, budget_s).values())
+
+
+def _largest_buffer() -> int:
+    room = free_bytes(torch.device("cpu")) // _FREE_SHARE
+    return min(_MOST_BYTES, max(_LEAST_BYTES, 1 << (max(room, 1).bit_length() - 1)))
+
+
+def size(number_of_bytes: float) -> str:
+    """`"48 KiB"`, `"1.5 GiB"`."""
+    for unit in ("B", "KiB", "MiB"):
+        if number_of_bytes < 1024:
+            return f"{number(number_of_bytes)} {unit}"
+        number_of_bytes /= 1024
+    return f"{number(number_of_bytes)} GiB"
+
+
+def _cpu_name() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    match = re.search(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", text, re.MULTILINE)
+    return match[1].strip() if match else platform.processor() or platform.machine()
+
+
+def _caches(root: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> dict[str, int]:
+    """Data caches of the first core as the system tells them; a virtual machine may be told of more than its share."""
+    found = {}
+    for folder in sorted(root.glob("index*")):
+        try:
+            level, kind = (folder / "level").read_text().strip(), (folder / "type").read_text().strip()
+            text = (folder / "size").read_text().strip()
+        except OSError:
+            continue
+        units = {"K": 1 << 10, "M": 1 << 20}
+        if kind != "Instruction" and text[:-1].isdigit() and text[-1] in units:
+            found[f"L{level}"] = int(text[:-1]) * units[text[-1]]
+    return found
+
+
+def _load_average() -> float | None:
+    try:
+        return round(os.getloadavg()[0], 2)
+    except OSError:
+        return None

@@ -1,0 +1,108 @@
+"""An LLM that notes what each step did and how long its runner took, and that can start again as if it were new."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from batchinfer.assembly import Assembly
+from batchinfer.bench.cost import LinearCost, StepWork
+from batchinfer.engine.blocks import BlockPool
+from batchinfer.engine.engine import Engine, Runner
+from batchinfer.engine.plan import StepPlan, StepResult
+from batchinfer.engine.scheduler import Scheduler
+from batchinfer.io.fetch import ModelFiles, fetch_model
+from batchinfer.llm import LLM
+from batchinfer.prompting import Limits
+from batchinfer.spec import FAKE_MODEL, EngineSpec, JobSpec
+
+if TYPE_CHECKING:
+    import torch
+
+
+class NotingRunner:
+    """Runs plans through another runner; `steps` says what they were. A step that fails is not noted."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self.steps: list[StepWork] = []
+
+    def run(self, plan: StepPlan) -> StepResult:
+        start = perf_counter()
+        result = self._runner.run(plan)
+        seconds = perf_counter() - start
+        self.steps.append(StepWork(len(plan.tokens), len(result.tokens), len(plan.seats), seconds))
+        return result
+
+
+class MeasuredLLM(LLM):
+    """`limits` are the model's; `steps` is what the runner did since the last `restart`."""
+
+    limits: Limits
+
+    def _setup(
+        self,
+        assembly: Assembly,
+        engine: EngineSpec,
+        seed: int,
+        sampling: dict[str, Any] | None = None,
+        chat_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        self._noting = NotingRunner(assembly.runner)
+        self._max_step_tokens = engine.max_step_tokens
+        self.limits = assembly.limits
+        super()._setup(replace(assembly, runner=self._noting), engine, seed, sampling, chat_kwargs)
+
+    @property
+    def steps(self) -> list[StepWork]:
+        return self._noting.steps
+
+    @property
+    def engine(self) -> Engine:
+        return self._engine
+
+    @property
+    def max_num_seqs(self) -> int:
+        return self._max_num_seqs
+
+    @property
+    def kv_cache_tokens(self) -> int:
+        pool = self._engine.scheduler.pool
+        return len(pool.blocks) * pool.block_size
+
+    def restart(self) -> None:
+        """Forget cached prefixes, expected answer lengths, counters and steps: the next run is like the first."""
+        old = self._engine.scheduler.pool
+        pool = BlockPool(len(old.blocks), old.block_size, old.enable_prefix_caching)
+        self._engine = Engine(Scheduler(pool, self._max_num_seqs, self._max_step_tokens), self._noting)
+        self._noting.steps = []
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to measure. `cost` is None for the fake model, which has no weights."""
+
+    llm: MeasuredLLM
+    cost: LinearCost | None
+    dtype: torch.dtype
+
+
+def load_subject(spec: JobSpec, files: ModelFiles | None = None) -> Subject:
+    """The model of a job, or of a spec that has nothing but a model. Raises ModelError.
+
+    files: as `fetch_model` gives them, if they are known already.
+    """
+    import torch
+
+    from batchinfer.bench.machine import set_threads
+    from batchinfer.models.config import load_config
+
+    set_threads(spec.engine.num_threads)
+    dtype: torch.dtype = getattr(torch, spec.engine.dtype or "float32")
+    if spec.model == FAKE_MODEL:
+        return Subject(MeasuredLLM.from_spec(spec, None), None, dtype)
+    files = files or fetch_model(spec.model, spec.storage)
+    cost = LinearCost.of(load_config(files.path), dtype)
+    llm = MeasuredLLM.from_spec(spec, files)
+    return Subject(llm, cost, dtype)

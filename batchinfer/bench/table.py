@@ -1,0 +1,32 @@
+"""Aligned columns for a screen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Columns two spaces apart; the first `left` of them start at the left, the others end at the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if place < left else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in [header, *rows]
+    )
+
+
+def facts(pairs: Sequence[tuple[str, str]]) -> str:
+    """A name and what there is to say about it, a line each."""
+    width = max(len(name) for name, _ in pairs)
+    return "\n".join(f"{name:<{width}}  {text}".rstrip() for name, text in pairs)
+
+
+def number(value: float) -> str:
+    """Three significant digits, or all before the point: 0.0123, 1.23, 12.3, 1,234."""
+    if value == 0:
+        return "0"
+    places = 2 - math.floor(math.log10(abs(value)))
+    return f"{value:,.{max(0, places)}f}"

@@ -1,0 +1,300 @@
+"""`batchinfer bench`: options in, tables on stdout, JSON into a file. All measuring is done in `bench`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
+
+import typer
+
+from batchinfer import cli_help as pages
+from batchinfer.cli_options import Settings, load_job, located, parse_settings, print_text, with_cache
+from batchinfer.errors import UsageError
+
+if TYPE_CHECKING:
+    from batchinfer.bench.json_file import Write
+    from batchinfer.bench.measured import Subject
+    from batchinfer.bench.session import Session
+    from batchinfer.bench.workload import Synthetic, Workload
+    from batchinfer.spec import JobSpec
+
+JOB_FILES = (".yaml", ".yml", ".json")
+_JOB_ROWS = 128  # of a job's input, unless told
+_MODEL_SETTINGS = ("engine.", "storage.", "fake.")  # beside a model, the rest of a job file means nothing
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Directory, .gguf file, URL or Hugging Face id.", show_default=False)
+]
+ModelOrJob = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="Directory, .gguf file, URL or Hugging Face id; or a job file, for its input.",
+        show_default=False,
+    ),
+]
+Tokens = Annotated[
+    str | None, typer.Option(metavar="N|LOW-HIGH", help="Tokens of each prompt, random ids. Default: 128.")
+]
+Answers = Annotated[
+    str | None, typer.Option(metavar="N|LOW-HIGH", help="Tokens of each answer; nothing ends it early. Default: 64.")
+]
+Seed = Annotated[int | None, typer.Option(metavar="N", help="Seed of random prompts and lengths. Default: 0.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything there as JSON.")]
+Threads = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="CPU threads. Default: cores, within the container's quota.")
+]
+
+bench = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    help=pages.BENCH,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+Options = TypeVar("Options")
+
+
+def _takes(kind: type[Options]) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
+    """A command whose options are the fields of a dataclass, which it gets as one value."""
+    hints = get_type_hints(kind, include_extras=True)
+    parameters = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if field.default is MISSING else field.default,
+            annotation=hints[field.name],
+        )
+        for field in fields(kind)  # type: ignore[arg-type]
+    ]
+
+    def decorate(function: Callable[[Options], None]) -> Callable[..., None]:
+        def command(**values: Any) -> None:
+            function(kind(**values))
+
+        command.__name__ = function.__name__
+        command.__annotations__ = hints
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return command
+
+    return decorate
+
+
+# -- throughput ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ThroughputOptions:
+    target: ModelOrJob
+    workload: Annotated[
+        Path | None, typer.Option(metavar="FILE", help='Lines {"id", "ids", "max_tokens"}: token ids, greedy answers.')
+    ] = None
+    requests: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="How many. Default: 128, or the whole workload file.")
+    ] = None
+    input_tokens: Tokens = None
+    output_tokens: Answers = None
+    shared_prefix: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=0, help="First tokens that all prompts share, counted in their length."),
+    ] = None
+    seed: Seed = None
+    settings: Settings = ()  # type: ignore[assignment]  # a default of a dataclass must not be a list
+    repeat: Annotated[int, typer.Option(metavar="K", min=1, help="Runs; the median counts.")] = 1
+    json: JsonFile = None
+
+
+@bench.command(help=pages.BENCH_THROUGHPUT)
+@_takes(ThroughputOptions)
+def throughput(options: ThroughputOptions) -> None:
+    from batchinfer.bench import throughput as measurement
+    from batchinfer.bench.json_file import json_file
+
+    with json_file(options.json) as write:
+        workload, subject = _workload_and_subject(options)
+        prompts = workload.prompts(subject.llm)
+        session = _begin(subject)
+        found = measurement.measure(subject, prompts, workload.describe(), session.machine, options.repeat)
+        print_text(measurement.describe(found, session.machine))
+        _finish(write, "throughput", session, {"model": options.target, **found.as_json()})
+
+
+def _workload_and_subject(options: ThroughputOptions) -> tuple[Workload, Subject]:
+    from batchinfer.bench.measured import load_subject
+    from batchinfer.bench.workload import WorkloadFile
+
+    made_up = {
+        "--input-tokens": options.input_tokens,
+        "--output-tokens": options.output_tokens,
+        "--shared-prefix": options.shared_prefix,
+        "--seed": options.seed,
+    }
+    is_job = options.target.endswith(JOB_FILES) and "://" not in options.target
+    if is_job or options.workload is not None:
+        instead = "a job brings its own input" if is_job else "a workload file brings its own prompts"
+        given = [name for name, value in made_up.items() if value is not None]
+        given += ["--workload"] if is_job and options.workload is not None else []
+        if given:
+            raise UsageError(f"{given[0]}: {instead}; leave it out")
+    if is_job:
+        return _job_and_subject(options)
+    spec = _model_spec(options.target, list(options.settings))
+    if options.workload is not None:
+        return WorkloadFile.read(options.workload, options.requests), load_subject(spec)
+    return _synthetic(options, options.requests, options.shared_prefix), load_subject(spec)
+
+
+def _job_and_subject(options: ThroughputOptions) -> tuple[Workload, Subject]:
+    from batchinfer.bench.job_input import JobInput
+    from batchinfer.bench.measured import load_subject
+
+    path = Path(options.target)
+    spec = load_job(path, list(options.settings))
+    rows = options.requests or _JOB_ROWS
+    rows = rows if spec.input.limit is None else min(rows, spec.input.limit)
+    spec = spec.model_copy(update={"input": spec.input.model_copy(update={"limit": rows})})
+    with located(path):
+        job = JobInput(options.target, spec)
+    return job, load_subject(spec, job.files)
+
+
+def _synthetic(
+    options: ThroughputOptions | LatencyOptions, requests: int | None = None, shared_prefix: int | None = None
+) -> Synthetic:
+    from batchinfer.bench.workload import Synthetic, parse_span
+
+    given: dict[str, Any] = {"requests": requests, "shared_prefix": shared_prefix, "seed": options.seed}
+    if options.input_tokens is not None:
+        given["input_tokens"] = parse_span("--input-tokens", options.input_tokens)
+    if options.output_tokens is not None:
+        given["output_tokens"] = parse_span("--output-tokens", options.output_tokens)
+    return Synthetic(**{name: value for name, value in given.items() if value is not None})
+
+
+def _model_spec(model: str, settings: list[str]) -> JobSpec:
+    """A job that is nothing but a model, with its settings on top."""
+    from batchinfer.spec import parse_spec
+
+    values: dict[str, Any] = {
+        "model": model,
+        "input": {"path": "-"},
+        "prompt": {"column": "ids"},
+        "output": {"path": "-"},
+    }
+    for key, value in parse_settings(settings).items():
+        section, dot, name = key.partition(".")
+        if key == "tokenizer":
+            values[key] = value
+        elif f"{section}{dot}" in _MODEL_SETTINGS:
+            values.setdefault(section, {})[name] = value
+        else:
+            raise UsageError(
+                f"--set {key}: beside a model only tokenizer and the keys of engine, storage and fake can be set"
+            )
+    return with_cache(parse_spec(values, "--set"))
+
+
+# -- latency -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LatencyOptions:
+    target: Model
+    input_tokens: Tokens = None
+    output_tokens: Answers = None
+    batch: Annotated[str, typer.Option(metavar="N,N", help="Requests that run at once; measured one by one.")] = "1,8"
+    seed: Seed = None
+    settings: Settings = ()  # type: ignore[assignment]
+    repeat: Annotated[int, typer.Option(metavar="K", min=1, help="Requests one after the other at each place.")] = 4
+    json: JsonFile = None
+
+
+@bench.command(help=pages.BENCH_LATENCY)
+@_takes(LatencyOptions)
+def latency(options: LatencyOptions) -> None:
+    from batchinfer.bench import latency as measurement
+    from batchinfer.bench.json_file import json_file
+    from batchinfer.bench.measured import load_subject
+
+    with json_file(options.json) as write:
+        batches = measurement.parse_batches(options.batch)
+        plan = measurement.Plan(_synthetic(options), batches, options.repeat)
+        subject = load_subject(_model_spec(options.target, list(options.settings)))
+        measurement.check(subject.llm, plan)
+        session = _begin(subject)
+        found = [measurement.measure(subject, plan, batch, session.machine) for batch in batches]
+        print_text(measurement.describe(found))
+        shape = {"input_tokens": list(plan.shape.input_tokens), "output_tokens": list(plan.shape.output_tokens)}
+        results = [measurement.as_json(one) for one in found]
+        _finish(write, "latency", session, {"model": options.target, **shape, "results": results})
+
+
+# -- host and kernels ----------------------------------------------------------------------------------------------
+
+
+@bench.command(help=pages.BENCH_HOST)
+def host(
+    sequences: Annotated[
+        str, typer.Option(metavar="N,N", help="Sequences that run at once; measured one by one.")
+    ] = "64,256,1024,4096",
+    json: JsonFile = None,
+) -> None:
+    from batchinfer.bench import host as measurement
+    from batchinfer.bench.json_file import json_file
+    from batchinfer.bench.machine import set_threads
+
+    with json_file(json) as write:
+        numbers = measurement.parse_sequences(sequences)
+        set_threads(1)
+        session = _begin()
+        found: list[measurement.HostCost] = []
+        for number in numbers:
+            found.append(measurement.measure(number, found[-1] if found else None))
+        print_text(measurement.describe(found))
+        _finish(write, "host", session, {"results": [one.as_json() for one in found]})
+
+
+@bench.command(help=pages.BENCH_KERNELS)
+def kernels(
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="Whose shapes to take. Default: SmolLM2-135M's.")
+    ] = None,
+    threads: Threads = None,
+    json: JsonFile = None,
+) -> None:
+    from batchinfer.bench import kernels as measurement
+    from batchinfer.bench.json_file import json_file
+    from batchinfer.bench.machine import set_threads
+
+    with json_file(json) as write:
+        shapes = measurement.shapes_of(model, with_cache(_model_spec(model, [])).storage) if model else None
+        set_threads(threads)
+        session = _begin()
+        found = list(measurement.measure(shapes or measurement.Shapes(), session.machine))
+        print_text(measurement.describe(found))
+        results = [one.as_json() for one in found]
+        _finish(write, "kernels", session, {"shapes": (shapes or measurement.Shapes()).name, "results": results})
+
+
+# -- all -----------------------------------------------------------------------------------------------------------
+
+
+def _begin(subject: Subject | None = None) -> Session:
+    """Measure the machine, and show it."""
+    from batchinfer.bench.machine import describe
+    from batchinfer.bench.session import Session
+
+    session = Session() if subject is None else Session(subject.dtype)
+    print_text(describe(session.machine) + "\n")
+    return session
+
+
+def _finish(write: Write, command: str, session: Session, found: dict[str, Any]) -> None:
+    """What is to be said of the machine after all is measured, and the JSON file."""
+    values, notes = session.end()
+    if notes:
+        print_text("\n" + "\n".join(f"note: {note}" for note in notes))
+    write({"command": command, **values, **found})

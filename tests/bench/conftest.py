@@ -1,0 +1,50 @@
+"""A tiny model with a tokenizer, limits that need no measuring, and the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from batchinfer.bench import machine
+from batchinfer.cli import main
+from batchinfer.log import log
+from tests.models.tiny import SIZES, build
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny") / "llama"
+    build("llama", folder)
+    words = {f"w{number}": number for number in range(SIZES["vocab_size"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "w2", "bos_token": "w1"}')
+    return folder
+
+
+@pytest.fixture
+def quick_machine(monkeypatch):
+    """Rates of one attempt on little data: these tests look at no times."""
+    monkeypatch.setattr(machine, "_GEMM_SIZES", (16,))
+    monkeypatch.setattr(machine, "_GEMM_BUDGET_S", 0.0)
+    monkeypatch.setattr(machine, "_BANDWIDTH_BUDGET_S", 0.0)
+    monkeypatch.setattr(machine, "_MOST_BYTES", 1 << 16)
+
+
+@pytest.fixture
+def bench(quick_machine) -> Callable[..., int]:
+    """Runs `batchinfer bench …`; its exit code. Threads and log are as before, afterwards."""
+    threads = torch.get_num_threads()
+
+    def run(*arguments: object) -> int:
+        return main(["--no-log-json", "bench", *map(str, arguments)])
+
+    yield run
+    torch.set_num_threads(threads)
+    log.configure("info", None)

@@ -1,0 +1,175 @@
+"""Times, columns, the description of the machine and the JSON file: what every benchmark is made of."""
+
+from __future__ import annotations
+
+import json
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from batchinfer.bench import machine, session
+from batchinfer.bench.json_file import json_file
+from batchinfer.bench.machine import Bandwidth, Machine, describe, look_at, size
+from batchinfer.bench.session import OtherLoad, Session
+from batchinfer.bench.table import facts, number, table
+from batchinfer.bench.timing import percentile, time_call, time_in_turn
+from batchinfer.errors import UsageError
+
+
+def test_percentile_is_linear_between_neighbours():
+    assert percentile([3.0, 1.0, 2.0], 0.5) == 2.0
+    assert percentile([1.0, 2.0], 0.5) == 1.5
+    assert percentile([0.0, 10.0], 0.9) == pytest.approx(9.0)
+    assert percentile([7.0], 0.99) == 7.0
+    assert percentile(range(101), 1.0) == 100
+
+
+def test_compared_things_take_turns():
+    calls: list[str] = []
+    works = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    chosen: list[str] = []
+    timings = time_in_turn(works, budget_s=0.0, before=chosen.append)
+    assert timings["a"].samples == timings["b"].samples == 5
+    assert "".join(calls) == "ab" + "aabb" * 5
+    assert "".join(chosen) == "ab" * 6
+    assert all(0 <= timing.min_s <= timing.median_s for timing in timings.values())
+
+
+def test_samples_go_on_until_the_budget_is_spent():
+    assert time_call(lambda: None, budget_s=0.0).samples == 5
+    assert time_call(lambda: None, budget_s=10.0).samples == 1000
+
+
+def test_columns():
+    assert table(("op", "ms"), [("rope", "1"), ("x", "1,000")]) == "op       ms\nrope      1\nx     1,000"
+    assert facts([("a", "one"), ("long", "two"), ("", "three")]) == "a     one\nlong  two\n      three"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (0.01234, "0.0123"),
+        (1.234, "1.23"),
+        (12.34, "12.3"),
+        (123.4, "123"),
+        (1234.5, "1,234"),
+        (-2.5, "-2.50"),
+    ],
+)
+def test_three_significant_digits(value, text):
+    assert number(value) == text
+
+
+@pytest.mark.parametrize(("count", "text"), [(100, "100 B"), (48 << 10, "48.0 KiB"), (3 << 30, "3.00 GiB")])
+def test_sizes(count, text):
+    assert size(count) == text
+
+
+def test_machine_says_what_it_measured(quick_machine):
+    found = look_at()
+    assert found.gemm_per_s > 0 and found.read_bytes_per_s > 0 and found.copy_bytes_per_s > 0
+    assert found.threads == torch.get_num_threads() and found.dtype == "float32"
+    assert found.buffer_bytes == 1 << 16 and found.torch == torch.__version__
+    text = describe(found)
+    assert found.cpu in text and "GFLOP/s in float32" in text and "64.0 KiB" in text
+    assert json.loads(json.dumps(found.as_json()))["threads"] == found.threads
+
+
+def make_machine(**changes) -> Machine:
+    values: dict = dict.fromkeys(("cpu", "kernels", "torch", "batchinfer", "date"), "x")
+    values |= {"cores": 4, "threads": 2, "dtype": "float32", "buffer_bytes": 1 << 20, "caches": {}, "load_average": 0.0}
+    values |= {"gemm_per_s": 1e9, "read_bytes_per_s": 1e8, "copy_bytes_per_s": 1e8}
+    return Machine(**(values | changes))
+
+
+def test_a_busy_machine_is_noted():
+    assert make_machine(load_average=1.0).notes == [] == make_machine(load_average=None).notes
+    busy = make_machine(load_average=1.01)
+    assert "load average 1.01 on 4 cores" in busy.notes[0] and f"note: {busy.notes[0]}" in describe(busy)
+
+
+def test_what_changed_meanwhile_is_noted(monkeypatch):
+    monkeypatch.setattr(session, "look_at", lambda dtype: make_machine(load_average=4.0))
+    for rate, cores, count in ((1.05e9, 0.1, 0), (2e9, 0.1, 1), (1e9, 0.2, 1), (0.5e9, None, 1), (2e9, 2.0, 2)):
+        monkeypatch.setattr(session, "gemm_rate", lambda dtype, rate=rate: rate)
+        one = Session()
+        monkeypatch.setattr(one._others, "cores", lambda cores=cores: cores)
+        values, notes = one.end()
+        assert len(notes) == count and values["notes"] == [*one.machine.notes, *notes]
+        assert (values["gemm_per_s_after"], values["other_cores"]) == (rate, cores)
+    assert "2.0 cores busy" in notes[0] and "1 GFLOP/s before, 2 after" in notes[1]
+
+
+def test_load_of_others(tmp_path, monkeypatch):
+    stat = tmp_path / "stat"
+    tick = os.sysconf("SC_CLK_TCK")
+    now, used = [10.0], [1.0]
+    monkeypatch.setattr(session, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(os, "times", lambda: SimpleNamespace(user=used[0], system=0.5))
+    stat.write_text(f"cpu  {2 * tick} 0 {tick} 999 999 0 0 0 7 7\ncpu0 1 1\n")
+    load = OtherLoad(stat)
+    now[0], used[0] = 14.0, 4.0
+    stat.write_text(f"cpu  {5 * tick} {tick} {2 * tick} 9999 9999 0 {tick} {2 * tick} 70 70\n")
+    assert load.cores() == pytest.approx((8 - 3) / 4)
+    assert OtherLoad(tmp_path / "nothing").cores() is None
+
+
+def test_weights_in_a_cache_are_read_at_its_speed(monkeypatch):
+    monkeypatch.setattr(machine, "_rates", lambda size: (5.0, 6.0))
+    found = make_machine(read_bytes_per_s=2.0)
+    assert machine.weight_bandwidth(found, 1 << 20) == 2.0
+    assert machine.weight_bandwidth(found, (1 << 20) - 1) == 6.0
+
+
+def test_caches_are_those_that_hold_data(tmp_path):
+    levels = {"index0": ("1", "Data", "48K"), "index1": ("1", "Instruction", "32K"), "index2": ("3", "Unified", "2M")}
+    for name, values in levels.items():
+        (tmp_path / name).mkdir()
+        for file, value in zip(("level", "type", "size"), values, strict=True):
+            (tmp_path / name / file).write_text(value + "\n")
+    (tmp_path / "index3").mkdir()  # tells nothing
+    assert machine._caches(tmp_path) == {"L1": 48 << 10, "L3": 2 << 20}
+
+
+def test_bandwidth_is_measured_once_for_sizes_of_one_kind(quick_machine, monkeypatch):
+    measured: list[int] = []
+    monkeypatch.setattr(machine, "_rates", lambda size: measured.append(size) or (1.0, 2.0))
+    bandwidth = Bandwidth()
+    assert [bandwidth.of(wanted) for wanted in (5000, 5120, 8192, 8193, 1, 1 << 40)] == [2.0] * 6
+    assert measured == [5120, 8192, 10240, 4096, 1 << 16]
+
+
+# -- the JSON file -------------------------------------------------------------------------------------------------
+
+
+def test_json_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "found.json"
+    path.write_text("old")
+    with pytest.raises(KeyError), json_file(path):
+        raise KeyError
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    with json_file(path) as write:
+        write({"a": [1]})
+        assert json.loads(path.read_text()) == {"a": [1]}
+    assert list(tmp_path.iterdir()) == [path]
+    before = os.umask(0o027)
+    try:
+        with json_file(path) as write:
+            write({})
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_no_json_asked_for():
+    with json_file(None) as write:
+        write({"a": 1})
+
+
+@pytest.mark.parametrize("where", ["no/such/folder/x.json", "."])
+def test_json_that_cannot_be_written_is_found_first(tmp_path, where):
+    with pytest.raises(UsageError, match="--json"), json_file(tmp_path / where):
+        pytest.fail("measured before the path was tried")

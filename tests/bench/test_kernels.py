@@ -1,0 +1,71 @@
+"""The cases of `bench kernels`: their bytes and operations by hand, and that every one of them runs."""
+
+from __future__ import annotations
+
+import pytest
+
+from batchinfer import ops
+from batchinfer.bench import kernels
+from batchinfer.bench.kernels import Case, Shapes, all_cases, describe, measure
+from tests.bench.test_figures import make_machine
+
+SMALL = Shapes("small", hidden=16, heads=4, kv_heads=2, head_size=8, feed_forward=24, vocabulary=40)
+
+
+@pytest.fixture(autouse=True)
+def small(quick_machine, monkeypatch):
+    monkeypatch.setattr(kernels, "_BUDGET_S", 0.0)
+    for name, value in {"_CONTEXT": 20, "_PROMPT": 20, "_DECODES": 3, "_TOKENS": (5,), "_ROWS": (1, 4)}.items():
+        monkeypatch.setattr(kernels, name, value)
+
+
+def test_bytes_and_operations():
+    cases = {f"{case.op} {case.shape}": (case.data_bytes, case.operations) for case in all_cases(SMALL)}
+    kv, queries = 2 * 3 * 20 * 2 * 8, 2 * 3 * 4 * 8
+    assert cases["paged_attention 3 decodes x 20, float32 KV"] == (4 * kv + 4 * queries, 4 * 3 * 20 * 4 * 8)
+    assert cases["paged_attention 3 decodes x 20, bfloat16 KV"] == (2 * kv + 4 * queries, 4 * 3 * 20 * 4 * 8)
+    prompt = cases["paged_attention prompt of 20, float32 KV"]
+    assert prompt == (4 * 2 * 20 * 2 * 8 + 4 * 2 * 20 * 4 * 8, 4 * (20 * 21 // 2) * 4 * 8)
+    assert cases["rms_norm 5 tokens"] == (4 * 2 * 5 * 16, 0)
+    assert cases["rope 5 tokens"] == (4 * 5 * (2 * 6 * 8 + 8), 0)
+    assert cases["kv_write 5 tokens"] == (4 * 4 * 5 * 2 * 8, 0)
+    assert cases["silu_mul 5 tokens"] == cases["gelu_mul 5 tokens"] == (4 * 3 * 5 * 24, 0)
+    assert cases["linear gate_up 16x48, 4 rows"] == (4 * (16 * 48 + 4 * 64), 2 * 4 * 16 * 48)
+
+
+def test_every_case_runs_on_every_backend():
+    found = list(measure(SMALL, make_machine()))
+    backends = set(ops.backends("cpu"))
+    cases = all_cases(SMALL)
+    for case in cases:
+        ran = {one.backend for one in found if (one.op, one.shape) == (case.op, case.shape)}
+        assert ran == ({"torch"} if case.op == "linear" else backends), case
+    assert {case.op for case in cases} == {
+        *("paged_attention", "rms_norm", "add_rms_norm", "rope", "kv_write", "silu_mul", "gelu_mul", "linear")
+    }
+    assert len(describe(found).splitlines()) == 1 + len(found)
+
+
+def test_limit_is_the_longer_of_both(monkeypatch):
+    monkeypatch.setattr(kernels.Bandwidth, "of", lambda self, size: 1e6)
+    machine = make_machine(gemm_per_s=1e6, caches={"L1": 100, "L2": 1000, "L3": 3000}, threads=2)
+    made = [
+        Case("x", "", size, work, lambda: lambda: None)
+        for size, work in ((200, 100), (1500, 1600), (2500, 0), (9000, 1))
+    ]
+    found = [one for one in measure(SMALL, machine, made) if one.backend == "reference"]
+    assert [one.limit_s for one in found] == pytest.approx([2e-4, 1.6e-3, 2.5e-3, 9e-3])
+    assert [one.bound for one in found] == ["bytes", "arithmetic", "bytes", "bytes"]
+    assert [one.fits for one in found] == ["L1", "L2", "L3", "memory"]
+    assert found[0].times_over == found[0].median_s / found[0].limit_s
+
+
+def test_the_backend_is_afterwards_what_it_was():
+    used = []
+    case = Case("x", "", 1, 1, lambda: lambda: used.append(ops._BACKENDS["cpu"]))
+    with ops.keeping_backend("cpu"):
+        ops.use_reference("cpu")
+        before = ops._BACKENDS["cpu"]
+        list(measure(SMALL, make_machine(), [case]))
+        assert ops._BACKENDS["cpu"] is before
+    assert len(set(used)) == len(ops.backends("cpu"))
