@@ -18,7 +18,7 @@ import torch
 from batchinfer import ops
 from batchinfer.bench.machine import Bandwidth, Machine
 from batchinfer.bench.table import number, table
-from batchinfer.bench.timing import Timing, time_call, time_in_turn
+from batchinfer.bench.timing import Timing, time_in_turn
 from batchinfer.io.fetch import fetch_model
 from batchinfer.layers.linear import Linear
 from batchinfer.models.config import ModelConfig, load_config
@@ -33,7 +33,6 @@ _ROWS = (1, 8, 16, 32, 64, 256, 2048)
 _HEAD_ROWS = 256  # more rows than that do not reach an LM head at once
 _BUDGET_S = 0.3
 _FLOAT = 4  # bytes
-_LINEAR_BACKEND = "torch"
 
 
 @dataclass(frozen=True)
@@ -104,12 +103,11 @@ class Measured:
 
 @torch.inference_mode()
 def measure(shapes: Shapes, machine: Machine, cases: Sequence[Case] | None = None) -> Iterator[Measured]:
-    """Every case on every backend that is there; backends take turns. Linear layers have one."""
+    """Every case on every backend that is there; backends take turns."""
     bandwidth = Bandwidth()
     with ops.keeping_backend("cpu"):
         for case in all_cases(shapes) if cases is None else cases:
-            timings = {_LINEAR_BACKEND: time_call(case.make(), _BUDGET_S)} if case.op == "linear" else _in_turn(case)
-            for backend, timing in timings.items():
+            for backend, timing in _in_turn(case).items():
                 yield _against_limit(case, backend, timing, machine, bandwidth)
 
 
@@ -248,6 +246,7 @@ def _linear(name: str, in_features: int, out_features: int, rows: int) -> Case:
     def make() -> Work:
         linear = Linear(in_features, out_features)
         linear.weight.uniform_(-0.1, 0.1)
+        linear.pack()
         x_TI = torch.rand(rows, in_features)
         return lambda: linear(x_TI)
 

@@ -18,20 +18,16 @@ class Timing(NamedTuple):
     samples: int
 
 
-def time_call(work: Callable[[], object], budget_s: float = 0.2) -> Timing:
-    """At least five samples, and more until `budget_s` is spent."""
-    return time_in_turn({"": work}, budget_s)[""]
-
-
 def time_in_turn(
     works: Mapping[str, Callable[[], object]],
     budget_s: float = 0.2,
     before: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Timing]:
-    """The same for things that are compared: they take turns, so that a slow moment of the machine meets all of them.
+    """Things that are compared take turns, so that a slow moment of the machine meets all of them.
 
-    Each turn begins with a call that does not count, since the others may have taken its data out of the caches.
-    `budget_s` is for all of them together. `before` is called with the name of what is next; its time does not count.
+    Each gets at least five samples, and more until `budget_s` is spent by all together. A turn begins with a call that
+    does not count, since the others may have taken its data out of the caches.
+    `before` is called with the name of what is next; its time does not count.
     """
     for name, work in works.items():
         before(name)

@@ -47,7 +47,7 @@ class ModelRunner:
         kv_dtype: torch.dtype | None = None,
     ) -> None:
         """Allocates the KV cache on the decoder's device, in its dtype unless told. Raises ModelError without room."""
-        weight = decoder.norm.weight
+        weight = decoder.embedding.weight
         self.decoder = decoder
         self.cache = KVCache(decoder.config.kv_shape, num_blocks, block_size, kv_dtype or weight.dtype, weight.device)
         self.sampler = Sampler(max_num_seqs, decoder.config.vocab_size)

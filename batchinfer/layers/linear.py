@@ -23,7 +23,7 @@ class Linear(nn.Module):
         self._packed: ops.Packed | None = None
 
     def pack(self) -> None:
-        """Once the weight is read: into the form that this machine multiplies with fastest. Its memory is given back."""
+        """Once the weight is read: into the form that this machine multiplies with fastest. Gives back its memory."""
         self._packed = ops.pack_linear(self.weight)
         self.weight = nn.Parameter(self.weight.new_empty(0, self.in_features), requires_grad=False)
 

@@ -28,9 +28,11 @@ def test_cost_is_that_of_the_weights(name, tmp_path):
     build(name, tmp_path)
     decoder = load_decoder(tmp_path, torch.float32)
     cost = LinearCost.of(decoder.config, torch.float32)
-    weights = [module.weight.numel() for module in decoder.layers.modules() if isinstance(module, Linear)]
+    weights = [
+        module.in_features * module.out_features for module in decoder.layers.modules() if isinstance(module, Linear)
+    ]
     assert cost.layer_weights == sum(weights)
-    assert cost.head_weights == (decoder.head or decoder.embedding).weight.numel()
+    assert cost.head_weights == decoder.embedding.in_features * decoder.embedding.out_features
 
 
 def test_limit_takes_the_longer_time_of_each_step():

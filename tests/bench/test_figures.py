@@ -14,7 +14,7 @@ from batchinfer.bench.json_file import json_file
 from batchinfer.bench.machine import Bandwidth, Machine, describe, look_at, size
 from batchinfer.bench.session import OtherLoad, Session
 from batchinfer.bench.table import facts, number, table
-from batchinfer.bench.timing import percentile, time_call, time_in_turn
+from batchinfer.bench.timing import percentile, time_in_turn
 from batchinfer.errors import UsageError
 
 
@@ -38,8 +38,8 @@ def test_compared_things_take_turns():
 
 
 def test_samples_go_on_until_the_budget_is_spent():
-    assert time_call(lambda: None, budget_s=0.0).samples == 5
-    assert time_call(lambda: None, budget_s=10.0).samples == 1000
+    assert time_in_turn({"a": lambda: None}, budget_s=0.0)["a"].samples == 5
+    assert time_in_turn({"a": lambda: None}, budget_s=10.0)["a"].samples == 1000
 
 
 def test_columns():

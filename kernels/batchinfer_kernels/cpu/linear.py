@@ -21,7 +21,7 @@ class PackedLinear:
 
 
 def pack_linear(weight_OI: Tensor) -> Tensor | PackedLinear:
-    """Copies. Numbers that 16 bits hold exactly (a bfloat16 checkpoint's) are kept in 16 bits: half the memory to read."""
+    """Copies. Numbers that 16 bits hold exactly (a bfloat16 checkpoint's) are kept in 16: half the memory to read."""
     if weight_OI.dtype != torch.float32:
         return reference.pack_linear(weight_OI)
     chosen = functions()
