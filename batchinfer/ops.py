@@ -23,6 +23,7 @@ from batchinfer.log import log
 __all__ = [
     "KVPair",
     "Packed",
+    "Quantized",
     "ScoreRule",
     "StepIndex",
     "add_rms_norm",
@@ -32,6 +33,7 @@ __all__ = [
     "kv_write",
     "linear",
     "pack_linear",
+    "pack_quantized",
     "packed_rows",
     "paged_attention",
     "rms_norm",
@@ -46,6 +48,9 @@ KVPair = tuple[Tensor, Tensor]
 
 Packed = Tensor | cpu.PackedLinear
 """A matrix [O, I]: as it is, or in a backend's own form."""
+
+Quantized = reference.QuantizedMatrix | cpu.QuantizedPanels
+"""A matrix [O, I] in 8 bits, with a scale per row."""
 
 _BACKENDS: dict[str, ModuleType] = {}  # device type → its kernels, from its first op on
 
@@ -166,15 +171,21 @@ def pack_linear(weight_OI: Tensor) -> Packed:
     return packed
 
 
-def linear(x_NI: Tensor, matrix_OI: Packed, bias_O: Tensor | None) -> Tensor:
-    """x Wᵀ + b. What was packed stays with the backend that packed it."""
-    backend = _backend(x_NI) if isinstance(matrix_OI, Tensor) else cpu
+def pack_quantized(weight_OI: Tensor) -> Quantized:
+    """The matrix rounded to 8 bits, symmetric, with a scale per output feature. A copy."""
+    packed: Quantized = _backend(weight_OI).pack_quantized(weight_OI)
+    return packed
+
+
+def linear(x_NI: Tensor, matrix_OI: Packed | Quantized, bias_O: Tensor | None) -> Tensor:
+    """x Wᵀ + b. With a quantized matrix, x is rounded to 8 bits by row. What was packed stays with its backend."""
+    backend = cpu if isinstance(matrix_OI, cpu.PackedLinear | cpu.QuantizedPanels) else _backend(x_NI)
     out: Tensor = backend.linear(x_NI, matrix_OI, bias_O)
     return out
 
 
 def packed_rows(matrix_OI: Packed, rows_N: Tensor) -> Tensor:
     """Rows of the matrix by number, [N, I]: an embedding's lookup in the matrix that is the LM head as well."""
-    backend = _backend(rows_N) if isinstance(matrix_OI, Tensor) else cpu
+    backend = cpu if isinstance(matrix_OI, cpu.PackedLinear) else _backend(rows_N)
     out: Tensor = backend.packed_rows(matrix_OI, rows_N)
     return out

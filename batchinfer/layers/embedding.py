@@ -20,13 +20,15 @@ class Embedding(Linear):
         self.multiplier = multiplier
 
     def forward(self, tokens_T: Tensor) -> Tensor:
-        x_TE = ops.packed_rows(self.matrix, tokens_T)
+        matrix_VE = self.matrix
+        assert not isinstance(matrix_VE, ops.Quantized), "an embedding is never quantized"
+        x_TE = ops.packed_rows(matrix_VE, tokens_T)
         if self.multiplier != 1.0:
             x_TE.mul_(torch.tensor(self.multiplier, dtype=x_TE.dtype).item())
         return x_TE
 
 
-def logits(hidden_NE: Tensor, matrix_VE: ops.Packed, divisor: float, soft_cap: float | None) -> Tensor:
+def logits(hidden_NE: Tensor, matrix_VE: ops.Packed | ops.Quantized, divisor: float, soft_cap: float | None) -> Tensor:
     """float32 [N, V], divided by `divisor`, then soft_cap * tanh(logit / soft_cap)."""
     logits_NV = ops.linear(hidden_NE, matrix_VE, None).float()
     if divisor != 1.0:

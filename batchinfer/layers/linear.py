@@ -20,15 +20,15 @@ class Linear(nn.Module):
         self.out_features = out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
-        self._packed: ops.Packed | None = None
+        self._packed: ops.Packed | ops.Quantized | None = None
 
-    def pack(self) -> None:
+    def pack(self, quantize: bool = False) -> None:
         """Once the weight is read: into the form that this machine multiplies with fastest. Gives back its memory."""
-        self._packed = ops.pack_linear(self.weight)
+        self._packed = ops.pack_quantized(self.weight) if quantize else ops.pack_linear(self.weight)
         self.weight = nn.Parameter(self.weight.new_empty(0, self.in_features), requires_grad=False)
 
     @property
-    def matrix(self) -> ops.Packed:
+    def matrix(self) -> ops.Packed | ops.Quantized:
         """[O, I], packed or not."""
         return self.weight if self._packed is None else self._packed
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -91,8 +92,12 @@ class Decoder(nn.Module):
         multipliers = self.config.multipliers
         return logits(hidden_NE, matrix_VE, multipliers.logits_divisor, multipliers.logits_soft_cap)
 
-    def pack(self) -> None:
-        """Once the weights are read: every matrix that is multiplied with, into this machine's best form of it."""
-        for module in self.modules():
-            if isinstance(module, Linear) and (module is not self.embedding or self.head is None):
-                module.pack()
+    def pack(self, quantization: Literal["int8"] | None = None) -> None:
+        """Once the weights are read: every matrix that is multiplied with, into this machine's best form of it.
+
+        int8 takes the layers' matrices; embedding and LM head, where errors reach the logits at once, stay as they are.
+        """
+        for module in self.layers.modules():
+            if isinstance(module, Linear):
+                module.pack(quantize=quantization == "int8")
+        (self.embedding if self.head is None else self.head).pack()

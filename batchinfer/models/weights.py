@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,11 +24,16 @@ _NEVER_NEEDED = ".rotary_emb.inv_freq"  # old Llama files hold what follows from
 
 
 def load_decoder(
-    path: Path, dtype: torch.dtype, max_model_len: int | None = None, device: torch.device | str = "cpu"
+    path: Path,
+    dtype: torch.dtype,
+    max_model_len: int | None = None,
+    device: torch.device | str = "cpu",
+    quantization: Literal["int8"] | None = None,
 ) -> Decoder:
     """From a directory with config.json and safetensors, or from a .gguf file. Raises ModelError.
 
     `max_model_len` shortens the context; decoder.config.context_tokens says what it then is.
+    `quantization` int8 rounds the matrices of the layers.
     """
     if path.suffix == ".gguf":
         gguf = GGUFFile(path)
@@ -42,7 +48,7 @@ def load_decoder(
         filler = _Filler(decoder, _prefix(config, shapes), path)
         filler.check(shapes)
         filler.fill(_read_safetensors(list(dict.fromkeys(file for file, _ in shapes.values()))))
-    decoder.pack()
+    decoder.pack(quantization)
     return decoder.eval()
 
 

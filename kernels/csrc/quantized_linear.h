@@ -30,6 +30,17 @@ struct QuantizedLinear {
     int64_t groups() const { return (in_features + 3) / 4; }
 };
 
+// to an integer, ties to even; not fused with what made x, which would round other numbers than torch does
+inline ivec nearest(vec x) {
+#if defined(__AVX512F__)
+    return (ivec)_mm512_cvtps_epi32(x);
+#elif defined(__AVX2__)
+    return (ivec)_mm256_cvtps_epi32(x);
+#else
+    return bits_as<ivec>(x + 0x1.8p23f) - 0x4b400000;
+#endif
+}
+
 // one row to bytes; returns what one step of them stands for. Not-a-number and infinity make it not finite
 inline float quantize_row(const float* x, int64_t size, uint8_t* to, int64_t padded) {
     ivec largest = {};  // of the bits, which are in the order of the absolute values, infinity and NaN on top
@@ -42,16 +53,15 @@ inline float quantize_row(const float* x, int64_t size, uint8_t* to, int64_t pad
     const float most = bits_as<float>(top);
     // 1e-30 and less is nothing; its reciprocal would not be finite
     const float factor = most > 1e-30f && most < __builtin_inff() ? 127.0f / most : 0.0f;
-    const vec magic = splat(0x1.8p23f);  // adding it rounds to an integer, ties to even
     typedef int8_t bytes __attribute__((vector_size(VL)));
     int64_t i = 0;
     for (; i + VL <= size; i += VL) {
-        const ivec q = bits_as<ivec>(load(x + i) * factor + magic) + BIAS;
+        const ivec q = nearest(load(x + i) * factor) + BIAS;
         const bytes b = __builtin_convertvector(q, bytes);
         memcpy(to + i, &b, sizeof b);
     }
     if (i < size) {
-        const ivec q = bits_as<ivec>(load_some(x + i, (int)(size - i)) * factor + magic) + BIAS;
+        const ivec q = nearest(load_some(x + i, (int)(size - i)) * factor) + BIAS;
         const bytes b = __builtin_convertvector(q, bytes);
         memcpy(to + i, &b, size - i);
     }

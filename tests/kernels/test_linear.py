@@ -98,3 +98,51 @@ def test_what_is_not_finite_stays_so_and_stays_in_its_row(bad):
     assert not got[7].isfinite().any()
     others = [row for row in range(20) if row != 7]
     assert torch.equal(got[others], calm[others])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", LINEAR_SHAPES, ids=str)
+def test_quantized_linear(shape, dtype):
+    x, weight, bias = _inputs(shape, dtype)
+    if shape[0] > 2:
+        x[1] = 0
+    scale = weight.float().abs().amax(1) / 127
+    rounded = (weight.float() / scale[:, None]).round().double()
+    largest = x.float().abs().amax(1)
+    steps = (x.float() * (127 / largest.clamp(min=1e-20))[:, None]).round().double()
+    expected = (steps @ rounded.T) * scale * (largest / 127).double()[:, None]
+    packed = ops.pack_quantized(weight)
+    for given in (None, bias):
+        got = ops.linear(x, packed, given)
+        assert got.dtype == dtype
+        wanted = expected if given is None else expected + given.double()
+        torch.testing.assert_close(got.double(), wanted, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+def test_quantized_sums_are_exact_at_the_extremes():
+    """The largest products there are, of either sign: no step of an instruction set may saturate."""
+    for sign in (1.0, -1.0):
+        x, weight = torch.full((9, 2048), sign), torch.ones(70, 2048)
+        weight[1::2] = -1.0
+        got = ops.linear(x, ops.pack_quantized(weight), None)
+        expected = (sign * 2048 * (1 - 2 * (torch.arange(70) % 2))).expand(9, 70)
+        torch.testing.assert_close(got, expected.float(), atol=0, rtol=1e-6)
+
+
+def test_a_quantized_row_s_result_depends_on_nothing_else():
+    x, weight, bias = _inputs((61, 576, 96), torch.float32)
+    packed = ops.pack_quantized(weight)
+    together = ops.linear(x, packed, bias)
+    for start in range(0, 61, 7):
+        assert torch.equal(ops.linear(x[start : start + 7], packed, bias), together[start : start + 7])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_quantized_rows_that_are_not_finite_stay_so(bad):
+    x, weight, bias = _inputs((20, 70, 40), torch.float32)
+    packed = ops.pack_quantized(weight)
+    calm = ops.linear(x, packed, bias)
+    x[7, 69] = bad
+    got = ops.linear(x, packed, bias)
+    others = [row for row in range(20) if row != 7]
+    assert not got[7].isfinite().any() and torch.equal(got[others], calm[others])

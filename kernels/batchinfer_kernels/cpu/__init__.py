@@ -6,7 +6,14 @@ See `library.load`: `problem()` says why the backend cannot serve, if it cannot.
 from batchinfer_kernels.cpu.activation import gelu_mul, silu_mul
 from batchinfer_kernels.cpu.kv_write import kv_write
 from batchinfer_kernels.cpu.library import problem, variant
-from batchinfer_kernels.cpu.linear import PackedLinear, linear, pack_linear, packed_rows
+from batchinfer_kernels.cpu.linear import (
+    PackedLinear,
+    QuantizedPanels,
+    linear,
+    pack_linear,
+    pack_quantized,
+    packed_rows,
+)
 from batchinfer_kernels.cpu.paged_attention import paged_attention
 from batchinfer_kernels.cpu.rms_norm import add_rms_norm, rms_norm
 from batchinfer_kernels.cpu.rope import rope
@@ -14,11 +21,13 @@ from batchinfer_kernels.cpu.step_index import step_index
 
 __all__ = [
     "PackedLinear",
+    "QuantizedPanels",
     "add_rms_norm",
     "gelu_mul",
     "kv_write",
     "linear",
     "pack_linear",
+    "pack_quantized",
     "packed_rows",
     "paged_attention",
     "problem",

@@ -39,6 +39,36 @@ def pack_linear(weight_OI: Tensor) -> Tensor | PackedLinear:
     return PackedLinear(panels, out_features, chosen)
 
 
+@dataclass(frozen=True, slots=True)
+class QuantizedPanels:
+    """The same in 8 bits, as csrc/quantized_linear.h reads it."""
+
+    panels: Tensor  # int8 [ceil(O / panel), ceil(I / 4), panel, 4], zeros beyond O and I
+    sums_O: Tensor  # int32, of each row's values, for whole panels
+    scales_O: Tensor  # float32 [O]
+    in_features: int
+    functions: Functions
+
+    @property
+    def out_features(self) -> int:
+        return len(self.scales_O)
+
+
+def pack_quantized(weight_OI: Tensor) -> reference.QuantizedMatrix | QuantizedPanels:
+    matrix = reference.pack_quantized(weight_OI)
+    if weight_OI.dtype != torch.float32:
+        return matrix
+    chosen = functions()
+    panel = chosen.linear_panel()
+    out_features, in_features = weight_OI.shape
+    count = -(-out_features // panel)
+    panels = torch.empty(count, -(-in_features // 4), panel, 4, dtype=torch.int8)
+    sums_O = torch.empty(count * panel, dtype=torch.int32)
+    values, threads = matrix.values_OI.data_ptr(), torch.get_num_threads()
+    chosen.pack_quantized(values, in_features, out_features, panels.data_ptr(), sums_O.data_ptr(), threads)
+    return QuantizedPanels(panels, sums_O, matrix.scales_O, in_features, chosen)
+
+
 def _smallest_exact(weight_OI: Tensor) -> torch.dtype:
     sample = weight_OI[:1]
     for dtype in (torch.bfloat16, torch.float16):
@@ -47,27 +77,23 @@ def _smallest_exact(weight_OI: Tensor) -> torch.dtype:
     return torch.float32
 
 
-def linear(x_NI: Tensor, packed: Tensor | PackedLinear, bias_O: Tensor | None) -> Tensor:
-    if isinstance(packed, Tensor):
+def linear(
+    x_NI: Tensor, packed: Tensor | PackedLinear | reference.QuantizedMatrix | QuantizedPanels, bias_O: Tensor | None
+) -> Tensor:
+    if isinstance(packed, Tensor | reference.QuantizedMatrix):
         return reference.linear(x_NI, packed, bias_O)
     if x_NI.stride(-1) != 1:
         x_NI = x_NI.contiguous()
-    rows, in_features = x_NI.shape
-    out_NO = torch.empty(rows, packed.out_features)
-    checked(
-        packed.functions.linear(
-            x_NI.data_ptr(),
-            x_NI.stride(0),
-            packed.panels.data_ptr(),
-            TYPES[packed.panels.dtype],
-            None if bias_O is None else bias_O.data_ptr(),
-            out_NO.data_ptr(),
-            rows,
-            in_features,
-            packed.out_features,
-            torch.get_num_threads(),
-        )
-    )
+    out_NO = torch.empty(len(x_NI), packed.out_features)
+    x, bias, out = x_NI.data_ptr(), None if bias_O is None else bias_O.data_ptr(), out_NO.data_ptr()
+    panels, stride, threads = packed.panels.data_ptr(), x_NI.stride(0), torch.get_num_threads()
+    sizes = (*x_NI.shape, packed.out_features)
+    if isinstance(packed, PackedLinear):
+        kind = TYPES[packed.panels.dtype]
+        checked(packed.functions.linear(x, stride, panels, kind, bias, out, *sizes, threads))
+    else:
+        sums, scales = packed.sums_O.data_ptr(), packed.scales_O.data_ptr()
+        checked(packed.functions.quantized_linear(x, stride, panels, sums, scales, bias, out, *sizes, threads))
     return out_NO
 
 
