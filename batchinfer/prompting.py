@@ -205,12 +205,12 @@ class Feeder:
         self._thread = threading.Thread(target=self._feed, name="batchinfer-feeder", daemon=True)
         self._thread.start()
 
-    def take(self, wait: bool) -> list[Prepared | Completion]:
-        """The next batch; empty if none is ready (or, with `wait`, if the stream has ended: `done`)."""
+    def take(self, wait_s: float | None) -> list[Prepared | Completion]:
+        """The next batch; empty if none comes within `wait_s` (None: however long), or none will come: `done`."""
         if self.done:
             return []
         try:
-            batch = self._queue.get(block=wait)
+            batch = self._queue.get(block=wait_s != 0.0, timeout=wait_s)
         except queue.Empty:
             return []
         if isinstance(batch, list):

@@ -7,17 +7,20 @@ A prompt that fails anywhere becomes an error completion; an exception of the pr
 
 from __future__ import annotations
 
+import time
 from array import array
 from collections import OrderedDict
 from collections.abc import Generator, Hashable, Iterable, Iterator
 
 from batchinfer.engine.engine import Engine
 from batchinfer.errors import RowError
+from batchinfer.order import PrefixOrder
 from batchinfer.prompting import Feeder, Prepared, Preparer, Prompt
 from batchinfer.request import Completion, Finished, Output
 from batchinfer.text.tokenizer import Tokenizer
 
 _DETOKENIZE_TOGETHER = 32  # finished prompts that are turned into text in one call
+_GATHER_S = 0.05  # an idle engine waits so long for more prompts than the first: their order is worth it
 
 
 class Stream:
@@ -28,12 +31,12 @@ class Stream:
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
-        self._queue_target = max(64, max_num_seqs)  # as many wait in the engine as have a seat
         self._order = PrefixOrder(max(1024, 4 * max_num_seqs))
         self._repeats = Repeats()
         self._groups: dict[int, _Group] = {}
         self._ready: list[_Group] = []
         self._feeder = Feeder(prompts, preparer)
+        self._ended = False  # no more prompts come
 
     def completions(self) -> Generator[Completion, None, None]:
         while not self._feeder.done or self._order or self._engine.has_work or self._ready:
@@ -50,9 +53,10 @@ class Stream:
 
     def _fill(self) -> Iterator[Completion]:
         """Keep window and engine full; yields what needs no engine: prompts in error, and repeated ones."""
+        until = 0.0
         while self._order.has_room:
-            idle = not (self._engine.has_work or self._ready or self._order)
-            batch = self._feeder.take(wait=idle)
+            batch = self._feeder.take(self._wait_s(until))
+            until = until or time.monotonic() + _GATHER_S
             if not batch:
                 break
             for item in batch:
@@ -60,8 +64,18 @@ class Stream:
                     yield item
                 else:
                     self._order.add(item)
-        while self._order and self._engine.num_waiting < self._queue_target:
+        if self._feeder.done and not self._ended:
+            self._ended = True
+            self._order.finish(lambda prepared: self._engine.expected_tokens(prepared.requests[0]))
+        # no more than the next step can seat: those that come later may be better next
+        while self._order and self._engine.num_waiting < self._engine.num_free_seats:
             yield from self._start(self._order.pop())
+
+    def _wait_s(self, until: float) -> float | None:
+        """How long to wait for a batch: not beside work, until one comes if there is nothing, else till `until`."""
+        if self._engine.has_work or self._ready:
+            return 0.0
+        return max(0.0, until - time.monotonic()) if self._order else None
 
     def _start(self, prepared: Prepared) -> Iterator[Completion]:
         group = _Group(prepared)
@@ -142,35 +156,6 @@ class _Group:
         self.answers: list[Finished] = []
         self.followers: list[Prepared] = []
         self.key = _identity(prepared)
-
-
-class PrefixOrder:
-    """Hands prompts out sorted by their tokens, a window at a time: depth-first over the trie of their prefixes.
-
-    Prompts with a common prefix follow one another, so that it is computed once and is still cached for the last of
-    them, however far apart their rows are within the window. Windows do not mix, so no prompt waits for ever.
-    """
-
-    def __init__(self, window: int) -> None:
-        self._window = window
-        self._next: list[Prepared] = []
-        self._now: list[Prepared] = []  # sorted, the first last
-
-    def __len__(self) -> int:
-        return len(self._now) + len(self._next)
-
-    @property
-    def has_room(self) -> bool:
-        return len(self._next) < self._window
-
-    def add(self, prepared: Prepared) -> None:
-        self._next.append(prepared)
-
-    def pop(self) -> Prepared:
-        if not self._now:
-            self._now = sorted(self._next, key=lambda prepared: prepared.ids, reverse=True)
-            self._next = []
-        return self._now.pop()
 
 
 class Repeats:

@@ -10,7 +10,7 @@ from batchinfer.errors import EngineFailure
 from batchinfer.prompting import Prepared
 from batchinfer.request import Completion, Output
 from batchinfer.spec import FakeSpec
-from batchinfer.stream import PrefixOrder, Repeats, _Group
+from batchinfer.stream import Repeats, _Group
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20)
 
@@ -81,17 +81,6 @@ def test_questions_in_any_order_compute_each_document_once() -> None:
 
 def prepared(index: int, ids: list[int]) -> Prepared:
     return Prepared(index, ids, GREEDY, [], None)
-
-
-def test_order_is_by_prefix_within_windows_that_do_not_mix() -> None:
-    order = PrefixOrder(3)
-    for index, ids in enumerate(([5], [1, 2], [1])):
-        order.add(prepared(index, ids))
-    assert not order.has_room
-    assert order.pop().ids == [1]
-    order.add(prepared(3, [0]))
-    assert [order.pop().ids for _ in range(3)] == [[1, 2], [5], [0]]
-    assert not order
 
 
 def test_recent_answers_are_bounded() -> None:

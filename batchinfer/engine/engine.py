@@ -48,9 +48,17 @@ class Engine:
                 self._failed_steps = 0
         return self.scheduler.take_finished()
 
+    def expected_tokens(self, request: Request) -> int:
+        """How many tokens its answer will probably have."""
+        return self.scheduler.expected_tokens(request)
+
     @property
     def num_waiting(self) -> int:
         return len(self.scheduler.waiting)
+
+    @property
+    def num_free_seats(self) -> int:
+        return self.scheduler.num_free_seats
 
     @property
     def has_work(self) -> bool:

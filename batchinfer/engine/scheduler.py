@@ -88,6 +88,16 @@ class Scheduler:
                 return True
         return False
 
+    def expected_tokens(self, request: Request) -> int:
+        """How many tokens its answer will probably have; exact where nothing can end it early."""
+        if not request.stop_ids and request.stop_check is None:
+            return request.max_tokens
+        return self.expected.tokens(request.max_tokens)
+
+    @property
+    def num_free_seats(self) -> int:
+        return len(self._seats)
+
     def take_finished(self) -> list[Finished]:
         """What ended since the last call."""
         finished, self._finished = self._finished, []
@@ -299,7 +309,7 @@ class Scheduler:
         size = self.pool.block_size
         hits = self._hits(sequence)
         left = sequence.limit - len(sequence.tokens)
-        expected = max(1, min(left, self.expected.tokens(sequence.request.max_tokens) - len(sequence.output)))
+        expected = max(1, min(left, self.expected_tokens(sequence.request) - len(sequence.output)))
         needed = -(-(len(sequence.tokens) + expected) // size)
         fresh = needed - len(hits) + sum(block.refs == 0 for block in hits)
         if self.running and fresh > available:

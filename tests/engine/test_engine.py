@@ -183,6 +183,16 @@ def test_admission_by_expected_length_prevents_preemption() -> None:
     assert engine.stats.preemptions < 40
 
 
+def test_admission_knows_the_length_of_what_nothing_ends_early() -> None:
+    """Short answers before say nothing about those: what they will take is set aside, and nothing is preempted."""
+    engine, _ = make_engine(num_blocks=64, block_size=4, max_num_seqs=32)
+    engine.scheduler.expected = ExpectedLength(enough=1)
+    engine.scheduler.expected.observe(1)
+    requests = [Request(i, [1 + i], SamplingParams(temperature=0), 60) for i in range(20)]
+    assert len(run_all(engine, requests)) == 20
+    assert engine.stats.preemptions == 0
+
+
 def test_golden_plan() -> None:
     """The plan of a small case, whole: what crosses to other ranks does not change unnoticed."""
     scheduler = Scheduler(BlockPool(8, 4), 2, 6)

@@ -1,0 +1,164 @@
+"""In what order prompts are run: common prefixes together, windows apart, and the longest answers first at the end."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Iterator
+from itertools import count, islice, pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batchinfer import LLM, SamplingParams, stream
+from batchinfer.engine.plan import StepPlan, StepResult
+from batchinfer.order import PrefixOrder, longest_first
+from batchinfer.prompting import Prepared
+from batchinfer.spec import FakeSpec
+
+GREEDY = SamplingParams(temperature=0)
+
+
+def prepared(index: int, ids: list[int]) -> Prepared:
+    return Prepared(index, ids, GREEDY, [], None)
+
+
+def ordered(prompts: list[tuple[list[int], int]]) -> list[int]:
+    """Indices of (ids, expected tokens) in the order of `longest_first`."""
+    given_ = sorted((prepared(i, ids) for i, (ids, _) in enumerate(prompts)), key=lambda p: p.ids)
+    return [p.index for p in longest_first(given_, lambda p: prompts[p.index][1])]
+
+
+def test_order_is_by_prefix_within_windows_that_do_not_mix() -> None:
+    order = PrefixOrder(3)
+    for index, ids in enumerate(([5], [1, 2], [1])):
+        order.add(prepared(index, ids))
+    assert not order.has_room
+    assert order.pop().ids == [1]
+    order.add(prepared(3, [0]))
+    assert [order.pop().ids for _ in range(3)] == [[1, 2], [5], [0]]
+    assert not order
+
+
+def test_the_end_takes_all_that_is_left_the_longest_first() -> None:
+    order = PrefixOrder(3)
+    for index, ids in enumerate(([5], [1], [3])):
+        order.add(prepared(index, ids))
+    assert order.pop().ids == [1]
+    order.add(prepared(3, [4]))
+    order.finish(lambda prompt: prompt.ids[0])
+    assert [order.pop().ids for _ in range(3)] == [[5], [4], [3]]
+    order.finish(lambda prompt: 0)
+    assert not order
+
+
+def test_groups_stay_together_and_are_ordered_within() -> None:
+    document, other, few_shot = [1] * 50, [2] * 50, [9] * 40
+    questions = [
+        ([*document, 7], 10),
+        ([*other, 7], 5),
+        ([*document, 3], 90),
+        ([3] * 9, 50),
+        ([*other, 8], 40),
+        ([4] * 9, 8),
+    ]
+    assert ordered(questions) == [2, 0, 3, 4, 1, 5]
+    assert ordered([([*few_shot, *ids], length) for ids, length in questions]) == [2, 0, 3, 4, 1, 5]
+
+
+def test_a_short_common_prefix_makes_no_group() -> None:
+    assert ordered([([1, 1, *[i] * 30], length) for i, length in enumerate([5, 9, 7])]) == [1, 2, 0]
+
+
+@given(st.lists(st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=12), st.integers(1, 9)), max_size=30))
+def test_every_prompt_is_there_once_and_equal_prompts_are_neighbours(prompts: list[tuple[list[int], int]]) -> None:
+    order = ordered(prompts)
+    assert sorted(order) == list(range(len(prompts)))
+    runs = [tuple(prompts[i][0]) for i in order]
+    changes = sum(a != b for a, b in pairwise(runs))
+    assert changes == max(0, len(set(runs)) - 1)
+
+
+def test_a_thousand_turns_of_one_session() -> None:
+    turns = [(list(range(4 * i + 4)), 5) for i in range(1000)]
+    assert ordered(turns) == list(range(1000)), "every turn begins with all of the one before"
+
+
+class Recording:
+    """Passes plans on; counts steps, and keeps the answer lengths that the first one has."""
+
+    def __init__(self, llm: LLM) -> None:
+        self.steps = 0
+        self.first: list[int] = []
+        self.begun = threading.Event()
+        self._inner = llm._engine._runner
+        llm._engine._runner = self
+
+    def run(self, plan: StepPlan) -> StepResult:
+        if not self.steps:
+            self.first = [join.request.max_tokens for join in plan.joins]
+        self.steps += 1
+        self.begun.set()
+        return self._inner.run(plan)
+
+
+def lengths(count_: int) -> list[int]:
+    rng = random.Random(4)
+    return [min(300, 5 + int(rng.expovariate(1 / 40))) for _ in range(count_)]
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However busy the machine is, the first step sees all prompts of a short input."""
+    monkeypatch.setattr(stream, "_GATHER_S", 60.0)
+
+
+@pytest.mark.usefixtures("patient")
+def test_the_batch_is_full_to_the_end() -> None:
+    llm = LLM("fake", max_num_seqs=16, fake=FakeSpec(answer_tokens=9))
+    recording = Recording(llm)
+    wanted = lengths(200)
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in wanted]
+    completions = llm.generate([f"{i} " * 5 for i in range(200)], params)
+    assert [len(c.outputs[0].token_ids) for c in completions] == wanted
+    least = max(max(wanted), -(-sum(wanted) // 16))
+    assert recording.steps <= 1.02 * least, f"{recording.steps} steps, {least} would do"
+
+
+@pytest.mark.usefixtures("patient")
+def test_the_first_step_sees_more_than_the_first_batch_of_prompts() -> None:
+    params = [SamplingParams(temperature=0, max_tokens=99 if i == 190 else 5, ignore_eos=True) for i in range(200)]
+    llm = LLM("fake", max_num_seqs=8)
+    recording = Recording(llm)
+    llm.generate([f"prompt {i}" for i in range(200)], params)  # the feeder hands them over 64 at a time
+    assert 99 in recording.first
+
+
+def test_a_slow_input_holds_nothing_up() -> None:
+    llm = LLM("fake", max_num_seqs=8)
+    recording = Recording(llm)
+
+    def slow() -> Iterator[str]:
+        yield from (f"prompt {i}" for i in range(64))
+        assert recording.begun.wait(60), "the first prompts wait for later ones"
+        yield "last"
+
+    assert len(llm.generate(slow(), SamplingParams(temperature=0, max_tokens=3))) == 65
+
+
+def test_an_endless_input_is_answered_with_bounded_reading() -> None:
+    read = 0
+
+    def endless() -> Iterator[str]:
+        nonlocal read
+        for number in count():
+            read += 1
+            yield f"prompt {number % 977} {number}"
+
+    llm = LLM("fake", max_num_seqs=8, fake=FakeSpec(answer_tokens=(1, 30)))
+    answers = llm.stream(endless(), SamplingParams(temperature=0, max_tokens=30))
+    seen = [answer.index for answer in islice(answers, 6000)]
+    assert read < 6000 + 2 * 1024 + 10 * 64
+    assert set(range(6000 - 3 * 1024)) <= set(seen), "a prompt waits for two windows at most"
+    answers.close()
