@@ -1,7 +1,8 @@
 """The order in which prompts go to the engine: equal prefixes together, and long answers first at the end.
 
 Neighbours in the order of their tokens share the longest prefixes, so a prefix is computed once and is still cached for
-the last prompt that has it. While input comes, that is all. Once it has ended, what is left is ordered for a full batch
+the last prompt that has it, however small the cache: what the least recently used blocks hold, no waiting prompt needs.
+While input comes, that is all. Once it has ended, what is left is ordered for a full batch
 up to the last step: a step with few sequences reads all weights as well, so the longest answers begin first, and groups
 with a long common prefix stay whole. (Longest processing time first: Graham, 1969.)
 """
@@ -9,6 +10,7 @@ with a long common prefix stay whole. (Longest processing time first: Graham, 19
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from heapq import heapify, heappop, heappush
 
 from batchinfer.prompting import Prepared
 
@@ -16,36 +18,50 @@ _GROUP_LEVELS = 8  # groups within groups; deeper ones stay in the order of thei
 
 
 class PrefixOrder:
-    """Hands prompts out sorted by their tokens, a window at a time: depth-first over the trie of their prefixes.
+    """Hands prompts out by their tokens, in sweeps: depth-first over the trie of the prefixes that are there.
 
-    Windows do not mix, so no prompt waits for ever. `finish` makes one last window of what is left.
+    A prompt that comes while its prefix is still ahead of the sweep joins it, the others wait for the next one. At most
+    `window` prompts join a sweep, so that no prompt waits for ever; `finish` makes a last sweep of what is left.
     """
 
     def __init__(self, window: int) -> None:
         self._window = window
-        self._next: list[Prepared] = []
-        self._now: list[Prepared] = []  # in order, the first last
+        self._now: list[tuple[list[int], int, Prepared]] = []  # a heap, until `finish` puts its own order
+        self._next: list[tuple[list[int], int, Prepared]] = []
+        self._at: list[int] = []  # tokens of the last prompt that was handed out
+        self._joined = 0  # this sweep
+        self._added = 0
 
     def __len__(self) -> int:
         return len(self._now) + len(self._next)
 
     @property
     def has_room(self) -> bool:
-        return len(self._next) < self._window
+        return len(self) < 2 * self._window
 
     def add(self, prepared: Prepared) -> None:
-        self._next.append(prepared)
+        self._added += 1
+        entry = (prepared.ids, self._added, prepared)
+        if self._now and prepared.ids >= self._at and self._joined < self._window:
+            self._joined += 1
+            heappush(self._now, entry)
+        else:
+            self._next.append(entry)
 
     def pop(self) -> Prepared:
         if not self._now:
-            self._now = sorted(self._next, key=_ids, reverse=True)
-            self._next = []
-        return self._now.pop()
+            self._now, self._next, self._joined = self._next, [], 0
+            heapify(self._now)
+        prepared = heappop(self._now)[2]
+        self._at = prepared.ids
+        return prepared
 
     def finish(self, expected: Callable[[Prepared], int]) -> None:
         """No more will be added: the longest first, by `expected` answer tokens."""
-        left = sorted(self._now[::-1] + self._next, key=_ids)
-        self._now, self._next = longest_first(left, expected)[::-1], []
+        left = [entry[2] for entry in sorted(self._now + self._next)]
+        ordered = longest_first(left, expected)
+        # a sorted list is a heap: places in the new order take the place of tokens
+        self._now, self._next = [([], place, prepared) for place, prepared in enumerate(ordered)], []
 
 
 def longest_first(

@@ -1,4 +1,4 @@
-"""In what order prompts are run: common prefixes together, windows apart, and the longest answers first at the end."""
+"""In what order prompts are run: by sweeps over their prefixes, and the longest answers first at the end."""
 
 from __future__ import annotations
 
@@ -30,15 +30,48 @@ def ordered(prompts: list[tuple[list[int], int]]) -> list[int]:
     return [p.index for p in longest_first(given_, lambda p: prompts[p.index][1])]
 
 
-def test_order_is_by_prefix_within_windows_that_do_not_mix() -> None:
-    order = PrefixOrder(3)
-    for index, ids in enumerate(([5], [1, 2], [1])):
+def filled(window: int, *prompts: list[int]) -> PrefixOrder:
+    order = PrefixOrder(window)
+    for index, ids in enumerate(prompts):
         order.add(prepared(index, ids))
-    assert not order.has_room
-    assert order.pop().ids == [1]
-    order.add(prepared(3, [0]))
-    assert [order.pop().ids for _ in range(3)] == [[1, 2], [5], [0]]
+    return order
+
+
+def popped(order: PrefixOrder, count_: int) -> list[list[int]]:
+    return [order.pop().ids for _ in range(count_)]
+
+
+def test_prompts_ahead_of_the_sweep_join_it_and_the_others_wait_for_the_next() -> None:
+    order = filled(3, [5], [1, 2], [1])
+    assert popped(order, 2) == [[1], [1, 2]]
+    for index, ids in enumerate(([0], [1, 2], [3])):
+        order.add(prepared(3 + index, ids))
+    assert popped(order, 4) == [[1, 2], [3], [5], [0]]
     assert not order
+
+
+def test_only_so_many_join_a_sweep() -> None:
+    order = filled(2, [1], [9], [0], [8])
+    assert not order.has_room and len(order) == 4
+    seen = popped(order, 1)
+    for index in range(20):
+        order.add(prepared(4 + index, [2]))
+        seen += popped(order, 1)
+    assert seen.index([9]) <= 1 + 2 + 2, "prompts that go on coming keep one for ever"
+
+
+def test_documents_whose_rows_lie_further_apart_than_the_window() -> None:
+    """Sixty documents, fifty questions, all documents before the next question: how often a document comes up anew."""
+    coming = iter([prepared(60 * q + d, [d, q]) for q in range(50) for d in range(60)])
+    order, documents = PrefixOrder(500), []
+    while True:
+        while order.has_room and (prompt := next(coming, None)) is not None:
+            order.add(prompt)
+        if not order:
+            break
+        documents.append(order.pop().ids[0])
+    assert len(documents) == 3000
+    assert 1 + sum(a != b for a, b in pairwise(documents)) <= 3 * 60, "a sweep hands out no more than a window"
 
 
 def test_the_end_takes_all_that_is_left_the_longest_first() -> None:
