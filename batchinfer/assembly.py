@@ -73,22 +73,24 @@ def _model_runner(engine: EngineSpec, path: Path) -> tuple[Runner, BlockPool, in
 
     torch.set_num_threads(engine.num_threads or min(torch.get_num_threads(), quota_threads()))
     dtype: torch.dtype = getattr(torch, engine.dtype or "float32")
+    kv_dtype: torch.dtype = getattr(torch, engine.kv_cache_dtype) if engine.kv_cache_dtype else dtype
     decoder = load_decoder(path, dtype, engine.max_model_len)
     context = decoder.config.context_tokens
     kv_tokens = engine.kv_cache_tokens
     if kv_tokens is None:
-        token_bytes = bytes_per_token(decoder.config.kv_shape, dtype)
+        token_bytes = bytes_per_token(decoder.config.kv_shape, kv_dtype)
         kv_tokens = default_kv_tokens(token_bytes, engine.max_num_seqs, context, torch.device("cpu"))
     num_blocks = kv_tokens // engine.block_size
     if num_blocks == 0:
         raise ModelError(
             f"a KV cache of {kv_tokens} tokens holds no block of {engine.block_size}: lower engine.block_size"
         )
-    runner = ModelRunner(decoder, num_blocks, engine.block_size, engine.max_num_seqs, context)
+    runner = ModelRunner(decoder, num_blocks, engine.block_size, engine.max_num_seqs, context, kv_dtype)
     log.info(
         "model loaded",
         architecture=decoder.config.architecture,
         dtype=str(dtype).removeprefix("torch."),
+        kv_cache_dtype=str(kv_dtype).removeprefix("torch."),
         context_tokens=context,
         kv_cache_tokens=num_blocks * engine.block_size,
         threads=torch.get_num_threads(),

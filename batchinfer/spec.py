@@ -87,6 +87,9 @@ class EngineSpec(_Section):
     """The engine's limits. None means: chosen for the model and the machine, and logged."""
 
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="compute type; float32 on CPU")
+    kv_cache_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="type of the KV cache; default as computed. 16 bits hold twice the tokens, rounded"
+    )
     kv_cache_tokens: int | None = Field(None, ge=32, description="KV cache size in tokens")
     max_num_seqs: int = Field(256, ge=1, le=65536, description="sequences that run at once")
     max_step_tokens: int = Field(2048, ge=1, description="tokens of one step; longer prompts are computed in chunks")

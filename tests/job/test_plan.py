@@ -94,6 +94,14 @@ def test_differences_are_named_with_both_values():
         save_plan(changed, store)
 
 
+def test_a_rounded_cache_decides_the_answers_and_its_size_does_not(tmp_path):
+    write_parquet(tmp_path / "in.parquet", 4)
+    run(job(tmp_path, engine={"kv_cache_dtype": "bfloat16"}), ScriptedLLM())
+    run(job(tmp_path, engine={"kv_cache_dtype": "bfloat16", "kv_cache_tokens": 999}), ScriptedLLM())
+    with pytest.raises(OutputConflict, match=r'engine\.kv_cache_dtype: was "bfloat16", is not set'):
+        run(job(tmp_path, engine={"kv_cache_tokens": 999}), ScriptedLLM())
+
+
 def test_limit_with_where_covers_up_to_the_row_that_fills_it(tmp_path):
     for name, rows in (("a", 1500), ("b", 1500), ("c", 10)):
         pq.write_table(pa.table({"text": ["x"] * rows, "k": range(rows)}), tmp_path / f"{name}.parquet")

@@ -1,0 +1,85 @@
+"""`engine.kv_cache_dtype` from end to end: what it rounds, what it leaves alone, and how many tokens then fit."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+
+from batchinfer import LLM, SamplingParams
+from batchinfer.engine import cache
+from batchinfer.engine.expected import ExpectedLength
+from batchinfer.errors import UsageError
+from batchinfer.request import Output
+from tests.models.tiny import SIZES, build
+
+GREEDY = SamplingParams(temperature=0, max_tokens=14, logprobs=0)
+KINDS = ("float32", "bfloat16", "float16")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    build("llama", folder)
+    words = {f"w{number}": number for number in range(SIZES["vocab_size"])}
+    Tokenizer(WordLevel(words, unk_token="w0")).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "w2"}))
+    return folder
+
+
+def answers(model: Path, preempt: bool = False, **options: object) -> list[Output]:
+    """Of prompts that share beginnings; with `preempt` more are admitted than the cache holds."""
+    rng = random.Random(2)
+    words = range(3, SIZES["vocab_size"])
+    shared = rng.choices(words, k=30)
+    prompts = [shared[: rng.randrange(30)] + rng.choices(words, k=rng.randrange(1, 30)) for _ in range(16)]
+    llm = LLM(model, block_size=4, max_num_seqs=8, **options)
+    if preempt:
+        llm._engine.scheduler.expected = ExpectedLength(quantile=0.0, enough=1)
+        llm._engine.scheduler.expected.observe(1)
+    completions = llm.generate(prompts, GREEDY)
+    assert (llm.stats().preemptions > 0) is preempt
+    assert (llm.stats().prompt_tokens_reused > 0) is options.get("enable_prefix_caching", True)
+    return [completion.outputs[0] for completion in completions]
+
+
+def tokens(outputs: list[Output]) -> list[list[int]]:
+    return [output.token_ids for output in outputs]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cache_chunks_and_preemption_change_no_token(model: Path, kind: str) -> None:
+    whole = answers(model, kv_cache_dtype=kind, enable_prefix_caching=False)
+    assert tokens(answers(model, kv_cache_dtype=kind)) == tokens(whole)
+    assert tokens(answers(model, kv_cache_dtype=kind, max_step_tokens=9)) == tokens(whole)
+    assert tokens(answers(model, preempt=True, kv_cache_dtype=kind, kv_cache_tokens=160)) == tokens(whole)
+
+
+def test_the_default_is_what_is_computed_and_16_bits_round(model: Path) -> None:
+    default, *others = [answers(model, kv_cache_dtype=kind) for kind in (None, *KINDS)]
+    assert others[0] == default
+    first = [[output.logprobs[0].logprob for output in outputs] for outputs in (default, *others)]
+    for rounded, error in ((first[2], 0.2), (first[3], 0.02)):
+        assert 0 < max(abs(a - b) for a, b in zip(first[0], rounded, strict=True)) < error
+
+
+def test_twice_as_many_tokens_fit(model: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(cache, "free_bytes", lambda device: 1 << 22)
+    sizes = [len(LLM(model, kv_cache_dtype=kind)._engine.scheduler.pool.blocks) for kind in (None, *KINDS)]
+    assert sizes == [128, 128, 256, 256]
+    assert '"kv_cache_dtype": "bfloat16"' in capfd.readouterr().err
+    halves = LLM(model, dtype="bfloat16")
+    assert len(halves._engine.scheduler.pool.blocks) == 256
+    assert halves._engine._runner.cache.layers[0][0].dtype == torch.bfloat16
+
+
+def test_another_type_is_refused() -> None:
+    with pytest.raises(
+        UsageError, match="kv_cache_dtype: Input should be 'float32', 'bfloat16' or 'float16', got 'int8'"
+    ):
+        LLM("fake", kv_cache_dtype="int8")
