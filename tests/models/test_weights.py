@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -60,6 +62,23 @@ def test_dtypes_are_converted_while_reading(tmp_path):
     assert {weight.dtype for weight in narrow.parameters()} == {torch.bfloat16}
     assert 1e-4 < (widened - exact).abs().max() < 0.1
     assert torch.equal(Paged(narrow, sequences=1).step({0: TOKENS}), _logits(tmp_path / "16", dtype=torch.bfloat16))
+
+
+def test_loading_imports_nothing_slow(tmp_path):
+    """torch's symbolic shapes and sympy take half a second, and some innocent functions of torch import them."""
+    build("llama", tmp_path)
+    script = (
+        "import pathlib, sys, torch; from batchinfer.models.weights import load_decoder; "
+        f"load_decoder(pathlib.Path({str(tmp_path)!r}), torch.float32); print(*sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert not {"sympy", "torch._dynamo", "torch._inductor"} & set(result.stdout.split())
+
+
+def test_the_default_dtype_is_left_as_it_was(tmp_path):
+    build("llama", tmp_path)
+    assert load_decoder(tmp_path, torch.bfloat16).embedding.weight.dtype == torch.bfloat16
+    assert torch.get_default_dtype() == torch.float32
 
 
 def test_tied_weights_are_one_matrix(tmp_path):
