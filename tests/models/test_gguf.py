@@ -215,6 +215,17 @@ def test_every_type_is_dequantised_in_chunks(
     np.testing.assert_array_equal(tensor.numpy(), expected)
 
 
+@pytest.mark.parametrize("ggml_type", sorted(ours._IN_TORCH), ids=lambda ggml_type: ggml_type.name)
+def test_any_bytes_are_dequantised_as_by_the_gguf_package(ggml_type: GGMLType) -> None:
+    """Negative, infinite and undefined scales too."""
+    block, block_bytes = gguf.GGML_QUANT_SIZES[ggml_type]
+    raw = np.random.default_rng(3).integers(0, 256, 30_000 * block_bytes, dtype=np.uint8)
+    with np.errstate(all="ignore"):
+        expected = gguf.dequantize(raw[None], ggml_type)[0]
+    assert np.isnan(expected).any() and (expected < 0).any()
+    np.testing.assert_array_equal(ours._dequantize(raw, ggml_type, 30_000 * block), expected)
+
+
 def test_an_unsupported_type_is_named(tmp_path: Path) -> None:
     path = tmp_path / "one.gguf"
     quantized_file(path, GGMLType.Q2_K, 1, 256)
