@@ -74,7 +74,7 @@ def _model_runner(engine: EngineSpec, path: Path) -> tuple[Runner, BlockPool, in
     torch.set_num_threads(engine.num_threads or min(torch.get_num_threads(), quota_threads()))
     dtype: torch.dtype = getattr(torch, engine.dtype or "float32")
     kv_dtype: torch.dtype = getattr(torch, engine.kv_cache_dtype) if engine.kv_cache_dtype else dtype
-    decoder = load_decoder(path, dtype, engine.max_model_len)
+    decoder = load_decoder(path, dtype, engine.max_model_len, quantization=engine.quantization)
     context = decoder.config.context_tokens
     kv_tokens = engine.kv_cache_tokens
     if kv_tokens is None:
@@ -90,6 +90,7 @@ def _model_runner(engine: EngineSpec, path: Path) -> tuple[Runner, BlockPool, in
         "model loaded",
         architecture=decoder.config.architecture,
         dtype=str(dtype).removeprefix("torch."),
+        quantization=engine.quantization or "none",
         kv_cache_dtype=str(kv_dtype).removeprefix("torch."),
         context_tokens=context,
         kv_cache_tokens=num_blocks * engine.block_size,

@@ -90,6 +90,9 @@ class EngineSpec(_Section):
     kv_cache_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="type of the KV cache; default as computed. 16 bits hold twice the tokens, rounded"
     )
+    quantization: Literal["int8"] | None = Field(
+        None, description="int8: the layers' matrices and their inputs in 8 bits, faster and rounded"
+    )
     kv_cache_tokens: int | None = Field(None, ge=32, description="KV cache size in tokens")
     max_num_seqs: int = Field(256, ge=1, le=65536, description="sequences that run at once")
     max_step_tokens: int = Field(2048, ge=1, description="tokens of one step; longer prompts are computed in chunks")

@@ -28,7 +28,7 @@ def fingerprint(spec: JobSpec, layout: Layout, identities: Mapping[str, str], fi
         parts |= _named("prompt", spec.prompt.model_dump(exclude_none=True))
     parts |= _named("sampling", spec.sampling)
     parts |= input_parts(spec)
-    deciding = {"dtype", "kv_cache_dtype", "max_model_len"}
+    deciding = {"dtype", "kv_cache_dtype", "max_model_len", "quantization"}
     parts |= _named("engine", spec.engine.model_dump(exclude_none=True, include=deciding))
     parts |= _named("output", spec.output.model_dump(include={"token_ids", "samples", "prefix", "chunk_rows"}))
     parts |= {"output.format": layout.format, "output.compression": layout.compression}

@@ -114,8 +114,9 @@ OP(gelu_mul)(const float* x_T2F, int64_t tokens, int64_t size, float* out_TF, in
     return 0;
 }
 
-// output features of a panel: whoever packs gives room for whole panels
+// output features of a panel, and input features of a quantized group: whoever packs gives room for whole ones
 OP(linear_panel)() { return PANEL; }
+OP(quantized_group)() { return GROUP; }
 
 // the panels of `linear`, in a type that holds each weight exactly
 OP(pack_linear)(
@@ -141,19 +142,19 @@ OP(linear)(
     return 0;
 }
 
-// panels of whole groups of four input features, zeros beyond, and the sum of each output feature's weights
+// panels of whole groups of input features, zeros beyond
 OP(pack_quantized)(
-    const int8_t* w_OI, int64_t in_features, int64_t out_features, int8_t* panels, int32_t* sums_O, int threads) {
-    pack_quantized(w_OI, in_features, out_features, panels, sums_O, threads);
+    const int8_t* w_OI, int64_t in_features, int64_t out_features, int8_t* panels, int32_t* offsets, int threads) {
+    pack_quantized(w_OI, in_features, out_features, panels, offsets, threads);
     return 0;
 }
 
 // 0, or 1 if there was no memory
 OP(quantized_linear)(
-    const float* x_NI, int64_t stride_N, const int8_t* panels, const int32_t* sums_O, const float* scales_O,
+    const float* x_NI, int64_t stride_N, const int8_t* panels, const int32_t* offsets, const float* scales_O,
     const float* bias_O, float* out_NO, int64_t rows, int64_t in_features, int64_t out_features, int threads) {
     try {
-        multiply_quantized({x_NI, stride_N, panels, sums_O, scales_O, bias_O, out_NO, rows, in_features, out_features}, threads);
+        multiply_quantized({x_NI, stride_N, panels, offsets, scales_O, bias_O, out_NO, rows, in_features, out_features}, threads);
     } catch (const std::bad_alloc&) {
         return 1;
     }

@@ -1,13 +1,16 @@
-// Linear layers in 8 bits: weights per output feature, activations per row as they come, both symmetric in -127 .. 127.
-// The sums are integers and exact, so every instruction set gives the same ones.
+// Linear layers in 8 bits: weights per output feature, activations per row and GROUP input features as they come, both
+// symmetric in -127 .. 127. A group's sums are integers and exact, so every instruction set gives the same ones.
 //
-// A panel holds PANEL output features: for four input features at a time, the PANEL groups of four weights.
+// A panel holds PANEL output features: for four input features at a time, the PANEL quads of four weights.
 #pragma once
 
 #include "elementwise.h"
 #include "linear.h"
 
 namespace {
+
+constexpr int64_t GROUP = 64;        // input features that share a scale
+constexpr int64_t QUADS = GROUP / 4;
 
 #if defined(__AVX512VNNI__)
 constexpr int MOST_QUANTIZED_ROWS = 14;
@@ -21,13 +24,13 @@ struct QuantizedLinear {
     const float* x_NI;
     int64_t stride_N;
     const int8_t* panels;
-    const int32_t* sums_O;     // of each feature's weights
-    const float* scales_O;     // of the weights
-    const float* bias_O;       // or null
+    const int32_t* offsets;  // by panel, group and output feature: what BIAS adds to a sum, to be taken off
+    const float* scales_O;   // of the weights
+    const float* bias_O;     // or null
     float* out_NO;
     int64_t rows, in_features, out_features;
 
-    int64_t groups() const { return (in_features + 3) / 4; }
+    int64_t groups() const { return (in_features + GROUP - 1) / GROUP; }
 };
 
 // to an integer, ties to even; not fused with what made x, which would round other numbers than torch does
@@ -41,8 +44,8 @@ inline ivec nearest(vec x) {
 #endif
 }
 
-// one row to bytes; returns what one step of them stands for. Not-a-number and infinity make it not finite
-inline float quantize_row(const float* x, int64_t size, uint8_t* to, int64_t padded) {
+// up to a group of a row to bytes; returns what one step of them stands for. NaN and infinity make it not finite
+inline float quantize_group(const float* x, int64_t size, uint8_t* to) {
     ivec largest = {};  // of the bits, which are in the order of the absolute values, infinity and NaN on top
     over_vectors(size, [&](int64_t i, int count) {
         const ivec v = bits_as<ivec>(load_some(x + i, count)) & 0x7fffffff;
@@ -54,18 +57,11 @@ inline float quantize_row(const float* x, int64_t size, uint8_t* to, int64_t pad
     // 1e-30 and less is nothing; its reciprocal would not be finite
     const float factor = most > 1e-30f && most < __builtin_inff() ? 127.0f / most : 0.0f;
     typedef int8_t bytes __attribute__((vector_size(VL)));
-    int64_t i = 0;
-    for (; i + VL <= size; i += VL) {
-        const ivec q = nearest(load(x + i) * factor) + BIAS;
-        const bytes b = __builtin_convertvector(q, bytes);
-        memcpy(to + i, &b, sizeof b);
-    }
-    if (i < size) {
-        const ivec q = nearest(load_some(x + i, (int)(size - i)) * factor) + BIAS;
-        const bytes b = __builtin_convertvector(q, bytes);
-        memcpy(to + i, &b, size - i);
-    }
-    memset(to + size, BIAS, padded - size);
+    over_vectors(size, [&](int64_t i, int count) {
+        const bytes b = __builtin_convertvector(nearest(load_some(x + i, count) * factor) + BIAS, bytes);
+        memcpy(to + i, &b, count);
+    });
+    memset(to + size, BIAS, GROUP - size);
     return most * (1.0f / 127.0f);
 }
 
@@ -88,82 +84,101 @@ inline ivec four_products(ivec sum, ivec a, ivec w) {
 
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
 typedef int8lanes qvec;
+typedef float qfloat __attribute__((vector_size(32)));
 #else
 typedef ivec qvec;
+typedef vec qfloat;
 #endif
 constexpr int QL = sizeof(qvec) / 4;
 constexpr int QUANTIZED_VECTORS = PANEL / QL;
 
+// R rows times a panel: sums of each group times its scale, added up
 template <int R>
-inline void quantized_tile(const uint8_t* x, int64_t stride, const int8_t* panel, int64_t groups, int32_t* sums) {
-    constexpr int V = QUANTIZED_VECTORS > 2 ? 2 : QUANTIZED_VECTORS;  // sums that the registers hold
-    for (int start = 0; start < QUANTIZED_VECTORS; start += V) {
-        qvec sum[R][V] = {};
-        for (int64_t g = 0; g < groups; g++) {
-            qvec w[V];
-            for (int v = 0; v < V; v++) memcpy(&w[v], panel + g * PANEL * 4 + (start + v) * sizeof(qvec), sizeof(qvec));
+inline void quantized_tile(
+    const uint8_t* x, int64_t stride, const float* scales_NG, const int8_t* panel, const int32_t* offsets, int64_t groups,
+    float* sums) {
+    constexpr int V = QUANTIZED_VECTORS > 2 ? 2 : QUANTIZED_VECTORS;  // what the registers hold
+    for (int64_t g = 0; g < groups; g++) {
+        for (int start = 0; start < QUANTIZED_VECTORS; start += V) {
+            qvec sum[R][V];
 #pragma GCC unroll 14
             for (int r = 0; r < R; r++) {
-                int32_t four;
-                memcpy(&four, x + r * stride + g * 4, 4);
-                const qvec a = four - qvec{};
-                for (int v = 0; v < V; v++) sum[r][v] = four_products(sum[r][v], a, w[v]);
+                for (int v = 0; v < V; v++) memcpy(&sum[r][v], offsets + g * PANEL + (start + v) * QL, sizeof(qvec));
             }
-        }
-        for (int r = 0; r < R; r++) {
-            for (int v = 0; v < V; v++) memcpy(sums + r * PANEL + (start + v) * QL, &sum[r][v], sizeof(qvec));
+            const uint8_t *x0 = x + g * GROUP, *x5 = x0 + 5 * stride, *x10 = x0 + 10 * stride;  // as in linear.h
+            const int64_t distance[5] = {0, stride, 2 * stride, 3 * stride, 4 * stride};
+            for (int64_t q = g * QUADS; q < (g + 1) * QUADS; q++) {
+                qvec w[V];
+                for (int v = 0; v < V; v++) memcpy(&w[v], panel + (q * PANEL + (start + v) * QL) * 4, sizeof(qvec));
+#pragma GCC unroll 14
+                for (int r = 0; r < R; r++) {
+                    int32_t four;
+                    memcpy(&four, (r < 5 ? x0 : r < 10 ? x5 : x10) + distance[r % 5], 4);
+                    const qvec a = four - qvec{};
+                    for (int v = 0; v < V; v++) sum[r][v] = four_products(sum[r][v], a, w[v]);
+                }
+                x0 += 4, x5 += 4, x10 += 4;
+                asm("" : "+r"(x0), "+r"(x5), "+r"(x10));
+            }
+#pragma GCC unroll 14
+            for (int r = 0; r < R; r++) {
+                for (int v = 0; v < V; v++) {
+                    qfloat total;
+                    float* at = sums + r * PANEL + (start + v) * QL;
+                    memcpy(&total, at, sizeof total);
+                    total += __builtin_convertvector(sum[r][v], qfloat) * scales_NG[r * groups + g];
+                    memcpy(at, &total, sizeof total);
+                }
+            }
         }
     }
 }
 
 template <int R>
 inline void quantized_tile_of(
-    int rows, const uint8_t* x, int64_t stride, const int8_t* panel, int64_t groups, int32_t* sums) {
+    int rows, const uint8_t* x, int64_t stride, const float* scales_NG, const int8_t* panel, const int32_t* offsets,
+    int64_t groups, float* sums) {
     if constexpr (R > 1) {
-        if (rows < R) return quantized_tile_of<R - 1>(rows, x, stride, panel, groups, sums);
+        if (rows < R) return quantized_tile_of<R - 1>(rows, x, stride, scales_NG, panel, offsets, groups, sums);
     }
-    quantized_tile<R>(x, stride, panel, groups, sums);
+    quantized_tile<R>(x, stride, scales_NG, panel, offsets, groups, sums);
 }
 
 inline void quantized_panel(
-    const QuantizedLinear& l, const uint8_t* x, int64_t stride, const float* scales_N, int64_t number, int64_t first,
+    const QuantizedLinear& l, const uint8_t* x, int64_t stride, const float* scales_NG, int64_t number, int64_t first,
     int64_t last) {
-    const int64_t left = number * PANEL, width = std::min<int64_t>(PANEL, l.out_features - left);
-    float scales[PANEL] = {}, bias[PANEL] = {};
-    ivec offsets[PANEL_VECTORS];
-    memcpy(scales, l.scales_O + left, width * 4);
-    if (l.bias_O) memcpy(bias, l.bias_O + left, width * 4);
-    memcpy(offsets, l.sums_O + left, sizeof offsets);
-    int32_t sums[MOST_QUANTIZED_ROWS * PANEL];
+    const int64_t left = number * PANEL, width = std::min<int64_t>(PANEL, l.out_features - left), groups = l.groups();
+    const int8_t* panel = l.panels + number * groups * GROUP * PANEL;
+    const int32_t* offsets = l.offsets + number * groups * PANEL;
     const int64_t tiles = (last - first + MOST_QUANTIZED_ROWS - 1) / MOST_QUANTIZED_ROWS;
     for (int64_t i = 0; i < tiles; i++) {
         const int64_t row = first + (last - first) * i / tiles;
         const int count = (int)(first + (last - first) * (i + 1) / tiles - row);
-        const int8_t* panel = l.panels + number * l.groups() * PANEL * 4;
-        quantized_tile_of<MOST_QUANTIZED_ROWS>(count, x + row * stride, stride, panel, l.groups(), sums);
+        float sums[MOST_QUANTIZED_ROWS * PANEL] = {};
+        quantized_tile_of<MOST_QUANTIZED_ROWS>(
+            count, x + row * stride, stride, scales_NG + row * groups, panel, offsets, groups, sums);
         for (int r = 0; r < count; r++) {
-            float line[PANEL];
-            for (int v = 0; v < PANEL_VECTORS; v++) {
-                ivec sum;
-                memcpy(&sum, sums + r * PANEL + v * VL, sizeof sum);
-                const vec exact = __builtin_convertvector(sum - BIAS * offsets[v], vec);
-                store(line + v * VL, exact * (load(scales + v * VL) * scales_N[row + r]) + load(bias + v * VL));
+            float* out = l.out_NO + (row + r) * l.out_features + left;
+            for (int64_t o = 0; o < width; o++) {
+                out[o] = sums[r * PANEL + o] * l.scales_O[left + o] + (l.bias_O ? l.bias_O[left + o] : 0.0f);
             }
-            memcpy(l.out_NO + (row + r) * l.out_features + left, line, width * 4);
         }
     }
 }
 
 inline void multiply_quantized(const QuantizedLinear& l, int threads) {
     thread_local Arena arena;
-    const int64_t padded = l.groups() * 4;
-    const int64_t stride = padded + (padded % (SETS * 2) == 0 ? 64 : 0);
-    arena.reserve(Arena::bytes_for<uint8_t>(l.rows * stride) + Arena::bytes_for<float>(l.rows));
+    const int64_t groups = l.groups();
+    const int64_t stride = groups * GROUP + (groups * GROUP % (SETS * 2) == 0 ? 64 : 0);
+    arena.reserve(Arena::bytes_for<uint8_t>(l.rows * stride) + Arena::bytes_for<float>(l.rows * groups));
     uint8_t* x = arena.take<uint8_t>(l.rows * stride);
-    float* scales_N = arena.take<float>(l.rows);
+    float* scales_NG = arena.take<float>(l.rows * groups);
     for_ranges(threads, l.rows, (1 << 14) / l.in_features, [&](int64_t first, int64_t last) {
         for (int64_t n = first; n < last; n++) {
-            scales_N[n] = quantize_row(l.x_NI + n * l.stride_N, l.in_features, x + n * stride, padded);
+            for (int64_t g = 0; g < groups; g++) {
+                const int64_t start = g * GROUP, size = std::min(GROUP, l.in_features - start);
+                scales_NG[n * groups + g] = quantize_group(l.x_NI + n * l.stride_N + start, size, x + n * stride + start);
+            }
         }
     });
     const int64_t panels = (l.out_features + PANEL - 1) / PANEL;
@@ -171,23 +186,24 @@ inline void multiply_quantized(const QuantizedLinear& l, int threads) {
     const int64_t blocks = (l.rows + block - 1) / block;
     for_tasks(threads, blocks * panels, [&](int, int64_t task) {
         const int64_t b = task / panels;
-        quantized_panel(l, x, stride, scales_N, task % panels, l.rows * b / blocks, l.rows * (b + 1) / blocks);
+        quantized_panel(l, x, stride, scales_NG, task % panels, l.rows * b / blocks, l.rows * (b + 1) / blocks);
     });
 }
 
 inline void pack_quantized(
-    const int8_t* w_OI, int64_t in_features, int64_t out_features, int8_t* panels, int32_t* sums, int threads) {
-    const int64_t count = (out_features + PANEL - 1) / PANEL, groups = (in_features + 3) / 4;
-    for_tasks(threads, count, [&](int, int64_t p) {
+    const int8_t* w_OI, int64_t in_features, int64_t out_features, int8_t* panels, int32_t* offsets, int threads) {
+    const int64_t count = (out_features + PANEL - 1) / PANEL, groups = (in_features + GROUP - 1) / GROUP;
+    for_tasks(threads, count * groups, [&](int, int64_t task) {
+        const int64_t p = task / groups, g = task % groups;
         for (int64_t o = 0; o < PANEL; o++) {
             const int8_t* row = p * PANEL + o < out_features ? w_OI + (p * PANEL + o) * in_features : nullptr;
             int32_t sum = 0;
-            for (int64_t i = 0; i < groups * 4; i++) {
+            for (int64_t i = g * GROUP; i < (g + 1) * GROUP; i++) {
                 const int8_t w = row && i < in_features ? row[i] : 0;
-                panels[((p * groups + i / 4) * PANEL + o) * 4 + i % 4] = w;
+                panels[((p * groups * QUADS + i / 4) * PANEL + o) * 4 + i % 4] = w;
                 sum += w;
             }
-            sums[p * PANEL + o] = sum;
+            offsets[task * PANEL + o] = -BIAS * sum;
         }
     });
 }

@@ -26,6 +26,7 @@ _SIGNATURES = {  # p pointer, n int64, i int, f float
     "silu_mul": "pnnpi",
     "gelu_mul": "pnnpi",
     "linear_panel": "",
+    "quantized_group": "",
     "pack_linear": "pnnpii",
     "linear": "pnpippnnni",
     "pack_quantized": "pnnppi",
@@ -37,7 +38,7 @@ Function = Callable[..., int]
 
 
 class Functions(NamedTuple):
-    """Of one variant. All but linear_panel return 0, or 1 for want of memory."""
+    """Of one variant. All but linear_panel and quantized_group return 0, or 1 for want of memory."""
 
     paged_attention: Function
     kv_write: Function
@@ -46,6 +47,7 @@ class Functions(NamedTuple):
     silu_mul: Function
     gelu_mul: Function
     linear_panel: Function
+    quantized_group: Function
     pack_linear: Function
     linear: Function
     pack_quantized: Function

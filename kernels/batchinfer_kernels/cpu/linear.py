@@ -43,8 +43,8 @@ def pack_linear(weight_OI: Tensor) -> Tensor | PackedLinear:
 class QuantizedPanels:
     """The same in 8 bits, as csrc/quantized_linear.h reads it."""
 
-    panels: Tensor  # int8 [ceil(O / panel), ceil(I / 4), panel, 4], zeros beyond O and I
-    sums_O: Tensor  # int32, of each row's values, for whole panels
+    panels: Tensor  # int8 [ceil(O / panel), whole groups of I / 4, panel, 4], zeros beyond O and I
+    offsets: Tensor  # int32 [ceil(O / panel), groups, panel]
     scales_O: Tensor  # float32 [O]
     in_features: int
     functions: Functions
@@ -61,12 +61,12 @@ def pack_quantized(weight_OI: Tensor) -> reference.QuantizedMatrix | QuantizedPa
     chosen = functions()
     panel = chosen.linear_panel()
     out_features, in_features = weight_OI.shape
-    count = -(-out_features // panel)
-    panels = torch.empty(count, -(-in_features // 4), panel, 4, dtype=torch.int8)
-    sums_O = torch.empty(count * panel, dtype=torch.int32)
+    count, groups = -(-out_features // panel), -(-in_features // chosen.quantized_group())
+    panels = torch.empty(count, groups * chosen.quantized_group() // 4, panel, 4, dtype=torch.int8)
+    offsets = torch.empty(count, groups, panel, dtype=torch.int32)
     values, threads = matrix.values_OI.data_ptr(), torch.get_num_threads()
-    chosen.pack_quantized(values, in_features, out_features, panels.data_ptr(), sums_O.data_ptr(), threads)
-    return QuantizedPanels(panels, sums_O, matrix.scales_O, in_features, chosen)
+    chosen.pack_quantized(values, in_features, out_features, panels.data_ptr(), offsets.data_ptr(), threads)
+    return QuantizedPanels(panels, offsets, matrix.scales_O, in_features, chosen)
 
 
 def _smallest_exact(weight_OI: Tensor) -> torch.dtype:
@@ -92,8 +92,8 @@ def linear(
         kind = TYPES[packed.panels.dtype]
         checked(packed.functions.linear(x, stride, panels, kind, bias, out, *sizes, threads))
     else:
-        sums, scales = packed.sums_O.data_ptr(), packed.scales_O.data_ptr()
-        checked(packed.functions.quantized_linear(x, stride, panels, sums, scales, bias, out, *sizes, threads))
+        offsets, scales = packed.offsets.data_ptr(), packed.scales_O.data_ptr()
+        checked(packed.functions.quantized_linear(x, stride, panels, offsets, scales, bias, out, *sizes, threads))
     return out_NO
 
 

@@ -1,6 +1,7 @@
-"""Linear layers in 8 bits: weights per output feature, activations per row as they come, both symmetric.
+"""Linear layers in 8 bits: weights per output feature, activations per row and group of features as they come.
 
-As LLM.int8() (Dettmers et al., 2022) does without its outliers. N rows · I input features · O output features
+Both symmetric. A scale for each group keeps an outlier among the activations (LLM.int8(), Dettmers et al., 2022) from
+rounding all others away. N rows · I input features · O output features · G groups
 """
 
 from __future__ import annotations
@@ -8,10 +9,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 STEPS = 127  # of either sign
-_NOTHING = 1e-30  # rows that are smaller are zero; their reciprocal would not be finite
+GROUP = 64  # input features that share a scale
+_NOTHING = 1e-30  # what is smaller is zero; its reciprocal would not be finite
 
 
 class QuantizedMatrix(NamedTuple):
@@ -31,11 +34,19 @@ def quantize(weight_OI: Tensor) -> QuantizedMatrix:
 
 
 def quantized_linear(x_NI: Tensor, matrix: QuantizedMatrix, bias_O: Tensor | None) -> Tensor:
-    """The sums are exact integers; the rest is float32. Rows with NaN or infinity come out not finite."""
-    wide_NI = x_NI.float()
-    largest_N1 = wide_NI.abs().amax(1, keepdim=True)
-    known_N1 = (largest_N1 > _NOTHING) & largest_N1.isfinite()
-    steps_NI = (wide_NI * torch.where(known_N1, STEPS / largest_N1, 0.0)).round_()
-    sums_NO = (steps_NI.double() @ matrix.values_OI.double().T).float()
-    out_NO = sums_NO * (matrix.scales_O * (largest_N1 * (1 / STEPS)))
+    """A group's sums are exact integers; the rest is float32. Rows with NaN or infinity come out not finite."""
+    x_NGI, values_OGI = (_in_groups(rows) for rows in (x_NI.float(), matrix.values_OI))
+    largest_NG = x_NGI.abs().amax(2)
+    known_NG = (largest_NG > _NOTHING) & largest_NG.isfinite()
+    factors_NG = torch.where(
+        known_NG, torch.full_like(largest_NG, STEPS) / largest_NG, 0.0
+    )  # 127 / x is not a division
+    steps_NGI = (x_NGI * factors_NG[:, :, None]).round_()
+    sums_NGO = torch.einsum("ngi,ogi->ngo", steps_NGI.double(), values_OGI.double()).float()
+    out_NO = (sums_NGO * (largest_NG * (1 / STEPS))[:, :, None]).sum(1) * matrix.scales_O
     return (out_NO if bias_O is None else out_NO + bias_O).to(x_NI.dtype)
+
+
+def _in_groups(rows_NI: Tensor) -> Tensor:
+    missing = -rows_NI.shape[1] % GROUP
+    return F.pad(rows_NI, (0, missing)).unflatten(1, (-1, GROUP))
