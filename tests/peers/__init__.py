@@ -1,0 +1,1 @@
+"""Other engines beside this one on the same work: `make peers`."""

