@@ -17,6 +17,7 @@ from batchinfer.errors import BadParameters, InvalidInput, RowError, TooLong
 from batchinfer.request import Completion, Request, SamplingParams
 from batchinfer.text.chat import ChatTemplate
 from batchinfer.text.detokenize import StopStrings, bad_word_ids
+from batchinfer.text.grammar import Grammars
 from batchinfer.text.tokenizer import Tokenizer
 
 Content = str | list[int] | list[dict[str, Any]]
@@ -82,6 +83,7 @@ class Preparer:
         self._defaults = defaults
         self._chat = chat
         self._chat_kwargs = chat_kwargs or {}
+        self._grammars = Grammars(tokenizer, limits.vocab_size, limits.eos_ids)
         self._next_id = 0
         self._stops: dict[tuple[tuple[str, ...], bool, bool], StopStrings] = {}
 
@@ -151,6 +153,8 @@ class Preparer:
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         bad_words = bad_word_ids(self._tokenizer, params.bad_words) if params.bad_words else ()
         stop = self._stop_strings(params) if params.stop else None
+        wanted = params.structured_outputs
+        constraint = self._grammars.compile(wanted) if wanted is not None else None
         requests = []
         for sample in range(params.n):
             self._next_id += 1
@@ -164,6 +168,7 @@ class Preparer:
                     stop_ids=stop_ids,
                     bad_words=bad_words,
                     stop_check=stop.checker(params.min_tokens) if stop is not None else None,
+                    constraint=constraint,
                 )
             )
         return Prepared(prompt.index, ids, params, requests, stop)

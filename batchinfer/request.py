@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 from batchinfer.errors import BadParameters, RowError, suggest
+from batchinfer.structured import StructuredOutputs
 
 FinishReason = Literal["stop", "length", "error"]
 StopCheck = Callable[[list[int]], bool]
@@ -26,6 +27,7 @@ class SamplingParams:
 
     temperature 0 is greedy. top_k 0 or -1 and top_p 1 mean off. `max_tokens` None means up to the context's end.
     `logprobs` k returns the chosen token's logprob and the k best, from the unmodified log-softmax.
+    `structured_outputs` may be given as a mapping: see `StructuredOutputs.of`.
     Raises BadParameters for a value out of range.
     """
 
@@ -49,12 +51,14 @@ class SamplingParams:
     logprobs: int | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
         for name in ("stop", "stop_token_ids", "bad_words", "allowed_token_ids"):
             _freeze(self, name)
         if self.logit_bias is not None:
             object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
+        object.__setattr__(self, "structured_outputs", StructuredOutputs.of(self.structured_outputs))
         for name, (kind, low, high) in _RANGES.items():
             _check_range(name, getattr(self, name), kind, low, high)
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
@@ -139,6 +143,39 @@ def _bias(value: Any) -> dict[int, float]:
     return bias
 
 
+class Matcher(Protocol):
+    """Where one answer stands in its grammar.
+
+    complete: nothing may follow. error: why it cannot be followed any further (a limit, a token that it does not
+    allow), else empty.
+    """
+
+    def accept(self, token: int) -> None:
+        """The answer's next token."""
+        ...
+
+    @property
+    def complete(self) -> bool: ...
+
+    @property
+    def error(self) -> str: ...
+
+
+class Constraint(Protocol):
+    """A compiled grammar, shared by all sequences that must follow it."""
+
+    def matcher(self, output: Sequence[int]) -> Matcher:
+        """A matcher of its own for a sequence that has generated `output` so far."""
+        ...
+
+    def fill(self, matchers: Sequence[Matcher], address: int, row_bytes: int) -> None:
+        """Write which tokens may come next, for matchers of any constraints of this tokenizer.
+
+        Row i starts at `address + i * row_bytes`: 32-bit words, bit t % 32 of word t // 32 for token t.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Request:
     """One sample of one row, ready for the engine: everything that needs a tokenizer is already resolved.
@@ -155,6 +192,7 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     bad_words: tuple[tuple[int, ...], ...] = ()
     stop_check: StopCheck | None = None
+    constraint: Constraint | None = None
 
 
 class TokenLogprob(NamedTuple):

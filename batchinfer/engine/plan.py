@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from batchinfer.errors import RowError
 from batchinfer.request import Request, TokenLogprob
 
 
@@ -55,9 +56,11 @@ class StepPlan:
 class StepResult(NamedTuple):
     """Sampled token ids [N], and for those sequences that asked, logprobs [N] (None for the others).
 
-    `failed` maps an index among the N to why nothing could be sampled there (its token is meaningless).
+    `failed` maps an index among the N to why nothing could be sampled there (its token is meaningless): the row's own
+    error, or the reason of an engine failure. `ended` are indices whose answer this token completes, by its grammar.
     """
 
     tokens: list[int]
     logprobs: list[TokenLogprob | None] | None = None
-    failed: dict[int, str] | None = None
+    failed: dict[int, str | RowError] | None = None
+    ended: frozenset[int] = frozenset()

@@ -19,6 +19,7 @@ from torch import Tensor
 from batchinfer.engine.cache import KVCache
 from batchinfer.engine.plan import StepPlan, StepResult
 from batchinfer.engine.sampler import Sampler
+from batchinfer.errors import RowError
 from batchinfer.layers.attention import StepInputs
 from batchinfer.models.decoder import Decoder
 
@@ -93,7 +94,8 @@ class ModelRunner:
     def _sample(self, hidden_NE: Tensor, sampled: _Sampled) -> StepResult:
         tokens: list[int] = []
         logprobs = []
-        failed: dict[int, str] = {}
+        failed: dict[int, str | RowError] = {}
+        ended: set[int] = set()
         size = max(1, _LOGITS_BYTES // (4 * self.decoder.config.vocab_size))
         for start in range(0, len(hidden_NE), size):
             rows = slice(start, start + size)
@@ -102,7 +104,8 @@ class ModelRunner:
             tokens += result.tokens
             logprobs += result.logprobs or [None] * len(result.tokens)
             failed |= {start + row: reason for row, reason in (result.failed or {}).items()}
-        return StepResult(tokens, logprobs if any(logprobs) else None, failed or None)
+            ended |= {start + row for row in result.ended}
+        return StepResult(tokens, logprobs if any(logprobs) else None, failed or None, frozenset(ended))
 
     def _check(self, tokens_T: Ints, num_tokens: int, longest: int) -> None:
         """What a GPU would answer with an abort of the process, or with another sequence's memory."""

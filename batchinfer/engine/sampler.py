@@ -2,7 +2,8 @@
 
 What a request asks for is compiled when its sequence takes a seat, into seat-indexed arrays. A step then looks at one
 byte per row to see which of the rarer stages run at all: with none, sampling is one argmax. The order is vLLM's:
-allowed ids, bad words, min_tokens, bias, penalties; then greedy, or temperature, min_p, top_k, top_p and the draw.
+the answer's grammar, allowed ids, bad words, min_tokens, bias, penalties; then greedy, or temperature, min_p, top_k,
+top_p and the draw.
 
 The result of a row depends on its logits, its request and its position alone: see `draw` and `philox`.
 
@@ -16,21 +17,25 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from batchinfer.engine.constraints import Constraints
 from batchinfer.engine.draw import Filters, argmax, draw, log_sum_exp, ranked
 from batchinfer.engine.edits import LogitEdits
 from batchinfer.engine.penalties import Penalties
 from batchinfer.engine.philox import uniforms
 from batchinfer.engine.plan import Join, StepResult
+from batchinfer.errors import BadParameters, RowError
 from batchinfer.request import Request, SamplingParams, TokenLogprob
 
 Ints = npt.NDArray[np.int64]
 
 _INT64_MAX = np.iinfo(np.int64).max
-_RANDOM, _EDITED, _PENALISED, _LOGPROBS, _REFUSED = 1, 2, 4, 8, 16
+_RANDOM, _EDITED, _PENALISED, _LOGPROBS, _REFUSED, _CONSTRAINED = 1, 2, 4, 8, 16, 32
 _COLDEST = 1e-5  # below this temperature is greedy: the quotient would be all overflow (vLLM's limit)
 _HOTTEST = 1e30  # what float32 divides by without trouble; every token is as likely as any other long before
 _NOT_FINITE = "the model's logits are not finite (NaN or infinity); if it recurs, compute in float32 (engine.dtype)"
-_NOTHING_LEFT = "allowed_token_ids, bad_words, logit_bias and min_tokens together leave no token to choose"
+_NOTHING_LEFT = (
+    "structured_outputs, allowed_token_ids, bad_words, logit_bias and min_tokens together leave no token to choose"
+)
 
 
 class _Seats:
@@ -74,6 +79,7 @@ class Sampler:
         self._seats = _Seats(max_num_seqs)
         self._edits = LogitEdits(max_num_seqs, vocab_size)
         self._penalties = Penalties(max_num_seqs, vocab_size)
+        self._constraints = Constraints(vocab_size)
         self._refusals: dict[int, str] = {}
 
     def join(self, join: Join) -> None:
@@ -91,6 +97,7 @@ class Sampler:
             | _PENALISED * penalised
             | _LOGPROBS * (params.logprobs is not None)
             | _REFUSED * bool(refusal)
+            | _CONSTRAINED * self._constraints.join(seat, request, output)
         )
 
     def sample(self, logits_NV: Tensor, seats: Ints, positions: Ints) -> StepResult:
@@ -101,18 +108,19 @@ class Sampler:
         flags_N = self._seats.flags[seats]
         asked = int(np.bitwise_or.reduce(flags_N, initial=0))
         values_N, tokens_N = argmax(logits_NV)
-        failed = dict.fromkeys((~values_N.isfinite()).nonzero()[:, 0].tolist(), _NOT_FINITE)
+        failed: dict[int, str | RowError] = dict.fromkeys((~values_N.isfinite()).nonzero()[:, 0].tolist(), _NOT_FINITE)
         if asked & _REFUSED:
             failed |= {int(row): self._refusals[int(seats[row])] for row in np.nonzero(flags_N & _REFUSED)[0]}
         if asked == 0:
             return StepResult(tokens_N.tolist(), None, failed or None)
-        edits_logits = asked & (_EDITED | _PENALISED)
+        edits_logits = asked & (_EDITED | _PENALISED | _CONSTRAINED)
         raw_NV, largest_N = logits_NV, values_N
         if edits_logits:
             raw_NV = logits_NV.clone() if asked & _LOGPROBS else logits_NV
+            broken = self._constrain(logits_NV, seats, flags_N)
             values_N, tokens_N = self._edit(logits_NV, seats, positions, flags_N)
             empty = (~values_N.isfinite()).nonzero()[:, 0].tolist()
-            failed = dict.fromkeys(empty, _NOTHING_LEFT) | failed
+            failed = {**dict.fromkeys(empty, _NOTHING_LEFT), **broken, **failed}
         sound_N = np.ones(len(seats), dtype=bool)
         sound_N[list(failed)] = False
         if asked & _RANDOM:
@@ -120,13 +128,21 @@ class Sampler:
             index_R = _index(rows_R, logits_NV)
             tokens_N[index_R] = draw(logits_NV, rows_R, self._seats.filters(seats[rows_R], positions[rows_R]))
         tokens = tokens_N.cpu().numpy()
+        ended: list[int] = []
         if edits_logits:
             self._append(seats, tokens, flags_N)
+            rows_R = np.nonzero(sound_N & ((flags_N & _CONSTRAINED) != 0))[0]
+            ended, refused = self._constraints.append(rows_R, seats[rows_R], tokens[rows_R])
+            failed = {**failed, **refused}
         logprobs = None
         if asked & _LOGPROBS:
             rows_R = np.nonzero(sound_N & ((flags_N & _LOGPROBS) != 0))[0]
             logprobs = self._logprobs(raw_NV, largest_N, seats, tokens, rows_R)
-        return StepResult(tokens.tolist(), logprobs, failed or None)
+        return StepResult(tokens.tolist(), logprobs, failed or None, frozenset(ended))
+
+    def _constrain(self, logits_NV: Tensor, seats: Ints, flags_N: npt.NDArray[np.uint8]) -> dict[int, BadParameters]:
+        rows_R = np.nonzero(flags_N & _CONSTRAINED)[0]
+        return self._constraints.apply(logits_NV, rows_R, seats[rows_R]) if len(rows_R) else {}
 
     def _edit(
         self, logits_NV: Tensor, seats: Ints, positions: Ints, flags_N: npt.NDArray[np.uint8]

@@ -141,13 +141,17 @@ class Scheduler:
             token = result.tokens[sampled]
             logprob = result.logprobs[sampled] if result.logprobs is not None else None
             failure = result.failed.get(sampled) if result.failed is not None else None
+            complete = sampled in result.ended
             sampled += 1
             if failure is not None:
                 self.pool.forget(sequence.blocks)
-                self._finish(sequence, "error", EngineFailure(failure))
+                error = failure if isinstance(failure, RowError) else EngineFailure(failure)
+                self._finish(sequence, "error", error)
                 ended = True
                 continue
             reason = _append(sequence, token, logprob)
+            if complete:
+                reason = "stop"
             if reason is not None:
                 self._finish(sequence, reason)
                 ended = True

@@ -13,6 +13,7 @@ import orjson
 
 from batchinfer.errors import BadParameters, InvalidInput, suggest
 from batchinfer.request import SamplingParams
+from batchinfer.structured import StructuredOutputs, from_response_format
 
 Content = str | list[int] | list[dict[str, Any]]
 CHAT = "/chat/completions"
@@ -30,7 +31,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "echo": (False,),
     "suffix": ("",),
@@ -41,7 +41,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "verbosity": (),
     "web_search_options": (),
 }
-_RENAMED = frozenset({"max_completion_tokens", "logprobs", "top_logprobs"})
+_RENAMED = frozenset({"max_completion_tokens", "logprobs", "top_logprobs", "response_format"})
 _KNOWN = _SAMPLING | _HARMLESS | _RENAMED | frozenset(_NEUTRAL)
 
 
@@ -136,6 +136,13 @@ def _sampling_values(body: dict[str, Any], chat: bool) -> dict[str, Any]:
         if values.get("max_tokens", limit) != limit:
             raise BadParameters(f"max_tokens {values['max_tokens']} and max_completion_tokens {limit} differ")
         values["max_tokens"] = limit
+    format_ = from_response_format(body.get("response_format"))
+    if format_ is not None:
+        if StructuredOutputs.of(values.get("structured_outputs")) is not None:
+            raise BadParameters(
+                "response_format and structured_outputs both say what the answer must look like: give one"
+            )
+        values["structured_outputs"] = format_
     logprobs, top = body.get("logprobs"), body.get("top_logprobs")
     if chat:
         if logprobs not in (None, True, False):

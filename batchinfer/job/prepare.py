@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from batchinfer.errors import InputMissing
+from batchinfer.errors import BadParameters, InputMissing, SpecError
 from batchinfer.io.fetch import ModelFiles, fetch_model
 from batchinfer.io.rows import Inputs, Span, scan, stream
 from batchinfer.io.source import Sources
@@ -19,6 +19,8 @@ from batchinfer.job.plan import PLAN, JobPlan, load_plan, make_plan, save_plan
 from batchinfer.job.prompts import RowPrompts
 from batchinfer.log import log
 from batchinfer.spec import FAKE_MODEL, JobSpec
+from batchinfer.structured import StructuredOutputs
+from batchinfer.text.grammar import validate
 
 _FILTER_ROWS = 1000  # read at once while `where` and `limit` are applied together
 _STAT_THREADS = 8
@@ -55,6 +57,7 @@ def draft_plan(spec: JobSpec, weights: bool = False, known: JobPlan | None = Non
     Raises SpecError, InputError, InputMissing, ModelError.
     """
     rows = RowPrompts(spec)
+    _check_grammar(spec)
     rescan = known is None or not _unchanged(spec, known)
     inputs = scan(spec.input, spec.storage) if known is None or rescan else known.inputs
     if not any(file.rows for file in inputs.files):
@@ -84,6 +87,16 @@ def prepare(spec: JobSpec, open_store: Callable[[], Store]) -> Work:
     save_plan(draft.plan, store)
     save_spec(spec, store)
     return Work(spec, draft.plan, draft.layout, draft.rows, Ledger(store, draft.plan), draft.files)
+
+
+def _check_grammar(spec: JobSpec) -> None:
+    """The job's own schema or grammar, before each row has an error because of it."""
+    wanted = StructuredOutputs.of(spec.sampling_values.get("structured_outputs"))
+    try:
+        if wanted is not None:
+            validate(wanted)
+    except BadParameters as error:
+        raise SpecError(str(error), key="sampling.structured_outputs") from None
 
 
 def rows_taken(spec: JobSpec, rows: RowPrompts, inputs: Inputs) -> tuple[int, ...]:

@@ -11,7 +11,14 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers.processors import TemplateProcessing
 
 from batchinfer.errors import InvalidInput
-from batchinfer.text.pieces import BytePieces, DecodedPieces, Pieces, SentencePieces, byte_level_bytes
+from batchinfer.text.pieces import (
+    BytePieces,
+    DecodedPieces,
+    Pieces,
+    SentencePieces,
+    byte_level_bytes,
+    sentencepiece_bytes,
+)
 
 _SENTENCEPIECE_STEPS = [
     {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
@@ -41,7 +48,7 @@ class FastTokenizer:
         self._rust = rust
         self._digest = facts.source_digest
         added = rust.get_added_tokens_decoder()
-        self._special = frozenset(token_id for token_id, token in added.items() if token.special)
+        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self.vocab_size = max(rust.get_vocab_size(with_added_tokens=True), max(added, default=-1) + 1)
         self.eos_ids = facts.eos_ids
         self.special_tokens = facts.special_tokens
@@ -69,13 +76,21 @@ class FastTokenizer:
         return self._rust.decode_batch(ids, skip_special_tokens=skip_special_tokens)
 
     def pieces(self, skip_special_tokens: bool) -> Pieces:
-        skip = self._special if skip_special_tokens else frozenset()
+        skip = self.special_ids if skip_special_tokens else frozenset()
         if self._decoder is not None and self._decoder["type"] == "ByteLevel":
             return BytePieces(self._token_bytes, skip)
         spaced = sentencepiece_strip(self._decoder)
         if spaced is not None:
             return SentencePieces(self._rust.id_to_token, skip, strip=spaced)
         return DecodedPieces(lambda ids: self._rust.decode(ids, skip_special_tokens=False), skip)
+
+    def token_bytes(self) -> list[bytes] | None:
+        if self._decoder is not None and self._decoder["type"] == "ByteLevel":
+            return [self._token_bytes(token_id) for token_id in range(self.vocab_size)]
+        metaspace = self._decoder is not None and self._decoder["type"] == "Metaspace"
+        if not metaspace and sentencepiece_strip(self._decoder) is None:
+            return None
+        return [sentencepiece_bytes(self._rust.id_to_token(token_id) or "") for token_id in range(self.vocab_size)]
 
     def _token_bytes(self, token_id: int) -> bytes:
         found = self._bytes.get(token_id)

@@ -113,6 +113,12 @@ def _fallback_byte(token: str) -> bytes | None:
     return None
 
 
+def sentencepiece_bytes(token: str) -> bytes:
+    """The bytes of a token of a sentencepiece vocabulary."""
+    byte = _fallback_byte(token)
+    return token.replace("▁", " ").encode() if byte is None else byte
+
+
 def _run_text(run: bytes) -> str:
     try:
         return run.decode()

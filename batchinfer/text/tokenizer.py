@@ -18,11 +18,13 @@ from batchinfer.text.pieces import BytePieces, Pieces
 class Tokenizer(Protocol):
     """What the rest of the program knows of a tokenizer.
 
-    `eos_ids` end a generation. `special_tokens` ("bos_token" → "<s>") are variables of the chat template.
+    `eos_ids` end a generation. `special_ids` are no text: decoding can leave them out. `special_tokens` ("bos_token" →
+    "<s>") are variables of the chat template.
     """
 
     vocab_size: int
     eos_ids: frozenset[int]
+    special_ids: frozenset[int]
     bos_id: int | None
     special_tokens: dict[str, str]
     chat_template: str | None
@@ -39,6 +41,10 @@ class Tokenizer(Protocol):
         """A new incremental decoder: the same text as `decode_batch`, one token at a time."""
         ...
 
+    def token_bytes(self) -> list[bytes] | None:
+        """The bytes that each token adds to a text, by id; None where tokens have no bytes of their own."""
+        ...
+
     def identity(self) -> str:
         """Hash of everything that decides ids and text."""
         ...
@@ -49,6 +55,7 @@ class ByteTokenizer:
 
     vocab_size = 258
     eos_ids = frozenset({257})
+    special_ids = frozenset({256, 257})
     bos_id: int | None = 256
     chat_template: str | None = (
         "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -72,7 +79,7 @@ class ByteTokenizer:
         try:
             return bytes(ids).decode(errors="replace")
         except ValueError:  # an id above 255
-            skip = frozenset({256, 257}) if skip_special_tokens else frozenset()
+            skip = self.special_ids if skip_special_tokens else frozenset()
             return b"".join(self._token_bytes(i) for i in ids if i not in skip).decode(errors="replace")
 
     def _token_bytes(self, token_id: int) -> bytes:
@@ -81,7 +88,10 @@ class ByteTokenizer:
         return {256: b"<bos>", 257: b"<eos>"}.get(token_id, b"")
 
     def pieces(self, skip_special_tokens: bool) -> Pieces:
-        return BytePieces(self._token_bytes, frozenset({256, 257}) if skip_special_tokens else frozenset())
+        return BytePieces(self._token_bytes, self.special_ids if skip_special_tokens else frozenset())
+
+    def token_bytes(self) -> list[bytes] | None:
+        return [self._token_bytes(token_id) for token_id in range(self.vocab_size)]
 
     def identity(self) -> str:
         return "bytes-1"

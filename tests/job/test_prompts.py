@@ -9,6 +9,7 @@ from batchinfer.errors import BadParameters, InputError, InvalidInput, SpecError
 from batchinfer.job.bodies import chat_messages, parse_body, ready_prompt
 from batchinfer.job.prepare import draft_plan
 from batchinfer.request import SamplingParams
+from batchinfer.structured import StructuredOutputs
 from tests.job.doubles import ScriptedLLM, job, rows_of_output, run
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -125,9 +126,29 @@ def test_overrides_from_maps_and_structs(tmp_path):
     assert llm.seen[0].params.temperature == 0.5 and llm.seen[1].params is None
 
 
+def test_structured_outputs_of_job_and_rows(tmp_path):
+    overrides = [
+        {"structured_outputs": {"choice": ["x", "y"], "regex": None}},
+        {"structured_outputs": {"choice": None, "regex": "[0-9]"}},
+        {"structured_outputs": {"choice": ["x"], "regex": "[0-9]"}},
+        None,
+    ]
+    pq.write_table(pa.table({"text": ["a", "b", "c", "d"], "over": overrides}), tmp_path / "in.parquet")
+    llm = ScriptedLLM()
+    run(job(tmp_path, sampling={"column": "over", "structured_outputs": {"json_object": True}}), llm)
+    values = [prompt.params and prompt.params.structured_outputs for prompt in llm.seen if prompt.error is None]
+    assert values == [StructuredOutputs("choice", ("x", "y")), StructuredOutputs("regex", "[0-9]"), None]
+    errors = [row["error_type"] for row in rows_of_output(tmp_path / "out")]
+    assert errors == [None, None, "bad_parameters", None]
+    wrong = job(tmp_path, sampling={"structured_outputs": {"json": {"type": "objec"}}})
+    with pytest.raises(SpecError, match=r"sampling\.structured_outputs: .*Invalid type: objec"):
+        draft_plan(wrong)
+
+
 # -- openai-batch bodies
 
 DEFAULTS = SamplingParams(max_tokens=16)
+ANY_OBJECT = StructuredOutputs("json_object", "")
 
 
 @pytest.mark.parametrize(
@@ -142,6 +163,8 @@ DEFAULTS = SamplingParams(max_tokens=16)
         (TEXT, {"logprobs": 2}, "logprobs", 2),
         (CHAT, {"logit_bias": {"7": -100}}, "logit_bias", {7: -100.0}),
         (CHAT, {"seed": 4, "n": 2, "top_k": 5, "temperature": None}, "top_k", 5),
+        (CHAT, {"response_format": {"type": "json_object"}}, "structured_outputs", ANY_OBJECT),
+        (TEXT, {"structured_outputs": {"json_object": True}}, "structured_outputs", ANY_OBJECT),
         (CHAT, {"tools": [], "response_format": {"type": "text"}, "user": "me", "stream": True}, "max_tokens", 16),
     ],
 )
@@ -155,7 +178,10 @@ def test_bodies_that_are_understood(url, body, field, value):
     ("body", "name"),
     [
         ({"tools": [{"type": "function"}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format.type must be"),
+        ({"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}, "give one"),
+        ({"structured_outputs": {"chioce": ["a"]}}, "did you mean 'choice'"),
+        ({"guided_json": {}}, "guided_json"),
         ({"temprature": 1}, "temperature"),
         ({"max_tokens": 4, "max_completion_tokens": 5}, "max_completion_tokens"),
         ({"logprobs": 3}, "logprobs"),

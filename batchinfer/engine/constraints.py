@@ -1,0 +1,106 @@
+"""Grammars that answers must follow: which tokens each may take next, as one mask over the rows that have a grammar.
+
+R rows with a grammar · N rows that sample · V vocabulary · W words of 32 tokens
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from batchinfer.errors import BadParameters
+from batchinfer.request import Constraint, Matcher, Request
+
+Ints = npt.NDArray[np.int64]
+_TOGETHER = 1 << 21  # logits at once: what they are compared with should stay in the processor's cache
+
+
+class _Held(NamedTuple):
+    constraint: Constraint
+    matcher: Matcher
+
+
+class Accepted(NamedTuple):
+    """What the tokens of a step did to their grammars. `ended`: rows whose answer is complete; `failed`: why not."""
+
+    ended: list[int]
+    failed: dict[int, BadParameters]
+
+
+class Constraints:
+    """Seat-indexed: `join` when a sequence takes a seat, `apply` before tokens are chosen, `append` after."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._held: dict[int, _Held] = {}
+        self._masks_RW = np.zeros((0, -(-vocab_size // 32)), dtype=np.int32)
+
+    def join(self, seat: int, request: Request, output: Sequence[int]) -> bool:
+        """Replace what `seat` had; whether this request has a grammar. `output` is taken in again."""
+        self._held.pop(seat, None)
+        if request.constraint is None:
+            return False
+        self._held[seat] = _Held(request.constraint, request.constraint.matcher(output))
+        return True
+
+    def apply(self, logits_NV: Tensor, rows_R: Ints, seats_R: Ints) -> dict[int, BadParameters]:
+        """What the grammars of these rows do not allow becomes -inf, in place; rows whose grammar failed, and why."""
+        if len(rows_R) > len(self._masks_RW):
+            self._masks_RW = np.zeros((2 * len(rows_R), self._masks_RW.shape[1]), dtype=np.int32)
+        masks_RW = self._masks_RW[: len(rows_R)]
+        held = [self._held[seat] for seat in seats_R.tolist()]
+        matchers = [one.matcher for one in held]
+        held[0].constraint.fill(matchers, masks_RW.ctypes.data, masks_RW.strides[0])
+        size = max(1, _TOGETHER // self._vocab_size)
+        for start in range(0, len(rows_R), size):
+            some = slice(start, start + size)
+            _lower(logits_NV, rows_R[some], _caps(masks_RW[some], self._vocab_size, logits_NV.device))
+        return _failures(rows_R, matchers)
+
+    def append(self, rows_R: Ints, seats_R: Ints, tokens_R: Ints) -> Accepted:
+        """The tokens that these seats generated in this step."""
+        matchers = [self._held[seat].matcher for seat in seats_R.tolist()]
+        for matcher, token in zip(matchers, tokens_R.tolist(), strict=True):
+            matcher.accept(token)
+        ended = [row for row, matcher in zip(rows_R.tolist(), matchers, strict=True) if matcher.complete]
+        return Accepted(ended, _failures(rows_R, matchers))
+
+
+def _failures(rows_R: Ints, matchers: list[Matcher]) -> dict[int, BadParameters]:
+    return {
+        row: BadParameters(f"structured_outputs: {matcher.error}")
+        for row, matcher in zip(rows_R.tolist(), matchers, strict=True)
+        if matcher.error
+    }
+
+
+def _lower(logits_NV: Tensor, rows_R: Ints, caps_RV: Tensor) -> None:
+    """The smaller of both, in place; NaN stays NaN. (masked_fill branches on every logit, and is slower for it.)"""
+    first = int(rows_R[0])
+    if int(rows_R[-1]) - first == len(rows_R) - 1:
+        part_RV = logits_NV[first : first + len(rows_R)]
+        torch.minimum(part_RV, caps_RV, out=part_RV)
+    else:
+        index_R = torch.from_numpy(rows_R).to(logits_NV.device)
+        logits_NV[index_R] = torch.minimum(logits_NV[index_R], caps_RV)
+
+
+def _caps(masks_RW: npt.NDArray[np.int32], vocab_size: int, device: torch.device) -> Tensor:
+    """float32 [R, V]: infinity where bit v of a row is set, from the lowest of its first word on; else -infinity."""
+    if device.type == "cpu":
+        bits_RV = np.unpackbits(masks_RW.view(np.uint8), axis=1, count=vocab_size, bitorder="little")
+        set_RV = torch.from_numpy(bits_RV)
+    else:
+        set_RV = _bits(torch.from_numpy(masks_RW).to(device), vocab_size)  # only the bits travel
+    return set_RV.to(torch.float32).sub_(0.5).mul_(math.inf)
+
+
+def _bits(masks_RW: Tensor, vocab_size: int) -> Tensor:
+    places_B = torch.arange(32, dtype=torch.int32, device=masks_RW.device)
+    return ((masks_RW[:, :, None] >> places_B) & 1).flatten(1)[:, :vocab_size]

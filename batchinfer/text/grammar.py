@@ -1,0 +1,229 @@
+"""Structured outputs compiled against a tokenizer, by llguidance (`pip install 'batchinfer[structured]'`).
+
+Why llguidance and not xgrammar: both are maintained, write bit masks and cover JSON schema, expressions and grammars.
+llguidance is one wheel of 3 MB without dependencies (MIT); xgrammar's is 1.3 MB and requires transformers and triton
+(Apache-2.0). llguidance compiles in about a millisecond, because it derives lexer states as they are reached, which
+suits rows with a schema each; it has limits on the work of a compilation and of a step; and it refuses what it cannot
+guarantee of a schema instead of passing over it.
+
+Special tokens are never text: an answer spells "</s>" with ordinary tokens, whatever a text says.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+from batchinfer.errors import BadParameters, InvalidInput
+from batchinfer.request import Constraint, Matcher
+from batchinfer.structured import StructuredOutputs
+from batchinfer.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import llguidance
+
+_COMPILED = 256  # grammars, and refusals, that are kept
+_ENCODED = 4096  # texts that a grammar prescribes whose tokens are kept
+# Between the tokens of JSON: one space, or a line break and indentation. Without a bound, a model that is unsure can
+# write spaces until its answer is cut off.
+_WHITESPACE = r" |\n[ \t]{0,40}"
+# also what a schema may otherwise choose for itself, with its x-guidance key
+_JSON_OPTIONS = {
+    "whitespace_flexible": True,
+    "whitespace_pattern": _WHITESPACE,
+    "item_separator": ",",
+    "key_separator": ":",
+    "coerce_one_of": False,
+    "lenient": False,
+}
+
+
+class Grammars:
+    """Compiles constraints for one model. The table of tokens is built with the first, each constraint once.
+
+    vocab_size: of the model's logits; what the tokenizer does not have of it is never allowed. eos_ids: allowed where a
+    grammar may end, and nowhere else. Used from one thread at a time; what it compiles may be used from another.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: frozenset[int]) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._eos_ids = eos_ids
+        self._table: llguidance.LLTokenizer | None = None
+        self._compiled: OrderedDict[StructuredOutputs, Constraint | str] = OrderedDict()
+
+    def compile(self, wanted: StructuredOutputs) -> Constraint:
+        """Raises BadParameters for what is invalid, unsupported, too large, or cannot be followed by any answer."""
+        found = self._compiled.get(wanted)
+        if found is None:
+            try:
+                found = self._compile(wanted)
+            except BadParameters as error:
+                found = str(error)
+            self._compiled[wanted] = found
+            if len(self._compiled) > _COMPILED:
+                self._compiled.popitem(last=False)
+        self._compiled.move_to_end(wanted)
+        if isinstance(found, str):
+            raise BadParameters(found)
+        return found
+
+    def _compile(self, wanted: StructuredOutputs) -> Constraint:
+        library = _library()
+        if self._table is None:
+            self._table = _token_table(self._tokenizer, self._vocab_size, self._eos_ids)
+        matcher = library.LLMatcher(self._table, _source(wanted), log_level=0, limits=_limits())
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # finds grammars that no text follows, and what is dear is paid here
+        if matcher.is_error():
+            raise _refusal(wanted, matcher.get_error())
+        return _Compiled(matcher)
+
+
+def validate(wanted: StructuredOutputs) -> None:
+    """Compile without a tokenizer, to find mistakes before a model is loaded. Raises BadParameters."""
+    problem = _library().LLMatcher.validate_grammar(_source(wanted), None, limits=_limits())
+    if problem and not problem.startswith("WARNING"):
+        raise _refusal(wanted, problem)
+
+
+class _Compiled:
+    """A compiled grammar: a matcher at its beginning, of which every sequence gets a copy."""
+
+    def __init__(self, beginning: llguidance.LLMatcher) -> None:
+        self._beginning = beginning
+
+    def matcher(self, output: Sequence[int]) -> Matcher:
+        copy = self._beginning.deep_copy()
+        if output:
+            copy.consume_tokens(list(output))
+        return _Progress(copy)
+
+    def fill(self, matchers: Sequence[Matcher], address: int, row_bytes: int) -> None:
+        # about 10 µs each; the library's own threads were slower beside torch's, 2 on 2 cores
+        for row, matcher in enumerate(matchers):
+            cast(_Progress, matcher).inner.unsafe_compute_mask_ptr(address + row * row_bytes, row_bytes)
+
+
+class _Progress:
+    def __init__(self, inner: llguidance.LLMatcher) -> None:
+        self.inner = inner
+
+    def accept(self, token: int) -> None:
+        self.inner.consume_token(token)
+
+    @property
+    def complete(self) -> bool:
+        return self.inner.is_stopped() and not self.inner.is_error()
+
+    @property
+    def error(self) -> str:
+        return _brief(self.inner.get_error()) if self.inner.is_error() else ""
+
+
+class _TokenTable:
+    """The tokenizer as the library wants it (its TokenizerWrapper, without the trial call).
+
+    `tokens` has an entry for each logit; an empty one is never allowed.
+    """
+
+    is_tokenizer_wrapper = True
+    bos_token_id: int | None = None
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: frozenset[int]) -> None:
+        tokens = tokenizer.token_bytes()
+        ends = sorted(token for token in eos_ids if 0 <= token < min(vocab_size, len(tokens or ())))
+        if tokens is None:
+            raise BadParameters("structured_outputs needs a byte-level or sentencepiece tokenizer, and this is neither")
+        if not ends:
+            raise BadParameters("structured_outputs needs an end-of-sequence token, and this model names none")
+        self.tokens = tokens[:vocab_size] + [b""] * (vocab_size - len(tokens))
+        self.special_token_ids = sorted({*ends, *(i for i in tokenizer.special_ids if i < vocab_size)})
+        self.eos_ids = ends
+        self.eos_token_id = ends[0]
+        self._tokenizer = tokenizer
+        self._special = frozenset(self.special_token_ids)
+        self.encode = functools.lru_cache(_ENCODED)(self._encode)
+        self.greedy: Any = None  # the library's own encoder by the longest token, once it has the table
+
+    def __call__(self, text: str) -> list[int]:
+        """Tokens of text that a grammar prescribes, as the model is used to it; the mask lets only these through."""
+        return list(self.encode(text))
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        ids = self._tokenizer.encode_batch([text], add_special_tokens=False)[0]
+        if not isinstance(ids, InvalidInput) and self._spells(ids, text):
+            return tuple(ids)
+        return tuple(self.greedy(text))
+
+    def _spells(self, ids: list[int], text: str) -> bool:
+        """Not so where the tokenizer finds a special token in the text, puts a space before it, or normalizes it."""
+        known = all(token < len(self.tokens) and token not in self._special for token in ids)
+        return known and b"".join(self.tokens[token] for token in ids) == text.encode()
+
+
+def _token_table(tokenizer: Tokenizer, vocab_size: int, eos_ids: frozenset[int]) -> llguidance.LLTokenizer:
+    library = _library()
+    table = _TokenTable(tokenizer, vocab_size, eos_ids)
+    made: llguidance.LLTokenizer = library.LLTokenizer(
+        cast(Any, table), n_vocab=vocab_size, eos_token=table.eos_ids, slices=library.LLTokenizer.json_slices()
+    )
+    table.greedy = made.greedy_tokenize
+    return made
+
+
+def _source(wanted: StructuredOutputs) -> str:
+    """The constraint as the library takes it. Raises BadParameters for what is no schema."""
+    build: type[llguidance.LLMatcher] = _library().LLMatcher
+    value = wanted.value
+    if isinstance(value, tuple):
+        # one terminal: as rules, thousands of choices would be thousands of items of the parser
+        return build.grammar_from_lark("start: CHOICE\nCHOICE: " + " | ".join(map(_quoted, value)))
+    if wanted.kind == "regex":
+        return build.grammar_from_regex(value)
+    if wanted.kind == "grammar":
+        return build.grammar_from_lark(value)
+    try:
+        return build.grammar_from_json_schema(value or '{"type":"object"}', overrides=cast(Any, _JSON_OPTIONS))
+    except ValueError as error:
+        raise _refusal(wanted, str(error)) from None
+
+
+def _quoted(text: str) -> str:
+    """A string of the grammar's language, which is JSON's."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _refusal(wanted: StructuredOutputs, reason: str) -> BadParameters:
+    return BadParameters(f"structured_outputs.{wanted.kind}: {_brief(reason)}")
+
+
+def _brief(reason: str) -> str:
+    """The library's message without its dumps of state, on one line."""
+    if reason.startswith("panic"):
+        return "too large, or not a valid grammar"
+    for mark in ("<state>", "<non-verbose", "<backtrace>"):
+        reason = reason.partition(mark)[0]
+    if reason.startswith("oneOf constraints"):
+        reason = "oneOf is supported only where at most one alternative can match; use anyOf"
+    if reason.startswith("NoExtension"):
+        reason = "no answer can follow it"
+    text = " ".join(reason.split())
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
+def _library() -> Any:
+    try:
+        import llguidance
+    except ImportError:
+        raise BadParameters("structured_outputs needs llguidance: pip install 'batchinfer[structured]'") from None
+    return llguidance
+
+
+@functools.cache
+def _limits() -> Any:
+    """The library's limits, less what it does ahead for large expressions: that took seconds for hostile ones."""
+    return _library().LLParserLimits(precompute_large_lexemes=False, verbose_errors=False)

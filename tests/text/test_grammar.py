@@ -1,0 +1,242 @@
+"""Grammars over a vocabulary: which tokens may come next, what is refused, and what is done only once."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import decoders, models, pre_tokenizers
+
+from batchinfer.errors import BadParameters
+from batchinfer.request import Constraint, Matcher
+from batchinfer.structured import MAX_CHARACTERS, StructuredOutputs
+from batchinfer.text.fast import FastTokenizer, TokenizerFacts
+from batchinfer.text.grammar import Grammars, validate
+from batchinfer.text.pieces import BYTE_ALPHABET
+from batchinfer.text.tokenizer import ByteTokenizer
+
+EOS = 257
+
+
+def byte_grammars(vocab_size: int = 258) -> Grammars:
+    return Grammars(ByteTokenizer(), vocab_size, frozenset({EOS}))
+
+
+def compiled(grammars: Grammars, **given: object) -> Constraint:
+    wanted = StructuredOutputs.of(given)
+    assert wanted is not None
+    return grammars.compile(wanted)
+
+
+def allowed(constraint: Constraint, matchers: list[Matcher], vocab_size: int = 258) -> list[set[int]]:
+    """Token ids that each matcher lets through, by the bit masks."""
+    masks = np.full((len(matchers), -(-vocab_size // 32)), -1, dtype=np.int32)
+    constraint.fill(matchers, masks.ctypes.data, masks.strides[0])
+    bits = np.unpackbits(masks.view(np.uint8), axis=1, bitorder="little")
+    return [set(row.nonzero()[0].tolist()) for row in bits]
+
+
+def follow(constraint: Constraint, text: bytes) -> Matcher:
+    """A matcher after `text`, each of whose bytes the mask before it let through."""
+    matcher = constraint.matcher([])
+    for byte in text:
+        assert byte in allowed(constraint, [matcher])[0], (text, chr(byte))
+        matcher.accept(byte)
+        assert not matcher.error
+    return matcher
+
+
+def test_masks_follow_the_grammar_and_the_end_is_allowed_where_it_may_end():
+    constraint = compiled(byte_grammars(), regex="ab[0-9]{1,2}")
+    assert allowed(constraint, [constraint.matcher([])]) == [{ord("a")}]
+    matcher = follow(constraint, b"ab1")
+    digits = set(b"0123456789")
+    assert allowed(constraint, [matcher]) == [digits | {EOS}] and not matcher.complete
+    matcher.accept(ord("2"))
+    assert matcher.complete and not matcher.error
+    assert allowed(constraint, [constraint.matcher(list(b"ab1"))]) == [digits | {EOS}]
+    ended = constraint.matcher([*b"ab1", EOS])
+    assert ended.complete and not ended.error
+
+
+def test_many_matchers_of_several_grammars_are_filled_together():
+    grammars = byte_grammars()
+    constraints = [compiled(grammars, choice=[f"{letter}x"]) for letter in "abcdefghijkl"]
+    filled = allowed(constraints[0], [constraint.matcher([]) for constraint in constraints])
+    assert filled == [{ord(letter)} for letter in "abcdefghijkl"]
+
+
+def test_padding_rows_of_the_model_are_never_allowed():
+    constraint = compiled(byte_grammars(vocab_size=320), regex="(?s).*")
+    begins_text = {byte for byte in range(256) if byte < 0x80 or 0xC2 <= byte <= 0xF4}
+    assert allowed(constraint, [constraint.matcher([])], 320) == [begins_text | {EOS}]
+    small = Grammars(ByteTokenizer(), 100, frozenset({10, EOS}))
+    constraint = compiled(small, regex="(?s).*")
+    assert allowed(constraint, [constraint.matcher([])], 100) == [set(range(100))]
+
+
+def test_a_token_that_is_not_allowed_is_an_error_and_no_completion():
+    constraint = compiled(byte_grammars(), choice=["yes", "no"])
+    matcher = constraint.matcher(list(b"yx"))
+    assert matcher.error and not matcher.complete
+    assert "\n" not in matcher.error and len(matcher.error) <= 300
+
+
+@pytest.mark.parametrize(
+    "text", ['{"a":1}', '{"a": 1}', '{\n  "a":\n    1\n}', '{"a": 1, "b": "x\\n\\u0007 é"}', '{\n\t"a" : 1}']
+)
+def test_json_may_be_indented(text):
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "string"}}, "required": ["a"]}
+    assert follow(compiled(byte_grammars(), json=schema), text.encode()).complete
+
+
+def test_whitespace_in_json_is_bounded():
+    constraint = compiled(byte_grammars(), json_object=True)
+    assert ord(" ") not in allowed(constraint, [follow(constraint, b'{"a": ')])[0]
+    assert not set(b" \n\t") & allowed(constraint, [follow(constraint, b'{"a":\n' + b" " * 40)])[0]
+    hostile = {"type": "object", "x-guidance": {"whitespace_pattern": "x+", "lenient": True, "item_separator": ";"}}
+    constraint = compiled(byte_grammars(), json=hostile)
+    assert follow(constraint, b'{"a": 1, "b": 2}').complete
+
+
+def bpe(tokens: list[str], decoder, special: list[str]) -> FastTokenizer:
+    rust = RustTokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
+    rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    rust.decoder = decoder
+    rust.add_special_tokens(special)
+    return FastTokenizer(rust, TokenizerFacts("test"))
+
+
+def test_text_that_looks_like_a_special_token_is_spelled_with_ordinary_ones():
+    tokenizer = bpe(sorted(BYTE_ALPHABET), decoders.ByteLevel(), ["<|call|>", "</s>"])
+    call, eos = tokenizer.vocab_size - 2, tokenizer.vocab_size - 1
+    grammars = Grammars(tokenizer, tokenizer.vocab_size, frozenset({eos}))
+    constraint = compiled(grammars, choice=["<|call|>x", "</s>y"])
+    assert {tokenizer.decode_batch([[i]], False)[0] for i in allowed(constraint, [constraint.matcher([])], 258)[0]} == {
+        "<"
+    }
+    marked = compiled(grammars, grammar="start: <|call|> /[0-9]/")
+    assert allowed(marked, [marked.matcher([])], 258) == [{call}]
+
+
+def test_sentencepiece_tokens_have_bytes_and_other_decoders_are_refused():
+    tokens = ["<unk>", "<0x0A>", "▁a", "a", "</s>"]
+    steps = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    for decoder in (steps, decoders.Metaspace()):
+        tokenizer = bpe(tokens, decoder, ["<unk>", "</s>"])
+        assert tokenizer.token_bytes() == [b"<unk>", b"\n", b" a", b"a", b"</s>"]
+        grammars = Grammars(tokenizer, 5, frozenset({4}))
+        constraint = compiled(grammars, regex="(?s)a?[\n ]a")
+        assert allowed(constraint, [constraint.matcher([])], 5) == [{1, 2, 3}]
+    with pytest.raises(BadParameters, match="byte-level or sentencepiece"):
+        compiled(Grammars(bpe(tokens, decoders.WordPiece(), []), 5, frozenset({4})), regex="a")
+
+
+def test_without_an_end_of_sequence_token_it_is_refused():
+    with pytest.raises(BadParameters, match="end-of-sequence token"):
+        compiled(Grammars(ByteTokenizer(), 258, frozenset()), regex="a")
+
+
+WRONG = [
+    ({"json": {"type": "objec"}}, "Invalid type: objec"),
+    ({"json": {"type": "string", "not": {"const": "x"}}}, 'Unimplemented keys: \\["not"\\]'),
+    ({"json": {"allOf": [{"type": "string"}, {"type": "integer"}]}}, "incompatible types"),
+    ({"json": {"$ref": "file:///etc/passwd"}}, "file:///etc/passwd"),
+    ({"json": {"type": "string", "pattern": "(a"}}, "unclosed group"),
+    ({"json": {"oneOf": [{"type": "integer"}, {"type": "number"}]}}, "use anyOf"),
+    ({"regex": "a(b"}, "unclosed group"),
+    ({"regex": "(?=a)b"}, "look-around"),
+    ({"grammar": "start: foo"}, 'unknown name: "foo"'),
+    ({"grammar": "start: start"}, "no answer can follow it"),
+    ({"json": {"$ref": "#"}}, "no answer can follow it"),
+    ({"regex": "[^\\s\\S]"}, "no answer can follow it"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), WRONG)
+def test_mistakes_are_named(given, message):
+    kind = next(iter(given))
+    with pytest.raises(BadParameters, match=rf"^structured_outputs\.{kind}: [^\n]*{message}"):
+        compiled(byte_grammars(), **given)
+
+
+HOSTILE = {
+    "deep schema": {"json": '{"type":"array","items":' * 500 + "{}" + "}" * 500},
+    "wide unions": {
+        "json": {
+            "anyOf": [
+                {"anyOf": [{"type": "object", "properties": {f"a{i}b{j}": {}}} for i in range(40)]} for j in range(40)
+            ]
+        }
+    },
+    "products": {
+        "json": {
+            "allOf": [
+                {"anyOf": [{"type": "object", "properties": {f"a{i}{j}": {"type": "string"}}} for i in range(6)]}
+                for j in range(7)
+            ]
+        }
+    },
+    "optional properties": {"json": {"type": "object", "properties": {f"p{i}": {} for i in range(3000)}}},
+    "counts": {"json": {"type": "array", "minItems": 10**9, "items": {"type": "string", "maxLength": 10**9}}},
+    "intersections": {"grammar": "start: A\nA: /(.*a.*){10}/ & /(.*b.*){10}/ & ~/.*c.*/"},
+    "forced text": {"regex": "a{200000}"},
+    "long text": {"json": {"const": "x" * (MAX_CHARACTERS - 100)}},
+    "ambiguous": {"grammar": 'start: start start | "a"'},
+    "choices": {"choice": [f"c{i}" for i in range(20_000)]},
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_ones_end_as_an_error_or_a_mask(name):
+    """Neither an exception of another kind nor a step that hangs; refused at once when they come again."""
+    grammars = byte_grammars()
+    try:
+        constraint = compiled(grammars, **HOSTILE[name])
+    except BadParameters as error:
+        assert len(str(error)) < 400
+        began = time.perf_counter()
+        with pytest.raises(BadParameters):
+            compiled(grammars, **HOSTILE[name])
+        assert time.perf_counter() - began < 1
+        return
+    matcher = constraint.matcher([])
+    for _ in range(20):
+        ids = allowed(constraint, [matcher])[0]
+        if matcher.error or matcher.complete:
+            break
+        assert ids
+        matcher.accept(min(ids))
+
+
+def test_each_is_compiled_once_and_the_cache_is_bounded():
+    grammars = byte_grammars()
+    first = compiled(grammars, regex="x{3}")
+    assert compiled(grammars, regex="x{3}") is first
+    for number in range(300):
+        compiled(grammars, regex=f"a{number}")
+    assert compiled(grammars, regex="x{3}") is not first
+
+
+@pytest.mark.parametrize(("given", "message"), WRONG[:9])
+def test_a_job_checks_its_own_without_a_tokenizer(given, message):
+    wanted = StructuredOutputs.of(given)
+    assert wanted is not None
+    with pytest.raises(BadParameters, match=message):
+        validate(wanted)
+
+
+def test_what_a_job_may_ask_passes_without_a_tokenizer():
+    for given in ({"json_object": True}, {"choice": ["a"]}, {"grammar": "start: <|call|> /[0-9]/"}, {"regex": "a"}):
+        wanted = StructuredOutputs.of(given)
+        assert wanted is not None
+        validate(wanted)
+
+
+def test_without_the_library_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(BadParameters, match=r"pip install 'batchinfer\[structured\]'"):
+        compiled(byte_grammars(), regex="a")
