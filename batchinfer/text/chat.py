@@ -6,8 +6,9 @@ A sandboxed template reaches no underscore attribute, changes none of its argume
 from __future__ import annotations
 
 import datetime
+import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jinja2
@@ -19,6 +20,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from batchinfer.errors import InvalidInput, SpecError, TemplateError
+from batchinfer.text.messages import ContentForms, content_forms, shape_messages
 
 
 class ChatTemplate:
@@ -29,17 +31,27 @@ class ChatTemplate:
         self._template: jinja2.Template = _compile(_CHAT.from_string, source, "chat template")
         self._variables = {"tools": None, "documents": None, "add_generation_prompt": True, **special_tokens}
 
-    def render(self, messages: list[dict[str, Any]], **kwargs: Any) -> str:
-        """The prompt. `kwargs` are further variables (tools, enable_thinking, add_generation_prompt=False, …).
+    def render(
+        self, messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None, **kwargs: Any
+    ) -> str:
+        """The prompt. tools: as in OpenAI's chat requests. `kwargs` are further variables (enable_thinking, …).
 
-        Raises InvalidInput for messages that are not a list of objects with a role, TemplateError where the template
-        refuses them or fails.
+        Content may be text or a list of text parts, and a tool call's arguments a mapping or JSON text, whatever of it
+        the template takes. Raises InvalidInput for messages that are not a list of objects with a role, TemplateError
+        where the template refuses them or fails.
         """
-        _check_messages(messages)
+        shaped = shape_messages(messages, self._forms)
         try:
-            return self._template.render({**self._variables, **kwargs, "messages": messages})
+            return self._write(shaped, tools=list(tools) if tools else None, **kwargs)
         except Exception as error:  # whatever a template does ends this row, not the job
             raise TemplateError(f"chat template: {_reason(error)}") from None
+
+    def _write(self, messages: list[dict[str, Any]], **kwargs: Any) -> str:
+        return self._template.render({**self._variables, **kwargs, "messages": messages})
+
+    @functools.cached_property
+    def _forms(self) -> ContentForms:
+        return content_forms(self._write)
 
 
 class RowTemplate:
@@ -243,21 +255,6 @@ def _columns(source: str) -> frozenset[str]:
     called = [call.node.name for call in tree.find_all(nodes.Call) if isinstance(call.node, nodes.Name)]
     functions = {name for name in found & _ROW.globals.keys() if uses.count(name) == called.count(name)}
     return frozenset(found - functions)
-
-
-def _check_messages(messages: Any) -> None:
-    if not isinstance(messages, list) or not messages:
-        raise InvalidInput(f"messages must be a non-empty list, got {_short(messages)}")
-    for index, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise InvalidInput(f"messages[{index}] must be an object with role and content, got {_short(message)}")
-        if not isinstance(message.get("role"), str):
-            raise InvalidInput(f"messages[{index}] has no role, or one that is not text: {_short(message)}")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _reason(error: Exception) -> str:

@@ -1,0 +1,64 @@
+"""tool_choice: grammars that make an answer a tool call, in the format that its model was trained on (see `tools`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from batchinfer.errors import BadParameters
+
+
+def tool_choice_schema(tools: Sequence[Mapping[str, Any]], tool_choice: Any, dialect: str) -> dict[str, Any] | None:
+    """The `structured_outputs` that make an answer what `tool_choice` asks for, as calls in the model's format.
+
+    tools: as in OpenAI's chat requests. tool_choice: "required", or {"type": "function", "function": {"name": …}}; None
+    for "none" and "auto", which force nothing. The arguments follow each tool's own schema. Raises BadParameters.
+    """
+    if tool_choice in (None, "none", "auto"):
+        return None
+    schemas = dict(_declared(tool) for tool in tools)
+    if tool_choice != "required":
+        named = tool_choice.get("function") if isinstance(tool_choice, Mapping) else None
+        name = named.get("name") if isinstance(named, Mapping) else None
+        if name not in schemas:
+            known = ", ".join(schemas) or "none"
+            raise BadParameters(f"tool_choice must be none, auto, required or name a tool; given tools: {known}")
+        schemas = {name: schemas[name]}
+    if not schemas:
+        raise BadParameters("tool_choice asks for a call, and there are no tools")
+    return {"grammar": _call_grammar(schemas, dialect, several=tool_choice == "required")}
+
+
+def _declared(tool: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    function = tool.get("function") if isinstance(tool, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise BadParameters("every tool must have a function with a name")
+    parameters = function.get("parameters") or {}
+    if not isinstance(parameters, Mapping):
+        raise BadParameters(f"the parameters of tool {function['name']!r} must be a JSON schema, a mapping")
+    return function["name"], {"type": "object", **parameters}
+
+
+def _call_grammar(schemas: Mapping[str, dict[str, Any]], dialect: str, several: bool) -> str:
+    """In the dialect of llguidance. Each schema stands alone, so that its references keep their meaning.
+
+    The layout is the one that templates show: that of json.dumps.
+    """
+    layout = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+    key = "parameters" if dialect == "llama3" else "arguments"
+    lines = ["start: " + _RUNS[dialect][several], "call: " + " | ".join(f"call_{i}" for i in range(len(schemas)))]
+    for number, (name, schema) in enumerate(schemas.items()):
+        head = f'{{"name": {json.dumps(name, ensure_ascii=False)}, "{key}": '
+        lines.append(f'call_{number}: {json.dumps(head, ensure_ascii=False)} arguments_{number} "}}"')
+        lines.append(f"arguments_{number}: %json {json.dumps({**schema, 'x-guidance': layout}, ensure_ascii=False)}")
+    return "\n".join(lines)
+
+
+_TAGGED = r'"<tool_call>\n" call "\n</tool_call>"'
+# Mistral's mark is a token that only its tokenizer knows; the parser reads calls without it
+_RUNS = {
+    "hermes": (_TAGGED, rf'{_TAGGED} ("\n" {_TAGGED})*'),
+    "llama3": ("call", "call"),
+    "mistral": ('"[" call "]"', '"[" call (", " call)* "]"'),
+}

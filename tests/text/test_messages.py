@@ -1,0 +1,77 @@
+"""Messages as clients send them, in the form that each template takes."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from batchinfer.errors import InvalidInput
+from batchinfer.text.chat import ChatTemplate
+
+from .templates import CHATML, GEMMA, LLAMA3, MISTRAL, QWEN
+
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
+TEXT_ONLY = {"chatml": CHATML, "llama 3": LLAMA3, "mistral": MISTRAL, "qwen": QWEN}
+PARTS_ONLY = "{% for m in messages %}{{ m.role }}:{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"
+PARTS = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+
+
+def user(content: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": content}]
+
+
+@pytest.mark.parametrize("name", TEXT_ONLY)
+def test_parts_are_joined_for_templates_of_text(name):
+    template = ChatTemplate(TEXT_ONLY[name], SPECIAL)
+    given = user(PARTS)
+    assert template.render(given) == template.render(user("one two"))
+    assert given == user(PARTS), "what the caller has stays as it is"
+    for wrong in ([{"type": "image_url"}], ["text"], [{"type": "text"}]):
+        with pytest.raises(InvalidInput, match=r"messages\[0\]: content part of type"):
+            template.render(user(wrong))
+
+
+def test_templates_of_parts_get_parts():
+    assert ChatTemplate(GEMMA, SPECIAL).render(user(PARTS)).count("onetwo") == 1, "the template trims each"
+    template = ChatTemplate(PARTS_ONLY, {})
+    assert template.render(user("hello")) == "user:hello" and template.render(user(PARTS)) == "user:one two"
+
+
+def test_a_list_that_a_template_would_print_is_joined():
+    assert ChatTemplate("{{ messages[0].content }}", {}).render(user(PARTS)) == "one two"
+    assert ChatTemplate("{{ messages[0].content | tojson }}", {}).render(user(PARTS)) == '"one two"'
+
+
+def call(arguments: Any) -> list[dict[str, Any]]:
+    function = {"name": "weather", "arguments": arguments}
+    said = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"id": "c1", "type": "function", "function": function}],
+    }
+    return [*user("how is it?"), said, {"role": "tool", "content": "rain", "tool_call_id": "c1"}]
+
+
+@pytest.mark.parametrize("name", ["llama 3", "qwen"])
+def test_arguments_as_json_text_are_written_as_the_object_that_they_are(name):
+    template = ChatTemplate(TEXT_ONLY[name], SPECIAL)
+    arguments = {"city": "Zürich", "days": [1, 2]}
+    found = template.render(call(json.dumps(arguments)))
+    assert found == template.render(call(arguments))
+    assert '\\"city' not in found and '"city"' in found
+    assert template.render(call("")) == template.render(call({}))
+    assert "{broken" in template.render(call("{broken"))
+
+
+def test_keys_that_are_null_are_absent():
+    message = {"role": "user", "content": "hi", "tool_calls": None, "name": None}
+    assert ChatTemplate(LLAMA3, SPECIAL).render([message]) == ChatTemplate(LLAMA3, SPECIAL).render(user("hi"))
+
+
+def test_no_tools_are_none():
+    template = ChatTemplate("{{ tools is none }}{{ tools }}", {})
+    assert template.render(user("x"), tools=[]) == template.render(user("x")) == "TrueNone"
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert ChatTemplate("{{ tools | tojson }}", {}).render(user("x"), tools=tools) == json.dumps(tools)
