@@ -4,6 +4,7 @@
 // A panel holds PANEL output features: for each input feature, their PANEL weights side by side, in float32 or, where
 // that loses nothing, in 16 bits. A tile of up to MOST_ROWS rows times a panel keeps its sums in registers. Each sum runs
 // over the input features in their order, whatever the number of rows or threads: a row's result depends on nothing else.
+// It is a sum of sums over SUMMED features: rounding errors then grow with the length of the pieces, not of the whole.
 //
 // N rows · I input features · O output features
 #pragma once
@@ -20,6 +21,7 @@ constexpr int PANEL_VECTORS = 2;
 constexpr int PANEL = PANEL_VECTORS * VL;
 constexpr int MOST_ROWS = MANY_REGISTERS ? 14 : 6;
 constexpr int64_t MOST_DEPTH = 1536;        // input features of one pass: a panel's share stays in the second cache
+constexpr int64_t SUMMED = 192;             // input features of a sum that begins at zero
 constexpr int64_t BLOCK_BYTES = 512 << 10;  // so do the rows that all panels are multiplied with in turn
 constexpr int64_t SETS = 64 * 16;           // floats after which a line falls into the same set of the first cache
 
@@ -38,7 +40,7 @@ struct Ahead {
     int64_t step;
 };
 
-// R rows of x times a panel, added to what `from` holds
+// R rows of x times a panel, summed and then added to what `from` holds
 template <int R, class Weight>
 inline void tile(
     const float* x, int64_t stride, const Weight* panel, int64_t depth, const float* from, int64_t from_stride, float* to,
@@ -46,7 +48,7 @@ inline void tile(
     vec sums[R][PANEL_VECTORS];
 #pragma GCC unroll 14
     for (int r = 0; r < R; r++) {
-        for (int v = 0; v < PANEL_VECTORS; v++) sums[r][v] = load(from + r * from_stride + v * VL);
+        for (int v = 0; v < PANEL_VECTORS; v++) sums[r][v] = splat(0.0f);
     }
     // fourteen rows from three pointers and two distances: there are no registers for more
     const char *x0 = (const char*)x, *x5 = (const char*)(x + 5 * stride), *x10 = (const char*)(x + 10 * stride);
@@ -67,7 +69,9 @@ inline void tile(
     }
 #pragma GCC unroll 14
     for (int r = 0; r < R; r++) {
-        for (int v = 0; v < PANEL_VECTORS; v++) store(to + r * to_stride + v * VL, sums[r][v]);
+        for (int v = 0; v < PANEL_VECTORS; v++) {
+            store(to + r * to_stride + v * VL, load(from + r * from_stride + v * VL) + sums[r][v]);
+        }
     }
 }
 
@@ -92,7 +96,7 @@ struct Turn {
 template <class Weight>
 inline void take_turn(const Linear& l, const Weight* panel, const Turn& t) {
     const int64_t left = t.number * PANEL, width = std::min<int64_t>(PANEL, l.out_features - left);
-    float begin[PANEL] = {}, edge[MOST_ROWS * PANEL];
+    float begin[PANEL] = {}, edge[MOST_ROWS * PANEL], held[MOST_ROWS * PANEL];
     if (l.bias_O) memcpy(begin, l.bias_O + left, width * sizeof(float));
     const int64_t tiles = t.tiles(), ahead_step = t.ahead.step / tiles;
     for (int64_t i = 0; i < tiles; i++) {
@@ -102,9 +106,15 @@ inline void take_turn(const Linear& l, const Weight* panel, const Turn& t) {
         float* to = width == PANEL ? out : edge;
         const int64_t to_stride = width == PANEL ? l.out_features : PANEL;
         if (to == edge && t.start) for (int r = 0; r < count; r++) memcpy(edge + r * PANEL, out + r * l.out_features, width * 4);
-        const Ahead ahead{t.ahead.at + i * ahead_step * t.depth, ahead_step};
-        tile_of<MOST_ROWS>(count, l.x_NI + row * l.stride_N + t.start, l.stride_N, panel, t.depth, t.start ? to : begin,
-                           t.start ? to_stride : 0, to, to_stride, ahead);
+        for (int64_t done = 0; done < t.depth; done += SUMMED) {
+            const Ahead ahead{t.ahead.at + (i * t.depth + done) * ahead_step, ahead_step};
+            const int64_t depth = std::min(SUMMED, t.depth - done);
+            const bool last = done + depth == t.depth;
+            const float* from = done ? held : t.start ? to : begin;
+            const int64_t from_stride = done ? PANEL : t.start ? to_stride : 0;
+            tile_of<MOST_ROWS>(count, l.x_NI + row * l.stride_N + t.start + done, l.stride_N, panel + done * PANEL, depth,
+                               from, from_stride, last ? to : held, last ? to_stride : PANEL, ahead);
+        }
         if (to == edge) for (int r = 0; r < count; r++) memcpy(out + r * l.out_features, edge + r * PANEL, width * 4);
     }
 }
