@@ -6,6 +6,7 @@ A row asks for `n` samples; each sample is one `Request`. Token ids are ints, lo
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple, Protocol
@@ -14,6 +15,9 @@ from batchinfer.errors import BadParameters, RowError, suggest
 from batchinfer.structured import StructuredOutputs
 
 FinishReason = Literal["stop", "length", "error"]
+Pooling = Literal["mean", "last", "cls"]
+"""Which hidden states of a prompt become its embedding: the mean of all, that of the last token, of the first."""
+
 StopCheck = Callable[[list[int]], bool]
 """Given all output token ids so far, says whether a stop string has appeared. Called once per new token, in order."""
 
@@ -26,7 +30,8 @@ class SamplingParams:
     """How tokens are chosen and when a sequence ends. Field names follow vLLM's and OpenAI's.
 
     temperature 0 is greedy. top_k 0 or -1 and top_p 1 mean off. `max_tokens` None means up to the context's end.
-    `logprobs` k returns the chosen token's logprob and the k best, from the unmodified log-softmax.
+    `logprobs` k returns the chosen token's logprob and the k best, from the unmodified log-softmax; `prompt_logprobs`
+    k the same for the prompt's tokens. With it `max_tokens` may be 0: nothing is generated.
     `structured_outputs` may be given as a mapping: see `StructuredOutputs.of`.
     Raises BadParameters for a value out of range.
     """
@@ -49,6 +54,7 @@ class SamplingParams:
     bad_words: tuple[str, ...] = ()
     allowed_token_ids: tuple[int, ...] | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     structured_outputs: StructuredOutputs | None = None
@@ -66,6 +72,8 @@ class SamplingParams:
                 raise BadParameters(f"{name} must be true or false, got {getattr(self, name)!r}")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise BadParameters(f"min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}")
+        if self.max_tokens == 0 and self.prompt_logprobs is None:
+            raise BadParameters("max_tokens 0 asks for nothing: it goes with prompt_logprobs")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise BadParameters("allowed_token_ids is empty: no token could be chosen")
 
@@ -97,11 +105,12 @@ _RANGES: dict[str, tuple[type, float, float]] = {
     "presence_penalty": (float, -2.0, 2.0),
     "frequency_penalty": (float, -2.0, 2.0),
     "seed": (int, -_INT64, _INT64 - 1),
-    "max_tokens": (int, 1, _INT64),
+    "max_tokens": (int, 0, _INT64),
     "min_tokens": (int, 0, _INT64),
     "logprobs": (int, 0, MAX_LOGPROBS),
+    "prompt_logprobs": (int, 0, MAX_LOGPROBS),
 }
-_OPTIONAL = frozenset({"seed", "max_tokens", "logprobs"})
+_OPTIONAL = frozenset({"seed", "max_tokens", "logprobs", "prompt_logprobs"})
 _POSITIVE = frozenset({"repetition_penalty", "top_p"})  # zero is out of range as well
 
 
@@ -180,8 +189,10 @@ class Constraint(Protocol):
 class Request:
     """One sample of one row, ready for the engine: everything that needs a tokenizer is already resolved.
 
-    `max_tokens` ≥ 1 is what fits the context. `key` seeds the counter-based random numbers of this sample.
-    `stop_ids` end the sequence (end-of-sequence tokens unless ignored, and the user's). `bad_words` are id sequences.
+    `max_tokens` is what fits the context; it may be 0 where the prompt is read. `key` seeds the counter-based random
+    numbers of this sample. `stop_ids` end the sequence (end-of-sequence tokens unless ignored, and the user's).
+    `bad_words` are id sequences. Reading the prompt: with `score_from`, the logprob of each of its tokens from that
+    position (≥ 1) on, and their `params.prompt_logprobs` alternatives; with `pooling`, the sum of hidden states.
     """
 
     request_id: int
@@ -193,10 +204,24 @@ class Request:
     bad_words: tuple[tuple[int, ...], ...] = ()
     stop_check: StopCheck | None = None
     constraint: Constraint | None = None
+    score_from: int | None = None
+    pooling: Pooling | None = None
+
+    def rows_read(self) -> range | None:
+        """Positions of the prompt whose final hidden state is wanted; None if only the KV cache is."""
+        length = len(self.prompt)
+        if self.score_from is not None:  # a position says how likely the next one's token is
+            return range(min(self.score_from, length) - 1, length - 1)
+        if self.pooling is None:
+            return None
+        return {"mean": range(length), "last": range(length - 1, length), "cls": range(1)}[self.pooling]
 
 
 class TokenLogprob(NamedTuple):
-    """The chosen token's logprob, and the best `logprobs` tokens, best first."""
+    """A token's logprob, and the best tokens (as many as were asked for) with theirs, best first.
+
+    All are gathered from one log-softmax: a token that is the most probable has the logprob of the first in `top`.
+    """
 
     token_id: int
     logprob: float
@@ -204,14 +229,33 @@ class TokenLogprob(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Score:
+    """How likely a continuation, or a whole text, is. `logprob` is the sum of `token_logprobs`.
+
+    `is_greedy`: at every position no token was more probable.
+    """
+
+    logprob: float
+    is_greedy: bool
+    token_ids: list[int]
+    token_logprobs: list[float]
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
-    """What became of a request. `token_ids` holds the stop token, if one ended it. `error` excludes the rest."""
+    """What became of a request. `token_ids` holds the stop token, if one ended it. `error` excludes the rest.
+
+    `prompt_logprobs` has an entry per prompt token, None before `score_from`. `hidden` is the sum of the pooled rows'
+    final hidden states, [hidden size].
+    """
 
     request: Request
     token_ids: list[int]
     finish_reason: FinishReason
     logprobs: list[TokenLogprob] | None = None
     error: RowError | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    hidden: array[float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,9 +270,17 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """The answer to one prompt: `n` outputs, or an error and none."""
+    """The answer to one prompt: `n` outputs, or an error and none.
+
+    `prompt_logprobs`, where asked for: one entry per prompt token, None for the first and for others that nobody asked
+    for. `scores`: of each continuation, or one of the whole text. `embedding` has the model's hidden size. With either
+    there are no outputs.
+    """
 
     index: int
     prompt_token_ids: list[int]
     outputs: list[Output] = field(default_factory=list)
     error: RowError | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    scores: list[Score] | None = None
+    embedding: list[float] | None = None

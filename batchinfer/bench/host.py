@@ -203,7 +203,7 @@ class _NoArithmetic(Decoder):
     def forward(self, inputs: StepInputs, cache: Sequence[ops.KVPair]) -> Tensor:
         ops.step_index(inputs.slots_T, inputs.block_tables_SB, inputs.query_starts, inputs.lengths, cache[0])
         self.called = perf_counter()
-        return self._logits_NV[: len(inputs.sample_rows_N)]
+        return self._logits_NV[: len(inputs.output_rows_N)]
 
     def logits(self, hidden_NE: Tensor) -> Tensor:
         self.answered = perf_counter()

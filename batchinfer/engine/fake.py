@@ -1,6 +1,7 @@
 """FakeRunner: runs a plan without a model, so that everything around the engine can be tested and rehearsed.
 
-Its answers depend on the request alone: on the prompt's tokens, and if the request samples, on its random key.
+Its answers depend on the request alone: on the prompt's tokens, and if the request samples, on its random key. The
+logprob of a prompt's token depends on the token, its position and the one before it.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from batchinfer.engine.plan import Join, StepPlan, StepResult
-from batchinfer.request import TokenLogprob
+from batchinfer.engine.plan import Join, Read, Reading, StepPlan, StepResult
+from batchinfer.request import MAX_LOGPROBS, Request, TokenLogprob
 
 _STRIDE = 2654435761  # Knuth's multiplicative constant: neighbouring positions give unrelated tokens
+_HIDDEN = 16  # numbers in a hidden state
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,8 @@ class FakeRunner:
                 number = start + count - prompt
                 tokens.append(vocabulary[(seed + number * _STRIDE) % size] if number != length - 1 else eos_id)
                 wants_logprobs |= join.request.params.logprobs is not None
-        return StepResult(tokens, self._logprobs(plan, tokens) if wants_logprobs else None)
+        readings = [self._read(self._seats[plan.seats[read.place]][3].request, read) for read in plan.reads]
+        return StepResult(tokens, self._logprobs(plan, tokens) if wants_logprobs else None, readings=readings)
 
     def _sit(self, join: Join) -> tuple[int, int, int, Join]:
         request, answer = join.request, self._answer
@@ -70,3 +73,22 @@ class FakeRunner:
             k = self._seats[seat][3].request.params.logprobs
             entries.append(None if k is None else TokenLogprob(token, 0.0, ((token, 0.0),) if k else ()))
         return entries
+
+    def _read(self, request: Request, read: Read) -> Reading:
+        rows = range(read.first, read.first + read.rows)
+        if request.pooling is None:
+            return Reading([self._scored(request, row + 1) for row in rows])
+        seeds = [(request.prompt[row] + row) * _STRIDE for row in rows]
+        return Reading(
+            hidden=array("d", [sum((seed >> axis) % 201 - 100 for seed in seeds) for axis in range(_HIDDEN)])
+        )
+
+    def _scored(self, request: Request, position: int) -> TokenLogprob:
+        """The best tokens are neighbours in the vocabulary, 0.1 apart; the token is one of them, or far behind."""
+        vocabulary = self._answer.vocabulary
+        token, before = request.prompt[position], request.prompt[position - 1]
+        first = (before * _STRIDE + position) % len(vocabulary)
+        count = min(MAX_LOGPROBS, len(vocabulary))
+        best = [(vocabulary[(first + rank) % len(vocabulary)], -(rank + 1) / 10) for rank in range(count)]
+        logprob = dict(best).get(token, -5.0 - (token * _STRIDE + position) % 100 / 10)
+        return TokenLogprob(token, logprob, tuple(best[: request.params.prompt_logprobs or 0]))

@@ -11,6 +11,8 @@ Shapes: S = sequences in the step, T = tokens in the step, N = sequences that sa
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -34,13 +36,25 @@ class Grown(NamedTuple):
     blocks: tuple[int, ...]
 
 
+class Read(NamedTuple):
+    """The hidden states at positions `first .. first + rows - 1` of the plan's i-th sequence are read.
+
+    What for, its request says: the logprobs of the prompt's tokens after them, or their sum (see Request.rows_read).
+    """
+
+    place: int
+    first: int
+    rows: int
+
+
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     """What one forward pass computes. Lists are parallel and never changed after construction.
 
     Sequence i computes positions `starts[i] .. starts[i] + counts[i] - 1`; its token ids are the next `counts[i]` of
     `tokens`. Its context is everything before, in the blocks of its seat. If `samples[i]`, one token is sampled from
-    the last of these positions; the j-th True in `samples` is the j-th entry of the result.
+    the last of these positions; the j-th True in `samples` is the j-th entry of the result. `reads` are in the order
+    of their sequences, at most one of each.
     """
 
     step: int
@@ -51,6 +65,15 @@ class StepPlan:
     counts: list[int]  # [S]
     samples: list[bool]  # [S]
     tokens: list[int]  # [T]
+    reads: tuple[Read, ...] = ()
+
+
+class Reading(NamedTuple):
+    """What a read gave: a logprob for each row, or the sum of their hidden states. `failure` excludes both."""
+
+    logprobs: Sequence[TokenLogprob] = ()
+    hidden: array[float] | None = None
+    failure: str | None = None
 
 
 class StepResult(NamedTuple):
@@ -58,9 +81,11 @@ class StepResult(NamedTuple):
 
     `failed` maps an index among the N to why nothing could be sampled there (its token is meaningless): the row's own
     error, or the reason of an engine failure. `ended` are indices whose answer this token completes, by its grammar.
+    `readings` are parallel to the plan's reads.
     """
 
     tokens: list[int]
     logprobs: list[TokenLogprob | None] | None = None
     failed: dict[int, str | RowError] | None = None
     ended: frozenset[int] = frozenset()
+    readings: Sequence[Reading] = ()

@@ -4,7 +4,8 @@ It owns, by seat, block tables and sampling state, and the KV cache; a plan says
 does a fixed number of array operations whatever the number of sequences; only those that join or grow are looped over.
 If a step raises, nothing in it counts, and whoever was in it joins again: nothing needs to be undone here.
 
-T tokens of a step · S sequences in it · N those that sample · B blocks per table · V vocabulary
+T tokens of a step · S sequences in it · N those that sample, then rows that are read · B blocks per table ·
+V vocabulary
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from batchinfer.engine.cache import KVCache
 from batchinfer.engine.plan import StepPlan, StepResult
+from batchinfer.engine.reader import PromptReader
 from batchinfer.engine.sampler import Sampler
 from batchinfer.errors import RowError
 from batchinfer.layers.attention import StepInputs
@@ -26,6 +28,9 @@ from batchinfer.models.decoder import Decoder
 Ints = npt.NDArray[np.int64]
 
 _LOGITS_BYTES = 1 << 29  # at once; with more rows than that, LM head and sampler run several times
+_READ_LOGITS_BYTES = (
+    1 << 26
+)  # the same of a prompt's rows, which come by thousands: what is in the CPU's caches is read faster
 
 
 class _Sampled(NamedTuple):
@@ -52,6 +57,7 @@ class ModelRunner:
         self.decoder = decoder
         self.cache = KVCache(decoder.config.kv_shape, num_blocks, block_size, kv_dtype or weight.dtype, weight.device)
         self.sampler = Sampler(max_num_seqs, decoder.config.vocab_size)
+        self.reader = PromptReader(decoder)
         self._device = weight.device
         self._tables_SB = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int32)
 
@@ -60,13 +66,18 @@ class ModelRunner:
         """One forward pass over the plan's tokens. Raises whatever goes wrong; the runner stays usable."""
         for join in plan.joins:
             self.sampler.join(join)
+            self.reader.join(join)
         for seat, first, blocks in plan.grown:
             self._tables_SB[seat, first : first + len(blocks)] = blocks
         if not plan.seats:
             return StepResult([])
         inputs, sampled = self._inputs(plan)
         hidden_NE = self.decoder(inputs, self.cache.layers)
-        return self._sample(hidden_NE, sampled)
+        result = self._sample(hidden_NE[: len(sampled.seats_N)], sampled)
+        if not plan.reads:
+            return result
+        rows = max(1, _READ_LOGITS_BYTES // (4 * self.decoder.config.vocab_size))
+        return result._replace(readings=self.reader.read(hidden_NE[len(sampled.seats_N) :], plan, rows))
 
     def _inputs(self, plan: StepPlan) -> tuple[StepInputs, _Sampled]:
         seats_S = np.array(plan.seats, dtype=np.int64)
@@ -80,6 +91,9 @@ class ModelRunner:
         positions_T = np.arange(len(tokens_T)) + np.repeat(starts_S - (stops_S - counts_S), counts_S)
         size = self.cache.block_size
         blocks_T = self._tables_SB[np.repeat(seats_S, counts_S), positions_T // size].astype(np.int64)
+        rows_N = stops_S[samples_S] - 1
+        if plan.reads:  # after those that sample
+            rows_N = np.concatenate([rows_N, self.reader.rows(plan, stops_S - counts_S)])
         inputs = StepInputs(
             tokens_T=self._to_device(tokens_T),
             positions_T=self._to_device(positions_T),
@@ -87,7 +101,7 @@ class ModelRunner:
             block_tables_SB=self._to_device(self._tables_SB[seats_S, : -(-int(ends_S.max()) // size)]),
             query_starts=[0, *stops_S.tolist()],
             lengths=ends_S.tolist(),
-            sample_rows_N=self._to_device(stops_S[samples_S] - 1),
+            output_rows_N=self._to_device(rows_N),
         )
         return inputs, _Sampled(seats_S[samples_S], ends_S[samples_S])
 

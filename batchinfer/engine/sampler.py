@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from batchinfer.engine.constraints import Constraints
-from batchinfer.engine.draw import Filters, argmax, draw, log_sum_exp, ranked
+from batchinfer.engine.draw import Filters, argmax, draw
 from batchinfer.engine.edits import LogitEdits
+from batchinfer.engine.logprobs import NOT_FINITE, token_logprobs
 from batchinfer.engine.penalties import Penalties
 from batchinfer.engine.philox import uniforms
 from batchinfer.engine.plan import Join, StepResult
@@ -32,7 +33,6 @@ _INT64_MAX = np.iinfo(np.int64).max
 _RANDOM, _EDITED, _PENALISED, _LOGPROBS, _REFUSED, _CONSTRAINED = 1, 2, 4, 8, 16, 32
 _COLDEST = 1e-5  # below this temperature is greedy: the quotient would be all overflow (vLLM's limit)
 _HOTTEST = 1e30  # what float32 divides by without trouble; every token is as likely as any other long before
-_NOT_FINITE = "the model's logits are not finite (NaN or infinity); if it recurs, compute in float32 (engine.dtype)"
 _NOTHING_LEFT = (
     "structured_outputs, allowed_token_ids, bad_words, logit_bias and min_tokens together leave no token to choose"
 )
@@ -108,7 +108,7 @@ class Sampler:
         flags_N = self._seats.flags[seats]
         asked = int(np.bitwise_or.reduce(flags_N, initial=0))
         values_N, tokens_N = argmax(logits_NV)
-        failed: dict[int, str | RowError] = dict.fromkeys((~values_N.isfinite()).nonzero()[:, 0].tolist(), _NOT_FINITE)
+        failed: dict[int, str | RowError] = dict.fromkeys((~values_N.isfinite()).nonzero()[:, 0].tolist(), NOT_FINITE)
         if asked & _REFUSED:
             failed |= {int(row): self._refusals[int(seats[row])] for row in np.nonzero(flags_N & _REFUSED)[0]}
         if asked == 0:
@@ -169,16 +169,10 @@ class Sampler:
             return result
         index_R = _index(rows_R, raw_NV)
         raw_RV = raw_NV if len(rows_R) == len(seats) else raw_NV[index_R]
-        norm_R1 = log_sum_exp(raw_RV, largest_N[index_R])[:, None]
         counts_R = self._seats.num_logprobs[seats[rows_R]]
-        values_RK, ids_RK = ranked(raw_RV, int(counts_R.max()))
-        chosen_R1 = _index(tokens[rows_R], raw_NV)[:, None]
-        chosen = (raw_RV.gather(1, chosen_R1).double() - norm_R1)[:, 0].tolist()
-        best = (values_RK.double() - norm_R1).tolist()
-        ids = ids_RK.tolist()
-        for place, (row, count) in enumerate(zip(rows_R.tolist(), counts_R.tolist(), strict=True)):
-            top = tuple(zip(ids[place][:count], best[place][:count], strict=True))
-            result[row] = TokenLogprob(int(tokens[row]), chosen[place], top)
+        entries = token_logprobs(raw_RV, largest_N[index_R], tokens[rows_R], counts_R)
+        for row, entry in zip(rows_R.tolist(), entries, strict=True):
+            result[row] = entry
         return result
 
     def _refusal(self, params: SamplingParams) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from batchinfer.engine.blocks import Block, BlockPool
 from batchinfer.engine.expected import ExpectedLength
-from batchinfer.engine.plan import Grown, Join, StepPlan, StepResult
+from batchinfer.engine.plan import Grown, Join, Read, StepPlan, StepResult
 from batchinfer.engine.sequence import Sequence
 from batchinfer.errors import EngineFailure, RowError, TooLong
 from batchinfer.request import Finished, FinishReason, Request, TokenLogprob
@@ -33,7 +33,7 @@ class EngineStats:
 class _Draft:
     """A plan in the making, and the sequences that are in it."""
 
-    __slots__ = ("counts", "grown", "joins", "samples", "seats", "sequences", "starts", "tokens")
+    __slots__ = ("counts", "grown", "joins", "reads", "samples", "seats", "sequences", "starts", "tokens")
 
     def __init__(self) -> None:
         self.sequences: list[Sequence] = []
@@ -44,6 +44,7 @@ class _Draft:
         self.counts: list[int] = []
         self.samples: list[bool] = []
         self.tokens: list[int] = []
+        self.reads: list[Read] = []
 
 
 class Scheduler:
@@ -67,13 +68,14 @@ class Scheduler:
         self._finished: list[Finished] = []
 
     def add(self, request: Request) -> None:
-        """Queue a request. Raises TooLong if its prompt and one token more cannot fit the whole cache."""
+        """Queue a request. Raises TooLong if its prompt and one token more (if any) cannot fit the whole cache."""
         capacity = len(self.pool.blocks) * self.pool.block_size
-        if len(request.prompt) + 1 > capacity:
+        sequence = Sequence(request)
+        if min(len(sequence.tokens) + 1, sequence.limit) > capacity:
             raise TooLong(
                 f"the prompt has {len(request.prompt)} tokens and the KV cache {capacity}: raise engine.kv_cache_tokens"
             )
-        self.waiting.append(Sequence(request))
+        self.waiting.append(sequence)
 
     def abort(self, request_id: int) -> bool:
         """Forget a request wherever it is; False if it is not here. Call between steps."""
@@ -126,17 +128,24 @@ class Scheduler:
             counts=draft.counts,
             samples=draft.samples,
             tokens=draft.tokens,
+            reads=tuple(draft.reads),
         )
 
     def update(self, result: StepResult) -> None:
         """Take in the result of the plan that `schedule` returned last."""
         draft = self._draft
-        ended = False
+        ended = bool(draft.reads) and self._take_readings(draft, result)
         sampled = 0
         for sequence, count, samples in zip(draft.sequences, draft.counts, draft.samples, strict=True):
+            if sequence.seat < 0:  # what was read of it is not sound
+                sampled += samples
+                continue
             sequence.num_computed += count
             sequence.proven = True
             if not samples:
+                if sequence.num_computed == sequence.limit:
+                    self._finish(sequence, "length")
+                    ended = True
                 continue
             token = result.tokens[sampled]
             logprob = result.logprobs[sampled] if result.logprobs is not None else None
@@ -159,6 +168,19 @@ class Scheduler:
         if ended:
             self.running = [sequence for sequence in self.running if sequence.seat >= 0]
         self._careful = min(self._max_num_seqs, self._careful * 2)
+
+    def _take_readings(self, draft: _Draft, result: StepResult) -> bool:
+        """What was read of prompts, to their sequences; whether one of them ended because it was not sound."""
+        ended = False
+        for read, reading in zip(draft.reads, result.readings, strict=True):
+            sequence = draft.sequences[read.place]
+            if reading.failure is not None:
+                self.pool.forget(sequence.blocks)
+                self._finish(sequence, "error", EngineFailure(reading.failure))
+                ended = True
+            elif sequence.rows is not None:
+                sequence.rows.take(reading, read.rows)
+        return ended
 
     def fail(self, reason: str) -> None:
         """The step of the last plan raised. Find out which sequence is at fault, and end only that one.
@@ -186,6 +208,8 @@ class Scheduler:
         for sequence in self.running:
             assert sequence.num_computed < len(sequence.tokens), "nothing left to compute"
             assert sequence.num_computed <= len(sequence.blocks) * self.pool.block_size, "computed beyond its blocks"
+            rows = sequence.rows
+            assert rows is None or not rows.left or rows.at >= sequence.num_computed, "rows passed without being read"
         assert all(not sequence.blocks and sequence.seat < 0 for sequence in self.waiting), "waiting with blocks"
 
     # -- growing ------------------------------------------------------------------------------------------------
@@ -218,11 +242,14 @@ class Scheduler:
         draft.seats.append(sequence.seat)
         draft.starts.append(start)
         draft.counts.append(count)
-        draft.samples.append(end == known)
+        draft.samples.append(end == known < sequence.limit)
         if count == 1:
             draft.tokens.append(sequence.tokens[start])
         else:
             draft.tokens.extend(sequence.tokens[start:end])
+        rows = sequence.rows
+        if rows is not None and rows.left and rows.at < end:
+            draft.reads.append(Read(len(draft.seats) - 1, rows.at, min(end, rows.end) - rows.at))
         if start < len(sequence.request.prompt):
             self.stats.prompt_tokens_computed += min(end, len(sequence.request.prompt)) - start
         return count
@@ -263,13 +290,16 @@ class Scheduler:
         return sequence.num_computed
 
     def _hits(self, sequence: Sequence) -> list[Block]:
-        """Indexed blocks that continue `sequence`. One known token is always left to compute: it is sampled from."""
+        """Indexed blocks that continue `sequence`. Left to compute are a known token at least, and all rows to read."""
         hits: list[Block] = []
         if not self.pool.enable_prefix_caching:
             return hits
         size = self.pool.block_size
         parent = sequence.chain
-        for start in range(sequence.num_computed, len(sequence.tokens) - size, size):
+        last = len(sequence.tokens) - 1
+        if sequence.rows is not None and sequence.rows.left:
+            last = min(last, sequence.rows.at)
+        for start in range(sequence.num_computed, last - size + 1, size):
             block = self.pool.find(parent, tuple(sequence.tokens[start : start + size]))
             if block is None:
                 break
@@ -313,7 +343,7 @@ class Scheduler:
         size = self.pool.block_size
         hits = self._hits(sequence)
         left = sequence.limit - len(sequence.tokens)
-        expected = max(1, min(left, self.expected_tokens(sequence.request) - len(sequence.output)))
+        expected = max(min(1, left), min(left, self.expected_tokens(sequence.request) - len(sequence.output)))
         needed = -(-(len(sequence.tokens) + expected) // size)
         fresh = needed - len(hits) + sum(block.refs == 0 for block in hits)
         if self.running and fresh > available:
@@ -329,9 +359,11 @@ class Scheduler:
 
     def _finish(self, sequence: Sequence, reason: FinishReason, error: RowError | None = None) -> None:
         self._leave(sequence)
-        if error is None:
+        if error is None and sequence.request.max_tokens:
             self.expected.observe(len(sequence.output))
-        self._finished.append(Finished(sequence.request, sequence.output, reason, sequence.logprobs, error))
+        rows = sequence.rows
+        read = (None, None) if rows is None else (rows.logprobs, rows.hidden)
+        self._finished.append(Finished(sequence.request, sequence.output, reason, sequence.logprobs, error, *read))
 
     def _leave(self, sequence: Sequence) -> None:
         self.pool.release(sequence.blocks)

@@ -2,16 +2,52 @@
 
 from __future__ import annotations
 
+from array import array
+from operator import add
+
 from batchinfer.engine.blocks import ROOT, Block
+from batchinfer.engine.plan import Reading
 from batchinfer.request import Request, TokenLogprob
+
+
+class PromptRows:
+    """The rows of a prompt that are read: from position `at` to before `end` they still are to be. Survives preemption.
+
+    `logprobs` is the answer so far, `hidden` the sum of the pooled rows so far.
+    """
+
+    __slots__ = ("at", "end", "hidden", "logprobs")
+
+    def __init__(self, request: Request, rows: range) -> None:
+        self.at = rows.start
+        self.end = rows.stop
+        self.hidden: array[float] | None = None
+        self.logprobs: list[TokenLogprob | None] | None = None
+        if request.score_from is not None:
+            self.logprobs = [None] * (rows.start + 1)
+
+    @property
+    def left(self) -> bool:
+        return self.at < self.end
+
+    def take(self, reading: Reading, count: int) -> None:
+        """The next `count` rows have been read."""
+        self.at += count
+        if self.logprobs is not None:
+            self.logprobs.extend(reading.logprobs)
+        elif self.hidden is None:
+            self.hidden = reading.hidden
+        elif reading.hidden is not None:
+            self.hidden = array("d", map(add, self.hidden, reading.hidden))
 
 
 class Sequence:
     """`tokens` are known (prompt, then output); the first `num_computed` of them have their KV in `blocks`.
 
-    A step closes part of the gap between the two. `chain` is the uid of the content of the first `num_indexed` blocks.
-    `promised` counts blocks that admission set aside for it and that it has not taken yet. `proven` says that a step
-    with it has succeeded since it took its seat.
+    A step closes part of the gap between the two. With `limit` known tokens it is at its end; a request that generates
+    nothing knows at once all that it needs: no token after the last row that it reads. `chain` is the uid of the
+    content of the first `num_indexed` blocks. `promised` counts blocks that admission set aside for it and that it has
+    not taken yet. `proven` says that a step with it has succeeded since it took its seat.
     """
 
     __slots__ = (
@@ -25,15 +61,20 @@ class Sequence:
         "promised",
         "proven",
         "request",
+        "rows",
         "seat",
         "tokens",
     )
 
     def __init__(self, request: Request) -> None:
         self.request = request
+        rows = request.rows_read()
+        self.rows = None if rows is None else PromptRows(request, rows)
         self.tokens: list[int] = list(request.prompt)
+        if request.max_tokens == 0 and rows is not None:
+            del self.tokens[max(1, rows.stop) :]
         self.output: list[int] = []
-        self.limit = len(request.prompt) + request.max_tokens
+        self.limit = len(self.tokens) + request.max_tokens
         self.logprobs: list[TokenLogprob] | None = None if request.params.logprobs is None else []
         self.proven = False
         self.leave()

@@ -1,6 +1,6 @@
 """Attention over the paged cache: fused QKV, optional QK norm, rope or none, window, soft cap.
 
-T tokens of a step · S sequences · N sampled rows, or blocks of the cache · B blocks per table, or slots per block ·
+T tokens of a step · S sequences · N rows that come out, or blocks · B blocks per table, or slots per block ·
 H query heads · K kv heads · C = H + 2K · D head size · E hidden size
 """
 
@@ -33,7 +33,7 @@ class StepInputs:
     block_tables_SB: Tensor  # int32, B ≥ ceil(max(lengths) / block_size)
     query_starts: list[int]  # [S + 1], from 0 to T
     lengths: list[int]  # [S]
-    sample_rows_N: Tensor  # int64, indices into T: the rows that reach the LM head
+    output_rows_N: Tensor  # int64, indices into T: the rows whose hidden states come out
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """The decoder of all dense families. What tells families apart are facts in ModelConfig.
 
-T tokens of a step · N sampled rows · E hidden size · V vocabulary
+T tokens of a step · N rows that come out · E hidden size · V vocabulary
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _add(x_TE: Tensor, residual_TE: Tensor, norm: RMSNorm | None) -> Tensor:
 
 
 class Decoder(nn.Module):
-    """Call it for hidden states of the sampled rows, `logits` for their logits. Weights: models.weights."""
+    """Call it for hidden states of the rows that come out, `logits` for their logits. Weights: models.weights."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class Decoder(nn.Module):
         for layer, facts, pair in zip(self.layers, self.config.layers, cache, strict=True):
             cos_sin = None if facts.rope is None else turns[facts.rope]
             x_TE = layer(x_TE, residual_TE, cos_sin, pair, index)
-        rows_N = inputs.sample_rows_N
+        rows_N = inputs.output_rows_N
         return self.norm.after_adding(x_TE[rows_N], residual_TE[rows_N])
 
     def logits(self, hidden_NE: Tensor) -> Tensor:

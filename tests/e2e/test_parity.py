@@ -94,6 +94,38 @@ def test_smollm2_equals_transformers(smollm2_gguf: Path, prompts: list[list[int]
     assert whole == cached
 
 
+@pytest.mark.parametrize("max_step_tokens", [2048, 48])
+def test_prompt_logprobs_equal_transformers(
+    smollm2_gguf: Path, prompts: list[list[int]], reference: LlamaForCausalLM, max_step_tokens: int
+) -> None:
+    """50 prompts, with the prefix cache cold and hot, whole and in chunks."""
+    engine = EngineSpec(dtype="float32", kv_cache_tokens=6000, max_num_seqs=16, max_step_tokens=max_step_tokens)
+    assembly = assemble(engine, ModelFiles(smollm2_gguf, "test"), None, FakeSpec(), None)
+    loop = Engine(Scheduler(assembly.pool, engine.max_num_seqs, engine.max_step_tokens), assembly.runner)
+    params = SamplingParams(temperature=0, prompt_logprobs=2)
+    for turn in range(2):  # the second finds blocks of the first
+        # every other one also answers; its first positions are not asked for, and may come from the cache
+        for number, ids in enumerate(prompts):
+            score_from, answers = (1, 0) if number % 2 else (len(ids) // 2, 4)
+            loop.add(Request(number, ids, params, answers, score_from=score_from))
+        done = {}
+        while loop.has_work:
+            done |= {finished.request.request_id: finished for finished in loop.step()}
+        for number, ids in enumerate(prompts):
+            with torch.inference_mode():
+                expected_TV = torch.log_softmax(reference(torch.tensor([ids])).logits[0], -1)
+            entries = done[number].prompt_logprobs
+            assert entries is not None and len(entries) == len(ids)
+            first = done[number].request.score_from
+            assert first is not None and entries[:first] == [None] * first
+            for place in range(first, len(ids)):
+                entry, row_V = entries[place], expected_TV[place - 1]
+                assert entry is not None and entry.token_id == ids[place]
+                assert abs(entry.logprob - float(row_V[ids[place]])) < 1e-4, (turn, number, place)
+                assert (entry.logprob == entry.top[0][1]) == (int(row_V.argmax()) == ids[place])
+    assert loop.stats.prompt_tokens_reused > 0
+
+
 def test_smollm2_with_hits_and_chunks(
     smollm2_gguf: Path, prompts: list[list[int]], reference: LlamaForCausalLM
 ) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from array import array
+
 from batchinfer.engine.blocks import BlockPool
 from batchinfer.engine.engine import Engine
-from batchinfer.engine.plan import StepPlan, StepResult
+from batchinfer.engine.plan import Reading, StepPlan, StepResult
 from batchinfer.engine.scheduler import Scheduler
-from batchinfer.request import Request, SamplingParams
+from batchinfer.request import Request, SamplingParams, TokenLogprob
 
 VOCAB = 50
 EOS = 0
@@ -17,6 +19,16 @@ def next_token(context: list[int]) -> int:
     return hash(tuple(context)) % VOCAB
 
 
+def score(context: list[int], token: int) -> TokenLogprob:
+    """The logprob of a token after `context`."""
+    return TokenLogprob(token, -float(hash((*context, token)) % 997), ())
+
+
+def state(context: list[int]) -> array[float]:
+    """The hidden state at the last token of `context`."""
+    return array("d", [hash((*context, axis)) % 1009 for axis in range(3)])
+
+
 class CheckingRunner:
     """Writes all of a step's slots before any is read, as kv_write precedes attention in every layer."""
 
@@ -24,6 +36,7 @@ class CheckingRunner:
         self._block_size = block_size
         self._tables: dict[int, list[int]] = {}
         self._known: dict[int, list[int]] = {}
+        self._requests: dict[int, Request] = {}
         self._slots: dict[int, tuple[int, ...]] = {}
         self.fail_if = lambda plan: False
         self.poison: int | None = None
@@ -32,6 +45,7 @@ class CheckingRunner:
         for join in plan.joins:
             self._tables[join.seat] = []
             self._known[join.seat] = [*join.request.prompt, *join.output]
+            self._requests[join.seat] = join.request
         for seat, first, blocks in plan.grown:
             table = self._tables[seat]
             assert first == len(table), "a table grew with a gap"
@@ -58,7 +72,24 @@ class CheckingRunner:
             if samples:
                 assert start + count == len(known), "sampled before all known tokens were computed"
                 sampled.append(next_token(known))
-        return StepResult(sampled)
+        return StepResult(sampled, readings=self._readings(plan))
+
+    def _readings(self, plan: StepPlan) -> list[Reading]:
+        assert [read.place for read in plan.reads] == sorted({read.place for read in plan.reads})
+        readings = []
+        for index, first, count in plan.reads:
+            start, computed = plan.starts[index], plan.counts[index]
+            assert count > 0 and start <= first and first + count <= start + computed, "a row is read, not computed"
+            known, request = self._known[plan.seats[index]], self._requests[plan.seats[index]]
+            rows = range(first, first + count)
+            if request.pooling is None:
+                readings.append(Reading([score(known[: row + 1], known[row + 1]) for row in rows]))
+            else:
+                states = [state(known[: row + 1]) for row in rows]
+                readings.append(Reading(hidden=array("d", map(sum, zip(*states, strict=True)))))
+            if any(token == self.poison for token in known[first : first + count]):
+                readings[-1] = Reading(failure="poisoned")
+        return readings
 
     def _slot(self, seat: int, position: int) -> int:
         return self._tables[seat][position // self._block_size] * self._block_size + position % self._block_size
@@ -73,6 +104,26 @@ def naive(request: Request) -> list[int]:
         if output[-1] in request.stop_ids:
             break
     return output
+
+
+def naive_reading(request: Request) -> tuple[list[TokenLogprob | None] | None, array[float] | None]:
+    """What the engine must read of the prompt."""
+    prompt = request.prompt
+    scores, total = None, None
+    if request.score_from is not None:
+        scores = [
+            None if place < request.score_from else score(prompt[:place], prompt[place]) for place in range(len(prompt))
+        ]
+    if request.pooling is not None:
+        rows = {"mean": range(len(prompt)), "last": [len(prompt) - 1], "cls": [0]}[request.pooling]
+        total = array("d", map(sum, zip(*(state(prompt[: row + 1]) for row in rows), strict=True)))
+    return scores, total
+
+
+def make_reading(request_id: int, prompt: list[int], max_tokens: int, **reads: object) -> Request:
+    """A request that reads its prompt: score_from or pooling."""
+    params = SamplingParams(temperature=0, prompt_logprobs=0)
+    return Request(request_id, prompt, params, max_tokens, stop_ids=frozenset([EOS]), **reads)
 
 
 def make_request(request_id: int, prompt: list[int], max_tokens: int) -> Request:

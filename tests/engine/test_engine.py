@@ -13,11 +13,11 @@ from batchinfer.engine.blocks import BlockPool
 from batchinfer.engine.engine import Engine
 from batchinfer.engine.expected import ExpectedLength
 from batchinfer.engine.fake import FakeAnswer, FakeRunner
-from batchinfer.engine.plan import StepPlan, StepResult
+from batchinfer.engine.plan import Read, Reading, StepPlan, StepResult
 from batchinfer.engine.scheduler import Scheduler
 from batchinfer.errors import EngineError, TooLong
 from batchinfer.request import Finished, Request, SamplingParams
-from tests.engine.checking import EOS, make_engine, make_request, naive
+from tests.engine.checking import EOS, make_engine, make_reading, make_request, naive, naive_reading
 
 
 def run_all(engine: Engine, requests: list[Request]) -> dict[int, Finished]:
@@ -50,6 +50,94 @@ def test_equals_naive_loop(caching: bool, max_step_tokens: int, num_blocks: int)
     if num_blocks == 12:
         assert engine.stats.preemptions > 0, "the budget was meant to force preemption"
     assert (engine.stats.prompt_tokens_reused > 0) == caching
+
+
+@pytest.mark.parametrize("caching", [True, False])
+@pytest.mark.parametrize("max_step_tokens", [8, 1000])
+@pytest.mark.parametrize("num_blocks", [12, 400])
+def test_prompts_are_read_once_and_whole(caching: bool, max_step_tokens: int, num_blocks: int) -> None:
+    """Each row that is read comes from a step that computed it, whatever was cached, cut in chunks or preempted."""
+    rng = random.Random(num_blocks + max_step_tokens)
+    shared = [rng.randrange(1, 50) for _ in range(20)]
+    requests = []
+    for i in range(80):
+        prompt = shared[: rng.randrange(20)] + [rng.randrange(1, 50) for _ in range(rng.randrange(1, 15))]
+        reads = [{}, {"score_from": 1}, {"score_from": rng.randrange(1, len(prompt) + 1)}]
+        reads += [{"pooling": pooling} for pooling in ("mean", "last", "cls")]
+        kind = rng.choice(reads)
+        requests.append(make_reading(i, prompt, 12 if not kind else rng.choice([0, 0, 1, 12]), **kind))
+    engine, _ = make_engine(num_blocks, max_step_tokens=max_step_tokens, caching=caching)
+    engine.scheduler.expected = ExpectedLength(quantile=0.0, enough=1)
+    answers = run_all(engine, requests)
+    for request in requests:
+        answer = answers[request.request_id]
+        assert answer.error is None and answer.token_ids == naive(request)
+        assert (answer.prompt_logprobs, answer.hidden) == naive_reading(request)
+        assert request.max_tokens or answer.finish_reason == "length"
+    if num_blocks == 12:
+        assert engine.stats.preemptions > 0, "the budget was meant to force preemption"
+    assert (engine.stats.prompt_tokens_reused > 0) == caching
+
+
+def test_cached_blocks_serve_up_to_the_first_row_that_is_read() -> None:
+    engine, _ = make_engine(100, block_size=4)
+    prompt = list(range(1, 22))
+    run_all(engine, [make_request(0, prompt, 1)])
+    for score_from, reused in ((1, 0), (4, 0), (5, 4), (8, 4), (9, 8), (21, 20)):
+        before = engine.stats.prompt_tokens_reused
+        answer = run_all(engine, [make_reading(1, prompt, 0, score_from=score_from)])[1]
+        assert answer.prompt_logprobs == naive_reading(answer.request)[0]
+        assert engine.stats.prompt_tokens_reused - before == min(reused, 16), score_from
+
+
+def test_a_scored_prompt_computes_no_more_than_it_needs() -> None:
+    """Not the last token, whose successor nobody asks for; so a prompt may be one token longer than the cache."""
+    engine, _ = make_engine(4, block_size=4)
+    request = make_reading(0, list(range(1, 18)), 0, score_from=1)
+    answer = run_all(engine, [request])[0]
+    assert answer.prompt_logprobs == naive_reading(request)[0] and len(answer.prompt_logprobs) == 17
+    assert engine.stats.prompt_tokens_computed == 16 and engine.stats.generated_tokens == 0
+    with pytest.raises(TooLong):
+        engine.add(make_reading(1, list(range(18)), 0, score_from=1))
+    single = run_all(engine, [make_reading(2, [5], 0, score_from=1)])[2]
+    assert single.prompt_logprobs == [None] and single.finish_reason == "length" and single.token_ids == []
+
+
+def test_an_unsound_reading_ends_its_sequence_alone() -> None:
+    engine, runner = make_engine(100, max_step_tokens=16)
+    runner.poison = 33
+    requests = [
+        make_reading(i, [i + 1, 2, 3, 33 if i % 3 == 1 else 4, *range(10, 15)], i % 2, score_from=2) for i in range(9)
+    ]
+    answers = run_all(engine, requests)
+    for request in requests:
+        answer = answers[request.request_id]
+        if 33 in request.prompt:
+            assert answer.error is not None and "poisoned" in str(answer.error) and answer.error.retryable
+        else:
+            assert answer.prompt_logprobs == naive_reading(request)[0] and answer.token_ids == naive(request)
+    again = make_reading(100, requests[1].prompt, 0, score_from=9)
+    reused = engine.stats.prompt_tokens_reused
+    run_all(engine, [again])
+    assert engine.stats.prompt_tokens_reused == reused, "blocks of a failed sequence must not be found again"
+
+
+def test_fake_readings_depend_on_the_request_alone() -> None:
+    def answers(order: list[int], seats: int, budget: int) -> dict[int, tuple[object, object]]:
+        engine = Engine(
+            Scheduler(BlockPool(60, 4), seats, budget), FakeRunner(FakeAnswer(3, 20, list(range(10, 40)), EOS))
+        )
+        params = SamplingParams(prompt_logprobs=2)
+        kinds = [{"score_from": 1}, {"pooling": "mean"}, {"score_from": 3}, {"pooling": "last"}]
+        requests = [Request(i, [i % 7, *range(10, 15 + i % 5)], params, 0, **kinds[i % 4]) for i in order]
+        return {i: (answer.prompt_logprobs, answer.hidden) for i, answer in run_all(engine, requests).items()}
+
+    reference = answers(list(range(40)), 8, 100)
+    assert answers(list(reversed(range(40))), 3, 4) == reference
+    for entry in [entry for scores, _ in reference.values() for entry in scores or () if entry is not None]:
+        assert entry.logprob < 0 and entry.logprob == dict(entry.top).get(entry.token_id, entry.logprob)
+        assert len(entry.top) == 2 and entry.logprob <= entry.top[0][1]
+    assert len({tuple(hidden) for _, hidden in reference.values() if hidden is not None}) > 10
 
 
 def test_same_step_sharing() -> None:
@@ -208,7 +296,20 @@ def test_golden_plan() -> None:
     plan = scheduler.schedule()
     assert plan.joins == () and [tuple(g) for g in plan.grown] == [(0, 1, (2,))]
     assert (plan.seats, plan.starts, plan.counts, plan.samples) == ([0, 1], [4, 5], [3, 1], [True, True])
-    assert plan.tokens == [5, 6, 7, 11]
+    assert plan.tokens == [5, 6, 7, 11] and plan.reads == ()
+
+
+def test_golden_plan_with_reads() -> None:
+    scheduler = Scheduler(BlockPool(8, 4), 2, 6)
+    scheduler.add(make_reading(0, [1, 2, 3, 4, 5, 6, 7], 0, score_from=3))
+    scheduler.add(make_reading(1, [1, 2], 1, pooling="mean"))
+    plan = scheduler.schedule()
+    assert (plan.counts, plan.samples, plan.tokens) == ([6], [False], [1, 2, 3, 4, 5, 6])
+    assert [tuple(read) for read in plan.reads] == [(0, 2, 4)]
+    scheduler.update(StepResult([], readings=[Reading(["a", "b", "c", "d"])]))
+    assert scheduler.take_finished()[0].prompt_logprobs == [None, None, None, "a", "b", "c", "d"]
+    plan = scheduler.schedule()
+    assert (plan.counts, plan.samples, plan.reads) == ([2], [True], (Read(0, 0, 2),))
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -225,6 +326,18 @@ class EngineMachine(RuleBasedStateMachine):
     def add(self, prompt: list[int], max_tokens: int) -> None:
         self.added += 1
         request = make_request(self.added, prompt, max_tokens)
+        self.requests[request.request_id] = request
+        self.engine.add(request)
+
+    @rule(
+        prompt=st.lists(st.integers(1, 3), min_size=1, max_size=20),
+        max_tokens=st.integers(0, 3),
+        reads=st.sampled_from(["mean", "last", "cls", 1, 1, 3, 9]),
+    )
+    def add_reading(self, prompt: list[int], max_tokens: int, reads: int | str) -> None:
+        self.added += 1
+        kind = {"pooling": reads} if isinstance(reads, str) else {"score_from": min(reads, len(prompt))}
+        request = make_reading(self.added, prompt, max_tokens, **kind)
         self.requests[request.request_id] = request
         self.engine.add(request)
 
@@ -260,7 +373,9 @@ class EngineMachine(RuleBasedStateMachine):
             self._take(self.engine.step())
         assert not self.engine.has_work
         for request_id, request in self.requests.items():
-            assert self.answers[request_id].token_ids == naive(request)
+            answer = self.answers[request_id]
+            assert answer.token_ids == naive(request)
+            assert (answer.prompt_logprobs, answer.hidden) == naive_reading(request)
         assert self.engine.scheduler.pool.num_free == 14
 
     def _take(self, finished: list[Finished]) -> None:

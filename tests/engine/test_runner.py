@@ -39,7 +39,7 @@ class Echo(torch.nn.Module):
         self.seen.append(inputs)
         if self.fail is not None and len(self.seen) % 7 == 4 and len(inputs.lengths) > 1:
             raise self.fail
-        return (inputs.tokens_T * 31 + inputs.positions_T)[inputs.sample_rows_N, None]
+        return (inputs.tokens_T * 31 + inputs.positions_T)[inputs.output_rows_N, None]
 
     def logits(self, hidden):
         self.head_rows += len(hidden)
@@ -98,11 +98,11 @@ def test_inputs_equal_plain_loops():
         assert inputs.query_starts == [sum(counts[:i]) for i in range(len(work) + 1)]
         ends = [sum(counts[: i + 1]) - 1 for i in range(len(work))]
         rows = [end for end, (*_, samples) in zip(ends, work, strict=True) if samples]
-        assert inputs.sample_rows_N.tolist() == rows
+        assert inputs.output_rows_N.tolist() == rows
         for row, (seat, *_) in zip(inputs.block_tables_SB.tolist(), work, strict=True):
             used = -(-computed[seat] // size)
             assert row[:used] == tables[seat][:used]
-        dtypes = (inputs.tokens_T, inputs.positions_T, inputs.slots_T, inputs.sample_rows_N)
+        dtypes = (inputs.tokens_T, inputs.positions_T, inputs.slots_T, inputs.output_rows_N)
         assert {one.dtype for one in dtypes} == {torch.int64} and inputs.block_tables_SB.dtype == torch.int32
         expected = [decoder.table[(flat[row][2] * 31 + flat[row][1]) % 997].argmax() for row in rows]
         assert result.tokens == [int(token) for token in expected]

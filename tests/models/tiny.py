@@ -138,6 +138,6 @@ class Paged:
             block_tables_SB=self.tables[rows],
             query_starts=starts,
             lengths=lengths,
-            sample_rows_N=torch.arange(starts[-1]),
+            output_rows_N=torch.arange(starts[-1]),
         )
         return self.decoder.logits(self.decoder(inputs, self.cache))

@@ -1,0 +1,38 @@
+"""Log-softmax of logits, gathered where it is wanted: the one tokens' values and the best of each row.
+
+R rows · V vocabulary · K best tokens
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from batchinfer.engine.draw import log_sum_exp, ranked
+from batchinfer.request import TokenLogprob
+
+Ints = npt.NDArray[np.int64]
+
+NOT_FINITE = "the model's logits are not finite (NaN or infinity); if it recurs, compute in float32 (engine.dtype)"
+
+
+def token_logprobs(logits_RV: Tensor, largest_R: Tensor, tokens_R: Ints, counts_R: Ints) -> list[TokenLogprob]:
+    """For each row the logprob of its token, and the best `counts` ones of the row.
+
+    logits_RV: float32, finite where they are largest (`largest_R`: the maximum of each row). A row's result depends on
+    its logits alone, bit for bit. Both kinds of values come from one sum, so that equal logits have equal logprobs.
+    """
+    norm_R1 = log_sum_exp(logits_RV, largest_R)[:, None]
+    values_RK, ids_RK = ranked(logits_RV, int(counts_R.max()))
+    tokens_R1 = torch.from_numpy(tokens_R).to(logits_RV.device)[:, None]
+    own = (logits_RV.gather(1, tokens_R1).double() - norm_R1)[:, 0].tolist()
+    best = (values_RK.double() - norm_R1).tolist()
+    ids = ids_RK.tolist()
+    return [
+        TokenLogprob(token, logprob, tuple(zip(row_ids[:count], row_best[:count], strict=True)))
+        for token, logprob, row_ids, row_best, count in zip(
+            tokens_R.tolist(), own, ids, best, counts_R.tolist(), strict=True
+        )
+    ]

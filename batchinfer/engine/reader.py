@@ -1,0 +1,98 @@
+"""What is read of prompts besides their KV: logprobs of their own tokens, and sums of hidden states.
+
+It owns, by seat, the requests that read. Logits exist for a slice of rows at a time: a long prompt times the vocabulary
+never does.
+
+T tokens of a step · R rows that are read · E hidden size · V vocabulary
+"""
+
+from __future__ import annotations
+
+from array import array
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from batchinfer.engine.draw import argmax
+from batchinfer.engine.logprobs import NOT_FINITE, token_logprobs
+from batchinfer.engine.plan import Join, Read, Reading, StepPlan
+from batchinfer.models.decoder import Decoder
+from batchinfer.request import Request, TokenLogprob
+
+Ints = npt.NDArray[np.int64]
+
+_NOT_FINITE_STATES = NOT_FINITE.replace("logits", "hidden states")
+
+
+class PromptReader:
+    """`join` for every sequence that takes a seat; then per step `rows` before the forward pass and `read` after it."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._requests: dict[int, Request] = {}
+
+    def join(self, join: Join) -> None:
+        request = join.request
+        if request.score_from is not None or request.pooling is not None:
+            self._requests[join.seat] = request
+        else:
+            self._requests.pop(join.seat, None)
+
+    def rows(self, plan: StepPlan, query_starts: Ints) -> Ints:
+        """Which of the step's tokens are read, [R] indices into T. query_starts [S]: each sequence's first token."""
+        spans = [
+            np.arange(read.rows) + query_starts[read.place] + read.first - plan.starts[read.place]
+            for read in plan.reads
+        ]
+        return np.concatenate(spans) if spans else np.empty(0, dtype=np.int64)
+
+    def read(self, hidden_RE: Tensor, plan: StepPlan, slice_rows: int) -> list[Reading]:
+        """One result per read. Of at most `slice_rows` rows there are logits at once."""
+        ends = np.cumsum([read.rows for read in plan.reads]).tolist()
+        parts = [slice(end - read.rows, end) for read, end in zip(plan.reads, ends, strict=True)]
+        requests = [self._requests[plan.seats[read.place]] for read in plan.reads]
+        readings: list[Reading | None] = [
+            None if request.pooling is None else _pooled(hidden_RE[part])
+            for request, part in zip(requests, parts, strict=True)
+        ]
+        scored = [place for place, reading in enumerate(readings) if reading is None]
+        if len(scored) < len(readings) and scored:
+            hidden_RE = torch.cat([hidden_RE[parts[place]] for place in scored])
+        if scored:
+            reads, owners = [plan.reads[place] for place in scored], [requests[place] for place in scored]
+            for place, reading in zip(scored, self._scores(hidden_RE, reads, owners, slice_rows), strict=True):
+                readings[place] = reading
+        return [reading for reading in readings if reading is not None]
+
+    def _scores(self, hidden_RE: Tensor, reads: list[Read], requests: list[Request], slice_rows: int) -> list[Reading]:
+        targets_R = np.concatenate(
+            [
+                np.array(request.prompt[read.first + 1 : read.first + 1 + read.rows], dtype=np.int64)
+                for read, request in zip(reads, requests, strict=True)
+            ]
+        )
+        counts = [read.rows for read in reads]
+        best_R = np.repeat([request.params.prompt_logprobs or 0 for request in requests], counts)
+        entries: list[TokenLogprob] = []
+        unsound = np.zeros(len(targets_R), dtype=bool)
+        for start in range(0, len(targets_R), slice_rows):
+            rows = slice(start, start + slice_rows)
+            logits_RV = self._decoder.logits(hidden_RE[rows])
+            largest_R = argmax(logits_RV)[0]
+            unsound[rows] = (~largest_R.isfinite()).cpu().numpy()
+            entries += token_logprobs(logits_RV, largest_R, targets_R[rows], best_R[rows])
+        readings = []
+        first = 0
+        for count in counts:
+            sound = not unsound[first : first + count].any()
+            readings.append(Reading(entries[first : first + count]) if sound else Reading(failure=NOT_FINITE))
+            first += count
+        return readings
+
+
+def _pooled(hidden_RE: Tensor) -> Reading:
+    """Their sum, in float64 whatever the model computes in: the same however the rows are cut into steps."""
+    total = array("d", hidden_RE.double().sum(0).tolist())
+    return Reading(hidden=total) if np.isfinite(total).all() else Reading(failure=_NOT_FINITE_STATES)
