@@ -7,7 +7,7 @@ for completion in llm.stream(["Once upon a time"], SamplingParams(max_tokens=32)
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, Self
@@ -20,7 +20,8 @@ from batchinfer.engine.scheduler import EngineStats, Scheduler
 from batchinfer.errors import ModelError, UsageError, suggest
 from batchinfer.io.fetch import ModelFiles, fetch_model
 from batchinfer.prompting import Content, Preparer, Prompt, mix
-from batchinfer.request import Completion, SamplingParams
+from batchinfer.request import Completion, Pooling, SamplingParams
+from batchinfer.scoring import Continuation, Pooled, Read, Rolling, continuations
 from batchinfer.spec import FAKE_MODEL, EngineSpec, FakeSpec, JobSpec, StorageSpec
 from batchinfer.stream import Stream
 
@@ -93,6 +94,40 @@ class LLM:
             params = chain(sampling_params, repeat(_MISSING))
         pairs = enumerate(zip(contents, params, strict=False))
         return self.run(_prompt(index, content, given, mix(self._seed, index)) for index, (content, given) in pairs)
+
+    def score(self, pairs: Iterable[tuple[Content, Continuation]]) -> list[Completion]:
+        """How likely each continuation is after its context; `scores` of a completion has one entry.
+
+        A context is a prompt of any kind (empty: the continuation follows the model's prefix token), a continuation a
+        text or token ids. Of texts, spaces at the end of the context count to the continuation.
+        """
+        return self._read((context, continuations(continuation)) for context, continuation in pairs)
+
+    def choose(self, questions: Iterable[tuple[Content, Sequence[Continuation]]]) -> list[Completion]:
+        """How likely each of several continuations of one context is: `scores` has an entry each, in their order.
+
+        The context is computed once. `best_choice` says which is the most likely, by one of three measures.
+        """
+        return self._read((context, continuations(*choices)) for context, choices in questions)
+
+    def rolling(self, texts: Iterable[str | list[int]]) -> list[Completion]:
+        """How likely whole texts are; `scores` has one entry, which covers every token of the text once.
+
+        The first token follows the model's beginning-of-sequence token, or else its end-of-sequence token. A text
+        longer than the context is read in windows, each token after as many others as fit.
+        """
+        return self._read((text, Rolling()) for text in texts)
+
+    def embed(self, prompts: Iterable[Content], pooling: Pooling = "mean", normalize: bool = True) -> list[Completion]:
+        """The `embedding` of each prompt: its final hidden states' mean, or the last or first token's alone.
+
+        normalize: to length 1.
+        """
+        return self._read((content, Pooled(pooling, normalize)) for content in prompts)
+
+    def _read(self, items: Iterable[tuple[Content, Read]]) -> list[Completion]:
+        prompts = (Prompt(index, content, read=read) for index, (content, read) in enumerate(items))
+        return sorted(self.run(prompts), key=lambda completion: completion.index)
 
     def stats(self) -> EngineStats:
         """Counters since the model was loaded: prompt tokens computed and reused, generated, steps, preemptions."""

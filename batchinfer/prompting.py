@@ -14,7 +14,8 @@ from itertools import islice
 from typing import Any
 
 from batchinfer.errors import BadParameters, InvalidInput, RowError, TooLong
-from batchinfer.request import Completion, Request, SamplingParams
+from batchinfer.request import Completion, Pooling, Request, SamplingParams
+from batchinfer.scoring import Continuations, Pooled, Read, Rolling, pair, windows
 from batchinfer.text.chat import ChatTemplate
 from batchinfer.text.detokenize import StopStrings, bad_word_ids
 from batchinfer.text.grammar import Grammars
@@ -22,6 +23,7 @@ from batchinfer.text.tokenizer import Tokenizer
 
 Content = str | list[int] | list[dict[str, Any]]
 _MASK = (1 << 64) - 1
+_READING = SamplingParams(temperature=0.0, max_tokens=0, prompt_logprobs=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,8 @@ class Prompt:
     """One prompt: text as it is, token ids, or chat messages. `index` comes back in its completion.
 
     `params` None means the model's and job's defaults. `key` seeds the random numbers of its samples. A prompt that
-    already has an `error` becomes an error completion, so that a stream of rows keeps one answer per row.
+    already has an `error` becomes an error completion, so that a stream of rows keeps one answer per row. With `read`
+    nothing is generated: the prompt is scored or embedded, and `params` do not matter.
     """
 
     index: int
@@ -37,17 +40,22 @@ class Prompt:
     params: SamplingParams | None = None
     key: int = 0
     error: RowError | None = None
+    read: Read | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A prompt that the engine can run: one request per sample, all with the same prompt ids."""
+    """A prompt that the engine can run: one request per sample, all with the same prompt ids.
+
+    With `read`, a request per continuation, or per window of a long text.
+    """
 
     index: int
     ids: list[int]
     params: SamplingParams
     requests: list[Request]
     stop: StopStrings | None
+    read: Read | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +99,11 @@ class Preparer:
         """One result per prompt, in order: ready to run, or an error completion."""
         contents = [self._content(prompt) for prompt in prompts]
         results: list[Prepared | Completion] = []
-        for prompt, ids in zip(prompts, self._tokenize(contents), strict=True):
+        for prompt, content, ids in zip(prompts, contents, self._tokenize(prompts, contents), strict=True):
             try:
                 if isinstance(ids, RowError):
                     raise ids
-                results.append(self._prepared(prompt, ids))
+                results.append(self._prepared(prompt, ids) if prompt.read is None else self._read(prompt, content, ids))
             except RowError as error:
                 known = ids if isinstance(ids, list) else []
                 results.append(Completion(prompt.index, known, error=error))
@@ -107,7 +115,8 @@ class Preparer:
             return prompt.error
         content = prompt.content
         if isinstance(content, str):
-            return (content, True) if content else InvalidInput("the prompt is empty")
+            empty = not content and not isinstance(prompt.read, Continuations)
+            return (content, True) if not empty else InvalidInput("the prompt is empty")
         if not isinstance(content, list) or not content:
             return InvalidInput("the prompt is empty" if content == [] else "a prompt is text, token ids or messages")
         if all(isinstance(message, dict) for message in content):
@@ -125,14 +134,22 @@ class Preparer:
         except RowError as error:
             return error
 
-    def _tokenize(self, contents: list[tuple[str, bool] | list[int] | RowError]) -> list[list[int] | RowError]:
+    def _tokenize(
+        self, prompts: list[Prompt], contents: list[tuple[str, bool] | list[int] | RowError]
+    ) -> list[list[int] | RowError]:
+        """Ids of each content. Contexts and texts to be scored get no special tokens here."""
         results: list[list[int] | RowError] = [
             content if not isinstance(content, tuple) else [] for content in contents
         ]
         for special in (True, False):
-            places = [i for i, content in enumerate(contents) if isinstance(content, tuple) and content[1] is special]
+            places = [
+                place
+                for place, (prompt, content) in enumerate(zip(prompts, contents, strict=True))
+                if isinstance(content, tuple)
+                and (content[1] and not isinstance(prompt.read, Continuations | Rolling)) is special
+            ]
             if places:
-                texts = [content[0] for i in places if isinstance(content := contents[i], tuple)]
+                texts = [_context(prompts[i], content[0]) for i in places if isinstance(content := contents[i], tuple)]
                 encoded = self._tokenizer.encode_batch(texts, add_special_tokens=special)
                 for place, ids in zip(places, encoded, strict=True):
                     results[place] = ids
@@ -141,16 +158,12 @@ class Preparer:
     def _prepared(self, prompt: Prompt, ids: list[int]) -> Prepared:
         params = prompt.params or self._defaults
         limits = self._limits
-        if not ids:
-            raise InvalidInput("the prompt has no tokens")
-        if len(ids) >= limits.context:
-            raise TooLong(f"the prompt has {len(ids)} tokens and the context {limits.context}, with room for an answer")
-        if not 0 <= min(ids) <= max(ids) < limits.vocab_size:
-            raise InvalidInput(f"a prompt token id is out of vocabulary (0 to {limits.vocab_size - 1})")
+        self._check_prompt(ids, 1 if params.max_tokens != 0 else -1)
         _check_ids(params, limits.vocab_size)
         stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else limits.eos_ids)
-        room = limits.context - len(ids)
+        room = max(0, limits.context - len(ids))
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        score_from = None if params.prompt_logprobs is None else 1
         bad_words = bad_word_ids(self._tokenizer, params.bad_words) if params.bad_words else ()
         stop = self._stop_strings(params) if params.stop else None
         wanted = params.structured_outputs
@@ -169,9 +182,82 @@ class Preparer:
                     bad_words=bad_words,
                     stop_check=stop.checker(params.min_tokens) if stop is not None else None,
                     constraint=constraint,
+                    score_from=score_from if sample == 0 else None,
                 )
             )
         return Prepared(prompt.index, ids, params, requests, stop)
+
+    def _read(self, prompt: Prompt, content: tuple[str, bool] | list[int] | RowError, ids: list[int]) -> Prepared:
+        """A prompt that is scored or embedded."""
+        read = prompt.read
+        assert read is not None
+        if isinstance(read, Pooled):
+            self._check_prompt(ids, 0)
+            request = self._request(ids, pooling=read.pooling)
+            return Prepared(prompt.index, ids, _READING, [request], None, read)
+        if isinstance(read, Rolling):
+            parts = list(windows(ids, self._prefix_id(), self._limits.context))
+        else:
+            tails = self._continuations(content, len(ids), read)
+            ids = [*self._lead(), *ids] if isinstance(content, tuple) and content[1] else ids
+            ids = ids or [self._prefix_id()]
+            parts = [([*ids, *tail], len(ids)) for tail in tails]
+        for part, _ in parts:
+            self._check_prompt(part, -1)
+        requests = [self._request(part, score_from=first) for part, first in parts]
+        return Prepared(prompt.index, ids, _READING, requests, None, read)
+
+    def _check_prompt(self, ids: list[int], more: int) -> None:
+        """Raises TooLong or InvalidInput. `more`: tokens that the context must hold besides, or need not hold (-1)."""
+        limits = self._limits
+        if not ids:
+            raise InvalidInput("the prompt has no tokens")
+        if len(ids) + more > limits.context:
+            room = ", with room for an answer" if more > 0 else ""
+            raise TooLong(f"the prompt has {len(ids)} tokens and the context {limits.context}{room}")
+        if not 0 <= min(ids) <= max(ids) < limits.vocab_size:
+            raise InvalidInput(f"a prompt token id is out of vocabulary (0 to {limits.vocab_size - 1})")
+
+    def _request(self, ids: list[int], score_from: int | None = None, pooling: Pooling | None = None) -> Request:
+        self._next_id += 1
+        return Request(self._next_id, ids, _READING, 0, score_from=score_from, pooling=pooling)
+
+    def _continuations(self, content: Any, skipped: int, read: Continuations) -> list[list[int]]:
+        """The ids of each continuation: of texts, what the whole has after as many tokens as the context has alone."""
+        texts = [text for text in read.texts if isinstance(text, str)]
+        before = content[0] if isinstance(content, tuple) else None
+        tails: Iterator[list[int]] = iter(())
+        if texts and before is not None:
+            kept = pair(before, "")[0]
+            wholes = self._encode([kept + pair(before, text)[1] for text in texts])
+            tails = (whole[skipped:] for whole in wholes)
+        elif texts:
+            tails = iter(self._encode(texts))
+        found = [next(tails) if isinstance(text, str) else list(text) for text in read.texts]
+        if not found or not all(found):
+            raise InvalidInput("a continuation has no tokens" if found else "there is no continuation to score")
+        return found
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        encoded = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        for ids in encoded:
+            if isinstance(ids, RowError):
+                raise ids
+        return [ids for ids in encoded if isinstance(ids, list)]
+
+    def _lead(self) -> list[int]:
+        """What the tokenizer puts before a text, if it does: the beginning-of-sequence token."""
+        bos = self._tokenizer.bos_id
+        framed = self._tokenizer.encode_batch([" "], add_special_tokens=True)[0]
+        return [bos] if bos is not None and isinstance(framed, list) and framed[:1] == [bos] else []
+
+    def _prefix_id(self) -> int:
+        """The token that the first of a text follows: beginning of sequence, or where there is none, its end."""
+        if self._tokenizer.bos_id is not None:
+            return self._tokenizer.bos_id
+        if not self._limits.eos_ids:
+            raise InvalidInput("the model has neither a BOS nor an EOS token to put before the first token")
+        return min(self._limits.eos_ids)
 
     def _stop_strings(self, params: SamplingParams) -> StopStrings:
         key = (params.stop, params.include_stop_str_in_output, params.skip_special_tokens)
@@ -180,6 +266,10 @@ class Preparer:
                 self._stops.clear()
             self._stops[key] = StopStrings(self._tokenizer, *key)
         return self._stops[key]
+
+
+def _context(prompt: Prompt, text: str) -> str:
+    return pair(text, "")[0] if isinstance(prompt.read, Continuations) else text
 
 
 def _check_ids(params: SamplingParams, vocab_size: int) -> None:

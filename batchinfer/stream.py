@@ -11,12 +11,14 @@ import time
 from array import array
 from collections import OrderedDict
 from collections.abc import Generator, Hashable, Iterable, Iterator
+from dataclasses import replace
 
 from batchinfer.engine.engine import Engine
 from batchinfer.errors import RowError
 from batchinfer.order import PrefixOrder
 from batchinfer.prompting import Feeder, Prepared, Preparer, Prompt
 from batchinfer.request import Completion, Finished, Output
+from batchinfer.scoring import Pooled, Rolling, score_of
 from batchinfer.text.tokenizer import Tokenizer
 
 _DETOKENIZE_TOGETHER = 32  # finished prompts that are turned into text in one call
@@ -87,14 +89,17 @@ class Stream:
         elif isinstance(known, _Group):
             known.followers.append(prepared)
         else:
-            yield Completion(prepared.index, prepared.ids, known)
+            yield replace(known, index=prepared.index, prompt_token_ids=prepared.ids)
 
     def _submit(self, group: _Group) -> Iterator[Completion]:
         try:
             for request in group.prepared.requests:
                 self._engine.add(request)
                 self._groups[request.request_id] = group
-        except RowError as error:  # the first sample is refused if any is: they have the same prompt
+        except RowError as error:
+            for request in group.prepared.requests:
+                self._engine.abort(request.request_id)
+                self._groups.pop(request.request_id, None)
             self._repeats.drop(group)
             yield Completion(group.prepared.index, group.prepared.ids, error=error)
 
@@ -114,16 +119,27 @@ class Stream:
         texts = self._texts([answer for group in groups for answer in group.answers if answer.error is None])
         for group in groups:
             error = next((answer.error for answer in group.answers if answer.error is not None), None)
-            outputs = []
             if error is None:
-                for answer in sorted(group.answers, key=lambda answer: answer.request.request_id):
-                    text = self._cut(group.prepared, answer, texts[answer.request.request_id])
-                    outputs.append(Output(text, answer.token_ids, answer.finish_reason, answer.logprobs))
-                self._repeats.answered(group, outputs)
+                completion = self._completion(group, texts)
+                self._repeats.answered(group, completion)
             else:
+                completion = Completion(group.prepared.index, group.prepared.ids, error=error)
                 self._repeats.drop(group)
-            for prepared in (group.prepared, *group.followers):
-                yield Completion(prepared.index, prepared.ids, outputs, error)
+            yield completion
+            for prepared in group.followers:
+                yield replace(completion, index=prepared.index, prompt_token_ids=prepared.ids)
+
+    def _completion(self, group: _Group, texts: dict[int, str]) -> Completion:
+        """All samples of a prompt, and what its first read of the prompt."""
+        prepared = group.prepared
+        answers = sorted(group.answers, key=lambda answer: answer.request.request_id)
+        if prepared.read is not None:
+            return _reading(prepared, answers)
+        outputs = []
+        for answer in answers:
+            text = self._cut(prepared, answer, texts[answer.request.request_id])
+            outputs.append(Output(text, answer.token_ids, answer.finish_reason, answer.logprobs))
+        return Completion(prepared.index, prepared.ids, outputs, prompt_logprobs=answers[0].prompt_logprobs)
 
     def _texts(self, answers: list[Finished]) -> dict[int, str]:
         """Request id → text."""
@@ -167,9 +183,9 @@ class Repeats:
     def __init__(self, max_tokens: int = 1 << 19) -> None:
         self._room = max_tokens
         self._running: dict[Hashable, _Group] = {}
-        self._answers: OrderedDict[Hashable, tuple[int, list[Output]]] = OrderedDict()
+        self._answers: OrderedDict[Hashable, tuple[int, Completion]] = OrderedDict()
 
-    def find(self, group: _Group) -> _Group | list[Output] | None:
+    def find(self, group: _Group) -> _Group | Completion | None:
         """The answer of an equal prompt, or the group that will have it; None: `group` is the first, run it."""
         if group.key is None:
             return None
@@ -180,13 +196,13 @@ class Repeats:
         first = self._running.setdefault(group.key, group)
         return None if first is group else first
 
-    def answered(self, group: _Group, outputs: list[Output]) -> None:
+    def answered(self, group: _Group, completion: Completion) -> None:
         """Keep the answer of a group that `find` let run."""
         if group.key is None:
             return
         del self._running[group.key]
-        size = len(group.prepared.ids) + sum(len(output.token_ids) for output in outputs)
-        self._answers[group.key] = (size, outputs)
+        size = len(group.prepared.ids) + sum(len(output.token_ids) for output in completion.outputs)
+        self._answers[group.key] = (size, completion)
         self._room -= size
         while self._room < 0:
             self._room += self._answers.popitem(last=False)[1][0]
@@ -202,7 +218,19 @@ def _identity(prepared: Prepared) -> Hashable | None:
     params = prepared.params
     if (not params.greedy and params.seed is None) or params.logit_bias is not None:
         return None  # a logit_bias is a mapping: not worth hashing
-    return array("q", prepared.ids).tobytes(), params
+    return array("q", prepared.ids).tobytes(), params, prepared.read
+
+
+def _reading(prepared: Prepared, answers: list[Finished]) -> Completion:
+    """Scores or an embedding, of what was read for the one or the other; `answers` in the order of the requests."""
+    if isinstance(prepared.read, Pooled):
+        rows, hidden = answers[0].request.rows_read(), answers[0].hidden
+        assert rows is not None and hidden is not None
+        return Completion(prepared.index, prepared.ids, embedding=prepared.read.vector(hidden, len(rows)))
+    readings = [answer.prompt_logprobs or [] for answer in answers]
+    whole = isinstance(prepared.read, Rolling)
+    scores = [score_of(readings)] if whole else [score_of([reading]) for reading in readings]
+    return Completion(prepared.index, prepared.ids, scores=scores)
 
 
 def _visible(answer: Finished) -> list[int]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import random
 
-from batchinfer import LLM, SamplingParams
+from batchinfer import LLM, Completion, SamplingParams
 from batchinfer.engine.plan import StepPlan, StepResult
 from batchinfer.errors import EngineFailure
 from batchinfer.prompting import Prepared
-from batchinfer.request import Completion, Output
+from batchinfer.request import Output, Request
 from batchinfer.spec import FakeSpec
 from batchinfer.stream import Repeats, _Group
 
@@ -80,15 +80,15 @@ def test_questions_in_any_order_compute_each_document_once() -> None:
 
 
 def prepared(index: int, ids: list[int]) -> Prepared:
-    return Prepared(index, ids, GREEDY, [], None)
+    return Prepared(index, ids, GREEDY, [Request(index, ids, GREEDY, 20)], None)
 
 
 def test_recent_answers_are_bounded() -> None:
     repeats = Repeats(max_tokens=30)
     groups = [_Group(prepared(i, [i] * 9)) for i in range(5)]
-    output = [Output("x", [1], "stop")]
+    answer = Completion(0, [], [Output("x", [1], "stop")])
     for group in groups:
         assert repeats.find(group) is None
-        repeats.answered(group, output)
-    assert repeats.find(_Group(prepared(9, [4] * 9))) is output
+        repeats.answered(group, answer)
+    assert repeats.find(_Group(prepared(9, [4] * 9))) is answer
     assert repeats.find(_Group(prepared(9, [0] * 9))) is None, "the oldest went first"

@@ -19,7 +19,7 @@ Content = str | list[int] | list[dict[str, Any]]
 CHAT = "/chat/completions"
 COMPLETIONS = "/completions"
 
-_SAMPLING = frozenset(SamplingParams.__dataclass_fields__) - {"logprobs"}
+_SAMPLING = frozenset(SamplingParams.__dataclass_fields__) - {"logprobs", "prompt_logprobs"}
 # how an answer is delivered, billed or labelled, never what it is
 _HARMLESS = frozenset(
     {"model", "messages", "prompt", "user", "metadata", "store", "service_tier", "stream", "stream_options"}

@@ -226,3 +226,8 @@ def test_content_parts():
     called = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
     assert chat_messages([called], "m") == [called]
     assert ready_prompt([1, 2], "p") == [1, 2]
+
+
+def test_logprobs_of_prompts_have_no_column(tmp_path):
+    with pytest.raises(SpecError, match="unknown sampling parameter 'prompt_logprobs'"):
+        job(tmp_path, sampling={"prompt_logprobs": 1})

@@ -1,0 +1,93 @@
+"""Reading instead of writing: how texts become prompts that the engine reads, and what it read becomes scores.
+
+How a continuation is cut from its context, and a long text into windows, follows lm-evaluation-harness
+(`TemplateLM._encode_pair`, `utils.get_rolling_token_windows`), so that scores can be compared with published ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from batchinfer.errors import InvalidInput
+from batchinfer.request import Pooling, Score, TokenLogprob
+
+Continuation = str | list[int]
+Measure = Literal["sum", "tokens", "characters"]
+"""How choices are compared: by their logprob, or by that per token, or per character of their text (as acc_norm)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Continuations:
+    """How likely each of these is after the prompt: texts, or token ids."""
+
+    texts: tuple[str | tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Rolling:
+    """How likely the whole prompt is, its first token after the model's prefix token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pooled:
+    """The prompt's embedding. normalize: to length 1."""
+
+    pooling: Pooling
+    normalize: bool = False
+
+    def vector(self, hidden: Sequence[float], rows: int) -> list[float]:
+        """Of the sum of the hidden states of `rows` rows."""
+        norm = math.hypot(*hidden) if self.normalize else rows
+        return [value / norm for value in hidden] if norm else list(hidden)
+
+
+Read = Continuations | Rolling | Pooled
+
+
+def continuations(*given: Continuation) -> Continuations:
+    return Continuations(tuple(one if isinstance(one, str) else tuple(one) for one in given))
+
+
+def pair(context: str, continuation: str) -> tuple[str, str]:
+    """Spaces at the end of the context belong to the continuation: tokens begin with their space."""
+    kept = context.rstrip()
+    return kept, context[len(kept) :] + continuation
+
+
+def windows(ids: list[int], prefix_id: int, context_tokens: int) -> Iterator[tuple[list[int], int]]:
+    """(prompt, score_from) of each window of a text: every token is scored once, with as much before it as fits.
+
+    A window feeds at most `context_tokens` tokens to the model, so that its prompt has one more; the last begins early
+    enough to be full. The first token of all follows `prefix_id`.
+    """
+    yield [prefix_id, *ids[:context_tokens]], 1
+    for done in range(context_tokens, len(ids), context_tokens):
+        end = min(done + context_tokens, len(ids))
+        start = end - context_tokens - 1
+        yield ids[start:end], done - start
+
+
+def score_of(readings: Sequence[Sequence[TokenLogprob | None]]) -> Score:
+    """One score of all tokens that were read, in one prompt or in the windows of a text."""
+    entries = [entry for reading in readings for entry in reading if entry is not None]
+    return Score(
+        logprob=sum(entry.logprob for entry in entries),
+        is_greedy=all(entry.logprob == entry.top[0][1] for entry in entries),
+        token_ids=[entry.token_id for entry in entries],
+        token_logprobs=[entry.logprob for entry in entries],
+    )
+
+
+def best_choice(scores: Sequence[Score], by: Measure = "sum", texts: Sequence[str] = ()) -> int:
+    """The index of the most likely choice, the first of equals. By characters, `texts` are the choices."""
+    if by == "characters" and not all(texts):
+        raise InvalidInput("a choice without characters cannot be compared by characters")
+    lengths = {"tokens": [len(score.token_ids) for score in scores], "characters": [len(text) for text in texts]}
+    if by in lengths:
+        values = [score.logprob / length for score, length in zip(scores, lengths[by], strict=True)]
+    else:
+        values = [score.logprob for score in scores]
+    return max(range(len(values)), key=values.__getitem__)
