@@ -134,22 +134,20 @@ class Scheduler:
     def update(self, result: StepResult) -> None:
         """Take in the result of the plan that `schedule` returned last."""
         draft = self._draft
-        ended = bool(draft.reads) and self._take_readings(draft, result)
+        failed = dict(result.failed or {})
+        ended = bool(draft.reads) and self._take_readings(draft, result, failed)
         sampled = 0
         for sequence, count, samples in zip(draft.sequences, draft.counts, draft.samples, strict=True):
-            if sequence.seat < 0:  # what was read of it is not sound
-                sampled += samples
-                continue
             sequence.num_computed += count
             sequence.proven = True
             if not samples:
-                if sequence.num_computed == sequence.limit:
+                if sequence.num_computed == sequence.limit and sequence.seat >= 0:
                     self._finish(sequence, "length")
                     ended = True
                 continue
             token = result.tokens[sampled]
             logprob = result.logprobs[sampled] if result.logprobs is not None else None
-            failure = result.failed.get(sampled) if result.failed is not None else None
+            failure = failed.get(sampled) if failed else None
             complete = sampled in result.ended
             sampled += 1
             if failure is not None:
@@ -169,17 +167,23 @@ class Scheduler:
             self.running = [sequence for sequence in self.running if sequence.seat >= 0]
         self._careful = min(self._max_num_seqs, self._careful * 2)
 
-    def _take_readings(self, draft: _Draft, result: StepResult) -> bool:
-        """What was read of prompts, to their sequences; whether one of them ended because it was not sound."""
+    def _take_readings(self, draft: _Draft, result: StepResult, failed: dict[int, str | RowError]) -> bool:
+        """What was read of prompts, to their sequences; whether one of them ended because it was not sound.
+
+        Those that sample in this step as well are put with the `failed` samples, and end as these do.
+        """
         ended = False
         for read, reading in zip(draft.reads, result.readings, strict=True):
             sequence = draft.sequences[read.place]
-            if reading.failure is not None:
+            if reading.failure is None:
+                assert sequence.rows is not None
+                sequence.rows.take(reading, read.rows)
+            elif draft.samples[read.place]:
+                failed[sum(draft.samples[: read.place])] = reading.failure
+            else:
                 self.pool.forget(sequence.blocks)
                 self._finish(sequence, "error", EngineFailure(reading.failure))
                 ended = True
-            elif sequence.rows is not None:
-                sequence.rows.take(reading, read.rows)
         return ended
 
     def fail(self, reason: str) -> None:
@@ -242,17 +246,24 @@ class Scheduler:
         draft.seats.append(sequence.seat)
         draft.starts.append(start)
         draft.counts.append(count)
-        draft.samples.append(end == known < sequence.limit)
+        draft.samples.append(end == known)
         if count == 1:
             draft.tokens.append(sequence.tokens[start])
         else:
             draft.tokens.extend(sequence.tokens[start:end])
-        rows = sequence.rows
-        if rows is not None and rows.left and rows.at < end:
-            draft.reads.append(Read(len(draft.seats) - 1, rows.at, min(end, rows.end) - rows.at))
         if start < len(sequence.request.prompt):
+            self._read_prompt(sequence, end, draft)
             self.stats.prompt_tokens_computed += min(end, len(sequence.request.prompt)) - start
         return count
+
+    def _read_prompt(self, sequence: Sequence, end: int, draft: _Draft) -> None:
+        """This step computes positions of the prompt before `end`: read those that are wanted of them."""
+        rows = sequence.rows
+        if rows is None:
+            return
+        if rows.left and rows.at < end:
+            draft.reads.append(Read(len(draft.seats) - 1, rows.at, min(end, rows.end) - rows.at))
+        draft.samples[-1] &= len(sequence.tokens) < sequence.limit  # where nothing is generated the end is here
 
     def _grow(self, sequence: Sequence, end: int) -> bool:
         """Allocate blocks up to position `end`, preempting the newest. False if `sequence` itself had to leave."""
