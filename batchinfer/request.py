@@ -247,6 +247,7 @@ class Finished:
 
     `prompt_logprobs` has an entry per prompt token, None before `score_from`. `hidden` is the sum of the pooled rows'
     final hidden states, [hidden size].
+    `cached_tokens` of the prompt were found in the prefix cache.
     """
 
     request: Request
@@ -256,6 +257,7 @@ class Finished:
     error: RowError | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
     hidden: array[float] | None = None
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

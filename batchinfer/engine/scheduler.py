@@ -298,6 +298,8 @@ class Scheduler:
         sequence.num_computed += len(hits) * self.pool.block_size
         reused = min(sequence.num_computed, len(sequence.request.prompt)) - before
         self.stats.prompt_tokens_reused += max(0, reused)
+        if not sequence.output:  # what it finds again after a preemption, it had computed itself
+            sequence.num_cached += max(0, reused)
         return sequence.num_computed
 
     def _hits(self, sequence: Sequence) -> list[Block]:
@@ -374,7 +376,9 @@ class Scheduler:
             self.expected.observe(len(sequence.output))
         rows = sequence.rows
         read = (None, None) if rows is None else (rows.logprobs, rows.hidden)
-        self._finished.append(Finished(sequence.request, sequence.output, reason, sequence.logprobs, error, *read))
+        cached = min(sequence.num_cached, len(sequence.request.prompt))
+        answer = Finished(sequence.request, sequence.output, reason, sequence.logprobs, error, *read, cached_tokens=cached)
+        self._finished.append(answer)
 
     def _leave(self, sequence: Sequence) -> None:
         self.pool.release(sequence.blocks)

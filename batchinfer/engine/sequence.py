@@ -47,7 +47,8 @@ class Sequence:
     A step closes part of the gap between the two. With `limit` known tokens it is at its end; a request that generates
     nothing knows at once all that it needs: no token after the last row that it reads. `chain` is the uid of the
     content of the first `num_indexed` blocks. `promised` counts blocks that admission set aside for it and that it has
-    not taken yet. `proven` says that a step with it has succeeded since it took its seat.
+    not taken yet. `proven` says that a step with it has succeeded since it took its seat. `num_cached` prompt tokens
+    were found in the cache.
     """
 
     __slots__ = (
@@ -55,6 +56,7 @@ class Sequence:
         "chain",
         "limit",
         "logprobs",
+        "num_cached",
         "num_computed",
         "num_indexed",
         "output",
@@ -77,6 +79,7 @@ class Sequence:
         self.limit = len(self.tokens) + request.max_tokens
         self.logprobs: list[TokenLogprob] | None = None if request.params.logprobs is None else []
         self.proven = False
+        self.num_cached = 0
         self.leave()
 
     def leave(self) -> None:

@@ -78,7 +78,7 @@ class FastTokenizer:
     def pieces(self, skip_special_tokens: bool) -> Pieces:
         skip = self.special_ids if skip_special_tokens else frozenset()
         if self._decoder is not None and self._decoder["type"] == "ByteLevel":
-            return BytePieces(self._token_bytes, skip)
+            return BytePieces(self.bytes_of, skip)
         spaced = sentencepiece_strip(self._decoder)
         if spaced is not None:
             return SentencePieces(self._rust.id_to_token, skip, strip=spaced)
@@ -86,17 +86,27 @@ class FastTokenizer:
 
     def token_bytes(self) -> list[bytes] | None:
         if self._decoder is not None and self._decoder["type"] == "ByteLevel":
-            return [self._token_bytes(token_id) for token_id in range(self.vocab_size)]
+            return [self.bytes_of(token_id) for token_id in range(self.vocab_size)]
         metaspace = self._decoder is not None and self._decoder["type"] == "Metaspace"
         if not metaspace and sentencepiece_strip(self._decoder) is None:
             return None
         return [sentencepiece_bytes(self._rust.id_to_token(token_id) or "") for token_id in range(self.vocab_size)]
 
-    def _token_bytes(self, token_id: int) -> bytes:
+    def bytes_of(self, token_id: int) -> bytes:
         found = self._bytes.get(token_id)
         if found is None:
-            found = self._bytes[token_id] = byte_level_bytes(self._rust.id_to_token(token_id) or "")
+            found = self._bytes[token_id] = self._look_up(token_id)
         return found
+
+    def _look_up(self, token_id: int) -> bytes:
+        token = self._rust.id_to_token(token_id)
+        if token is None:
+            return b""
+        if self._decoder is not None and self._decoder["type"] == "ByteLevel":
+            return byte_level_bytes(token)
+        if sentencepiece_strip(self._decoder) is not None and token_id not in self.special_ids:
+            return sentencepiece_bytes(token)
+        return self._rust.decode([token_id], skip_special_tokens=False).encode()
 
     def identity(self) -> str:
         return self._digest

@@ -45,6 +45,10 @@ class Tokenizer(Protocol):
         """The bytes that each token adds to a text, by id; None where tokens have no bytes of their own."""
         ...
 
+    def bytes_of(self, token_id: int) -> bytes:
+        """What one token stands for within a text; part of a character's bytes, for some. Empty for unknown ids."""
+        ...
+
     def identity(self) -> str:
         """Hash of everything that decides ids and text."""
         ...
@@ -80,18 +84,18 @@ class ByteTokenizer:
             return bytes(ids).decode(errors="replace")
         except ValueError:  # an id above 255
             skip = self.special_ids if skip_special_tokens else frozenset()
-            return b"".join(self._token_bytes(i) for i in ids if i not in skip).decode(errors="replace")
+            return b"".join(self.bytes_of(i) for i in ids if i not in skip).decode(errors="replace")
 
-    def _token_bytes(self, token_id: int) -> bytes:
+    def bytes_of(self, token_id: int) -> bytes:
         if token_id < 256:
             return bytes((token_id,))
         return {256: b"<bos>", 257: b"<eos>"}.get(token_id, b"")
 
     def pieces(self, skip_special_tokens: bool) -> Pieces:
-        return BytePieces(self._token_bytes, self.special_ids if skip_special_tokens else frozenset())
+        return BytePieces(self.bytes_of, self.special_ids if skip_special_tokens else frozenset())
 
     def token_bytes(self) -> list[bytes] | None:
-        return [self._token_bytes(token_id) for token_id in range(self.vocab_size)]
+        return [self.bytes_of(token_id) for token_id in range(self.vocab_size)]
 
     def identity(self) -> str:
         return "bytes-1"
