@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from batchinfer import cli_help as pages
-from batchinfer.cli_options import Settings, load_job, located, parse_settings, print_text, with_cache
+from batchinfer.cli_options import Settings, load_job, located, model_spec, print_text, takes, with_cache
 from batchinfer.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,11 +17,9 @@ if TYPE_CHECKING:
     from batchinfer.bench.measured import Subject
     from batchinfer.bench.session import Session
     from batchinfer.bench.workload import Synthetic, Workload
-    from batchinfer.spec import JobSpec
 
 JOB_FILES = (".yaml", ".yml", ".json")
 _JOB_ROWS = 128  # of a job's input, unless told
-_MODEL_SETTINGS = ("engine.", "storage.", "fake.")  # beside a model, the rest of a job file means nothing
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Directory, .gguf file, URL or Hugging Face id.", show_default=False)
@@ -55,34 +51,6 @@ bench = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
-Options = TypeVar("Options")
-
-
-def _takes(kind: type[Options]) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
-    """A command whose options are the fields of a dataclass, which it gets as one value."""
-    hints = get_type_hints(kind, include_extras=True)
-    parameters = [
-        inspect.Parameter(
-            field.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty if field.default is MISSING else field.default,
-            annotation=hints[field.name],
-        )
-        for field in fields(kind)  # type: ignore[arg-type]
-    ]
-
-    def decorate(function: Callable[[Options], None]) -> Callable[..., None]:
-        def command(**values: Any) -> None:
-            function(kind(**values))
-
-        command.__name__ = function.__name__
-        command.__annotations__ = hints
-        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        return command
-
-    return decorate
-
-
 # -- throughput ----------------------------------------------------------------------------------------------------
 
 
@@ -108,7 +76,7 @@ class ThroughputOptions:
 
 
 @bench.command(help=pages.BENCH_THROUGHPUT)
-@_takes(ThroughputOptions)
+@takes(ThroughputOptions)
 def throughput(options: ThroughputOptions) -> None:
     from batchinfer.bench import throughput as measurement
     from batchinfer.bench.json_file import json_file
@@ -141,7 +109,7 @@ def _workload_and_subject(options: ThroughputOptions) -> tuple[Workload, Subject
             raise UsageError(f"{given[0]}: {instead}; leave it out")
     if is_job:
         return _job_and_subject(options)
-    spec = _model_spec(options.target, list(options.settings))
+    spec = model_spec(options.target, list(options.settings))
     if options.workload is not None:
         return WorkloadFile.read(options.workload, options.requests), load_subject(spec)
     return _synthetic(options, options.requests, options.shared_prefix), load_subject(spec)
@@ -174,29 +142,6 @@ def _synthetic(
     return Synthetic(**{name: value for name, value in given.items() if value is not None})
 
 
-def _model_spec(model: str, settings: list[str]) -> JobSpec:
-    """A job that is nothing but a model, with its settings on top."""
-    from batchinfer.spec import parse_spec
-
-    values: dict[str, Any] = {
-        "model": model,
-        "input": {"path": "-"},
-        "prompt": {"column": "ids"},
-        "output": {"path": "-"},
-    }
-    for key, value in parse_settings(settings).items():
-        section, dot, name = key.partition(".")
-        if key == "tokenizer":
-            values[key] = value
-        elif f"{section}{dot}" in _MODEL_SETTINGS:
-            values.setdefault(section, {})[name] = value
-        else:
-            raise UsageError(
-                f"--set {key}: beside a model only tokenizer and the keys of engine, storage and fake can be set"
-            )
-    return with_cache(parse_spec(values, "--set"))
-
-
 # -- latency -------------------------------------------------------------------------------------------------------
 
 
@@ -213,7 +158,7 @@ class LatencyOptions:
 
 
 @bench.command(help=pages.BENCH_LATENCY)
-@_takes(LatencyOptions)
+@takes(LatencyOptions)
 def latency(options: LatencyOptions) -> None:
     from batchinfer.bench import latency as measurement
     from batchinfer.bench.json_file import json_file
@@ -222,7 +167,7 @@ def latency(options: LatencyOptions) -> None:
     with json_file(options.json) as write:
         batches = measurement.parse_batches(options.batch)
         plan = measurement.Plan(_synthetic(options), batches, options.repeat)
-        subject = load_subject(_model_spec(options.target, list(options.settings)))
+        subject = load_subject(model_spec(options.target, list(options.settings)))
         measurement.check(subject.llm, plan)
         session = _begin(subject)
         found = [measurement.measure(subject, plan, batch, session.machine) for batch in batches]
@@ -270,7 +215,7 @@ def kernels(
     from batchinfer.bench.machine import set_threads
 
     with json_file(json) as write:
-        shapes = measurement.shapes_of(model, with_cache(_model_spec(model, [])).storage) if model else None
+        shapes = measurement.shapes_of(model, with_cache(model_spec(model, [])).storage) if model else None
         set_threads(threads)
         session = _begin()
         found = list(measurement.measure(shapes or measurement.Shapes(), session.machine))

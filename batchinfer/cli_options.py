@@ -5,12 +5,14 @@ Reads BATCHINFER_CACHE.
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
@@ -25,6 +27,34 @@ Settings = Annotated[
     list[str],
     typer.Option("--set", metavar="KEY=VALUE", help="Replace a key of the job file, e.g. engine.max_num_seqs=64."),
 ]
+
+Options = TypeVar("Options")
+MODEL_SETTINGS = ("engine.", "storage.", "fake.")  # beside a model, the rest of a job file means nothing
+
+
+def takes(kind: type[Options]) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
+    """A command whose options are the fields of a dataclass, which it gets as one value."""
+    hints = get_type_hints(kind, include_extras=True)
+    parameters = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if field.default is MISSING else field.default,
+            annotation=hints[field.name],
+        )
+        for field in fields(kind)  # type: ignore[arg-type]
+    ]
+
+    def decorate(function: Callable[[Options], None]) -> Callable[..., None]:
+        def command(**values: Any) -> None:
+            function(kind(**values))
+
+        command.__name__ = function.__name__
+        command.__annotations__ = hints
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return command
+
+    return decorate
 
 
 def print_text(text: str) -> None:
@@ -92,3 +122,26 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
         except yaml.YAMLError:
             values[key.strip()] = text
     return values
+
+
+def model_spec(model: str, settings: list[str], more: Sequence[str] = ()) -> JobSpec:
+    """A job that is nothing but a model, with its settings on top; `more` are further keys or sections that count."""
+    from batchinfer.spec import parse_spec
+
+    values: dict[str, Any] = {
+        "model": model,
+        "input": {"path": "-"},
+        "prompt": {"column": "ids"},
+        "output": {"path": "-"},
+    }
+    known = (*MODEL_SETTINGS, *more)
+    for key, value in parse_settings(settings).items():
+        section, dot, name = key.partition(".")
+        if key == "tokenizer":
+            values[key] = value
+        elif f"{section}{dot}" in known or key in known:
+            values.setdefault(section, {})[name] = value
+        else:
+            listed = ", ".join(f"{name}*" if name.endswith(".") else name for name in ("tokenizer", *known))
+            raise UsageError(f"--set {key}: beside a model only these can be set: {listed}")
+    return with_cache(parse_spec(values, "--set"))

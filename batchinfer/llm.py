@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from itertools import chain, repeat
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from pydantic import ValidationError
 
@@ -19,13 +19,28 @@ from batchinfer.engine.engine import Engine
 from batchinfer.engine.scheduler import EngineStats, Scheduler
 from batchinfer.errors import ModelError, UsageError, suggest
 from batchinfer.io.fetch import ModelFiles, fetch_model
-from batchinfer.prompting import Content, Preparer, Prompt, mix
+from batchinfer.prompting import Content, Limits, Preparer, Prompt, mix
 from batchinfer.request import Completion, Pooling, SamplingParams
 from batchinfer.scoring import Continuation, Pooled, Read, Rolling, continuations
 from batchinfer.spec import FAKE_MODEL, EngineSpec, FakeSpec, JobSpec, StorageSpec
 from batchinfer.stream import Stream
+from batchinfer.text.chat import ChatTemplate
+from batchinfer.text.tokenizer import Tokenizer
 
 __all__ = ["LLM", "Prompt"]
+
+
+class Parts(NamedTuple):
+    """What a server drives by itself: see `LLM.parts`."""
+
+    engine: Engine
+    preparer: Preparer
+    tokenizer: Tokenizer
+    chat: ChatTemplate | None
+    limits: Limits
+    defaults: SamplingParams
+    max_num_seqs: int
+
 
 _MISSING = SamplingParams()  # marks a prompt beyond the last of the given parameters
 
@@ -133,6 +148,18 @@ class LLM:
         """Counters since the model was loaded: prompt tokens computed and reused, generated, steps, preemptions."""
         return self._engine.stats
 
+    def parts(self) -> Parts:
+        """What is under it, for a caller with a loop of its own. `run` and such a loop exclude each other."""
+        return Parts(
+            self._engine,
+            self._preparer,
+            self._assembly.tokenizer,
+            self._assembly.chat,
+            self._assembly.limits,
+            self.default_params,
+            self._max_num_seqs,
+        )
+
     # -- the loop under it --------------------------------------------------------------------------------------
 
     def run(self, prompts: Iterable[Prompt]) -> Generator[Completion, None, None]:
@@ -162,6 +189,7 @@ class LLM:
     ) -> None:
         self.default_params = SamplingParams.from_mapping(sampling or {}, assembly.defaults)
         self._seed = seed
+        self._assembly = assembly
         self._tokenizer = assembly.tokenizer
         self._preparer = Preparer(assembly.tokenizer, assembly.limits, self.default_params, assembly.chat, chat_kwargs)
         scheduler = Scheduler(assembly.pool, engine.max_num_seqs, engine.max_step_tokens)

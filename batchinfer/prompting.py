@@ -281,7 +281,7 @@ def _check_ids(params: SamplingParams, vocab_size: int) -> None:
     for name, ids in given.items():
         for token in ids:
             if not 0 <= token < vocab_size:
-                raise BadParameters(f"{name} names token {token}, out of vocabulary (0 to {vocab_size - 1})")
+                raise BadParameters(f"{name} names token {token}, out of vocabulary ({vocab_size} tokens, from 0)")
 
 
 class Feeder:

@@ -183,10 +183,10 @@ def test_a_step_never_holds_more_than_the_batch(tiny_model):
     from batchinfer.bench import latency
     from batchinfer.bench.measured import load_subject
     from batchinfer.bench.workload import Span, Synthetic
-    from batchinfer.cli_bench import _model_spec
+    from batchinfer.cli_options import model_spec
     from tests.bench.test_figures import make_machine
 
-    subject = load_subject(_model_spec(str(tiny_model), []))
+    subject = load_subject(model_spec(str(tiny_model), []))
     plan = latency.Plan(Synthetic(input_tokens=Span(4, 9), output_tokens=Span(1, 9)), [3], 5)
     latency.measure(subject, plan, 3, make_machine())
     batches = [step.sequences for step in subject.llm.steps]
