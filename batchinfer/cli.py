@@ -1,7 +1,7 @@
 """The command line: options and environment in, exit codes out. All work is done below, and imported when it is due.
 
-The environment is read here and in `cli_options`, and nowhere below: the platform variables of an array job,
-BATCHINFER_SHARD_INDEX and BATCHINFER_SHARD_COUNT, BATCHINFER_CACHE.
+The environment is read here, in `cli_options` and in `cli_serve`, and nowhere below: the platform variables of an array
+job, BATCHINFER_SHARD_INDEX and BATCHINFER_SHARD_COUNT, BATCHINFER_CACHE, BATCHINFER_API_KEY.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import typer
 
 from batchinfer import cli_help as pages
 from batchinfer.cli_bench import bench
-from batchinfer.cli_options import Settings, load_job, located, parse_settings, print_text
+from batchinfer.cli_options import Settings, load_job, located, parse_settings, print_text, takes
 from batchinfer.cli_progress import choose_progress, summary
+from batchinfer.cli_serve import ServeOptions, serve
 from batchinfer.errors import EXIT_OK, BatchInferError, UsageError
 from batchinfer.log import log
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 SPIN = ("GOMP_SPINCOUNT", "10000")
 EXIT_BUG = 70
 EXIT_INTERRUPTED = 130
-_COMMANDS_WITH_LOG = ("run", "retry")
+_COMMANDS_WITH_LOG = ("run", "retry", "serve")
 _LEVELS = ("debug", "info", "warning", "error")
 _JOB_FILES = (".yaml", ".yml", ".json")
 _PIPED_COLUMNS = 100  # width of text that no terminal shows
@@ -64,6 +65,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 app.add_typer(bench, name="bench")
+app.command(epilog=pages.EXIT_CODES, help=pages.SERVE)(takes(ServeOptions)(serve))
 
 
 def process() -> None:

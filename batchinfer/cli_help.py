@@ -26,6 +26,7 @@ OVERVIEW = """Run prompts out of Parquet or JSONL through a language model; ever
   batchinfer run job.yaml           run it; the same command again continues after a stop
   batchinfer show OUTPUT            a few rows of input and output
   batchinfer verify OUTPUT          audit the output against the input
+  batchinfer serve MODEL            an OpenAI-style endpoint, or one around a command
   batchinfer bench --help           measure the engine on this machine
 
 OUTPUT is the job's output.path, or the job file itself."""
@@ -92,6 +93,19 @@ SHOW = """Show a few rows of an output beside their input.
   batchinfer show output/quickstart
   batchinfer show job.yaml --errors          only rows that ended as errors
   batchinfer show output/quickstart --row 17 the row at position 17 (from 0) of its input file"""
+
+SERVE = """Answer OpenAI-style requests over HTTP with a model, for as long as somebody needs it.
+
+\b
+  batchinfer serve MODEL --port 8000
+  batchinfer serve MODEL --idle-timeout 600 --max-lifetime 7200
+  batchinfer serve MODEL --set engine.max_num_seqs=64 --set sampling.temperature=0
+  batchinfer serve MODEL -- lm_eval --model local-completions --tasks gsm8k \\
+      --model_args model={model},base_url={base_url}/completions
+
+With a command it starts, waits until it is healthy, runs the command with OPENAI_BASE_URL and OPENAI_API_KEY set,
+stops, and ends with the command's exit code. SIGTERM and SIGINT refuse new requests and let those in flight finish,
+for 8 seconds at most; a second signal leaves at once. Without --api-key everybody who reaches HOST may use it."""
 
 BENCH = """Measure the engine, each time beside the limit of the machine.
 

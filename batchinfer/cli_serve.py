@@ -1,0 +1,125 @@
+"""`batchinfer serve`: options in, an endpoint for as long as it is wanted, the exit code of its command out.
+
+Reads BATCHINFER_API_KEY.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from batchinfer.cli_options import Settings, model_spec
+from batchinfer.errors import ModelError, UsageError
+from batchinfer.log import log
+
+if TYPE_CHECKING:
+    from batchinfer.server.frontend import ServedModel
+    from batchinfer.server.lifecycle import Command
+    from batchinfer.spec import JobSpec
+
+_MORE_SETTINGS = ("sampling.", "prompt.chat_template", "prompt.chat_template_kwargs")
+_PORT = 8000
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_NEEDED = ("fastapi", "uvicorn", "prometheus_client")
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Directory, .gguf file, URL or Hugging Face id.", show_default=False)
+    ]
+    command: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="-- COMMAND ARGS",
+            help="Run it against the endpoint, then stop. {base_url}, {model} and {port} are filled in.",
+            show_default=False,
+        ),
+    ] = None
+    host: Annotated[str, typer.Option(metavar="HOST", help="Address to listen on.")] = "127.0.0.1"
+    port: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PORT", min=0, max=65535, help="0: any that is free. Default: 8000, with a command any free one."
+        ),
+    ] = None
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY", help="Key that clients must send.", envvar="BATCHINFER_API_KEY", show_default=False
+        ),
+    ] = None
+    served_model_name: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="What clients call the model; may be repeated. Default: MODEL."),
+    ] = None
+    max_lifetime: Annotated[
+        float | None, typer.Option(metavar="SECONDS", min=0.0, help="Stop after so long, whatever happens.")
+    ] = None
+    idle_timeout: Annotated[
+        float | None, typer.Option(metavar="SECONDS", min=0.0, help="Stop after so long without a request.")
+    ] = None
+    max_waiting: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Sequences that may wait for a seat; beyond it clients get 429.")
+    ] = 2048
+    max_body_mb: Annotated[
+        int, typer.Option("--max-body-mb", metavar="N", min=1, help="Largest request body, in MiB; beyond it 413.")
+    ] = 32
+    settings: Settings = ()  # type: ignore[assignment]  # a default of a dataclass must not be a list
+
+
+def serve(options: ServeOptions) -> None:
+    _check_packages()
+    spec = model_spec(options.model, list(options.settings), _MORE_SETTINGS)
+    from batchinfer.server.app import AppOptions, create_app
+    from batchinfer.server.frontend import Frontend
+    from batchinfer.server.lifecycle import Endpoint, Limits, listen
+    from batchinfer.server.metrics import Metrics
+
+    port = options.port if options.port is not None else 0 if options.command else _PORT
+    if options.api_key == "":
+        raise UsageError("--api-key is empty: give a key, or leave it out")
+    if options.api_key is None and options.host not in _LOOPBACK:
+        log.warning("everybody who reaches this host may use the endpoint: there is no --api-key", host=options.host)
+    sock = listen(options.host, port)  # before the model is loaded, which takes longer than to find the port taken
+    model = _load(spec, options.served_model_name)
+    frontend = Frontend(model, Metrics(), options.max_waiting)
+    gate = create_app(frontend, AppOptions(options.api_key, options.max_body_mb << 20))
+    endpoint = Endpoint(gate, frontend, sock, Limits(options.max_lifetime, options.idle_timeout))
+    code = endpoint.run(_command(options, model))
+    if code:
+        raise typer.Exit(code)
+
+
+def _check_packages() -> None:
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(f"serve needs more packages ({', '.join(missing)}): pip install 'batchinfer[serve]'")
+
+
+def _load(spec: JobSpec, names: list[str] | None) -> ServedModel:
+    from batchinfer.io.fetch import fetch_model
+    from batchinfer.llm import LLM
+    from batchinfer.server.frontend import ServedModel
+    from batchinfer.spec import FAKE_MODEL
+
+    files = None if spec.model == FAKE_MODEL else fetch_model(spec.model, spec.storage)
+    parts = LLM.from_spec(spec, files).parts()
+    if not parts.limits.context > 1:
+        raise ModelError(f"{spec.model}: its context of {parts.limits.context} tokens has no room for an answer")
+    prompt = spec.prompt
+    template = (prompt.chat_template if prompt else None) or parts.tokenizer.chat_template
+    kwargs = prompt.chat_template_kwargs if prompt else {}
+    return ServedModel(parts, tuple(dict.fromkeys(names or [spec.model])), template, kwargs)
+
+
+def _command(options: ServeOptions, model: ServedModel) -> Command | None:
+    from batchinfer.server.lifecycle import Command
+
+    if not options.command:
+        return None
+    return Command(options.command, model.names[0], options.api_key, os.environ)

@@ -1,0 +1,84 @@
+"""/v1/embeddings: pooled hidden states of the model's last layer, as numbers or as base64 of little-endian float32."""
+
+from __future__ import annotations
+
+import base64
+import math
+import struct
+import time
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive
+
+from batchinfer.server.errors import ApiError, JsonResponse, bad_request
+from batchinfer.server.frontend import Frontend
+from batchinfer.server.replies import answer, check_model
+from batchinfer.server.schemas import EmbeddingRequest
+
+DEFAULT_POOLING = "mean"
+
+
+async def respond(frontend: Frontend, receive: Receive, body: EmbeddingRequest) -> Response:
+    """Answer a request. Raises ApiError."""
+    arrived_s = time.monotonic()
+    name = check_model(frontend, body.model)
+    frontend.admit()
+
+    async def begin() -> Response:
+        ids = await frontend.in_pool(lambda: _encode(frontend, body.input))
+        vectors = await _embed(frontend, ids, body.pooling or DEFAULT_POOLING)
+        size = len(vectors[0])
+        if body.dimensions not in (None, size):
+            raise bad_request(f"dimensions is not supported: this model's embeddings have {size}", "dimensions")
+        if body.normalize is not False:
+            vectors = [_unit(vector) for vector in vectors]
+        packed = body.encoding_format == "base64"
+        data = [
+            {"object": "embedding", "index": index, "embedding": _base64(vector) if packed else vector}
+            for index, vector in enumerate(vectors)
+        ]
+        tokens = sum(map(len, ids))
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        frontend.metrics.request_done(time.monotonic() - arrived_s)
+        return JsonResponse({"object": "list", "data": data, "model": name, "usage": usage})
+
+    return await answer(frontend, receive, begin)
+
+
+def _encode(frontend: Frontend, given: Any) -> list[list[int]]:
+    inputs = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else given
+    if not inputs or not all(inputs):
+        raise bad_request("input is empty", "input")
+    if isinstance(inputs[0], str):
+        return frontend.encode(inputs, True)
+    return [list(ids) for ids in inputs]
+
+
+async def _embed(frontend: Frontend, ids: list[list[int]], pooling: str) -> list[list[float]]:
+    prepared = await frontend.prepare(ids, frontend.model.parts.defaults, pooling)
+    generation = frontend.open(prepared, False)
+    vectors: dict[int, list[float]] = {}
+    try:
+        async for events in generation.batches():
+            vectors |= {event.request_id: _vector(event.finished) for event in events if event.finished is not None}
+    finally:
+        frontend.close(generation)
+    return [vectors[one.requests[0].request_id] for one in prepared]
+
+
+def _vector(finished: Any) -> list[float]:
+    rows = finished.request.rows_read()
+    assert finished.hidden is not None and rows is not None, "nothing was pooled"
+    return [total / len(rows) for total in finished.hidden]
+
+
+def _unit(vector: list[float]) -> list[float]:
+    length = math.sqrt(math.fsum(value * value for value in vector))
+    if not math.isfinite(length):
+        raise ApiError(500, "the model's hidden states are not finite", code="engine_failure")
+    return [value / length for value in vector] if length else vector
+
+
+def _base64(vector: list[float]) -> str:
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()

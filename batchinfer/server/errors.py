@@ -1,0 +1,127 @@
+"""What a client is told when something is wrong: OpenAI's error object and its status."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+import orjson
+from starlette.responses import Response
+
+from batchinfer.errors import DeadlineExceeded, EngineFailure, RowError, TooLong
+from batchinfer.log import log
+
+CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
+_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+class ApiError(Exception):
+    """Ends one request. `param` is the field at fault, `code` a word for programs, `retry_after_s` a header."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.retry_after_s = retry_after_s
+
+    @property
+    def type(self) -> str:
+        return _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+
+    def body(self) -> dict[str, Any]:
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    def response(self) -> Response:
+        headers = {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return JsonResponse(self.body(), self.status, headers)
+
+
+class JsonResponse(Response):
+    """JSON by orjson: NaN and infinities cannot leave as such."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return dump(content)
+
+
+def dump(value: Any) -> bytes:
+    """JSON bytes. Lone surrogates, which a client may have sent in a name, are written as \\ud800 is, in text."""
+    try:
+        return orjson.dumps(value)
+    except TypeError:
+        return orjson.dumps(_writable(value))
+
+
+def _writable(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode(errors="backslashreplace").decode()
+    if isinstance(value, dict):
+        return {_writable(key): _writable(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_writable(entry) for entry in value]
+    return value
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """An error of ours as it is; anything else is a bug, logged with its traceback."""
+    if isinstance(error, ApiError):
+        return error
+    log.error("a request failed in a way that it should not", traceback="".join(traceback.format_exception(error)))
+    return internal_error(error)
+
+
+def internal_error(error: Exception) -> ApiError:
+    """What the client is told of a bug."""
+    return ApiError(500, f"internal error: {type(error).__name__}", code="internal_error")
+
+
+def bad_request(message: str, param: str | None = None) -> ApiError:
+    return ApiError(400, message, param=param)
+
+
+def of_row(error: RowError, fields: Sequence[str] = ()) -> ApiError:
+    """The client's view of an error of preparing or running; `fields` are names that `param` may have."""
+    message = str(error)
+    if isinstance(error, TooLong):
+        return ApiError(400, message, param="prompt", code=CONTEXT_LENGTH_EXCEEDED)
+    if isinstance(error, EngineFailure):
+        return ApiError(500, message, code="engine_failure")
+    if isinstance(error, DeadlineExceeded):
+        return ApiError(504, message, code="deadline")
+    named = next((word for word in re.findall(r"\w+", message) if word in fields), None)
+    return ApiError(400, message, param=named, code=error.kind)
+
+
+def of_validation(problems: Sequence[Any]) -> ApiError:
+    """The first of pydantic's problems with a body, path or query."""
+    problem = problems[0]
+    if problem["type"] == "json_invalid":
+        return bad_request(f"the body is not JSON: {problem.get('ctx', {}).get('error', problem['msg'])}")
+    path = [part for part in problem["loc"] if part not in ("body", "query", "path") and not _is_branch(part)]
+    if not path:
+        return bad_request("the body must be a JSON object, with content type application/json")
+    param = str(path[0])
+    place = param + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path[1:])
+    others = {str(other["loc"][1:2]) for other in problems} - {str(problem["loc"][1:2])}
+    tail = f" ({len(others)} more fields are wrong)" if others else ""
+    return bad_request(f"{place}: {problem['msg']}{tail}", param)
+
+
+def _is_branch(part: Any) -> bool:
+    """Whether a part of a problem's place is pydantic's name of a union's branch, and no field."""
+    return isinstance(part, str) and ("[" in part or part in ("str", "int", "float", "bool", "dict", "list"))

@@ -1,0 +1,217 @@
+"""The asyncio side of the engine: admission, preparing prompts, and events for whoever waits for them."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from batchinfer.errors import InvalidInput, RowError
+from batchinfer.llm import Parts
+from batchinfer.prompting import Prepared, Prompt, mix
+from batchinfer.request import Completion, Request, SamplingParams
+from batchinfer.server.engine_loop import EngineLoop, Event
+from batchinfer.server.errors import ApiError, of_row
+from batchinfer.server.metrics import Metrics
+from batchinfer.server.params import FIELDS, check_room
+from batchinfer.server.token_texts import TokenTexts
+
+T = TypeVar("T")
+
+MAX_SAMPLES = 16384  # of one request: prompts times n
+_RETRY_LONGEST_S = 60
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A model as clients see it: the names that it answers to, the first of which it signs with."""
+
+    parts: Parts
+    names: tuple[str, ...]
+    chat_template: str | None = None
+    chat_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+class Generation:
+    """The samples of one HTTP request in the engine. Iterate over its events; close it, or its sequences run on."""
+
+    def __init__(self, prepared: list[Prepared]) -> None:
+        self.prepared = prepared
+        self.open = {request.request_id for one in prepared for request in one.requests}
+        self._events: dict[int, Event] = {}
+        self._news = asyncio.Event()
+        self._error: ApiError | None = None
+
+    async def batches(self) -> AsyncIterator[list[Event]]:
+        """Events as they come, at most one a sample: what comes while nobody looks is put together.
+
+        Raises ApiError when a sample fails or the server ends.
+        """
+        while self.open or self._events:
+            await self._news.wait()
+            self._news.clear()
+            if self._error is not None:
+                raise self._error
+            events, self._events = self._events, {}
+            yield list(events.values())
+
+    def add(self, event: Event) -> None:
+        if event.finished is not None:
+            self.open.discard(event.request_id)
+            if event.finished.error is not None:
+                self.fail(of_row(event.finished.error, tuple(FIELDS)))
+        earlier = self._events.get(event.request_id)
+        self._events[event.request_id] = event if earlier is None else earlier.then(event)
+        self._news.set()
+
+    def fail(self, error: ApiError) -> None:
+        self._error = self._error or error
+        self._news.set()
+
+
+class Frontend:
+    """Stands between HTTP and the engine thread. All methods are for the asyncio thread.
+
+    max_waiting: sequences beyond the engine's seats from which on requests are refused with 429.
+    """
+
+    def __init__(self, model: ServedModel, metrics: Metrics, max_waiting: int) -> None:
+        self.model = model
+        self.metrics = metrics
+        self.texts = TokenTexts(model.parts.tokenizer)
+        self.engine = EngineLoop(model.parts.engine, self._deliver, self._failed)
+        self._seats = model.parts.max_num_seqs
+        self._max_waiting = max_waiting
+        self._generations: dict[int, Generation] = {}
+        self._prepare_lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(2, thread_name_prefix="batchinfer-prepare")
+        self._loop: asyncio.AbstractEventLoop | None = None
+        metrics.watch(lambda: self.engine.snapshot)
+
+    def start(self) -> None:
+        """Call within the asyncio loop that will serve."""
+        self._loop = asyncio.get_running_loop()
+        self.engine.start()
+
+    def stop(self) -> None:
+        self.engine.stop()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def failure(self) -> str | None:
+        """Why the engine answers nothing any more, if so."""
+        return self.engine.failure
+
+    @property
+    def open_samples(self) -> int:
+        return len(self._generations)
+
+    # -- a request's way in -------------------------------------------------------------------------------------
+
+    def admit(self) -> None:
+        """Raises ApiError where the engine is dead (500) or the queue full (429)."""
+        if self.failure is not None:
+            raise ApiError(500, f"the engine stopped: {self.failure}", code="engine_failure")
+        waiting = len(self._generations) - self._seats
+        if waiting >= self._max_waiting:
+            wait_s = round(self.metrics.mean_request_s * waiting / self._seats)
+            raise ApiError(
+                429,
+                f"{waiting} sequences are waiting already: try again later",
+                code="queue_full",
+                retry_after_s=min(max(wait_s, 1), _RETRY_LONGEST_S),
+            )
+
+    async def in_pool(self, work: Callable[[], T]) -> T:
+        """Run work that takes a while beside the asyncio loop. Raises ApiError for a RowError."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        except RowError as error:
+            raise of_row(error, tuple(FIELDS)) from None
+
+    async def prepare(
+        self, prompts: Sequence[list[int]], params: SamplingParams, pooling: Any = None
+    ) -> list[Prepared]:
+        """Check token ids and parameters against the model. With `pooling` nothing is generated.
+
+        Raises ApiError for the first prompt that is wrong.
+        """
+        if len(prompts) * params.n > MAX_SAMPLES:
+            raise ApiError(400, f"{len(prompts)} prompts times n {params.n} are more than {MAX_SAMPLES} samples")
+        return await self.in_pool(lambda: self._prepare(prompts, params, pooling))
+
+    def _prepare(self, prompts: Sequence[list[int]], params: SamplingParams, pooling: Any) -> list[Prepared]:
+        key = random.getrandbits(64)
+        more: dict[str, Any] = {} if pooling is None else {"pooling": pooling}
+        wanted = [Prompt(index, ids, params, mix(key, index), **more) for index, ids in enumerate(prompts)]
+        for ids in prompts:
+            check_room(params, len(ids), self.model.parts.limits.context)
+        with self._prepare_lock:
+            results = self.model.parts.preparer.prepare(wanted)
+        return [_sound(result) for result in results]
+
+    def encode(self, texts: list[str], special: bool) -> list[list[int]]:
+        """Token ids of texts; runs in the pool. Raises InvalidInput."""
+        found = self.model.parts.tokenizer.encode_batch(texts, add_special_tokens=special)
+        for ids in found:
+            if isinstance(ids, InvalidInput):
+                raise ids
+        return [ids for ids in found if isinstance(ids, list)]
+
+    def open(self, prepared: list[Prepared], stream: bool) -> Generation:
+        """Hand requests to the engine."""
+        self.admit()
+        generation = Generation(prepared)
+        for request_id in generation.open:
+            self._generations[request_id] = generation
+        requests: list[Request] = [request for one in prepared for request in one.requests]
+        self.engine.submit(requests, stream)
+        return generation
+
+    def close(self, generation: Generation) -> None:
+        """Forget a generation; what of it still runs is aborted before the next step."""
+        left = list(generation.open)
+        for request_id in left:
+            self._generations.pop(request_id, None)
+        generation.open.clear()
+        if left:
+            self.engine.abort(left)
+
+    def fail_all(self, error: ApiError) -> None:
+        """End all open generations with `error`."""
+        for generation in {id(one): one for one in self._generations.values()}.values():
+            generation.fail(error)
+
+    # -- the engine's way out -----------------------------------------------------------------------------------
+
+    def _deliver(self, events: list[Event]) -> None:
+        self._soon(lambda: self._dispatch(events))
+
+    def _failed(self, reason: str) -> None:
+        self._soon(lambda: self.fail_all(ApiError(500, f"the engine stopped: {reason}", code="engine_failure")))
+
+    def _soon(self, work: Callable[[], None]) -> None:
+        """From the engine thread into the asyncio loop, unless that has ended."""
+        assert self._loop is not None
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(work)
+
+    def _dispatch(self, events: list[Event]) -> None:
+        for event in events:
+            generation = self._generations.get(event.request_id)
+            if generation is None:  # closed meanwhile
+                continue
+            if event.finished is not None:
+                del self._generations[event.request_id]
+            generation.add(event)
+
+
+def _sound(result: Prepared | Completion) -> Prepared:
+    if isinstance(result, Prepared):
+        return result
+    assert result.error is not None
+    raise result.error

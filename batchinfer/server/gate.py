@@ -1,0 +1,133 @@
+"""Before and around every request: its id, the key, its size, whether the server still takes any, and the counts."""
+
+from __future__ import annotations
+
+import hmac
+import re
+import secrets
+import time
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from batchinfer.server.errors import ApiError, as_api_error
+from batchinfer.server.metrics import Metrics
+
+REQUEST_ID = "x-request-id"
+_OPEN = frozenset({"/health"})  # for probes, which have no key
+_WATCHING = frozenset({"/health", "/metrics", "/version"})  # no use of the model: neither drained nor activity
+_PLAIN_ID = re.compile(r"[\x21-\x7e]{1,200}")
+_DRAIN_RETRY_S = 5
+
+
+class Gate:
+    """Middleware around the whole application.
+
+    `draining` makes it refuse all that is not yet running. `in_flight` counts requests; `last_used_s` is when the last
+    of them began or ended (time.monotonic).
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        api_key: str | None,
+        max_body_bytes: int,
+        large_paths: tuple[str, ...] = (),
+    ) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._key = None if api_key is None else api_key.encode()
+        self._max_body_bytes = max_body_bytes
+        self._large_paths = large_paths
+        self.draining = False
+        self.in_flight = 0
+        self.last_used_s = time.monotonic()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        answer = _Answer(send, headers.get(REQUEST_ID, ""), self._metrics)
+        counts = scope["path"] not in _WATCHING
+        self.in_flight += counts
+        if counts:
+            self.last_used_s = time.monotonic()
+        try:
+            self._check(scope, headers)
+            if not scope["path"].startswith(self._large_paths or ("\0",)):
+                receive = await self._read(receive, headers)
+            await self._app(scope, receive, answer)
+        except Exception as error:
+            known = as_api_error(error)
+            if not answer.started:
+                await known.response()(scope, receive, answer)
+        finally:
+            self.in_flight -= counts
+            if counts:
+                self.last_used_s = time.monotonic()
+
+    def _check(self, scope: Scope, headers: Headers) -> None:
+        path = scope["path"]
+        if self._key is not None and path not in _OPEN:
+            kind, _, token = headers.get("authorization", "").partition(" ")
+            given = token.strip().encode("latin-1", "replace")
+            if not hmac.compare_digest(given, self._key) or kind.lower() != "bearer":
+                raise ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
+        if self.draining and path not in _WATCHING:
+            raise ApiError(503, "the server is shutting down", code="shutting_down", retry_after_s=_DRAIN_RETRY_S)
+
+    async def _read(self, receive: Receive, headers: Headers) -> Receive:
+        """The whole body, as one message, then whatever comes. Raises ApiError for more than the limit."""
+        limit = self._max_body_bytes
+        length = headers.get("content-length", "")
+        if length.isdigit() and int(length) > limit:
+            raise _too_large(limit)
+        if not length and "transfer-encoding" not in headers:
+            return receive
+        parts: list[bytes] = []
+        size = 0
+        while True:
+            message = await receive()
+            if message["type"] != "http.request":
+                return _Replay(message, receive)
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > limit:
+                raise _too_large(limit)
+            if not message.get("more_body", False):
+                return _Replay({"type": "http.request", "body": b"".join(parts), "more_body": False}, receive)
+
+
+class _Replay:
+    """One message that was read already, then the rest."""
+
+    def __init__(self, message: Message, receive: Receive) -> None:
+        self._message: Message | None = message
+        self._receive = receive
+
+    async def __call__(self) -> Message:
+        message, self._message = self._message, None
+        return message if message is not None else await self._receive()
+
+
+class _Answer:
+    """`send` that adds the request's id to the headers and counts the status."""
+
+    def __init__(self, send: Send, request_id: str, metrics: Metrics) -> None:
+        self._send = send
+        self._metrics = metrics
+        self._id = request_id if _PLAIN_ID.fullmatch(request_id) else secrets.token_hex(16)
+        self.started = False
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.started = True
+            MutableHeaders(raw=message["headers"])[REQUEST_ID] = self._id
+            self._metrics.response(message["status"])
+        await self._send(message)
+
+
+def _too_large(limit: int) -> ApiError:
+    return ApiError(413, f"the body is larger than {limit} bytes", code="body_too_large")

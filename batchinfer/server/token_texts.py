@@ -1,0 +1,102 @@
+"""Logprobs as the wire has them: tokens as text, keyed and ranked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from batchinfer.request import TokenLogprob
+from batchinfer.text.tokenizer import Tokenizer
+
+_LEAST = -9999.0  # what OpenAI writes for a probability of zero; JSON has no -Infinity
+
+
+class TokenTexts:
+    """Texts of single tokens, looked up once each."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._bytes: dict[int, bytes] = {}
+
+    def bytes(self, token_id: int) -> bytes:
+        """The bytes that the token stands for; part of a character's, for some."""
+        found = self._bytes.get(token_id)
+        if found is None:
+            found = self._bytes[token_id] = self._tokenizer.token_bytes(token_id)
+        return found
+
+    def text(self, token_id: int) -> str:
+        """Bytes that are not UTF-8 on their own become U+FFFD."""
+        return self.bytes(token_id).decode(errors="replace")
+
+
+class CompletionLogprobs:
+    """`logprobs` of /v1/completions, for the tokens of one choice in order.
+
+    as_ids: tokens are written `token_id:7` instead of as text.
+    """
+
+    def __init__(self, texts: TokenTexts, as_ids: bool) -> None:
+        self._texts = texts
+        self._as_ids = as_ids
+        self._offset = 0
+
+    def of(self, token_ids: Sequence[int], entries: Sequence[TokenLogprob | None]) -> dict[str, Any]:
+        """Four lists, an item a token. Beside the best, every dict has the token itself; None where nothing precedes.
+
+        Where two tokens have the same text the larger value stays: clients compare with the largest.
+        """
+        tokens = [self._name(token) for token in token_ids]
+        offsets = []
+        for token in token_ids:
+            offsets.append(self._offset)
+            self._offset += len(self._texts.text(token))
+        return {
+            "text_offset": offsets,
+            "token_logprobs": [None if entry is None else finite(entry.logprob) for entry in entries],
+            "tokens": tokens,
+            "top_logprobs": [None if entry is None else self._top(entry) for entry in entries],
+        }
+
+    def _top(self, entry: TokenLogprob) -> dict[str, float]:
+        top: dict[str, float] = {}
+        for token, logprob in (*entry.top, (entry.token_id, entry.logprob)):
+            name, value = self._name(token), finite(logprob)
+            top[name] = max(value, top.get(name, value))
+        return top
+
+    def _name(self, token_id: int) -> str:
+        return f"token_id:{token_id}" if self._as_ids else self._texts.text(token_id)
+
+
+def chat_logprobs(texts: TokenTexts, entries: Sequence[TokenLogprob], as_ids: bool) -> list[dict[str, Any]]:
+    """`logprobs.content` of /v1/chat/completions."""
+
+    def one(token_id: int, logprob: float) -> dict[str, Any]:
+        name = f"token_id:{token_id}" if as_ids else texts.text(token_id)
+        return {"token": name, "logprob": finite(logprob), "bytes": list(texts.bytes(token_id))}
+
+    return [
+        {**one(entry.token_id, entry.logprob), "top_logprobs": [one(*best) for best in entry.top]} for entry in entries
+    ]
+
+
+def prompt_logprobs(texts: TokenTexts, entries: Sequence[TokenLogprob | None]) -> list[dict[str, Any] | None]:
+    """vLLM's `prompt_logprobs`: per prompt token {id: {logprob, rank, decoded_token}}, null for the first.
+
+    The rank is null for a token that is not among the best that were asked for.
+    """
+    return [None if entry is None else _ranked(texts, entry) for entry in entries]
+
+
+def _ranked(texts: TokenTexts, entry: TokenLogprob) -> dict[str, Any]:
+    ranks = {token: rank for rank, (token, _) in enumerate(entry.top, 1)}
+    values = {**dict(entry.top), entry.token_id: entry.logprob}
+    return {
+        str(token): {"logprob": finite(value), "rank": ranks.get(token), "decoded_token": texts.text(token)}
+        for token, value in values.items()
+    }
+
+
+def finite(logprob: float) -> float:
+    return logprob if logprob > _LEAST else _LEAST

@@ -1,0 +1,61 @@
+"""/tokenize, /detokenize and /tokenizer_info, at the root and under /v1: for clients that count tokens themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.responses import Response
+
+from batchinfer.server.chat_prompt import render
+from batchinfer.server.errors import JsonResponse, bad_request
+from batchinfer.server.frontend import Frontend
+from batchinfer.server.replies import check_model
+from batchinfer.server.schemas import DetokenizeRequest, TokenizeRequest
+
+
+def routes(frontend: Frontend) -> APIRouter:
+    router = APIRouter()
+    model = frontend.model
+    tokenizer = model.parts.tokenizer
+
+    @router.post("/tokenize")
+    @router.post("/v1/tokenize")
+    async def tokenize(body: TokenizeRequest) -> Response:
+        check_model(frontend, body.model)
+        ids = await frontend.in_pool(lambda: _tokenize(frontend, body))
+        found: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": model.parts.limits.context}
+        if body.return_token_strs:
+            found["token_strs"] = [frontend.texts.text(token) for token in ids]
+        return JsonResponse(found)
+
+    @router.post("/detokenize")
+    @router.post("/v1/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> Response:
+        check_model(frontend, body.model)
+        size = model.parts.limits.vocab_size
+        for token in body.tokens:
+            if token >= size:
+                raise bad_request(f"token {token} is out of vocabulary ({size} tokens, from 0)", "tokens")
+        texts = await frontend.in_pool(lambda: tokenizer.decode_batch([body.tokens], skip_special_tokens=False))
+        return JsonResponse({"prompt": texts[0]})
+
+    @router.get("/tokenizer_info")
+    @router.get("/v1/tokenizer_info")
+    async def tokenizer_info() -> Response:
+        named = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"))
+        facts = {**named, **tokenizer.special_tokens, "chat_template": model.chat_template}
+        limits = {"vocab_size": model.parts.limits.vocab_size, "model_max_length": model.parts.limits.context}
+        return JsonResponse({**facts, **limits})
+
+    return router
+
+
+def _tokenize(frontend: Frontend, body: TokenizeRequest) -> list[int]:
+    if (body.prompt is None) == (body.messages is None):
+        raise bad_request("give either prompt or messages", "prompt")
+    if body.messages is not None:
+        text, special = render(frontend.model, body, body.messages), body.add_special_tokens is True
+    else:
+        text, special = body.prompt or "", body.add_special_tokens is not False
+    return frontend.encode([text], special)[0]
