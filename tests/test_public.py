@@ -9,7 +9,20 @@ import pytest
 
 import batchinfer
 
-HEAVY = ("torch", "numpy", "pyarrow", "pydantic", "fsspec", "s3fs", "tokenizers", "transformers", "jinja2", "rich")
+HEAVY = (
+    "torch",
+    "numpy",
+    "pyarrow",
+    "pydantic",
+    "fsspec",
+    "s3fs",
+    "tokenizers",
+    "transformers",
+    "jinja2",
+    "rich",
+    "fastapi",
+    "uvicorn",
+)
 
 
 def test_public_names():
@@ -40,7 +53,7 @@ def test_light_imports(code):
 
 def test_help_of_a_command_is_light():
     # some versions of typer import pydantic to read a command's arguments
-    for command in (["run"], ["bench"], ["bench", "throughput"], ["bench", "host"]):
+    for command in (["run"], ["bench"], ["bench", "throughput"], ["bench", "host"], ["serve"]):
         code = f"from batchinfer.cli import main; main({[*command, '--help']})"
         assert loaded_by(code).isdisjoint({*HEAVY} - {"pydantic"}), command
 

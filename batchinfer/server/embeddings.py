@@ -47,12 +47,13 @@ async def respond(frontend: Frontend, receive: Receive, body: EmbeddingRequest) 
 
 
 def _encode(frontend: Frontend, given: Any) -> list[list[int]]:
-    inputs = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else given
+    inputs: Any = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else given
     if not inputs or not all(inputs):
         raise bad_request("input is empty", "input")
     if isinstance(inputs[0], str):
         return frontend.encode(inputs, True)
-    return [list(ids) for ids in inputs]
+    ids: list[list[int]] = inputs
+    return ids
 
 
 async def _embed(frontend: Frontend, ids: list[list[int]], pooling: str) -> list[list[float]]:

@@ -1,0 +1,70 @@
+"""Text piece by piece equals the text of a job, whatever the pieces, stop strings and characters."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batchinfer.prompting import Limits, Prepared, Preparer, Prompt
+from batchinfer.request import SamplingParams
+from batchinfer.server.text_stream import TextStream
+from batchinfer.text.tokenizer import ByteTokenizer
+
+TOKENIZER = ByteTokenizer()
+PREPARER = Preparer(TOKENIZER, Limits(1000, 258, frozenset({257})), SamplingParams(), None)
+
+
+def prepared_with(**values) -> Prepared:
+    (found,) = PREPARER.prepare([Prompt(0, "x", SamplingParams(**values))])
+    assert isinstance(found, Prepared)
+    return found
+
+
+def run(ids: list[int], cuts: list[int], **values) -> tuple[str, str, str]:
+    """(what a job writes, what the stream says before the end, all that it says)."""
+    prepared = prepared_with(**values)
+    request = prepared.requests[0]
+    reason = "length"
+    for count in range(1, len(ids) + 1):
+        if ids[count - 1] in request.stop_ids or (request.stop_check is not None and request.stop_check(ids[:count])):
+            ids, reason = ids[:count], "stop"
+            break
+    by_token = reason == "stop" and ids[-1] in request.stop_ids
+    visible = ids[:-1] if by_token and not request.params.include_stop_str_in_output else ids
+    whole = TOKENIZER.decode_batch([visible], True)[0]
+    if reason == "stop" and not by_token:
+        early = max(0, request.params.min_tokens - 1)
+        whole = prepared.stop.cut(whole, len(TOKENIZER.decode_batch([ids[:early]], True)[0]))
+    stream = TextStream(TOKENIZER, prepared, request)
+    places = sorted({cut for cut in cuts if cut < len(ids)})
+    shown, at = "", 0
+    for place in places:
+        shown += stream.push(ids[at:place])
+        at = place
+    return whole, shown, shown + stream.finish(ids[at:], reason)
+
+
+IDS = st.one_of(
+    st.text("abc\né🙂", max_size=30).map(lambda text: list(text.encode())),
+    st.lists(st.integers(0, 257), max_size=30),
+    st.lists(st.sampled_from([97, 98, 0xC3, 0xA9, 0xF0, 257]), max_size=30),
+)
+STOPS = st.lists(st.text("abcé\n", min_size=1, max_size=4), max_size=4).map(tuple)
+
+
+@settings(deadline=None, max_examples=400)
+@given(IDS, st.lists(st.integers(0, 30), max_size=8), STOPS, st.booleans(), st.integers(0, 6))
+def test_pieces_are_the_whole(ids, cuts, stop, include, min_tokens):
+    whole, shown, said = run(ids, cuts, stop=stop, include_stop_str_in_output=include, min_tokens=min_tokens)
+    assert said == whole
+    assert whole.startswith(shown)
+
+
+def test_nothing_is_held_back_without_need():
+    prepared = prepared_with(stop=("\n\nQuestion:",))
+    stream = TextStream(TOKENIZER, prepared, prepared.requests[0])
+    assert stream.push(list(b"abc")) == "abc"
+    assert stream.push(list(b"\n")) == ""
+    assert stream.push(list(b"d")) == "\nd"
+    assert stream.push([0xF0, 0x9F]) == ""
+    assert stream.push([0x99, 0x82]) == "🙂"
