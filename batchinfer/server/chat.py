@@ -11,14 +11,16 @@ from batchinfer.server.replies import Work
 from batchinfer.server.samples import Delta
 from batchinfer.server.schemas import ChatRequest
 from batchinfer.server.token_texts import TokenTexts, chat_logprobs, prompt_logprobs
-from batchinfer.server.tool_use import Said, ToolUse, tool_use
+from batchinfer.server.tool_use import Said, ToolStream, ToolUse, tool_use
 
 
 async def prepare(frontend: Frontend, body: ChatRequest) -> Work:
     """Raises ApiError."""
     model = frontend.model
     use = tool_use(model, body)
-    params = chat_params(body, model.parts.defaults, use.constraint if use else None, keep_special=use is not None)
+    params = chat_params(
+        body, model.parts.defaults, use.constraint if use else None, keep_special=use is not None and use.keeps_special
+    )
     # a template writes its special tokens itself
     special = body.add_special_tokens is True
     ids = await frontend.in_pool(lambda: frontend.encode([render(model, body, body.messages)], special))
@@ -40,7 +42,7 @@ class ChatShape:
         self._as_ids = bool(body.return_tokens_as_token_ids)
         self._shows_prompt = body.prompt_logprobs is not None
         self._use = use
-        self._texts_so_far: dict[int, str] = {}  # of streamed choices that may hold tool calls
+        self._readers: dict[int, ToolStream] = {}  # of choices that may hold tool calls
 
     def whole(self, deltas: list[Delta]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         more: dict[str, Any] = {}
@@ -52,25 +54,18 @@ class ChatShape:
         pieces: list[dict[str, Any]] = []
         if delta.first:
             pieces.append(self._piece(delta, {"role": "assistant", "content": ""}))
-        text, calls = Said(delta.text, [])
+        deltas, called = [{"content": delta.text}] if delta.text else [], False
         if self._use is not None:
-            text, calls = self._read(self._use, delta)
-        if text or delta.logprobs:
-            pieces.append({**self._piece(delta, {"content": text}), "logprobs": self._table(delta)})
-        for index, call in enumerate(calls):
-            pieces.append(self._piece(delta, {"tool_calls": [{"index": index, **call}]}))
+            reader = self._readers.setdefault(delta.choice, ToolStream(self._use))
+            deltas, called = reader.push(delta.text, delta.reason is not None), reader.called
+        if delta.logprobs and not deltas:
+            deltas = [{"content": ""}]
+        pieces += [self._piece(delta, content) for content in deltas]
+        if delta.logprobs:
+            pieces[-1]["logprobs"] = self._table(delta)
         if delta.reason is not None:
-            pieces.append({**self._piece(delta, {}), "finish_reason": _reason(delta, calls)})
+            pieces.append({**self._piece(delta, {}), "finish_reason": _reason(delta, called)})
         return pieces
-
-    def _read(self, use: ToolUse, delta: Delta) -> tuple[str, list[dict[str, Any]]]:
-        """A tool call shows when it is whole: text that may hold one waits for the end."""
-        text = self._texts_so_far.get(delta.choice, "") + delta.text
-        if delta.reason is None:
-            self._texts_so_far[delta.choice] = text
-            return "", []
-        said = use.read(text)
-        return said.content, said.calls
 
     def _choice(self, delta: Delta) -> dict[str, Any]:
         text, calls = Said(delta.text, []) if self._use is None else self._use.read(delta.text)
@@ -82,7 +77,7 @@ class ChatShape:
             "index": delta.choice,
             "message": message,
             "logprobs": self._table(delta),
-            "finish_reason": _reason(delta, calls),
+            "finish_reason": _reason(delta, bool(calls)),
         }
 
     def _piece(self, delta: Delta, content: dict[str, Any]) -> dict[str, Any]:
@@ -94,5 +89,5 @@ class ChatShape:
         return {"content": chat_logprobs(self._texts, delta.logprobs, self._as_ids), "refusal": None}
 
 
-def _reason(delta: Delta, calls: list[dict[str, Any]]) -> str | None:
-    return "tool_calls" if calls and delta.reason == "stop" else delta.reason
+def _reason(delta: Delta, called: bool) -> str | None:
+    return "tool_calls" if called and delta.reason == "stop" else delta.reason

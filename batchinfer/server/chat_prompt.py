@@ -45,37 +45,28 @@ def _tools(model: ServedModel, tools: list[dict[str, Any]]) -> list[dict[str, An
 
 
 def _message(message: Message, number: int) -> dict[str, Any]:
-    values = message.model_dump(exclude_none=True)
+    """Checked; the template's own form of content and calls is found by `ChatTemplate`."""
     place = f"messages[{number}]"
     if isinstance(message.content, list):
-        values["content"] = "".join(_text_part(part, place) for part in message.content)
-    elif message.content is None:
-        if not message.tool_calls:
-            raise bad_request(f"{place} has no content", "messages")
-        values["content"] = ""
-    if message.tool_calls:
-        values["tool_calls"] = [_tool_call(call, place) for call in message.tool_calls]
-    return values
+        for part in message.content:
+            if part.get("type") != "text" or not isinstance(part.get("text"), str):
+                kind = part.get("type")
+                raise bad_request(f"{place}: content part of type {kind!r}; only text is supported", "messages")
+    elif message.content is None and not message.tool_calls:
+        raise bad_request(f"{place} has no content", "messages")
+    for call in message.tool_calls or []:
+        _check_call(call, place)
+    return message.model_dump(exclude_unset=True)
 
 
-def _text_part(part: dict[str, Any], place: str) -> str:
-    text = part.get("text")
-    if part.get("type") != "text" or not isinstance(text, str):
-        raise bad_request(f"{place}: content part of type {part.get('type')!r}; only text is supported", "messages")
-    return text
-
-
-def _tool_call(call: dict[str, Any], place: str) -> dict[str, Any]:
-    """Templates take arguments as an object; on the wire they are its JSON text."""
+def _check_call(call: dict[str, Any], place: str) -> None:
     function = call.get("function")
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise bad_request(f"{place}: a tool call must have a function with a name", "messages")
     arguments = function.get("arguments", {})
-    if isinstance(arguments, str):
-        try:
-            arguments = orjson.loads(arguments or "{}")
-        except ValueError:
-            raise bad_request(
-                f"{place}: arguments of tool call {function['name']!r} are not JSON", "messages"
-            ) from None
-    return {**call, "function": {**function, "arguments": arguments}}
+    try:
+        sound = isinstance(orjson.loads(arguments or "{}") if isinstance(arguments, str) else arguments, dict)
+    except ValueError:
+        sound = False
+    if not sound:
+        raise bad_request(f"{place}: arguments of tool call {function['name']!r} are not JSON of an object", "messages")

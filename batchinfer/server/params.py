@@ -9,6 +9,7 @@ from batchinfer.errors import BadParameters
 from batchinfer.request import SamplingParams
 from batchinfer.server.errors import ApiError, bad_request, of_row
 from batchinfer.server.schemas import ChatRequest, CompletionRequest, SamplingBody
+from batchinfer.structured import from_response_format
 
 COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
 FIELDS = frozenset(field.name for field in fields(SamplingParams))
@@ -88,27 +89,15 @@ def _common(body: SamplingBody) -> dict[str, Any]:
         raise bad_request(f"best_of must equal n, got {body.best_of}: samples are not ranked", "best_of")
     if body.stream_options is not None and not body.stream:
         raise bad_request("stream_options goes with stream: true", "stream_options")
-    constraint = _response_format(body.response_format)
+    try:
+        constraint = from_response_format(body.response_format)
+    except BadParameters as error:
+        raise bad_request(str(error), "response_format") from None
     if constraint is not None:
         if "structured_outputs" in given:
             raise bad_request("give response_format or structured_outputs, not both", "response_format")
         given["structured_outputs"] = constraint
     return given
-
-
-def _response_format(value: dict[str, Any] | None) -> dict[str, Any] | None:
-    kind = None if value is None else value.get("type")
-    if value is None or kind == "text":
-        return None
-    if kind == "json_object":
-        return {"json_object": True}
-    if kind == "json_schema":
-        inner = value.get("json_schema")
-        schema = inner.get("schema") if isinstance(inner, dict) else None
-        if not isinstance(schema, dict):
-            raise bad_request("response_format.json_schema.schema must be a JSON schema (an object)", "response_format")
-        return {"json": schema}
-    raise bad_request(f"response_format.type must be text, json_object or json_schema, got {kind!r}", "response_format")
 
 
 def _make(values: dict[str, Any], defaults: SamplingParams) -> SamplingParams:

@@ -22,7 +22,7 @@ class TokenTexts:
         """The bytes that the token stands for; part of a character's, for some."""
         found = self._bytes.get(token_id)
         if found is None:
-            found = self._bytes[token_id] = self._tokenizer.token_bytes(token_id)
+            found = self._bytes[token_id] = self._tokenizer.bytes_of(token_id)
         return found
 
     def text(self, token_id: int) -> str:

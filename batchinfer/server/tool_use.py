@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
 
 import orjson
 
+from batchinfer.errors import BadParameters
 from batchinfer.server.errors import bad_request
 from batchinfer.server.frontend import ServedModel
 from batchinfer.server.schemas import ChatRequest
-
-_FORMATS = "batchinfer.text.tools"
-# without it a model's calls are text like any other
-formats: Any = import_module(_FORMATS) if find_spec(_FORMATS) else None
+from batchinfer.text.tool_choice import tool_choice_schema
+from batchinfer.text.tools import ToolCallParser, ToolDelta, detect_format, keeps_special_tokens, parse_tool_calls
 
 _ANY: dict[str, Any] = {"type": "object"}
 
@@ -32,7 +29,7 @@ class Said(NamedTuple):
 class ToolUse:
     """How to read an answer. auto: calls in the model's own format; one, many: the whole text is JSON that was forced.
 
-    `constraint` is what structured_outputs must be for that.
+    `constraint` is what structured_outputs must be for a call that tool_choice forces.
     """
 
     mode: Literal["auto", "one", "many"]
@@ -41,17 +38,21 @@ class ToolUse:
     constraint: dict[str, Any] | None = None
     only_first: bool = False
 
+    @property
+    def keeps_special(self) -> bool:
+        """Whether special tokens mark calls, and must stay in the text."""
+        return self.format is not None and keeps_special_tokens(self.format)
+
     def read(self, text: str) -> Said:
         """What a finished answer says. Text that is no call stays text."""
         if self.mode == "auto":
-            content, calls = formats.parse_tool_calls(text, self.format) if self.format else (text, [])
+            content, calls = parse_tool_calls(text, self.format) if self.format else (text, [])
             return self._said(content or "", [(call.name, call.arguments) for call in calls])
         if self.mode == "one":
             return self._said("", [(self.name, text)])
         try:
-            return self._said(
-                "", [(call["name"], orjson.dumps(call["parameters"]).decode()) for call in orjson.loads(text)]
-            )
+            calls_of = orjson.loads(text)
+            return self._said("", [(call["name"], orjson.dumps(call["parameters"]).decode()) for call in calls_of])
         except (ValueError, KeyError, TypeError):  # cut off by max_tokens
             return Said(text, [])
 
@@ -60,9 +61,37 @@ class ToolUse:
         return Said(content, [_call(name, arguments) for name, arguments in kept])
 
 
-def detect(chat_template: str | None) -> str | None:
-    """The format of tool calls that a chat template asks for, if it is a known one."""
-    return formats.detect_format(chat_template or "") if formats is not None else None
+class ToolStream:
+    """The same for an answer that is being written: deltas as the wire has them."""
+
+    def __init__(self, use: ToolUse) -> None:
+        self._use = use
+        self._parser = ToolCallParser(use.format) if use.mode == "auto" and use.format else None
+        self._text = ""  # of an answer that is read when it is complete
+        self.called = False
+
+    def push(self, text: str, last: bool) -> list[dict[str, Any]]:
+        """Deltas for more text; `last`: there is no more."""
+        if self._parser is not None:
+            pieces = self._parser.feed(text) + (self._parser.finish() if last else [])
+            return [self._delta(piece) for piece in pieces if not (self._use.only_first and piece.index)]
+        if self._use.mode == "auto":
+            return [{"content": text}] if text else []
+        self._text += text
+        if not last:
+            return []
+        said = self._use.read(self._text)
+        self.called = bool(said.calls)
+        deltas: list[dict[str, Any]] = [{"content": said.content}] if said.content else []
+        return deltas + [{"tool_calls": [{"index": index, **call}]} for index, call in enumerate(said.calls)]
+
+    def _delta(self, piece: ToolDelta) -> dict[str, Any]:
+        if piece.index is None:
+            return {"content": piece.content}
+        self.called = True
+        if piece.name is None:
+            return {"tool_calls": [{"index": piece.index, "function": {"arguments": piece.arguments}}]}
+        return {"tool_calls": [{"index": piece.index, **_call(piece.name, piece.arguments)}]}
 
 
 def _call(name: str, arguments: str) -> dict[str, Any]:
@@ -78,11 +107,23 @@ def tool_use(model: ServedModel, body: ChatRequest) -> ToolUse | None:
             raise bad_request("tool_choice needs tools", "tool_choice")
         return None
     only_first = body.parallel_tool_calls is False
+    dialect = detect_format(model.chat_template or "")
     if choice == "none":
         return None
     if choice in (None, "auto"):
-        return ToolUse("auto", detect(model.chat_template), only_first=only_first)
-    schemas = {_name(tool): (tool["function"].get("parameters") or _ANY) for tool in body.tools}
+        return ToolUse("auto", dialect, only_first=only_first)
+    if dialect is not None:
+        try:
+            forced = tool_choice_schema(body.tools, choice, dialect)
+        except BadParameters as error:
+            raise bad_request(str(error), "tool_choice") from None
+        return ToolUse("auto", dialect, constraint=forced, only_first=only_first)
+    return _forced_json(body.tools, choice, only_first)
+
+
+def _forced_json(tools: list[dict[str, Any]], choice: Any, only_first: bool) -> ToolUse:
+    """For a model whose own way of calling is not known."""
+    schemas = {_name(tool): (tool["function"].get("parameters") or _ANY) for tool in tools}
     if choice == "required":
         return ToolUse("many", constraint={"json": _calls_schema(schemas, only_first)})
     name = choice.get("function", {}).get("name") if isinstance(choice, dict) else None

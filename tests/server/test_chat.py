@@ -7,6 +7,7 @@ import json
 import pytest
 
 from batchinfer.llm import LLM
+from batchinfer.server.tool_use import ToolStream, ToolUse
 from batchinfer.spec import FakeSpec
 from tests.server.conftest import Endpoint, needs_scoring, needs_structured
 
@@ -212,3 +213,56 @@ def test_response_format_text_and_wrong_ones(fake):
 def test_prompt_logprobs_of_a_chat(tiny):
     body = tiny.chat(messages=HI, max_tokens=1, prompt_logprobs=1)
     assert len(body["prompt_logprobs"]) == body["usage"]["prompt_tokens"]
+
+
+HERMES = "{% for m in messages %}{{ m.content }}{% endfor %}{% if tools %}<tool_call>{% endif %}"
+CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_calls_in_the_models_own_format(size):
+    use = ToolUse("auto", "hermes")
+    text = f"Let me see. {CALL}\n{CALL}"
+    said = use.read(text)
+    assert said.content.strip() == "Let me see."
+    assert [call["function"] for call in said.calls] == [{"name": "add", "arguments": '{"a": 1}'}] * 2
+    assert len({call["id"] for call in said.calls}) == 2
+    assert len(ToolUse("auto", "hermes", only_first=True).read(text).calls) == 1
+    for only_first in (False, True):
+        stream = ToolStream(ToolUse("auto", "hermes", only_first=only_first))
+        parts = [text[start : start + size] for start in range(0, len(text), size)]
+        deltas = [delta for number, part in enumerate(parts, 1) for delta in stream.push(part, number == len(parts))]
+        content = "".join(delta.get("content", "") for delta in deltas)
+        pieces = [delta["tool_calls"][0] for delta in deltas if "tool_calls" in delta]
+        assert content.strip() == "Let me see." and stream.called
+        assert {piece["index"] for piece in pieces} == ({0} if only_first else {0, 1})
+        for index in {piece["index"] for piece in pieces}:
+            own = [piece for piece in pieces if piece["index"] == index]
+            assert own[0]["function"]["name"] == "add" and own[0]["type"] == "function" and own[0]["id"]
+            assert "".join(piece["function"]["arguments"] for piece in own) == '{"a": 1}'
+
+
+@needs_structured
+def test_a_forced_call_in_the_models_own_format(tiny_directory):
+    llm = LLM(tiny_directory, chat_template=HERMES, max_num_seqs=2, kv_cache_tokens=1024)
+    endpoint = Endpoint(llm, chat_template=HERMES)
+    try:
+        schema = {
+            "type": "object",
+            "properties": {"a": {"enum": [1, 2]}},
+            "required": ["a"],
+            "additionalProperties": False,
+        }
+        tool = {"type": "function", "function": {"name": "add", "parameters": schema}}
+        forced = {"type": "function", "function": {"name": "add"}}
+        asked = {"messages": HI, "tools": [tool], "tool_choice": forced, "max_tokens": 200, "temperature": 0}
+        choice = endpoint.chat(**asked)["choices"][0]
+        (call,) = choice["message"]["tool_calls"]
+        assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] is None
+        assert json.loads(call["function"]["arguments"])["a"] in (1, 2)
+        events = endpoint.stream(CHAT, **asked)
+        pieces = [event["choices"][0]["delta"].get("tool_calls", []) for event in events]
+        assert "".join(one[0]["function"]["arguments"] for one in pieces if one) == call["function"]["arguments"]
+        assert events[-1]["choices"][0]["finish_reason"] == "tool_calls"
+    finally:
+        endpoint.close()

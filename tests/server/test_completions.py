@@ -194,7 +194,7 @@ def test_one_key_for_texts_that_are_equal():
     from batchinfer.server.token_texts import CompletionLogprobs, TokenTexts
 
     class Doubles:
-        def token_bytes(self, token_id: int) -> bytes:
+        def bytes_of(self, token_id: int) -> bytes:
             return b"\xe6" if token_id < 5 else b"x"
 
     entry = TokenLogprob(1, -3.0, ((2, -0.5), (7, -1.0)))

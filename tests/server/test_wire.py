@@ -300,8 +300,9 @@ def test_an_engine_that_gives_up(held):
         endpoint.begin(endpoint.client.post(COMPLETIONS, json={"prompt": "x", "ignore_eos": True, "stream": stream}))
         for stream in (False, True)
     ]
-    runner.step(2)
-    wait_until(lambda: runner.steps == 2)
+    wait_until(lambda: endpoint.frontend.open_samples == 2)
+    runner.step(4)
+    wait_until(lambda: runner.steps == 4)
 
     def broken(plan):
         raise RuntimeError("no memory left")
