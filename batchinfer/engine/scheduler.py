@@ -377,7 +377,9 @@ class Scheduler:
         rows = sequence.rows
         read = (None, None) if rows is None else (rows.logprobs, rows.hidden)
         cached = min(sequence.num_cached, len(sequence.request.prompt))
-        answer = Finished(sequence.request, sequence.output, reason, sequence.logprobs, error, *read, cached_tokens=cached)
+        answer = Finished(
+            sequence.request, sequence.output, reason, sequence.logprobs, error, *read, cached_tokens=cached
+        )
         self._finished.append(answer)
 
     def _leave(self, sequence: Sequence) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import math
 import struct
 import time
 from typing import Any
@@ -11,12 +10,14 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive
 
+from batchinfer.request import Finished, Pooling
+from batchinfer.scoring import Pooled
 from batchinfer.server.errors import ApiError, JsonResponse, bad_request
 from batchinfer.server.frontend import Frontend
 from batchinfer.server.replies import answer, check_model
 from batchinfer.server.schemas import EmbeddingRequest
 
-DEFAULT_POOLING = "mean"
+DEFAULT_POOLING: Pooling = "mean"
 
 
 async def respond(frontend: Frontend, receive: Receive, body: EmbeddingRequest) -> Response:
@@ -27,12 +28,10 @@ async def respond(frontend: Frontend, receive: Receive, body: EmbeddingRequest) 
 
     async def begin() -> Response:
         ids = await frontend.in_pool(lambda: _encode(frontend, body.input))
-        vectors = await _embed(frontend, ids, body.pooling or DEFAULT_POOLING)
+        vectors = await _embed(frontend, ids, Pooled(body.pooling or DEFAULT_POOLING, body.normalize is not False))
         size = len(vectors[0])
         if body.dimensions not in (None, size):
             raise bad_request(f"dimensions is not supported: this model's embeddings have {size}", "dimensions")
-        if body.normalize is not False:
-            vectors = [_unit(vector) for vector in vectors]
         packed = body.encoding_format == "base64"
         data = [
             {"object": "embedding", "index": index, "embedding": _base64(vector) if packed else vector}
@@ -56,29 +55,26 @@ def _encode(frontend: Frontend, given: Any) -> list[list[int]]:
     return ids
 
 
-async def _embed(frontend: Frontend, ids: list[list[int]], pooling: str) -> list[list[float]]:
-    prepared = await frontend.prepare(ids, frontend.model.parts.defaults, pooling)
+async def _embed(frontend: Frontend, ids: list[list[int]], read: Pooled) -> list[list[float]]:
+    prepared = await frontend.prepare(ids, frontend.model.parts.defaults, read)
     generation = frontend.open(prepared, False)
     vectors: dict[int, list[float]] = {}
     try:
         async for events in generation.batches():
-            vectors |= {event.request_id: _vector(event.finished) for event in events if event.finished is not None}
+            for event in events:
+                if event.finished is not None:
+                    vectors[event.request_id] = _vector(event.finished, read)
     finally:
         frontend.close(generation)
     return [vectors[one.requests[0].request_id] for one in prepared]
 
 
-def _vector(finished: Any) -> list[float]:
+def _vector(finished: Finished, read: Pooled) -> list[float]:
+    if finished.error is not None:
+        raise ApiError(500, str(finished.error), code="engine_failure")
     rows = finished.request.rows_read()
     assert finished.hidden is not None and rows is not None, "nothing was pooled"
-    return [total / len(rows) for total in finished.hidden]
-
-
-def _unit(vector: list[float]) -> list[float]:
-    length = math.sqrt(math.fsum(value * value for value in vector))
-    if not math.isfinite(length):
-        raise ApiError(500, "the model's hidden states are not finite", code="engine_failure")
-    return [value / length for value in vector] if length else vector
+    return read.vector(finished.hidden, len(rows))
 
 
 def _base64(vector: list[float]) -> str:

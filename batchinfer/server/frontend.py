@@ -14,6 +14,7 @@ from batchinfer.errors import InvalidInput, RowError
 from batchinfer.llm import Parts
 from batchinfer.prompting import Prepared, Prompt, mix
 from batchinfer.request import Completion, Request, SamplingParams
+from batchinfer.scoring import Read
 from batchinfer.server.engine_loop import EngineLoop, Event
 from batchinfer.server.errors import ApiError, of_row
 from batchinfer.server.metrics import Metrics
@@ -134,20 +135,19 @@ class Frontend:
             raise of_row(error, tuple(FIELDS)) from None
 
     async def prepare(
-        self, prompts: Sequence[list[int]], params: SamplingParams, pooling: Any = None
+        self, prompts: Sequence[list[int]], params: SamplingParams, read: Read | None = None
     ) -> list[Prepared]:
-        """Check token ids and parameters against the model. With `pooling` nothing is generated.
+        """Check token ids and parameters against the model. With `read` nothing is generated.
 
         Raises ApiError for the first prompt that is wrong.
         """
         if len(prompts) * params.n > MAX_SAMPLES:
             raise ApiError(400, f"{len(prompts)} prompts times n {params.n} are more than {MAX_SAMPLES} samples")
-        return await self.in_pool(lambda: self._prepare(prompts, params, pooling))
+        return await self.in_pool(lambda: self._prepare(prompts, params, read))
 
-    def _prepare(self, prompts: Sequence[list[int]], params: SamplingParams, pooling: Any) -> list[Prepared]:
+    def _prepare(self, prompts: Sequence[list[int]], params: SamplingParams, read: Read | None) -> list[Prepared]:
         key = random.getrandbits(64)
-        more: dict[str, Any] = {} if pooling is None else {"pooling": pooling}
-        wanted = [Prompt(index, ids, params, mix(key, index), **more) for index, ids in enumerate(prompts)]
+        wanted = [Prompt(index, ids, params, mix(key, index), read=read) for index, ids in enumerate(prompts)]
         for ids in prompts:
             check_room(params, len(ids), self.model.parts.limits.context)
         with self._prepare_lock:
