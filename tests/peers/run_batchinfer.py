@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import batchinfer
@@ -26,7 +27,7 @@ def main(model: str, arguments: list[str]) -> None:
     cost = LinearCost.of(load_config(Path(model)), torch.float32)
     for path in (argument for argument in arguments if not argument.startswith("--")):
         rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
-        before = llm.stats()
+        before = replace(llm.stats())  # a copy: the counters go on
         began = time.perf_counter()
         answers = llm.generate(
             [row["ids"] for row in rows],
