@@ -22,7 +22,8 @@ BatchInferError
     ├── TooLong               the prompt does not fit the context or the KV cache
     ├── BadParameters         a sampling value of this row
     ├── EngineFailure         the engine failed while this row ran (retryable)
-    └── DeadlineExceeded      the row's time was up (retryable)
+    ├── DeadlineExceeded      the row's time was up (retryable)
+    └── Cancelled             its batch was cancelled before it ran (retryable)
 """
 
 from __future__ import annotations
@@ -145,6 +146,11 @@ class DeadlineExceeded(RowError):
     retryable = True
 
 
+class Cancelled(RowError):
+    kind = "cancelled"
+    retryable = True
+
+
 ROW_ERRORS: tuple[type[RowError], ...] = (
     InvalidInput,
     TemplateError,
@@ -152,6 +158,7 @@ ROW_ERRORS: tuple[type[RowError], ...] = (
     BadParameters,
     EngineFailure,
     DeadlineExceeded,
+    Cancelled,
 )
 RETRYABLE_KINDS = frozenset(error.kind for error in ROW_ERRORS if error.retryable)
 

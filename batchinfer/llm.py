@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from itertools import chain, repeat
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 from pydantic import ValidationError
 
@@ -27,7 +27,7 @@ from batchinfer.stream import Stream
 from batchinfer.text.chat import ChatTemplate
 from batchinfer.text.tokenizer import Tokenizer
 
-__all__ = ["LLM", "Prompt"]
+__all__ = ["LLM", "Answerer", "Prompt"]
 
 
 class Parts(NamedTuple):
@@ -43,6 +43,28 @@ class Parts(NamedTuple):
 
 
 _MISSING = SamplingParams()  # marks a prompt beyond the last of the given parameters
+
+
+class Answerer(Protocol):
+    """What a job needs of a model: an LLM of its own, or a share of the engine that a server runs.
+
+    `model_name` is what answers call the model. `default_params` hold for prompts that bring none.
+    """
+
+    @property
+    def model_name(self) -> str: ...
+
+    @property
+    def default_params(self) -> SamplingParams: ...
+
+    def run(self, prompts: Iterable[Prompt]) -> Generator[Completion, None, None]:
+        """Answer prompts in any order, each exactly once. `prompts` is read in a thread, a bounded number ahead.
+
+        Closing the iterator stops that thread and drops what is running. One run at a time.
+        """
+
+    def stats(self) -> EngineStats:
+        """Counters since the model was loaded."""
 
 
 class LLM:
@@ -71,12 +93,14 @@ class LLM:
         files = None if str(model) == FAKE_MODEL else fetch_model(str(model), storage)
         other = None if tokenizer is None else fetch_model(str(tokenizer), storage, weights=False)
         engine = _engine_spec(options)
+        self.model_name = str(model)
         self._setup(assemble(engine, files, other, fake or FakeSpec(), chat_template), engine, seed)
 
     @classmethod
     def from_spec(cls, spec: JobSpec, files: ModelFiles | None) -> Self:
         """The model of a job; `files` as `fetch_model` returned them, None for the fake model."""
         llm = cls.__new__(cls)
+        llm.model_name = spec.model
         prompt = spec.prompt
         other = None if spec.tokenizer is None else fetch_model(spec.tokenizer, spec.storage, weights=False)
         assembly = assemble(spec.engine, files, other, spec.fake, prompt.chat_template if prompt else None)

@@ -25,9 +25,12 @@ T = TypeVar("T")
 
 
 class Drain:
-    """A request to stop. `requested` is polled by the job's loop; `saving` callbacks run in a thread of their own."""
+    """A request to stop. `requested` is polled by the job's loop; `saving` callbacks run in a thread of their own.
 
-    def __init__(self, deadline_s: float = DEADLINE_S, leave: Callable[[int], None] = os._exit) -> None:
+    `leave` ends the process when the deadline is over. None: the process goes on without this job, and nothing hurries.
+    """
+
+    def __init__(self, deadline_s: float = DEADLINE_S, leave: Callable[[int], None] | None = os._exit) -> None:
         self.deadline_s = deadline_s
         self._leave = leave
         self._event = threading.Event()
@@ -52,14 +55,18 @@ class Drain:
     def request(self, reason: str) -> None:
         """The first call starts the saving and the clock; a second one ends the process at once."""
         if self._event.is_set():
-            log.warning("second signal: leaving at once", signal=reason)
-            self._leave(EXIT_DRAINED)
+            self._end("second signal: leaving at once", signal=reason)
             return
         log.warning("stopping: saving finished rows", signal=reason, deadline_s=self.deadline_s)
         self._requested_at = time.monotonic()
         for target in (self._watch, self._run_save):
             threading.Thread(target=target, name="drain", daemon=True).start()
         self._event.set()
+
+    def _end(self, why: str, **values: str) -> None:
+        if self._leave is not None:
+            log.warning(why, **values)
+            self._leave(EXIT_DRAINED)
 
     def check(self) -> None:
         """Raises Drained once stopping was requested."""
@@ -113,8 +120,7 @@ class Drain:
 
     def _watch(self) -> None:
         time.sleep(self.deadline_s)
-        log.warning("leaving: the deadline is over")
-        self._leave(EXIT_DRAINED)
+        self._end("leaving: the deadline is over")
 
 
 def _nothing(number: int, frame: object) -> None:

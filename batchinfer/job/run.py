@@ -24,6 +24,7 @@ from batchinfer.job.salvage import Salvage
 from batchinfer.job.shard import Shard
 from batchinfer.job.spool import Spool
 from batchinfer.job.state import Pass, RunState, Seams, Worker
+from batchinfer.llm import Answerer
 from batchinfer.log import log
 from batchinfer.request import Completion
 from batchinfer.spec import JobSpec
@@ -110,18 +111,19 @@ def run_pass(work: Work, state: RunState, todo: Pass, kept: Recover) -> None:
 
 def run_chunks(work: Work, state: RunState, spool: Spool, window: Window, recover: Recover) -> None:
     """The outer loop: every completion into the spool, every complete chunk to the committer."""
-    plan, tally, drain = work.plan, state.tally, state.worker.drain
+    plan, tally, drain, llm = work.plan, state.tally, state.worker.drain, state.llm
+    assert llm is not None
 
     def done(record: CommitRecord) -> None:
         state.done(record)
         window.leave(plan.chunks[record.chunk].count)
 
-    writer = PartWriter(work.ledger, work.layout, spool, state.todo.number, work.spec.model)
+    writer = PartWriter(work.ledger, work.layout, spool, state.todo.number, llm.model_name)
     encoder = Encoder(work.layout)
     # a commit that failed frees no window: closing it ends the stream of prompts, and with it the loop
     committer = Committer(writer, done, failed=window.close)
     feed = Feed(plan, work.rows, work.layout, spool, window, recover, committer.submit, state.opened)
-    with closing(committer), _answers(work, state, feed) as completions, closing(window):
+    with closing(committer), _answers(work, state, feed, llm) as completions, closing(window):
         for completion in completions:
             chunk = plan.chunk_of(completion.index)
             tally.add(completion)
@@ -136,10 +138,8 @@ def run_chunks(work: Work, state: RunState, spool: Spool, window: Window, recove
         raise tally.refusal(tally.all_rows, tally.all_errors, complete=False)
 
 
-def _answers(work: Work, state: RunState, feed: Feed) -> closing[Generator[Completion, None, None]]:
+def _answers(work: Work, state: RunState, feed: Feed, llm: Answerer) -> closing[Generator[Completion, None, None]]:
     """The engine at work; closing it stops the engine and its feeder."""
-    llm = state.llm
-    assert llm is not None
     prompts = feed.prompts(state.todo.chunks, work.spec.seed, llm.default_params, work.spec.storage)
     return closing(llm.run(prompts))
 

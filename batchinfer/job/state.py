@@ -19,7 +19,7 @@ from batchinfer.job.prepare import Work
 from batchinfer.job.report import Clock, Progress, Report, Silent, Snapshot, Tally, settle, versions, write_report
 from batchinfer.job.results import Row
 from batchinfer.job.shard import Shard
-from batchinfer.llm import LLM
+from batchinfer.llm import LLM, Answerer
 from batchinfer.log import log
 from batchinfer.spec import JobSpec
 
@@ -37,10 +37,10 @@ def open_store(spec: JobSpec) -> Store:
 
 @dataclass(frozen=True, slots=True)
 class Seams:
-    """What a test replaces: the store, the model, and how often the salvage is saved."""
+    """What can be replaced: the store, who answers (a server has an engine already), how often the salvage is saved."""
 
     open_store: Callable[[JobSpec], Store] = open_store
-    load_llm: Callable[[JobSpec, ModelFiles | None], LLM] = load_llm
+    load_llm: Callable[[JobSpec, ModelFiles | None], Answerer] = load_llm
     salvage_every_s: float = 30.0
 
 
@@ -74,7 +74,7 @@ class RunState:
         self.committed: dict[CommitKey, CommitRecord] = {}
         self.work: Work | None = None
         self.todo = Pass(0, [], [])
-        self.llm: LLM | None = None
+        self.llm: Answerer | None = None
         self.manifest: dict[str, Any] | None = None
         self._lock = threading.Lock()
 

@@ -78,6 +78,7 @@ class ScriptedLLM:
     """Answers `<prompt>!`; `answer(prompt)` may return an error or a text instead. `order` shuffles a small window."""
 
     def __init__(self, answer=None, order=None, after=None):
+        self.model_name = "fake"
         self.default_params = SamplingParams(max_tokens=8)
         self.answer = answer or (lambda prompt: None)
         self.order = order
