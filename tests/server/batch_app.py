@@ -1,0 +1,63 @@
+"""The batch routes alone over the fake model: an app for tests, and a process of it that they can kill.
+
+python -m tests.server.batch_app DIRECTORY PORT [STEP_S]
+"""
+
+import signal
+import sys
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+
+from batchinfer.io.catalog import Catalog
+from batchinfer.job.batch import BatchRunner
+from batchinfer.llm import LLM
+from batchinfer.server.batches import make_router
+from batchinfer.server.errors import ApiError, of_validation
+from batchinfer.spec import FakeSpec
+
+MODEL = "fake"
+JOB = {"model": "fake", "fake": {"answer_tokens": [2, 12]}, "engine": {"max_num_seqs": 32, "max_model_len": 4096}}
+
+
+def fake_llm(step_s=0.0):
+    return LLM("fake", fake=FakeSpec(answer_tokens=(2, 12), step_s=step_s), **JOB["engine"])
+
+
+def make_app(root, llm=None, grace_s=5.0, **options):
+    """The app; `app.state` has catalog and runner. Closing its lifespan stops the runner."""
+    catalog = Catalog(Path(root))
+    runner = BatchRunner(catalog, llm or fake_llm(), JOB, {MODEL})
+
+    @asynccontextmanager
+    async def lifespan(app):
+        runner.start()
+        yield
+        runner.close(grace_s)
+        catalog.close()
+
+    app = FastAPI(lifespan=lifespan)
+    app.state.catalog, app.state.runner = catalog, runner
+    app.include_router(make_router(catalog, runner, **options))
+
+    @app.exception_handler(ApiError)
+    async def api_error(request, error):
+        return error.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def validation_error(request, error):
+        return of_validation(error.errors()).response()
+
+    return app
+
+
+if __name__ == "__main__":
+    step_s = float(sys.argv[3]) if len(sys.argv) > 3 else 0.0
+    server = uvicorn.Server(
+        uvicorn.Config(make_app(sys.argv[1], fake_llm(step_s)), port=int(sys.argv[2]), log_level="warning")
+    )
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    server.run()
