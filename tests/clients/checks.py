@@ -31,30 +31,24 @@ def lm_eval(place: Place) -> str:
 
 
 def inspect(place: Place) -> str:
-    said = []
-    for name, options in (
-        ("plain", ["--epochs", "2", "--logprobs", "--top-logprobs", "2", "--seed", "5"]),
-        ("tools", []),
-    ):
-        logs = place.work / "inspect" / name
-        place.run(
-            f"inspect-{name}",
-            *(place.main / "bin/inspect", "eval", f"{HERE / 'inspect_task.py'}@{name}"),
-            *("--model", f"openai-api/local/{MODEL}", "--model-base-url", f"{place.url}/v1"),
-            *("--display", "plain", "--log-dir", logs, "--log-format", "json", "--max-tokens", "24"),
-            *("--temperature", "0", "--max-retries", "0", *options),
-            LOCAL_API_KEY=KEY,
-        )
-        log = json.loads(max(logs.glob("*.json")).read_text())
-        if log["status"] != "success":
-            raise Failed(f"{name}: {log['status']}: {log.get('error')}")
-        outputs = [sample["output"] for sample in log["samples"]]
-        if not all(output["choices"] and output["usage"]["total_tokens"] for output in outputs):
-            raise Failed(f"{name}: an answer without choices or usage")
-        if "--logprobs" in options and not all(output["choices"][0]["logprobs"]["content"] for output in outputs):
-            raise Failed(f"{name}: an answer without logprobs")
-        said.append(f"{name}: {len(outputs)} samples")
-    return ", ".join(said)
+    logs = place.work / "inspect"
+    place.run(
+        "inspect",
+        *(place.main / "bin/inspect", "eval", HERE / "inspect_task.py"),
+        *("--model", f"openai-api/local/{MODEL}", "--model-base-url", f"{place.url}/v1"),
+        *("--display", "plain", "--log-dir", logs, "--log-format", "json", "--max-tokens", "24"),
+        *("--temperature", "0", "--max-retries", "0", "--epochs", "2", "--logprobs", "--top-logprobs", "2"),
+        LOCAL_API_KEY=KEY,
+    )
+    log = json.loads(max(logs.glob("*.json")).read_text())
+    if log["status"] != "success":
+        raise Failed(f"{log['status']}: {str((log.get('error') or {}).get('message'))[:500]}")
+    outputs = [sample["output"] for sample in log["samples"]]
+    if not all(output["choices"] and output["usage"]["total_tokens"] for output in outputs):
+        raise Failed("an answer without choices or usage")
+    if not all(output["choices"][0]["logprobs"]["content"] for output in outputs):
+        raise Failed("an answer without logprobs")
+    return f"{len(outputs)} samples with logprobs"
 
 
 def guidellm(place: Place) -> str:
@@ -98,12 +92,12 @@ def llm(place: Place) -> str:
     home = place.work / "llm"
     home.mkdir(exist_ok=True)
     (home / "extra-openai-models.yaml").write_text(
-        f'- model_id: local\n  model_name: {MODEL}\n  api_base: "{place.url}/v1"\n  supports_schema: true\n'
+        f'- model_id: local\n  model_name: {MODEL}\n  api_base: "{place.url}/v1"\n  api_key_name: local\n'
     )
     for name, more in (("stream", []), ("whole", ["--no-stream"])):
         said = place.run(
             f"llm-{name}",
-            *(place.main / "bin/llm", "-m", "local", "Say hello", "-o", "max_tokens", 16, *more),
+            *(place.main / "bin/llm", "-m", "local", "Say hello", "--key", KEY, "-o", "max_tokens", 16, *more),
             LLM_USER_PATH=str(home),
         )
         if not said.partition("\n")[2].strip():

@@ -4,17 +4,17 @@ import json
 import math
 from pathlib import Path
 
-from tests.clients.place import MODEL, Failed, Place
+from tests.clients.place import KEY, MODEL, Failed, Place
 from tests.clients.tasks import GENERATE, TASKS, write_tasks
 
 TOLERANCE = 1e-3  # of a log-likelihood
 # name → model arguments, batch size
 WAYS = {
     "tokenizer": ("tokenizer={model},num_concurrent=1", 1),
-    "no-tokenizer": ("tokenizer_backend=remote,num_concurrent=1", 1),
+    "no-tokenizer": ("tokenizer_backend=remote,auth_token={key},num_concurrent=1", 1),
     "batch-8": ("tokenizer={model},num_concurrent=1", 8),
     "concurrent-8": ("tokenizer={model},num_concurrent=8", 1),
-    "no-tokenizer-batch-8-concurrent-8": ("tokenizer_backend=remote,num_concurrent=8", 8),
+    "no-tokenizer-batch-8-concurrent-8": ("tokenizer_backend=remote,auth_token={key},num_concurrent=8", 8),
 }
 
 
@@ -31,7 +31,7 @@ def compare(place: Place, way: str) -> str:
     """One way of using the endpoint: same generations, log-likelihoods and greedy flags. Returns what was compared."""
     arguments, batch = WAYS[way]
     url = f"{place.url}/v1/completions"
-    arguments = f"model={MODEL},base_url={url},{arguments.format(model=place.model)}"
+    arguments = f"model={MODEL},base_url={url},{arguments.format(model=place.model, key=KEY)}"
     _evaluate(place, way, "local-completions", arguments, batch)
     problems: list[str] = []
     worst, count = 0.0, 0
