@@ -52,19 +52,24 @@ class Generation:
 
         Raises ApiError when a sample fails or the server ends.
         """
-        while self.open or self._events:
-            await self._news.wait()
-            self._news.clear()
-            if self._error is not None:
+        while True:
+            if self._events:
+                events, self._events = self._events, {}
+                yield list(events.values())
+            elif self._error is not None:
                 raise self._error
-            events, self._events = self._events, {}
-            yield list(events.values())
+            elif not self.open:
+                return
+            else:
+                await self._news.wait()
+                self._news.clear()
 
     def add(self, event: Event) -> None:
         if event.finished is not None:
             self.open.discard(event.request_id)
             if event.finished.error is not None:
                 self.fail(of_row(event.finished.error, tuple(FIELDS)))
+                return
         earlier = self._events.get(event.request_id)
         self._events[event.request_id] = event if earlier is None else earlier.then(event)
         self._news.set()

@@ -82,11 +82,11 @@ def test_sigterm_under_load(processes):
     serve = processes("fake", "--port", "0", "--set", "fake.step_s=0.02", "--set", "fake.answer_tokens=9999")
     url = serve.url()
     short, long = [], []
-    threads = [threading.Thread(target=stream, args=(url, 60, short)) for _ in range(4)]
+    threads = [threading.Thread(target=stream, args=(url, 120, short)) for _ in range(4)]
     threads += [threading.Thread(target=stream, args=(url, 5000, long)) for _ in range(4)]
     for thread in threads:
         thread.start()
-    time.sleep(0.5)
+    wait_for(url, "batchinfer_sequences_running 8.0")
     begun = time.monotonic()
     serve.popen.send_signal(signal.SIGTERM)
     time.sleep(0.2)
@@ -114,7 +114,7 @@ def test_a_second_signal_is_now(processes):
 
     thread = threading.Thread(target=cut_off)
     thread.start()
-    time.sleep(0.5)
+    wait_for(url, "batchinfer_sequences_running 1.0")
     serve.popen.send_signal(signal.SIGINT)
     time.sleep(0.2)
     serve.popen.send_signal(signal.SIGINT)
