@@ -21,7 +21,7 @@ from batchinfer.errors import ModelError, UsageError, suggest
 from batchinfer.io.fetch import ModelFiles, fetch_model
 from batchinfer.prompting import Content, Limits, Preparer, Prompt, mix
 from batchinfer.request import Completion, Pooling, SamplingParams
-from batchinfer.scoring import Continuation, Pooled, Read, Rolling, continuations
+from batchinfer.scoring import Continuation, Measure, Pooled, Read, Rolling, continuations
 from batchinfer.spec import FAKE_MODEL, EngineSpec, FakeSpec, JobSpec, StorageSpec
 from batchinfer.stream import Stream
 from batchinfer.text.chat import ChatTemplate
@@ -140,14 +140,17 @@ class LLM:
         A context is a prompt of any kind (empty: the continuation follows the model's prefix token), a continuation a
         text or token ids. Of texts, spaces at the end of the context count to the continuation.
         """
-        return self._read((context, continuations(continuation)) for context, continuation in pairs)
+        return self._read((context, continuations([continuation])) for context, continuation in pairs)
 
-    def choose(self, questions: Iterable[tuple[Content, Sequence[Continuation]]]) -> list[Completion]:
+    def choose(
+        self, questions: Iterable[tuple[Content, Sequence[Continuation]]], by: Measure = "sum"
+    ) -> list[Completion]:
         """How likely each of several continuations of one context is: `scores` has an entry each, in their order.
 
-        The context is computed once. `best_choice` says which is the most likely, by one of three measures.
+        `choice` is the index of the most likely: by its logprob, or by that per token or per character. The context is
+        computed once.
         """
-        return self._read((context, continuations(*choices)) for context, choices in questions)
+        return self._read((context, continuations(choices, by)) for context, choices in questions)
 
     def rolling(self, texts: Iterable[str | list[int]]) -> list[Completion]:
         """How likely whole texts are; `scores` has one entry, which covers every token of the text once.

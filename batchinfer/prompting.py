@@ -224,6 +224,7 @@ class Preparer:
 
     def _continuations(self, content: Any, skipped: int, read: Continuations) -> list[list[int]]:
         """The ids of each continuation: of texts, what the whole has after as many tokens as the context has alone."""
+        read.check()
         texts = [text for text in read.texts if isinstance(text, str)]
         before = content[0] if isinstance(content, tuple) else None
         tails: Iterator[list[int]] = iter(())
@@ -234,8 +235,8 @@ class Preparer:
         elif texts:
             tails = iter(self._encode(texts))
         found = [next(tails) if isinstance(text, str) else list(text) for text in read.texts]
-        if not found or not all(found):
-            raise InvalidInput("a continuation has no tokens" if found else "there is no continuation to score")
+        if not all(found):
+            raise InvalidInput("a continuation has no tokens of its own")
         return found
 
     def _encode(self, texts: list[str]) -> list[list[int]]:

@@ -232,13 +232,14 @@ class TokenLogprob(NamedTuple):
 class Score:
     """How likely a continuation, or a whole text, is. `logprob` is the sum of `token_logprobs`.
 
-    `is_greedy`: at every position no token was more probable.
+    `is_greedy`: at every position no token was more probable. `text`: a continuation that was given as one.
     """
 
     logprob: float
     is_greedy: bool
     token_ids: list[int]
     token_logprobs: list[float]
+    text: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,8 +276,8 @@ class Completion:
     """The answer to one prompt: `n` outputs, or an error and none.
 
     `prompt_logprobs`, where asked for: one entry per prompt token, None for the first and for others that nobody asked
-    for. `scores`: of each continuation, or one of the whole text. `embedding` has the model's hidden size. With either
-    there are no outputs.
+    for. `scores`: of each continuation (`choice` is the most likely), or one of the whole text. `embedding` has the
+    model's hidden size. With either there are no outputs.
     """
 
     index: int
@@ -285,4 +286,5 @@ class Completion:
     error: RowError | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
     scores: list[Score] | None = None
+    choice: int | None = None
     embedding: list[float] | None = None

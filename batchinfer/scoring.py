@@ -21,9 +21,17 @@ Measure = Literal["sum", "tokens", "characters"]
 
 @dataclass(frozen=True, slots=True)
 class Continuations:
-    """How likely each of these is after the prompt: texts, or token ids."""
+    """How likely each of these is after the prompt: texts, or token ids. `by`: how the most likely one is found."""
 
     texts: tuple[str | tuple[int, ...], ...]
+    by: Measure = "sum"
+
+    def check(self) -> None:
+        """Raises InvalidInput where there is nothing to score, or nothing to measure by."""
+        if not self.texts or not all(self.texts):
+            raise InvalidInput("a continuation is empty" if self.texts else "there is no continuation to score")
+        if self.by == "characters" and not all(isinstance(text, str) for text in self.texts):
+            raise InvalidInput("continuations of token ids cannot be compared by their characters")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +55,8 @@ class Pooled:
 Read = Continuations | Rolling | Pooled
 
 
-def continuations(*given: Continuation) -> Continuations:
-    return Continuations(tuple(one if isinstance(one, str) else tuple(one) for one in given))
+def continuations(given: Sequence[Continuation], by: Measure = "sum") -> Continuations:
+    return Continuations(tuple(one if isinstance(one, str) else tuple(one) for one in given), by)
 
 
 def pair(context: str, continuation: str) -> tuple[str, str]:
@@ -70,7 +78,7 @@ def windows(ids: list[int], prefix_id: int, context_tokens: int) -> Iterator[tup
         yield ids[start:end], done - start
 
 
-def score_of(readings: Sequence[Sequence[TokenLogprob | None]]) -> Score:
+def score_of(readings: Sequence[Sequence[TokenLogprob | None]], text: str | None = None) -> Score:
     """One score of all tokens that were read, in one prompt or in the windows of a text."""
     entries = [entry for reading in readings for entry in reading if entry is not None]
     return Score(
@@ -78,16 +86,16 @@ def score_of(readings: Sequence[Sequence[TokenLogprob | None]]) -> Score:
         is_greedy=all(entry.logprob == entry.top[0][1] for entry in entries),
         token_ids=[entry.token_id for entry in entries],
         token_logprobs=[entry.logprob for entry in entries],
+        text=text,
     )
 
 
-def best_choice(scores: Sequence[Score], by: Measure = "sum", texts: Sequence[str] = ()) -> int:
-    """The index of the most likely choice, the first of equals. By characters, `texts` are the choices."""
-    if by == "characters" and not all(texts):
-        raise InvalidInput("a choice without characters cannot be compared by characters")
-    lengths = {"tokens": [len(score.token_ids) for score in scores], "characters": [len(text) for text in texts]}
-    if by in lengths:
-        values = [score.logprob / length for score, length in zip(scores, lengths[by], strict=True)]
-    else:
-        values = [score.logprob for score in scores]
-    return max(range(len(values)), key=values.__getitem__)
+def best_choice(scores: Sequence[Score], by: Measure) -> int:
+    """The index of the most likely one, the first of equals."""
+
+    def value(index: int) -> float:
+        score = scores[index]
+        length = {"sum": 1, "tokens": len(score.token_ids), "characters": len(score.text or "")}[by]
+        return score.logprob / length
+
+    return max(range(len(scores)), key=value)

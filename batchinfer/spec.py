@@ -69,6 +69,26 @@ class PromptSpec(_Section):
         return self
 
 
+class ScoreSpec(_Section):
+    """What `task: score` and `task: choose` look at. Without a continuation, `score` scores the whole prompt."""
+
+    continuation: str | None = Field(None, description="task score: Jinja template of the text after the prompt")
+    choices: StringList | None = Field(None, description="task choose: list of Jinja templates")
+    choices_column: str | None = Field(None, description="task choose: column that holds a list of texts")
+    measure: Literal["sum", "tokens", "characters"] = Field(
+        "sum", description="task choose: compare logprobs, or these per token or per character"
+    )
+
+
+class EmbedSpec(_Section):
+    """How `task: embed` makes a vector of a prompt."""
+
+    pooling: Literal["mean", "last", "cls"] = Field(
+        "mean", description="hidden states of all tokens, the last, or first"
+    )
+    normalize: bool = Field(True, description="to length 1")
+
+
 class OutputSpec(_Section):
     """Where results go and which columns they have."""
 
@@ -156,10 +176,15 @@ class JobSpec(_Section):
 
     model: str = Field(description="directory, .gguf file, URL or Hugging Face id; 'fake' rehearses without a model")
     tokenizer: str | None = Field(None, description="tokenizer of another model; default the model's own")
+    task: Literal["generate", "score", "choose", "embed"] = Field(
+        "generate", description="answer prompts, or read them: logprobs of texts, the best of choices, vectors"
+    )
     seed: int = Field(0, description="seed of the job's random numbers")
     input: InputSpec
     prompt: PromptSpec | None = Field(None, description="not for openai-batch input, whose lines are requests")
     sampling: dict[str, Any] = Field({}, description="sampling parameters; the model's own defaults come first")
+    score: ScoreSpec = ScoreSpec()
+    embed: EmbedSpec = EmbedSpec()
     output: OutputSpec
     engine: EngineSpec = EngineSpec()
     errors: ErrorsSpec = ErrorsSpec()
@@ -224,10 +249,33 @@ def parse_spec(values: dict[str, Any], source: str = "job", node: yaml.Node | No
     if spec.prompt is not None and batch:
         line = _line(node, ("prompt",))
         raise SpecError(f"{source}{line}: prompt: openai-batch lines are requests already; leave it out")
+    problem = _task_problem(spec)
+    if problem is not None:
+        key, text = problem
+        raise SpecError(f"{source}{_line(node, tuple(key.split('.')))}: {key}: {text}")
     if spec.output.format == "openai-batch" and not batch:
         line = _line(node, ("output", "format"))
         raise SpecError(f"{source}{line}: output.format: openai-batch goes with openai-batch input")
     return spec
+
+
+def _task_problem(spec: JobSpec) -> tuple[str, str] | None:
+    """A key that does not go with the task, and why."""
+    task, score = spec.task, spec.score
+    for section, tasks in (("sampling", ("generate",)), ("score", ("score", "choose")), ("embed", ("embed",))):
+        if task not in tasks and getattr(spec, section) != JobSpec.model_fields[section].default:
+            return section, f"does not go with task {task}"
+    if task != "generate" and spec.input.format == "openai-batch":
+        return "task", f"{task} does not go with openai-batch input, whose lines ask for answers"
+    if task != "generate" and spec.output.samples == "rows":
+        return "output.samples", f"does not go with task {task}"
+    ways = [name for name in ("choices", "choices_column") if getattr(score, name) is not None]
+    if task == "choose" and (len(ways) != 1 or score.continuation is not None):
+        return "score", "task choose needs exactly one of choices, choices_column, and no continuation"
+    ways += ["measure"] if score.measure != "sum" else []
+    if task == "score" and ways:
+        return f"score.{ways[0]}", "goes with task choose"
+    return None
 
 
 def locate(path: str | Path, key: str) -> str:

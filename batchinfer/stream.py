@@ -18,7 +18,7 @@ from batchinfer.errors import RowError
 from batchinfer.order import PrefixOrder
 from batchinfer.prompting import Feeder, Prepared, Preparer, Prompt
 from batchinfer.request import Completion, Finished, Output
-from batchinfer.scoring import Pooled, Rolling, score_of
+from batchinfer.scoring import Continuations, Pooled, best_choice, score_of
 from batchinfer.text.tokenizer import Tokenizer
 
 _DETOKENIZE_TOGETHER = 32  # finished prompts that are turned into text in one call
@@ -228,9 +228,11 @@ def _reading(prepared: Prepared, answers: list[Finished]) -> Completion:
         assert rows is not None and hidden is not None
         return Completion(prepared.index, prepared.ids, embedding=prepared.read.vector(hidden, len(rows)))
     readings = [answer.prompt_logprobs or [] for answer in answers]
-    whole = isinstance(prepared.read, Rolling)
-    scores = [score_of(readings)] if whole else [score_of([reading]) for reading in readings]
-    return Completion(prepared.index, prepared.ids, scores=scores)
+    if not isinstance(prepared.read, Continuations):
+        return Completion(prepared.index, prepared.ids, scores=[score_of(readings)])
+    texts = [text if isinstance(text, str) else None for text in prepared.read.texts]
+    scores = [score_of([reading], text) for reading, text in zip(readings, texts, strict=True)]
+    return Completion(prepared.index, prepared.ids, scores=scores, choice=best_choice(scores, prepared.read.by))
 
 
 def _visible(answer: Finished) -> list[int]:

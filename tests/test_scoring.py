@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -54,21 +55,25 @@ def test_score_choose_and_rolling_agree():
     assert [completion.index for completion in chosen] == [0, 1] and chosen[0].scores == chosen[1].scores
     single = llm.score([(context, choice) for choice in choices])
     assert [completion.scores[0] for completion in single] == chosen[0].scores
+    assert chosen[0].choice == best_choice(chosen[0].scores, "sum")
     for score, choice in zip(chosen[0].scores, choices, strict=True):
         assert bytes(score.token_ids).decode() == " " + choice
         assert score.logprob == sum(score.token_logprobs) and len(score.token_logprobs) == len(choice) + 1
     assert chosen[0].prompt_token_ids == list(context.rstrip().encode()) and chosen[0].outputs == []
     assert llm.stats().prompt_tokens_reused > 2 * 64
-    whole = llm.rolling([context + "Paris"])[0].scores
-    assert whole == llm.score([("", context + "Paris")])[0].scores
+    whole = llm.rolling([context + "Paris"])[0].scores[0]
+    assert whole == replace(llm.score([("", context + "Paris")])[0].scores[0], text=None)
 
 
 def test_token_ids_and_empty_contexts():
     llm = fake_llm()
     by_text = llm.score([("ab", "cd"), ("", "cd")])
     by_ids = llm.score([([97, 98], [99, 100]), ([97, 98], "cd"), ([256], [99, 100])])
-    assert by_text[0].scores == by_ids[0].scores == by_ids[1].scores
-    assert by_text[1].scores == by_ids[2].scores and by_text[1].prompt_token_ids == [256]
+    logprobs = [completion.scores[0].token_logprobs for completion in by_text + by_ids]
+    assert logprobs[0] == logprobs[2] == logprobs[3] and logprobs[1] == logprobs[4]
+    assert [completion.scores[0].text for completion in by_ids] == [None, "cd", None] and by_text[
+        1
+    ].prompt_token_ids == [256]
 
 
 def test_what_cannot_be_scored_is_an_error_of_its_own():
@@ -94,9 +99,15 @@ def test_long_texts_roll():
 
 
 def test_the_best_choice_depends_on_the_measure():
-    scores = [Score(-4.0, False, [1, 2, 3, 4], []), Score(-3.0, False, [1], []), Score(-3.5, True, [1, 2], [])]
-    texts = ["a b c d", "x" * 40, "y"]
-    assert [best_choice(scores), best_choice(scores, "tokens"), best_choice(scores, "characters", texts)] == [1, 0, 1]
+    scores = [
+        Score(-4.0, False, [1, 2, 3, 4], [], "abcd"),
+        Score(-3.0, False, [1], [], "x"),
+        Score(-3.5, True, [1, 2], [], "y" * 40),
+    ]
+    assert [best_choice(scores, by) for by in ("sum", "tokens", "characters")] == [1, 0, 2]
+    found = fake_llm().choose([("ab", ["c", "de"]), ("ab", [[99]])], by="characters")
+    assert found[0].choice == best_choice(found[0].scores, "characters") and found[0].scores[1].text == "de"
+    assert isinstance(found[1].error, InvalidInput)
 
 
 @pytest.fixture(scope="module")

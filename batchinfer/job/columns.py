@@ -1,7 +1,8 @@
 """The columns of an output: which input columns ride along, which are added, and what their types are.
 
 Added columns, each with `output.prefix` before its name: `row` (ordinal in the input file), `sample` (with
-`output.samples: rows`), the answer, its counts, the row's status and error, and where asked token ids and logprobs.
+`output.samples: rows`), the answer or what was read of the prompt, its counts, the row's status and error, and where
+asked token ids and logprobs.
 """
 
 from __future__ import annotations
@@ -14,6 +15,12 @@ from batchinfer.errors import SpecError
 from batchinfer.io.rows import Inputs
 from batchinfer.spec import JobSpec
 
+# what reading a prompt adds, by task
+READ_COLUMNS: dict[str, dict[str, pa.DataType]] = {
+    "score": {"logprob": pa.float64(), "num_tokens": pa.int32(), "is_greedy": pa.bool_()},
+    "choose": {"choice": pa.string(), "choice_index": pa.int32(), "scores": pa.list_(pa.float64())},
+    "embed": {"embedding": pa.list_(pa.float32())},
+}
 OK = "ok"
 ERROR = "error"
 _LINE_SUFFIX = {"none": "", "gzip": ".gz", "zstd": ".zst"}
@@ -73,11 +80,14 @@ def _added(spec: JobSpec, listed: bool, exploded: bool) -> list[pa.Field]:
     fields = [("row", pa.int64())]
     if exploded:
         fields.append(("sample", pa.int32()))
-    fields += [("response", text), ("finish_reason", text)]
+    read = READ_COLUMNS.get(spec.task)
+    fields += [("response", text), ("finish_reason", text)] if read is None else list(read.items())
     fields += [("prompt_tokens", pa.int32()), ("completion_tokens", pa.int32())]
     fields += [("status", pa.string()), ("error_type", pa.string()), ("error", pa.string())]
     if spec.output.token_ids:
-        fields += [("prompt_token_ids", ids), ("token_ids", pa.list_(ids) if listed else ids)]
+        fields.append(("prompt_token_ids", ids))
+    if spec.output.token_ids and read is None:
+        fields.append(("token_ids", pa.list_(ids) if listed else ids))
     # rows may ask for logprobs of their own through their overrides or bodies
     rows_may_ask = spec.sampling_column is not None or spec.input.format == "openai-batch"
     if spec.sampling_values.get("logprobs") is not None or rows_may_ask:

@@ -76,7 +76,7 @@ class Feed:
             base = self.plan.bases[chunk]
             for prompt in self.rows.prompts(batch, wanted, inputs.text_json, defaults):
                 index = base + prompt.offset
-                yield Prompt(index, prompt.content, prompt.params, mix(seed, index), prompt.error)
+                yield Prompt(index, prompt.content, prompt.params, mix(seed, index), prompt.error, prompt.read)
 
     def _open(self, chunk: int, batch: RowBatch, inputs: Inputs) -> list[int]:
         """Spool what the chunk's part will carry; returns the offsets of the rows that are left to run."""

@@ -27,6 +27,12 @@ def fingerprint(spec: JobSpec, layout: Layout, identities: Mapping[str, str], fi
     if spec.prompt is not None:
         parts |= _named("prompt", spec.prompt.model_dump(exclude_none=True))
     parts |= _named("sampling", spec.sampling)
+    if spec.task != "generate":
+        parts["task"] = spec.task
+    if spec.task in ("score", "choose"):
+        parts |= _named("score", spec.score.model_dump(exclude_none=True))
+    if spec.task == "embed":
+        parts |= _named("embed", spec.embed.model_dump())
     parts |= input_parts(spec)
     deciding = {"dtype", "kv_cache_dtype", "max_model_len", "quantization"}
     parts |= _named("engine", spec.engine.model_dump(exclude_none=True, include=deciding))

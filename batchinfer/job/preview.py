@@ -121,7 +121,7 @@ class _Measure:
 
     def _prepared(self, span: Span, rows: Iterable[RowPrompt]) -> list[Prepared | Completion]:
         return self._preparer.prepare(
-            [Prompt(span.start + row.offset, row.content, row.params, error=row.error) for row in rows]
+            [Prompt(span.start + row.offset, row.content, row.params, error=row.error, read=row.read) for row in rows]
         )
 
 

@@ -16,6 +16,7 @@ from batchinfer.io.rows import Inputs, RowBatch, rows_of
 from batchinfer.job.bodies import Content, chat_messages, parse_body, parse_json, ready_prompt
 from batchinfer.job.plan import check_columns, check_type
 from batchinfer.request import SamplingParams
+from batchinfer.scoring import Continuations, Measure, Pooled, Read, Rolling
 from batchinfer.spec import JobSpec
 from batchinfer.text.chat import RowFilter, RowTemplate
 
@@ -31,6 +32,7 @@ class RowPrompt(NamedTuple):
     content: Content | None
     params: SamplingParams | None
     error: RowError | None
+    read: Read | None = None
 
 
 class RowPrompts:
@@ -52,6 +54,7 @@ class RowPrompts:
             self.columns["sampling.column"] = frozenset({self._sampling_column})
         self._types: dict[str, str] = {"sampling.column": "tm"}
         self._content, self._reads_body = self._compile(spec)
+        self._read = self._compile_read(spec)
 
     @property
     def read_columns(self) -> frozenset[str]:
@@ -100,12 +103,13 @@ class RowPrompts:
                 continue
             try:
                 content, params = self._request(row, defaults)
+                read = None if self._read is None else self._read(row)
             except RowError as problem:
                 yield RowPrompt(offset, None, None, problem)
             except (TypeError, ValueError, OverflowError, RecursionError) as problem:
                 yield RowPrompt(offset, None, None, InvalidInput(f"cannot be read: {problem}"))
             else:
-                yield RowPrompt(offset, content, params, None)
+                yield RowPrompt(offset, content, params, None, read)
 
     def _request(self, row: Row, defaults: SamplingParams) -> tuple[Content, SamplingParams | None]:
         params: SamplingParams | None = None
@@ -160,6 +164,27 @@ class RowPrompts:
         self.columns["prompt.column"], self._types["prompt.column"] = frozenset({name}), "ti"
         return lambda row: ready_prompt(row[name], f"column {name!r}"), False
 
+    def _compile_read(self, spec: JobSpec) -> Callable[[Row], Read] | None:
+        """What a row's prompt is read for; None where it is answered."""
+        if spec.task == "generate":
+            return None
+        score, embed = spec.score, spec.embed
+        if spec.task == "embed":
+            pooled = Pooled(embed.pooling, embed.normalize)
+            return lambda row: pooled
+        if spec.task == "score":
+            if score.continuation is None:
+                return lambda row: Rolling()
+            continuation = self._text("score.continuation", score.continuation)
+            return lambda row: Continuations((continuation(row),))
+        if score.choices is not None:
+            choices = [self._text(f"score.choices[{number}]", text) for number, text in enumerate(score.choices)]
+            return lambda row: Continuations(tuple(choice(row) for choice in choices), score.measure)
+        column = str(score.choices_column)
+        self.columns["score.choices_column"] = frozenset({column})
+        self._types["score.choices_column"] = "tl"
+        return lambda row: _choices(row[column], column, score.measure)
+
     def _text(self, key: str, source: str) -> Callable[[Row], str]:
         template = RowTemplate(source, key)
         self.columns[key] = template.columns
@@ -169,10 +194,20 @@ class RowPrompts:
             if not text.strip():
                 nulls = sorted(column for column in template.columns if row[column] is None)
                 why = f": column {nulls[0]!r} is null" if nulls else ""
-                raise InvalidInput(f"{key}: the prompt is empty{why}")
+                what = "prompt" if key.startswith("prompt") else "text"
+                raise InvalidInput(f"{key}: the {what} is empty{why}")
             return text
 
         return render
+
+
+def _choices(value: Any, column: str, measure: Measure) -> Continuations:
+    """The choices that a column holds: a list of texts, or its JSON text."""
+    if isinstance(value, str):
+        value = parse_json(value, f"column {column!r}")
+    if not isinstance(value, list) or not value or not all(isinstance(text, str) and text for text in value):
+        raise InvalidInput(f"column {column!r} must hold a list of texts, none of them empty")
+    return Continuations(tuple(value), measure)
 
 
 def _with_system(system: Callable[[Row], str], user: Callable[[Row], str]) -> Callable[[Row], Content]:

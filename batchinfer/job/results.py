@@ -1,8 +1,9 @@
 """Results: one line per finished row in spool and salvage, and the table of a part made from them.
 
 A line is JSON: [offset, prompt_tokens, prompt_ids|null, [[text, finish_reason, tokens, ids|null, logprobs|null], …],
-error|null]. `offset` counts from the chunk's first row, an error is [kind, message], logprobs are
-[[token, logprob, [[token, logprob], …]], …]. All columns of a part are built a column at a time.
+error|null], and a sixth value, `read`, where the task reads. `offset` counts from the chunk's first row, an error is
+[kind, message], logprobs are [[token, logprob, [[token, logprob], …]], …], and `read` maps the columns of the task to
+their values. All columns of a part are built a column at a time.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from typing import Any, NamedTuple
 import orjson
 import pyarrow as pa
 
-from batchinfer.job.columns import ERROR, OK, Layout
+from batchinfer.job.columns import ERROR, OK, READ_COLUMNS, Layout
 from batchinfer.request import Completion, Output, TokenLogprob
 
+_READ_NAMES = [name for names in READ_COLUMNS.values() for name in names]
 Sample = tuple[str, str, int, list[int] | None, list[Any] | None]
 
 
@@ -29,6 +31,7 @@ class Row(NamedTuple):
     prompt_ids: list[int] | None
     samples: list[Sample]
     error: list[str] | None
+    read: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,7 @@ class Encoder:
     """Completions into lines; keeps ids and logprobs only where the output has columns for them."""
 
     def __init__(self, layout: Layout) -> None:
-        self._ids = layout.has("token_ids")
+        self._ids = layout.has("prompt_token_ids")
         self._logprobs = layout.has("logprobs") or layout.format == "openai-batch"
 
     def line(self, offset: int, completion: Completion) -> bytes:
@@ -56,7 +59,8 @@ class Encoder:
         error = completion.error
         if error is not None:
             return _dumps((offset, len(prompt), ids, (), (error.kind, str(error))))
-        return _dumps((offset, len(prompt), ids, [self._sample(output) for output in completion.outputs], None))
+        samples = [self._sample(output) for output in completion.outputs]
+        return encode_row(Row(offset, len(prompt), ids, samples, None, _read(completion)))
 
     def _sample(self, output: Output) -> Sample:
         ids = output.token_ids
@@ -64,6 +68,21 @@ class Encoder:
         if self._logprobs and output.logprobs is not None:
             logprobs = [_plain(entry) for entry in output.logprobs]
         return output.text, output.finish_reason, len(ids), ids if self._ids else None, logprobs
+
+
+def _read(completion: Completion) -> dict[str, Any] | None:
+    """Values of the columns of all tasks that read; the layout takes those of its own."""
+    if completion.embedding is not None:
+        return {"embedding": completion.embedding}
+    scores = completion.scores
+    if scores is None:
+        return None
+    first = scores[0]
+    read: dict[str, Any] = {"logprob": first.logprob, "num_tokens": len(first.token_ids), "is_greedy": first.is_greedy}
+    if completion.choice is not None:
+        choice = completion.choice
+        read |= {"choice": scores[choice].text, "choice_index": choice, "scores": [score.logprob for score in scores]}
+    return read
 
 
 def _plain(entry: TokenLogprob) -> list[Any]:
@@ -138,8 +157,11 @@ def _added_values(layout: Layout, rows: list[Row], first_row: int) -> dict[str, 
         "response": _per_sample(layout, rows, 0),
         "finish_reason": _per_sample(layout, rows, 1),
     }
-    if layout.has("token_ids"):
+    for name in filter(layout.has, _READ_NAMES):
+        values[name] = [row.read[name] if row.read is not None else None for row in rows]
+    if layout.has("prompt_token_ids"):
         values["prompt_token_ids"] = [row.prompt_ids for row in rows]
+    if layout.has("token_ids"):
         values["token_ids"] = _per_sample(layout, rows, 3)
     if layout.has("logprobs"):
         values["logprobs"] = [_logprobs_text(layout, row) for row in rows]
@@ -183,11 +205,12 @@ def rows_of_part(layout: Layout, values: Iterable[dict[str, Any]], first_row: in
         value = {name.removeprefix(layout.prefix): cell for name, cell in named.items() if name not in layout.carried}
         offset = value["row"] - first_row
         error = [value["error_type"], value["error"]] if value["status"] == ERROR else None
-        samples = [] if error else _samples(layout, value)
+        read = None if error else {name: value[name] for name in filter(layout.has, _READ_NAMES)} or None
+        samples = [] if error or read else _samples(layout, value)
         if offset in rows:
             rows[offset].samples.extend(samples)
         else:
-            rows[offset] = Row(offset, value["prompt_tokens"], value.get("prompt_token_ids"), samples, error)
+            rows[offset] = Row(offset, value["prompt_tokens"], value.get("prompt_token_ids"), samples, error, read)
     return [rows[offset] for offset in sorted(rows)]
 
 
@@ -216,4 +239,4 @@ def _line_logprobs(values: list[dict[str, Any]] | None) -> list[Any] | None:
 
 
 def encode_row(row: Row) -> bytes:
-    return _dumps(tuple(row))
+    return _dumps(tuple(row) if row.read is not None else row[:5])
