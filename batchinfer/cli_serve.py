@@ -5,10 +5,14 @@ Reads BATCHINFER_API_KEY.
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import os
+import shutil
+import tempfile
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,7 +28,7 @@ if TYPE_CHECKING:
 _MORE_SETTINGS = ("sampling.", "prompt.chat_template", "prompt.chat_template_kwargs")
 _PORT = 8000
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
-_NEEDED = ("fastapi", "uvicorn", "prometheus_client")
+_NEEDED = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
 
 
 @dataclass(frozen=True)
@@ -69,16 +73,29 @@ class ServeOptions:
     max_body_mb: Annotated[
         int, typer.Option("--max-body-mb", metavar="N", min=1, help="Largest request body, in MiB; beyond it 413.")
     ] = 32
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where uploaded files and batches are kept. Default: in the cache directory, by port; with --port 0 "
+            "until it ends.",
+            show_default=False,
+        ),
+    ] = None
     settings: Settings = ()  # type: ignore[assignment]  # a default of a dataclass must not be a list
 
 
 def serve(options: ServeOptions) -> None:
     _check_packages()
     spec = model_spec(options.model, list(options.settings), _MORE_SETTINGS)
+    from batchinfer.io.catalog import Catalog
+    from batchinfer.job.batch import BatchRunner
     from batchinfer.server.app import AppOptions, create_app
+    from batchinfer.server.batches import make_router
     from batchinfer.server.frontend import Frontend
     from batchinfer.server.lifecycle import Endpoint, Limits, listen
     from batchinfer.server.metrics import Metrics
+    from batchinfer.server.share import SharedAnswerer
 
     port = options.port if options.port is not None else 0 if options.command else _PORT
     if options.api_key == "":
@@ -88,11 +105,34 @@ def serve(options: ServeOptions) -> None:
     sock = listen(options.host, port)  # before the model is loaded, which takes longer than to find the port taken
     model = _load(spec, options.served_model_name)
     frontend = Frontend(model, Metrics(), options.max_waiting)
-    gate = create_app(frontend, AppOptions(options.api_key, options.max_body_mb << 20))
-    endpoint = Endpoint(gate, frontend, sock, Limits(options.max_lifetime, options.idle_timeout))
-    code = endpoint.run(_command(options, model))
+    catalog = Catalog(options.data_dir or _data_dir(spec, port))
+    batches = BatchRunner(catalog, SharedAnswerer(frontend), _job_values(spec), model.names)
+    routers, uploads = (make_router(catalog, batches),), ("/v1/files",)
+    gate = create_app(frontend, AppOptions(options.api_key, options.max_body_mb << 20, routers, uploads, batches.start))
+    endpoint = Endpoint(gate, frontend, sock, Limits(options.max_lifetime, options.idle_timeout), batches)
+    try:
+        code = endpoint.run(_command(options, model))
+    finally:
+        catalog.close()
     if code:
         raise typer.Exit(code)
+
+
+def _data_dir(spec: JobSpec, port: int) -> Path:
+    """One per port, which only one endpoint can have; what an endpoint on any free port keeps goes with it."""
+    from batchinfer.io.fetch import CACHE_DIR
+
+    if port == 0:
+        folder = tempfile.mkdtemp(prefix="batchinfer-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        return Path(folder)
+    return Path(spec.storage.cache or CACHE_DIR).expanduser() / f"endpoint-{port}"
+
+
+def _job_values(spec: JobSpec) -> dict[str, Any]:
+    """What the jobs of all batches have in common."""
+    values = spec.model_dump(exclude_none=True, include={"model", "tokenizer", "engine", "storage", "fake", "sampling"})
+    return {name: value for name, value in values.items() if value}
 
 
 def _check_packages() -> None:

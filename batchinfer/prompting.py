@@ -76,7 +76,7 @@ def mix(key: int, number: int) -> int:
 
 
 class Preparer:
-    """Checks and tokenizes prompts. Used from one thread at a time."""
+    """Checks and tokenizes prompts. Threads take turns."""
 
     def __init__(
         self,
@@ -93,10 +93,15 @@ class Preparer:
         self._chat_kwargs = chat_kwargs or {}
         self._grammars = Grammars(tokenizer, limits.vocab_size, limits.eos_ids)
         self._next_id = 0
+        self._turn = threading.Lock()
         self._stops: dict[tuple[tuple[str, ...], bool, bool], StopStrings] = {}
 
     def prepare(self, prompts: list[Prompt]) -> list[Prepared | Completion]:
         """One result per prompt, in order: ready to run, or an error completion."""
+        with self._turn:
+            return self._prepare(prompts)
+
+    def _prepare(self, prompts: list[Prompt]) -> list[Prepared | Completion]:
         contents = [self._content(prompt) for prompt in prompts]
         results: list[Prepared | Completion] = []
         for prompt, content, ids in zip(prompts, contents, self._tokenize(prompts, contents), strict=True):

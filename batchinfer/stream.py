@@ -12,12 +12,13 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Generator, Hashable, Iterable, Iterator
 from dataclasses import replace
+from typing import Protocol
 
-from batchinfer.engine.engine import Engine
+from batchinfer.engine.scheduler import EngineStats
 from batchinfer.errors import RowError
 from batchinfer.order import PrefixOrder
 from batchinfer.prompting import Feeder, Prepared, Preparer, Prompt
-from batchinfer.request import Completion, Finished, Output
+from batchinfer.request import Completion, Finished, Output, Request
 from batchinfer.scoring import Continuations, Pooled, best_choice, score_of
 from batchinfer.text.tokenizer import Tokenizer
 
@@ -25,11 +26,35 @@ _DETOKENIZE_TOGETHER = 32  # finished prompts that are turned into text in one c
 _GATHER_S = 0.05  # an idle engine waits so long for more prompts than the first: their order is worth it
 
 
+class Batching(Protocol):
+    """What a stream needs of an engine: `Engine` itself, or a share of one."""
+
+    @property
+    def num_waiting(self) -> int: ...
+
+    @property
+    def num_free_seats(self) -> int: ...
+
+    @property
+    def has_work(self) -> bool: ...
+
+    @property
+    def stats(self) -> EngineStats: ...
+
+    def expected_tokens(self, request: Request) -> int: ...
+
+    def add(self, request: Request) -> None: ...
+
+    def abort(self, request_id: int) -> bool: ...
+
+    def step(self) -> list[Finished]: ...
+
+
 class Stream:
     """Answers `prompts` in any order. `close` stops reading them and drops what is running."""
 
     def __init__(
-        self, prompts: Iterable[Prompt], preparer: Preparer, engine: Engine, tokenizer: Tokenizer, max_num_seqs: int
+        self, prompts: Iterable[Prompt], preparer: Preparer, engine: Batching, tokenizer: Tokenizer, max_num_seqs: int
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer

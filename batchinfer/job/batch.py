@@ -96,6 +96,11 @@ class BatchRunner:
         """Take on a batch that the catalog has just got."""
         self._to_check.put(batch_id)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a batch runs, or waits to."""
+        return self._running is not None or not self._to_run.empty() or not self._to_check.empty()
+
     def cancel(self, batch_id: str) -> BatchRecord | None:
         """Run no more of a batch. None if it has ended or is about to."""
         with self._lock:

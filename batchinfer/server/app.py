@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,12 +30,16 @@ _STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream
 
 @dataclass(frozen=True, slots=True)
 class AppOptions:
-    """api_key None lets everybody in. `routers` are further routes; bodies of `large_paths` have no limit of size."""
+    """api_key None lets everybody in. `routers` are further routes; bodies of `large_paths` have no limit of size.
+
+    `on_start` runs when the engine has started.
+    """
 
     api_key: str | None = None
     max_body_bytes: int = 32 << 20
     routers: Sequence[APIRouter] = field(default=())
     large_paths: tuple[str, ...] = ()
+    on_start: Callable[[], None] = lambda: None
 
 
 def create_app(frontend: Frontend, options: AppOptions | None = None) -> Gate:
@@ -45,6 +49,7 @@ def create_app(frontend: Frontend, options: AppOptions | None = None) -> Gate:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
         frontend.start()
+        options.on_start()
         try:
             yield
         finally:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import random
-import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from batchinfer.errors import InvalidInput, RowError
 from batchinfer.llm import Parts
@@ -64,7 +63,7 @@ class Generation:
                 await self._news.wait()
                 self._news.clear()
 
-    def add(self, event: Event) -> None:
+    def add_event(self, event: Event) -> None:
         if event.finished is not None:
             self.open.discard(event.request_id)
             if event.finished.error is not None:
@@ -79,8 +78,16 @@ class Generation:
         self._news.set()
 
 
+class Taker(Protocol):
+    """Gets the news of requests, in the asyncio thread."""
+
+    def add_event(self, event: Event) -> None: ...
+
+    def fail(self, error: ApiError) -> None: ...
+
+
 class Frontend:
-    """Stands between HTTP and the engine thread. All methods are for the asyncio thread.
+    """Stands between HTTP and the engine thread. All methods but `lend` and `take_back` are for the asyncio thread.
 
     max_waiting: sequences beyond the engine's seats from which on requests are refused with 429.
     """
@@ -92,8 +99,7 @@ class Frontend:
         self.engine = EngineLoop(model.parts.engine, self._deliver, self._failed)
         self._seats = model.parts.max_num_seqs
         self._max_waiting = max_waiting
-        self._generations: dict[int, Generation] = {}
-        self._prepare_lock = threading.Lock()
+        self._generations: dict[int, Taker] = {}
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="batchinfer-prepare")
         self._loop: asyncio.AbstractEventLoop | None = None
         metrics.watch(lambda: self.engine.snapshot)
@@ -155,9 +161,7 @@ class Frontend:
         wanted = [Prompt(index, ids, params, mix(key, index), read=read) for index, ids in enumerate(prompts)]
         for ids in prompts:
             check_room(params, len(ids), self.model.parts.limits.context)
-        with self._prepare_lock:
-            results = self.model.parts.preparer.prepare(wanted)
-        return [_sound(result) for result in results]
+        return [_sound(result) for result in self.model.parts.preparer.prepare(wanted)]
 
     def encode(self, texts: list[str], special: bool) -> list[list[int]]:
         """Token ids of texts; runs in the pool. Raises InvalidInput."""
@@ -186,6 +190,29 @@ class Frontend:
         if left:
             self.engine.abort(left)
 
+    # -- other threads' requests --------------------------------------------------------------------------------
+
+    def lend(self, request: Request, taker: Taker) -> None:
+        """Run a request for another thread; `taker` gets its events in the asyncio thread."""
+
+        def begin() -> None:
+            if self.failure is not None:
+                taker.fail(ApiError(500, f"the engine stopped: {self.failure}", code="engine_failure"))
+                return
+            self._generations[request.request_id] = taker
+            self.engine.submit([request], False)
+
+        self._soon(begin)
+
+    def take_back(self, request_id: int) -> None:
+        """Drop a request that was lent."""
+
+        def end() -> None:
+            if self._generations.pop(request_id, None) is not None:
+                self.engine.abort([request_id])
+
+        self._soon(end)
+
     def fail_all(self, error: ApiError) -> None:
         """End all open generations with `error`."""
         for generation in {id(one): one for one in self._generations.values()}.values():
@@ -212,7 +239,7 @@ class Frontend:
                 continue
             if event.finished is not None:
                 del self._generations[event.request_id]
-            generation.add(event)
+            generation.add_event(event)
 
 
 def _sound(result: Prepared | Completion) -> Prepared:

@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import uvicorn
 
@@ -53,11 +54,28 @@ def listen(host: str, port: int) -> socket.socket:
         raise UsageError(f"cannot listen on {host} port {port}: {error.strerror or error}") from None
 
 
+class Background(Protocol):
+    """Work beside the requests: an endpoint is not idle while it is busy, and saves it when it ends."""
+
+    @property
+    def busy(self) -> bool: ...
+
+    def close(self, grace_s: float) -> None: ...
+
+
 class Endpoint:
     """Serves an application until something ends it, and drains it then."""
 
-    def __init__(self, gate: Gate, frontend: Frontend, sock: socket.socket, limits: Limits) -> None:
+    def __init__(
+        self,
+        gate: Gate,
+        frontend: Frontend,
+        sock: socket.socket,
+        limits: Limits,
+        background: Background | None = None,
+    ) -> None:
         self._gate = gate
+        self._background = background
         self._frontend = frontend
         self._socket = sock
         self._limits = limits
@@ -131,7 +149,8 @@ class Endpoint:
             if limits.lifetime_s is not None and now - started_s >= limits.lifetime_s:
                 log.info("the lifetime is over", seconds=limits.lifetime_s)
                 return
-            idle_s = 0.0 if self._gate.in_flight else now - self._gate.last_used_s
+            busy = self._gate.in_flight or (self._background is not None and self._background.busy)
+            idle_s = 0.0 if busy else now - self._gate.last_used_s
             if limits.idle_s is not None and idle_s >= limits.idle_s:
                 log.info("nobody asked for a while", seconds=limits.idle_s)
                 return
@@ -191,10 +210,15 @@ class Endpoint:
         """Take no more requests; wait for those in flight, and end what is left with an error within the grace."""
         self._gate.draining = True
         end_s = time.monotonic() + GRACE_S
+        saving = None
+        if self._background is not None:
+            saving = asyncio.ensure_future(asyncio.to_thread(self._background.close, GRACE_S))
         if not await self._quiet_before(end_s - _TAIL_S):
             log.warning("requests were cut off", number=self._gate.in_flight)
             self._frontend.fail_all(ApiError(503, "the server is shutting down", code="shutting_down"))
             await self._quiet_before(end_s)
+        if saving is not None:
+            await saving
 
     async def _quiet_before(self, end_s: float) -> bool:
         while self._gate.in_flight:
