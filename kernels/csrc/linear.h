@@ -21,7 +21,7 @@ constexpr int PANEL_VECTORS = 2;
 constexpr int PANEL = PANEL_VECTORS * VL;
 constexpr int MOST_ROWS = MANY_REGISTERS ? 14 : 6;
 constexpr int64_t MOST_DEPTH = 1536;        // input features of one pass: a panel's share stays in the second cache
-constexpr int64_t SUMMED = 192;             // input features of a sum that begins at zero
+constexpr int64_t SUMMED = 128;             // input features of a sum that begins at zero
 constexpr int64_t BLOCK_BYTES = 512 << 10;  // so do the rows that all panels are multiplied with in turn
 constexpr int64_t SETS = 64 * 16;           // floats after which a line falls into the same set of the first cache
 
