@@ -61,9 +61,8 @@ async def _embed(frontend: Frontend, ids: list[list[int]], read: Pooled) -> list
     vectors: dict[int, list[float]] = {}
     try:
         async for events in generation.batches():
-            for event in events:
-                if event.finished is not None:
-                    vectors[event.request_id] = _vector(event.finished, read)
+            ended = ((event.request_id, event.finished) for event in events)
+            vectors |= {number: _vector(finished, read) for number, finished in ended if finished is not None}
     finally:
         frontend.close(generation)
     return [vectors[one.requests[0].request_id] for one in prepared]

@@ -35,7 +35,8 @@ class BytePieces:
 
     @property
     def pending(self) -> str:
-        return "\ufffd" if self._decoder.getstate()[0] else ""
+        # mostly one U+FFFD; two for the beginning of a surrogate, which no byte after it can make whole
+        return self._decoder.getstate()[0].decode(errors="replace")
 
 
 class SentencePieces:
