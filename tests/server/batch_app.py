@@ -1,14 +1,8 @@
-"""The batch routes alone over the fake model: an app for tests, and a process of it that they can kill.
+"""The batch routes alone over the fake model."""
 
-python -m tests.server.batch_app DIRECTORY PORT [STEP_S]
-"""
-
-import signal
-import sys
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-import uvicorn
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 
@@ -52,12 +46,3 @@ def make_app(root, llm=None, grace_s=5.0, **options):
         return of_validation(error.errors()).response()
 
     return app
-
-
-if __name__ == "__main__":
-    step_s = float(sys.argv[3]) if len(sys.argv) > 3 else 0.0
-    server = uvicorn.Server(
-        uvicorn.Config(make_app(sys.argv[1], fake_llm(step_s)), port=int(sys.argv[2]), log_level="warning")
-    )
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    server.run()

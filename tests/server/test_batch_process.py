@@ -24,7 +24,7 @@ def free_port():
 
 
 class Process:
-    """The app in a process of its own."""
+    """`batchinfer serve` in a process of its own."""
 
     def __init__(self, root, step_s=0.0):
         self.root = root
@@ -35,7 +35,10 @@ class Process:
         self.client = openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="k", max_retries=0)
 
     def start(self):
-        command = [sys.executable, "-m", "tests.server.batch_app", str(self.root), str(self.port), str(self.step_s)]
+        command = [sys.executable, "-c", "from batchinfer.cli import process; process()", "serve", "fake"]
+        command += ["--port", str(self.port), "--data-dir", str(self.root), "--set", f"fake.step_s={self.step_s}"]
+        for setting in ("fake.answer_tokens=[2,12]", "engine.max_num_seqs=32", "engine.max_model_len=4096"):
+            command += ["--set", setting]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
         give_up = time.monotonic() + 60
@@ -90,6 +93,25 @@ def test_2000_rows_survive_sigkill(process):
     found = parsed(process.client.files.content(done.output_file_id).content)
     assert [row["custom_id"] for row in found] == [f"row-{n}" for n in range(ROWS)]
     assert all(row["response"]["body"]["choices"][0]["message"]["content"] for row in found)
+
+
+@pytest.mark.timeout(120)
+def test_requests_do_not_wait_for_a_batch(process):
+    """A batch leaves seats free, and a request that is refused or answered changes nothing in it."""
+    process.step_s = 0.01
+    process.start()
+    batch = process.create(rows(ROWS))
+    process.wait(batch.id, lambda batch: batch.request_counts.completed > 100)
+    for number in range(20):
+        messages = [{"role": "user", "content": f"question {number}"}]
+        began = time.monotonic()
+        answer = process.client.chat.completions.create(model="fake", messages=messages, max_tokens=4)
+        assert answer.usage.completion_tokens == 4 or answer.choices[0].finish_reason == "stop"
+        assert time.monotonic() - began < 2
+    assert process.client.batches.retrieve(batch.id).status == "in_progress"
+    process.client.batches.cancel(batch.id)
+    done = process.wait(batch.id, lambda batch: batch.status in ENDED)
+    assert done.status == "cancelled"
 
 
 @pytest.mark.timeout(120)
