@@ -61,7 +61,7 @@ clients: $(VENV)/.dev $(MODEL) .clients/.made
 	$(BIN)/python -m tests.clients.run $(CHECKS)
 
 clean:
-	rm -rf $(VENV) .clients .models output build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .clients .peers .models output build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 $(VENV)/.made:
 	@test -n "$(PYTHON)" || { echo "batchinfer needs Python 3.11 or newer: install one, or name it with make PYTHON=..." >&2; exit 1; }

@@ -96,7 +96,7 @@ constexpr int QUANTIZED_VECTORS = PANEL / QL;
 template <int R>
 inline void quantized_tile(
     const uint8_t* x, int64_t stride, const float* scales_NG, const int8_t* panel, const int32_t* offsets, int64_t groups,
-    float* sums) {
+    float* sums, Ahead ahead) {
     constexpr int V = QUANTIZED_VECTORS > 2 ? 2 : QUANTIZED_VECTORS;  // what the registers hold
     for (int64_t g = 0; g < groups; g++) {
         for (int start = 0; start < QUANTIZED_VECTORS; start += V) {
@@ -108,6 +108,10 @@ inline void quantized_tile(
             const uint8_t *x0 = x + g * GROUP, *x5 = x0 + 5 * stride, *x10 = x0 + 10 * stride;  // as in linear.h
             const int64_t distance[5] = {0, stride, 2 * stride, 3 * stride, 4 * stride};
             for (int64_t q = g * QUADS; q < (g + 1) * QUADS; q++) {
+                for (int64_t line = 0; line < PANEL * V / QUANTIZED_VECTORS * 4; line += 64) {
+                    __builtin_prefetch(ahead.at + line, 0, 2);
+                }
+                ahead.at += ahead.step;
                 qvec w[V];
                 for (int v = 0; v < V; v++) memcpy(&w[v], panel + (q * PANEL + (start + v) * QL) * 4, sizeof(qvec));
 #pragma GCC unroll 14
@@ -137,16 +141,16 @@ inline void quantized_tile(
 template <int R>
 inline void quantized_tile_of(
     int rows, const uint8_t* x, int64_t stride, const float* scales_NG, const int8_t* panel, const int32_t* offsets,
-    int64_t groups, float* sums) {
+    int64_t groups, float* sums, Ahead ahead) {
     if constexpr (R > 1) {
-        if (rows < R) return quantized_tile_of<R - 1>(rows, x, stride, scales_NG, panel, offsets, groups, sums);
+        if (rows < R) return quantized_tile_of<R - 1>(rows, x, stride, scales_NG, panel, offsets, groups, sums, ahead);
     }
-    quantized_tile<R>(x, stride, scales_NG, panel, offsets, groups, sums);
+    quantized_tile<R>(x, stride, scales_NG, panel, offsets, groups, sums, ahead);
 }
 
 inline void quantized_panel(
-    const QuantizedLinear& l, const uint8_t* x, int64_t stride, const float* scales_NG, int64_t number, int64_t first,
-    int64_t last) {
+    const QuantizedLinear& l, const uint8_t* x, int64_t stride, const float* scales_NG, int64_t number, int64_t next,
+    int64_t first, int64_t last) {
     const int64_t left = number * PANEL, width = std::min<int64_t>(PANEL, l.out_features - left), groups = l.groups();
     const int8_t* panel = l.panels + number * groups * GROUP * PANEL;
     const int32_t* offsets = l.offsets + number * groups * PANEL;
@@ -155,8 +159,11 @@ inline void quantized_panel(
         const int64_t row = first + (last - first) * i / tiles;
         const int count = (int)(first + (last - first) * (i + 1) / tiles - row);
         float sums[MOST_QUANTIZED_ROWS * PANEL] = {};
+        constexpr int64_t passes = QUANTIZED_VECTORS > 2 ? QUANTIZED_VECTORS / 2 : 1;  // of a tile over the panel
+        const int64_t step = PANEL * 4 / passes / tiles;
+        const Ahead ahead{(const char*)l.panels + next * groups * GROUP * PANEL + i * groups * QUADS * passes * step, step};
         quantized_tile_of<MOST_QUANTIZED_ROWS>(
-            count, x + row * stride, stride, scales_NG + row * groups, panel, offsets, groups, sums);
+            count, x + row * stride, stride, scales_NG + row * groups, panel, offsets, groups, sums, ahead);
         for (int r = 0; r < count; r++) {
             float* out = l.out_NO + (row + r) * l.out_features + left;
             for (int64_t o = 0; o < width; o++) {
@@ -185,8 +192,8 @@ inline void multiply_quantized(const QuantizedLinear& l, int threads) {
     const int64_t block = std::max<int64_t>(BLOCK_BYTES / stride, 2 * MOST_QUANTIZED_ROWS);
     const int64_t blocks = (l.rows + block - 1) / block;
     for_tasks(threads, blocks * panels, [&](int, int64_t task) {
-        const int64_t b = task / panels;
-        quantized_panel(l, x, stride, scales_NG, task % panels, l.rows * b / blocks, l.rows * (b + 1) / blocks);
+        const int64_t b = task / panels, number = task % panels, next = std::min(number + threads, panels - 1);
+        quantized_panel(l, x, stride, scales_NG, number, next, l.rows * b / blocks, l.rows * (b + 1) / blocks);
     });
 }
 
