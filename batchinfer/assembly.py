@@ -71,7 +71,7 @@ def _model_runner(engine: EngineSpec, path: Path) -> tuple[Runner, BlockPool, in
     from batchinfer.engine.runner import ModelRunner
     from batchinfer.models.weights import load_decoder
 
-    torch.set_num_threads(engine.num_threads or min(torch.get_num_threads(), quota_threads()))
+    use_threads(engine.num_threads)
     dtype: torch.dtype = getattr(torch, engine.dtype or "float32")
     kv_dtype: torch.dtype = getattr(torch, engine.kv_cache_dtype) if engine.kv_cache_dtype else dtype
     decoder = load_decoder(path, dtype, engine.max_model_len, quantization=engine.quantization)
@@ -98,6 +98,13 @@ def _model_runner(engine: EngineSpec, path: Path) -> tuple[Runner, BlockPool, in
     )
     pool = BlockPool(num_blocks, engine.block_size, engine.enable_prefix_caching)
     return runner, pool, context, decoder.config.vocab_size
+
+
+def use_threads(count: int | None) -> None:
+    """CPU threads of torch and the C++ kernels, for this process; None means cores, within the container's quota."""
+    import torch
+
+    torch.set_num_threads(count or min(torch.get_num_threads(), quota_threads()))
 
 
 def quota_threads(root: Path = Path("/")) -> int:

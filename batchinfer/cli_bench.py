@@ -187,13 +187,13 @@ def host(
     ] = "64,256,1024,4096",
     json: JsonFile = None,
 ) -> None:
+    from batchinfer.assembly import use_threads
     from batchinfer.bench import host as measurement
     from batchinfer.bench.json_file import json_file
-    from batchinfer.bench.machine import set_threads
 
     with json_file(json) as write:
         numbers = measurement.parse_sequences(sequences)
-        set_threads(1)
+        use_threads(1)
         session = _begin()
         found: list[measurement.HostCost] = []
         for number in numbers:
@@ -210,13 +210,13 @@ def kernels(
     threads: Threads = None,
     json: JsonFile = None,
 ) -> None:
+    from batchinfer.assembly import use_threads
     from batchinfer.bench import kernels as measurement
     from batchinfer.bench.json_file import json_file
-    from batchinfer.bench.machine import set_threads
 
     with json_file(json) as write:
         shapes = measurement.shapes_of(model, with_cache(model_spec(model, [])).storage) if model else None
-        set_threads(threads)
+        use_threads(threads)
         session = _begin()
         found = list(measurement.measure(shapes or measurement.Shapes(), session.machine))
         print_text(measurement.describe(found))

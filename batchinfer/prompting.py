@@ -10,6 +10,7 @@ import queue
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -204,7 +205,7 @@ class Preparer:
             parts = list(windows(ids, self._prefix_id(), self._limits.context))
         else:
             tails = self._continuations(content, len(ids), read)
-            ids = [*self._lead(), *ids] if isinstance(content, tuple) and content[1] else ids
+            ids = [*self._lead, *ids] if isinstance(content, tuple) and content[1] else ids
             ids = ids or [self._prefix_id()]
             parts = [([*ids, *tail], len(ids)) for tail in tails]
         for part, _ in parts:
@@ -251,6 +252,7 @@ class Preparer:
                 raise ids
         return [ids for ids in encoded if isinstance(ids, list)]
 
+    @cached_property
     def _lead(self) -> list[int]:
         """What the tokenizer puts before a text, if it does: the beginning-of-sequence token."""
         bos = self._tokenizer.bos_id

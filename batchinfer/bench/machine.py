@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from batchinfer import __version__, ops
-from batchinfer.assembly import quota_threads
 from batchinfer.bench.table import facts, number
 from batchinfer.bench.timing import time_in_turn
 from batchinfer.engine.cache import free_bytes
@@ -65,11 +64,6 @@ class Machine:
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def set_threads(threads: int | None) -> None:
-    """Of torch and the C++ kernels, for this process; None means cores, within the container's quota."""
-    torch.set_num_threads(threads or min(torch.get_num_threads(), quota_threads()))
 
 
 def look_at(dtype: torch.dtype = torch.float32) -> Machine:

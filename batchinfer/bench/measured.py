@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from batchinfer.assembly import Assembly
+from batchinfer.assembly import Assembly, use_threads
 from batchinfer.bench.cost import LinearCost, StepWork
 from batchinfer.engine.blocks import BlockPool
 from batchinfer.engine.engine import Engine, Runner
@@ -95,10 +95,9 @@ def load_subject(spec: JobSpec, files: ModelFiles | None = None) -> Subject:
     """
     import torch
 
-    from batchinfer.bench.machine import set_threads
     from batchinfer.models.config import load_config
 
-    set_threads(spec.engine.num_threads)
+    use_threads(spec.engine.num_threads)
     dtype: torch.dtype = getattr(torch, spec.engine.dtype or "float32")
     if spec.model == FAKE_MODEL:
         return Subject(MeasuredLLM.from_spec(spec, None), None, dtype)

@@ -14,6 +14,7 @@ import orjson
 from batchinfer.errors import BadParameters, InvalidInput, suggest
 from batchinfer.request import SamplingParams
 from batchinfer.structured import StructuredOutputs, from_response_format
+from batchinfer.text.messages import text_of
 
 Content = str | list[int] | list[dict[str, Any]]
 CHAT = "/chat/completions"
@@ -75,19 +76,12 @@ def _message(message: Any, what: str) -> dict[str, Any]:
         raise InvalidInput(f"{what}: has no role")
     content = kept.get("content")
     if isinstance(content, list):
-        kept["content"] = "".join(_text_part(part, what) for part in content)
+        kept["content"] = "".join(text_of(part, what) for part in content)
     elif content is None and (kept.get("tool_calls") or kept.get("function_call")):
         kept["content"] = None
     elif not isinstance(content, str):
         raise InvalidInput(f"{what}: content must be text, got {'null' if content is None else type(content).__name__}")
     return kept
-
-
-def _text_part(part: Any, what: str) -> str:
-    if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
-        return str(part["text"])
-    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-    raise InvalidInput(f"{what}: content part of type {kind!r}; only text is supported")
 
 
 def parse_body(url: Any, body: Any, defaults: SamplingParams) -> tuple[Content, SamplingParams]:

@@ -25,7 +25,7 @@ async def prepare(frontend: Frontend, body: ChatRequest) -> Work:
     special = body.add_special_tokens is True
     ids = await frontend.in_pool(lambda: frontend.encode([render(model, body, body.messages)], special))
     prepared = await frontend.prepare(ids, params)
-    wants_prompt = getattr(params, "prompt_logprobs", None) is not None
+    wants_prompt = params.prompt_logprobs is not None
     return Work(ChatShape(frontend.texts, body, use), prepared, live=not wants_prompt)
 
 

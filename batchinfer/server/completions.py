@@ -28,7 +28,7 @@ async def prepare(frontend: Frontend, body: CompletionRequest) -> Work:
     if body.echo:
         decoded = frontend.model.parts.tokenizer.decode_batch(ids, skip_special_tokens=False)
         echoed = [known if known is not None else text for known, text in zip(texts, decoded, strict=True)]
-    wants_prompt = getattr(params, "prompt_logprobs", None) is not None
+    wants_prompt = params.prompt_logprobs is not None
     shape = CompletionShape(frontend.texts, body, ids, echoed, params.n)
     return Work(shape, prepared, live=not wants_prompt, nothing=_nothing(body))
 

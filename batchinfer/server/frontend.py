@@ -190,6 +190,11 @@ class Frontend:
         if left:
             self.engine.abort(left)
 
+    def fail_all(self, error: ApiError) -> None:
+        """End all open generations with `error`."""
+        for generation in {id(one): one for one in self._generations.values()}.values():
+            generation.fail(error)
+
     # -- other threads' requests --------------------------------------------------------------------------------
 
     def lend(self, request: Request, taker: Taker) -> None:
@@ -212,11 +217,6 @@ class Frontend:
                 self.engine.abort([request_id])
 
         self._soon(end)
-
-    def fail_all(self, error: ApiError) -> None:
-        """End all open generations with `error`."""
-        for generation in {id(one): one for one in self._generations.values()}.values():
-            generation.fail(error)
 
     # -- the engine's way out -----------------------------------------------------------------------------------
 

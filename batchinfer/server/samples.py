@@ -85,7 +85,7 @@ class Samples:
             text, reason, scored = sample.text.push(event.token_ids), None, None
         else:
             text, reason = sample.text.finish(event.token_ids, finished.finish_reason), finished.finish_reason
-            scored = getattr(finished, "prompt_logprobs", None)
+            scored = finished.prompt_logprobs
             if sample.choice % self._samples_each == 0:  # a prompt counts once, however many samples it has
                 self.cached_tokens += finished.cached_tokens
             now_s = time.monotonic()

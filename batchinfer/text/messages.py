@@ -52,7 +52,7 @@ def _shape(message: Any, place: str, forms: ContentForms) -> dict[str, Any]:
     shaped = {name: value for name, value in message.items() if value is not None}
     content = message.get("content")
     if isinstance(content, list) and not forms.parts:
-        shaped["content"] = "".join(_text_of(part, place) for part in content)
+        shaped["content"] = "".join(text_of(part, place) for part in content)
     elif isinstance(content, str) and not forms.text:
         shaped["content"] = [{"type": "text", "text": content}]
     elif content is None and "content" in message:
@@ -62,7 +62,8 @@ def _shape(message: Any, place: str, forms: ContentForms) -> dict[str, Any]:
     return shaped
 
 
-def _text_of(part: Any, place: str) -> str:
+def text_of(part: Any, place: str) -> str:
+    """The text of a content part. Raises InvalidInput for any other part; `place` says where it stands."""
     if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__

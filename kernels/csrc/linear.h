@@ -133,6 +133,17 @@ inline void take_turn_widened(const Linear& l, const Weight* panel, const Turn& 
     take_turn(l, panel, t);
 }
 
+// body(panel, the panel that this thread will probably need next, first row, last row): blocks of about `block` rows that
+// all panels are multiplied with in turn
+template <class Layer, class Body>
+inline void for_panels(int threads, const Layer& l, int64_t block, Body&& body) {
+    const int64_t panels = (l.out_features + PANEL - 1) / PANEL, blocks = (l.rows + block - 1) / block;
+    for_tasks(threads, blocks * panels, [&](int, int64_t task) {
+        const int64_t b = task / panels, number = task % panels;
+        body(number, std::min(number + threads, panels - 1), l.rows * b / blocks, l.rows * (b + 1) / blocks);
+    });
+}
+
 template <class Weight>
 inline void multiply(Linear l, int threads) {
     thread_local Arena arena;
@@ -145,17 +156,14 @@ inline void multiply(Linear l, int threads) {
         });
         l.x_NI = copy, l.stride_N = stride;
     }
-    const int64_t panels = (l.out_features + PANEL - 1) / PANEL;
     const int64_t passes = (l.in_features + MOST_DEPTH - 1) / MOST_DEPTH;
-    const int64_t block = std::max<int64_t>(BLOCK_BYTES / 4 / std::min(l.in_features, MOST_DEPTH), 2 * MOST_ROWS);
-    const int64_t blocks = (l.rows + block - 1) / block;
+    const int64_t block = BLOCK_BYTES / 4 / std::min(l.in_features, MOST_DEPTH);
     for (int64_t pass = 0; pass < passes; pass++) {
         const int64_t start = l.in_features * pass / passes, end = l.in_features * (pass + 1) / passes;
-        for_tasks(threads, blocks * panels, [&](int, int64_t task) {
-            const int64_t b = task / panels, number = task % panels, next = std::min(number + threads, panels - 1);
-            auto panel = [&](int64_t number) { return (const Weight*)l.panels + (number * l.in_features + start) * PANEL; };
+        auto panel = [&](int64_t number) { return (const Weight*)l.panels + (number * l.in_features + start) * PANEL; };
+        for_panels(threads, l, std::max<int64_t>(block, 2 * MOST_ROWS), [&](int64_t number, int64_t next, int64_t first, int64_t last) {
             const Ahead ahead{(const char*)panel(next), PANEL * sizeof(Weight)};
-            take_turn_widened(l, panel(number), {number, start, end - start, l.rows * b / blocks, l.rows * (b + 1) / blocks, ahead});
+            take_turn_widened(l, panel(number), {number, start, end - start, first, last, ahead});
         });
     }
 }

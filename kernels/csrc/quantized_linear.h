@@ -188,12 +188,9 @@ inline void multiply_quantized(const QuantizedLinear& l, int threads) {
             }
         }
     });
-    const int64_t panels = (l.out_features + PANEL - 1) / PANEL;
     const int64_t block = std::max<int64_t>(BLOCK_BYTES / stride, 2 * MOST_QUANTIZED_ROWS);
-    const int64_t blocks = (l.rows + block - 1) / block;
-    for_tasks(threads, blocks * panels, [&](int, int64_t task) {
-        const int64_t b = task / panels, number = task % panels, next = std::min(number + threads, panels - 1);
-        quantized_panel(l, x, stride, scales_NG, number, next, l.rows * b / blocks, l.rows * (b + 1) / blocks);
+    for_panels(threads, l, block, [&](int64_t number, int64_t next, int64_t first, int64_t last) {
+        quantized_panel(l, x, stride, scales_NG, number, next, first, last);
     });
 }
 

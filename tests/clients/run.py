@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.clients.checks import CHECKS
 from tests.clients.place import Failed, Place, free_port, serving
-from tests.clients.smollm2 import write_safetensors
+from tests.models.smollm2 import write_safetensors
 
 ROOT = Path(__file__).parents[2]
 CLIENTS = ROOT / ".clients"

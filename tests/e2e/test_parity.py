@@ -12,17 +12,17 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from batchinfer.assembly import assemble
 from batchinfer.engine.engine import Engine
 from batchinfer.engine.expected import ExpectedLength
 from batchinfer.engine.scheduler import Scheduler
 from batchinfer.io.fetch import ModelFiles
-from batchinfer.models.gguf import GGUFFile
 from batchinfer.request import Request, SamplingParams
 from batchinfer.spec import EngineSpec, FakeSpec
 from batchinfer.text.tokenizer import load_tokenizer
+from tests.models.smollm2 import in_transformers
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(400)]
 _PROMPTS = Path(__file__).parents[2] / "jobs" / "data" / "quickstart.parquet"
@@ -31,13 +31,7 @@ _ANSWER_TOKENS = 16
 
 @pytest.fixture(scope="module")
 def reference(smollm2_gguf: Path) -> LlamaForCausalLM:
-    file = GGUFFile(smollm2_gguf)
-    model = LlamaForCausalLM(LlamaConfig(**file.config_dict()))
-    state = dict(file.weights())
-    missing, surplus = model.load_state_dict(state, strict=False)
-    assert set(missing) <= {"lm_head.weight"} and not surplus
-    model.tie_weights()
-    return model.eval()
+    return in_transformers(smollm2_gguf)
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,9 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from batchinfer.models.gguf import GGUFFile
 from batchinfer.text.tokenizer import load_tokenizer
+from tests.models.smollm2 import write_safetensors
 
 MODULES = """
     json re textwrap argparse logging decimal fractions statistics random string collections itertools functools heapq
@@ -60,19 +59,6 @@ def workloads(model: Path) -> dict[str, list[dict[str, object]]]:
         name: [{"id": number, "ids": ids, "max_tokens": count} for number, (ids, count) in enumerate(rows)]
         for name, rows in (("mixed", mixed), ("label", label))
     }
-
-
-def write_safetensors(model: Path, folder: Path) -> None:
-    """float32, as transformers and vLLM read it."""
-    file = GGUFFile(model)
-    whole = LlamaForCausalLM(LlamaConfig(**file.config_dict()))
-    whole.load_state_dict(dict(file.weights()), strict=False)
-    whole.tie_weights()
-    whole.save_pretrained(folder)
-    tokenizer = load_tokenizer(model)
-    tokenizer._rust.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "bos_token": "<|im_start|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": tokenizer.chat_template}))
 
 
 def write_float16(model: Path, to: Path) -> None:

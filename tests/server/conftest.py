@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import json
 import os
 import subprocess
@@ -20,22 +19,11 @@ from tokenizers import Tokenizer as RustTokenizer
 
 from batchinfer.engine.plan import StepPlan, StepResult
 from batchinfer.llm import LLM
-from batchinfer.prompting import Prompt
-from batchinfer.request import SamplingParams
 from batchinfer.server.app import AppOptions, create_app
 from batchinfer.server.frontend import Frontend, ServedModel
 from batchinfer.server.metrics import Metrics
 from batchinfer.spec import FakeSpec
 from batchinfer.text.pieces import BYTE_ALPHABET
-
-_FIELDS = {field.name for field in dataclasses.fields(SamplingParams)}
-HAS_SCORING = "prompt_logprobs" in _FIELDS
-HAS_STRUCTURED = "structured_outputs" in _FIELDS
-HAS_EMBEDDINGS = "read" in {field.name for field in dataclasses.fields(Prompt)}
-
-needs_scoring = pytest.mark.skipif(not HAS_SCORING, reason="the engine scores no prompts")
-needs_structured = pytest.mark.skipif(not HAS_STRUCTURED, reason="no structured outputs")
-needs_embeddings = pytest.mark.skipif(not HAS_EMBEDDINGS, reason="the engine embeds nothing")
 
 
 class Endpoint:

@@ -9,7 +9,7 @@ import pytest
 from batchinfer.llm import LLM
 from batchinfer.server.tool_use import ToolStream, ToolUse
 from batchinfer.spec import FakeSpec
-from tests.server.conftest import Endpoint, needs_scoring, needs_structured
+from tests.server.conftest import Endpoint
 
 CHAT = "/v1/chat/completions"
 HI = [{"role": "user", "content": "hi"}]
@@ -156,7 +156,6 @@ def test_calls_in_messages_reach_the_template():
         endpoint.close()
 
 
-@needs_structured
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "add"}}])
 def test_a_forced_call(tiny, choice):
     tool = {
@@ -185,7 +184,6 @@ def test_a_forced_call(tiny, choice):
     assert events[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
 
-@needs_structured
 def test_response_formats(tiny):
     schema = {
         "type": "object",
@@ -209,7 +207,6 @@ def test_response_format_text_and_wrong_ones(fake):
         assert fake.refused(CHAT, {"messages": HI, "response_format": wrong})["param"] == "response_format"
 
 
-@needs_scoring
 def test_prompt_logprobs_of_a_chat(tiny):
     body = tiny.chat(messages=HI, max_tokens=1, prompt_logprobs=1)
     assert len(body["prompt_logprobs"]) == body["usage"]["prompt_tokens"]
@@ -242,7 +239,6 @@ def test_calls_in_the_models_own_format(size):
             assert "".join(piece["function"]["arguments"] for piece in own) == '{"a": 1}'
 
 
-@needs_structured
 def test_a_forced_call_in_the_models_own_format(tiny_directory):
     llm = LLM(tiny_directory, chat_template=HERMES, max_num_seqs=2, kv_cache_tokens=1024)
     endpoint = Endpoint(llm, chat_template=HERMES)

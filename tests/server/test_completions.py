@@ -6,8 +6,6 @@ import math
 
 import pytest
 
-from tests.server.conftest import needs_scoring
-
 COMPLETIONS = "/v1/completions"
 
 
@@ -140,7 +138,6 @@ def test_no_tokens_with_echo(fake, stream):
     ]
 
 
-@needs_scoring
 def test_log_likelihood_as_lm_eval_asks(tiny):
     prompts = [[104, 101, 108, 108, 111], [97, 98, 99], [104, 101, 108, 108, 111]]
     asked = {"prompt": prompts, "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}
@@ -157,7 +154,6 @@ def test_log_likelihood_as_lm_eval_asks(tiny):
     assert body["choices"][0]["logprobs"] == body["choices"][2]["logprobs"]
 
 
-@needs_scoring
 def test_prompt_logprobs_do_not_depend_on_samples_or_streaming(tiny):
     asked = {"prompt": "some text", "temperature": 1.0, "max_tokens": 2, "logprobs": 2, "seed": 3, "echo": True, "n": 3}
     body = tiny.completion(**asked)
@@ -170,7 +166,6 @@ def test_prompt_logprobs_do_not_depend_on_samples_or_streaming(tiny):
     assert [one["logprobs"] for one in streamed] == [one["logprobs"] for one in body["choices"]]
 
 
-@needs_scoring
 def test_prompt_logprobs_of_their_own(tiny):
     choice = tiny.completion(prompt="some", max_tokens=1, prompt_logprobs=2)["choices"][0]
     entries = choice["prompt_logprobs"]

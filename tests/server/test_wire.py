@@ -13,7 +13,7 @@ import pytest
 from batchinfer.server.app import AppOptions
 from batchinfer.server.engine_loop import Event
 from batchinfer.server.errors import ApiError
-from tests.server.conftest import Endpoint, error_of, events_of, fake_llm, needs_embeddings
+from tests.server.conftest import Endpoint, error_of, events_of, fake_llm
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
@@ -157,7 +157,6 @@ def test_tokens(tiny, root):
     assert tiny.ok(f"{root}/tokenize", prompt="")["tokens"] == []
 
 
-@needs_embeddings
 def test_embeddings(tiny):
     import base64
     import struct

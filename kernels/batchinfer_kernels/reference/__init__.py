@@ -2,9 +2,9 @@
 
 from batchinfer_kernels.reference.activation import gelu_mul, silu_mul
 from batchinfer_kernels.reference.kv_write import kv_write
-from batchinfer_kernels.reference.linear import linear, pack_linear, pack_quantized, packed_rows
+from batchinfer_kernels.reference.linear import linear, pack_linear, packed_rows
 from batchinfer_kernels.reference.paged_attention import paged_attention
-from batchinfer_kernels.reference.quantized_linear import QuantizedMatrix
+from batchinfer_kernels.reference.quantized_linear import QuantizedMatrix, pack_quantized
 from batchinfer_kernels.reference.rms_norm import add_rms_norm, rms_norm
 from batchinfer_kernels.reference.rope import rope
 from batchinfer_kernels.reference.step_index import step_index

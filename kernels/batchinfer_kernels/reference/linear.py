@@ -5,15 +5,11 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from batchinfer_kernels.reference.quantized_linear import QuantizedMatrix, quantize, quantized_linear
+from batchinfer_kernels.reference.quantized_linear import QuantizedMatrix, quantized_linear
 
 
 def pack_linear(weight_OI: Tensor) -> Tensor:
     return weight_OI
-
-
-def pack_quantized(weight_OI: Tensor) -> QuantizedMatrix:
-    return quantize(weight_OI)
 
 
 def linear(x_NI: Tensor, packed: Tensor | QuantizedMatrix, bias_O: Tensor | None) -> Tensor:

@@ -24,7 +24,7 @@ class QuantizedMatrix(NamedTuple):
     scales_O: Tensor  # float32
 
 
-def quantize(weight_OI: Tensor) -> QuantizedMatrix:
+def pack_quantized(weight_OI: Tensor) -> QuantizedMatrix:
     """To the nearest of 255 values between the largest weight of each row and its negative."""
     weight_OI = weight_OI.float()
     scales_O = weight_OI.abs().amax(1) * (1 / STEPS)

@@ -1,4 +1,4 @@
-"""The quickstart's GGUF file as safetensors, for lm-eval's own `hf` model: the same weights and tokenizer.
+"""The quickstart's GGUF file for other programs: its weights in transformers, and safetensors with its tokenizer.
 
 transformers reads GGUF files itself, and then loses this tokenizer's splitting of digits.
 """
@@ -6,24 +6,29 @@ transformers reads GGUF files itself, and then loses this tokenizer's splitting 
 import json
 from pathlib import Path
 
-import tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from batchinfer.models.gguf import GGUFFile
+from batchinfer.text.fast import FastTokenizer
 from batchinfer.text.tokenizer import load_tokenizer
 
 
-def write_safetensors(gguf: Path, folder: Path) -> None:
-    """Everything that `from_pretrained` wants, in `folder`."""
+def in_transformers(gguf: Path) -> LlamaForCausalLM:
+    """float32."""
     file = GGUFFile(gguf)
     model = LlamaForCausalLM(LlamaConfig(**file.config_dict()))
     missing, unexpected = model.load_state_dict(dict(file.weights()), strict=False)
     assert set(missing) <= {"lm_head.weight"} and not unexpected, (missing, unexpected)
     model.tie_weights()
-    model.save_pretrained(folder)
+    return model.eval()
+
+
+def write_safetensors(gguf: Path, folder: Path) -> None:
+    """Everything that `from_pretrained` wants, in `folder`."""
+    in_transformers(gguf).save_pretrained(folder)
     tokenizer = load_tokenizer(gguf)
-    rust = next(value for value in vars(tokenizer).values() if isinstance(value, tokenizers.Tokenizer))
-    rust.save(str(folder / "tokenizer.json"))
+    assert isinstance(tokenizer, FastTokenizer)
+    tokenizer._rust.save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "<|im_end|>",
