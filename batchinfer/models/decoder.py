@@ -39,7 +39,7 @@ class DecoderLayer(nn.Module):
         self.mlp_post_norm = norm("mlp_post_norm")
         self.residual_multiplier = config.multipliers.residual
 
-    def forward(
+    def attend(
         self,
         x_TE: Tensor,
         residual_TE: Tensor,
@@ -47,11 +47,13 @@ class DecoderLayer(nn.Module):
         cache: ops.KVPair,
         index: ops.StepIndex,
     ) -> Tensor:
-        """x is the branch before, not yet added to the residual, which changes in place. Returns the last branch."""
+        """x is the branch before, not yet added to the residual, which changes in place. Returns attention's branch."""
         x_TE = _add(x_TE, residual_TE, self.attention_norm)
-        x_TE = self._scaled(self.attention(x_TE, cos_sin, cache, index), self.attention_post_norm)
-        x_TE = _add(x_TE, residual_TE, self.mlp_norm)
-        return self._scaled(self.mlp(x_TE), self.mlp_post_norm)
+        return self._scaled(self.attention(x_TE, cos_sin, cache, index), self.attention_post_norm)
+
+    def feed_forward(self, x_TE: Tensor, residual_TE: Tensor) -> Tensor:
+        """The same for the other branch."""
+        return self._scaled(self.mlp(_add(x_TE, residual_TE, self.mlp_norm)), self.mlp_post_norm)
 
     def _scaled(self, x_TE: Tensor, norm: RMSNorm | None) -> Tensor:
         x_TE = x_TE if norm is None else norm(x_TE)
@@ -82,9 +84,12 @@ class Decoder(nn.Module):
         residual_TE = x_TE.new_zeros(x_TE.shape)
         for layer, facts, pair in zip(self.layers, self.config.layers, cache, strict=True):
             cos_sin = None if facts.rope is None else turns[facts.rope]
-            x_TE = layer(x_TE, residual_TE, cos_sin, pair, index)
-        rows_N = inputs.output_rows_N
-        return self.norm.after_adding(x_TE[rows_N], residual_TE[rows_N])
+            assert isinstance(layer, DecoderLayer)
+            x_TE = layer.attend(x_TE, residual_TE, cos_sin, pair, index)
+            if layer is self.layers[-1]:  # nothing reads the other rows any more
+                x_TE, residual_TE = x_TE[inputs.output_rows_N], residual_TE[inputs.output_rows_N]
+            x_TE = layer.feed_forward(x_TE, residual_TE)
+        return self.norm.after_adding(x_TE, residual_TE)
 
     def logits(self, hidden_NE: Tensor) -> Tensor:
         """float32 [N, V]."""

@@ -1,10 +1,11 @@
-// Linear layers: y = x Wᵀ + b in float32, over weights that are packed once into panels. Analysing High-Performance
+// Linear layers: y = x Wᵀ + b in float32, over weights that are packed once into panels. Anatomy of High-Performance
 // Matrix Multiplication (Goto and van de Geijn, 2008) explains the blocking.
 //
 // A panel holds PANEL output features: for each input feature, their PANEL weights side by side, in float32 or, where
-// that loses nothing, in 16 bits. A tile of up to MOST_ROWS rows times a panel keeps its sums in registers. Each sum runs
-// over the input features in their order, whatever the number of rows or threads: a row's result depends on nothing else.
-// It is a sum of sums over SUMMED features: rounding errors then grow with the length of the pieces, not of the whole.
+// that loses nothing, in 16 bits. A piece of it, SUMMED input features, stays in the first cache while the rows pass over
+// it, a tile of up to MOST_ROWS at a time with its sums in registers. Each sum runs over the input
+// features in their order, whatever the number of rows or threads: a row's result depends on nothing else. It is a sum
+// of the pieces' sums: rounding errors then grow with the length of the pieces, not of the whole.
 //
 // N rows · I input features · O output features
 #pragma once
@@ -12,6 +13,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "elementwise.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -20,9 +22,9 @@ namespace {
 constexpr int PANEL_VECTORS = 2;
 constexpr int PANEL = PANEL_VECTORS * VL;
 constexpr int MOST_ROWS = MANY_REGISTERS ? 14 : 6;
-constexpr int64_t MOST_DEPTH = 1536;        // input features of one pass: a panel's share stays in the second cache
-constexpr int64_t SUMMED = 128;             // input features of a sum that begins at zero
-constexpr int64_t BLOCK_BYTES = 512 << 10;  // so do the rows that all panels are multiplied with in turn
+constexpr int64_t SUMMED = 128;             // input features of a piece
+constexpr int64_t BLOCK_BYTES = 512 << 10;  // rows that all panels are multiplied with in turn: they stay in the second cache
+constexpr int64_t FEWEST_TILES = 5, MOST_TILES = 18;  // of such a block
 constexpr int64_t SETS = 64 * 16;           // floats after which a line falls into the same set of the first cache
 
 struct Linear {
@@ -32,6 +34,8 @@ struct Linear {
     const float* bias_O;  // or null
     float* out_NO;
     int64_t rows, in_features, out_features;
+
+    int64_t panel_count() const { return (out_features + PANEL - 1) / PANEL; }
 };
 
 // memory that will be needed, asked for a little with every input feature
@@ -40,10 +44,10 @@ struct Ahead {
     int64_t step;
 };
 
-// R rows of x times a panel, summed and then added to what `from` holds
+// R rows of x times a piece, summed and then added to what `from` holds
 template <int R, class Weight>
 inline void tile(
-    const float* x, int64_t stride, const Weight* panel, int64_t depth, const float* from, int64_t from_stride, float* to,
+    const float* x, int64_t stride, const Weight* piece, int64_t depth, const float* from, int64_t from_stride, float* to,
     int64_t to_stride, Ahead ahead) {
     vec sums[R][PANEL_VECTORS];
 #pragma GCC unroll 14
@@ -54,11 +58,11 @@ inline void tile(
     const char *x0 = (const char*)x, *x5 = (const char*)(x + 5 * stride), *x10 = (const char*)(x + 10 * stride);
     const int64_t one = 4 * stride, three = 12 * stride;
     const int64_t distance[5] = {0, one, 2 * one, three, 4 * one};
-    for (const Weight* end = panel + depth * PANEL; panel < end; panel += PANEL) {
+    for (const Weight* end = piece + depth * PANEL; piece < end; piece += PANEL) {
         for (size_t line = 0; line < PANEL * sizeof(Weight); line += 64) __builtin_prefetch(ahead.at + line, 0, 2);
         ahead.at += ahead.step;
         vec weights[PANEL_VECTORS];
-        for (int v = 0; v < PANEL_VECTORS; v++) weights[v] = load(panel + v * VL);
+        for (int v = 0; v < PANEL_VECTORS; v++) weights[v] = load(piece + v * VL);
 #pragma GCC unroll 14
         for (int r = 0; r < R; r++) {
             const vec a = splat(*(const float*)((r < 5 ? x0 : r < 10 ? x5 : x10) + distance[r % 5]));
@@ -77,73 +81,86 @@ inline void tile(
 
 template <int R, class Weight>
 inline void tile_of(
-    int rows, const float* x, int64_t stride, const Weight* panel, int64_t depth, const float* from, int64_t from_stride,
+    int rows, const float* x, int64_t stride, const Weight* piece, int64_t depth, const float* from, int64_t from_stride,
     float* to, int64_t to_stride, Ahead ahead) {
     if constexpr (R > 1) {
-        if (rows < R) return tile_of<R - 1>(rows, x, stride, panel, depth, from, from_stride, to, to_stride, ahead);
+        if (rows < R) return tile_of<R - 1>(rows, x, stride, piece, depth, from, from_stride, to, to_stride, ahead);
     }
-    tile<R>(x, stride, panel, depth, from, from_stride, to, to_stride, ahead);
+    tile<R>(x, stride, piece, depth, from, from_stride, to, to_stride, ahead);
 }
 
-// One panel, over `depth` input features from `start`, for the rows first .. last - 1.
-struct Turn {
-    int64_t number, start, depth, first, last;
-    Ahead ahead;  // the panel that this thread will probably need next
+// Rows first .. last - 1, which all panels are multiplied with in turn, in tiles of nearly the same size
+struct Block {
+    int64_t first, last, tiles;
 
-    int64_t tiles() const { return (last - first + MOST_ROWS - 1) / MOST_ROWS; }
+    int64_t row(int64_t tile) const { return first + (last - first) * tile / tiles; }
 };
 
-template <class Weight>
-inline void take_turn(const Linear& l, const Weight* panel, const Turn& t) {
-    const int64_t left = t.number * PANEL, width = std::min<int64_t>(PANEL, l.out_features - left);
-    float begin[PANEL] = {}, edge[MOST_ROWS * PANEL], held[MOST_ROWS * PANEL];
-    if (l.bias_O) memcpy(begin, l.bias_O + left, width * sizeof(float));
-    const int64_t tiles = t.tiles(), ahead_step = t.ahead.step / tiles;
-    for (int64_t i = 0; i < tiles; i++) {
-        const int64_t row = t.first + (t.last - t.first) * i / tiles;
-        const int count = (int)(t.first + (t.last - t.first) * (i + 1) / tiles - row);
-        float* out = l.out_NO + row * l.out_features + left;
-        float* to = width == PANEL ? out : edge;
-        const int64_t to_stride = width == PANEL ? l.out_features : PANEL;
-        if (to == edge && t.start) for (int r = 0; r < count; r++) memcpy(edge + r * PANEL, out + r * l.out_features, width * 4);
-        for (int64_t done = 0; done < t.depth; done += SUMMED) {
-            const Ahead ahead{t.ahead.at + (i * t.depth + done) * ahead_step, ahead_step};
-            const int64_t depth = std::min(SUMMED, t.depth - done);
-            const bool last = done + depth == t.depth;
-            const float* from = done ? held : t.start ? to : begin;
-            const int64_t from_stride = done ? PANEL : t.start ? to_stride : 0;
-            tile_of<MOST_ROWS>(count, l.x_NI + row * l.stride_N + t.start + done, l.stride_N, panel + done * PANEL, depth,
-                               from, from_stride, last ? to : held, last ? to_stride : PANEL, ahead);
-        }
-        if (to == edge) for (int r = 0; r < count; r++) memcpy(out + r * l.out_features, edge + r * PANEL, width * 4);
-    }
-}
+struct Blocks {
+    int64_t rows, most_rows, count;  // most_rows: of a tile
 
-template <class Weight>
-inline void take_turn_widened(const Linear& l, const Weight* panel, const Turn& t) {
-    if constexpr (!std::is_same_v<Weight, float>) {
-        if (t.tiles() > 2) {  // converted once, not once a tile
-            thread_local Arena arena;
-            arena.reserve(Arena::bytes_for<float>(t.depth * PANEL));
-            float* wide = arena.take<float>(t.depth * PANEL);
-            for (int64_t i = 0; i < t.depth * PANEL; i += VL) store(wide + i, load(panel + i));
-            return take_turn(l, (const float*)wide, t);
-        }
+    Blocks(int64_t rows, int64_t row_bytes, int64_t most_rows) : rows(rows), most_rows(most_rows) {
+        const int64_t block_rows = std::clamp(BLOCK_BYTES / row_bytes / most_rows, FEWEST_TILES, MOST_TILES) * most_rows;
+        count = (rows + block_rows - 1) / block_rows;
     }
-    take_turn(l, panel, t);
-}
+    Block operator[](int64_t b) const {
+        const int64_t first = rows * b / count, last = rows * (b + 1) / count;
+        return {first, last, (last - first + most_rows - 1) / most_rows};
+    }
+};
 
-// body(panel, the panel that this thread will probably need next, first row, last row): blocks of about `block` rows that
-// all panels are multiplied with in turn
-template <class Layer, class Body>
-inline void for_panels(int threads, const Layer& l, int64_t block, Body&& body) {
-    const int64_t panels = (l.out_features + PANEL - 1) / PANEL, blocks = (l.rows + block - 1) / block;
-    for_tasks(threads, blocks * panels, [&](int, int64_t task) {
-        const int64_t b = task / panels, number = task % panels;
-        body(number, std::min(number + threads, panels - 1), l.rows * b / blocks, l.rows * (b + 1) / blocks);
+// body(block, panel, the panel that this thread will probably need next)
+template <class Body>
+inline void for_panels(int threads, const Blocks& blocks, int64_t panels, Body&& body) {
+    for_tasks(threads, blocks.count * panels, [&](int, int64_t task) {
+        const int64_t number = task % panels;
+        body(blocks[task / panels], number, std::min(number + threads, panels - 1));
     });
 }
 
+// A block times a panel, whose pieces piece_of(start, depth) gives; fetches what this thread will probably need next
+template <class PieceOf>
+inline void multiply_panel(const Linear& l, const Block& block, int64_t number, Ahead next, PieceOf&& piece_of) {
+    const int64_t left = number * PANEL, width = std::min<int64_t>(PANEL, l.out_features - left), tiles = block.tiles;
+    const int64_t fetch_step = next.step / tiles;
+    float begin[PANEL] = {}, held[MOST_TILES * MOST_ROWS * PANEL];
+    if (l.bias_O) memcpy(begin, l.bias_O + left, width * sizeof(float));
+    for (int64_t start = 0; start < l.in_features; start += SUMMED) {
+        const int64_t depth = std::min(SUMMED, l.in_features - start);
+        const auto* piece = piece_of(start, depth);
+        const bool out = start + depth == l.in_features && width == PANEL;
+        for (int64_t i = 0; i < tiles; i++) {
+            const int64_t row = block.row(i);
+            const int count = (int)(block.row(i + 1) - row);
+            float* sums = held + (row - block.first) * PANEL;
+            tile_of<MOST_ROWS>(
+                count, l.x_NI + row * l.stride_N + start, l.stride_N, piece, depth, start ? sums : begin, start ? PANEL : 0,
+                out ? l.out_NO + row * l.out_features + left : sums, out ? l.out_features : PANEL,
+                {next.at + (start * tiles + i * depth) * fetch_step, fetch_step});
+        }
+    }
+    if (width == PANEL) return;
+    for (int64_t row = block.first; row < block.last; row++) {
+        memcpy(l.out_NO + row * l.out_features + left, held + (row - block.first) * PANEL, width * sizeof(float));
+    }
+}
+
+template <class Weight>
+inline void multiply_panel(const Linear& l, const Block& block, int64_t number, int64_t next) {
+    const int64_t size = l.in_features * PANEL;
+    const Weight* panel = (const Weight*)l.panels + number * size;
+    const Ahead ahead{(const char*)((const Weight*)l.panels + next * size), PANEL * sizeof(Weight)};
+    if (std::is_same_v<Weight, float> || block.tiles <= 2) {
+        return multiply_panel(l, block, number, ahead, [&](int64_t start, int64_t) { return panel + start * PANEL; });
+    }
+    float wide[SUMMED * PANEL];  // converted once, not once a tile
+    multiply_panel(l, block, number, ahead, [&](int64_t start, int64_t depth) {
+        for (int64_t i = 0; i < depth * PANEL; i += VL) store(wide + i, load(panel + start * PANEL + i));
+        return (const float*)wide;
+    });
+}
+
+// throws std::bad_alloc, before any thread starts
 template <class Weight>
 inline void multiply(Linear l, int threads) {
     thread_local Arena arena;
@@ -156,16 +173,10 @@ inline void multiply(Linear l, int threads) {
         });
         l.x_NI = copy, l.stride_N = stride;
     }
-    const int64_t passes = (l.in_features + MOST_DEPTH - 1) / MOST_DEPTH;
-    const int64_t block = BLOCK_BYTES / 4 / std::min(l.in_features, MOST_DEPTH);
-    for (int64_t pass = 0; pass < passes; pass++) {
-        const int64_t start = l.in_features * pass / passes, end = l.in_features * (pass + 1) / passes;
-        auto panel = [&](int64_t number) { return (const Weight*)l.panels + (number * l.in_features + start) * PANEL; };
-        for_panels(threads, l, std::max<int64_t>(block, 2 * MOST_ROWS), [&](int64_t number, int64_t next, int64_t first, int64_t last) {
-            const Ahead ahead{(const char*)panel(next), PANEL * sizeof(Weight)};
-            take_turn_widened(l, panel(number), {number, start, end - start, first, last, ahead});
-        });
-    }
+    const Blocks blocks(l.rows, l.in_features * sizeof(float), MOST_ROWS);
+    for_panels(threads, blocks, l.panel_count(), [&](const Block& block, int64_t number, int64_t next) {
+        multiply_panel<Weight>(l, block, number, next);
+    });
 }
 
 template <class Weight>

@@ -31,6 +31,7 @@ struct QuantizedLinear {
     int64_t rows, in_features, out_features;
 
     int64_t groups() const { return (in_features + GROUP - 1) / GROUP; }
+    int64_t panel_count() const { return (out_features + PANEL - 1) / PANEL; }
 };
 
 // to an integer, ties to even; not fused with what made x, which would round other numbers than torch does
@@ -150,17 +151,16 @@ inline void quantized_tile_of(
 
 inline void quantized_panel(
     const QuantizedLinear& l, const uint8_t* x, int64_t stride, const float* scales_NG, int64_t number, int64_t next,
-    int64_t first, int64_t last) {
+    const Block& block) {
     const int64_t left = number * PANEL, width = std::min<int64_t>(PANEL, l.out_features - left), groups = l.groups();
     const int8_t* panel = l.panels + number * groups * GROUP * PANEL;
     const int32_t* offsets = l.offsets + number * groups * PANEL;
-    const int64_t tiles = (last - first + MOST_QUANTIZED_ROWS - 1) / MOST_QUANTIZED_ROWS;
-    for (int64_t i = 0; i < tiles; i++) {
-        const int64_t row = first + (last - first) * i / tiles;
-        const int count = (int)(first + (last - first) * (i + 1) / tiles - row);
+    for (int64_t i = 0; i < block.tiles; i++) {
+        const int64_t row = block.row(i);
+        const int count = (int)(block.row(i + 1) - row);
         float sums[MOST_QUANTIZED_ROWS * PANEL] = {};
         constexpr int64_t passes = QUANTIZED_VECTORS > 2 ? QUANTIZED_VECTORS / 2 : 1;  // of a tile over the panel
-        const int64_t step = PANEL * 4 / passes / tiles;
+        const int64_t step = PANEL * 4 / passes / block.tiles;
         const Ahead ahead{(const char*)l.panels + next * groups * GROUP * PANEL + i * groups * QUADS * passes * step, step};
         quantized_tile_of<MOST_QUANTIZED_ROWS>(
             count, x + row * stride, stride, scales_NG + row * groups, panel, offsets, groups, sums, ahead);
@@ -188,9 +188,9 @@ inline void multiply_quantized(const QuantizedLinear& l, int threads) {
             }
         }
     });
-    const int64_t block = std::max<int64_t>(BLOCK_BYTES / stride, 2 * MOST_QUANTIZED_ROWS);
-    for_panels(threads, l, block, [&](int64_t number, int64_t next, int64_t first, int64_t last) {
-        quantized_panel(l, x, stride, scales_NG, number, next, first, last);
+    const Blocks blocks(l.rows, stride, MOST_QUANTIZED_ROWS);
+    for_panels(threads, blocks, l.panel_count(), [&](const Block& block, int64_t number, int64_t next) {
+        quantized_panel(l, x, stride, scales_NG, number, next, block);
     });
 }
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from batchinfer_kernels import reference
 from batchinfer_kernels.cpu.library import TYPES, Functions, checked, functions
+from batchinfer_kernels.cpu.memory import empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ def pack_linear(weight_OI: Tensor) -> Tensor | PackedLinear:
     chosen = functions()
     panel = chosen.linear_panel()
     out_features, in_features = weight_OI.shape
-    panels = torch.empty(-(-out_features // panel), in_features, panel, dtype=_smallest_exact(weight_OI))
+    panels = empty((-(-out_features // panel), in_features, panel), _smallest_exact(weight_OI))
     chosen.pack_linear(
         weight_OI.contiguous().data_ptr(),
         in_features,
@@ -62,7 +63,7 @@ def pack_quantized(weight_OI: Tensor) -> reference.QuantizedMatrix | QuantizedPa
     panel = chosen.linear_panel()
     out_features, in_features = weight_OI.shape
     count, groups = -(-out_features // panel), -(-in_features // chosen.quantized_group())
-    panels = torch.empty(count, groups * chosen.quantized_group() // 4, panel, 4, dtype=torch.int8)
+    panels = empty((count, groups * chosen.quantized_group() // 4, panel, 4), torch.int8)
     offsets = torch.empty(count, groups, panel, dtype=torch.int32)
     values, threads = matrix.values_OI.data_ptr(), torch.get_num_threads()
     chosen.pack_quantized(values, in_features, out_features, panels.data_ptr(), offsets.data_ptr(), threads)

@@ -1,0 +1,57 @@
+"""Memory that is read whole again and again, as packed weights are: on large pages, where the system has them."""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Sequence
+from contextlib import suppress
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+_PAGE_BYTES = 2 << 20  # x86's
+_CHUNK_BYTES = 64 << 20  # so that pages are full, of matrices side by side
+_LINE_BYTES = 64
+
+
+class _Chunks:
+    """A chunk lives as long as a tensor in it; what is never used of it costs address space alone."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._left = memoryview(b"")
+
+    def take(self, size: int) -> memoryview:
+        with self._lock:
+            if size > len(self._left):
+                self._left = _on_large_pages(max(_CHUNK_BYTES, size))
+            taken = self._left[:size]
+            self._left = self._left[-(-size // _LINE_BYTES) * _LINE_BYTES :]
+        return taken
+
+
+def _on_large_pages(size: int) -> memoryview:
+    try:
+        memory = mmap.mmap(-1, size + _PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"{size} bytes: {error.strerror}") from None
+    with suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % _PAGE_BYTES
+    return memoryview(memory)[start : start + size]
+
+
+_CHUNKS = _Chunks()
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Uninitialised. Raises MemoryError.
+
+    Not for a KV cache: the first token in a large page pays for zeroing all of it.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if size == 0 or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(*shape, dtype=dtype)
+    return torch.frombuffer(_CHUNKS.take(size), dtype=dtype).view(*shape)
