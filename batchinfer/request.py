@@ -18,8 +18,8 @@ FinishReason = Literal["stop", "length", "error"]
 Pooling = Literal["mean", "last", "cls"]
 """Which hidden states of a prompt become its embedding: the mean of all, that of the last token, of the first."""
 
-StopCheck = Callable[[list[int]], bool]
-"""Given all output token ids so far, says whether a stop string has appeared. Called once per new token, in order."""
+StopCheck = Callable[[int], bool]
+"""Takes the output token ids one by one, and says whether the last one completed a stop string."""
 
 MAX_LOGPROBS = 20
 _INT64 = 1 << 63

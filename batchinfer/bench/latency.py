@@ -128,7 +128,7 @@ class _Track:
         self.times: list[float] = []
         self.added = perf_counter()
 
-    def token_came(self, output: list[int]) -> bool:
+    def token_came(self, token_id: int) -> bool:
         """In the place of a stop check, which the engine makes for every token."""
         self.times.append(perf_counter())
         return False

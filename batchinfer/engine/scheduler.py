@@ -398,7 +398,7 @@ def _append(sequence: Sequence, token: int, logprob: TokenLogprob | None) -> Fin
         sequence.logprobs.append(logprob)
     if token in request.stop_ids:
         return "stop"
-    if request.stop_check is not None and request.stop_check(sequence.output):
+    if request.stop_check is not None and request.stop_check(token):
         return "stop"
     return "length" if len(sequence.tokens) >= sequence.limit else None
 

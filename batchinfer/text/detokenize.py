@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from copy import copy
+
 from batchinfer.errors import BadParameters, InvalidInput
 from batchinfer.request import StopCheck
 from batchinfer.text.pieces import Pieces
 from batchinfer.text.tokenizer import Tokenizer
+
+_MOST_MOVES = 1 << 15  # that one list of stop strings remembers: 3 MB
 
 
 class StopStrings:
@@ -20,13 +25,14 @@ class StopStrings:
         self._stop = stop
         self._include = include
         self._skip_special_tokens = skip_special_tokens
+        self._places = _Places(stop, tokenizer.pieces(skip_special_tokens))
 
     def checker(self, min_tokens: int = 0) -> StopCheck:
         """A check for one sequence. Its cost per token does not grow with the sequence.
 
         A stop string that is complete before output token number `min_tokens` does not count.
         """
-        return _Checker(self._stop, self._tokenizer.pieces(self._skip_special_tokens), min_tokens)
+        return _Checker(self._places.start, min_tokens)
 
     def cut(self, text: str, after: int = 0) -> str:
         """`text` up to the first stop string that ends after character `after`, or through it; all if none does."""
@@ -41,29 +47,86 @@ class StopStrings:
         return text[: end if self._include else start]
 
 
-class _Checker:
-    """Keeps the end of the text, one character shorter than the longest stop string."""
+class _Place(dict[int, "_Place"]):
+    """All of a text that matters for what follows; the next place by the next token, found out when it is asked for.
 
-    def __init__(self, stop: tuple[str, ...], pieces: Pieces, min_tokens: int) -> None:
+    `tail` is the longest end of the text that a stop string begins with, `pieces` the decoder after it. `found`: the
+    last token completed a stop string.
+    """
+
+    __slots__ = ("found", "pieces", "places", "tail")
+
+    def __init__(self, places: _Places, tail: str, pieces: Pieces, found: bool) -> None:
+        self.places = places
+        self.tail = tail
+        self.pieces = pieces
+        self.found = found
+
+    def __missing__(self, token_id: int) -> _Place:
+        return self.places.after(self, token_id)
+
+
+class _Places:
+    """The places that the sequences with these stop strings have been at: a finite automaton that grows by use.
+
+    Most tokens lead where an earlier one has led already, so a check is a look-up. (Aho and Corasick, 1975, over
+    tokens in the place of characters.)
+    """
+
+    def __init__(self, stop: tuple[str, ...], pieces: Pieces) -> None:
         self._stop = stop
-        self._pieces = pieces
-        self._min_tokens = min_tokens
-        self._keep = max(map(len, stop)) - 1
-        self._tail = ""
-        self._seen = 0
+        self._beginnings = {text[:length] for text in stop for length in range(1, len(text))}
+        self._longest = max(map(len, stop)) - 1
+        self.start = _Place(self, "", pieces, False)
+        self._known: dict[Hashable, _Place] = {}
+        self._forget()
 
-    def __call__(self, output_ids: list[int]) -> bool:
-        pieces, found = self._pieces, False
-        for token_id in output_ids[self._seen :]:
-            old = len(self._tail)
-            text = self._tail + pieces.push(token_id)
-            self._seen += 1
-            if self._seen >= self._min_tokens:
-                whole = text + pieces.pending
-                # only what this token completes: an earlier one may still stand in the tail
-                found = found or any(whole.find(stop, max(0, old - len(stop) + 1)) >= 0 for stop in self._stop)
-            self._tail = text[-self._keep :] if self._keep else ""
-        return found
+    def after(self, place: _Place, token_id: int) -> _Place:
+        """Where `token_id` leads from `place`."""
+        pieces, old = copy(place.pieces), len(place.tail)
+        text = place.tail + pieces.push(token_id)
+        whole = text + pieces.pending
+        # only what this token completes: an earlier one may still stand in the tail
+        found = any(whole.find(stop, max(0, old - len(stop) + 1)) >= 0 for stop in self._stop)
+        following = _Place(self, self._tail(text), pieces, found)
+        if pieces.state is None:
+            return following
+        if self._moves >= _MOST_MOVES:
+            self._forget()
+        self._moves += 1
+        following = self._known.setdefault((following.tail, pieces.state, found), following)
+        place[token_id] = following
+        return following
+
+    def _tail(self, text: str) -> str:
+        for length in range(min(self._longest, len(text)), 0, -1):
+            if text[-length:] in self._beginnings:
+                return text[-length:]
+        return ""
+
+    def _forget(self) -> None:
+        """Sequences go on from the places where they are."""
+        for place in self._known.values():
+            place.clear()
+        self._known = {("", self.start.pieces.state, False): self.start}
+        self._moves = 0
+
+
+class _Checker:
+    """Where one sequence is."""
+
+    __slots__ = ("_early", "_place")
+
+    def __init__(self, start: _Place, min_tokens: int) -> None:
+        self._place = start
+        self._early = min_tokens - 1  # tokens to come that no stop string may end with
+
+    def __call__(self, token_id: int) -> bool:
+        self._place = place = self._place[token_id]
+        if self._early > 0:
+            self._early -= 1
+            return False
+        return place.found
 
 
 def bad_word_ids(tokenizer: Tokenizer, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:

@@ -7,19 +7,25 @@ any other decoder a short window that is decoded again. Each gives the text that
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Protocol
 
 _WINDOW_TOKENS = 16  # of text that does not come to a valid end; a character has at most 4 bytes
 
 
 class Pieces(Protocol):
-    """`push` takes the next token and gives the text that is now settled; `pending` the text that may still change."""
+    """`push` takes the next token and gives the text that is now settled; `pending` the text that may still change.
+
+    A shallow copy goes on by itself. With equal `state` the same tokens give the same text; None: with no other's.
+    """
 
     def push(self, token_id: int) -> str: ...
 
     @property
     def pending(self) -> str: ...
+
+    @property
+    def state(self) -> Hashable: ...
 
 
 class BytePieces:
@@ -28,15 +34,24 @@ class BytePieces:
     def __init__(self, token_bytes: Callable[[int], bytes], skip: frozenset[int]) -> None:
         self._token_bytes = token_bytes
         self._skip = skip
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._cut = b""  # the beginning of a character
 
     def push(self, token_id: int) -> str:
-        return "" if token_id in self._skip else self._decoder.decode(self._token_bytes(token_id))
+        if token_id in self._skip:
+            return ""
+        data = self._cut + self._token_bytes(token_id)
+        text, used = codecs.utf_8_decode(data, "replace", False)
+        self._cut = data[used:]
+        return text
 
     @property
     def pending(self) -> str:
         # mostly one U+FFFD; two for the beginning of a surrogate, which no byte after it can make whole
-        return self._decoder.getstate()[0].decode(errors="replace")
+        return self._cut.decode(errors="replace")
+
+    @property
+    def state(self) -> bytes:
+        return self._cut
 
 
 class SentencePieces:
@@ -66,6 +81,10 @@ class SentencePieces:
         text = _run_text(self._run)
         return text.removeprefix(" ") if self._strip and text.startswith(" ") else text
 
+    @property
+    def state(self) -> tuple[bytes, bool] | None:
+        return (self._run, self._strip) if len(self._run) < _WINDOW_TOKENS else None
+
     def _close(self) -> str:
         run, self._run = self._run, b""
         return _run_text(run)
@@ -83,26 +102,33 @@ class DecodedPieces:
     def __init__(self, decode: Callable[[list[int]], str], skip: frozenset[int]) -> None:
         self._decode = decode
         self._skip = skip
-        self._context: list[int] = []  # settled tokens that the decoder sees before the new ones
-        self._new: list[int] = []
+        self._context: tuple[int, ...] = ()  # settled tokens that the decoder sees before the new ones
+        self._new: tuple[int, ...] = ()
         self._before = ""  # text of the context
 
     def push(self, token_id: int) -> str:
         if token_id in self._skip:
             return ""
-        self._new.append(token_id)
-        text = self._decode(self._context + self._new)
+        self._new = (*self._new, token_id)
+        text = self._text()
         unsettled = len(text) <= len(self._before) or text.endswith("\ufffd")
         if unsettled and len(self._new) < _WINDOW_TOKENS:
             return ""
         settled = text[len(self._before) :]
-        self._context, self._new = self._new, []
-        self._before = self._decode(self._context)
+        self._context, self._new = self._new, ()
+        self._before = self._text()
         return settled
 
     @property
     def pending(self) -> str:
-        return self._decode(self._context + self._new)[len(self._before) :] if self._new else ""
+        return self._text()[len(self._before) :] if self._new else ""
+
+    @property
+    def state(self) -> None:
+        return None
+
+    def _text(self) -> str:
+        return self._decode([*self._context, *self._new])
 
 
 def _fallback_byte(token: str) -> bytes | None:

@@ -205,7 +205,16 @@ def test_host(bench, tmp_path, capsys, monkeypatch):
     assert found["machine"]["threads"] == 1
     first, second = found["results"]
     parts = ("queue_ms", "schedule_ms", "build_ms", "sample_ms", "update_ms")
-    more = {"sequences", "steps", "total_ms", "total_p90_ms", "stop_checks_ms", "us_per_sequence", "growth"}
+    more = {
+        "sequences",
+        "steps",
+        "total_ms",
+        "total_p90_ms",
+        "total_with_stop_ms",
+        "stop_checks_ms",
+        "us_per_sequence",
+        "growth",
+    }
     assert set(first) == {*parts, *more}
     assert (first["sequences"], first["growth"], second["sequences"]) == (2, None, 8)
     assert second["growth"] == pytest.approx(second["total_ms"] / first["total_ms"] / 4)

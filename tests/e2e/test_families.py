@@ -62,6 +62,6 @@ def _run(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
     return [answers[i] for i in range(len(prompts))]
 
 
-def _never(output: list[int]) -> bool:
+def _never(token_id: int) -> bool:
     """Nothing ends an answer early, but the scheduler cannot know it, and so admits by what it expects."""
     return False

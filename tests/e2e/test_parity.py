@@ -135,6 +135,6 @@ def test_smollm2_with_hits_and_chunks(
         assert_greedy(reference, prompt, answer)
 
 
-def _never(output: list[int]) -> bool:
+def _never(token_id: int) -> bool:
     """Nothing ends an answer early, but the scheduler cannot know it, and so admits by what it expects."""
     return False

@@ -223,13 +223,13 @@ def test_abort_frees_everything() -> None:
 def test_stop_check_sees_every_token_once() -> None:
     seen: list[int] = []
 
-    def stop(output: list[int]) -> bool:
-        seen.append(len(output))
-        return len(output) == 3
+    def stop(token: int) -> bool:
+        seen.append(token)
+        return len(seen) == 3
 
     engine = Engine(Scheduler(BlockPool(9, 4), 2, 8), FakeRunner(FakeAnswer(9, 9, [5, 6], EOS)))
     answers = run_all(engine, [Request(0, [1], SamplingParams(temperature=0), 9, stop_check=stop)])
-    assert answers[0].finish_reason == "stop" and len(answers[0].token_ids) == 3 and seen == [1, 2, 3]
+    assert answers[0].finish_reason == "stop" and len(seen) == 3 and answers[0].token_ids == seen
 
 
 def test_fake_answers_depend_on_the_request_alone() -> None:

@@ -117,7 +117,7 @@ def test_however_it_is_computed(tiny_llama):
     decoder, reference = tiny_llama
     prompts = prompts_of(16)
     # an answer that may end early is admitted by its expected length, and preempted if it is longer
-    requests = [replace(request, stop_check=lambda output: False) for request in scoring(prompts, max_tokens=6)]
+    requests = [replace(request, stop_check=lambda token_id: False) for request in scoring(prompts, max_tokens=6)]
     expected = run(engine_of(decoder, 400, 1, 1000, caching=False), requests)
     for answer, prompt in zip(expected, prompts, strict=True):
         assert_scores(answer.prompt_logprobs, prompt, log_softmax(reference, prompt))

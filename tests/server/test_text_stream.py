@@ -26,7 +26,9 @@ def run(ids: list[int], cuts: list[int], **values) -> tuple[str, str, str]:
     request = prepared.requests[0]
     reason = "length"
     for count in range(1, len(ids) + 1):
-        if ids[count - 1] in request.stop_ids or (request.stop_check is not None and request.stop_check(ids[:count])):
+        if ids[count - 1] in request.stop_ids or (
+            request.stop_check is not None and request.stop_check(ids[count - 1])
+        ):
             ids, reason = ids[:count], "stop"
             break
     by_token = reason == "stop" and ids[-1] in request.stop_ids

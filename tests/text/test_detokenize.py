@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +13,8 @@ from tokenizers import decoders
 from tokenizers.models import WordLevel
 
 from batchinfer.errors import BadParameters
+from batchinfer.request import StopCheck
+from batchinfer.text import detokenize
 from batchinfer.text.detokenize import StopStrings, bad_word_ids
 from batchinfer.text.fast import FastTokenizer, TokenizerFacts
 from batchinfer.text.pieces import BytePieces, DecodedPieces, SentencePieces
@@ -54,14 +57,9 @@ def tokenizers() -> dict[str, Tokenizer]:
     return {name: make() for name, (make, _) in KINDS.items()}
 
 
-def fires_at(check: Callable[[list[int]], bool], ids: list[int]) -> int | None:
+def fires_at(check: StopCheck, ids: list[int]) -> int | None:
     """The number of tokens after which the check is first true, called as the engine calls it."""
-    output: list[int] = []
-    for token_id in ids:
-        output.append(token_id)
-        if check(output):
-            return len(output)
-    return None
+    return next((count for count, token_id in enumerate(ids, 1) if check(token_id)), None)
 
 
 def naive_fires_at(tokenizer: Tokenizer, ids: list[int], stop: tuple[str, ...], skip: bool) -> int | None:
@@ -70,6 +68,18 @@ def naive_fires_at(tokenizer: Tokenizer, ids: list[int], stop: tuple[str, ...], 
         if any(s in text for s in stop):
             return count
     return None
+
+
+def naive_fires(tokenizer: Tokenizer, ids: list[int], stop: tuple[str, ...], min_tokens: int) -> list[bool]:
+    """For every token: did it complete a stop string, among what the text before it had left open?"""
+    fires = []
+    for count in range(1, len(ids) + 1):
+        pieces = tokenizer.pieces(False)
+        settled = len("".join([pieces.push(token_id) for token_id in ids[: count - 1]]))
+        [text] = tokenizer.decode_batch([ids[:count]], False)
+        ends = {start + len(s) for s in stop for start in range(len(text)) if text.startswith(s, start)}
+        fires.append(count >= min_tokens and any(end > settled for end in ends))
+    return fires
 
 
 # few bytes, so that characters come together and stop strings appear
@@ -175,19 +185,58 @@ def test_cut(stop: tuple[str, ...], include: bool, expected: str) -> None:
     assert StopStrings(ByteTokenizer(), stop, include, True).cut("one ### two") == expected
 
 
-def test_sequences_do_not_share_state() -> None:
-    strings = StopStrings(ByteTokenizer(), ("ab",), False, True)
-    first, second = strings.checker(), strings.checker()
-    assert not first([97])
-    assert not second([98])
-    assert first([97, 98])
+@pytest.mark.parametrize("most_moves", [1 << 15, 5])
+@pytest.mark.parametrize("name", KINDS)
+@settings(deadline=None, max_examples=40)
+@given(data=st.data())
+def test_sequences_share_what_was_found_out_and_no_state(
+    name: str, most_moves: int, tokenizers: dict[str, Tokenizer], data: st.DataObject
+) -> None:
+    """Several samples in turns, of one StopStrings, each as if alone; also where its memory is always full."""
+    tokenizer = tokenizers[name]
+    samples = data.draw(st.lists(token_ids(tokenizer), min_size=1, max_size=4))
+    stop = tuple(data.draw(st.lists(st.sampled_from(STOPS), min_size=1, max_size=3)))
+    least = data.draw(st.integers(0, 6))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(detokenize, "_MOST_MOVES", most_moves)
+        strings = StopStrings(tokenizer, stop, include=False, skip_special_tokens=False)
+        checks = [strings.checker(least) for _ in samples]
+        fired: list[list[bool]] = [[] for _ in samples]
+        for place in range(max(map(len, samples))):
+            for sample, check, found in zip(samples, checks, fired, strict=True):
+                if place < len(sample):
+                    found.append(check(sample[place]))
+    assert fired == [naive_fires(tokenizer, sample, stop, least) for sample in samples]
 
 
-def test_tokens_that_came_several_at_once_are_all_seen() -> None:
-    """After a preemption, or with speculative decoding, the list may grow by more than one."""
-    check = StopStrings(ByteTokenizer(), ("bc",), False, True).checker()
-    assert not check(list(b"ab"))
-    assert check(list(b"abcde"))
+def test_a_token_that_came_before_is_only_looked_up() -> None:
+    class Counting(ByteTokenizer):
+        asked = 0
+
+        def bytes_of(self, token_id: int) -> bytes:
+            self.asked += 1
+            return super().bytes_of(token_id)
+
+    tokenizer = Counting()
+    strings = StopStrings(tokenizer, ("\n\n", "end"), False, True)
+    text = list("an öd ending\n then€\n".encode())
+    assert fires_at(strings.checker(), text) == text.index(ord("e")) + 3
+    asked = tokenizer.asked
+    assert 0 < asked <= len(text)
+    assert fires_at(strings.checker(), text) == text.index(ord("e")) + 3
+    assert tokenizer.asked == asked
+
+
+def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detokenize, "_MOST_MOVES", 50)
+    strings = StopStrings(ByteTokenizer(), ("abcabd",), False, True)
+    rng = random.Random(0)
+    for _ in range(40):
+        check = strings.checker()
+        for _ in range(40):
+            check(rng.choice(b"abcabcabcabcxyz\xc3\xa9\xf0\x9f"))
+            known = strings._places._known
+            assert sum(map(len, known.values())) <= 50 and len(known) <= 51
 
 
 def test_the_work_of_a_token_does_not_grow() -> None:
@@ -202,16 +251,11 @@ def test_the_work_of_a_token_does_not_grow() -> None:
         def pieces(self, skip_special_tokens: bool) -> DecodedPieces:
             return DecodedPieces(decode, frozenset())
 
-    searched = []
-
-    check = StopStrings(Counting(), ("never to be seen",), False, True).checker()
-    output: list[int] = []
+    check = StopStrings(Counting(), ("▁ never to be seen",), False, True).checker()
     for step in range(2000):
-        output.append(1 + step % 7)
-        assert not check(output)
-        searched.append(len(check._tail))  # type: ignore[attr-defined]
+        assert not check(1 + step % 7)
+        assert len(check._place.tail) <= 1  # type: ignore[attr-defined]
     assert max(decoded) <= 4 and len(decoded) <= 3 * 2000
-    assert max(searched) < len("never to be seen")
 
 
 def test_bad_words_with_and_without_a_space() -> None:
