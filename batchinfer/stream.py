@@ -30,10 +30,7 @@ class Batching(Protocol):
     """What a stream needs of an engine: `Engine` itself, or a share of one."""
 
     @property
-    def num_waiting(self) -> int: ...
-
-    @property
-    def num_free_seats(self) -> int: ...
+    def wants_more(self) -> bool: ...
 
     @property
     def has_work(self) -> bool: ...
@@ -95,7 +92,7 @@ class Stream:
             self._ended = True
             self._order.finish(lambda prepared: self._engine.expected_tokens(prepared.requests[0]))
         # no more than the next step can seat: those that come later may be better next
-        while self._order and self._engine.num_waiting < self._engine.num_free_seats:
+        while self._order and self._engine.wants_more:
             yield from self._start(self._order.pop())
 
     def _wait_s(self, until: float) -> float | None:

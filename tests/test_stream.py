@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import time
+from collections.abc import Iterator
 
 from batchinfer import LLM, Completion, SamplingParams
 from batchinfer.engine.plan import StepPlan, StepResult
@@ -92,3 +94,22 @@ def test_recent_answers_are_bounded() -> None:
         repeats.answered(group, answer)
     assert repeats.find(_Group(prepared(9, [4] * 9))) is answer
     assert repeats.find(_Group(prepared(9, [0] * 9))) is None, "the oldest went first"
+
+
+def test_prompts_that_come_late_find_most_documents_still_ahead() -> None:
+    """The order keeps what the cache has no room for: rows that come while others run join those of their document."""
+    rng = random.Random(5)
+    documents = ["".join(rng.choice("abcdefgh ") for _ in range(1500)) for _ in range(30)]
+    prompts = [document + f" question {i}" for i in range(5) for document in documents]
+    llm = LLM("fake", fake=FakeSpec(answer_tokens=(3, 15), step_s=0.002), kv_cache_tokens=3 * 1600, max_num_seqs=128)
+
+    def source() -> Iterator[str]:
+        for place, prompt in enumerate(prompts):
+            while place == 64 and llm.stats().steps < 3:
+                time.sleep(0.001)
+            yield prompt
+
+    assert sum(1 for _ in llm.stream(source(), GREEDY)) == len(prompts)
+    computed = llm.stats().prompt_tokens_computed / (30 * 1500 + 150 * 11)
+    # how soon the rest is there is up to the threads: the documents that have passed by then are computed again
+    assert computed < 1.6, "all that came first ran before the rest was looked at"

@@ -53,12 +53,9 @@ class Engine:
         return self.scheduler.expected_tokens(request)
 
     @property
-    def num_waiting(self) -> int:
-        return len(self.scheduler.waiting)
-
-    @property
-    def num_free_seats(self) -> int:
-        return self.scheduler.num_free_seats
+    def wants_more(self) -> bool:
+        """Whether the next step may seat more than what waits already."""
+        return self.scheduler.wants_more
 
     @property
     def has_work(self) -> bool:

@@ -64,6 +64,7 @@ class Scheduler:
         self._careful = max_num_seqs  # how many may run: below max_num_seqs while a failing sequence is looked for
         self._seats = list(range(max_num_seqs - 1, -1, -1))
         self._promised = 0  # sum of `promised` over the running sequences
+        self._queued_tokens = 0  # known tokens of the waiting sequences
         self._draft = _Draft()
         self._finished: list[Finished] = []
 
@@ -76,6 +77,7 @@ class Scheduler:
                 f"the prompt has {len(request.prompt)} tokens and the KV cache {capacity}: raise engine.kv_cache_tokens"
             )
         self.waiting.append(sequence)
+        self._queued_tokens += len(sequence.tokens)
 
     def abort(self, request_id: int) -> bool:
         """Forget a request wherever it is; False if it is not here. Call between steps."""
@@ -87,6 +89,7 @@ class Scheduler:
         for sequence in self.waiting:
             if sequence.request.request_id == request_id:
                 self.waiting.remove(sequence)
+                self._queued_tokens -= len(sequence.tokens)
                 return True
         return False
 
@@ -97,8 +100,10 @@ class Scheduler:
         return self.expected.tokens(request.max_tokens)
 
     @property
-    def num_free_seats(self) -> int:
-        return len(self._seats)
+    def wants_more(self) -> bool:
+        """Whether the next step may seat more than what waits, which has free seats and does not yet fill the cache."""
+        capacity = len(self.pool.blocks) * self.pool.block_size
+        return len(self.waiting) < len(self._seats) and self._queued_tokens < capacity
 
     def take_finished(self) -> list[Finished]:
         """What ended since the last call."""
@@ -208,6 +213,7 @@ class Scheduler:
         self.pool.check_integrity(sequence.blocks for sequence in self.running)
         seats = [sequence.seat for sequence in self.running]
         assert sorted(seats + self._seats) == list(range(self._max_num_seqs)), "seats lost or doubled"
+        assert self._queued_tokens == sum(len(sequence.tokens) for sequence in self.waiting), "the queue is miscounted"
         assert self._promised == sum(sequence.promised for sequence in self.running), "promises do not add up"
         for sequence in self.running:
             assert sequence.num_computed < len(sequence.tokens), "nothing left to compute"
@@ -338,6 +344,7 @@ class Scheduler:
             if promised is None:
                 return
             self.waiting.popleft()
+            self._queued_tokens -= len(sequence.tokens)
             sequence.seat = self._seats.pop()
             sequence.promised = promised
             self._promised += promised
@@ -368,6 +375,7 @@ class Scheduler:
         self._leave(sequence)
         sequence.proven = False
         self.waiting.appendleft(sequence)
+        self._queued_tokens += len(sequence.tokens)
         self.stats.preemptions += 1
 
     def _finish(self, sequence: Sequence, reason: FinishReason, error: RowError | None = None) -> None:

@@ -43,12 +43,8 @@ class SharedEngine:
         return bool(self._open)
 
     @property
-    def num_waiting(self) -> int:
-        return 0
-
-    @property
-    def num_free_seats(self) -> int:
-        return self._seats - len(self._open)
+    def wants_more(self) -> bool:
+        return len(self._open) < self._seats
 
     def expected_tokens(self, request: Request) -> int:
         return request.max_tokens
