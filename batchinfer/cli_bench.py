@@ -232,7 +232,8 @@ def _begin(subject: Subject | None = None) -> Session:
     from batchinfer.bench.machine import describe
     from batchinfer.bench.session import Session
 
-    session = Session() if subject is None else Session(subject.dtype)
+    cost = None if subject is None else subject.cost
+    session = Session() if subject is None else Session(subject.dtype, cost is not None and cost.quantized)
     print_text(describe(session.machine) + "\n")
     return session
 

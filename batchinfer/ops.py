@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from types import ModuleType
 from typing import NamedTuple
 
@@ -40,6 +41,7 @@ __all__ = [
     "rope",
     "silu_mul",
     "step_index",
+    "stored_bytes",
     "use_reference",
 ]
 
@@ -182,6 +184,14 @@ def linear(x_NI: Tensor, matrix_OI: Packed | Quantized, bias_O: Tensor | None) -
     backend = cpu if isinstance(matrix_OI, cpu.PackedLinear | cpu.QuantizedPanels) else _backend(x_NI)
     out: Tensor = backend.linear(x_NI, matrix_OI, bias_O)
     return out
+
+
+def stored_bytes(matrix_OI: Packed | Quantized) -> int:
+    """Bytes that the matrix is held in, scales and the like included: what a product reads of it."""
+    if isinstance(matrix_OI, Tensor):
+        return matrix_OI.nbytes
+    held = matrix_OI if isinstance(matrix_OI, tuple) else [getattr(matrix_OI, f.name) for f in fields(matrix_OI)]
+    return sum(part.nbytes for part in held if isinstance(part, Tensor))
 
 
 def packed_rows(matrix_OI: Packed, rows_N: Tensor) -> Tensor:

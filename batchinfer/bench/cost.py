@@ -1,7 +1,8 @@
 """What a model's linear layers must cost at least: operations and weight bytes, and the time that a machine needs.
 
 The limit of a step is the longer of two times: the operations of its linear layers at the measured GEMM rate, and one
-read of their weights at the measured bandwidth. Attention, norms, sampling and the host come on top in any engine, so
+read of their weights at the measured bandwidth. Weights count as they are held (in 16 bits, say, where that is exact),
+and those of 8 bits at the rate of 8-bit products. Attention, norms, sampling and the host come on top in any engine, so
 no run reaches the limit.
 """
 
@@ -11,10 +12,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-
+from batchinfer import ops
+from batchinfer.bench.machine import Machine, weight_bandwidth
 from batchinfer.layers.linear import Linear
-from batchinfer.models.config import ModelConfig
 from batchinfer.models.decoder import Decoder
 
 
@@ -29,22 +29,28 @@ class StepWork(NamedTuple):
 
 @dataclass(frozen=True)
 class LinearCost:
-    """Weights of the linear layers of all decoder layers, and of the LM head, in numbers and bytes."""
+    """Weights of the linear layers of all decoder layers, and of the LM head, in numbers and bytes.
+
+    `quantized`: the layers' are of 8 bits. The head's never are.
+    """
 
     layer_weights: int
     head_weights: int
-    bytes_per_weight: int
+    layer_bytes: int
+    head_bytes: int
+    quantized: bool = False
 
     @classmethod
-    def of(cls, config: ModelConfig, dtype: torch.dtype) -> LinearCost:
-        """From a decoder that has shapes and no memory. A tied head is the embedding's matrix, used again."""
-        with torch.device("meta"):
-            decoder = Decoder(config)
+    def of(cls, decoder: Decoder) -> LinearCost:
+        """A tied head is the embedding's matrix, used again."""
         layers = [module for module in decoder.layers.modules() if isinstance(module, Linear)]
+        head = decoder.embedding if decoder.head is None else decoder.head
         return cls(
             sum(linear.in_features * linear.out_features for linear in layers),
-            config.hidden_size * config.vocab_size,
-            dtype.itemsize,
+            head.in_features * head.out_features,
+            sum(ops.stored_bytes(linear.matrix) for linear in layers),
+            ops.stored_bytes(head.matrix),
+            any(isinstance(linear.matrix, ops.Quantized) for linear in layers),
         )
 
     def operations(self, tokens: int, sampled: int) -> int:
@@ -53,7 +59,20 @@ class LinearCost:
 
     def weight_bytes(self, sampled: int) -> int:
         """What a step reads at least once; the head only if a row reaches it."""
-        return self.bytes_per_weight * (self.layer_weights + (self.head_weights if sampled else 0))
+        return self.layer_bytes + (self.head_bytes if sampled else 0)
+
+
+class Rates(NamedTuple):
+    """What a machine does in a second: operations of the layers and of the LM head, and bytes of weights read."""
+
+    layers: float
+    head: float
+    bytes: float
+
+    @classmethod
+    def of(cls, machine: Machine, cost: LinearCost) -> Rates:
+        layers = (machine.int8_per_s if cost.quantized else None) or machine.gemm_per_s
+        return cls(layers, machine.gemm_per_s, weight_bandwidth(machine, cost.weight_bytes(1)))
 
 
 @dataclass(frozen=True)
@@ -65,11 +84,11 @@ class Limit:
     seconds: float
 
 
-def limit_of(cost: LinearCost, steps: Iterable[StepWork], gemm_per_s: float, bytes_per_s: float) -> Limit:
+def limit_of(cost: LinearCost, steps: Iterable[StepWork], rates: Rates) -> Limit:
     arithmetic = weights = both = 0.0
     for step in steps:
-        computing = cost.operations(step.tokens, step.sampled) / gemm_per_s
-        reading = cost.weight_bytes(step.sampled) / bytes_per_s
+        computing = cost.operations(step.tokens, 0) / rates.layers + cost.operations(0, step.sampled) / rates.head
+        reading = cost.weight_bytes(step.sampled) / rates.bytes
         arithmetic += computing
         weights += reading
         both += max(computing, reading)

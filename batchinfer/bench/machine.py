@@ -36,7 +36,8 @@ _BUSY = 0.25  # load average for each core, before the measurement, that is wort
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates per second: operations (`dtype`'s GEMM), bytes read, bytes read and written in a copy.
+    """Rates per second: operations (`dtype`'s GEMM, and that of 8-bit integers where it is wanted), bytes read, bytes
+    read and written in a copy.
 
     `buffer_bytes` is the size of the data that bandwidth was measured on. `caches` are sizes in bytes by level.
     """
@@ -55,6 +56,7 @@ class Machine:
     buffer_bytes: int
     caches: dict[str, int]
     load_average: float | None
+    int8_per_s: float | None = None
 
     @property
     def notes(self) -> list[str]:
@@ -66,8 +68,8 @@ class Machine:
         return asdict(self)
 
 
-def look_at(dtype: torch.dtype = torch.float32) -> Machine:
-    """Describe and measure the machine; takes about two seconds."""
+def look_at(dtype: torch.dtype = torch.float32, int8: bool = False) -> Machine:
+    """Describe and measure the machine; takes about two seconds. int8: products of 8-bit integers as well."""
     load = _load_average()
     buffer_bytes = _largest_buffer()
     read, copy = _rates(buffer_bytes)
@@ -86,17 +88,19 @@ def look_at(dtype: torch.dtype = torch.float32) -> Machine:
         buffer_bytes=buffer_bytes,
         caches=_caches(),
         load_average=load,
+        int8_per_s=gemm_rate(torch.int8) if int8 else None,
     )
 
 
 def describe(machine: Machine) -> str:
     buffer = size(machine.buffer_bytes)
     caches = ", ".join(f"{name} {size(held)}" for name, held in machine.caches.items())
+    int8 = "" if machine.int8_per_s is None else f", {machine.int8_per_s / 1e9:,.0f} in int8"
     lines = [
         ("machine", f"{machine.cpu}, {machine.cores} cores, {machine.threads} threads used"),
         ("caches", caches or "unknown"),
         ("software", f"batchinfer {machine.batchinfer}, torch {machine.torch}, kernels {machine.kernels}"),
-        ("GEMM", f"{machine.gemm_per_s / 1e9:,.0f} GFLOP/s in {machine.dtype} (torch, square matrices)"),
+        ("GEMM", f"{machine.gemm_per_s / 1e9:,.0f} GFLOP/s in {machine.dtype}{int8} (torch, square matrices)"),
         (
             "memory",
             f"{machine.read_bytes_per_s / 1e9:,.1f} GB/s read, {machine.copy_bytes_per_s / 1e9:,.1f} GB/s copied "
@@ -116,13 +120,15 @@ def gemm_rate(dtype: torch.dtype) -> float:
     """Operations per second of the fastest of some products of large square matrices."""
     best = 0.0
     for edge in _GEMM_SIZES:
-        left, right = torch.rand(edge, edge).to(dtype), torch.rand(edge, edge).to(dtype)
+        left, right = (torch.rand(edge, edge).mul(100).to(dtype) for _ in range(2))
         fastest = _fastest({"gemm": _product(left, right)}, _GEMM_BUDGET_S)
         best = max(best, 2 * edge**3 / fastest)
     return best
 
 
 def _product(left: Tensor, right: Tensor) -> Callable[[], Tensor]:
+    if left.dtype == torch.int8:
+        return lambda: torch._int_mm(left, right)  # the one product of integers that torch has
     return lambda: F.linear(left, right)
 
 

@@ -25,12 +25,12 @@ class NotingRunner:
     """Runs plans through another runner; `steps` says what they were. A step that fails is not noted."""
 
     def __init__(self, runner: Runner) -> None:
-        self._runner = runner
+        self.runner = runner
         self.steps: list[StepWork] = []
 
     def run(self, plan: StepPlan) -> StepResult:
         start = perf_counter()
-        result = self._runner.run(plan)
+        result = self.runner.run(plan)
         seconds = perf_counter() - start
         self.steps.append(StepWork(len(plan.tokens), len(result.tokens), len(plan.seats), seconds))
         return result
@@ -57,6 +57,10 @@ class MeasuredLLM(LLM):
     @property
     def steps(self) -> list[StepWork]:
         return self._noting.steps
+
+    @property
+    def runner(self) -> Runner:
+        return self._noting.runner
 
     @property
     def engine(self) -> Engine:
@@ -95,13 +99,11 @@ def load_subject(spec: JobSpec, files: ModelFiles | None = None) -> Subject:
     """
     import torch
 
-    from batchinfer.models.config import load_config
+    from batchinfer.engine.runner import ModelRunner
 
     use_threads(spec.engine.num_threads)
-    dtype: torch.dtype = getattr(torch, spec.engine.dtype or "float32")
-    if spec.model == FAKE_MODEL:
-        return Subject(MeasuredLLM.from_spec(spec, None), None, dtype)
-    files = files or fetch_model(spec.model, spec.storage)
-    cost = LinearCost.of(load_config(files.path), dtype)
+    if files is None and spec.model != FAKE_MODEL:
+        files = fetch_model(spec.model, spec.storage)
     llm = MeasuredLLM.from_spec(spec, files)
-    return Subject(llm, cost, dtype)
+    cost = LinearCost.of(llm.runner.decoder) if isinstance(llm.runner, ModelRunner) else None
+    return Subject(llm, cost, getattr(torch, spec.engine.dtype or "float32"))

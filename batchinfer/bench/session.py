@@ -19,9 +19,9 @@ _BUSY_COLUMNS = (0, 1, 2, 5, 6, 7)  # of /proc/stat: user, nice, system, irq, so
 class Session:
     """`machine` was measured when it began."""
 
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32, int8: bool = False) -> None:
         self._others = OtherLoad()
-        self.machine = look_at(dtype)
+        self.machine = look_at(dtype, int8)
 
     def end(self) -> tuple[dict[str, Any], list[str]]:
         """The machine and what changed meanwhile, for the JSON; and notes that were not shown yet."""

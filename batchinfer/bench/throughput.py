@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from time import perf_counter
 from typing import Any
 
-from batchinfer.bench.cost import Limit, limit_of
-from batchinfer.bench.machine import Machine, weight_bandwidth
+from batchinfer.bench.cost import Limit, Rates, limit_of
+from batchinfer.bench.machine import Machine
 from batchinfer.bench.measured import MeasuredLLM, Subject
 from batchinfer.bench.table import facts, number
 from batchinfer.errors import InputError
@@ -80,17 +80,17 @@ def measure(subject: Subject, prompts: list[Prompt], workload: str, machine: Mac
     """Run the prompts `repeat` times, each time as if for the first time. Raises InputError if none can run."""
     llm, cost = subject.llm, subject.cost
     weight_bytes = 0 if cost is None else cost.weight_bytes(1)
-    bytes_per_s = 0.0 if cost is None else weight_bandwidth(machine, weight_bytes)
+    rates = None if cost is None else Rates.of(machine, cost)
     _drain(llm, map(_shortened, prompts[:_WARM_PROMPTS]))
     runs, example = [], ""
     for _ in range(repeat):
         run, example = _run(llm, prompts)
-        if cost is not None:
-            run = replace(run, limit=limit_of(cost, llm.steps, machine.gemm_per_s, bytes_per_s))
+        if cost is not None and rates is not None:
+            run = replace(run, limit=limit_of(cost, llm.steps, rates))
         if run.errors == len(prompts):
             raise InputError(f"{workload}: no request can run: {example}")
         runs.append(run)
-    return Throughput(workload, runs, example, weight_bytes, bytes_per_s)
+    return Throughput(workload, runs, example, weight_bytes, 0.0 if rates is None else rates.bytes)
 
 
 def _run(llm: MeasuredLLM, prompts: list[Prompt]) -> tuple[Run, str]:
@@ -162,9 +162,10 @@ def describe(found: Throughput, machine: Machine) -> str:
 
 def _limit_lines(found: Throughput, run: Run, limit: Limit, machine: Machine) -> list[tuple[str, str]]:
     weights = f"{found.weight_bytes / 1e6:,.0f} MB at {found.weight_bytes_per_s / 1e9:,.1f} GB/s"
+    rate = machine.dtype if machine.int8_per_s is None else f"int8 and {machine.dtype}"
     return [
         ("limit", f"{number(limit.seconds)} s for the linear layers alone, in each step the longer of"),
-        ("", f"their operations at the measured {machine.dtype} GEMM rate ({number(limit.arithmetic_s)} s in all)"),
+        ("", f"their operations at the measured {rate} GEMM rate ({number(limit.arithmetic_s)} s in all)"),
         ("", f"and one read of their weights, {weights} ({number(limit.weights_s)} s in all)"),
         ("share", f"{run.share_of_limit:.1%} of what that limit allows"),
     ]

@@ -12,7 +12,7 @@ from tests.job.outputs import ROWS, write_input
 
 MACHINE_KEYS = {
     *("cpu", "cores", "threads", "kernels", "torch", "batchinfer", "date", "dtype", "gemm_per_s", "read_bytes_per_s"),
-    *("copy_bytes_per_s", "buffer_bytes", "caches", "load_average"),
+    *("copy_bytes_per_s", "buffer_bytes", "caches", "load_average", "int8_per_s"),
 }
 RUN_KEYS = {
     *("seconds", "runner_s", "prompt_tokens", "computed_tokens", "reused_tokens", "generated_tokens", "answer_tokens"),

@@ -5,41 +5,61 @@ from __future__ import annotations
 import pytest
 import torch
 
-from batchinfer.bench.cost import LinearCost, StepWork, limit_of
+from batchinfer import ops
+from batchinfer.bench.cost import LinearCost, Rates, StepWork, limit_of
 from batchinfer.layers.linear import Linear
-from batchinfer.models.config import load_config
 from batchinfer.models.weights import load_decoder
 from tests.models.tiny import build
 
+from .test_figures import make_machine
+
 
 def test_cost_of_the_tiny_model(tiny_model):
-    cost = LinearCost.of(load_config(tiny_model), torch.float32)
+    with ops.keeping_backend("cpu"):
+        ops.use_reference("cpu")  # which adds no rows to fill a panel
+        cost = LinearCost.of(load_decoder(tiny_model, torch.float32))
+        half = LinearCost.of(load_decoder(tiny_model, torch.bfloat16))
+        eighth = LinearCost.of(load_decoder(tiny_model, torch.float32, quantization="int8"))
     # hidden 32, 4 heads and 2 kv heads of 8, feed-forward 48, 4 layers, vocabulary 96
     layer = 32 * (32 + 16 + 16) + 32 * 32 + 32 * (48 + 48) + 48 * 32
-    assert (cost.layer_weights, cost.head_weights, cost.bytes_per_weight) == (4 * layer, 32 * 96, 4)
+    assert (cost.layer_weights, cost.head_weights, cost.quantized) == (4 * layer, 32 * 96, False)
     assert cost.operations(tokens=10, sampled=3) == 2 * (10 * 4 * 7680 + 3 * 3072)
     assert cost.weight_bytes(sampled=1) == 4 * (30720 + 3072)
     assert cost.weight_bytes(sampled=0) == 4 * 30720
-    assert LinearCost.of(load_config(tiny_model), torch.bfloat16).weight_bytes(0) == 2 * 30720
+    assert half.weight_bytes(0) == 2 * 30720
+    # a scale for every output feature; the head stays as it is
+    outputs = 4 * (32 + 16 + 16 + 32 + 48 + 48 + 32)
+    assert eighth.quantized and eighth.weight_bytes(0) == 30720 + 4 * outputs
+    assert eighth.weight_bytes(1) - eighth.weight_bytes(0) == 4 * 3072
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "qwen3", "gemma2"])
 def test_cost_is_that_of_the_weights(name, tmp_path):
     build(name, tmp_path)
     decoder = load_decoder(tmp_path, torch.float32)
-    cost = LinearCost.of(decoder.config, torch.float32)
+    cost = LinearCost.of(decoder)
     weights = [
         module.in_features * module.out_features for module in decoder.layers.modules() if isinstance(module, Linear)
     ]
     assert cost.layer_weights == sum(weights)
     assert cost.head_weights == decoder.embedding.in_features * decoder.embedding.out_features
+    # a panel is filled up to its width, and numbers that 16 bits hold exactly are kept in 16
+    assert 2 * cost.layer_weights <= cost.layer_bytes <= 8 * cost.layer_weights
 
 
 def test_limit_takes_the_longer_time_of_each_step():
-    cost = LinearCost(layer_weights=100, head_weights=50, bytes_per_weight=4)
+    cost = LinearCost(layer_weights=100, head_weights=50, layer_bytes=400, head_bytes=200)
     steps = [StepWork(tokens=64, sampled=0, sequences=1, seconds=9.0), StepWork(1, 1, 1, 9.0)]
-    limit = limit_of(cost, steps, gemm_per_s=1000.0, bytes_per_s=100.0)
+    limit = limit_of(cost, steps, Rates(layers=1000.0, head=1000.0, bytes=100.0))
     assert limit.arithmetic_s == pytest.approx(12.8 + 0.3)
     assert limit.weights_s == pytest.approx(4.0 + 6.0)
     assert limit.seconds == pytest.approx(12.8 + 6.0)
-    assert limit_of(cost, [], 1.0, 1.0).seconds == 0
+    assert limit_of(cost, steps, Rates(4000.0, 1000.0, 100.0)).arithmetic_s == pytest.approx(3.2 + 0.05 + 0.1)
+    assert limit_of(cost, [], Rates(1.0, 1.0, 1.0)).seconds == 0
+
+
+def test_layers_of_8_bits_count_at_the_rate_of_8_bits(monkeypatch):
+    monkeypatch.setattr("batchinfer.bench.cost.weight_bandwidth", lambda machine, size: float(size))
+    machine = make_machine(gemm_per_s=10.0, int8_per_s=30.0)
+    assert Rates.of(machine, LinearCost(1, 1, 4, 4)) == (10.0, 10.0, 8.0)
+    assert Rates.of(machine, LinearCost(1, 1, 1, 4, quantized=True)) == (30.0, 10.0, 5.0)

@@ -92,7 +92,7 @@ def test_a_busy_machine_is_noted():
 
 
 def test_what_changed_meanwhile_is_noted(monkeypatch):
-    monkeypatch.setattr(session, "look_at", lambda dtype: make_machine(load_average=4.0))
+    monkeypatch.setattr(session, "look_at", lambda dtype, int8: make_machine(load_average=4.0))
     for rate, cores, count in ((1.05e9, 0.1, 0), (2e9, 0.1, 1), (1e9, 0.2, 1), (0.5e9, None, 1), (2e9, 2.0, 2)):
         monkeypatch.setattr(session, "gemm_rate", lambda dtype, rate=rate: rate)
         one = Session()

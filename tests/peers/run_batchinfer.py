@@ -15,6 +15,7 @@ import batchinfer
 from batchinfer import LLM, SamplingParams
 from batchinfer.bench.cost import LinearCost
 from batchinfer.models.config import load_config
+from batchinfer.models.decoder import Decoder
 
 
 def main(model: str, arguments: list[str]) -> None:
@@ -24,7 +25,8 @@ def main(model: str, arguments: list[str]) -> None:
     import torch
 
     start_s = time.perf_counter() - began
-    cost = LinearCost.of(load_config(Path(model)), torch.float32)
+    with torch.device("meta"):
+        cost = LinearCost.of(Decoder(load_config(Path(model))))
     for path in (argument for argument in arguments if not argument.startswith("--")):
         rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
         before = replace(llm.stats())  # a copy: the counters go on
