@@ -48,9 +48,7 @@ def assemble(
     Raises ModelError.
     """
     source = tokenizer_files or files
-    tokenizer: Tokenizer = load_tokenizer(source.path) if source is not None else ByteTokenizer()
-    template = chat_template or tokenizer.chat_template
-    chat = ChatTemplate(template, tokenizer.special_tokens) if template else None
+    tokenizer, chat = load_text(source, chat_template)
     generation = _generation_config(files.path) if files is not None else {}
     eos_ids = tokenizer.eos_ids | _eos_of(generation)
     if files is None:
@@ -60,6 +58,13 @@ def assemble(
         runner, pool, context, vocab_size = _model_runner(engine, files.path)
     limits = Limits(context, vocab_size, eos_ids)
     return Assembly(tokenizer, chat, _defaults(generation, files), limits, runner, pool)
+
+
+def load_text(source: ModelFiles | None, chat_template: str | None) -> tuple[Tokenizer, ChatTemplate | None]:
+    """The tokenizer of these files (None: bytes), and the chat template that is given, or else its own."""
+    tokenizer: Tokenizer = load_tokenizer(source.path) if source is not None else ByteTokenizer()
+    template = chat_template or tokenizer.chat_template
+    return tokenizer, ChatTemplate(template, tokenizer.special_tokens) if template else None
 
 
 def _model_runner(engine: EngineSpec, path: Path) -> tuple[Runner, BlockPool, int, int]:

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from batchinfer.assembly import FAKE_CONTEXT_TOKENS
+from batchinfer.assembly import FAKE_CONTEXT_TOKENS, load_text
 from batchinfer.errors import OutputConflict
-from batchinfer.io.fetch import fetch_model
+from batchinfer.io.fetch import ModelFiles, fetch_model
 from batchinfer.io.rows import Span, stream
 from batchinfer.io.storage import Store
 from batchinfer.job.fingerprint import refuse_difference
@@ -23,8 +23,6 @@ from batchinfer.job.prompts import RowPrompt
 from batchinfer.prompting import Limits, Prepared, Preparer, Prompt
 from batchinfer.request import Completion, SamplingParams
 from batchinfer.spec import FAKE_MODEL, JobSpec
-from batchinfer.text.chat import ChatTemplate
-from batchinfer.text.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 _SPANS = 10  # places of the input that the sample is taken from
 _EXAMPLES = 3
@@ -89,10 +87,8 @@ class _Measure:
         self._spec = spec
         self._draft = draft
         self._defaults = SamplingParams.from_mapping(spec.sampling_values)
-        tokenizer = _tokenizer(spec)
+        tokenizer, chat = load_text(_text_files(spec), spec.prompt.chat_template if spec.prompt else None)
         self.context_tokens = _context_tokens(spec)
-        template = (spec.prompt.chat_template if spec.prompt else None) or tokenizer.chat_template
-        chat = ChatTemplate(template, tokenizer.special_tokens) if template else None
         limits = Limits(self.context_tokens, tokenizer.vocab_size, tokenizer.eos_ids)
         kwargs = spec.prompt.chat_template_kwargs if spec.prompt else {}
         self._preparer = Preparer(tokenizer, limits, self._defaults, chat, kwargs)
@@ -125,10 +121,10 @@ class _Measure:
         )
 
 
-def _tokenizer(spec: JobSpec) -> Tokenizer:
+def _text_files(spec: JobSpec) -> ModelFiles | None:
     if spec.tokenizer is None and spec.model == FAKE_MODEL:
-        return ByteTokenizer()
-    return load_tokenizer(fetch_model(spec.tokenizer or spec.model, spec.storage, weights=False).path)
+        return None
+    return fetch_model(spec.tokenizer or spec.model, spec.storage, weights=False)
 
 
 def _context_tokens(spec: JobSpec) -> int:
