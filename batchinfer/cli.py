@@ -10,8 +10,9 @@ import io
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -169,42 +170,43 @@ def _locate(output: str, settings: list[str]) -> tuple[str, StorageSpec]:
         raise UsageError(f"--set storage: {error}") from None
 
 
+@dataclass(frozen=True)
+class JobOptions:
+    job: JobFile
+    settings: Settings = ()  # type: ignore[assignment]  # a default of a dataclass must not be a list
+    shard: ShardFlag = None
+    limit: Limit = None
+    rehearse: Rehearse = False
+    spool_dir: SpoolDir = None
+
+
 @app.command(epilog=pages.EXIT_CODES, help=pages.RUN)
-def run(
-    job: JobFile,
-    settings: Settings = [],  # noqa: B006  typer reads the default and never changes it
-    shard: ShardFlag = None,
-    limit: Limit = None,
-    rehearse: Rehearse = False,
-    spool_dir: SpoolDir = None,
-) -> None:
+@takes(JobOptions)
+def run(options: JobOptions) -> None:
     drain = _install_drain()
     from batchinfer.job.run import run_job
 
-    spec = load_job(job, settings, limit, rehearse)
-    place = _resolve_shard(shard)
-    with located(job):
-        report = run_job(spec, shard=place, spool_dir=spool_dir, drain=drain, progress=choose_progress())
-    _finish(report)
+    _work(run_job, options, drain)
 
 
 @app.command(epilog=pages.EXIT_CODES, help=pages.RETRY)
-def retry(
-    job: JobFile,
-    settings: Settings = [],  # noqa: B006
-    shard: ShardFlag = None,
-    limit: Limit = None,
-    rehearse: Rehearse = False,
-    spool_dir: SpoolDir = None,
-) -> None:
+@takes(JobOptions)
+def retry(options: JobOptions) -> None:
     drain = _install_drain()
     from batchinfer.job.retry import retry_job
 
-    spec = load_job(job, settings, limit, rehearse)
-    place = _resolve_shard(shard)
-    with located(job):
-        report = retry_job(spec, shard=place, spool_dir=spool_dir, drain=drain, progress=choose_progress())
-    _finish(report)
+    _work(retry_job, options, drain)
+
+
+def _work(job: Callable[..., Report], options: JobOptions, drain: Drain) -> None:
+    spec = load_job(options.job, list(options.settings), options.limit, options.rehearse)
+    shard = _resolve_shard(options.shard)
+    with located(options.job):
+        report = job(spec, shard=shard, spool_dir=options.spool_dir, drain=drain, progress=choose_progress())
+    if log.as_json:
+        log.info("done", output=report.output, rows=report.rows, tokens=report.tokens, complete=report.complete)
+    else:
+        print_text(summary(report))
 
 
 def _install_drain() -> Drain:
@@ -220,13 +222,6 @@ def _resolve_shard(flag: str | None) -> Shard:
     from batchinfer.job.shard import resolve_shard
 
     return resolve_shard(flag, os.environ)
-
-
-def _finish(report: Report) -> None:
-    if log.as_json:
-        log.info("done", output=report.output, rows=report.rows, tokens=report.tokens, complete=report.complete)
-    else:
-        print_text(summary(report))
 
 
 @app.command(epilog=pages.EXIT_CODES, help=pages.PLAN)
