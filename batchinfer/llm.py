@@ -7,7 +7,7 @@ for completion in llm.stream(["Once upon a time"], SamplingParams(max_tokens=32)
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
@@ -40,6 +40,14 @@ class Parts(NamedTuple):
     limits: Limits
     defaults: SamplingParams
     max_num_seqs: int
+
+
+class Defaults(NamedTuple):
+    """What holds for all prompts, beside the model: sampling parameters, and variables of the chat template."""
+
+    seed: int
+    sampling: Mapping[str, Any] = {}
+    chat_kwargs: dict[str, Any] | None = None
 
 
 _MISSING = SamplingParams()  # marks a prompt beyond the last of the given parameters
@@ -94,7 +102,7 @@ class LLM:
         other = None if tokenizer is None else fetch_model(str(tokenizer), storage, weights=False)
         engine = _engine_spec(options)
         self.model_name = str(model)
-        self._setup(assemble(engine, files, other, fake or FakeSpec(), chat_template), engine, seed)
+        self._setup(assemble(engine, files, other, fake or FakeSpec(), chat_template), engine, Defaults(seed))
 
     @classmethod
     def from_spec(cls, spec: JobSpec, files: ModelFiles | None) -> Self:
@@ -107,7 +115,7 @@ class LLM:
         if assembly.chat is None and prompt is not None and (prompt.user is not None or prompt.messages is not None):
             raise ModelError(f"{spec.model}: has no chat template: give prompt.chat_template, or use prompt.template")
         kwargs = prompt.chat_template_kwargs if prompt else {}
-        llm._setup(assembly, spec.engine, spec.seed, spec.sampling_values, kwargs)
+        llm._setup(assembly, spec.engine, Defaults(spec.seed, spec.sampling_values, kwargs))
         return llm
 
     # -- the public API -----------------------------------------------------------------------------------------
@@ -206,19 +214,14 @@ class LLM:
 
     # -- construction -------------------------------------------------------------------------------------------
 
-    def _setup(
-        self,
-        assembly: Assembly,
-        engine: EngineSpec,
-        seed: int,
-        sampling: dict[str, Any] | None = None,
-        chat_kwargs: dict[str, Any] | None = None,
-    ) -> None:
-        self.default_params = SamplingParams.from_mapping(sampling or {}, assembly.defaults)
-        self._seed = seed
+    def _setup(self, assembly: Assembly, engine: EngineSpec, defaults: Defaults) -> None:
+        self.default_params = SamplingParams.from_mapping(defaults.sampling, assembly.defaults)
+        self._seed = defaults.seed
         self._assembly = assembly
         self._tokenizer = assembly.tokenizer
-        self._preparer = Preparer(assembly.tokenizer, assembly.limits, self.default_params, assembly.chat, chat_kwargs)
+        self._preparer = Preparer(
+            assembly.tokenizer, assembly.limits, self.default_params, assembly.chat, defaults.chat_kwargs
+        )
         scheduler = Scheduler(assembly.pool, engine.max_num_seqs, engine.max_step_tokens)
         self._engine = Engine(scheduler, assembly.runner)
         self._max_num_seqs = engine.max_num_seqs

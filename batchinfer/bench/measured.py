@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from batchinfer.assembly import Assembly, use_threads
 from batchinfer.bench.cost import LinearCost, StepWork
@@ -13,7 +13,7 @@ from batchinfer.engine.engine import Engine, Runner
 from batchinfer.engine.plan import StepPlan, StepResult
 from batchinfer.engine.scheduler import Scheduler
 from batchinfer.io.fetch import ModelFiles, fetch_model
-from batchinfer.llm import LLM
+from batchinfer.llm import LLM, Defaults
 from batchinfer.prompting import Limits
 from batchinfer.spec import FAKE_MODEL, EngineSpec, JobSpec
 
@@ -41,18 +41,11 @@ class MeasuredLLM(LLM):
 
     limits: Limits
 
-    def _setup(
-        self,
-        assembly: Assembly,
-        engine: EngineSpec,
-        seed: int,
-        sampling: dict[str, Any] | None = None,
-        chat_kwargs: dict[str, Any] | None = None,
-    ) -> None:
+    def _setup(self, assembly: Assembly, engine: EngineSpec, defaults: Defaults) -> None:
         self._noting = NotingRunner(assembly.runner)
         self._max_step_tokens = engine.max_step_tokens
         self.limits = assembly.limits
-        super()._setup(replace(assembly, runner=self._noting), engine, seed, sampling, chat_kwargs)
+        super()._setup(replace(assembly, runner=self._noting), engine, defaults)
 
     @property
     def steps(self) -> list[StepWork]:
