@@ -9,11 +9,15 @@ from typing import Any
 from batchinfer.errors import BadParameters
 
 
-def tool_choice_schema(tools: Sequence[Mapping[str, Any]], tool_choice: Any, dialect: str) -> dict[str, Any] | None:
+def tool_choice_schema(
+    tools: Sequence[Mapping[str, Any]], tool_choice: Any, dialect: str | None, parallel: bool = True
+) -> dict[str, Any] | None:
     """The `structured_outputs` that make an answer what `tool_choice` asks for, as calls in the model's format.
 
     tools: as in OpenAI's chat requests. tool_choice: "required", or {"type": "function", "function": {"name": …}}; None
-    for "none" and "auto", which force nothing. The arguments follow each tool's own schema. Raises BadParameters.
+    for "none" and "auto", which force nothing. parallel false: at most one call. The arguments follow each tool's own
+    schema. dialect None: the model's format is not known. Then the answer is a JSON list of {"name", "parameters"}, or
+    for a named tool its arguments alone. Raises BadParameters.
     """
     if tool_choice in (None, "none", "auto"):
         return None
@@ -25,9 +29,11 @@ def tool_choice_schema(tools: Sequence[Mapping[str, Any]], tool_choice: Any, dia
             known = ", ".join(schemas) or "none"
             raise BadParameters(f"tool_choice must be none, auto, required or name a tool; given tools: {known}")
         schemas = {name: schemas[name]}
+        if dialect is None:
+            return {"json": schemas[name]}
     if not schemas:
         raise BadParameters("tool_choice asks for a call, and there are no tools")
-    return {"grammar": _call_grammar(schemas, dialect, several=tool_choice == "required")}
+    return {"grammar": _call_grammar(schemas, dialect, several=parallel and tool_choice == "required")}
 
 
 def _declared(tool: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -40,13 +46,13 @@ def _declared(tool: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     return function["name"], {"type": "object", **parameters}
 
 
-def _call_grammar(schemas: Mapping[str, dict[str, Any]], dialect: str, several: bool) -> str:
+def _call_grammar(schemas: Mapping[str, dict[str, Any]], dialect: str | None, several: bool) -> str:
     """In the dialect of llguidance. Each schema stands alone, so that its references keep their meaning.
 
     The layout is the one that templates show: that of json.dumps.
     """
     layout = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-    key = "parameters" if dialect == "llama3" else "arguments"
+    key = "parameters" if dialect in ("llama3", None) else "arguments"
     lines = ["start: " + _RUNS[dialect][several], "call: " + " | ".join(f"call_{i}" for i in range(len(schemas)))]
     for number, (name, schema) in enumerate(schemas.items()):
         head = f'{{"name": {json.dumps(name, ensure_ascii=False)}, "{key}": '
@@ -56,9 +62,10 @@ def _call_grammar(schemas: Mapping[str, dict[str, Any]], dialect: str, several: 
 
 
 _TAGGED = r'"<tool_call>\n" call "\n</tool_call>"'
-# Mistral's mark is a token that only its tokenizer knows; the parser reads calls without it
-_RUNS = {
+_LIST = ('"[" call "]"', '"[" call (", " call)* "]"')
+_RUNS: dict[str | None, tuple[str, str]] = {
     "hermes": (_TAGGED, rf'{_TAGGED} ("\n" {_TAGGED})*'),
     "llama3": ("call", "call"),
-    "mistral": ('"[" call "]"', '"[" call (", " call)* "]"'),
+    "mistral": _LIST,  # its mark is a token that only its tokenizer knows; the parser reads calls without it
+    None: _LIST,
 }

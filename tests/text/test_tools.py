@@ -205,12 +205,23 @@ TOOLS = [
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
 @pytest.mark.parametrize("dialect", FORMATS)
 def test_a_forced_answer_is_a_call(dialect, choice):
-    wanted = StructuredOutputs.of(tool_choice_schema(TOOLS, choice, dialect))
+    seen = set()
+    for text in answers_to(tool_choice_schema(TOOLS, choice, dialect)):
+        content, calls = parse_tool_calls(text, dialect)
+        assert content is None and calls, text
+        for call in calls:
+            seen.add(call.name)
+            jsonschema.validate(json.loads(call.arguments), schema_of(call.name))
+    assert seen == ({"weather", 'say "hi"'} if choice == "required" else {"weather"})
+
+
+def answers_to(asked, count=12):
+    """Random answers that a constraint allows."""
+    wanted = StructuredOutputs.of(asked)
     assert wanted is not None
     constraint = Grammars(ByteTokenizer(), 258, frozenset({EOS})).compile(wanted)
     rng = random.Random(5)
-    seen = set()
-    for _ in range(12):
+    for _ in range(count):
         matcher = constraint.matcher([])
         answer: list[int] = []
         while not matcher.complete:
@@ -219,14 +230,34 @@ def test_a_forced_answer_is_a_call(dialect, choice):
             matcher.accept(token)
             if token != EOS:
                 answer.append(token)
-        text = bytes(answer).decode()
-        content, calls = parse_tool_calls(text, dialect)
-        assert content is None and calls, text
+        yield bytes(answer).decode()
+
+
+def schema_of(name):
+    return next(tool["function"] for tool in TOOLS if tool["function"]["name"] == name)["parameters"]
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_calls_where_no_format_is_known(parallel):
+    """A list of calls as JSON; references in a tool's schema are to that schema."""
+    lengths, seen = set(), set()
+    for text in answers_to(tool_choice_schema(TOOLS, "required", None, parallel), 20):
+        calls = json.loads(text)
+        lengths.add(len(calls))
         for call in calls:
-            seen.add(call.name)
-            schema = next(tool["function"] for tool in TOOLS if tool["function"]["name"] == call.name)["parameters"]
-            jsonschema.validate(json.loads(call.arguments), schema)
-    assert seen == ({"weather", 'say "hi"'} if choice == "required" else {"weather"})
+            assert set(call) == {"name", "parameters"}
+            seen.add(call["name"])
+            jsonschema.validate(call["parameters"], schema_of(call["name"]))
+    assert seen == {"weather", 'say "hi"'} and (lengths == {1} if not parallel else 2 in lengths)
+    named = {"type": "function", "function": {"name": "weather"}}
+    for text in answers_to(tool_choice_schema(TOOLS, named, None, parallel), 3):
+        jsonschema.validate(json.loads(text), schema_of("weather"))
+
+
+@pytest.mark.parametrize("dialect", ["hermes", "mistral"])
+def test_one_call_where_no_more_are_wanted(dialect):
+    for text in answers_to(tool_choice_schema(TOOLS, "required", dialect, parallel=False)):
+        assert len(parse_tool_calls(text, dialect)[1]) == 1
 
 
 def test_choices_that_force_nothing_or_make_no_sense():
