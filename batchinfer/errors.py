@@ -114,10 +114,17 @@ class Drained(BatchInferError):
 
 
 class RowError(BatchInferError):
-    """Ends one row. `kind` and `retryable` belong to the type, never to the message."""
+    """Ends one row. `kind` and `retryable` belong to the type, never to the message.
+
+    `param`: the field of a request's body that is wrong, if it is one.
+    """
 
     kind = "engine"
     retryable = False
+
+    def __init__(self, message: str = "", *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class InvalidInput(RowError):

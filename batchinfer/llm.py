@@ -26,6 +26,7 @@ from batchinfer.spec import FAKE_MODEL, EngineSpec, FakeSpec, JobSpec, StorageSp
 from batchinfer.stream import Stream
 from batchinfer.text.chat import ChatTemplate
 from batchinfer.text.tokenizer import Tokenizer
+from batchinfer.wire.asked import WireModel
 
 __all__ = ["LLM", "Answerer", "Prompt"]
 
@@ -56,14 +57,11 @@ _MISSING = SamplingParams()  # marks a prompt beyond the last of the given param
 class Answerer(Protocol):
     """What a job needs of a model: an LLM of its own, or a share of the engine that a server runs.
 
-    `model_name` is what answers call the model. `default_params` hold for prompts that bring none.
+    `wire.defaults` hold for prompts that bring no parameters; the rest of `wire` is for rows that are requests.
     """
 
     @property
-    def model_name(self) -> str: ...
-
-    @property
-    def default_params(self) -> SamplingParams: ...
+    def wire(self) -> WireModel: ...
 
     def run(self, prompts: Iterable[Prompt]) -> Generator[Completion, None, None]:
         """Answer prompts in any order, each exactly once. `prompts` is read in a thread, a bounded number ahead.
@@ -178,6 +176,12 @@ class LLM:
     def _read(self, items: Iterable[tuple[Content, Read]]) -> list[Completion]:
         prompts = (Prompt(index, content, read=read) for index, (content, read) in enumerate(items))
         return sorted(self.run(prompts), key=lambda completion: completion.index)
+
+    @property
+    def wire(self) -> WireModel:
+        """See `Answerer`."""
+        chat = self._assembly.chat
+        return WireModel(self.model_name, self._tokenizer, chat.source if chat else None, self.default_params)
 
     def stats(self) -> EngineStats:
         """Counters since the model was loaded: prompt tokens computed and reused, generated, steps, preemptions."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from typing import Any
@@ -28,6 +28,19 @@ _READING = SamplingParams(temperature=0.0, max_tokens=0, prompt_logprobs=1)
 
 
 @dataclass(frozen=True, slots=True)
+class Framing:
+    """What a request says about its prompt beside its content.
+
+    special: whether the tokenizer adds its special tokens. variables: of the chat template, over those of the job.
+    whole_answer: room for fewer tokens than `max_tokens` asks for is an error; else the answer ends with the context.
+    """
+
+    special: bool
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    whole_answer: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """One prompt: text as it is, token ids, or chat messages. `index` comes back in its completion.
 
@@ -42,6 +55,7 @@ class Prompt:
     key: int = 0
     error: RowError | None = None
     read: Read | None = None
+    framing: Framing | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,24 +133,25 @@ class Preparer:
         """(text, whether special tokens are added), or token ids, or what is wrong."""
         if prompt.error is not None:
             return prompt.error
-        content = prompt.content
+        content, framing = prompt.content, prompt.framing
         if isinstance(content, str):
             empty = not content and not isinstance(prompt.read, Continuations)
-            return (content, True) if not empty else InvalidInput("the prompt is empty")
+            special = framing is None or framing.special
+            return (content, special) if not empty else InvalidInput("the prompt is empty")
         if not isinstance(content, list) or not content:
             return InvalidInput("the prompt is empty" if content == [] else "a prompt is text, token ids or messages")
         if all(isinstance(message, dict) for message in content):
-            return self._render(content)
+            return self._render(content, framing or Framing(False))
         if all(isinstance(token, int) and not isinstance(token, bool) for token in content):
             return [int(token) for token in content if isinstance(token, int)]
         return InvalidInput("a prompt list holds token ids (integers) or chat messages (mappings)")
 
-    def _render(self, messages: list[Any]) -> tuple[str, bool] | RowError:
+    def _render(self, messages: list[Any], framing: Framing) -> tuple[str, bool] | RowError:
         if self._chat is None:
             return InvalidInput("this model has no chat template: give prompt.chat_template, or a ready prompt")
         try:
             # the template writes the special tokens itself
-            return self._chat.render(messages, **self._chat_kwargs), False
+            return self._chat.render(messages, **{**self._chat_kwargs, **framing.variables}), framing.special
         except RowError as error:
             return error
 
@@ -168,6 +183,8 @@ class Preparer:
         _check_ids(params, limits.vocab_size)
         stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else limits.eos_ids)
         room = max(0, limits.context - len(ids))
+        if prompt.framing is not None and prompt.framing.whole_answer:
+            _check_room(params, len(ids), limits.context)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         score_from = None if params.prompt_logprobs is None else 1
         bad_words = bad_word_ids(self._tokenizer, params.bad_words) if params.bad_words else ()
@@ -278,6 +295,15 @@ class Preparer:
 
 def _context(prompt: Prompt, text: str) -> str:
     return pair(text, "")[0] if isinstance(prompt.read, Continuations) else text
+
+
+def _check_room(params: SamplingParams, prompt_tokens: int, context: int) -> None:
+    if params.max_tokens is not None and prompt_tokens + params.max_tokens > context:
+        raise TooLong(
+            f"this model's context is {context} tokens; the prompt has {prompt_tokens} and max_tokens asks for "
+            f"{params.max_tokens} more",
+            param="max_tokens",
+        )
 
 
 def _check_ids(params: SamplingParams, vocab_size: int) -> None:

@@ -277,7 +277,7 @@ class Completion:
 
     `prompt_logprobs`, where asked for: one entry per prompt token, None for the first and for others that nobody asked
     for. `scores`: of each continuation (`choice` is the most likely), or one of the whole text. `embedding` has the
-    model's hidden size. With either there are no outputs.
+    model's hidden size. With either there are no outputs. `parts`: of a row with several prompts, their completions.
     """
 
     index: int
@@ -288,3 +288,4 @@ class Completion:
     scores: list[Score] | None = None
     choice: int | None = None
     embedding: list[float] | None = None
+    parts: list[Completion] | None = None

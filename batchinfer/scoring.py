@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from batchinfer.errors import InvalidInput
+from batchinfer.errors import BadParameters, InvalidInput
 from batchinfer.request import Pooling, Score, TokenLogprob
 
 Continuation = str | list[int]
@@ -41,13 +41,17 @@ class Rolling:
 
 @dataclass(frozen=True, slots=True)
 class Pooled:
-    """The prompt's embedding. normalize: to length 1."""
+    """The prompt's embedding. normalize: to length 1. `dimensions`: how many it must have, where that was asked for."""
 
     pooling: Pooling
     normalize: bool = False
+    dimensions: int | None = None
 
     def vector(self, hidden: Sequence[float], rows: int) -> list[float]:
-        """Of the sum of the hidden states of `rows` rows."""
+        """Of the sum of the hidden states of `rows` rows. Raises BadParameters where it has not `dimensions`."""
+        if self.dimensions not in (None, len(hidden)):
+            problem = f"dimensions is not supported: this model's embeddings have {len(hidden)}"
+            raise BadParameters(problem, param="dimensions")
         norm = math.hypot(*hidden) if self.normalize else rows
         return [value / norm for value in hidden] if norm else list(hidden)
 

@@ -248,7 +248,11 @@ def _reading(prepared: Prepared, answers: list[Finished]) -> Completion:
     if isinstance(prepared.read, Pooled):
         rows, hidden = answers[0].request.rows_read(), answers[0].hidden
         assert rows is not None and hidden is not None
-        return Completion(prepared.index, prepared.ids, embedding=prepared.read.vector(hidden, len(rows)))
+        try:
+            vector = prepared.read.vector(hidden, len(rows))
+        except RowError as error:
+            return Completion(prepared.index, prepared.ids, error=error)
+        return Completion(prepared.index, prepared.ids, embedding=vector)
     readings = [answer.prompt_logprobs or [] for answer in answers]
     if not isinstance(prepared.read, Continuations):
         return Completion(prepared.index, prepared.ids, scores=[score_of(readings)])

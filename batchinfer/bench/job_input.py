@@ -7,6 +7,7 @@ from typing import Any
 
 from batchinfer.bench.measured import MeasuredLLM
 from batchinfer.io.rows import stream
+from batchinfer.job.feed import numbered
 from batchinfer.job.prepare import Draft, draft_plan
 from batchinfer.llm import Prompt
 from batchinfer.prompting import mix
@@ -36,8 +37,8 @@ class JobInput:
             for number, (_, batch) in enumerate(batches):
                 base = plan.bases[number]
                 wanted = rows.select(batch, inputs.text_json)
-                for prompt in rows.prompts(batch, wanted, inputs.text_json, llm.default_params):
+                for prompt in rows.prompts(batch, wanted, inputs.text_json, llm.wire):
                     index = base + prompt.offset
-                    made.append(Prompt(index, prompt.content, prompt.params, mix(spec.seed, index), prompt.error))
+                    made.append(numbered(prompt, index, mix(spec.seed, index)))
         self._rows = len(made)
         return made

@@ -99,7 +99,7 @@ class _Reader:
         """A response line of OpenAI's batch format; its id carries the row's index in the job."""
         number = int(row["id"].rpartition("_")[2]) - self.chunk.base + self.chunk.start
         usage, error = row["response"]["body"]["usage"], row["error"]
-        tokens = usage["prompt_tokens"], usage["completion_tokens"]
+        tokens = usage["prompt_tokens"], usage.get("completion_tokens", 0)
         carried = {"custom_id": row["custom_id"]}
         return _PartRow(number, 0, error is None, error and error["code"], *tokens, carried)
 

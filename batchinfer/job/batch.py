@@ -31,10 +31,10 @@ from batchinfer.job.state import Seams, open_store
 from batchinfer.llm import Answerer
 from batchinfer.log import log
 from batchinfer.prompting import Prompt
-from batchinfer.request import Completion, SamplingParams
+from batchinfer.request import Completion
 from batchinfer.spec import JobSpec, parse_spec
+from batchinfer.wire.asked import ROUTES, WireModel
 
-ENDPOINTS = ("/v1/chat/completions", "/v1/completions")
 _CHUNK_ROWS = 500
 _SALVAGE_EVERY_S = 10.0  # to local disk: cheaper than the 30 s of a job on an object store
 _RETRY_S = (1.0, 5.0, 30.0, 120.0, 300.0)  # waits after failures of disk or engine; then the batch fails
@@ -45,8 +45,7 @@ class Refusing:
     """Answers every prompt with the same error."""
 
     error: RowError
-    model_name: str
-    default_params: SamplingParams
+    wire: WireModel
 
     def run(self, prompts: Iterable[Prompt]) -> Generator[Completion, None, None]:
         for prompt in prompts:
@@ -63,7 +62,7 @@ class BatchRunner:
     `models` are the names that a request may ask for.
     """
 
-    endpoints = ENDPOINTS
+    endpoints = ROUTES
 
     def __init__(self, catalog: Catalog, llm: Answerer, job: Mapping[str, Any], models: Collection[str]) -> None:
         self._catalog = catalog
@@ -186,7 +185,7 @@ class BatchRunner:
     def _run_job(self, record: BatchRecord, drain: Drain) -> None:
         refusal = _refusal(record)
         llm = self._llm
-        answerer = llm if refusal is None else Refusing(refusal, llm.model_name, llm.default_params)
+        answerer = llm if refusal is None else Refusing(refusal, llm.wire)
         run_job(
             self._spec(record),
             spool_dir=self._catalog.root / "spool",

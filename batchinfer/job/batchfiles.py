@@ -19,7 +19,7 @@ _NOT_RUN = {
     "cancelled": ("batch_cancelled", "This batch was cancelled before this request was executed."),
     "deadline": ("batch_expired", "The completion window ended before this request was executed."),
 }
-_CODES = {"too_long": "context_length_exceeded"}
+_CODES = {"too_long": "context_length_exceeded", "engine": "engine_failure"}
 
 
 class Results(NamedTuple):

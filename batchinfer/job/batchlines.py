@@ -1,34 +1,37 @@
 """openai-batch output: results as the response lines that OpenAI's batch endpoint returns.
 
-Nothing in them depends on the time: `created` is 0, ids follow from the row.
+Nothing in them depends on the time: `created` is 0, ids follow from the row. What stands in the body is the matter of
+`wire`, which writes the endpoint's answers as well.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import orjson
 import pyarrow as pa
 
-from batchinfer.errors import RETRYABLE_KINDS
-from batchinfer.job.bodies import CHAT
 from batchinfer.job.columns import Layout
-from batchinfer.job.results import Row, Sample
+from batchinfer.job.prompts import asked_of
+from batchinfer.job.results import Row
+from batchinfer.request import FinishReason, TokenLogprob
+from batchinfer.wire.answers import Answers, Read, Said, problem
+from batchinfer.wire.asked import WireModel
 
 _ID = "batch_req_"
 
 
-def build_lines(layout: Layout, rows: list[Row], carried: pa.Table, base: int, model: str) -> pa.Table:
-    """The part of a chunk. `carried` has custom_id and url of the same rows; `base` is the job's index of offset 0."""
-    urls = carried.column("url").to_pylist()
+def build_lines(layout: Layout, rows: list[Row], carried: pa.Table, base: int, model: WireModel) -> pa.Table:
+    """The part of a chunk. `carried` has the requests of the same rows; `base` is the job's index of offset 0."""
     ids = [base + row.offset for row in rows]
+    answers = Answers(model)
     columns = {
         "id": [f"{_ID}{number:09d}" for number in ids],
         "custom_id": carried.column("custom_id").to_pylist(),
         "response": [
-            orjson.dumps(_response(row, number, str(url), model)).decode()
-            for row, number, url in zip(rows, ids, urls, strict=True)
+            orjson.dumps(_response(row, number, line, answers, model)).decode()
+            for row, number, line in zip(rows, ids, carried.to_pylist(), strict=True)
         ],
         "error": [orjson.dumps(_error(row)).decode() if row.error else None for row in rows],
     }
@@ -36,93 +39,53 @@ def build_lines(layout: Layout, rows: list[Row], carried: pa.Table, base: int, m
 
 
 def rows_of_lines(lines: Iterable[dict[str, Any]], base: int) -> list[Row]:
-    """The inverse of `build_lines`."""
+    """The inverse of `build_lines`. The response of a row that was answered stays as it is."""
     rows = []
     for line in lines:
         offset = int(line["id"].removeprefix(_ID)) - base
-        body, problem = line["response"]["body"], line["error"]
-        if problem is not None:
-            rows.append(Row(offset, body["usage"]["prompt_tokens"], None, [], [problem["code"], problem["message"]]))
+        body, failed = line["response"]["body"], line["error"]
+        usage = body["usage"]
+        if failed is not None:
+            param = body["error"]["param"]
+            why = [failed["code"], failed["message"], *([] if param is None else [param])]
+            rows.append(Row(offset, usage["prompt_tokens"], None, [], why))
             continue
-        total = body["usage"]["completion_tokens"]
-        samples = [_sample_of(choice, total if choice["index"] == 0 else 0) for choice in body["choices"]]
-        rows.append(Row(offset, body["usage"]["prompt_tokens"], None, samples, None))
+        counted = ("", "stop", usage.get("completion_tokens", 0), None, None)
+        rows.append(Row(offset, usage["prompt_tokens"], None, [counted], None, {"response": line["response"]}))
     return sorted(rows, key=lambda row: row.offset)
 
 
-def _response(row: Row, number: int, url: str, model: str) -> dict[str, Any]:
-    chat = url.endswith(CHAT)
-    completion_tokens = sum(sample[2] for sample in row.samples)
-    usage = {
-        "prompt_tokens": row.prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": row.prompt_tokens + completion_tokens,
-    }
+def _response(row: Row, number: int, line: dict[str, Any], answers: Answers, model: WireModel) -> dict[str, Any]:
+    read = row.read or {}
+    if "response" in read:
+        kept: dict[str, Any] = read["response"]
+        return kept
     if row.error is not None:
-        kind, message = row.error
-        problem = {"message": message, "type": kind, "param": None, "code": kind}
-        status = 500 if kind in RETRYABLE_KINDS else 400
-        return {"status_code": status, "request_id": f"req_{number:09d}", "body": {"error": problem, "usage": usage}}
-    body = {
-        "id": f"{'chatcmpl' if chat else 'cmpl'}-{number:09d}",
-        "object": "chat.completion" if chat else "text_completion",
-        "created": 0,
-        "model": model,
-        "choices": [_choice(index, sample, chat) for index, sample in enumerate(row.samples)],
-        "usage": usage,
-    }
-    return {"status_code": 200, "request_id": f"req_{number:09d}", "body": body}
+        kind, message, *param = row.error
+        status, body = problem(kind, message, param[0] if param else None, row.prompt_tokens)
+    else:
+        asked = asked_of(line, model)
+        known = read.get("prompts") or [[[], None, None]] * len(asked.contents)
+        prompts = [Read(ids, _entries(logprobs), vector) for ids, logprobs, vector in known]
+        said = [
+            Said(text, cast(FinishReason, reason), tokens, _entries(logprobs))
+            for text, reason, tokens, _, logprobs in row.samples
+        ]
+        status, body = 200, answers.body(asked, number, row.prompt_tokens, prompts, said)
+    return {"status_code": status, "request_id": f"req_{number:09d}", "body": body}
 
 
 def _error(row: Row) -> dict[str, str]:
-    kind, message = row.error or ["", ""]
+    kind, message, *_ = row.error or ["", ""]
     return {"code": kind, "message": message}
 
 
-def _choice(index: int, sample: Sample, chat: bool) -> dict[str, Any]:
-    text, finish_reason, _, _, logprobs = sample
-    choice: dict[str, Any] = {"index": index, "finish_reason": finish_reason}
-    if chat:
-        choice["message"] = {"role": "assistant", "content": text, "refusal": None}
-        choice["logprobs"] = None if logprobs is None else {"content": [_chat_logprob(*entry) for entry in logprobs]}
-        return choice
-    choice["text"] = text
-    choice["logprobs"] = None
-    if logprobs is not None:
-        choice["logprobs"] = {
-            "tokens": [_token(entry[0]) for entry in logprobs],
-            "token_logprobs": [entry[1] for entry in logprobs],
-            "top_logprobs": [{_token(token): value for token, value in entry[2]} for entry in logprobs],
-        }
-    return choice
-
-
-def _token(token: int) -> str:
-    return f"token_id:{token}"
-
-
-def _chat_logprob(token: int, logprob: float, top: list[Any]) -> dict[str, Any]:
-    best = [{"token": _token(other), "logprob": value, "bytes": None} for other, value in top]
-    return {"token": _token(token), "logprob": logprob, "bytes": None, "top_logprobs": best}
-
-
-def _sample_of(choice: dict[str, Any], tokens: int) -> Sample:
-    text = choice["message"]["content"] if "message" in choice else choice["text"]
-    return text, choice["finish_reason"], tokens, None, _logprobs_of(choice)
-
-
-def _logprobs_of(choice: dict[str, Any]) -> list[Any] | None:
-    logprobs = choice["logprobs"]
-    if logprobs is None:
+def _entries(values: list[Any] | None) -> list[Any] | None:
+    """Entries of logprobs from their plain form; None where nothing precedes a token."""
+    if values is None:
         return None
-    if "content" in logprobs:
-        entries = logprobs["content"]
-        tops = [[[_id(top["token"]), top["logprob"]] for top in entry["top_logprobs"]] for entry in entries]
-        return [[_id(entry["token"]), entry["logprob"], top] for entry, top in zip(entries, tops, strict=True)]
-    tops = [[[_id(token), value] for token, value in top.items()] for top in logprobs["top_logprobs"]]
-    pairs = zip(logprobs["tokens"], logprobs["token_logprobs"], tops, strict=True)
-    return [[_id(token), logprob, top] for token, logprob, top in pairs]
+    return [None if value is None else _entry(*value) for value in values]
 
 
-def _id(token: str) -> int:
-    return int(token.removeprefix("token_id:"))
+def _entry(token: int, logprob: float, top: list[Any]) -> TokenLogprob:
+    return TokenLogprob(token, logprob, tuple((other, value) for other, value in top))

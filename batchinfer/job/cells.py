@@ -1,8 +1,4 @@
-"""Chat messages and openai-batch bodies: from what a row holds to a prompt and its sampling parameters.
-
-A field that would change the result and is not supported is a BadParameters error of that row, as is an unknown one:
-a misspelled `temperature` must not pass in silence.
-"""
+"""Cells that hold a prompt, or a part of one: chat messages, ready prompts, JSON text."""
 
 from __future__ import annotations
 
@@ -11,39 +7,8 @@ from typing import Any
 
 import orjson
 
-from batchinfer.errors import BadParameters, InvalidInput, suggest
-from batchinfer.request import SamplingParams
-from batchinfer.structured import StructuredOutputs, from_response_format
+from batchinfer.errors import InvalidInput
 from batchinfer.text.messages import text_of
-
-Content = str | list[int] | list[dict[str, Any]]
-CHAT = "/chat/completions"
-COMPLETIONS = "/completions"
-
-_SAMPLING = frozenset(SamplingParams.__dataclass_fields__) - {"logprobs", "prompt_logprobs"}
-# how an answer is delivered, billed or labelled, never what it is
-_HARMLESS = frozenset(
-    {"model", "messages", "prompt", "user", "metadata", "store", "service_tier", "stream", "stream_options"}
-    | {"safety_identifier", "prompt_cache_key", "prompt_cache_retention", "parallel_tool_calls"}
-)
-# field → the values that ask for nothing special
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "modalities": (["text"],),
-    "echo": (False,),
-    "suffix": ("",),
-    "best_of": (1,),
-    "audio": (),
-    "prediction": (),
-    "reasoning_effort": (),
-    "verbosity": (),
-    "web_search_options": (),
-}
-_RENAMED = frozenset({"max_completion_tokens", "logprobs", "top_logprobs", "response_format"})
-_KNOWN = _SAMPLING | _HARMLESS | _RENAMED | frozenset(_NEUTRAL)
 
 
 def parse_json(text: str, what: str) -> Any:
@@ -84,25 +49,6 @@ def _message(message: Any, what: str) -> dict[str, Any]:
     return kept
 
 
-def parse_body(url: Any, body: Any, defaults: SamplingParams) -> tuple[Content, SamplingParams]:
-    """The request of one openai-batch line. Raises InvalidInput or BadParameters."""
-    if not isinstance(url, str) or not url.endswith(COMPLETIONS):
-        raise InvalidInput(f"url {url!r} is not supported: /v1/chat/completions and /v1/completions are")
-    if isinstance(body, str):
-        body = parse_json(body, "body")
-    if not isinstance(body, dict):
-        raise InvalidInput("body must be a JSON object")
-    chat = url.endswith(CHAT)
-    content: Content = chat_messages(body.get("messages"), "messages") if chat else _ready_prompt(body.get("prompt"))
-    return content, SamplingParams.from_mapping(_sampling_values(body, chat), defaults)
-
-
-def _ready_prompt(prompt: Any) -> str | list[int]:
-    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
-        prompt = prompt[0]
-    return ready_prompt(prompt, "prompt")
-
-
 def ready_prompt(value: Any, what: str) -> str | list[int]:
     """A prompt as it is: text, or token ids. Raises InvalidInput."""
     if value is None:
@@ -116,35 +62,3 @@ def ready_prompt(value: Any, what: str) -> str | list[int]:
             raise InvalidInput(f"{what}: the prompt is empty")
         return value
     raise InvalidInput(f"{what} must be text or a list of token ids, got {type(value).__name__}")
-
-
-def _sampling_values(body: dict[str, Any], chat: bool) -> dict[str, Any]:
-    for name, value in body.items():
-        if name not in _KNOWN:
-            raise BadParameters(f"unknown field {name!r} in body{suggest(name, _KNOWN)}")
-        if value is not None and name in _NEUTRAL and value not in _NEUTRAL[name]:
-            raise BadParameters(f"{name} is not supported: it would change the result")
-    values = {name: value for name, value in body.items() if name in _SAMPLING and value is not None}
-    limit = body.get("max_completion_tokens")
-    if limit is not None:
-        if values.get("max_tokens", limit) != limit:
-            raise BadParameters(f"max_tokens {values['max_tokens']} and max_completion_tokens {limit} differ")
-        values["max_tokens"] = limit
-    format_ = from_response_format(body.get("response_format"))
-    if format_ is not None:
-        if StructuredOutputs.of(values.get("structured_outputs")) is not None:
-            raise BadParameters(
-                "response_format and structured_outputs both say what the answer must look like: give one"
-            )
-        values["structured_outputs"] = format_
-    logprobs, top = body.get("logprobs"), body.get("top_logprobs")
-    if chat:
-        if logprobs not in (None, True, False):
-            raise BadParameters(f"logprobs must be true or false, got {logprobs!r}")
-        if logprobs:
-            values["logprobs"] = 0 if top is None else top
-        elif top:
-            raise BadParameters("top_logprobs goes with logprobs: true")
-    elif logprobs is not None:
-        values["logprobs"] = logprobs
-    return values

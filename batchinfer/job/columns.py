@@ -65,7 +65,7 @@ def output_layout(spec: JobSpec, inputs: Inputs) -> Layout:
         names = ("id", "custom_id", "response", "error")
         schema = pa.schema([(name, pa.string()) for name in names])
         json_lines = frozenset({"response", "error"})
-        return Layout(format_, compression, ("custom_id", "url"), schema, json_lines, "", False, False)
+        return Layout(format_, compression, ("custom_id", "url", "body"), schema, json_lines, "", False, False)
     carried = spec.input.columns or tuple(inputs.schema.names)
     added = _added(spec, listed, exploded)
     _refuse_clash(carried, added, inputs)

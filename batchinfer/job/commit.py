@@ -20,6 +20,7 @@ from batchinfer.job.ledger import CommitRecord, Ledger, part_name
 from batchinfer.job.results import build_table, count, decode
 from batchinfer.job.spool import Spool
 from batchinfer.log import log
+from batchinfer.wire.asked import WireModel
 
 _THREADS = 2  # one builds while the other uploads
 _GRACE_S = 0.5
@@ -27,13 +28,13 @@ _GRACE_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class PartWriter:
-    """Builds, uploads and commits one chunk. `model` is the name that openai-batch lines carry."""
+    """Builds, uploads and commits one chunk. `model` writes openai-batch lines."""
 
     ledger: Ledger
     layout: Layout
     spool: Spool
     pass_number: int
-    model: str
+    model: WireModel
 
     def commit(self, chunk: int) -> CommitRecord:
         plan = self.ledger.plan

@@ -10,13 +10,14 @@ import pyarrow as pa
 
 from batchinfer.io.rows import Inputs, RowBatch, stream
 from batchinfer.job.columns import Layout
+from batchinfer.job.gather import Gather
 from batchinfer.job.plan import JobPlan
-from batchinfer.job.prompts import RowPrompts
+from batchinfer.job.prompts import RowPrompt, RowPrompts
 from batchinfer.job.results import Row, encode_row
 from batchinfer.job.spool import Spool
 from batchinfer.prompting import Prompt, mix
-from batchinfer.request import SamplingParams
 from batchinfer.spec import StorageSpec
+from batchinfer.wire.asked import WireModel
 
 
 class Window:
@@ -53,7 +54,7 @@ class Feed:
     """Makes prompts of chunks.
 
     `recover` gives the rows of a chunk that are finished already; `opened` is told of them, and how many rows `where`
-    leaves out; `complete` is called for a chunk that needs no prompt at all.
+    leaves out; `complete` is called for a chunk that needs no prompt at all. `gather` numbers the prompts.
     """
 
     plan: JobPlan
@@ -64,9 +65,10 @@ class Feed:
     recover: Callable[[int], list[Row]]
     complete: Callable[[int], None]
     opened: Callable[[list[Row], int], None]
+    gather: Gather
 
-    def prompts(self, chunks: list[int], seed: int, defaults: SamplingParams, storage: StorageSpec) -> Iterator[Prompt]:
-        """Runs in the engine's feeder thread. Every prompt's index is its row's index in the whole job."""
+    def prompts(self, chunks: list[int], seed: int, model: WireModel, storage: StorageSpec) -> Iterator[Prompt]:
+        """Runs in the engine's feeder thread. What `gather` gives back has its row's index in the whole job."""
         inputs = self.plan.inputs.select(self.rows.read_columns | set(self.layout.carried))
         spans = (self.plan.chunks[chunk] for chunk in chunks)
         for chunk, (span, batch) in zip(chunks, stream(inputs, spans, storage), strict=True):
@@ -74,9 +76,9 @@ class Feed:
                 return
             wanted = self._open(chunk, batch, inputs)
             base = self.plan.bases[chunk]
-            for prompt in self.rows.prompts(batch, wanted, inputs.text_json, defaults):
+            for prompt in self.rows.prompts(batch, wanted, inputs.text_json, model):
                 index = base + prompt.offset
-                yield Prompt(index, prompt.content, prompt.params, mix(seed, index), prompt.error, prompt.read)
+                yield numbered(prompt, self.gather.number(index, prompt.place, prompt.of), mix(seed, index))
 
     def _open(self, chunk: int, batch: RowBatch, inputs: Inputs) -> list[int]:
         """Spool what the chunk's part will carry; returns the offsets of the rows that are left to run."""
@@ -92,6 +94,12 @@ class Feed:
             self.complete(chunk)
         done = {row.offset for row in finished}
         return [offset for offset in selected if offset not in done] if done else selected
+
+
+def numbered(prompt: RowPrompt, index: int, key: int) -> Prompt:
+    """A row's prompt for the engine. key: of the row's random numbers."""
+    key = mix(key, prompt.place) if prompt.place else key
+    return Prompt(index, prompt.content, prompt.params, key, prompt.error, prompt.read, prompt.framing)
 
 
 def open_rows(chunk_rows: Iterable[int], max_num_seqs: int) -> int:

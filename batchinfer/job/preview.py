@@ -15,14 +15,16 @@ from batchinfer.errors import OutputConflict
 from batchinfer.io.fetch import ModelFiles, fetch_model
 from batchinfer.io.rows import Span, stream
 from batchinfer.io.storage import Store
+from batchinfer.job.feed import numbered
 from batchinfer.job.fingerprint import refuse_difference
 from batchinfer.job.ledger import Ledger
 from batchinfer.job.plan import PLAN, JobPlan
 from batchinfer.job.prepare import Draft, draft_plan
 from batchinfer.job.prompts import RowPrompt
-from batchinfer.prompting import Limits, Prepared, Preparer, Prompt
+from batchinfer.prompting import Limits, Prepared, Preparer
 from batchinfer.request import Completion, SamplingParams
 from batchinfer.spec import FAKE_MODEL, JobSpec
+from batchinfer.wire.asked import WireModel
 
 _SPANS = 10  # places of the input that the sample is taken from
 _EXAMPLES = 3
@@ -86,12 +88,13 @@ class _Measure:
     def __init__(self, spec: JobSpec, draft: Draft) -> None:
         self._spec = spec
         self._draft = draft
-        self._defaults = SamplingParams.from_mapping(spec.sampling_values)
+        defaults = SamplingParams.from_mapping(spec.sampling_values)
         tokenizer, chat = load_text(_text_files(spec), spec.prompt.chat_template if spec.prompt else None)
         self.context_tokens = _context_tokens(spec)
         limits = Limits(self.context_tokens, tokenizer.vocab_size, tokenizer.eos_ids)
         kwargs = spec.prompt.chat_template_kwargs if spec.prompt else {}
-        self._preparer = Preparer(tokenizer, limits, self._defaults, chat, kwargs)
+        self._preparer = Preparer(tokenizer, limits, defaults, chat, kwargs)
+        self._model = WireModel(spec.model, tokenizer, chat.source if chat else None, defaults)
 
     def take(self, rows: int) -> Sample:
         """Measure about `rows` rows."""
@@ -103,7 +106,7 @@ class _Measure:
             wanted = readers.select(batch, inputs.text_json)
             sample.rows += span.count
             sample.selected += len(wanted)
-            for result in self._prepared(span, readers.prompts(batch, wanted, inputs.text_json, self._defaults)):
+            for result in self._prepared(span, readers.prompts(batch, wanted, inputs.text_json, self._model)):
                 if isinstance(result, Completion):
                     sample.count_error(inputs.files[span.file].url, result)
                     continue
@@ -116,9 +119,7 @@ class _Measure:
         return sample
 
     def _prepared(self, span: Span, rows: Iterable[RowPrompt]) -> list[Prepared | Completion]:
-        return self._preparer.prepare(
-            [Prompt(span.start + row.offset, row.content, row.params, error=row.error, read=row.read) for row in rows]
-        )
+        return self._preparer.prepare([numbered(row, span.start + row.offset, 0) for row in rows])
 
 
 def _text_files(spec: JobSpec) -> ModelFiles | None:

@@ -13,12 +13,15 @@ import pyarrow as pa
 
 from batchinfer.errors import BadParameters, InvalidInput, RowError, TemplateError
 from batchinfer.io.rows import Inputs, RowBatch, rows_of
-from batchinfer.job.bodies import Content, chat_messages, parse_body, parse_json, ready_prompt
+from batchinfer.job.cells import chat_messages, parse_json, ready_prompt
 from batchinfer.job.plan import check_columns, check_type
+from batchinfer.prompting import Content, Framing
 from batchinfer.request import SamplingParams
 from batchinfer.scoring import Continuations, Measure, Pooled, Read, Rolling
 from batchinfer.spec import JobSpec
 from batchinfer.text.chat import RowFilter, RowTemplate
+from batchinfer.wire.asked import Asked, WireModel, ask, parse
+from batchinfer.wire.bodies import CompletionRequest
 
 Row = Mapping[str, Any]
 _SLICE_ROWS = 256  # rows that are Python objects at once
@@ -26,13 +29,19 @@ _REMEMBERED = 1024  # distinct per-row overrides whose parsed form is kept
 
 
 class RowPrompt(NamedTuple):
-    """The prompt of the row at `offset` of its span; with an `error`, content is None."""
+    """The prompt of the row at `offset` of its span; with an `error`, content is None.
+
+    A row may have several prompts: `place` counts them, `of` says how many they are.
+    """
 
     offset: int
     content: Content | None
     params: SamplingParams | None
     error: RowError | None
     read: Read | None = None
+    framing: Framing | None = None
+    place: int = 0
+    of: int = 1
 
 
 class RowPrompts:
@@ -44,8 +53,8 @@ class RowPrompts:
     def __init__(self, spec: JobSpec) -> None:
         self._where = RowFilter(spec.input.where, "input.where") if spec.input.where is not None else None
         self._sampling_column = spec.sampling_column
-        self._many = spec.output.samples == "rows" or spec.sampling_values.get("n", 1) > 1
-        self._many = self._many or (spec.output.format or spec.input.format) == "openai-batch"
+        self._lines = (spec.output.format or spec.input.format) == "openai-batch"
+        self._many = self._lines or spec.output.samples == "rows" or spec.sampling_values.get("n", 1) > 1
         self._remembered: dict[bytes, SamplingParams] = {}
         self.columns: dict[str, frozenset[str]] = {"input.columns": frozenset(spec.input.columns or ())}
         if self._where is not None:
@@ -91,7 +100,7 @@ class RowPrompts:
         return kept
 
     def prompts(
-        self, batch: RowBatch, wanted: list[int], text_json: frozenset[str], defaults: SamplingParams
+        self, batch: RowBatch, wanted: list[int], text_json: frozenset[str], model: WireModel
     ) -> Iterator[RowPrompt]:
         """The prompts of the rows at the `wanted` offsets (ascending). Python rows exist a slice at a time."""
         table = batch.table if len(wanted) == batch.table.num_rows else batch.table.take(pa.array(wanted, pa.int64()))
@@ -102,26 +111,41 @@ class RowPrompts:
                 yield RowPrompt(offset, None, None, error)
                 continue
             try:
-                content, params = self._request(row, defaults)
-                read = None if self._read is None else self._read(row)
+                made = self._requests(row, offset, model)
             except RowError as problem:
                 yield RowPrompt(offset, None, None, problem)
             except (TypeError, ValueError, OverflowError, RecursionError) as problem:
                 yield RowPrompt(offset, None, None, InvalidInput(f"cannot be read: {problem}"))
             else:
-                yield RowPrompt(offset, content, params, None, read)
+                yield from made
 
-    def _request(self, row: Row, defaults: SamplingParams) -> tuple[Content, SamplingParams | None]:
-        params: SamplingParams | None = None
+    def _requests(self, row: Row, offset: int, model: WireModel) -> list[RowPrompt]:
         if self._reads_body:
-            content, params = parse_body(row["url"], row["body"], defaults)
-        else:
-            content = self._content(row)
+            asked = asked_of(row, model)
+            self._check(asked)
+            return [
+                RowPrompt(offset, content, asked.params, None, asked.read, asked.framing, place, len(asked.contents))
+                for place, content in enumerate(asked.contents)
+            ]
+        params: SamplingParams | None = None
+        content = self._content(row)
         if self._sampling_column is not None:
-            params = self._override(row[self._sampling_column], defaults)
-        if params is not None and params.n > 1 and not self._many:
+            params = self._override(row[self._sampling_column], model.defaults)
+        if params is not None:
+            self._check_samples(params)
+        return [RowPrompt(offset, content, params, None, None if self._read is None else self._read(row))]
+
+    def _check(self, asked: Asked) -> None:
+        """What has no place in columns needs lines for its output."""
+        self._check_samples(asked.params)
+        echo = isinstance(asked.body, CompletionRequest) and bool(asked.body.echo)
+        if not self._lines and (len(asked.contents) > 1 or asked.read is not None or echo):
+            what = "an embedding" if asked.read is not None else "echo" if echo else "a list of prompts"
+            raise BadParameters(f"{what} needs output.format: openai-batch")
+
+    def _check_samples(self, params: SamplingParams) -> None:
+        if params.n > 1 and not self._many:
             raise BadParameters("n of a row above 1 needs output.samples: rows, or n above 1 in the job's sampling")
-        return content, params
 
     def _override(self, value: Any, defaults: SamplingParams) -> SamplingParams | None:
         if value is None:
@@ -199,6 +223,12 @@ class RowPrompts:
             return text
 
         return render
+
+
+def asked_of(row: Row, model: WireModel) -> Asked:
+    """What an openai-batch line asks for. Raises InvalidInput, BadParameters."""
+    body = row["body"]
+    return ask(parse(row["url"], parse_json(body, "body") if isinstance(body, str) else body), model)
 
 
 def _choices(value: Any, column: str, measure: Measure) -> Continuations:

@@ -3,7 +3,8 @@
 A line is JSON: [offset, prompt_tokens, prompt_ids|null, [[text, finish_reason, tokens, ids|null, logprobs|null], …],
 error|null], and a sixth value, `read`, where the task reads. `offset` counts from the chunk's first row, an error is
 [kind, message], logprobs are [[token, logprob, [[token, logprob], …]], …], and `read` maps the columns of the task to
-their values. All columns of a part are built a column at a time.
+their values. Of an openai-batch line an error may have the field at fault as well, and `read` has what is known of its
+`prompts`: [[ids, logprobs|null, embedding|null], …]. All columns of a part are built a column at a time.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import pyarrow as pa
 
 from batchinfer.job.columns import ERROR, OK, READ_COLUMNS, Layout
 from batchinfer.request import Completion, Output, TokenLogprob
+from batchinfer.wire.params import param_of
 
 _READ_NAMES = [name for names in READ_COLUMNS.values() for name in names]
 Sample = tuple[str, str, int, list[int] | None, list[Any] | None]
@@ -51,16 +53,20 @@ class Encoder:
 
     def __init__(self, layout: Layout) -> None:
         self._ids = layout.has("prompt_token_ids")
-        self._logprobs = layout.has("logprobs") or layout.format == "openai-batch"
+        self._lines = layout.format == "openai-batch"
+        self._logprobs = layout.has("logprobs") or self._lines
 
     def line(self, offset: int, completion: Completion) -> bytes:
         prompt = completion.prompt_token_ids
         ids = prompt if self._ids else None
         error = completion.error
         if error is not None:
-            return _dumps((offset, len(prompt), ids, (), (error.kind, str(error))))
+            param = param_of(error) if self._lines else None
+            why = (error.kind, str(error)) if param is None else (error.kind, str(error), param)
+            return _dumps((offset, len(prompt), ids, (), why))
         samples = [self._sample(output) for output in completion.outputs]
-        return encode_row(Row(offset, len(prompt), ids, samples, None, _read(completion)))
+        read = _prompts(completion) if self._lines else _read(completion)
+        return encode_row(Row(offset, len(prompt), ids, samples, None, read))
 
     def _sample(self, output: Output) -> Sample:
         ids = output.token_ids
@@ -83,6 +89,21 @@ def _read(completion: Completion) -> dict[str, Any] | None:
         choice = completion.choice
         read |= {"choice": scores[choice].text, "choice_index": choice, "scores": [score.logprob for score in scores]}
     return read
+
+
+def _prompts(completion: Completion) -> dict[str, Any] | None:
+    """What the answer of an openai-batch line tells of its prompts, if it is anything."""
+    parts = completion.parts or [completion]
+    if all(part.prompt_logprobs is None and part.embedding is None for part in parts):
+        return None
+    return {"prompts": [_prompt(part) for part in parts]}
+
+
+def _prompt(part: Completion) -> list[Any]:
+    entries = part.prompt_logprobs
+    if entries is None:
+        return [[], None, part.embedding]
+    return [part.prompt_token_ids, [entry and _plain(entry) for entry in entries], part.embedding]
 
 
 def _plain(entry: TokenLogprob) -> list[Any]:

@@ -16,6 +16,7 @@ from batchinfer.job.commit import Committer, PartWriter
 from batchinfer.job.drain import Drain
 from batchinfer.job.feed import Feed, Window, open_rows
 from batchinfer.job.finish import finalise, is_finished, read_manifest
+from batchinfer.job.gather import Gather
 from batchinfer.job.ledger import CommitKey, CommitRecord
 from batchinfer.job.prepare import Work, prepare
 from batchinfer.job.report import Progress, Report, Silent
@@ -118,11 +119,11 @@ def run_chunks(work: Work, state: RunState, spool: Spool, window: Window, recove
         state.done(record)
         window.leave(plan.chunks[record.chunk].count)
 
-    writer = PartWriter(work.ledger, work.layout, spool, state.todo.number, llm.model_name)
+    writer = PartWriter(work.ledger, work.layout, spool, state.todo.number, llm.wire)
     encoder = Encoder(work.layout)
     # a commit that failed frees no window: closing it ends the stream of prompts, and with it the loop
     committer = Committer(writer, done, failed=window.close)
-    feed = Feed(plan, work.rows, work.layout, spool, window, recover, committer.submit, state.opened)
+    feed = Feed(plan, work.rows, work.layout, spool, window, recover, committer.submit, state.opened, Gather())
     with closing(committer), _answers(work, state, feed, llm) as completions, closing(window):
         for completion in completions:
             chunk = plan.chunk_of(completion.index)
@@ -140,8 +141,8 @@ def run_chunks(work: Work, state: RunState, spool: Spool, window: Window, recove
 
 def _answers(work: Work, state: RunState, feed: Feed, llm: Answerer) -> closing[Generator[Completion, None, None]]:
     """The engine at work; closing it stops the engine and its feeder."""
-    prompts = feed.prompts(state.todo.chunks, work.spec.seed, llm.default_params, work.spec.storage)
-    return closing(llm.run(prompts))
+    prompts = feed.prompts(state.todo.chunks, work.spec.seed, llm.wire, work.spec.storage)
+    return closing(feed.gather.rows(llm.run(prompts)))
 
 
 def judge(state: RunState) -> None:

@@ -14,12 +14,13 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from batchinfer import __version__
+from batchinfer.errors import RowError
 from batchinfer.server import chat, completions, embeddings, tokens
-from batchinfer.server.errors import ApiError, JsonResponse, internal_error, of_validation
+from batchinfer.server.errors import ApiError, JsonResponse, internal_error, of_row
 from batchinfer.server.frontend import Frontend
 from batchinfer.server.gate import Gate
 from batchinfer.server.replies import check_model, respond
-from batchinfer.server.schemas import ChatRequest, CompletionRequest, EmbeddingRequest, ErrorBody
+from batchinfer.wire.bodies import ChatRequest, CompletionRequest, EmbeddingRequest, ErrorBody, of_validation
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "What is wrong with the request"},
@@ -64,6 +65,7 @@ def create_app(frontend: Frontend, options: AppOptions | None = None) -> Gate:
         responses=_ERRORS,
         exception_handlers={
             ApiError: _api_error,
+            RowError: _row_error,
             HTTPException: _http_error,
             RequestValidationError: _validation_error,
             Exception: _bug,
@@ -137,6 +139,12 @@ async def _api_error(_: Request, error: Exception) -> Response:
     return error.response()
 
 
+async def _row_error(_: Request, error: Exception) -> Response:
+    """Of what a body asks for."""
+    assert isinstance(error, RowError)
+    return of_row(error).response()
+
+
 async def _bug(_: Request, error: Exception) -> Response:
     """The gate logs it: it is raised again."""
     return internal_error(error).response()
@@ -153,4 +161,4 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 async def _validation_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return of_validation(error.errors()).response()
+    return of_row(of_validation(error.errors())).response()

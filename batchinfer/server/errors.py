@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 import traceback
-from collections.abc import Sequence
 from typing import Any
 
 import orjson
@@ -12,6 +10,7 @@ from starlette.responses import Response
 
 from batchinfer.errors import DeadlineExceeded, EngineFailure, RowError, TooLong
 from batchinfer.log import log
+from batchinfer.wire.params import param_of
 
 CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -94,34 +93,13 @@ def bad_request(message: str, param: str | None = None) -> ApiError:
     return ApiError(400, message, param=param)
 
 
-def of_row(error: RowError, fields: Sequence[str] = ()) -> ApiError:
-    """The client's view of an error of preparing or running; `fields` are names that `param` may have."""
+def of_row(error: RowError) -> ApiError:
+    """The client's view of an error of preparing or running."""
     message = str(error)
     if isinstance(error, TooLong):
-        return ApiError(400, message, param="prompt", code=CONTEXT_LENGTH_EXCEEDED)
+        return ApiError(400, message, param=param_of(error), code=CONTEXT_LENGTH_EXCEEDED)
     if isinstance(error, EngineFailure):
         return ApiError(500, message, code="engine_failure")
     if isinstance(error, DeadlineExceeded):
         return ApiError(504, message, code="deadline")
-    named = next((word for word in re.findall(r"\w+", message) if word in fields), None)
-    return ApiError(400, message, param=named, code=error.kind)
-
-
-def of_validation(problems: Sequence[Any]) -> ApiError:
-    """The first of pydantic's problems with a body, path or query."""
-    problem = problems[0]
-    if problem["type"] == "json_invalid":
-        return bad_request(f"the body is not JSON: {problem.get('ctx', {}).get('error', problem['msg'])}")
-    path = [part for part in problem["loc"] if part not in ("body", "query", "path") and not _is_branch(part)]
-    if not path:
-        return bad_request("the body must be a JSON object, with content type application/json")
-    param = str(path[0])
-    place = param + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path[1:])
-    others = {str(other["loc"][1:2]) for other in problems} - {str(problem["loc"][1:2])}
-    tail = f" ({len(others)} more fields are wrong)" if others else ""
-    return bad_request(f"{place}: {problem['msg']}{tail}", param)
-
-
-def _is_branch(part: Any) -> bool:
-    """Whether a part of a problem's place is pydantic's name of a union's branch, and no field."""
-    return isinstance(part, str) and ("[" in part or part in ("str", "int", "float", "bool", "dict", "list"))
+    return ApiError(400, message, param=param_of(error), code=error.kind)

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 from batchinfer.errors import InvalidInput, RowError
 from batchinfer.llm import Parts
 from batchinfer.prompting import Prepared, Prompt, mix
-from batchinfer.request import Completion, Request, SamplingParams
-from batchinfer.scoring import Read
+from batchinfer.request import Completion, Request
 from batchinfer.server.engine_loop import EngineLoop, Event
 from batchinfer.server.errors import ApiError, of_row
 from batchinfer.server.metrics import Metrics
-from batchinfer.server.params import FIELDS, check_room
-from batchinfer.server.token_texts import TokenTexts
+from batchinfer.wire.asked import Asked, WireModel
+from batchinfer.wire.token_texts import TokenTexts
 
 T = TypeVar("T")
 
-MAX_SAMPLES = 16384  # of one request: prompts times n
 _RETRY_LONGEST_S = 60
 
 
@@ -34,6 +32,17 @@ class ServedModel:
     names: tuple[str, ...]
     chat_template: str | None = None
     chat_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def wire(self) -> WireModel:
+        parts = self.parts
+        template = self.chat_template if parts.chat is not None else None
+        return WireModel(self.names[0], parts.tokenizer, template, parts.defaults)
+
+    def render(self, messages: list[dict[str, Any]], variables: Mapping[str, Any]) -> str:
+        """The prompt of a conversation. Raises InvalidInput, TemplateError."""
+        assert self.parts.chat is not None, "without a template no messages are taken"
+        return self.parts.chat.render(messages, **{**self.chat_kwargs, **variables})
 
 
 class Generation:
@@ -67,7 +76,7 @@ class Generation:
         if event.finished is not None:
             self.open.discard(event.request_id)
             if event.finished.error is not None:
-                self.fail(of_row(event.finished.error, tuple(FIELDS)))
+                self.fail(of_row(event.finished.error))
                 return
         earlier = self._events.get(event.request_id)
         self._events[event.request_id] = event if earlier is None else earlier.then(event)
@@ -143,27 +152,34 @@ class Frontend:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._pool, work)
         except RowError as error:
-            raise of_row(error, tuple(FIELDS)) from None
+            raise of_row(error) from None
 
-    async def prepare(
-        self, prompts: Sequence[list[int]], params: SamplingParams, read: Read | None = None
-    ) -> list[Prepared]:
-        """Check token ids and parameters against the model. With `read` nothing is generated.
+    async def encode(self, asked: Asked) -> list[list[int]]:
+        """Token ids of what is asked, rendered by the chat template where it is messages. Raises ApiError."""
+        return await self.in_pool(lambda: self._encode(asked))
 
-        Raises ApiError for the first prompt that is wrong.
-        """
-        if len(prompts) * params.n > MAX_SAMPLES:
-            raise ApiError(400, f"{len(prompts)} prompts times n {params.n} are more than {MAX_SAMPLES} samples")
-        return await self.in_pool(lambda: self._prepare(prompts, params, read))
+    def _encode(self, asked: Asked) -> list[list[int]]:
+        framing = asked.framing
+        if asked.messages is not None:
+            return self.tokens_of([self.model.render(asked.messages, framing.variables)], framing.special)
+        texts = [content for content in asked.contents if isinstance(content, str)]
+        if texts:
+            return self.tokens_of(texts, framing.special)
+        return [cast(list[int], content) for content in asked.contents]
 
-    def _prepare(self, prompts: Sequence[list[int]], params: SamplingParams, read: Read | None) -> list[Prepared]:
+    async def prepare(self, prompts: Sequence[list[int]], asked: Asked) -> list[Prepared]:
+        """Check token ids and parameters against the model. Raises ApiError for the first prompt that is wrong."""
+        return await self.in_pool(lambda: self._prepare(prompts, asked))
+
+    def _prepare(self, prompts: Sequence[list[int]], asked: Asked) -> list[Prepared]:
         key = random.getrandbits(64)
-        wanted = [Prompt(index, ids, params, mix(key, index), read=read) for index, ids in enumerate(prompts)]
-        for ids in prompts:
-            check_room(params, len(ids), self.model.parts.limits.context)
+        wanted = [
+            Prompt(index, ids, asked.params, mix(key, index), read=asked.read, framing=asked.framing)
+            for index, ids in enumerate(prompts)
+        ]
         return [_sound(result) for result in self.model.parts.preparer.prepare(wanted)]
 
-    def encode(self, texts: list[str], special: bool) -> list[list[int]]:
+    def tokens_of(self, texts: list[str], special: bool) -> list[list[int]]:
         """Token ids of texts; runs in the pool. Raises InvalidInput."""
         found = self.model.parts.tokenizer.encode_batch(texts, add_special_tokens=special)
         for ids in found:

@@ -14,9 +14,10 @@ from starlette.types import Receive
 from batchinfer.prompting import Prepared
 from batchinfer.server.errors import ApiError, JsonResponse
 from batchinfer.server.frontend import Frontend
-from batchinfer.server.samples import Delta, Samples, usage
-from batchinfer.server.schemas import SamplingBody
+from batchinfer.server.samples import Samples, usage
 from batchinfer.server.stream import CLIENT_GONE, ClientGone, EventStream, event, unless_gone
+from batchinfer.wire.bodies import SamplingBody
+from batchinfer.wire.choices import Delta
 
 
 class Shape(Protocol):

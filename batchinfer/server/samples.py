@@ -4,27 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from batchinfer.prompting import Prepared
-from batchinfer.request import FinishReason, Request, TokenLogprob
+from batchinfer.request import Request
 from batchinfer.server.engine_loop import Event
 from batchinfer.server.frontend import Frontend, Generation
 from batchinfer.server.text_stream import TextStream
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """What is new of one choice. `reason` is set in its last one; `first` in its first."""
-
-    choice: int
-    text: str
-    token_ids: list[int]
-    logprobs: list[TokenLogprob]
-    reason: FinishReason | None
-    first: bool
-    prompt_logprobs: list[TokenLogprob | None] | None = None
+from batchinfer.wire.choices import Delta
 
 
 class _Sample:

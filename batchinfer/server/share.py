@@ -12,11 +12,12 @@ from collections.abc import Generator, Iterable
 from batchinfer.engine.scheduler import EngineStats
 from batchinfer.errors import EngineError
 from batchinfer.prompting import Prompt
-from batchinfer.request import Completion, Finished, Request, SamplingParams
+from batchinfer.request import Completion, Finished, Request
 from batchinfer.server.engine_loop import Event
 from batchinfer.server.errors import ApiError
 from batchinfer.server.frontend import Frontend
 from batchinfer.stream import Stream
+from batchinfer.wire.asked import WireModel
 
 _SHARE = 0.75  # of the seats
 _LOOK_AGAIN_S = 0.05  # for new prompts, while nothing ends
@@ -99,12 +100,8 @@ class SharedAnswerer:
         self._engine = SharedEngine(frontend)
 
     @property
-    def model_name(self) -> str:
-        return self._frontend.model.names[0]
-
-    @property
-    def default_params(self) -> SamplingParams:
-        return self._frontend.model.parts.defaults
+    def wire(self) -> WireModel:
+        return self._frontend.model.wire
 
     def run(self, prompts: Iterable[Prompt]) -> Generator[Completion, None, None]:
         """See `Answerer.run`."""

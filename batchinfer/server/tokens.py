@@ -7,11 +7,11 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from batchinfer.server.chat_prompt import render
 from batchinfer.server.errors import JsonResponse, bad_request
 from batchinfer.server.frontend import Frontend
 from batchinfer.server.replies import check_model
-from batchinfer.server.schemas import DetokenizeRequest, TokenizeRequest
+from batchinfer.wire.bodies import DetokenizeRequest, TokenizeRequest
+from batchinfer.wire.chat_prompt import conversation
 
 
 def routes(frontend: Frontend) -> APIRouter:
@@ -55,7 +55,9 @@ def _tokenize(frontend: Frontend, body: TokenizeRequest) -> list[int]:
     if (body.prompt is None) == (body.messages is None):
         raise bad_request("give either prompt or messages", "prompt")
     if body.messages is not None:
-        text, special = render(frontend.model, body, body.messages), body.add_special_tokens is True
+        model = frontend.model
+        text = model.render(*conversation(body, body.messages, model.wire.chat_template))
+        special = body.add_special_tokens is True
     else:
         text, special = body.prompt or "", body.add_special_tokens is not False
-    return frontend.encode([text], special)[0]
+    return frontend.tokens_of([text], special)[0]

@@ -28,6 +28,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         """`special_tokens` are template variables (bos_token, …). Raises SpecError for bad syntax, with its line."""
+        self.source = source
         self._template: jinja2.Template = _compile(_CHAT.from_string, source, "chat template")
         self._variables = {"tools": None, "documents": None, "add_generation_prompt": True, **special_tokens}
 

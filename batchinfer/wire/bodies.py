@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from batchinfer.errors import InvalidInput
 
 TokenIds = list[Annotated[int, Field(ge=0)]]
 
@@ -120,3 +123,28 @@ class ErrorBody(BaseModel):
     """Every answer with a status of 400 or more."""
 
     error: ErrorDetail
+
+
+def of_validation(problems: Sequence[Any]) -> InvalidInput:
+    """The first of pydantic's problems with a body, path or query, as the error that names its field."""
+    problem = problems[0]
+    if problem["type"] == "json_invalid":
+        return InvalidInput(f"the body is not JSON: {problem.get('ctx', {}).get('error', problem['msg'])}")
+    path = _place(problem)
+    if not path:
+        return InvalidInput("the body must be a JSON object, with content type application/json")
+    param = str(path[0])
+    place = param + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path[1:])
+    others = {str(_place(other)[:1]) for other in problems} - {str(path[:1])}
+    tail = f" ({len(others)} more fields are wrong)" if others else ""
+    return InvalidInput(f"{place}: {problem['msg']}{tail}", param=param)
+
+
+def _place(problem: Any) -> list[Any]:
+    """Field, index and so on; less where a route found the body."""
+    return [part for part in problem["loc"] if part not in ("body", "query", "path") and not _is_branch(part)]
+
+
+def _is_branch(part: Any) -> bool:
+    """Whether a part of a problem's place is pydantic's name of a union's branch, and no field."""
+    return isinstance(part, str) and ("[" in part or part in ("str", "int", "float", "bool", "dict", "list"))

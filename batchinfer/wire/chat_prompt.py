@@ -7,40 +7,47 @@ from typing import Any
 
 import orjson
 
-from batchinfer.server.errors import bad_request
-from batchinfer.server.frontend import ServedModel
-from batchinfer.server.schemas import ChatRequest, Message, TokenizeRequest
+from batchinfer.errors import BadParameters, InvalidInput
+from batchinfer.wire.bodies import ChatRequest, Message, TokenizeRequest
 
 
-def render(model: ServedModel, body: ChatRequest | TokenizeRequest, messages: Sequence[Message]) -> str:
-    """The prompt, with the template's own special tokens. Raises ApiError, InvalidInput, TemplateError."""
-    chat = model.parts.chat
-    if chat is None:
-        raise bad_request("this model has no chat template: use /v1/completions, or serve it with prompt.chat_template")
-    if not messages:
-        raise bad_request("messages is empty", "messages")
-    values = dict(model.chat_kwargs) | (body.chat_template_kwargs or {})
+def conversation(
+    body: ChatRequest | TokenizeRequest, given: Sequence[Message], chat_template: str | None
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The messages, and the template's variables: those of `chat_template_kwargs`, tools, documents.
+
+    chat_template: its source. Raises InvalidInput, BadParameters.
+    """
+    if chat_template is None:
+        raise InvalidInput(
+            "this model has no chat template: use /v1/completions, or serve it with prompt.chat_template"
+        )
+    if not given:
+        raise InvalidInput("messages is empty", param="messages")
+    values = dict(body.chat_template_kwargs or {})
     for name in ("messages", "add_generation_prompt"):
         if name in values:
-            raise bad_request(f"chat_template_kwargs cannot hold {name}", "chat_template_kwargs")
+            raise BadParameters(f"chat_template_kwargs cannot hold {name}", param="chat_template_kwargs")
     for name in ("documents", "reasoning_effort", "tool_choice"):
         if getattr(body, name, None) is not None:
             values[name] = getattr(body, name)
     if body.tools and getattr(body, "tool_choice", None) != "none":
-        values["tools"] = _tools(model, body.tools)
-    return chat.render([_message(message, number) for number, message in enumerate(messages)], **values)
+        values["tools"] = _tools(chat_template, body.tools)
+    return [_message(message, number) for number, message in enumerate(given)], values
 
 
-def _tools(model: ServedModel, tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    if "tools" not in (model.chat_template or ""):
-        raise bad_request("this model's chat template takes no tools", "tools")
+def _tools(chat_template: str, tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    if "tools" not in chat_template:
+        raise BadParameters("this model's chat template takes no tools", param="tools")
     for number, tool in enumerate(tools):
         function = tool.get("function")
         named = isinstance(function, dict) and isinstance(function.get("name"), str) and function["name"]
         if tool.get("type") != "function" or not isinstance(function, dict) or not named:
-            raise bad_request(f"tools[{number}] must be of type function, with a function that has a name", "tools")
+            raise BadParameters(
+                f"tools[{number}] must be of type function, with a function that has a name", param="tools"
+            )
         if not isinstance(function.get("parameters", {}), dict | None):
-            raise bad_request(f"tools[{number}].function.parameters must be a JSON schema (an object)", "tools")
+            raise BadParameters(f"tools[{number}].function.parameters must be a JSON schema (an object)", param="tools")
     return tools
 
 
@@ -51,9 +58,9 @@ def _message(message: Message, number: int) -> dict[str, Any]:
         for part in message.content:
             if part.get("type") != "text" or not isinstance(part.get("text"), str):
                 kind = part.get("type")
-                raise bad_request(f"{place}: content part of type {kind!r}; only text is supported", "messages")
+                raise InvalidInput(f"{place}: content part of type {kind!r}; only text is supported", param="messages")
     elif message.content is None and not message.tool_calls:
-        raise bad_request(f"{place} has no content", "messages")
+        raise InvalidInput(f"{place} has no content", param="messages")
     for call in message.tool_calls or []:
         _check_call(call, place)
     return message.model_dump(exclude_unset=True)
@@ -62,11 +69,13 @@ def _message(message: Message, number: int) -> dict[str, Any]:
 def _check_call(call: dict[str, Any], place: str) -> None:
     function = call.get("function")
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise bad_request(f"{place}: a tool call must have a function with a name", "messages")
+        raise InvalidInput(f"{place}: a tool call must have a function with a name", param="messages")
     arguments = function.get("arguments", {})
     try:
         sound = isinstance(orjson.loads(arguments or "{}") if isinstance(arguments, str) else arguments, dict)
     except ValueError:
         sound = False
     if not sound:
-        raise bad_request(f"{place}: arguments of tool call {function['name']!r} are not JSON of an object", "messages")
+        raise InvalidInput(
+            f"{place}: arguments of tool call {function['name']!r} are not JSON of an object", param="messages"
+        )

@@ -1,19 +1,19 @@
-"""From a request's fields to sampling parameters. What would change the result and is not supported is refused."""
+"""From a body's fields to sampling parameters. What would change the result and is not supported is refused."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
 from typing import Any
 
-from batchinfer.errors import BadParameters
+from batchinfer.errors import BadParameters, InvalidInput, RowError, TooLong
 from batchinfer.request import SamplingParams
-from batchinfer.server.errors import ApiError, bad_request, of_row
-from batchinfer.server.schemas import ChatRequest, CompletionRequest, SamplingBody
 from batchinfer.structured import from_response_format
+from batchinfer.wire.bodies import ChatRequest, CompletionRequest, SamplingBody
 
-COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
+COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions, where neither the request nor the job says how many
+_FAULTS = (BadParameters.kind, InvalidInput.kind)  # of the request
 FIELDS = frozenset(field.name for field in fields(SamplingParams))
-_PARAMS = (*FIELDS, "max_completion_tokens", "top_logprobs", "response_format")
 
 # field → the values that ask for nothing (null never does); anything else would change the result
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -43,12 +43,26 @@ _INSTEAD |= {"functions": "use tools", "function_call": "use tool_choice"}
 
 
 def completion_params(body: CompletionRequest, defaults: SamplingParams) -> SamplingParams:
-    """Raises ApiError."""
+    """`defaults` lie beneath what the body says. Raises BadParameters."""
     values = _common(body)
-    values["max_tokens"] = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-    if body.echo and body.logprobs is not None:
-        values["prompt_logprobs"] = max(body.logprobs, body.prompt_logprobs or 0)
+    if defaults.max_tokens is None:
+        values.setdefault("max_tokens", COMPLETION_TOKENS)
+    logprobs, of_prompt = (_effective(name, values, defaults) for name in ("logprobs", "prompt_logprobs"))
+    if body.echo and logprobs is not None:
+        values["prompt_logprobs"] = max(logprobs, of_prompt or 0)
+    if says_nothing(body, defaults):  # the engine takes no request for no tokens
+        values |= {"max_tokens": 1, "min_tokens": 0}
     return _make(values, defaults)
+
+
+def says_nothing(body: CompletionRequest, defaults: SamplingParams) -> bool:
+    """Whether the prompt is wanted back, and no more."""
+    named = [body.logprobs, body.prompt_logprobs, defaults.logprobs, defaults.prompt_logprobs]
+    return bool(body.echo) and body.max_tokens == 0 and all(value is None for value in named)
+
+
+def _effective(name: str, values: dict[str, Any], defaults: SamplingParams) -> Any:
+    return values.get(name, getattr(defaults, name))
 
 
 def chat_params(
@@ -56,7 +70,7 @@ def chat_params(
 ) -> SamplingParams:
     """`forced` are structured_outputs that a tool_choice asks for; `keep_special`: special tokens may mark tool calls.
 
-    Raises ApiError.
+    Raises BadParameters.
     """
     values = _common(body)
     if keep_special:
@@ -67,10 +81,11 @@ def chat_params(
     if body.logprobs:
         values["logprobs"] = body.top_logprobs or 0
     elif body.top_logprobs:
-        raise bad_request("top_logprobs goes with logprobs: true", "top_logprobs")
+        raise BadParameters("top_logprobs goes with logprobs: true", param="top_logprobs")
     if forced is not None:
         if "structured_outputs" in values:
-            raise bad_request("tool_choice decides the form of the answer: leave response_format out", "tool_choice")
+            problem = "tool_choice decides the form of the answer: leave response_format out"
+            raise BadParameters(problem, param="tool_choice")
         values["structured_outputs"] = forced
     return _make(values, defaults)
 
@@ -81,21 +96,21 @@ def _common(body: SamplingBody) -> dict[str, Any]:
         value = getattr(body, name, None)
         if value is not None and value not in neutral:
             tail = f": {_INSTEAD[name]}" if name in _INSTEAD else ", and it would change the result"
-            raise bad_request(f"{name} is not supported{tail}", name)
+            raise BadParameters(f"{name} is not supported{tail}", param=name)
     extra = body.model_extra or {}
     if getattr(body, "echo", None) and "echo" in extra:
-        raise bad_request("echo is not supported in chats, and it would change the result", "echo")
+        raise BadParameters("echo is not supported in chats, and it would change the result", param="echo")
     if body.best_of not in (None, body.n or 1):
-        raise bad_request(f"best_of must equal n, got {body.best_of}: samples are not ranked", "best_of")
+        raise BadParameters(f"best_of must equal n, got {body.best_of}: samples are not ranked", param="best_of")
     if body.stream_options is not None and not body.stream:
-        raise bad_request("stream_options goes with stream: true", "stream_options")
+        raise BadParameters("stream_options goes with stream: true", param="stream_options")
     try:
         constraint = from_response_format(body.response_format)
     except BadParameters as error:
-        raise bad_request(str(error), "response_format") from None
+        raise BadParameters(str(error), param="response_format") from None
     if constraint is not None:
         if "structured_outputs" in given:
-            raise bad_request("give response_format or structured_outputs, not both", "response_format")
+            raise BadParameters("give response_format or structured_outputs, not both", param="response_format")
         given["structured_outputs"] = constraint
     return given
 
@@ -104,16 +119,15 @@ def _make(values: dict[str, Any], defaults: SamplingParams) -> SamplingParams:
     try:
         return SamplingParams.from_mapping(values, defaults)
     except BadParameters as error:
-        raise of_row(error, _PARAMS) from None
+        raise BadParameters(str(error), param=_named_field(str(error))) from None
 
 
-def check_room(params: SamplingParams, prompt_tokens: int, context: int) -> None:
-    """An answer that was asked for must fit: it is not shortened in silence. Raises ApiError."""
-    if params.max_tokens is not None and prompt_tokens + params.max_tokens > context:
-        raise ApiError(
-            400,
-            f"this model's context is {context} tokens; the prompt has {prompt_tokens} and max_tokens asks for "
-            f"{params.max_tokens} more",
-            param="max_tokens",
-            code="context_length_exceeded",
-        )
+def param_of(error: RowError) -> str | None:
+    """The field of a body that an error is about: as it says, or the first sampling parameter that it names."""
+    if error.param is not None:
+        return error.param
+    return "prompt" if isinstance(error, TooLong) else _named_field(str(error)) if error.kind in _FAULTS else None
+
+
+def _named_field(message: str) -> str | None:
+    return next((word for word in re.findall(r"\w+", message) if word in FIELDS), None)

@@ -29,6 +29,10 @@ class TokenTexts:
         """Bytes that are not UTF-8 on their own become U+FFFD."""
         return self.bytes(token_id).decode(errors="replace")
 
+    def whole(self, token_ids: list[int]) -> str:
+        """The text of tokens together, special ones included."""
+        return self._tokenizer.decode_batch([token_ids], skip_special_tokens=False)[0]
+
 
 class CompletionLogprobs:
     """`logprobs` of /v1/completions, for the tokens of one choice in order.

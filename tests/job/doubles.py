@@ -16,6 +16,8 @@ from batchinfer.job.run import run_job
 from batchinfer.job.state import Seams
 from batchinfer.request import Completion, Output, SamplingParams
 from batchinfer.spec import parse_spec
+from batchinfer.text.tokenizer import ByteTokenizer
+from batchinfer.wire.asked import WireModel
 
 
 class MemoryStore(Store):
@@ -78,8 +80,8 @@ class ScriptedLLM:
     """Answers `<prompt>!`; `answer(prompt)` may return an error or a text instead. `order` shuffles a small window."""
 
     def __init__(self, answer=None, order=None, after=None):
-        self.model_name = "fake"
-        self.default_params = SamplingParams(max_tokens=8)
+        tokenizer = ByteTokenizer()
+        self.wire = WireModel("fake", tokenizer, tokenizer.chat_template, SamplingParams(max_tokens=8))
         self.answer = answer or (lambda prompt: None)
         self.order = order
         self.after = after or (lambda done: None)
@@ -105,7 +107,7 @@ class ScriptedLLM:
         if prompt.error is not None:
             return Completion(prompt.index, [], error=prompt.error)
         said = self.answer(prompt)
-        params = prompt.params or self.default_params
+        params = prompt.params or self.wire.defaults
         ids = [1, 2, prompt.index % 100]
         if isinstance(said, Exception):
             return Completion(prompt.index, ids, error=said)

@@ -1,15 +1,19 @@
 """Rows into prompts: what is a row's error, what is the job file's, and openai-batch bodies."""
 
+from dataclasses import replace
+
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchinfer.errors import BadParameters, InputError, InvalidInput, SpecError
-from batchinfer.job.bodies import chat_messages, parse_body, ready_prompt
+from batchinfer.errors import InputError, InvalidInput, SpecError
+from batchinfer.job.cells import chat_messages, ready_prompt
 from batchinfer.job.prepare import draft_plan
 from batchinfer.request import SamplingParams
 from batchinfer.structured import StructuredOutputs
+from batchinfer.text.tokenizer import ByteTokenizer
+from batchinfer.wire.asked import WireModel, ask, parse
 from tests.job.doubles import ScriptedLLM, job, rows_of_output, run
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -145,77 +149,36 @@ def test_structured_outputs_of_job_and_rows(tmp_path):
         draft_plan(wrong)
 
 
-# -- openai-batch bodies
-
-DEFAULTS = SamplingParams(max_tokens=16)
-ANY_OBJECT = StructuredOutputs("json_object", "")
+# -- openai-batch bodies: what each means is tested beside the endpoint, in tests/server/test_batch_rows
 
 
-@pytest.mark.parametrize(
-    ("url", "body", "field", "value"),
-    [
-        (CHAT, {"max_completion_tokens": 5}, "max_tokens", 5),
-        (CHAT, {"max_tokens": 5, "max_completion_tokens": 5}, "max_tokens", 5),
-        (CHAT, {"stop": "x"}, "stop", ("x",)),
-        (CHAT, {"logprobs": True, "top_logprobs": 3}, "logprobs", 3),
-        (CHAT, {"logprobs": True}, "logprobs", 0),
-        (CHAT, {"logprobs": False}, "logprobs", None),
-        (TEXT, {"logprobs": 2}, "logprobs", 2),
-        (CHAT, {"logit_bias": {"7": -100}}, "logit_bias", {7: -100.0}),
-        (CHAT, {"seed": 4, "n": 2, "top_k": 5, "temperature": None}, "top_k", 5),
-        (CHAT, {"response_format": {"type": "json_object"}}, "structured_outputs", ANY_OBJECT),
-        (TEXT, {"structured_outputs": {"json_object": True}}, "structured_outputs", ANY_OBJECT),
-        (CHAT, {"tools": [], "response_format": {"type": "text"}, "user": "me", "stream": True}, "max_tokens", 16),
-    ],
-)
-def test_bodies_that_are_understood(url, body, field, value):
-    content, params = parse_body(url, {"messages": USER, "prompt": "hi", "model": "m", **body}, DEFAULTS)
-    assert getattr(params, field) == value
-    assert content == (USER if url == CHAT else "hi")
+def test_lines_that_need_lines_for_their_output(tmp_path):
+    bodies = [
+        (TEXT, {"prompt": "a"}, None),
+        (TEXT, {"prompt": ["a", "b"]}, "a list of prompts needs output.format: openai-batch"),
+        (TEXT, {"prompt": "a", "echo": True}, "echo needs"),
+        ("/v1/embeddings", {"input": "a"}, "an embedding needs"),
+        (TEXT, {"prompt": "a", "n": 2}, "n of a row above 1"),
+        ("/v1/rerank", {"input": "a"}, "url '/v1/rerank' is not supported"),
+    ]
+    lines = [{"custom_id": "c", "method": "POST", "url": url, "body": body} for url, body, _ in bodies]
+    (tmp_path / "in.jsonl").write_bytes(b"\n".join(map(orjson.dumps, lines)))
+    source = {"path": str(tmp_path / "in.jsonl"), "format": "openai-batch"}
+    run(job(tmp_path, input=source, prompt=None, output={"format": "parquet"}), ScriptedLLM())
+    for row, (_, _, problem) in zip(rows_of_output(tmp_path / "out"), bodies, strict=True):
+        assert problem in row["error"] if problem else row["response"] == "a!"
 
 
-@pytest.mark.parametrize(
-    ("body", "name"),
-    [
-        ({"tools": [{"type": "function"}]}, "tools"),
-        ({"response_format": {"type": "xml"}}, "response_format.type must be"),
-        ({"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}, "give one"),
-        ({"structured_outputs": {"chioce": ["a"]}}, "did you mean 'choice'"),
-        ({"guided_json": {}}, "guided_json"),
-        ({"temprature": 1}, "temperature"),
-        ({"max_tokens": 4, "max_completion_tokens": 5}, "max_completion_tokens"),
-        ({"logprobs": 3}, "logprobs"),
-        ({"top_logprobs": 3}, "top_logprobs"),
-        ({"logprobs": True, "top_logprobs": 21}, "logprobs"),
-        ({"temperature": "hot"}, "temperature"),
-        ({"reasoning_effort": "high"}, "reasoning_effort"),
-        ({"n": 0}, "n must be"),
-    ],
-)
-def test_what_would_change_the_result_is_refused_by_name(body, name):
-    with pytest.raises(BadParameters, match=name):
-        parse_body(CHAT, {"messages": USER, **body}, DEFAULTS)
-
-
-@pytest.mark.parametrize(
-    ("url", "body"),
-    [
-        ("/v1/embeddings", {"input": "x"}),
-        (None, {}),
-        (CHAT, {}),
-        (CHAT, {"messages": []}),
-        (CHAT, {"messages": "hi"}),
-        (CHAT, "{nonsense"),
-        (CHAT, None),
-        (CHAT, [1]),
-        (TEXT, {"prompt": ["a", "b"]}),
-        (TEXT, {"prompt": ""}),
-        (TEXT, {"prompt": [True]}),
-    ],
-)
-def test_bodies_that_are_no_requests(url, body):
-    with pytest.raises(InvalidInput):
-        parse_body(url, body, DEFAULTS)
+def test_the_jobs_sampling_lies_beneath_a_body(tmp_path):
+    defaults = SamplingParams(max_tokens=40, temperature=0.5, logprobs=1)
+    model = WireModel("m", ByteTokenizer(), ByteTokenizer.chat_template, defaults)
+    for url, asked in ((TEXT, {"prompt": "a"}), (CHAT, {"messages": USER})):
+        params = ask(parse(url, {**asked, "temperature": 0.25, "n": None}), model).params
+        assert (params.max_tokens, params.temperature, params.logprobs, params.n) == (40, 0.25, 1, 1)
+        assert ask(parse(url, {**asked, "max_tokens": 3}), model).params.max_tokens == 3
+    bare = replace(model, defaults=SamplingParams())
+    assert ask(parse(TEXT, {"prompt": "a"}), bare).params.max_tokens == 16
+    assert ask(parse(CHAT, {"messages": USER}), bare).params.max_tokens is None
 
 
 def test_content_parts():

@@ -11,8 +11,10 @@ from batchinfer.io.rows import InputFile, Inputs
 from batchinfer.job.batchlines import build_lines, rows_of_lines
 from batchinfer.job.columns import output_layout
 from batchinfer.job.results import Encoder, build_table, count, decode, encode_row, rows_of_part
-from batchinfer.request import Completion, Output, TokenLogprob
+from batchinfer.request import Completion, Output, SamplingParams, TokenLogprob
 from batchinfer.spec import parse_spec
+from batchinfer.text.tokenizer import ByteTokenizer
+from batchinfer.wire.asked import WireModel
 
 INPUTS = Inputs((InputFile("in.parquet", "parquet", 9, "e", 99),), pa.schema([("id", pa.int64())]))
 BATCH = Inputs(
@@ -88,14 +90,20 @@ def test_batch_lines_give_back_the_rows_they_were_made_from(answers, chat):
     encoder = Encoder(layout)
     rows = decode(b"\n".join(encoder.line(place, answer) for place, answer in enumerate(answers)))
     url = "/v1/chat/completions" if chat else "/v1/completions"
-    carried = pa.table({"custom_id": [f"c{n}" for n in range(len(rows))], "url": [url] * len(rows)})
-    table = build_lines(layout, rows, carried, 7, "m")
+    body = {"messages": [{"role": "user", "content": "x"}]} if chat else {"prompt": "x"}
+    asked = orjson.dumps({**body, "n": 2, "logprobs": True if chat else 2}).decode()
+    names = [f"c{n}" for n in range(len(rows))]
+    carried = pa.table({"custom_id": names, "url": [url] * len(rows), "body": [asked] * len(rows)})
+    model = WireModel("m", ByteTokenizer(), ByteTokenizer.chat_template, SamplingParams())
+    table = build_lines(layout, rows, carried, 7, model)
     lines = [
         {**line, "response": orjson.loads(line["response"]), "error": line["error"] and orjson.loads(line["error"])}
         for line in table.to_pylist()
     ]
     assert [line["custom_id"] for line in lines] == carried.column("custom_id").to_pylist()
-    assert build_lines(layout, rows_of_lines(lines, 7), carried, 7, "m") == table
+    back = rows_of_lines(lines, 7)
+    assert build_lines(layout, back, carried, 7, model) == table and count(back, False) == count(rows, False)
+    assert [row.offset for row in decode(b"\n".join(map(encode_row, back)))] == [row.offset for row in rows]
 
 
 def test_surrogates_in_an_error_do_not_stop_a_job():

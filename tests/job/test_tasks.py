@@ -109,8 +109,7 @@ def test_retry_keeps_what_was_read(rows):
     right = LLM.from_spec(spec, None)
 
     class Flaky:
-        model_name = right.model_name
-        default_params = right.default_params
+        wire = right.wire
         stats = right.stats
 
         def run(self, prompts):

@@ -10,8 +10,9 @@ from batchinfer.io.catalog import Catalog
 from batchinfer.job.batch import BatchRunner
 from batchinfer.llm import LLM
 from batchinfer.server.batches import make_router
-from batchinfer.server.errors import ApiError, of_validation
+from batchinfer.server.errors import ApiError, of_row
 from batchinfer.spec import FakeSpec
+from batchinfer.wire.bodies import of_validation
 
 MODEL = "fake"
 JOB = {"model": "fake", "fake": {"answer_tokens": [2, 12]}, "engine": {"max_num_seqs": 32, "max_model_len": 4096}}
@@ -43,6 +44,6 @@ def make_app(root, llm=None, grace_s=5.0, **options):
 
     @app.exception_handler(RequestValidationError)
     async def validation_error(request, error):
-        return of_validation(error.errors()).response()
+        return of_row(of_validation(error.errors())).response()
 
     return app

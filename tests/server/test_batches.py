@@ -148,7 +148,7 @@ def test_many_faults_are_listed_up_to_a_hundred(client):
 @pytest.mark.parametrize(
     ("values", "param"),
     [
-        ({"endpoint": "/v1/embeddings"}, "endpoint"),
+        ({"endpoint": "/v1/images/generations"}, "endpoint"),
         ({"completion_window": "soon"}, "completion_window"),
         ({"completion_window": "0h"}, "completion_window"),
         ({"input_file_id": "file-none"}, "input_file_id"),

@@ -186,7 +186,7 @@ def test_characters_across_tokens(fake):
 
 def test_one_key_for_texts_that_are_equal():
     from batchinfer.request import TokenLogprob
-    from batchinfer.server.token_texts import CompletionLogprobs, TokenTexts
+    from batchinfer.wire.token_texts import CompletionLogprobs, TokenTexts
 
     class Doubles:
         def bytes_of(self, token_id: int) -> bytes:

@@ -45,7 +45,7 @@ JSON = {"content-type": "application/json"}
         ({"prompt": "x", "temperature": -1}, "temperature", "temperature"),
         ({"prompt": "x", "stop": [""]}, "stop", "stop"),
         ({"prompt": "x", "n": 0}, "n must", "n"),
-        ({"prompt": ["x"] * 100, "n": 1000}, "samples", None),
+        ({"prompt": ["x"] * 100, "n": 1000}, "samples", "n"),
         ({"prompt": "x", "best_of": 2}, "best_of", "best_of"),
         ({"prompt": "x", "suffix": "y"}, "suffix", "suffix"),
         ({"prompt": "x", "use_beam_search": True}, "use_beam_search", "use_beam_search"),

@@ -1,0 +1,92 @@
+"""Whole answers from what is known when all has ended: for request lines, which nobody waits for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import count
+from typing import Any, NamedTuple
+
+from batchinfer.errors import RETRYABLE_KINDS
+from batchinfer.prompting import Content
+from batchinfer.request import FinishReason, TokenLogprob
+from batchinfer.wire.asked import Asked, WireModel
+from batchinfer.wire.bodies import EmbeddingRequest
+from batchinfer.wire.chat import ChatShape
+from batchinfer.wire.choices import Delta
+from batchinfer.wire.completions import CompletionShape
+from batchinfer.wire.token_texts import TokenTexts
+from batchinfer.wire.vectors import embeddings
+
+
+class Said(NamedTuple):
+    """One sample's answer."""
+
+    text: str
+    reason: FinishReason
+    tokens: int
+    logprobs: list[TokenLogprob] | None
+
+
+class Read(NamedTuple):
+    """What is known of one prompt. `ids` where its logprobs are; `vector` where it was embedded."""
+
+    ids: list[int]
+    logprobs: list[TokenLogprob | None] | None
+    vector: list[float] | None
+
+
+class Answers:
+    """Writes the bodies of answers of one model. They depend on what was asked and answered alone: `created` is 0."""
+
+    def __init__(self, model: WireModel) -> None:
+        self._texts = TokenTexts(model.tokenizer)
+        self._name = model.name
+
+    def body(
+        self, asked: Asked, number: int, prompt_tokens: int, prompts: Sequence[Read], said: Sequence[Said]
+    ) -> dict[str, Any]:
+        """`said`: the n answers of each prompt, in order. `number` makes the ids. Raises RowError."""
+        if isinstance(asked.body, EmbeddingRequest):
+            vectors = [prompt.vector or [] for prompt in prompts]
+            return {**embeddings(asked.body, vectors, prompt_tokens), "model": self._name}
+        shape: ChatShape | CompletionShape
+        if asked.messages is not None:
+            calls = count()
+            shape = ChatShape(self._texts, asked, lambda: f"call_{number:09d}_{next(calls)}")
+        else:
+            pairs = zip(prompts, asked.contents, strict=True)
+            shape = CompletionShape(self._texts, asked, [prompt.ids or _ids(content) for prompt, content in pairs])
+        choices, more = shape.whole([_delta(asked, prompts, choice, one) for choice, one in enumerate(said)])
+        tokens = 0 if asked.nothing else sum(one.tokens for one in said)
+        return {
+            "id": f"{shape.prefix}-{number:09d}",
+            "object": shape.kind,
+            "created": 0,
+            "model": self._name,
+            "choices": choices,
+            "usage": usage(prompt_tokens, tokens),
+            **more,
+        }
+
+
+def _ids(content: Content) -> list[int]:
+    return [token for token in content if isinstance(token, int)]
+
+
+def _delta(asked: Asked, prompts: Sequence[Read], choice: int, said: Said) -> Delta:
+    if asked.nothing:
+        return Delta(choice, "", [], [], "length", True)
+    entries = said.logprobs or []
+    scored = prompts[choice // asked.params.n].logprobs
+    return Delta(choice, said.text, [entry.token_id for entry in entries], entries, said.reason, True, scored)
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    total = prompt_tokens + completion_tokens
+    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
+
+
+def problem(kind: str, message: str, param: str | None, prompt_tokens: int) -> tuple[int, dict[str, Any]]:
+    """Status and body of an answer to a request that failed."""
+    error = {"message": message, "type": kind, "param": param, "code": kind}
+    return 500 if kind in RETRYABLE_KINDS else 400, {"error": error, "usage": usage(prompt_tokens, 0)}

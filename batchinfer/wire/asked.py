@@ -1,0 +1,118 @@
+"""From a body to what the engine is asked: prompts, parameters, and what the chat template gets besides messages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from pydantic import ValidationError
+
+from batchinfer.errors import InvalidInput
+from batchinfer.prompting import Content, Framing
+from batchinfer.request import Pooling, SamplingParams
+from batchinfer.scoring import Pooled
+from batchinfer.text.tokenizer import Tokenizer
+from batchinfer.wire.bodies import ChatRequest, CompletionRequest, EmbeddingRequest, of_validation
+from batchinfer.wire.chat_prompt import conversation
+from batchinfer.wire.params import chat_params, completion_params, says_nothing
+from batchinfer.wire.tool_use import ToolUse, tool_use
+
+CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
+ROUTES = (CHAT, COMPLETIONS, EMBEDDINGS)
+DEFAULT_POOLING: Pooling = "mean"
+MAX_SAMPLES = 16384  # of one request: prompts times n
+
+Body = ChatRequest | CompletionRequest | EmbeddingRequest
+_BODIES: dict[str, type[Body]] = {CHAT: ChatRequest, COMPLETIONS: CompletionRequest, EMBEDDINGS: EmbeddingRequest}
+
+
+@dataclass(frozen=True, slots=True)
+class WireModel:
+    """What of a model decides how bodies are read and answers written. `chat_template` is its source."""
+
+    name: str
+    tokenizer: Tokenizer
+    chat_template: str | None
+    defaults: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """`contents` are prompts, each of which gets `params.n` answers, or a vector where they are `read`.
+
+    `nothing`: no tokens are wanted, and what the engine generates is not shown. `shows_prompt`: logprobs of the prompt
+    are wanted as a table of their own. `use`: how tool calls are read from the answers.
+    """
+
+    body: Body
+    contents: list[Content]
+    params: SamplingParams
+    framing: Framing
+    read: Pooled | None = None
+    nothing: bool = False
+    shows_prompt: bool = False
+    use: ToolUse | None = None
+
+    @property
+    def messages(self) -> list[dict[str, Any]] | None:
+        """Of a chat."""
+        return cast(list[dict[str, Any]], self.contents[0]) if isinstance(self.body, ChatRequest) else None
+
+
+def parse(url: Any, body: Any) -> Body:
+    """The body of a request line. Raises InvalidInput."""
+    # some write their server's address before it; a chat's url ends as a completion's does, and so comes first
+    found = next((route for route in ROUTES if isinstance(url, str) and url.endswith(route.removeprefix("/v1"))), None)
+    if found is None:
+        raise InvalidInput(f"url {url!r} is not supported: {', '.join(ROUTES)} are")
+    if not isinstance(body, Mapping):
+        raise InvalidInput("body must be a JSON object")
+    try:
+        return _BODIES[found].model_validate(body)
+    except ValidationError as error:
+        raise of_validation(error.errors()) from None
+
+
+def ask(body: Body, model: WireModel) -> Asked:
+    """Raises BadParameters, InvalidInput."""
+    if isinstance(body, ChatRequest):
+        return _ask_chat(body, model)
+    return _ask_completion(body, model.defaults) if isinstance(body, CompletionRequest) else _ask_vectors(body, model)
+
+
+def _ask_chat(body: ChatRequest, model: WireModel) -> Asked:
+    use = tool_use(body, model.chat_template)
+    forced = use.constraint if use is not None else None
+    params = chat_params(body, model.defaults, forced, keep_special=use is not None and use.keeps_special)
+    messages, variables = conversation(body, body.messages, model.chat_template)
+    # a template writes its special tokens itself
+    framing = Framing(body.add_special_tokens is True, variables, whole_answer=True)
+    return Asked(body, [messages], params, framing, shows_prompt=params.prompt_logprobs is not None, use=use)
+
+
+def _ask_completion(body: CompletionRequest, defaults: SamplingParams) -> Asked:
+    params = completion_params(body, defaults)
+    contents = _contents(body.prompt, "prompt")
+    if len(contents) * params.n > MAX_SAMPLES:
+        raise InvalidInput(f"{len(contents)} prompts times n {params.n} are more than {MAX_SAMPLES} samples", param="n")
+    framing = Framing(body.add_special_tokens is not False, {}, whole_answer=True)
+    nothing = says_nothing(body, defaults)
+    shows = body.prompt_logprobs if body.prompt_logprobs is not None else defaults.prompt_logprobs
+    return Asked(body, contents, params, framing, nothing=nothing, shows_prompt=shows is not None)
+
+
+def _ask_vectors(body: EmbeddingRequest, model: WireModel) -> Asked:
+    contents = _contents(body.input, "input")
+    if len(contents) > MAX_SAMPLES:
+        raise InvalidInput(f"{len(contents)} inputs are more than {MAX_SAMPLES}", param="input")
+    read = Pooled(body.pooling or DEFAULT_POOLING, body.normalize is not False, body.dimensions)
+    return Asked(body, contents, model.defaults, Framing(True), read)
+
+
+def _contents(given: Any, name: str) -> list[Content]:
+    if isinstance(given, str) or (given and isinstance(given[0], int)):
+        given = [given]
+    if not given or not all(given):
+        raise InvalidInput(f"{name} is empty", param=name)
+    return list(given)

@@ -1,0 +1,74 @@
+"""Choices of /v1/completions: text, the prompt's before it with `echo`, and a table of logprobs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from batchinfer.request import TokenLogprob
+from batchinfer.wire.asked import Asked
+from batchinfer.wire.bodies import CompletionRequest
+from batchinfer.wire.choices import Delta
+from batchinfer.wire.token_texts import CompletionLogprobs, TokenTexts, prompt_logprobs
+
+Entries = Sequence[TokenLogprob | None]
+
+
+class CompletionShape:
+    """ids: token ids by prompt."""
+
+    kind = chunk_kind = "text_completion"
+    prefix = "cmpl"
+
+    def __init__(self, texts: TokenTexts, asked: Asked, ids: list[list[int]]) -> None:
+        body = asked.body
+        assert isinstance(body, CompletionRequest)
+        self._texts = texts
+        self._count = asked.params.logprobs
+        self._as_ids = bool(body.return_tokens_as_token_ids)
+        self._shows_prompt = asked.shows_prompt
+        self._ids = ids
+        pairs = zip(asked.contents, ids, strict=True) if body.echo else ()
+        self._echoed = [content if isinstance(content, str) else texts.whole(own) for content, own in pairs]
+        self._n = asked.params.n
+        self._logprobs: dict[int, CompletionLogprobs] = {}
+
+    def whole(self, deltas: list[Delta]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        return [self._choice(delta) for delta in deltas], {}
+
+    def pieces(self, delta: Delta) -> list[dict[str, Any]]:
+        quiet = not delta.text and delta.reason is None and not (delta.logprobs or (delta.first and self._echoed))
+        return [] if quiet else [self._choice(delta)]
+
+    def _choice(self, delta: Delta) -> dict[str, Any]:
+        prompt = delta.choice // self._n
+        echoes = delta.first and bool(self._echoed)
+        text = self._echoed[prompt] + delta.text if echoes else delta.text
+        choice = {
+            "index": delta.choice,
+            "text": text,
+            "logprobs": None,
+            "finish_reason": delta.reason,
+        }
+        if self._count is not None:
+            entries: list[TokenLogprob | None] = list(delta.logprobs)
+            token_ids = delta.token_ids
+            if echoes and delta.prompt_logprobs is not None:
+                token_ids = self._ids[prompt] + token_ids
+                entries = [*delta.prompt_logprobs, *entries]
+            choice["logprobs"] = self._table(delta.choice).of(token_ids, _best(entries, self._count))
+        if self._shows_prompt and delta.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = prompt_logprobs(self._texts, delta.prompt_logprobs)
+        return choice
+
+    def _table(self, choice: int) -> CompletionLogprobs:
+        if choice not in self._logprobs:
+            self._logprobs[choice] = CompletionLogprobs(self._texts, self._as_ids)
+        return self._logprobs[choice]
+
+
+def _best(entries: Entries, count: int) -> Entries:
+    """At most `count` alternatives each: a prompt's may be more, if both kinds of logprobs were asked for."""
+    if all(entry is None or len(entry.top) <= count for entry in entries):
+        return entries
+    return [None if entry is None else entry._replace(top=entry.top[:count]) for entry in entries]
