@@ -6,6 +6,7 @@ that is wrong becomes an error completion here; no exception for one prompt leav
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -113,8 +114,16 @@ class Preparer:
 
     def prepare(self, prompts: list[Prompt]) -> list[Prepared | Completion]:
         """One result per prompt, in order: ready to run, or an error completion."""
+        for params in {id(one.params): one.params for one in prompts if one.read is None}.values():
+            with contextlib.suppress(BadParameters):  # said again where its prompt is looked at
+                self.compile(params or self._defaults)
         with self._turn:
             return self._prepare(prompts)
+
+    def compile(self, params: SamplingParams) -> None:
+        """Have the grammar of `params`, if they ask for one, at hand. Nobody waits meanwhile. Raises BadParameters."""
+        if params.structured_outputs is not None:
+            self._grammars.compile(params.structured_outputs)
 
     def _prepare(self, prompts: list[Prompt]) -> list[Prepared | Completion]:
         contents = [self._content(prompt) for prompt in prompts]

@@ -110,6 +110,8 @@ class Frontend:
         self._max_waiting = max_waiting
         self._generations: dict[int, Taker] = {}
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="batchinfer-prepare")
+        # of its own: requests without a grammar do not wait for one that takes long to compile
+        self._grammars = ThreadPoolExecutor(2, thread_name_prefix="batchinfer-grammar")
         self._loop: asyncio.AbstractEventLoop | None = None
         metrics.watch(lambda: self.engine.snapshot)
 
@@ -120,7 +122,8 @@ class Frontend:
 
     def stop(self) -> None:
         self.engine.stop()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._grammars):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     @property
     def failure(self) -> str | None:
@@ -169,6 +172,9 @@ class Frontend:
 
     async def prepare(self, prompts: Sequence[list[int]], asked: Asked) -> list[Prepared]:
         """Check token ids and parameters against the model. Raises ApiError for the first prompt that is wrong."""
+        if asked.params.structured_outputs is not None and asked.read is None:
+            compile_ = self.model.parts.preparer.compile
+            await asyncio.get_running_loop().run_in_executor(self._grammars, lambda: compile_(asked.params))
         return await self.in_pool(lambda: self._prepare(prompts, asked))
 
     def _prepare(self, prompts: Sequence[list[int]], asked: Asked) -> list[Prepared]:

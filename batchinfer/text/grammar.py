@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import json
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 from batchinfer.errors import BadParameters, InvalidInput
 from batchinfer.request import Constraint, Matcher
 from batchinfer.structured import StructuredOutputs
+from batchinfer.text.grammar_trial import Trials, Vocabulary
 from batchinfer.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -45,7 +47,7 @@ class Grammars:
     """Compiles constraints for one model. The table of tokens is built with the first, each constraint once.
 
     vocab_size: of the model's logits; what the tokenizer does not have of it is never allowed. eos_ids: allowed where a
-    grammar may end, and nowhere else. Used from one thread at a time; what it compiles may be used from another.
+    grammar may end, and nowhere else. Threads that want what is compiled do not wait for one that compiles.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: frozenset[int]) -> None:
@@ -54,28 +56,49 @@ class Grammars:
         self._eos_ids = eos_ids
         self._table: llguidance.LLTokenizer | None = None
         self._compiled: OrderedDict[StructuredOutputs, Constraint | str] = OrderedDict()
+        self._kept = threading.Lock()  # of `_compiled`
+        self._turn = threading.Lock()  # of whoever compiles
+        self._trials: Trials | None = None
 
     def compile(self, wanted: StructuredOutputs) -> Constraint:
         """Raises BadParameters for what is invalid, unsupported, too large, or cannot be followed by any answer."""
-        found = self._compiled.get(wanted)
+        found = self._find(wanted)
         if found is None:
-            try:
-                found = self._compile(wanted)
-            except BadParameters as error:
-                found = str(error)
-            self._compiled[wanted] = found
-            if len(self._compiled) > _COMPILED:
-                self._compiled.popitem(last=False)
-        self._compiled.move_to_end(wanted)
+            with self._turn:
+                found = self._find(wanted) or self._made(wanted)
         if isinstance(found, str):
             raise BadParameters(found)
         return found
 
+    def _find(self, wanted: StructuredOutputs) -> Constraint | str | None:
+        with self._kept:
+            if wanted in self._compiled:
+                self._compiled.move_to_end(wanted)
+            return self._compiled.get(wanted)
+
+    def _made(self, wanted: StructuredOutputs) -> Constraint | str:
+        made: Constraint | str
+        try:
+            made = self._compile(wanted)
+        except BadParameters as error:
+            made = str(error)
+        with self._kept:
+            self._compiled[wanted] = made
+            if len(self._compiled) > _COMPILED:
+                self._compiled.popitem(last=False)
+        return made
+
     def _compile(self, wanted: StructuredOutputs) -> Constraint:
         library = _library()
-        if self._table is None:
-            self._table = _token_table(self._tokenizer, self._vocab_size, self._eos_ids)
-        matcher = library.LLMatcher(self._table, _source(wanted), log_level=0, limits=_limits())
+        if self._table is None or self._trials is None:
+            table = _TokenTable(self._tokenizer, self._vocab_size, self._eos_ids)
+            self._trials = Trials(Vocabulary(table.tokens, table.special_token_ids, table.eos_ids))
+            self._table = _token_table(table)
+        source = _source(wanted)
+        problem = self._trials.problem(source)
+        if problem:
+            raise _refusal(wanted, problem)
+        matcher = library.LLMatcher(self._table, source, log_level=0, limits=_limits())
         if not matcher.is_error():
             matcher.compute_bitmask()  # finds grammars that no text follows, and what is dear is paid here
         if matcher.is_error():
@@ -165,11 +188,10 @@ class _TokenTable:
         return known and b"".join(self.tokens[token] for token in ids) == text.encode()
 
 
-def _token_table(tokenizer: Tokenizer, vocab_size: int, eos_ids: frozenset[int]) -> llguidance.LLTokenizer:
+def _token_table(table: _TokenTable) -> llguidance.LLTokenizer:
     library = _library()
-    table = _TokenTable(tokenizer, vocab_size, eos_ids)
     made: llguidance.LLTokenizer = library.LLTokenizer(
-        cast(Any, table), n_vocab=vocab_size, eos_token=table.eos_ids, slices=library.LLTokenizer.json_slices()
+        cast(Any, table), n_vocab=len(table.tokens), eos_token=table.eos_ids, slices=library.LLTokenizer.json_slices()
     )
     table.greedy = made.greedy_tokenize
     return made

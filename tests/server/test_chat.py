@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import pytest
 
 from batchinfer.llm import LLM
 from batchinfer.spec import FakeSpec
+from batchinfer.text.grammar_trial import Trials
 from batchinfer.wire.tool_use import ToolStream, ToolUse
 from tests.server.conftest import Endpoint
 
@@ -262,3 +264,28 @@ def test_a_forced_call_in_the_models_own_format(tiny_directory):
         assert events[-1]["choices"][0]["finish_reason"] == "tool_calls"
     finally:
         endpoint.close()
+
+
+def test_grammars_that_take_long_hold_up_no_other_request(tiny, monkeypatch):
+    begun, go = threading.Event(), threading.Event()
+
+    def held(trials, source):
+        begun.set()
+        assert go.wait(20)
+        return "too large"
+
+    monkeypatch.setattr(Trials, "problem", held)
+    slow = [
+        tiny.begin(tiny.client.post(CHAT, json={"messages": HI, "structured_outputs": {"regex": f"a{{{1000 + n}}}"}}))
+        for n in range(6)
+    ]
+    assert begun.wait(20)
+    assert tiny.chat(messages=HI, max_tokens=2, temperature=0) and not any(one.done() for one in slow)
+    go.set()
+    assert [one.result(20).status_code for one in slow] == [400] * 6
+
+
+def test_a_hostile_expression_is_a_400(tiny):
+    error = tiny.refused(CHAT, {"messages": HI, "structured_outputs": {"regex": "a{1000000000}"}})
+    assert error["param"] == "structured_outputs" and "too large" in error["message"]
+    assert tiny.chat(messages=HI, max_tokens=5, structured_outputs={"regex": "ab"})["choices"][0]["message"]["content"]

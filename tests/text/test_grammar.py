@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 
 import numpy as np
@@ -11,10 +12,12 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
 from batchinfer.errors import BadParameters
-from batchinfer.request import Constraint, Matcher
+from batchinfer.prompting import Limits, Prepared, Preparer, Prompt
+from batchinfer.request import Constraint, Matcher, SamplingParams
 from batchinfer.structured import MAX_CHARACTERS, StructuredOutputs
 from batchinfer.text.fast import FastTokenizer, TokenizerFacts
 from batchinfer.text.grammar import Grammars, validate
+from batchinfer.text.grammar_trial import Trials
 from batchinfer.text.pieces import BYTE_ALPHABET
 from batchinfer.text.tokenizer import ByteTokenizer
 
@@ -240,3 +243,66 @@ def test_without_the_library_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(BadParameters, match=r"pip install 'batchinfer\[structured\]'"):
         compiled(byte_grammars(), regex="a")
+
+
+# -- trials
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"regex": "a{1000000000}"}, "too large"),  # gigabytes, written out
+        ({"regex": "((a{100}){100}){100}"}, "too large"),
+        ({"grammar": 'start: A{1000}\nA: B{1000}\nB: C{1000}\nC:"x"'}, "too large"),
+        ({"json": {"type": "string", "pattern": "^a{5000000}$"}}, "too large"),
+        ({"regex": "a{150000}"}, "too slow to follow|too large"),
+    ],
+)
+def test_what_takes_too_long_is_refused_once_and_hurts_nobody(given, why):
+    grammars = byte_grammars()
+    with pytest.raises(BadParameters, match=f"structured_outputs.{next(iter(given))}: ({why})"):
+        compiled(grammars, **given)
+    began = time.process_time()
+    with pytest.raises(BadParameters, match=why):
+        compiled(grammars, **given)
+    assert time.process_time() - began < 0.1  # remembered
+    follow(compiled(grammars, regex="a{3}"), b"aaa")
+
+
+def test_nobody_waits_for_a_grammar_that_takes_long(monkeypatch):
+    """Neither prompts without one, nor those with one that is compiled already."""
+    grammar = {"regex": "b+"}
+    limits = Limits(100, 258, frozenset({EOS}))
+    preparer = Preparer(ByteTokenizer(), limits, SamplingParams(), None)
+    known = SamplingParams(structured_outputs=StructuredOutputs.of(grammar))
+    preparer.compile(known)
+    begun, go = threading.Event(), threading.Event()
+
+    def held(trials, source):
+        begun.set()
+        assert go.wait(20)
+        return ""
+
+    monkeypatch.setattr(Trials, "problem", held)
+    slow = SamplingParams(structured_outputs=StructuredOutputs.of({"regex": "c+"}))
+    results = []
+    waiting = threading.Thread(target=lambda: results.extend(preparer.prepare([Prompt(0, "x", slow)])))
+    waiting.start()
+    assert begun.wait(20)
+    plain, constrained = preparer.prepare([Prompt(1, "y"), Prompt(2, "z", known)])
+    assert isinstance(plain, Prepared) and isinstance(constrained, Prepared) and not results
+    go.set()
+    waiting.join(20)
+    assert isinstance(results[0], Prepared) and results[0].requests[0].constraint is not None
+
+
+def test_a_process_that_was_killed_is_started_again():
+    grammars = byte_grammars()
+    compiled(grammars, regex="x")
+    trials = grammars._trials
+    trials._process.kill()
+    trials._process.wait()
+    compiled(grammars, regex="y")
+    process = trials._process
+    trials.close()
+    assert process.poll() is not None
