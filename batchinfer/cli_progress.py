@@ -164,11 +164,16 @@ def summary(report: Report) -> str:
         if rows["committed_before"] + rows["recovered"]:
             lines.append(f"{rows['committed_before'] + rows['recovered']:,} rows were done before")
         lines.append(
-            f"{tokens['prompt']:,} tokens in ({report.rates['cache_reuse']:.0%} from the prefix cache), "
-            f"{tokens['completion']:,} out, {report.rates['completion_tokens_per_s']:,.0f} out per second"
+            f"{tokens['prompt']:,} tokens in ({report.rates['cache_reuse']:.0%} from the prefix cache), {_made(report)}"
         )
     if not report.complete:
         lines.append("other workers are not done: `batchinfer status` shows how far they are")
     failed = [f"batchinfer show {output} --errors"] if rows["failed"] else []
     commands = [f"batchinfer show {output}", *failed, f"batchinfer verify {output}"]
     return "\n".join([*lines, f"output: {output}", "next:", *(f"  {command}" for command in commands)])
+
+
+def _made(report: Report) -> str:
+    """Tokens that were scored, by the tasks that score, or else generated."""
+    kind, word = ("scored", "scored") if report.tokens["scored"] else ("completion", "out")
+    return f"{report.tokens[kind]:,} {word}, {report.rates[f'{kind}_tokens_per_s']:,.0f} {word} per second"

@@ -194,8 +194,7 @@ class JobSpec(_Section):
     @field_validator("sampling")
     @classmethod
     def _sampling(cls, value: dict[str, Any]) -> dict[str, Any]:
-        # a job's output has no column for the logprobs of prompts
-        known = {f.name for f in dataclasses.fields(SamplingParams)} - {"prompt_logprobs"} | {"column"}
+        known = {f.name for f in dataclasses.fields(SamplingParams)} | {"column"}
         for name in value:
             if name not in known:
                 raise ValueError(f"unknown sampling parameter {name!r}{suggest(name, known)}")

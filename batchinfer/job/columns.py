@@ -70,7 +70,8 @@ def output_layout(spec: JobSpec, inputs: Inputs) -> Layout:
     added = _added(spec, listed, exploded)
     _refuse_clash(carried, added, inputs)
     schema = pa.schema([inputs.schema.field(name) for name in carried] + added)
-    json_columns = (inputs.text_json & set(carried)) | {spec.output.prefix + "logprobs"}
+    tables = {spec.output.prefix + name for name in ("logprobs", "prompt_logprobs")}
+    json_columns = (inputs.text_json & set(carried)) | tables
     return Layout(format_, compression, carried, schema, frozenset(json_columns), spec.output.prefix, listed, exploded)
 
 
@@ -92,6 +93,8 @@ def _added(spec: JobSpec, listed: bool, exploded: bool) -> list[pa.Field]:
     rows_may_ask = spec.sampling_column is not None or spec.input.format == "openai-batch"
     if spec.sampling_values.get("logprobs") is not None or rows_may_ask:
         fields.append(("logprobs", pa.string()))
+    if spec.sampling_values.get("prompt_logprobs") is not None or rows_may_ask:
+        fields.append(("prompt_logprobs", pa.string()))
     return [pa.field(spec.output.prefix + name, kind) for name, kind in fields]
 
 

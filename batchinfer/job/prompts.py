@@ -158,8 +158,6 @@ class RowPrompts:
             values = dict(values)  # how Arrow gives a map
         if not isinstance(values, dict):
             raise BadParameters(f"column {self._sampling_column!r} must hold a mapping of sampling parameters")
-        if "prompt_logprobs" in values:
-            raise BadParameters("prompt_logprobs: a job's output has no column for the logprobs of prompts")
         params = SamplingParams.from_mapping(values, defaults)
         if len(self._remembered) >= _REMEMBERED:
             self._remembered.clear()

@@ -73,6 +73,7 @@ class Tally:
     examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    scored_tokens: int = 0  # of continuations and texts, by the tasks that score
     recovered_rows: int = 0
     recovered_errors: int = 0
     before_rows: int = 0
@@ -84,6 +85,8 @@ class Tally:
         self.prompt_tokens += len(completion.prompt_token_ids)
         for output in completion.outputs:
             self.completion_tokens += len(output.token_ids)
+        for score in completion.scores or ():
+            self.scored_tokens += len(score.token_ids)
         if completion.error is not None:
             self.errors[completion.error.kind] += 1
             examples = self.examples.setdefault(completion.error.kind, [])

@@ -21,6 +21,7 @@ from batchinfer.job.columns import ERROR, OK, READ_COLUMNS, Layout
 from batchinfer.request import Completion, Output, TokenLogprob
 from batchinfer.wire.params import param_of
 
+_OF_PROMPT = "prompt_logprobs"
 _READ_NAMES = [name for names in READ_COLUMNS.values() for name in names]
 Sample = tuple[str, str, int, list[int] | None, list[Any] | None]
 
@@ -55,6 +56,7 @@ class Encoder:
         self._ids = layout.has("prompt_token_ids")
         self._lines = layout.format == "openai-batch"
         self._logprobs = layout.has("logprobs") or self._lines
+        self._of_prompt = layout.has(_OF_PROMPT)
 
     def line(self, offset: int, completion: Completion) -> bytes:
         prompt = completion.prompt_token_ids
@@ -65,8 +67,13 @@ class Encoder:
             why = (error.kind, str(error)) if param is None else (error.kind, str(error), param)
             return _dumps((offset, len(prompt), ids, (), why))
         samples = [self._sample(output) for output in completion.outputs]
-        read = _prompts(completion) if self._lines else _read(completion)
+        read = _prompts(completion) if self._lines else self._read(completion)
         return encode_row(Row(offset, len(prompt), ids, samples, None, read))
+
+    def _read(self, completion: Completion) -> dict[str, Any] | None:
+        if not self._of_prompt or completion.prompt_logprobs is None:
+            return _read(completion)
+        return {_OF_PROMPT: [entry and _plain(entry) for entry in completion.prompt_logprobs]}
 
     def _sample(self, output: Output) -> Sample:
         ids = output.token_ids
@@ -186,6 +193,8 @@ def _added_values(layout: Layout, rows: list[Row], first_row: int) -> dict[str, 
         values["token_ids"] = _per_sample(layout, rows, 3)
     if layout.has("logprobs"):
         values["logprobs"] = [_logprobs_text(layout, row) for row in rows]
+    if layout.has(_OF_PROMPT):
+        values[_OF_PROMPT] = [_prompt_text(row) for row in rows]
     return values
 
 
@@ -203,17 +212,19 @@ def _logprobs_text(layout: Layout, row: Row) -> str | None:
     return orjson.dumps(lists if layout.listed else lists[0]).decode()
 
 
-def _logprob_values(logprobs: list[Any] | None) -> list[dict[str, Any]] | None:
-    if logprobs is None:
-        return None
-    return [
-        {
-            "token_id": token,
-            "logprob": logprob,
-            "top": [{"token_id": other, "logprob": value} for other, value in top],
-        }
-        for token, logprob, top in logprobs
-    ]
+def _prompt_text(row: Row) -> str | None:
+    """The same for the prompt's tokens: null for the first."""
+    entries = (row.read or {}).get(_OF_PROMPT)
+    return None if entries is None else orjson.dumps(_logprob_values(entries)).decode()
+
+
+def _logprob_values(logprobs: list[Any] | None) -> list[dict[str, Any] | None] | None:
+    return None if logprobs is None else [entry and _named(*entry) for entry in logprobs]
+
+
+def _named(token: int, logprob: float, top: list[Any]) -> dict[str, Any]:
+    best = [{"token_id": other, "logprob": value} for other, value in top]
+    return {"token_id": token, "logprob": logprob, "top": best}
 
 
 def rows_of_part(layout: Layout, values: Iterable[dict[str, Any]], first_row: int) -> list[Row]:
@@ -228,6 +239,8 @@ def rows_of_part(layout: Layout, values: Iterable[dict[str, Any]], first_row: in
         error = [value["error_type"], value["error"]] if value["status"] == ERROR else None
         read = None if error else {name: value[name] for name in filter(layout.has, _READ_NAMES)} or None
         samples = [] if error or read else _samples(layout, value)
+        if samples and value.get(_OF_PROMPT) is not None:
+            read = {_OF_PROMPT: _line_logprobs(_loaded(value[_OF_PROMPT]))}
         if offset in rows:
             rows[offset].samples.extend(samples)
         else:
@@ -236,8 +249,7 @@ def rows_of_part(layout: Layout, values: Iterable[dict[str, Any]], first_row: in
 
 
 def _samples(layout: Layout, value: dict[str, Any]) -> list[Sample]:
-    logprobs = value.get("logprobs")
-    lists = orjson.loads(logprobs) if isinstance(logprobs, str) else logprobs
+    lists = _loaded(value.get("logprobs"))
     if not layout.listed:
         tokens, ids = value["completion_tokens"], value.get("token_ids")
         return [(value["response"], value["finish_reason"], tokens, ids, _line_logprobs(lists))]
@@ -250,11 +262,16 @@ def _samples(layout: Layout, value: dict[str, Any]) -> list[Sample]:
     return samples
 
 
-def _line_logprobs(values: list[dict[str, Any]] | None) -> list[Any] | None:
+def _loaded(cell: Any) -> Any:
+    """A cell of JSON, which is text in Parquet and a value in lines."""
+    return orjson.loads(cell) if isinstance(cell, str) else cell
+
+
+def _line_logprobs(values: list[dict[str, Any] | None] | None) -> list[Any] | None:
     if values is None:
         return None
     return [
-        [entry["token_id"], entry["logprob"], [[top["token_id"], top["logprob"]] for top in entry["top"]]]
+        entry and [entry["token_id"], entry["logprob"], [[top["token_id"], top["logprob"]] for top in entry["top"]]]
         for entry in values
     ]
 

@@ -151,6 +151,7 @@ class RunState:
         report.tokens = {
             "prompt": snapshot.prompt_tokens,
             "completion": snapshot.completion_tokens,
+            "scored": tally.scored_tokens,
             "prompt_computed": snapshot.computed_tokens,
             "prompt_reused": snapshot.reused_tokens,
         }
@@ -160,6 +161,7 @@ class RunState:
             "rows_per_s": round(tally.rows / seconds, 2),
             "prompt_tokens_per_s": round(snapshot.prompt_tokens / seconds, 1),
             "completion_tokens_per_s": round(snapshot.completion_tokens / seconds, 1),
+            "scored_tokens_per_s": round(tally.scored_tokens / seconds, 1),
             "cache_reuse": round(snapshot.reused_tokens / seen, 4) if seen else 0.0,
         }
         if self.llm is not None:

@@ -10,6 +10,7 @@ import pytest
 from batchinfer.errors import InputError, InvalidInput, SpecError
 from batchinfer.job.cells import chat_messages, ready_prompt
 from batchinfer.job.prepare import draft_plan
+from batchinfer.llm import LLM
 from batchinfer.request import SamplingParams
 from batchinfer.structured import StructuredOutputs
 from batchinfer.text.tokenizer import ByteTokenizer
@@ -191,6 +192,19 @@ def test_content_parts():
     assert ready_prompt([1, 2], "p") == [1, 2]
 
 
-def test_logprobs_of_prompts_have_no_column(tmp_path):
-    with pytest.raises(SpecError, match="unknown sampling parameter 'prompt_logprobs'"):
-        job(tmp_path, sampling={"prompt_logprobs": 1})
+@pytest.mark.parametrize("form", ["parquet", "jsonl"])
+def test_logprobs_of_prompts_have_a_column(tmp_path, form):
+    """As `LLM.generate` gives them; rows may ask for themselves."""
+    overrides = ['{"prompt_logprobs": 2}', None]
+    pq.write_table(pa.table({"text": ["abc", "de"], "over": overrides}), tmp_path / "in.parquet")
+    sampling = {"prompt_logprobs": 0, "max_tokens": 0, "column": "over"}
+    spec = job(tmp_path, sampling=sampling, output={"format": form})
+    run(spec)
+    for row, text, count in zip(rows_of_output(tmp_path / "out"), ("abc", "de"), (2, 0), strict=True):
+        (expected,) = LLM("fake").generate([text], SamplingParams(max_tokens=0, prompt_logprobs=count))
+        found = row["prompt_logprobs"]
+        found = orjson.loads(found) if form == "parquet" else found
+        assert row["status"] == "ok" and row["response"] == "" and found[0] is None
+        for entry, own in zip(found[1:], expected.prompt_logprobs[1:], strict=True):
+            top = [{"token_id": token, "logprob": value} for token, value in own.top]
+            assert entry == {"token_id": own.token_id, "logprob": own.logprob, "top": top} and len(top) == count

@@ -48,7 +48,9 @@ OUTPUTS = st.builds(Output, st.text(max_size=20), TOKENS, st.sampled_from(["stop
 
 
 def completions(samples):
-    fine = st.builds(Completion, st.just(0), TOKENS, st.lists(OUTPUTS, min_size=samples, max_size=samples), st.none())
+    outputs = st.lists(OUTPUTS, min_size=samples, max_size=samples)
+    of_prompt = st.none() | LOGPROBS.map(lambda entries: [None, *entries])
+    fine = st.builds(Completion, st.just(0), TOKENS, outputs, st.none(), of_prompt)
     errors = st.sampled_from(ROW_ERRORS).flatmap(lambda kind: st.builds(kind, st.text(max_size=10)))
     failed = st.builds(Completion, st.just(0), TOKENS, st.just([]), errors)
     return st.lists(st.tuples(fine | failed), min_size=1, max_size=6).map(lambda rows: [row for (row,) in rows])
@@ -56,9 +58,9 @@ def completions(samples):
 
 LAYOUTS = {
     "plain": (1, layout_of()),
-    "all": (1, layout_of(token_ids=True, prefix="m_", sampling={"logprobs": 2})),
-    "list": (2, layout_of(token_ids=True, sampling={"n": 2, "logprobs": 2})),
-    "rows": (2, layout_of(token_ids=True, samples="rows", sampling={"n": 2, "logprobs": 2})),
+    "all": (1, layout_of(token_ids=True, prefix="m_", sampling={"logprobs": 2, "prompt_logprobs": 1})),
+    "list": (2, layout_of(token_ids=True, sampling={"n": 2, "logprobs": 2, "prompt_logprobs": 0})),
+    "rows": (2, layout_of(token_ids=True, samples="rows", sampling={"n": 2, "logprobs": 2, "prompt_logprobs": 2})),
 }
 
 

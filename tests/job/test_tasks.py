@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchinfer import LLM
+from batchinfer.cli_progress import summary
 from batchinfer.errors import EngineFailure, InputError, OutputConflict, SpecError, StorageError
 from batchinfer.job.audit import Audit
 from batchinfer.job.preview import preview
@@ -36,7 +37,9 @@ def checked(tmp_path) -> Audit:
 
 
 def test_score(rows):
-    run(task_job(rows, "score", score={"continuation": "{{ answer }}"}))
+    report = run(task_job(rows, "score", score={"continuation": "{{ answer }}"}))
+    assert report.tokens["scored"] == 9 * 9 and report.tokens["completion"] == 0
+    assert "81 scored" in summary(report)
     found = rows_of_output(rows / "out")
     expected = LLM("fake").score([(f"row {n}", f" answer {n}") for n in range(9)])
     for row, completion in zip(found, expected, strict=False):
