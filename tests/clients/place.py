@@ -31,6 +31,7 @@ class Place:
     work: Path
     port: int
     samples: int
+    minutes: float
 
     @property
     def url(self) -> str:
@@ -77,7 +78,29 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def wait_healthy(place: Place, server: subprocess.Popen, log: Path, timeout_s: float = 120) -> None:
+@contextlib.contextmanager
+def started(place: Place, name: str, model: Path, *options: object, module: str = "batchinfer.cli"):
+    """`batchinfer serve` over the model as a process that is healthy; it is killed if it outlives the block."""
+    log = place.work / f"{name}.log"
+    start = ["-m", module] if module != "batchinfer.cli" else ["-c", "from batchinfer.cli import process; process()"]
+    command = [sys.executable, *start, "serve", str(model), "--port", str(place.port)]
+    command += ["--served-model-name", MODEL, *map(str, options)]
+    with log.open("w") as out:
+        # the key is in the environment, as README advises
+        env = {**os.environ, "BATCHINFER_API_KEY": KEY}
+        server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=place.root, env=env)
+    try:
+        _wait_healthy(place, server, log)
+        yield server
+        if server.returncode is None and server.poll() is not None:
+            raise Failed(f"the server died with {server.returncode}:\n{log.read_text()[-3000:]}")
+    finally:
+        if server.poll() is None:
+            server.kill()
+            server.wait()
+
+
+def _wait_healthy(place: Place, server: subprocess.Popen, log: Path, timeout_s: float = 120) -> None:
     give_up = time.monotonic() + timeout_s
     while True:
         if server.poll() is not None or time.monotonic() > give_up:
@@ -89,23 +112,11 @@ def wait_healthy(place: Place, server: subprocess.Popen, log: Path, timeout_s: f
 
 
 @contextlib.contextmanager
-def serving(place: Place, gguf: Path):
-    """`batchinfer serve` over the model, for as long as the block lasts; an exit that is not clean raises Failed."""
-    log = place.work / "server.log"
-    command = [sys.executable, "-c", "from batchinfer.cli import process; process()", "serve", str(gguf)]
-    command += ["--port", str(place.port), "--served-model-name", MODEL, "--api-key", KEY]
-    with log.open("w") as out:
-        server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=place.root)
-    try:
-        wait_healthy(place, server, log)
+def serving(place: Place, model: Path):
+    """A server for as long as the block lasts; an exit that is not clean raises Failed."""
+    with started(place, "server", model) as server:
         yield
-        if server.poll() is not None:
-            raise Failed(f"the server died with {server.returncode}:\n{log.read_text()[-3000:]}")
         server.terminate()
         code = server.wait(30)
-        if code not in (0, 33):
-            raise Failed(f"the server ended with {code} on SIGTERM; see {log}")
-    finally:
-        if server.poll() is None:
-            server.kill()
-            server.wait()
+        if code != 0:
+            raise Failed(f"the server ended with {code} on SIGTERM; see {place.work / 'server.log'}")

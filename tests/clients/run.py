@@ -1,6 +1,6 @@
 """Real clients against a server that this starts, each in its own process; `make clients` sets up their environments.
 
-python -m tests.clients.run [--samples N] [CHECK …]
+python -m tests.clients.run [--samples N] [--minutes N] [CHECK …]
 """
 
 import argparse
@@ -8,6 +8,8 @@ import shutil
 import sys
 import time
 from pathlib import Path
+
+from transformers.utils import logging
 
 from tests.clients.checks import CHECKS
 from tests.clients.place import Failed, Place, free_port, serving
@@ -24,6 +26,7 @@ def main() -> int:
     parser.add_argument("--model", type=Path, default=GGUF, help="the GGUF file")
     parser.add_argument("--work", type=Path, default=CLIENTS / "work", help="logs and results; emptied first")
     parser.add_argument("--samples", type=int, default=100, help="of each task of lm-eval, 100 at most")
+    parser.add_argument("--minutes", type=float, default=5, help="how long the soak lasts")
     parser.add_argument("checks", nargs="*", help=f"default all: {' '.join(CHECKS)}")
     asked = parser.parse_args()
     if unknown := set(asked.checks) - CHECKS.keys():
@@ -32,7 +35,9 @@ def main() -> int:
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     clients = asked.clients.resolve()
-    place = Place(ROOT, clients / "main", clients / "aiperf", work / "model", work, free_port(), asked.samples)
+    environments = (clients / "main", clients / "aiperf")
+    place = Place(ROOT, *environments, work / "model", work, free_port(), asked.samples, asked.minutes)
+    logging.disable_progress_bar()
     write_safetensors(asked.model, place.model)
     failed = 0
     with serving(place, asked.model):
