@@ -10,11 +10,15 @@ import sys
 import threading
 import time
 import urllib.request
+from pathlib import Path
 
 import httpx
 import pytest
+import torch
 
+from batchinfer import cli_serve
 from batchinfer.cli import main
+from batchinfer.errors import ModelError
 
 PRINT = "import os, sys; print(os.environ['OPENAI_BASE_URL'], os.environ['OPENAI_API_KEY'], *sys.argv[1:]); "
 ASK = """
@@ -205,3 +209,36 @@ def test_a_port_that_is_taken(capsys):
         port = taken.getsockname()[1]
         assert main(["serve", "fake", "--port", str(port)]) == 64
     assert f"cannot listen on 127.0.0.1 port {port}" in capsys.readouterr().err
+
+
+def test_loading_leaves_no_openmp_workers():
+    """Beside the engine thread's own they would be more than the cores, and libgomp then sleeps at every barrier."""
+    tasks = Path("/proc/self/task")
+    if not tasks.exists():
+        pytest.skip("threads are counted in /proc")
+    threads = torch.get_num_threads()
+
+    def load():
+        torch.set_num_threads(2)
+        torch.ones(1 << 22).sin()
+        return len(list(tasks.iterdir()))
+
+    try:
+        cli_serve._in_thread(load)  # torch keeps one thread of its own from here on
+        time.sleep(0.5)
+        before = len(list(tasks.iterdir()))
+        assert cli_serve._in_thread(load) >= before + 2  # the thread itself, and a worker
+        give_up = time.monotonic() + 10
+        while len(list(tasks.iterdir())) > before:
+            assert time.monotonic() < give_up, "workers are left"
+            time.sleep(0.01)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_errors_of_loading_are_raised():
+    def load():
+        raise ModelError("no weights")
+
+    with pytest.raises(ModelError, match="no weights"):
+        cli_serve._in_thread(load)
