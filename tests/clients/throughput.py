@@ -15,7 +15,7 @@ LEAST = 0.9
 ROUNDS = 3
 REQUESTS = 128  # of a round
 _PROMPT_WORDS = 64
-_ANSWERS = (16, 48)
+_TOKENS = 32  # of every answer: of unequal ones the engine alone runs the longest first, as no endpoint can
 
 
 def throughput(place: Place) -> str:
@@ -41,40 +41,40 @@ def throughput(place: Place) -> str:
 def one_round(place: Place, engine: LLM, number: int) -> dict[str, float]:
     """Tokens a second of each way."""
     return {
-        "engine": _alone(engine, _requests("A", number)),
-        "stream": asyncio.run(_over_http(place, _requests("B", number), True)),
-        "whole": asyncio.run(_over_http(place, _requests("C", number), False)),
+        "engine": _alone(engine, _prompts("A", number)),
+        "stream": asyncio.run(_over_http(place, _prompts("B", number), True)),
+        "whole": asyncio.run(_over_http(place, _prompts("C", number), False)),
     }
 
 
-def _requests(way: str, number: int) -> list[tuple[str, int]]:
-    """Prompts and lengths of answers. Each way has a letter of its own: it must not find another's prefixes."""
+def _prompts(way: str, number: int) -> list[str]:
+    """Each way has a letter of its own: it must not find another's prefixes."""
     chance = random.Random(number)
     texts = [" ".join(chance.choice(WORDS) for _ in range(_PROMPT_WORDS)) for _ in range(REQUESTS)]
-    return [(f"{way} {number} {index} {text}", chance.randint(*_ANSWERS)) for index, text in enumerate(texts)]
+    return [f"{way} {number} {index} {text}" for index, text in enumerate(texts)]
 
 
-def _alone(engine: LLM, requests: list[tuple[str, int]]) -> float:
+def _alone(engine: LLM, prompts: list[str]) -> float:
     """Tokens a second."""
-    params = [SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True) for _, tokens in requests]
+    params = SamplingParams(temperature=0, max_tokens=_TOKENS, ignore_eos=True)
     began_s = time.perf_counter()
-    answers = engine.generate([prompt for prompt, _ in requests], params)
+    answers = engine.generate(prompts, params)
     took_s = time.perf_counter() - began_s
     assert all(answer.outputs[0].finish_reason == "length" for answer in answers)
-    return sum(tokens for _, tokens in requests) / took_s
+    return len(prompts) * _TOKENS / took_s
 
 
-async def _over_http(place: Place, requests: list[tuple[str, int]], stream: bool) -> float:
-    waiting = iter(requests)
+async def _over_http(place: Place, prompts: list[str], stream: bool) -> float:
+    waiting = iter(prompts)
     options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    same = {"model": MODEL, "max_tokens": _TOKENS, "temperature": 0, "ignore_eos": True, **options}
 
     async def client() -> None:
-        for prompt, tokens in waiting:
-            body = {"model": MODEL, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
-            answer = await ask(place, {**body, **options})
-            if not answer.done or answer.tokens != tokens:
-                raise Failed(f"status {answer.status}, {answer.tokens} tokens of {tokens}")
+        for prompt in waiting:
+            answer = await ask(place, {**same, "prompt": prompt})
+            if not answer.done or answer.tokens != _TOKENS:
+                raise Failed(f"status {answer.status}, {answer.tokens} tokens of {_TOKENS}")
 
     began_s = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(CLIENTS)))
-    return sum(tokens for _, tokens in requests) / (time.perf_counter() - began_s)
+    return len(prompts) * _TOKENS / (time.perf_counter() - began_s)
