@@ -21,6 +21,8 @@ GRACE_S = 8.0
 _EXIT_S = 2.0  # beyond the grace: closing connections, the last step, the interpreter's own end
 _KV_TOKENS = 8_192  # all of it is in use within seconds, so that memory can be compared, and sequences are preempted
 _MARKS = (0.2, 0.6, 1.0)  # of the time, where the process is looked at; from the second on memory has found its level
+_LONG = 400  # tokens that take longer than the grace
+_BEGUN = 12  # streams of the last ones, when SIGTERM comes; the rest wait, as far as memory goes
 _ALONE = 8  # requests without others, before and after
 _SLOWER = 1.25  # what the quickest of them may take after, compared with before
 _MORE_MIB = 24
@@ -140,11 +142,11 @@ async def _ending(place: Place, server, problems: list[str]) -> list[str]:
     """SIGTERM while streams are open: some end by themselves, some are too long for that."""
     chance = random.Random(1)
     answers = [Answer(time.monotonic()) for _ in range(CLIENTS)]
-    bodies = [{**_body(chance, 8 if number % 2 else 2000), "ignore_eos": True} for number in range(CLIENTS)]
+    bodies = [{**_body(chance, 8 if number % 2 else _LONG), "ignore_eos": True} for number in range(CLIENTS)]
     for body in bodies:
         body.pop("stop", None)
     asked = [asyncio.ensure_future(ask(place, *both)) for both in zip(bodies, answers, strict=True)]
-    while sum(answer.first_s is not None for answer in answers) < CLIENTS // 2:
+    while sum(answer.first_s is not None for answer in answers) < _BEGUN:
         await asyncio.sleep(0.02)
     began_s = time.monotonic()
     server.terminate()
