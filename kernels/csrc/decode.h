@@ -49,29 +49,51 @@ inline void with_heads(int64_t heads, Body&& body) {
     }
 }
 
-// scores [keys, lanes_of(G)] of q [G, padded]; rows goes on for a vector and AHEAD keys beyond `keys`
+// body(W, d) over `padded` numbers, W vectors from d on: as many as MOST, else 2, else 1
+template <int MOST, class Body>
+__attribute__((always_inline)) inline void over_parts(int64_t padded, Body&& body) {
+    int64_t d = 0;
+    for (; d + MOST * VL <= padded; d += MOST * VL) body(std::integral_constant<int, MOST>{}, d);
+    for (; d + 2 * VL <= padded; d += 2 * VL) body(std::integral_constant<int, 2>{}, d);
+    if (d < padded) body(std::integral_constant<int, 1>{}, d);
+}
+
+template <int W, class KV>
+inline void load_part(const KV* from, vec* to) {
+    if constexpr (W == 1) to[0] = load(from);
+    else for (int w = 0; w < W; w += 2) load_two(from + w * VL, to + w);
+}
+
+template <int W, class KV>
+inline void prefetch_part(const KV* from) {
+#pragma GCC unroll 8
+    for (size_t at = 0; at < W * VL * sizeof(KV); at += 64) __builtin_prefetch((const char*)from + at, 0, 3);
+}
+
+// scores [keys, lanes_of(G)] of q [G, padded], arranged as KV; rows goes on for a vector and AHEAD keys beyond `keys`
 template <class KV, int G>
 void score_keys(const float* q, const KV* cache, const int64_t* rows, int64_t keys, int64_t padded, float* scores) {
     constexpr int LANES = lanes_of(G), KEYS = VL / LANES;
     for (int64_t i = 0; i < keys; i += KEYS) {
         vec sums[VL] = {};
-        const KV* key[KEYS];
-#pragma GCC unroll 16
-        for (int b = 0; b < KEYS; b++) {
-            key[b] = cache + rows[i + b];
-            prefetch(cache + rows[i + b + AHEAD], padded * (int64_t)sizeof(KV));
-        }
-        for (int64_t d = 0; d < padded; d += VL) {
-            vec q_part[G];
+        over_parts<2>(padded, [&](auto width, int64_t d) __attribute__((always_inline)) {
+            constexpr int W = decltype(width)::value;
+            vec q_part[G][W];
 #pragma GCC unroll 4
-            for (int h = 0; h < G; h++) q_part[h] = load(q + h * padded + d);
+            for (int h = 0; h < G; h++) {
+                for (int w = 0; w < W; w++) q_part[h][w] = load(q + h * padded + d + w * VL);
+            }
 #pragma GCC unroll 16
             for (int b = 0; b < KEYS; b++) {
-                const vec k = load(key[b] + d);
+                prefetch_part<W>(cache + rows[i + b + AHEAD] + d);
+                vec k[W];
+                load_part<W>(cache + rows[i + b] + d, k);
 #pragma GCC unroll 4
-                for (int h = 0; h < G; h++) sums[b * LANES + h] += k * q_part[h];
+                for (int h = 0; h < G; h++) {
+                    for (int w = 0; w < W; w++) sums[b * LANES + h] += k[w] * q_part[h][w];
+                }
             }
-        }
+        });
         store(scores + i * LANES, row_sums(sums));
     }
 }
@@ -108,45 +130,37 @@ void weigh(float* scores, int64_t keys, float cap_scale, float* maximum, float* 
     }
 }
 
-// out [G, padded] += weights · values, for W vectors from number d on
-template <class KV, int G, int W>
-inline void add_values(
-    const float* weights, const KV* cache, const int64_t* rows, int64_t keys, int64_t padded, int64_t d, float* out) {
-    constexpr int LANES = lanes_of(G);
-    vec sums[G][W];
-#pragma GCC unroll 4
-    for (int h = 0; h < G; h++) {
-#pragma GCC unroll 4
-        for (int w = 0; w < W; w++) sums[h][w] = load(out + h * padded + d + w * VL);
-    }
-    for (int64_t i = 0; i < keys; i++) {
-        const KV* value = cache + rows[i] + d;
-        if (d == 0) prefetch(cache + rows[i + AHEAD], padded * (int64_t)sizeof(KV));
-        vec weight[G];
-#pragma GCC unroll 4
-        for (int h = 0; h < G; h++) weight[h] = splat(weights[i * LANES + h]);
-#pragma GCC unroll 4
-        for (int w = 0; w < W; w++) {
-            const vec v = load(value + w * VL);
-#pragma GCC unroll 4
-            for (int h = 0; h < G; h++) sums[h][w] += weight[h] * v;
-        }
-    }
-#pragma GCC unroll 4
-    for (int h = 0; h < G; h++) {
-#pragma GCC unroll 4
-        for (int w = 0; w < W; w++) store(out + h * padded + d + w * VL, sums[h][w]);
-    }
-}
-
+// out [G, padded], arranged as KV, += weights · values
 template <class KV, int G>
 void sum_values(
     const float* weights, const KV* cache, const int64_t* rows, int64_t keys, int64_t padded, float* out) {
-    constexpr int WIDE = G == 4 && !MANY_REGISTERS ? 2 : 4;
-    int64_t d = 0;
-    for (; d + WIDE * VL <= padded; d += WIDE * VL) add_values<KV, G, WIDE>(weights, cache, rows, keys, padded, d, out);
-    for (; d + 2 * VL <= padded; d += 2 * VL) add_values<KV, G, 2>(weights, cache, rows, keys, padded, d, out);
-    for (; d < padded; d += VL) add_values<KV, G, 1>(weights, cache, rows, keys, padded, d, out);
+    constexpr int LANES = lanes_of(G), WIDE = G == 4 && !MANY_REGISTERS ? 2 : 4;
+    over_parts<WIDE>(padded, [&](auto width, int64_t d) __attribute__((always_inline)) {
+        constexpr int W = decltype(width)::value;
+        vec sums[G][W];
+#pragma GCC unroll 4
+        for (int h = 0; h < G; h++) {
+#pragma GCC unroll 4
+            for (int w = 0; w < W; w++) sums[h][w] = load(out + h * padded + d + w * VL);
+        }
+        for (int64_t i = 0; i < keys; i++) {
+            prefetch_part<W>(cache + rows[i + AHEAD] + d);
+            vec v[W], weight[G];
+            load_part<W>(cache + rows[i] + d, v);
+#pragma GCC unroll 4
+            for (int h = 0; h < G; h++) weight[h] = splat(weights[i * LANES + h]);
+#pragma GCC unroll 4
+            for (int h = 0; h < G; h++) {
+#pragma GCC unroll 4
+                for (int w = 0; w < W; w++) sums[h][w] += weight[h] * v[w];
+            }
+        }
+#pragma GCC unroll 4
+        for (int h = 0; h < G; h++) {
+#pragma GCC unroll 4
+            for (int w = 0; w < W; w++) store(out + h * padded + d + w * VL, sums[h][w]);
+        }
+    });
 }
 
 // Partial result of positions first .. last - 1, at most PIECE
@@ -155,14 +169,19 @@ void attend_piece(
     const Attention& a, int64_t sequence, int64_t kv_head, int64_t first, int64_t last, DecodeSpace& space,
     float* partial) {
     const int64_t group = a.group(), size = a.head_size, padded = round_up(size, VL), keys = last - first;
+    const bool whole = size == padded;
     const KV* k_cache = (const KV*)a.k_NKBD;
     const KV* v_cache = (const KV*)a.v_NKBD;
     a.rows(sequence, kv_head, first, last, space.rows);
     for (int64_t i = keys; i < keys + AHEAD + VL; i++) space.rows[i] = space.rows[keys - 1];
     const float* q = a.q_THD + a.query_starts[sequence] * a.q_stride_T + kv_head * group * a.q_stride_H;
     for (int64_t h = 0; h < group; h++) {
-        widen(q + h * a.q_stride_H, size, padded, space.q + h * padded);
-        for (int64_t d = 0; d < size; d++) space.q[h * padded + d] *= a.score_scale();
+        const bool in_order = !std::is_same_v<KV, bf16> || !whole;
+        float* scaled = in_order ? space.q + h * padded : space.staged;
+        const float* from = q + h * a.q_stride_H;
+        for (int64_t d = 0; d < size; d++) scaled[d] = from[d] * a.score_scale();
+        for (int64_t d = size; d < padded; d++) scaled[d] = 0;
+        if (!in_order) arrange(scaled, size, space.q + h * padded);
     }
     float* maximum = partial;
     float* sum = partial + group;
@@ -170,7 +189,6 @@ void attend_piece(
     memset(values, 0, group * padded * sizeof(float));
 
     // a head size that is no whole number of vectors goes through padded copies
-    const bool whole = size == padded;
     int64_t copied_rows[STAGE + VL + AHEAD];
     for (int64_t i = 0; i < STAGE + VL + AHEAD; i++) copied_rows[i] = (i < STAGE ? i : 0) * padded;
     auto copy = [&](const KV* cache, int64_t i, int64_t count) {
@@ -215,7 +233,8 @@ void attend_piece(
 }
 
 // The output of one query and kv head from its context's partial results, in order
-inline void join_pieces(const Attention& a, int64_t sequence, int64_t kv_head, float* partials, int64_t pieces) {
+template <class KV>
+void join_pieces(const Attention& a, int64_t sequence, int64_t kv_head, float* partials, int64_t pieces) {
     const int64_t group = a.group(), size = a.head_size, padded = round_up(size, VL);
     const int64_t stride = partial_size(group, padded), values_at = round_up(2 * group, VL);
     float* out = a.out_THD + (a.query_starts[sequence] * a.heads + kv_head * group) * size;
@@ -234,7 +253,9 @@ inline void join_pieces(const Attention& a, int64_t sequence, int64_t kv_head, f
                 store(joined + d, i == 0 ? part : load(joined + d) + part);
             }
         }
-        for (int64_t d = 0; d < size; d++) out[h * size + d] = joined[d] / sum;
+        for (int64_t d = 0; d < padded; d += VL) store(joined + d, load(joined + d) / sum);
+        if (std::is_same_v<KV, bf16> && size == padded) restore(joined, size, out + h * size);
+        else memcpy(out + h * size, joined, size * sizeof(float));
     }
 }
 

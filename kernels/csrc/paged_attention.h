@@ -54,10 +54,13 @@ struct Tasks {
     void list_decode(const Attention& a, int64_t s) {
         const int64_t last = a.lengths[s], first = a.first_seen(last - 1);
         const int64_t count = (last - 1) / PIECE - first / PIECE + 1;
+        const int64_t unit = (int64_t)units.size();
         for (int64_t k = 0; k < a.kv_heads; k++) {
             units.push_back({s, k, first, last, count, partial_floats, count});
-            for (int64_t i = 0; i < count; i++) pieces.push_back({(int64_t)units.size() - 1, i});
             partial_floats += count * partial_size(a.group(), round_up(a.head_size, VL));
+        }
+        for (int64_t i = 0; i < count; i++) {
+            for (int64_t k = 0; k < a.kv_heads; k++) pieces.push_back({unit + k, i});
         }
     }
 
@@ -86,7 +89,7 @@ void run_piece(const Attention& a, Tasks& tasks, const DecodePiece& piece, Decod
     const int64_t stride = partial_size(a.group(), round_up(a.head_size, VL));
     attend_piece<KV>(a, unit.sequence, unit.kv_head, first, last, space, of_unit + piece.number * stride);
     if (__atomic_sub_fetch(&unit.left, 1, __ATOMIC_ACQ_REL) == 0) {
-        join_pieces(a, unit.sequence, unit.kv_head, of_unit, unit.pieces);
+        join_pieces<KV>(a, unit.sequence, unit.kv_head, of_unit, unit.pieces);
     }
 }
 
@@ -107,12 +110,16 @@ void attend(const Attention& a, int threads) {
         decode_spaces.push_back(DecodeSpace::make(tasks.arena, group, padded));
         prompt_spaces.emplace_back(tasks.arena, rows, size);
     }
-    // few large tasks first, then small ones in the order of memory
+    // few large tasks first, then small ones in the order of memory: the kv heads of the same blocks, which share pages,
+    // by one thread where there is enough for all
     Tasks& shared = tasks;  // a thread_local name means another object on another thread
-    const int64_t tiles = (int64_t)tasks.tiles.size(), count = tiles + (int64_t)tasks.pieces.size();
-    for_tasks(threads, count, [&](int thread, int64_t i) {
-        if (i < tiles) attend_tile<KV>(a, shared.tiles[i], prompt_spaces[thread]);
-        else run_piece<KV>(a, shared, shared.pieces[i - tiles], *decode_spaces[thread], partials);
+    const int64_t tiles = (int64_t)tasks.tiles.size(), pieces = (int64_t)tasks.pieces.size();
+    const int64_t together = pieces >= 8 * threads * a.kv_heads ? a.kv_heads : 1;
+    for_tasks(threads, tiles + pieces / together, [&](int thread, int64_t i) {
+        if (i < tiles) return attend_tile<KV>(a, shared.tiles[i], prompt_spaces[thread]);
+        for (int64_t piece = (i - tiles) * together, last = piece + together; piece < last; piece++) {
+            run_piece<KV>(a, shared, shared.pieces[piece], *decode_spaces[thread], partials);
+        }
     });
 }
 

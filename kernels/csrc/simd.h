@@ -55,9 +55,15 @@ inline vec load(const float* p) {
 inline void store(float* p, vec v) { memcpy(p, &v, sizeof v); }
 
 inline vec load(const bf16* p) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined(__AVX2__)
+    return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#else
     hvec h;
     memcpy(&h, p, sizeof h);
     return bits_as<vec>(__builtin_convertvector(h, uvec) << 16);
+#endif
 }
 
 inline vec load(const f16* p) {
@@ -75,6 +81,35 @@ inline vec load(const f16* p) {
     const uvec out = (u & 0x7c00) == 0x7c00 ? magnitude | 0x7f800000u : bits_as<uvec>(finite);
     return bits_as<vec>(out | (u & 0x8000) << 16);
 #endif
+}
+
+// Two vectors of numbers side by side. bfloat16 comes apart faster as the even ones and the odd ones: `arrange` puts
+// float32 that meets them into the same order, `restore` takes it out.
+template <class Number>
+inline void load_two(const Number* p, vec* two) {
+    two[0] = load(p), two[1] = load(p + VL);
+}
+
+inline void load_two(const bf16* p, vec* two) {
+    uvec pairs;
+    memcpy(&pairs, p, sizeof pairs);
+    two[0] = bits_as<vec>(pairs << 16), two[1] = bits_as<vec>(pairs & 0xffff0000u);
+}
+
+inline void arrange(const float* from, int64_t size, float* to) {
+    int64_t i = 0;
+    for (; i + 2 * VL <= size; i += 2 * VL) {
+        for (int j = 0; j < VL; j++) to[i + j] = from[i + 2 * j], to[i + VL + j] = from[i + 2 * j + 1];
+    }
+    memcpy(to + i, from + i, (size - i) * sizeof(float));
+}
+
+inline void restore(const float* from, int64_t size, float* to) {
+    int64_t i = 0;
+    for (; i + 2 * VL <= size; i += 2 * VL) {
+        for (int j = 0; j < VL; j++) to[i + 2 * j] = from[i + j], to[i + 2 * j + 1] = from[i + VL + j];
+    }
+    memcpy(to + i, from + i, (size - i) * sizeof(float));
 }
 
 inline float to_float(float x) { return x; }
