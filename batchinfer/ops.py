@@ -16,12 +16,15 @@ from types import ModuleType
 from typing import NamedTuple
 
 from batchinfer_kernels import cpu, reference
+from batchinfer_kernels.reference.block_matrix import BLOCK, BlockMatrix, stacked_blocks
 from batchinfer_kernels.reference.step_index import StepIndex
 from torch import Tensor
 
 from batchinfer.log import log
 
 __all__ = [
+    "BLOCK",
+    "BlockMatrix",
     "KVPair",
     "Packed",
     "Quantized",
@@ -40,6 +43,7 @@ __all__ = [
     "rms_norm",
     "rope",
     "silu_mul",
+    "stacked_blocks",
     "step_index",
     "stored_bytes",
     "use_reference",
@@ -48,16 +52,18 @@ __all__ = [
 KVPair = tuple[Tensor, Tensor]
 """One layer's cache: k_NKBD, v_NKBD."""
 
-Packed = Tensor | cpu.PackedLinear
+Packed = Tensor | cpu.PackedLinear | cpu.PackedBlocks
 """A matrix [O, I]: as it is, or in a backend's own form."""
 
 Quantized = reference.QuantizedMatrix | cpu.QuantizedPanels
 """A matrix [O, I] in 8 bits, with a scale per row."""
 
+_CPU_FORMS = cpu.PackedLinear | cpu.PackedBlocks | cpu.QuantizedPanels
+
 _BACKENDS: dict[str, ModuleType] = {}  # device type → its kernels, from its first op on
 
 
-def _backend(x: Tensor) -> ModuleType:
+def _backend(x: Tensor | BlockMatrix) -> ModuleType:
     device = x.device.type
     return _BACKENDS.get(device) or _choose(device)
 
@@ -167,8 +173,11 @@ def gelu_mul(x_T2F: Tensor) -> Tensor:
     return out
 
 
-def pack_linear(weight_OI: Tensor) -> Packed:
-    """The matrix in the form that `linear` multiplies with fastest on its device. A copy, or the matrix itself."""
+def pack_linear(weight_OI: Tensor | BlockMatrix) -> Packed:
+    """The matrix in the form that `linear` multiplies with fastest on its device. A copy, or the matrix itself.
+
+    What is in blocks gives the results of its float32 numbers, whether a backend keeps the blocks or not.
+    """
     packed: Packed = _backend(weight_OI).pack_linear(weight_OI)
     return packed
 
@@ -181,7 +190,7 @@ def pack_quantized(weight_OI: Tensor) -> Quantized:
 
 def linear(x_NI: Tensor, matrix_OI: Packed | Quantized, bias_O: Tensor | None) -> Tensor:
     """x Wᵀ + b. With a quantized matrix, x is rounded to 8 bits by row. What was packed stays with its backend."""
-    backend = cpu if isinstance(matrix_OI, cpu.PackedLinear | cpu.QuantizedPanels) else _backend(x_NI)
+    backend = cpu if isinstance(matrix_OI, _CPU_FORMS) else _backend(x_NI)
     out: Tensor = backend.linear(x_NI, matrix_OI, bias_O)
     return out
 
@@ -196,6 +205,6 @@ def stored_bytes(matrix_OI: Packed | Quantized) -> int:
 
 def packed_rows(matrix_OI: Packed, rows_N: Tensor) -> Tensor:
     """Rows of the matrix by number, [N, I]: an embedding's lookup in the matrix that is the LM head as well."""
-    backend = cpu if isinstance(matrix_OI, cpu.PackedLinear) else _backend(rows_N)
+    backend = cpu if isinstance(matrix_OI, _CPU_FORMS) else _backend(rows_N)
     out: Tensor = backend.packed_rows(matrix_OI, rows_N)
     return out

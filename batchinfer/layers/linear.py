@@ -24,7 +24,15 @@ class Linear(nn.Module):
 
     def pack(self, quantize: bool = False) -> None:
         """Once the weight is read: into the form that this machine multiplies with fastest. Gives back its memory."""
-        self._packed = ops.pack_quantized(self.weight) if quantize else ops.pack_linear(self.weight)
+        if self._packed is None:
+            self._keep(ops.pack_quantized(self.weight) if quantize else ops.pack_linear(self.weight))
+
+    def take(self, blocks_OI: ops.BlockMatrix) -> None:
+        """Instead of reading the weight and packing it."""
+        self._keep(ops.pack_linear(blocks_OI))
+
+    def _keep(self, packed: ops.Packed | ops.Quantized) -> None:
+        self._packed = packed
         self.weight = nn.Parameter(self.weight.new_empty(0, self.in_features), requires_grad=False)
 
     @property

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType as GGMLType
 
+from batchinfer import ops
 from batchinfer.errors import ModelError
-from batchinfer.models import gguf_config
+from batchinfer.models import gguf_blocks, gguf_config
 from batchinfer.models.gguf_header import TensorInfo, read_header
 
 SUPPORTED = frozenset(
@@ -66,20 +67,40 @@ class GGUFFile:
 
         Raises ModelError for a tensor that has no place in the model, or a type that is not supported.
         """
-        heads, kv_heads = gguf_config.head_counts(self.header)
-        for name in self.tensors:
-            if gguf_config.is_rope_factors(name):
-                continue
-            hf_name = gguf_config.hf_name(self.header, name)
-            values = self.tensor(name)
-            if self.family.permuted and (".attn_q." in name or ".attn_k." in name):
-                values = self._unpermute(name, values, heads if ".attn_q." in name else kv_heads)
-            elif self.family.norm_plus_one and name.endswith("norm.weight"):
-                values -= 1.0
-            yield hf_name, torch.from_numpy(values)
+        for name, hf_name in self._names():
+            yield hf_name, self._weight(name)
 
-    def _unpermute(self, name: str, values: np.ndarray, heads: int) -> np.ndarray:
+    def weights_in_blocks(self) -> Iterator[tuple[str, torch.Tensor | ops.BlockMatrix]]:
+        """The same, but matrices of a type that `ops.BlockMatrix` holds exactly are that."""
+        for name, hf_name in self._names():
+            blocks = self._blocks(name)
+            yield hf_name, self._weight(name) if blocks is None else blocks
+
+    def _names(self) -> Iterator[tuple[str, str]]:
+        """Here, and at Hugging Face."""
+        for name in self.tensors:
+            if not gguf_config.is_rope_factors(name):
+                yield name, gguf_config.hf_name(self.header, name)
+
+    def _weight(self, name: str) -> torch.Tensor:
+        values = self._unpermuted(name, self.tensor(name))
+        if self.family.norm_plus_one and name.endswith("norm.weight"):
+            values -= 1.0
+        return torch.from_numpy(values)
+
+    def _blocks(self, name: str) -> ops.BlockMatrix | None:
+        info = self.tensors[name]
+        ggml_type = self._type(info)
+        if len(info.shape) != 2 or ggml_type not in gguf_blocks.TYPES:
+            return None
+        rows = self._raw(info, ggml_type).reshape(info.shape[0], -1)
+        return gguf_blocks.matrix(self._unpermuted(name, rows), ggml_type)
+
+    def _unpermuted(self, name: str, values: np.ndarray) -> np.ndarray:
         """Rows of each head from interleaved pairs to two halves: the inverse of llama.cpp's `LlamaModel.permute`."""
+        if not (self.family.permuted and (".attn_q." in name or ".attn_k." in name)):
+            return values
+        heads = gguf_config.head_counts(self.header)[".attn_k." in name]
         rows = values.shape[0]
         if rows % (2 * heads):
             raise ModelError(

@@ -6,14 +6,15 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from batchinfer import ops
 from batchinfer.errors import ModelError, suggest
-from batchinfer.layers.linear import StackedLinear
+from batchinfer.layers.linear import Linear, StackedLinear
 from batchinfer.models.config import ModelConfig, load_config, parse_config
 from batchinfer.models.decoder import Decoder
 from batchinfer.models.gguf import GGUFFile
@@ -40,7 +41,9 @@ def load_decoder(
         config = _shortened(parse_config(gguf.config_dict(), str(path)), max_model_len)
         decoder = _empty(config, dtype, device)
         filler = _Filler(decoder, config.family.prefixes[0], path)
-        filler.fill((name, path, weight) for name, weight in gguf.weights())
+        exact = dtype == torch.float32 and torch.device(device).type == "cpu" and quantization is None
+        weights = gguf.weights_in_blocks() if exact else gguf.weights()
+        filler.fill((name, path, weight) for name, weight in weights)
     else:
         config = _shortened(load_config(path), max_model_len)
         shapes = _safetensors_shapes(path)
@@ -79,30 +82,40 @@ def _prefix(config: ModelConfig, names: Iterable[str]) -> str:
     return next((p for p in prefixes if any(name.startswith(p) for name in names)), prefixes[0])
 
 
-def _targets(decoder: Decoder, prefix: str) -> dict[str, Tensor]:
-    """Hugging Face's name of every weight → the rows of ours that it fills."""
+class _Place(NamedTuple):
+    """What a weight fills: rows of a parameter. If that is a matrix: whose, and the names of its parts."""
+
+    rows: Tensor
+    linear: Linear | None = None
+    names: tuple[str, ...] = ()
+
+
+def _places(decoder: Decoder, prefix: str) -> dict[str, _Place]:
+    """Hugging Face's name of every weight → where it belongs."""
     family = decoder.config.family
-    targets: dict[str, Tensor] = {
-        f"{prefix}embed_tokens.weight": decoder.embedding.weight,
-        f"{prefix}norm.weight": decoder.norm.weight,
+    name = f"{prefix}embed_tokens.weight"
+    places = {
+        name: _Place(decoder.embedding.weight, decoder.embedding, (name,)),
+        f"{prefix}norm.weight": _Place(decoder.norm.weight),
     }
     if decoder.head is not None:
-        targets["lm_head.weight"] = decoder.head.weight
+        places["lm_head.weight"] = _Place(decoder.head.weight, decoder.head, ("lm_head.weight",))
     for ours, parameter in decoder.layers.named_parameters():
         layer, _, path = ours.partition(".")
         module, _, kind = path.rpartition(".")
+        owner = decoder.layers.get_submodule(f"{layer}.{module}")
         pieces: tuple[Tensor, ...] = (parameter,)
         if module in family.stacks:
             theirs = family.stacks[module]
             if len(theirs) > 1:
-                stacked = decoder.layers.get_submodule(f"{layer}.{module}")
-                assert isinstance(stacked, StackedLinear)
-                pieces = torch.split(parameter, list(stacked.parts))
+                assert isinstance(owner, StackedLinear)
+                pieces = torch.split(parameter, list(owner.parts))
         else:
             theirs = (family.norms.get(module) or _SAME_FOR_ALL[module],)
-        for name, piece in zip(theirs, pieces, strict=True):
-            targets[f"{prefix}layers.{layer}.{name}.{kind}"] = piece
-    return targets
+        names = tuple(f"{prefix}layers.{layer}.{name}.{kind}" for name in theirs)
+        linear = owner if isinstance(owner, Linear) and parameter is owner.weight else None
+        places |= {name: _Place(piece, linear, names) for name, piece in zip(names, pieces, strict=True)}
+    return places
 
 
 _SAME_FOR_ALL = {
@@ -118,7 +131,8 @@ class _Filler:
 
     def __init__(self, decoder: Decoder, prefix: str, path: Path) -> None:
         self._path = path
-        self._targets = _targets(decoder, prefix)
+        self._places = _places(decoder, prefix)
+        self._blocks: dict[str, ops.BlockMatrix] = {}  # of matrices whose other parts are not there yet
         self._architecture = decoder.config.architecture
         self._ignored = decoder.config.family.ignored
         # files of models with tied embeddings may hold the matrix twice
@@ -130,12 +144,16 @@ class _Filler:
             self._target(name, file, shape)
         self._complain_of_missing(set(shapes))
 
-    def fill(self, weights: Iterable[tuple[str, Path, Tensor]]) -> None:
+    def fill(self, weights: Iterable[tuple[str, Path, Tensor | ops.BlockMatrix]]) -> None:
         done = set()
         second: tuple[Path, Tensor] | None = None
         for name, file, weight in weights:
             target = self._target(name, file, tuple(weight.shape))
             if target is None:
+                continue
+            if isinstance(weight, ops.BlockMatrix):
+                self._put_blocks(name, weight)
+                done.add(name)
                 continue
             if not weight.dtype.is_floating_point:
                 raise ModelError(f"{file}: {name} holds {weight.dtype}, not floating-point numbers")
@@ -145,20 +163,35 @@ class _Filler:
             target.copy_(weight)
             done.add(name)
         self._complain_of_missing(done)
+        for name, blocks in self._blocks.items():  # what the other parts of a stack do not go with
+            self._places[name].rows.copy_(blocks.float())
         if second is not None and self._tied is not None:
             file, head = second
             if not torch.equal(head.to(self._tied), self._tied):
                 raise ModelError(f"{file}: lm_head.weight is not the embedding, but tie_word_embeddings says so")
 
+    def _put_blocks(self, name: str, blocks: ops.BlockMatrix) -> None:
+        """A matrix is kept in blocks where all that it is stacked of came in blocks, of one kind."""
+        self._blocks[name] = blocks
+        _, linear, names = self._places[name]
+        if linear is None or not all(part in self._blocks for part in names):
+            return
+        whole = ops.stacked_blocks([self._blocks[part] for part in names])
+        if whole is not None:
+            linear.take(whole)
+            for part in names:
+                del self._blocks[part]
+
     def _target(self, name: str, file: Path, shape: tuple[int, ...]) -> Tensor | None:
         """None: not needed. Raises ModelError for a weight that has no place, or another shape than its place."""
-        target = self._targets.get(name)
+        place = self._places.get(name)
+        target = None if place is None else place.rows
         if name == "lm_head.weight" and self._tied is not None:
             target = self._tied
         if target is None:
             if name.startswith(self._ignored) or name.endswith(_NEVER_NEEDED):
                 return None
-            near = suggest(name, self._targets)
+            near = suggest(name, self._places)
             raise ModelError(f"{file}: {name} {list(shape)} has no place in {self._architecture}{near}")
         if tuple(target.shape) != shape:
             raise ModelError(
@@ -167,9 +200,9 @@ class _Filler:
         return target
 
     def _complain_of_missing(self, there: set[str]) -> None:
-        missing = [name for name in self._targets if name not in there]
+        missing = [name for name in self._places if name not in there]
         if missing:
-            shape = list(self._targets[missing[0]].shape)
+            shape = list(self._places[missing[0]].rows.shape)
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise ModelError(f"{self._path}: {missing[0]} {shape}{more} of {self._architecture} is missing")
 

@@ -160,9 +160,9 @@ inline void multiply_panel(const Linear& l, const Block& block, int64_t number, 
     });
 }
 
-// throws std::bad_alloc, before any thread starts
-template <class Weight>
-inline void multiply(Linear l, int threads) {
+// panel(l, block, number, the number of the panel to fetch) for each; throws std::bad_alloc, before any thread starts
+template <class Panel>
+inline void multiply_panels(Linear l, int threads, Panel&& panel) {
     thread_local Arena arena;
     if (l.stride_N % (SETS / 2) == 0 && l.rows > 4) {  // the rows of a tile would drive each other out of the cache
         const int64_t stride = l.in_features + 16;
@@ -175,6 +175,13 @@ inline void multiply(Linear l, int threads) {
     }
     const Blocks blocks(l.rows, l.in_features * sizeof(float), MOST_ROWS);
     for_panels(threads, blocks, l.panel_count(), [&](const Block& block, int64_t number, int64_t next) {
+        panel(l, block, number, next);
+    });
+}
+
+template <class Weight>
+inline void multiply(const Linear& l, int threads) {
+    multiply_panels(l, threads, [](const Linear& l, const Block& block, int64_t number, int64_t next) {
         multiply_panel<Weight>(l, block, number, next);
     });
 }

@@ -4,6 +4,7 @@
 // F feed-forward size ·
 // I input features · O output features. Strides are in numbers; the last axis is always dense. `threads` is the most that may be used.
 
+#include "block_linear.h"
 #include "elementwise.h"
 #include "linear.h"
 #include "paged_attention.h"
@@ -17,7 +18,15 @@ namespace {
 
 constexpr int64_t GRAIN = 1 << 14;  // numbers that are worth a thread
 
-enum Type { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+enum Type { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, BLOCKS_8 = 3, BLOCKS_4 = 4, BLOCKS_4_MINS = 5 };
+
+// body(its form), for a type in blocks
+template <class Body>
+void with_form(int type, Body&& body) {
+    if (type == BLOCKS_8) body(BlockForm<8, false>{});
+    else if (type == BLOCKS_4) body(BlockForm<4, false>{});
+    else body(BlockForm<4, true>{});
+}
 
 template <class From, class To>
 void write_slots(
@@ -135,10 +144,35 @@ OP(linear)(
     try {
         if (type == FLOAT32) multiply<float>(l, threads);
         else if (type == BFLOAT16) multiply<bf16>(l, threads);
-        else multiply<f16>(l, threads);
+        else if (type == FLOAT16) multiply<f16>(l, threads);
+        else with_form(type, [&](auto form) { multiply_blocks<decltype(form)>(l, threads); });
     } catch (const std::bad_alloc&) {
         return 1;
     }
+    return 0;
+}
+
+// bytes of a panel of one block of input features
+OP(block_bytes)(int type) {
+    int bytes = 0;
+    with_form(type, [&](auto form) { bytes = (int)form.BYTES; });
+    return bytes;
+}
+
+// the panels of `linear` in the types of blocks
+OP(pack_blocks)(
+    const int8_t* values_OI, const void* scales_OG, const void* mins_OG, int64_t in_features, int64_t out_features,
+    void* panels, int type, int threads) {
+    const BlockMatrix m{values_OI, (const f16*)scales_OG, (const f16*)mins_OG, in_features, out_features};
+    with_form(type, [&](auto form) { pack_blocks<decltype(form)>(m, (uint8_t*)panels, threads); });
+    return 0;
+}
+
+OP(block_rows)(
+    const void* panels, int type, int64_t in_features, const int64_t* rows_N, int64_t count, float* out_NI, int threads) {
+    with_form(type, [&](auto form) {
+        block_rows<decltype(form)>((const uint8_t*)panels, in_features, rows_N, count, out_NI, threads);
+    });
     return 0;
 }
 

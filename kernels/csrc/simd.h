@@ -112,6 +112,31 @@ inline void restore(const float* from, int64_t size, float* to) {
     memcpy(to + i, from + i, (size - i) * sizeof(float));
 }
 
+// not __builtin_convertvector: GCC 12 makes scalar code of it, number by number
+inline ivec load_integers(const uint8_t* p) {
+#if defined(__AVX512F__)
+    return (ivec)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__AVX2__)
+    return (ivec)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+    ivec v;
+    for (int i = 0; i < VL; i++) v[i] = p[i];
+    return v;
+#endif
+}
+
+inline ivec load_integers(const int8_t* p) {
+#if defined(__AVX512F__)
+    return (ivec)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__AVX2__)
+    return (ivec)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+    ivec v;
+    for (int i = 0; i < VL; i++) v[i] = p[i];
+    return v;
+#endif
+}
+
 inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) { return bits_as<float>((uint32_t)x.bits << 16); }
 inline float to_float(f16 x) {

@@ -24,6 +24,10 @@ LINEAR_SHAPES = [
 ]  # fmt: skip
 
 
+# the same, of whole blocks
+BLOCK_SHAPES = [(1, 32, 1), (2, 96, 33), (17, 128, 70), (40, 160, 96), (200, 1600, 40)]
+
+
 @dataclass(frozen=True)
 class AttentionCase:
     """`sequences` are (tokens in this step, context length with them)."""

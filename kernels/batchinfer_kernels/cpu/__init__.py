@@ -7,6 +7,7 @@ from batchinfer_kernels.cpu.activation import gelu_mul, silu_mul
 from batchinfer_kernels.cpu.kv_write import kv_write
 from batchinfer_kernels.cpu.library import problem, variant
 from batchinfer_kernels.cpu.linear import (
+    PackedBlocks,
     PackedLinear,
     QuantizedPanels,
     linear,
@@ -20,6 +21,7 @@ from batchinfer_kernels.cpu.rope import rope
 from batchinfer_kernels.cpu.step_index import step_index
 
 __all__ = [
+    "PackedBlocks",
     "PackedLinear",
     "QuantizedPanels",
     "add_rms_norm",

@@ -29,6 +29,9 @@ _SIGNATURES = {  # p pointer, n int64, i int, f float
     "quantized_group": "",
     "pack_linear": "pnnpii",
     "linear": "pnpippnnni",
+    "block_bytes": "i",
+    "pack_blocks": "pppnnpii",
+    "block_rows": "pinpnpi",
     "pack_quantized": "pnnppi",
     "quantized_linear": "pnpppppnnni",
 }
@@ -38,7 +41,7 @@ Function = Callable[..., int]
 
 
 class Functions(NamedTuple):
-    """Of one variant. All but linear_panel and quantized_group return 0, or 1 for want of memory."""
+    """Of one variant. linear_panel, quantized_group and block_bytes return sizes, others 0, or 1 for want of memory."""
 
     paged_attention: Function
     kv_write: Function
@@ -50,6 +53,9 @@ class Functions(NamedTuple):
     quantized_group: Function
     pack_linear: Function
     linear: Function
+    block_bytes: Function
+    pack_blocks: Function
+    block_rows: Function
     pack_quantized: Function
     quantized_linear: Function
 

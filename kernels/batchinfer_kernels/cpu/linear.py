@@ -21,8 +21,24 @@ class PackedLinear:
     functions: Functions
 
 
-def pack_linear(weight_OI: Tensor) -> Tensor | PackedLinear:
+@dataclass(frozen=True, slots=True)
+class PackedBlocks:
+    """A matrix in blocks, as csrc/block_linear.h reads it: multiplied as the float32 numbers that it stands for."""
+
+    panels: Tensor  # uint8 [ceil(O / panel), groups of I, bytes of panel features of a group], zeros beyond O
+    type: int  # csrc/ops.cpp's
+    in_features: int
+    out_features: int
+    functions: Functions
+
+
+_BLOCK_TYPES = {(8, False): 3, (4, False): 4, (4, True): 5}  # (bits, with minima)
+
+
+def pack_linear(weight_OI: Tensor | reference.BlockMatrix) -> Tensor | PackedLinear | PackedBlocks:
     """Copies. Numbers that 16 bits hold exactly (a bfloat16 checkpoint's) are kept in 16: half the memory to read."""
+    if isinstance(weight_OI, reference.BlockMatrix):
+        return _pack_blocks(weight_OI)
     if weight_OI.dtype != torch.float32:
         return reference.pack_linear(weight_OI)
     chosen = functions()
@@ -38,6 +54,26 @@ def pack_linear(weight_OI: Tensor) -> Tensor | PackedLinear:
         torch.get_num_threads(),
     )
     return PackedLinear(panels, out_features, chosen)
+
+
+def _pack_blocks(matrix: reference.BlockMatrix) -> PackedBlocks:
+    chosen, kind = functions(), _BLOCK_TYPES[matrix.bits, matrix.mins_OG is not None]
+    out_features, in_features = matrix.shape
+    count = -(-out_features // chosen.linear_panel())
+    panels = empty((count, in_features // reference.BLOCK, chosen.block_bytes(kind)), torch.uint8)
+    values, scales = matrix.values_OI.contiguous(), matrix.scales_OG.contiguous()
+    mins = None if matrix.mins_OG is None else matrix.mins_OG.contiguous()
+    chosen.pack_blocks(
+        values.data_ptr(),
+        scales.data_ptr(),
+        None if mins is None else mins.data_ptr(),
+        in_features,
+        out_features,
+        panels.data_ptr(),
+        kind,
+        torch.get_num_threads(),
+    )
+    return PackedBlocks(panels, kind, in_features, out_features, chosen)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +114,10 @@ def _smallest_exact(weight_OI: Tensor) -> torch.dtype:
     return torch.float32
 
 
-def linear(
-    x_NI: Tensor, packed: Tensor | PackedLinear | reference.QuantizedMatrix | QuantizedPanels, bias_O: Tensor | None
-) -> Tensor:
+Matrix = Tensor | PackedLinear | PackedBlocks | reference.QuantizedMatrix | QuantizedPanels
+
+
+def linear(x_NI: Tensor, packed: Matrix, bias_O: Tensor | None) -> Tensor:
     if isinstance(packed, Tensor | reference.QuantizedMatrix):
         return reference.linear(x_NI, packed, bias_O)
     if x_NI.stride(-1) != 1:
@@ -89,8 +126,8 @@ def linear(
     x, bias, out = x_NI.data_ptr(), None if bias_O is None else bias_O.data_ptr(), out_NO.data_ptr()
     panels, stride, threads = packed.panels.data_ptr(), x_NI.stride(0), torch.get_num_threads()
     sizes = (*x_NI.shape, packed.out_features)
-    if isinstance(packed, PackedLinear):
-        kind = TYPES[packed.panels.dtype]
+    if isinstance(packed, PackedLinear | PackedBlocks):
+        kind = packed.type if isinstance(packed, PackedBlocks) else TYPES[packed.panels.dtype]
         checked(packed.functions.linear(x, stride, panels, kind, bias, out, *sizes, threads))
     else:
         offsets, scales = packed.offsets.data_ptr(), packed.scales_O.data_ptr()
@@ -98,8 +135,17 @@ def linear(
     return out_NO
 
 
-def packed_rows(packed: Tensor | PackedLinear, rows_N: Tensor) -> Tensor:
+def packed_rows(packed: Tensor | PackedLinear | PackedBlocks, rows_N: Tensor) -> Tensor:
     if isinstance(packed, Tensor):
         return reference.packed_rows(packed, rows_N)
-    panel = packed.panels.shape[-1]
-    return packed.panels[rows_N // panel, :, rows_N % panel].float()
+    if isinstance(packed, PackedLinear):
+        panel = packed.panels.shape[-1]
+        return packed.panels[rows_N // panel, :, rows_N % panel].float()
+    rows_N = rows_N.to(torch.int64).contiguous()
+    if len(rows_N) and not 0 <= int(rows_N.min()) <= int(rows_N.max()) < packed.out_features:
+        raise IndexError(f"rows {rows_N.min()} to {rows_N.max()} of a matrix of {packed.out_features}")
+    out_NI = torch.empty(len(rows_N), packed.in_features)
+    panels, sizes = packed.panels.data_ptr(), (packed.type, packed.in_features)
+    rows, threads = (rows_N.data_ptr(), len(rows_N)), torch.get_num_threads()
+    packed.functions.block_rows(panels, *sizes, *rows, out_NI.data_ptr(), threads)
+    return out_NI

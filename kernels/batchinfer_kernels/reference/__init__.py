@@ -1,6 +1,7 @@
 """Plain torch: what every op means, vectorised over sequences."""
 
 from batchinfer_kernels.reference.activation import gelu_mul, silu_mul
+from batchinfer_kernels.reference.block_matrix import BLOCK, BlockMatrix, stacked_blocks
 from batchinfer_kernels.reference.kv_write import kv_write
 from batchinfer_kernels.reference.linear import linear, pack_linear, packed_rows
 from batchinfer_kernels.reference.paged_attention import paged_attention
@@ -10,6 +11,8 @@ from batchinfer_kernels.reference.rope import rope
 from batchinfer_kernels.reference.step_index import step_index
 
 __all__ = [
+    "BLOCK",
+    "BlockMatrix",
     "QuantizedMatrix",
     "add_rms_norm",
     "gelu_mul",
@@ -22,5 +25,6 @@ __all__ = [
     "rms_norm",
     "rope",
     "silu_mul",
+    "stacked_blocks",
     "step_index",
 ]

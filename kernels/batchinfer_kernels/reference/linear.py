@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from batchinfer_kernels.reference.block_matrix import BlockMatrix
 from batchinfer_kernels.reference.quantized_linear import QuantizedMatrix, quantized_linear
 
 
-def pack_linear(weight_OI: Tensor) -> Tensor:
-    return weight_OI
+def pack_linear(weight_OI: Tensor | BlockMatrix) -> Tensor:
+    return weight_OI if isinstance(weight_OI, Tensor) else weight_OI.float()
 
 
 def linear(x_NI: Tensor, packed: Tensor | QuantizedMatrix, bias_O: Tensor | None) -> Tensor:

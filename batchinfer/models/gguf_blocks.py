@@ -1,0 +1,44 @@
+"""GGUF's matrices of the types Q4_0, Q4_1 and Q8_0 as they are: in blocks. O output features, rows of bytes"""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as GGMLType
+
+from batchinfer import ops
+
+TYPES = {GGMLType.Q4_0: (4, False), GGMLType.Q4_1: (4, True), GGMLType.Q8_0: (8, False)}  # bits, with minima
+_CHUNK_BLOCKS = 1 << 14  # that stay in the cache while their values are spread
+
+
+def matrix(rows: np.ndarray, ggml_type: GGMLType) -> ops.BlockMatrix | None:
+    """rows: uint8 [O, bytes of a row]. Copies. None if a scale is not finite, as in a damaged file."""
+    bits, with_mins = TYPES[ggml_type]
+    block, block_bytes = gguf.GGML_QUANT_SIZES[ggml_type]
+    assert block == ops.BLOCK
+    blocks = torch.from_numpy(rows).view(-1, block_bytes)
+    shape = (len(rows), len(blocks) // len(rows))
+    scales, mins = (_halves(blocks, at).view(shape) if at <= 2 * with_mins else None for at in (0, 2))
+    assert scales is not None
+    if not all(bool(part.isfinite().all()) for part in (scales, mins) if part is not None):
+        return None
+    data = blocks[:, 4 if with_mins else 2 :]
+    values = data.view(torch.int8).contiguous() if bits == 8 else _spread(data, 0 if with_mins else 8)
+    return ops.BlockMatrix(values.view(shape[0], shape[1] * block), scales, mins, bits)
+
+
+def _halves(blocks: torch.Tensor, at: int) -> torch.Tensor:
+    return blocks[:, at : at + 2].view(torch.float16).contiguous()
+
+
+def _spread(data: torch.Tensor, zero: int) -> torch.Tensor:
+    """Low halves of bytes are values 0 to 15, high halves 16 to 31 of a block."""
+    out = torch.empty(len(data), ops.BLOCK, dtype=torch.int8)
+    for part, part_data in zip(torch.split(out, _CHUNK_BLOCKS), torch.split(data, _CHUNK_BLOCKS), strict=True):
+        part[:, :16] = part_data & 15
+        part[:, 16:] = part_data >> 4
+        if zero:
+            part.sub_(zero)
+    return out

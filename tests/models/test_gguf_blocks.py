@@ -1,0 +1,147 @@
+"""Models whose matrices stay in GGUF's blocks compute what they do with the same matrices in float32, bit for bit."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as GGMLType
+from gguf import GGUFWriter
+
+from batchinfer import ops
+from batchinfer.layers.linear import Linear
+from batchinfer.models import gguf_blocks
+from batchinfer.models.gguf import GGUFFile
+from batchinfer.models.weights import load_decoder
+from tests.models.gguf_files import finish
+from tests.models.tiny import Paged
+
+TOKENS = [5, 17, 40, 3, 90, 41, 7]
+_HIDDEN, _FEED, _VOCABULARY = 64, 96, 97
+
+
+def _write(path, types, tied=False, scale=None):
+    """A llama of two layers with random weights: `types` gives the type of each matrix by its GGUF name's last word.
+
+    `scale` replaces the scale of the first block of every matrix that has one.
+    """
+    writer = GGUFWriter(path, "llama")
+    writer.add_block_count(2)
+    writer.add_context_length(64)
+    writer.add_embedding_length(_HIDDEN)
+    writer.add_feed_forward_length(_FEED)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    generator = np.random.default_rng(0)
+
+    def add(name, *shape):
+        values = (generator.standard_normal(shape) * 0.3).astype(np.float32)
+        kind = types.get(name.split(".")[-1], types["*"]) if len(shape) == 2 else GGMLType.F32
+        raw = gguf.quantize(values, kind)
+        if scale is not None and kind in gguf_blocks.TYPES:
+            raw[0, :2] = np.array([scale], np.float16).view(np.uint8)
+        writer.add_tensor(f"{name}.weight", raw, raw_dtype=kind)
+
+    add("token_embd", _VOCABULARY, _HIDDEN)
+    add("output_norm", _HIDDEN)
+    if not tied:
+        add("output", _VOCABULARY, _HIDDEN)
+    for layer in range(2):
+        shapes = {"attn_q": (64, 64), "attn_k": (32, 64), "attn_v": (32, 64), "attn_output": (64, 64)}
+        shapes |= {
+            "ffn_gate": (96, 64),
+            "ffn_up": (96, 64),
+            "ffn_down": (64, 96),
+            "attn_norm": (64,),
+            "ffn_norm": (64,),
+        }
+        for name, shape in shapes.items():
+            add(f"blk.{layer}.{name}", *shape)
+    finish(writer)
+
+
+def _logits(decoder):
+    return Paged(decoder, sequences=1).step({0: TOKENS})
+
+
+def _with_and_without(path, monkeypatch):
+    """Decoders of the same file: as it is loaded, and from float32 weights."""
+    kept = load_decoder(path, torch.float32)
+    monkeypatch.setattr(GGUFFile, "weights_in_blocks", GGUFFile.weights)
+    return kept, load_decoder(path, torch.float32)
+
+
+def _in_blocks(decoder):
+    """The names of the matrices that are."""
+    if isinstance(ops.pack_linear(torch.ones(1, 1)), torch.Tensor):
+        pytest.skip("the reference keeps float32")
+    linears = {name: module for name, module in decoder.named_modules() if isinstance(module, Linear)}
+    floats = (torch.float32, torch.bfloat16, torch.float16)
+    return {
+        name
+        for name, linear in linears.items()
+        if not isinstance(linear.matrix, torch.Tensor) and linear.matrix.panels.dtype not in floats
+    }
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", gguf_blocks.TYPES, ids=lambda kind: kind.name)
+def test_logits_are_those_of_float32_weights(kind, tied, tmp_path, monkeypatch):
+    _write(tmp_path / "m.gguf", {"*": kind, "token_embd": GGMLType.Q8_0}, tied)
+    kept, floats = _with_and_without(tmp_path / "m.gguf", monkeypatch)
+    assert torch.equal(_logits(kept), _logits(floats)) and _logits(kept).std() > 0.1
+    layers = {
+        f"layers.{i}.{name}" for i in (0, 1) for name in ("attention.qkv", "attention.out", "mlp.gate_up", "mlp.down")
+    }
+    assert _in_blocks(kept) == layers | {"embedding"} | (set() if tied else {"head"})
+    assert not _in_blocks(floats)
+
+
+def test_every_matrix_is_that_of_the_file(tmp_path):
+    _write(
+        tmp_path / "m.gguf",
+        {"*": GGMLType.Q4_0, "ffn_up": GGMLType.Q4_1, "attn_v": GGMLType.Q8_0, "output": GGMLType.F16},
+    )
+    file = GGUFFile(tmp_path / "m.gguf")
+    floats, kinds = dict(file.weights()), set()
+    for name, weight in file.weights_in_blocks():
+        assert torch.equal(weight.float(), floats[name]), name
+        if isinstance(weight, ops.BlockMatrix):
+            kinds.add((weight.bits, weight.mins_OG is not None))
+    assert kinds == {(4, False), (4, True), (8, False)}
+
+
+@pytest.mark.parametrize("other", [GGMLType.Q4_0, GGMLType.Q8_0, GGMLType.F32, GGMLType.F16])
+def test_a_stack_of_several_types_is_float32(other, tmp_path, monkeypatch):
+    _write(tmp_path / "m.gguf", {"*": GGMLType.Q4_1, "attn_k": other, "ffn_gate": other})
+    kept, floats = _with_and_without(tmp_path / "m.gguf", monkeypatch)
+    assert torch.equal(_logits(kept), _logits(floats))
+    alone = {f"layers.{i}.{name}" for i in (0, 1) for name in ("attention.out", "mlp.down")}
+    assert _in_blocks(kept) == alone | {"embedding", "head"}
+
+
+def test_what_has_an_infinite_scale_is_float32(tmp_path):
+    _write(tmp_path / "m.gguf", {"*": GGMLType.Q4_0}, scale=np.inf)
+    assert all(isinstance(weight, torch.Tensor) for _, weight in GGUFFile(tmp_path / "m.gguf").weights_in_blocks())
+
+
+def test_other_types_of_numbers_take_the_weights_as_before(tmp_path):
+    _write(tmp_path / "m.gguf", {"*": GGMLType.Q4_1})
+    for dtype, quantization in ((torch.bfloat16, None), (torch.float32, "int8")):
+        decoder = load_decoder(tmp_path / "m.gguf", dtype, quantization=quantization)
+        assert _logits(decoder).std() > 0.1
+        assert not isinstance(decoder.embedding.matrix, ops.cpu.PackedBlocks)
+
+
+@pytest.mark.model
+def test_smollm2(smollm2_gguf, monkeypatch):
+    kept, floats = _with_and_without(smollm2_gguf, monkeypatch)
+    assert torch.equal(_logits(kept), _logits(floats))
+    assert len(_in_blocks(kept)) == 4 * 30 + 1
+    held = sum(ops.stored_bytes(linear.matrix) for linear in kept.modules() if isinstance(linear, Linear))
+    # panels of at most 32 output features, which all sizes of this model are multiples of
+    layers = 30 * (576 * (960 + 576 + 3072) + 1536 * 576)
+    assert held == layers * 5 / 8 + 49152 * 576 * 8.5 / 8
+    assert held < smollm2_gguf.stat().st_size
