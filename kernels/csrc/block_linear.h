@@ -25,30 +25,82 @@ struct BlockForm {
     static const f16* mins(const uint8_t* block) { return scales(block) + PANEL; }
 };
 
-// the weights of SHARING input features; value * scale is exact in float32, so one rounding is left: of the sum
+// of a block's scales; value * scale is exact in float32, so a weight has one rounding: of the sum
 template <class Form>
-inline void widen(const uint8_t* block, float* to) {
+struct Widener {
     vec scales[PANEL_VECTORS], mins[PANEL_VECTORS];
-    for (int v = 0; v < PANEL_VECTORS; v++) {
-        scales[v] = load(Form::scales(block) + v * VL);
-        if constexpr (Form::MINS) mins[v] = load(Form::mins(block) + v * VL);
-        else mins[v] = scales[v] * -(float)Form::ZERO;
+
+    explicit Widener(const uint8_t* block) {
+        for (int v = 0; v < PANEL_VECTORS; v++) {
+            scales[v] = load(Form::scales(block) + v * VL);
+            if constexpr (Form::MINS) mins[v] = load(Form::mins(block) + v * VL);
+            else mins[v] = scales[v] * -(float)Form::ZERO;
+        }
     }
-    const uint8_t* from = block + Form::HEADER;
-    for (int64_t i = 0; i < SHARING; i++, from += Form::FEATURE, to += PANEL) {
-        ivec values[PANEL_VECTORS];
+    // the weights of one input feature, whose values are at `from`
+    void operator()(const uint8_t* from, vec* weights) const {
         if constexpr (Form::BITS == 8) {
-            for (int v = 0; v < PANEL_VECTORS; v++) values[v] = load_integers((const int8_t*)from + v * VL);
+            for (int v = 0; v < PANEL_VECTORS; v++) {
+                weights[v] = __builtin_convertvector(load_integers((const int8_t*)from + v * VL), vec) * scales[v];
+            }
         } else {
             const ivec both = load_integers(from);
-            values[0] = both & 15, values[1] = both >> 4;
-        }
-        for (int v = 0; v < PANEL_VECTORS; v++) {
-            vec weights = __builtin_convertvector(values[v], vec) * scales[v];
-            if constexpr (Form::BITS == 4) weights += mins[v];
-            store(to + v * VL, weights);
+            weights[0] = low_four_bits(both) * scales[0] + mins[0];
+            weights[1] = low_four_bits(both >> 4) * scales[1] + mins[1];
         }
     }
+};
+
+template <class Form>
+inline void widen(const uint8_t* block, float* to) {
+    const Widener<Form> widener(block);
+    const uint8_t* from = block + Form::HEADER;
+    for (int64_t i = 0; i < SHARING; i++, from += Form::FEATURE, to += PANEL) {
+        vec weights[PANEL_VECTORS];
+        widener(from, weights);
+        for (int v = 0; v < PANEL_VECTORS; v++) store(to + v * VL, weights[v]);
+    }
+}
+
+constexpr int FEW_ROWS = MANY_REGISTERS ? 4 : 3;  // with more, products take longer than widening, and hide nothing of it
+
+// R rows times a panel, whose weights stay in registers: the sums of `tile`, in its order
+template <class Form, int R>
+inline void multiply_few(const Linear& l, const uint8_t* panel, int64_t number, const char* next) {
+    const int64_t left = number * PANEL, width = std::min<int64_t>(PANEL, l.out_features - left);
+    float totals[R][PANEL] = {};
+    for (int r = 0; r < R && l.bias_O; r++) memcpy(totals[r], l.bias_O + left, width * sizeof(float));
+    for (int64_t start = 0; start < l.in_features; start += SUMMED) {
+        vec sums[R][PANEL_VECTORS] = {};
+        for (int64_t i = start; i < std::min(start + SUMMED, l.in_features); i += SHARING) {
+            const Widener<Form> widener(panel);
+            const uint8_t* from = panel + Form::HEADER;
+            for (int64_t line = 0; line < Form::HEADER; line += 64) __builtin_prefetch(next + line, 0, 2);
+            next += Form::HEADER;
+            for (int64_t k = i; k < i + SHARING; k++, from += Form::FEATURE, next += Form::FEATURE) {
+                __builtin_prefetch(next, 0, 2);
+                vec weights[PANEL_VECTORS];
+                widener(from, weights);
+                for (int r = 0; r < R; r++) {
+                    const vec a = splat(l.x_NI[r * l.stride_N + k]);
+                    for (int v = 0; v < PANEL_VECTORS; v++) sums[r][v] += a * weights[v];
+                }
+            }
+            panel += Form::BYTES;
+        }
+        for (int r = 0; r < R; r++) {
+            for (int v = 0; v < PANEL_VECTORS; v++) store(totals[r] + v * VL, load(totals[r] + v * VL) + sums[r][v]);
+        }
+    }
+    for (int r = 0; r < R; r++) memcpy(l.out_NO + r * l.out_features + left, totals[r], width * sizeof(float));
+}
+
+template <class Form, int R = FEW_ROWS>
+inline void multiply_few_of(const Linear& l, const uint8_t* panel, int64_t number, const char* next) {
+    if constexpr (R > 1) {
+        if (l.rows < R) return multiply_few_of<Form, R - 1>(l, panel, number, next);
+    }
+    multiply_few<Form, R>(l, panel, number, next);
 }
 
 template <class Form>
@@ -57,6 +109,7 @@ inline void multiply_blocks(const Linear& l, int threads) {
         const int64_t size = l.in_features / SHARING * Form::BYTES;
         const uint8_t* panel = (const uint8_t*)l.panels + number * size;
         const Ahead ahead{(const char*)l.panels + next * size, Form::BYTES / SHARING};
+        if (l.rows <= FEW_ROWS) return multiply_few_of<Form>(l, panel, number, ahead.at);
         float wide[SUMMED * PANEL];
         multiply_panel(l, block, number, ahead, [&](int64_t start, int64_t depth) {
             for (int64_t i = 0; i < depth; i += SHARING) {

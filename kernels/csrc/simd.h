@@ -137,6 +137,16 @@ inline ivec load_integers(const int8_t* p) {
 #endif
 }
 
+// 0 to 15 as they stand in the last bits of each number
+inline vec low_four_bits(ivec x) {
+#if defined(__AVX512F__)
+    const vec numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return _mm512_permutexvar_ps((__m512i)x, numbers);  // looks at no other bits
+#else
+    return __builtin_convertvector(x & 15, vec);
+#endif
+}
+
 inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) { return bits_as<float>((uint32_t)x.bits << 16); }
 inline float to_float(f16 x) {

@@ -25,7 +25,7 @@ LINEAR_SHAPES = [
 
 
 # the same, of whole blocks
-BLOCK_SHAPES = [(1, 32, 1), (2, 96, 33), (17, 128, 70), (40, 160, 96), (200, 1600, 40)]
+BLOCK_SHAPES = [(1, 32, 1), (2, 96, 33), (3, 416, 40), (17, 128, 70), (40, 160, 96), (200, 1600, 40)]
 
 
 @dataclass(frozen=True)

@@ -52,15 +52,10 @@ def test_blocks_change_no_bit(shape, kind):
     x, bias = torch.randn(rows, in_features, generator=generator), torch.randn(out_features, generator=generator)
     blocks, floats = ops.pack_linear(matrix), ops.pack_linear(_exact_in_float32(matrix))
     for given in (None, bias):
-        for count in {1, rows // 2, rows}:
+        for count in {n for n in (1, 2, 3, 4, rows // 2, rows) if n <= rows}:
             got = ops.linear(x[:count], blocks, given)
             assert torch.equal(got, ops.linear(x[:count], floats, given))
-            assert got.isfinite().all() and (in_features == 32 or got.std() > 0.1 or count == 0)
-    assert torch.equal(ops.linear(x[:, :32].repeat(1, in_features // 32), blocks, bias), _wide(x, floats, bias))
-
-
-def _wide(x, matrix, bias):
-    return ops.linear(x[:, :32].repeat(1, x.shape[1] // 32).contiguous(), matrix, bias)
+            assert got.isfinite().all() and (got.numel() < 9 or got.std() > 0.1)
 
 
 @pytest.mark.parametrize("in_features", [512, 1024])
