@@ -34,14 +34,13 @@ __all__ = [
     "backends",
     "gelu_mul",
     "keeping_backend",
-    "kv_write",
     "linear",
     "pack_linear",
     "pack_quantized",
     "packed_rows",
     "paged_attention",
     "rms_norm",
-    "rope",
+    "rope_kv_write",
     "silu_mul",
     "stacked_blocks",
     "step_index",
@@ -122,7 +121,7 @@ class ScoreRule(NamedTuple):
 def step_index(
     slots_T: Tensor, block_tables_SB: Tensor, query_starts: list[int], lengths: list[int], cache: KVPair
 ) -> StepIndex:
-    """What `kv_write` and `paged_attention` of every layer share in one step; see layers.attention.StepInputs.
+    """What `rope_kv_write` and `paged_attention` of every layer share in one step; see layers.attention.StepInputs.
 
     `cache` is any layer's: its shape counts, not its content.
     """
@@ -142,14 +141,19 @@ def add_rms_norm(x_NE: Tensor, residual_NE: Tensor, weight_E: Tensor, eps: float
     return out
 
 
-def rope(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> None:
-    """Rotates the first 2R numbers of each head in place: pairs (i, i + R), as in GPT-NeoX. cos, sin [T, R]."""
-    _backend(x_THD).rope(x_THD, cos_TR, sin_TR)
+def rope_kv_write(
+    q_THD: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    cos_sin: tuple[Tensor, Tensor] | None,
+    cache: KVPair,
+    index: StepIndex,
+) -> None:
+    """Turns the first 2R numbers of each head of q and k in place: pairs (i, i + R), as in GPT-NeoX. cos, sin [T, R].
 
-
-def kv_write(k_TKD: Tensor, v_TKD: Tensor, cache: KVPair, index: StepIndex) -> None:
-    """Puts each token's key and value into its slot; casts to the cache's dtype."""
-    _backend(k_TKD).kv_write(k_TKD, v_TKD, cache[0], cache[1], index)
+    Then puts each token's key and value into its slot; casts to the cache's dtype.
+    """
+    _backend(q_THD).rope_kv_write(q_THD, k_TKD, v_TKD, cos_sin, cache, index)
 
 
 def paged_attention(q_THD: Tensor, cache: KVPair, index: StepIndex, rule: ScoreRule) -> Tensor:

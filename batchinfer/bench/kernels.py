@@ -198,19 +198,16 @@ def _element_wise(shapes: Shapes, tokens: int) -> Iterator[Case]:
         x_TE, residual_TE, weight_E = torch.zeros(tokens, hidden), torch.rand(tokens, hidden), torch.rand(hidden)
         return lambda: ops.add_rms_norm(x_TE, residual_TE, weight_E, 1e-5)
 
-    def turn() -> Work:
-        x_THD, angles_TR = torch.rand(tokens, turned, size), torch.rand(tokens, size // 2)
-        cos_TR, sin_TR = angles_TR.cos(), angles_TR.sin()
-        return lambda: ops.rope(x_THD, cos_TR, sin_TR)
-
-    def write() -> Work:
+    def turn_and_write() -> Work:
+        angles_TR = torch.rand(tokens, size // 2)
+        cos_sin = angles_TR.cos(), angles_TR.sin()
         blocks = -(-tokens // _BLOCK_SIZE)
-        k_TKD, v_TKD = torch.rand(tokens, kv, size), torch.rand(tokens, kv, size)
+        q_THD, k_TKD, v_TKD = torch.split(torch.rand(tokens, turned + kv, size), [shapes.heads, kv, kv], dim=1)
         cache = (torch.zeros(blocks, kv, _BLOCK_SIZE, size), torch.zeros(blocks, kv, _BLOCK_SIZE, size))
         slots_T = torch.arange(tokens)
         table_SB = torch.arange(blocks, dtype=torch.int32)[None]
         index = ops.step_index(slots_T, table_SB, [0, tokens], [tokens], cache)
-        return lambda: ops.kv_write(k_TKD, v_TKD, cache, index)
+        return lambda: ops.rope_kv_write(q_THD, k_TKD, v_TKD, cos_sin, cache, index)
 
     def gated(op: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], Work]:
         def make() -> Work:
@@ -221,8 +218,8 @@ def _element_wise(shapes: Shapes, tokens: int) -> Iterator[Case]:
 
     yield Case("rms_norm", shape, 2 * tokens * hidden * _FLOAT, 0, norm)
     yield Case("add_rms_norm", shape, 4 * tokens * hidden * _FLOAT, 0, add_norm)
-    yield Case("rope", shape, tokens * (2 * turned * size + size) * _FLOAT, 0, turn)
-    yield Case("kv_write", shape, 4 * tokens * kv * size * _FLOAT, 0, write)
+    moved = 2 * turned + 2 * kv + kv + 1  # turned in place, written, values read, angles
+    yield Case("rope_kv_write", shape, tokens * moved * size * _FLOAT, 0, turn_and_write)
     yield Case("silu_mul", shape, 3 * tokens * feed * _FLOAT, 0, gated(ops.silu_mul))
     yield Case("gelu_mul", shape, 3 * tokens * feed * _FLOAT, 0, gated(ops.gelu_mul))
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from batchinfer import ops
@@ -79,17 +80,10 @@ class Attention(nn.Module):
         """`cos_sin` None: this layer has no position embedding."""
         heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
         qkv_TCD = self.qkv(x_TE).unflatten(-1, (-1, self.config.head_size))
-        if self.q_norm is None or self.k_norm is None:
-            if cos_sin is not None:
-                ops.rope(qkv_TCD[:, : heads + kv_heads], *cos_sin)
-            q_THD, k_TKD = qkv_TCD[:, :heads], qkv_TCD[:, heads : heads + kv_heads]
-        else:
-            q_THD = self._normed(self.q_norm, qkv_TCD[:, :heads])
-            k_TKD = self._normed(self.k_norm, qkv_TCD[:, heads : heads + kv_heads])
-            if cos_sin is not None:
-                ops.rope(q_THD, *cos_sin)
-                ops.rope(k_TKD, *cos_sin)
-        ops.kv_write(k_TKD, qkv_TCD[:, heads + kv_heads :], cache, index)
+        q_THD, k_TKD, v_TKD = torch.split(qkv_TCD, [heads, kv_heads, kv_heads], dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_THD, k_TKD = self._normed(self.q_norm, q_THD), self._normed(self.k_norm, k_TKD)
+        ops.rope_kv_write(q_THD, k_TKD, v_TKD, cos_sin, cache, index)
         out_THD = ops.paged_attention(q_THD, cache, index, self.rule)
         out_TE: Tensor = self.out(out_THD.flatten(1))
         return out_TE

@@ -28,15 +28,15 @@ void with_form(int type, Body&& body) {
     else body(BlockForm<4, true>{});
 }
 
-template <class From, class To>
+template <class To>
 void write_slots(
-    const From* x_TKD, int64_t stride_T, int64_t stride_K, To* cache_NKBD, const int64_t* slots, int64_t tokens,
+    const float* x_TKD, int64_t stride_T, int64_t stride_K, To* cache_NKBD, const int64_t* slots, int64_t tokens,
     int64_t kv_heads, int64_t block_size, int64_t size) {
     for (int64_t t = 0; t < tokens; t++) {
         for (int64_t k = 0; k < kv_heads; k++) {
-            const From* from = x_TKD + t * stride_T + k * stride_K;
+            const float* from = x_TKD + t * stride_T + k * stride_K;
             To* to = cache_NKBD + ((slots[t] / block_size * kv_heads + k) * block_size + slots[t] % block_size) * size;
-            if constexpr (std::is_same_v<From, To>) memcpy(to, from, size * sizeof(To));
+            if constexpr (std::is_same_v<To, float>) memcpy(to, from, size * sizeof(To));
             else for (int64_t d = 0; d < size; d++) convert(from[d], to + d);
         }
     }
@@ -62,24 +62,29 @@ OP(paged_attention)(
     return 0;
 }
 
-// float32 into a cache of any type, or 16-bit numbers into a cache of their own type
-OP(kv_write)(
-    const void* k_TKD, int64_t k_stride_T, int64_t k_stride_K, const void* v_TKD, int64_t v_stride_T,
-    int64_t v_stride_K, int type, void* k_NKBD, void* v_NKBD, int kv_type, const int64_t* slots, int64_t tokens,
+// queries and keys turned in place where there are angles; then keys and values into a cache of any type
+OP(rope_kv_write)(
+    float* q_THD, int64_t q_stride_T, int64_t q_stride_H, int64_t heads, float* k_TKD, int64_t k_stride_T,
+    int64_t k_stride_K, const float* v_TKD, int64_t v_stride_T, int64_t v_stride_K, const float* cos_TR,
+    const float* sin_TR, int64_t pairs, void* k_NKBD, void* v_NKBD, int kv_type, const int64_t* slots, int64_t tokens,
     int64_t kv_heads, int64_t block_size, int64_t size, int threads) {
-    auto write = [&](auto* k, auto* v, auto* k_cache, auto* v_cache) {
-        for_ranges(threads, tokens, GRAIN / (kv_heads * size), [&](int64_t first, int64_t last) {
+    auto run = [&](auto* k_cache, auto* v_cache) {
+        for_ranges(threads, tokens, GRAIN / ((heads + 2 * kv_heads) * size), [&](int64_t first, int64_t last) {
+            for (int64_t t = first; cos_TR && t < last; t++) {
+                const float *cos = cos_TR + t * pairs, *sin = sin_TR + t * pairs;
+                for (int64_t h = 0; h < heads; h++) rope_head(q_THD + t * q_stride_T + h * q_stride_H, cos, sin, pairs);
+                for (int64_t k = 0; k < kv_heads; k++) rope_head(k_TKD + t * k_stride_T + k * k_stride_K, cos, sin, pairs);
+            }
             const int64_t count = last - first;
-            write_slots(k + first * k_stride_T, k_stride_T, k_stride_K, k_cache, slots + first, count, kv_heads,
+            write_slots(k_TKD + first * k_stride_T, k_stride_T, k_stride_K, k_cache, slots + first, count, kv_heads,
                         block_size, size);
-            write_slots(v + first * v_stride_T, v_stride_T, v_stride_K, v_cache, slots + first, count, kv_heads,
+            write_slots(v_TKD + first * v_stride_T, v_stride_T, v_stride_K, v_cache, slots + first, count, kv_heads,
                         block_size, size);
         });
     };
-    if (type != FLOAT32) write((const bf16*)k_TKD, (const bf16*)v_TKD, (bf16*)k_NKBD, (bf16*)v_NKBD);
-    else if (kv_type == FLOAT32) write((const float*)k_TKD, (const float*)v_TKD, (float*)k_NKBD, (float*)v_NKBD);
-    else if (kv_type == BFLOAT16) write((const float*)k_TKD, (const float*)v_TKD, (bf16*)k_NKBD, (bf16*)v_NKBD);
-    else write((const float*)k_TKD, (const float*)v_TKD, (f16*)k_NKBD, (f16*)v_NKBD);
+    if (kv_type == FLOAT32) run((float*)k_NKBD, (float*)v_NKBD);
+    else if (kv_type == BFLOAT16) run((bf16*)k_NKBD, (bf16*)v_NKBD);
+    else run((f16*)k_NKBD, (f16*)v_NKBD);
     return 0;
 }
 
@@ -91,19 +96,6 @@ OP(rms_norm)(
         for (int64_t n = first; n < last; n++) {
             const float* row = x + n / inner * outer_stride + n % inner * inner_stride;
             norm_row(row, residual ? residual + n * size : nullptr, weight_E, size, eps, offset, out + n * size);
-        }
-    });
-    return 0;
-}
-
-OP(rope)(
-    float* x_THD, int64_t stride_T, int64_t stride_H, const float* cos_TR, const float* sin_TR, int64_t tokens,
-    int64_t heads, int64_t pairs, int threads) {
-    for_ranges(threads, tokens, GRAIN / (2 * heads * pairs), [&](int64_t first, int64_t last) {
-        for (int64_t t = first; t < last; t++) {
-            for (int64_t h = 0; h < heads; h++) {
-                rope_head(x_THD + t * stride_T + h * stride_H, cos_TR + t * pairs, sin_TR + t * pairs, pairs);
-            }
         }
     });
     return 0;

@@ -27,8 +27,7 @@ def test_bytes_and_operations():
     prompt = cases["paged_attention prompt of 20, float32 KV"]
     assert prompt == (4 * 2 * 20 * 2 * 8 + 4 * 2 * 20 * 4 * 8, 4 * (20 * 21 // 2) * 4 * 8)
     assert cases["rms_norm 5 tokens"] == (4 * 2 * 5 * 16, 0)
-    assert cases["rope 5 tokens"] == (4 * 5 * (2 * 6 * 8 + 8), 0)
-    assert cases["kv_write 5 tokens"] == (4 * 4 * 5 * 2 * 8, 0)
+    assert cases["rope_kv_write 5 tokens"] == (4 * 5 * (2 * 6 * 8 + 3 * 2 * 8 + 8), 0)
     assert cases["silu_mul 5 tokens"] == cases["gelu_mul 5 tokens"] == (4 * 3 * 5 * 24, 0)
     assert cases["linear gate_up 16x48, 4 rows"] == (4 * (16 * 48 + 4 * 64), 2 * 4 * 16 * 48)
 
@@ -41,7 +40,7 @@ def test_every_case_runs_on_every_backend():
         ran = {one.backend for one in found if (one.op, one.shape) == (case.op, case.shape)}
         assert ran == backends, case
     assert {case.op for case in cases} == {
-        *("paged_attention", "rms_norm", "add_rms_norm", "rope", "kv_write", "silu_mul", "gelu_mul", "linear")
+        *("paged_attention", "rms_norm", "add_rms_norm", "rope_kv_write", "silu_mul", "gelu_mul", "linear")
     }
     assert len(describe(found).splitlines()) == 1 + len(found)
 

@@ -30,7 +30,7 @@ def state(context: list[int]) -> array[float]:
 
 
 class CheckingRunner:
-    """Writes all of a step's slots before any is read, as kv_write precedes attention in every layer."""
+    """Writes all of a step's slots before any is read, as rope_kv_write precedes attention in every layer."""
 
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size

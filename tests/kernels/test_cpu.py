@@ -67,7 +67,7 @@ def test_a_chunk_gives_what_the_whole_prompt_gives():
 
 
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_kv_write_rounds_as_torch_does(cache_dtype):
+def test_what_is_written_is_rounded_as_torch_does(cache_dtype):
     edges = [
         0.0,
         -0.0,
@@ -89,7 +89,7 @@ def test_kv_write_rounds_as_torch_does(cache_dtype):
     cache = (torch.zeros(len(rows), 1, 1, 4, dtype=cache_dtype), torch.zeros(len(rows), 1, 1, 4, dtype=cache_dtype))
     slots = torch.arange(len(rows))
     index = ops.step_index(slots, slots.int().view(-1, 1), list(range(len(rows) + 1)), [1] * len(rows), cache)
-    ops.kv_write(rows, rows, cache, index)
+    ops.rope_kv_write(rows, rows, rows, None, cache, index)
     torch.testing.assert_close(cache[0].view(-1), rows.to(cache_dtype).view(-1), rtol=0, atol=0, equal_nan=True)
     assert torch.equal(cache[0].nan_to_num(), cache[1].nan_to_num())
 

@@ -75,14 +75,31 @@ def _turned(shape, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", ROPE_SHAPES, ids=str)
 def test_rope_turns_in_place_and_leaves_the_rest(shape, dtype):
-    heads, pairs = shape[1], shape[3]
+    tokens, heads, size, pairs = shape
     before, cos, sin, turned = _turned(shape, dtype)
-    whole = before.clone()
-    ops.rope(whole[:, 1 : 1 + heads], cos, sin)
-    _close(whole[:, 1 : 1 + heads], turned, dtype)
-    assert torch.equal(whole[:, 0], before[:, 0])
-    assert torch.equal(whole[:, -1], before[:, -1])
-    assert torch.equal(whole[..., 2 * pairs :], before[..., 2 * pairs :])
+    whole, fused = before.clone(), before.clone()
+    # keys of the same numbers, and the last head for values
+    k, v, cache = fused[:, 1 : 1 + heads], fused[:, -1:].expand(-1, heads, -1), _room(tokens, heads, size, dtype)
+    index = _one_sequence(tokens, cache)
+    ops.rope_kv_write(whole[:, 1 : 1 + heads], k, v, (cos, sin), cache, index)
+    for each in (whole, fused):
+        _close(each[:, 1 : 1 + heads], turned, dtype)
+        assert torch.equal(each[:, 0], before[:, 0])
+        assert torch.equal(each[:, -1], before[:, -1])
+        assert torch.equal(each[..., 2 * pairs :], before[..., 2 * pairs :])
+    for part, written in zip(cache, (k, v), strict=True):
+        assert torch.equal(part.transpose(1, 2).flatten(0, 1)[:tokens], written)
+
+
+def _room(tokens, heads, size, dtype):
+    """An empty cache of blocks of 3 slots."""
+    shape = (-(-tokens // 3), heads, 3, size)
+    return torch.full(shape, torch.nan, dtype=dtype), torch.full(shape, torch.nan, dtype=dtype)
+
+
+def _one_sequence(tokens, cache):
+    table = torch.arange(len(cache[0]), dtype=torch.int32)[None]
+    return ops.step_index(torch.arange(tokens), table, [0, tokens], [tokens], cache)
 
 
 @functools.cache
@@ -144,7 +161,7 @@ class Batch:
 
     def write(self):
         index = ops.step_index(self.slots, self.tables, self.starts, self.lengths, self.cache)
-        ops.kv_write(self.new(self.keys), self.new(self.values), self.cache, index)
+        ops.rope_kv_write(self.q, self.new(self.keys), self.new(self.values), None, self.cache, index)
         return index
 
     def write_and_attend(self):
@@ -184,7 +201,7 @@ def test_paged_attention_over_a_16_bit_cache(name, cache_dtype):
 
 
 @pytest.mark.parametrize("name", ["mixed", "block-size-7"])
-def test_kv_write_changes_its_slots_alone(name):
+def test_writing_changes_its_slots_alone(name):
     batch = Batch(ATTENTION[name], torch.float32)
     before = [tensor.clone() for tensor in batch.cache]
     batch.write()

@@ -25,9 +25,11 @@ def commands(folder: Path) -> dict[str, list[str]]:
     """Name → how it is started; engines that are not installed are left out."""
     here = Path(__file__).parent
     ours = [sys.executable, "-m", "tests.peers.run_batchinfer", str(folder / "model")]
+    blocks = [*ours[:-1], str(folder / "model.gguf")]
     openvino, vllm = folder / "openvino/bin/python", folder / "vllm/bin/python"
     engines = {
         "batchinfer": ours,
+        "batchinfer, from the Q4_1 file": blocks,
         "batchinfer, int8": [*ours, "--quantization=int8"],
         "OpenVINO GenAI (F16 weights)": [str(openvino), str(here / "run_openvino.py"), str(folder / "model-f16.gguf")],
         "vLLM-CPU": [str(vllm), str(here / "run_vllm.py"), str(folder / "model")],

@@ -12,6 +12,7 @@ import importlib
 import inspect
 import json
 import random
+import shutil
 import sys
 from pathlib import Path
 
@@ -87,6 +88,7 @@ def main(model: Path, folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     write_safetensors(model, folder / "model")
     write_float16(model, folder / "model-f16.gguf")
+    shutil.copyfile(model, folder / "model.gguf")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """This engine, as the others are run.
 
-python -m tests.peers.run_batchinfer MODEL_FOLDER [--quantization=int8] WORKLOAD.jsonl ...    a JSON line per workload
+python -m tests.peers.run_batchinfer MODEL [--quantization=int8] WORKLOAD.jsonl ...    a JSON line per workload
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from pathlib import Path
 import batchinfer
 from batchinfer import LLM, SamplingParams
 from batchinfer.bench.cost import LinearCost
-from batchinfer.models.config import load_config
+from batchinfer.models.config import load_config, parse_config
 from batchinfer.models.decoder import Decoder
+from batchinfer.models.gguf import GGUFFile
 
 
 def main(model: str, arguments: list[str]) -> None:
@@ -25,10 +26,12 @@ def main(model: str, arguments: list[str]) -> None:
     import torch
 
     start_s = time.perf_counter() - began
+    path = Path(model)
+    config = load_config(path) if path.is_dir() else parse_config(GGUFFile(path).config_dict(), model)
     with torch.device("meta"):
-        cost = LinearCost.of(Decoder(load_config(Path(model))))
-    for path in (argument for argument in arguments if not argument.startswith("--")):
-        rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+        cost = LinearCost.of(Decoder(config))
+    for workload in (argument for argument in arguments if not argument.startswith("--")):
+        rows = [json.loads(line) for line in Path(workload).read_text().splitlines()]
         before = replace(llm.stats())  # a copy: the counters go on
         began = time.perf_counter()
         answers = llm.generate(

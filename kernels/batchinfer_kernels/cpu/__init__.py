@@ -4,7 +4,6 @@ See `library.load`: `problem()` says why the backend cannot serve, if it cannot.
 """
 
 from batchinfer_kernels.cpu.activation import gelu_mul, silu_mul
-from batchinfer_kernels.cpu.kv_write import kv_write
 from batchinfer_kernels.cpu.library import problem, variant
 from batchinfer_kernels.cpu.linear import (
     PackedBlocks,
@@ -17,7 +16,7 @@ from batchinfer_kernels.cpu.linear import (
 )
 from batchinfer_kernels.cpu.paged_attention import paged_attention
 from batchinfer_kernels.cpu.rms_norm import add_rms_norm, rms_norm
-from batchinfer_kernels.cpu.rope import rope
+from batchinfer_kernels.cpu.rope_kv_write import rope_kv_write
 from batchinfer_kernels.cpu.step_index import step_index
 
 __all__ = [
@@ -26,7 +25,6 @@ __all__ = [
     "QuantizedPanels",
     "add_rms_norm",
     "gelu_mul",
-    "kv_write",
     "linear",
     "pack_linear",
     "pack_quantized",
@@ -34,7 +32,7 @@ __all__ = [
     "paged_attention",
     "problem",
     "rms_norm",
-    "rope",
+    "rope_kv_write",
     "silu_mul",
     "step_index",
     "variant",

@@ -20,9 +20,8 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PATH = Path(__file__).with_name("_ops.so")
 _SIGNATURES = {  # p pointer, n int64, i int, f float
     "paged_attention": "pnnpppipnppnnnnnfnfi",
-    "kv_write": "pnnpnnippipnnnni",
     "rms_norm": "pnnnnppnffpi",
-    "rope": "pnnppnnni",
+    "rope_kv_write": "pnnnpnnpnnppnppipnnnni",
     "silu_mul": "pnnpi",
     "gelu_mul": "pnnpi",
     "linear_panel": "",
@@ -44,9 +43,8 @@ class Functions(NamedTuple):
     """Of one variant. linear_panel, quantized_group and block_bytes return sizes, others 0, or 1 for want of memory."""
 
     paged_attention: Function
-    kv_write: Function
     rms_norm: Function
-    rope: Function
+    rope_kv_write: Function
     silu_mul: Function
     gelu_mul: Function
     linear_panel: Function

@@ -2,12 +2,11 @@
 
 from batchinfer_kernels.reference.activation import gelu_mul, silu_mul
 from batchinfer_kernels.reference.block_matrix import BLOCK, BlockMatrix, stacked_blocks
-from batchinfer_kernels.reference.kv_write import kv_write
 from batchinfer_kernels.reference.linear import linear, pack_linear, packed_rows
 from batchinfer_kernels.reference.paged_attention import paged_attention
 from batchinfer_kernels.reference.quantized_linear import QuantizedMatrix, pack_quantized
 from batchinfer_kernels.reference.rms_norm import add_rms_norm, rms_norm
-from batchinfer_kernels.reference.rope import rope
+from batchinfer_kernels.reference.rope_kv_write import rope_kv_write
 from batchinfer_kernels.reference.step_index import step_index
 
 __all__ = [
@@ -16,14 +15,13 @@ __all__ = [
     "QuantizedMatrix",
     "add_rms_norm",
     "gelu_mul",
-    "kv_write",
     "linear",
     "pack_linear",
     "pack_quantized",
     "packed_rows",
     "paged_attention",
     "rms_norm",
-    "rope",
+    "rope_kv_write",
     "silu_mul",
     "stacked_blocks",
     "step_index",

@@ -1,0 +1,54 @@
+"""Queries and keys turned, keys and values into their slots, in one pass over the tokens (csrc/ops.cpp).
+
+T tokens, H query heads, K kv heads, D head size, R rotated pairs of a head, N blocks, B slots per block
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from batchinfer_kernels import reference
+from batchinfer_kernels.cpu.library import TYPES, functions
+from batchinfer_kernels.cpu.step_index import CPUStepIndex
+from batchinfer_kernels.reference.step_index import StepIndex
+
+
+def rope_kv_write(
+    q_THD: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    cos_sin: tuple[Tensor, Tensor] | None,
+    cache: tuple[Tensor, Tensor],
+    index: StepIndex,
+) -> None:
+    k_NKBD, v_NKBD = cache
+    angles = cos_sin or ()
+    float32 = all(x.dtype == torch.float32 for x in (q_THD, k_TKD, v_TKD, *angles))
+    dense = q_THD.stride(2) == k_TKD.stride(2) == v_TKD.stride(2) == 1
+    whole = all(x.is_contiguous() for x in (k_NKBD, v_NKBD, *angles))
+    kept = TYPES.get(k_NKBD.dtype) if k_NKBD.dtype == v_NKBD.dtype else None
+    if not (float32 and dense and whole and kept is not None and isinstance(index, CPUStepIndex)):
+        reference.rope_kv_write(q_THD, k_TKD, v_TKD, cos_sin, cache, index)
+        return
+    cos, sin = (x.data_ptr() for x in cos_sin) if cos_sin is not None else (None, None)
+    functions().rope_kv_write(
+        *_place(q_THD),
+        q_THD.shape[1],
+        *_place(k_TKD),
+        *_place(v_TKD),
+        cos,
+        sin,
+        cos_sin[0].shape[1] if cos_sin is not None else 0,
+        k_NKBD.data_ptr(),
+        v_NKBD.data_ptr(),
+        kept,
+        index.slots_T.data_ptr(),
+        len(k_TKD),
+        *k_NKBD.shape[1:],
+        torch.get_num_threads(),
+    )
+
+
+def _place(x_THD: Tensor) -> tuple[int, int, int]:
+    return x_THD.data_ptr(), x_THD.stride(0), x_THD.stride(1)

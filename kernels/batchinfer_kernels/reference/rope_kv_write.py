@@ -1,0 +1,39 @@
+"""What precedes attention: queries and keys turned by their positions, keys and values put into the cache.
+
+T tokens, H query heads, K kv heads, D head size, R rotated pairs of a head, N blocks, B slots per block
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from batchinfer_kernels.reference.step_index import StepIndex
+
+
+def rope_kv_write(
+    q_THD: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    cos_sin: tuple[Tensor, Tensor] | None,
+    cache: tuple[Tensor, Tensor],
+    index: StepIndex,
+) -> None:
+    if cos_sin is not None:
+        _turn(q_THD, *cos_sin)
+        _turn(k_TKD, *cos_sin)
+    blocks_T, offsets_T = index.write_T
+    for part_NKBD, new_TKD in zip(cache, (k_TKD, v_TKD), strict=True):
+        part_NKBD[blocks_T, :, offsets_T] = new_TKD.to(part_NKBD.dtype)
+
+
+def _turn(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> None:
+    """Rotary position embedding (Su et al. 2021), half-split pairs, in place."""
+    pairs = cos_TR.shape[-1]
+    wide = torch.promote_types(x_THD.dtype, cos_TR.dtype)
+    first_THR, second_THR = x_THD[..., :pairs], x_THD[..., pairs : 2 * pairs]
+    first, second = first_THR.to(wide), second_THR.to(wide)
+    cos_T1R, sin_T1R = cos_TR.unsqueeze(1), sin_TR.unsqueeze(1)
+    turned = torch.mul(first, cos_T1R).sub_(second * sin_T1R)
+    second_THR.copy_(torch.mul(second, cos_T1R).add_(first * sin_T1R))
+    first_THR.copy_(turned)
