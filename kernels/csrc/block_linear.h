@@ -108,12 +108,16 @@ inline void multiply_blocks(const Linear& l, int threads) {
     multiply_panels(l, threads, [](const Linear& l, const Block& block, int64_t number, int64_t next) {
         const int64_t size = l.in_features / SHARING * Form::BYTES;
         const uint8_t* panel = (const uint8_t*)l.panels + number * size;
-        const Ahead ahead{(const char*)l.panels + next * size, Form::BYTES / SHARING};
-        if (l.rows <= FEW_ROWS) return multiply_few_of<Form>(l, panel, number, ahead.at);
+        const char* then = (const char*)l.panels + next * size;
+        if (l.rows <= FEW_ROWS) return multiply_few_of<Form>(l, panel, number, then);
+        const bool at_once = block.tiles > 4;  // a tile's share would be a byte or two for each input feature
         float wide[SUMMED * PANEL];
+        const Ahead ahead{then, at_once ? 0 : Form::BYTES / SHARING};
         multiply_panel(l, block, number, ahead, [&](int64_t start, int64_t depth) {
             for (int64_t i = 0; i < depth; i += SHARING) {
-                widen<Form>(panel + (start + i) / SHARING * Form::BYTES, wide + i * PANEL);
+                const int64_t at = (start + i) / SHARING * Form::BYTES;
+                for (int64_t line = 0; line < Form::BYTES && at_once; line += 64) __builtin_prefetch(then + at + line, 0, 2);
+                widen<Form>(panel + at, wide + i * PANEL);
             }
             return (const float*)wide;
         });
