@@ -58,6 +58,12 @@ __attribute__((always_inline)) inline void over_parts(int64_t padded, Body&& bod
     if (d < padded) body(std::integral_constant<int, 1>{}, d);
 }
 
+// whether `load_two` takes the numbers of a head out of their order; copies of heads of no whole vectors are float32
+template <class KV>
+inline bool is_arranged(int64_t size) {
+    return std::is_same_v<KV, bf16> && size % VL == 0;
+}
+
 template <int W, class KV>
 inline void load_part(const KV* from, vec* to) {
     if constexpr (W == 1) to[0] = load(from);
@@ -176,12 +182,11 @@ void attend_piece(
     for (int64_t i = keys; i < keys + AHEAD + VL; i++) space.rows[i] = space.rows[keys - 1];
     const float* q = a.q_THD + a.query_starts[sequence] * a.q_stride_T + kv_head * group * a.q_stride_H;
     for (int64_t h = 0; h < group; h++) {
-        const bool in_order = !std::is_same_v<KV, bf16> || !whole;
-        float* scaled = in_order ? space.q + h * padded : space.staged;
+        float* scaled = is_arranged<KV>(size) ? space.staged : space.q + h * padded;
         const float* from = q + h * a.q_stride_H;
         for (int64_t d = 0; d < size; d++) scaled[d] = from[d] * a.score_scale();
         for (int64_t d = size; d < padded; d++) scaled[d] = 0;
-        if (!in_order) arrange(scaled, size, space.q + h * padded);
+        if (is_arranged<KV>(size)) arrange(scaled, size, space.q + h * padded);
     }
     float* maximum = partial;
     float* sum = partial + group;
@@ -254,7 +259,7 @@ void join_pieces(const Attention& a, int64_t sequence, int64_t kv_head, float* p
             }
         }
         for (int64_t d = 0; d < padded; d += VL) store(joined + d, load(joined + d) / sum);
-        if (std::is_same_v<KV, bf16> && size == padded) restore(joined, size, out + h * size);
+        if (is_arranged<KV>(size)) restore(joined, size, out + h * size);
         else memcpy(out + h * size, joined, size * sizeof(float));
     }
 }

@@ -3,9 +3,9 @@
 //
 // A panel holds PANEL output features: for each input feature, their PANEL weights side by side, in float32 or, where
 // that loses nothing, in 16 bits. A piece of it, SUMMED input features, stays in the first cache while the rows pass over
-// it, a tile of up to MOST_ROWS at a time with its sums in registers. Each sum runs over the input
-// features in their order, whatever the number of rows or threads: a row's result depends on nothing else. It is a sum
-// of the pieces' sums: rounding errors then grow with the length of the pieces, not of the whole.
+// it, a tile of up to MOST_ROWS at a time with its sums in registers. Each sum runs over the input features in their
+// order, whatever the number of rows or threads: a row's result depends on nothing else. It is a sum of the pieces'
+// sums: rounding errors then grow with the length of the pieces, not of the whole.
 //
 // N rows · I input features · O output features
 #pragma once
@@ -13,7 +13,6 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "elementwise.h"
 #include "parallel.h"
 #include "simd.h"
 
