@@ -138,46 +138,14 @@ class GGUFFile:
 
 def _dequantize(raw: np.ndarray, ggml_type: GGMLType, count: int) -> np.ndarray:
     """`count` float32 values of contiguous blocks. Blocks know nothing of rows, so chunks may cut anywhere between."""
-    fill = _IN_TORCH.get(ggml_type)
-    if fill is None:
+    if ggml_type not in gguf_blocks.TYPES:  # for those, three times as fast as numpy and equal to the last bit
         return _dequantize_in_numpy(raw, ggml_type, count)
     block, block_bytes = gguf.GGML_QUANT_SIZES[ggml_type]
     out = torch.empty(count // block, block, dtype=torch.float32)
     bytes_ = torch.from_numpy(raw).view(-1, block_bytes)
     for part, part_bytes in zip(torch.split(out, _CHUNK // block), torch.split(bytes_, _CHUNK // block), strict=True):
-        fill(part, part_bytes)
+        part.copy_(gguf_blocks.decoded(part_bytes, ggml_type).float())
     return out.view(-1).numpy()
-
-
-# The most common types, three times as fast as numpy and equal to the last bit. out: [blocks, 32] float32; data: uint8
-# [blocks, bytes of a block], which begins with a float16 scale. Low halves of bytes are values 0 to 15, high halves 16
-# to 31 of a block.
-
-
-def _fill_q4_0(out: torch.Tensor, data: torch.Tensor) -> None:
-    _fill_halves(out, data[:, 2:])
-    out.sub_(8).mul_(_half(data, 0))
-
-
-def _fill_q4_1(out: torch.Tensor, data: torch.Tensor) -> None:
-    _fill_halves(out, data[:, 4:])
-    out.mul_(_half(data, 0)).add_(_half(data, 2))
-
-
-def _fill_q8_0(out: torch.Tensor, data: torch.Tensor) -> None:
-    torch.mul(data[:, 2:].view(torch.int8), _half(data, 0), out=out)
-
-
-def _fill_halves(out: torch.Tensor, data: torch.Tensor) -> None:
-    out[:, :16] = data & 15
-    out[:, 16:] = data >> 4
-
-
-def _half(data: torch.Tensor, at: int) -> torch.Tensor:
-    return data[:, at : at + 2].view(torch.float16).float()
-
-
-_IN_TORCH = {GGMLType.Q4_0: _fill_q4_0, GGMLType.Q4_1: _fill_q4_1, GGMLType.Q8_0: _fill_q8_0}
 
 
 def _dequantize_in_numpy(raw: np.ndarray, ggml_type: GGMLType, count: int) -> np.ndarray:

@@ -15,15 +15,19 @@ _CHUNK_BLOCKS = 1 << 14  # that stay in the cache while their values are spread
 
 def matrix(rows: np.ndarray, ggml_type: GGMLType) -> ops.BlockMatrix | None:
     """rows: uint8 [O, bytes of a row]. Copies. None if a scale is not finite, as in a damaged file."""
+    made = decoded(torch.from_numpy(rows), ggml_type)
+    parts = (made.scales_OG,) if made.mins_OG is None else (made.scales_OG, made.mins_OG)
+    return made if all(bool(part.isfinite().all()) for part in parts) else None
+
+
+def decoded(rows: torch.Tensor, ggml_type: GGMLType) -> ops.BlockMatrix:
+    """The same, whatever the scales are."""
     bits, with_mins = TYPES[ggml_type]
     block, block_bytes = gguf.GGML_QUANT_SIZES[ggml_type]
     assert block == ops.BLOCK
-    blocks = torch.from_numpy(rows).view(-1, block_bytes)
+    blocks = rows.view(-1, block_bytes)
     shape = (len(rows), len(blocks) // len(rows))
-    scales, mins = (_halves(blocks, at).view(shape) if at <= 2 * with_mins else None for at in (0, 2))
-    assert scales is not None
-    if not all(bool(part.isfinite().all()) for part in (scales, mins) if part is not None):
-        return None
+    scales, mins = _halves(blocks, 0).view(shape), _halves(blocks, 2).view(shape) if with_mins else None
     data = blocks[:, 4 if with_mins else 2 :]
     values = data.view(torch.int8).contiguous() if bits == 8 else _spread(data, 0 if with_mins else 8)
     return ops.BlockMatrix(values.view(shape[0], shape[1] * block), scales, mins, bits)

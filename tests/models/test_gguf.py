@@ -215,7 +215,7 @@ def test_every_type_is_dequantised_in_chunks(
     np.testing.assert_array_equal(tensor.numpy(), expected)
 
 
-@pytest.mark.parametrize("ggml_type", sorted(ours._IN_TORCH), ids=lambda ggml_type: ggml_type.name)
+@pytest.mark.parametrize("ggml_type", sorted(ours.gguf_blocks.TYPES), ids=lambda ggml_type: ggml_type.name)
 def test_any_bytes_are_dequantised_as_by_the_gguf_package(ggml_type: GGMLType) -> None:
     """Negative, infinite and undefined scales too."""
     block, block_bytes = gguf.GGML_QUANT_SIZES[ggml_type]
