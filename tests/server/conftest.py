@@ -235,3 +235,15 @@ def processes() -> Iterator[type[Process]]:
         if one.popen.poll() is None:
             one.popen.kill()
         one.popen.communicate()
+
+
+def referring_tool(name):
+    """A tool whose parameters refer into their own schema."""
+    parameters = {
+        "type": "object",
+        "properties": {"a": {"$ref": "#/$defs/one"}},
+        "required": ["a"],
+        "additionalProperties": False,
+        "$defs": {"one": {"enum": [1, 2]}},
+    }
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}

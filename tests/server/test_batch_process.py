@@ -61,6 +61,13 @@ class Process:
         file = self.upload(data)
         return self.client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h", **values)
 
+    def begun(self, completed, **values):
+        """A batch of ROWS rows, more than `completed` of which are, in a process that has just started."""
+        self.step_s = 0.01  # some 6 s of work
+        self.start()
+        batch = self.create(rows(ROWS), **values)
+        return self.wait(batch.id, lambda batch: batch.request_counts.completed > completed)
+
     def wait(self, batch_id, done, timeout_s=60):
         give_up = time.monotonic() + timeout_s
         while not done(batch := self.client.batches.retrieve(batch_id)):
@@ -79,9 +86,7 @@ def process(tmp_path):
 
 @pytest.mark.timeout(180)
 def test_2000_rows_survive_sigkill(process):
-    process.step_s = 0.01  # some 6 s of work
-    process.start()
-    batch = process.create(rows(ROWS), metadata={"name": "nightly"})
+    batch = process.begun(500, metadata={"name": "nightly"})
     for least in (500, 1000):
         process.wait(batch.id, lambda batch, least=least: batch.request_counts.completed > least)
         process.end(signal.SIGKILL)
@@ -98,10 +103,7 @@ def test_2000_rows_survive_sigkill(process):
 @pytest.mark.timeout(120)
 def test_requests_do_not_wait_for_a_batch(process):
     """A batch leaves seats free, and a request that is refused or answered changes nothing in it."""
-    process.step_s = 0.01
-    process.start()
-    batch = process.create(rows(ROWS))
-    process.wait(batch.id, lambda batch: batch.request_counts.completed > 100)
+    batch = process.begun(100)
     for number in range(20):
         messages = [{"role": "user", "content": f"question {number}"}]
         began = time.monotonic()
@@ -116,10 +118,7 @@ def test_requests_do_not_wait_for_a_batch(process):
 
 @pytest.mark.timeout(120)
 def test_sigterm_saves_what_is_finished(process):
-    process.step_s = 0.01
-    process.start()
-    batch = process.create(rows(ROWS))
-    process.wait(batch.id, lambda batch: batch.request_counts.completed > 600)
+    batch = process.begun(600)
     began = time.monotonic()
     assert process.end(signal.SIGTERM) in (0, -signal.SIGTERM)
     assert time.monotonic() - began < 8

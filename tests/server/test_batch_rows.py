@@ -11,25 +11,13 @@ from batchinfer.job.batch import BatchRunner
 from batchinfer.llm import LLM
 from batchinfer.server.share import SharedAnswerer
 from tests.server.batch_lines import content, parsed
-from tests.server.conftest import Endpoint
+from tests.server.conftest import Endpoint, referring_tool
 
 CHAT, TEXT, VECTORS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 HI = [{"role": "user", "content": "hi"}]
 SHORT = {"max_tokens": 5, "temperature": 0}
 LONG = {"max_tokens": 90, "temperature": 0}
-PICK = {
-    "type": "function",
-    "function": {
-        "name": "pick",
-        "parameters": {
-            "type": "object",
-            "properties": {"a": {"$ref": "#/$defs/one"}},
-            "required": ["a"],
-            "additionalProperties": False,
-            "$defs": {"one": {"enum": [1, 2]}},
-        },
-    },
-}
+PICK = referring_tool("pick")
 NAMED = {"type": "function", "function": {"name": "pick"}}
 
 BODIES = {

@@ -11,7 +11,7 @@ from batchinfer.llm import LLM
 from batchinfer.spec import FakeSpec
 from batchinfer.text.grammar_trial import Trials
 from batchinfer.wire.tool_use import ToolStream, ToolUse
-from tests.server.conftest import Endpoint
+from tests.server.conftest import Endpoint, referring_tool
 
 CHAT = "/v1/chat/completions"
 HI = [{"role": "user", "content": "hi"}]
@@ -160,20 +160,13 @@ def test_calls_in_messages_reach_the_template():
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "add"}}])
 def test_a_forced_call(tiny, choice):
-    tool = {
-        "type": "function",
-        "function": {
-            "name": "add",
-            "parameters": {
-                "type": "object",
-                "properties": {"a": {"$ref": "#/$defs/one"}},
-                "required": ["a"],
-                "additionalProperties": False,
-                "$defs": {"one": {"enum": [1, 2]}},
-            },
-        },
+    asked = {
+        "messages": HI,
+        "tools": [referring_tool("add")],
+        "tool_choice": choice,
+        "parallel_tool_calls": False,
+        "max_tokens": 200,
     }
-    asked = {"messages": HI, "tools": [tool], "tool_choice": choice, "parallel_tool_calls": False, "max_tokens": 200}
     choice = tiny.chat(**asked, temperature=0)["choices"][0]
     if choice["finish_reason"] == "length":
         pytest.fail(f"not ended: {choice}")
