@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from types import ModuleType
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from batchinfer_kernels import cpu, reference
 from batchinfer_kernels.reference.block_matrix import BLOCK, BlockMatrix, stacked_blocks
@@ -25,6 +25,7 @@ from batchinfer.log import log
 __all__ = [
     "BLOCK",
     "BlockMatrix",
+    "Gated",
     "KVPair",
     "Packed",
     "Quantized",
@@ -32,9 +33,11 @@ __all__ = [
     "StepIndex",
     "add_rms_norm",
     "backends",
+    "gated_linear",
     "gelu_mul",
     "keeping_backend",
     "linear",
+    "pack_gated",
     "pack_linear",
     "pack_quantized",
     "packed_rows",
@@ -56,6 +59,9 @@ Packed = Tensor | cpu.PackedLinear | cpu.PackedBlocks
 
 Quantized = reference.QuantizedMatrix | cpu.QuantizedPanels
 """A matrix [O, I] in 8 bits, with a scale per row."""
+
+Gated = cpu.GatedPanels
+"""A matrix [2F, I] in the form of `gated_linear`."""
 
 _CPU_FORMS = cpu.PackedLinear | cpu.PackedBlocks | cpu.QuantizedPanels
 
@@ -130,7 +136,10 @@ def step_index(
 
 
 def rms_norm(x_NE: Tensor, weight_E: Tensor, eps: float, offset: float = 0.0) -> Tensor:
-    """x / rms(x) * (offset + weight), computed in float32, in x's dtype. Any leading shape; new memory."""
+    """x / rms(x) * (offset + weight), computed in float32, in x's dtype. Any leading shape; new memory.
+
+    Rows of two axes may lie farther apart than E.
+    """
     out: Tensor = _backend(x_NE).rms_norm(x_NE, weight_E, eps, offset)
     return out
 
@@ -186,10 +195,25 @@ def pack_linear(weight_OI: Tensor | BlockMatrix) -> Packed:
     return packed
 
 
-def pack_quantized(weight_OI: Tensor) -> Quantized:
+def pack_quantized(weight_OI: Tensor | BlockMatrix) -> Quantized:
     """The matrix rounded to 8 bits, symmetric, with a scale per output feature. A copy."""
     packed: Quantized = _backend(weight_OI).pack_quantized(weight_OI)
     return packed
+
+
+def pack_gated(weight_GI: Tensor | BlockMatrix, quantize: bool = False) -> Packed | Quantized | Gated:
+    """The matrix [2F, I] of gates and then of what they multiply, in the form that `gated_linear` is fastest with."""
+    packed: Packed | Quantized | Gated = _backend(weight_GI).pack_gated(weight_GI, quantize)
+    return packed
+
+
+def gated_linear(
+    x_NI: Tensor, matrix_GI: Packed | Quantized | Gated, bias_G: Tensor | None, activation: Literal["silu", "gelu"]
+) -> Tensor:
+    """`silu_mul` or `gelu_mul` of `linear`. out_NF; from row to row it may be farther than F."""
+    backend = cpu if isinstance(matrix_GI, _CPU_FORMS | Gated) else _backend(x_NI)
+    out: Tensor = backend.gated_linear(x_NI, matrix_GI, bias_G, activation)
+    return out
 
 
 def linear(x_NI: Tensor, matrix_OI: Packed | Quantized, bias_O: Tensor | None) -> Tensor:
@@ -199,8 +223,10 @@ def linear(x_NI: Tensor, matrix_OI: Packed | Quantized, bias_O: Tensor | None) -
     return out
 
 
-def stored_bytes(matrix_OI: Packed | Quantized) -> int:
+def stored_bytes(matrix_OI: Packed | Quantized | Gated) -> int:
     """Bytes that the matrix is held in, scales and the like included: what a product reads of it."""
+    if isinstance(matrix_OI, Gated):
+        matrix_OI = matrix_OI.packed
     if isinstance(matrix_OI, Tensor):
         return matrix_OI.nbytes
     held = matrix_OI if isinstance(matrix_OI, tuple) else [getattr(matrix_OI, f.name) for f in fields(matrix_OI)]

@@ -48,9 +48,9 @@ class LinearCost:
         return cls(
             sum(linear.in_features * linear.out_features for linear in layers),
             head.in_features * head.out_features,
-            sum(ops.stored_bytes(linear.matrix) for linear in layers),
+            sum(ops.stored_bytes(linear.held) for linear in layers),
             ops.stored_bytes(head.matrix),
-            any(isinstance(linear.matrix, ops.Quantized) for linear in layers),
+            any(isinstance(linear.held, ops.Quantized) for linear in layers),
         )
 
     def operations(self, tokens: int, sampled: int) -> int:

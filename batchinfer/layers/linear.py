@@ -5,10 +5,14 @@ N rows · I input features · O output features
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
 from batchinfer import ops
+
+Held = ops.Packed | ops.Quantized | ops.Gated
 
 
 class Linear(nn.Module):
@@ -20,25 +24,35 @@ class Linear(nn.Module):
         self.out_features = out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
-        self._packed: ops.Packed | ops.Quantized | None = None
+        self._packed: Held | None = None
 
     def pack(self, quantize: bool = False) -> None:
         """Once the weight is read: into the form that this machine multiplies with fastest. Gives back its memory."""
         if self._packed is None:
-            self._keep(ops.pack_quantized(self.weight) if quantize else ops.pack_linear(self.weight))
+            self._keep(self._pack(self.weight, quantize))
 
     def take(self, blocks_OI: ops.BlockMatrix) -> None:
         """Instead of reading the weight and packing it."""
-        self._keep(ops.pack_linear(blocks_OI))
+        self._keep(self._pack(blocks_OI, quantize=False))
 
-    def _keep(self, packed: ops.Packed | ops.Quantized) -> None:
+    def _pack(self, weight_OI: Tensor | ops.BlockMatrix, quantize: bool) -> Held:
+        return ops.pack_quantized(weight_OI) if quantize else ops.pack_linear(weight_OI)
+
+    def _keep(self, packed: Held) -> None:
         self._packed = packed
         self.weight = nn.Parameter(self.weight.new_empty(0, self.in_features), requires_grad=False)
 
     @property
+    def held(self) -> Held:
+        """What there is of the weight, packed or not."""
+        return self.weight if self._packed is None else self._packed
+
+    @property
     def matrix(self) -> ops.Packed | ops.Quantized:
         """[O, I], packed or not."""
-        return self.weight if self._packed is None else self._packed
+        held = self.held
+        assert not isinstance(held, ops.Gated)
+        return held
 
     def forward(self, x_NI: Tensor) -> Tensor:
         return ops.linear(x_NI, self.matrix, self.bias)
@@ -50,3 +64,17 @@ class StackedLinear(Linear):
     def __init__(self, in_features: int, parts: tuple[int, ...], bias: bool = False) -> None:
         super().__init__(in_features, sum(parts), bias)
         self.parts = parts
+
+
+class GatedLinear(StackedLinear):
+    """A map to gates and one to what they multiply, and the multiplication: activation(x Gᵀ) * x Wᵀ."""
+
+    def __init__(self, in_features: int, size: int, activation: Literal["silu", "gelu"], bias: bool = False) -> None:
+        super().__init__(in_features, (size, size), bias)
+        self.activation = activation
+
+    def _pack(self, weight_OI: Tensor | ops.BlockMatrix, quantize: bool) -> Held:
+        return ops.pack_gated(weight_OI, quantize)
+
+    def forward(self, x_NI: Tensor) -> Tensor:
+        return ops.gated_linear(x_NI, self.held, self.bias, self.activation)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor, nn
 
-from batchinfer import ops
-from batchinfer.layers.linear import Linear, StackedLinear
+from batchinfer.layers.linear import GatedLinear, Linear
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": ops.silu_mul,
-    "swish": ops.silu_mul,
-    "gelu_pytorch_tanh": ops.gelu_mul,
-    "gelu_new": ops.gelu_mul,
+ACTIVATIONS: dict[str, Literal["silu", "gelu"]] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu",
+    "gelu_new": "gelu",
 }
-"""Hugging Face's name of an activation → the gated op."""
+"""Hugging Face's name of an activation → that of `ops.gated_linear`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +28,9 @@ class MLPConfig:
 class MLP(nn.Module):
     def __init__(self, config: MLPConfig, hidden_size: int) -> None:
         super().__init__()
-        self.gate_up = StackedLinear(hidden_size, (config.size, config.size), config.bias)
+        self.gate_up = GatedLinear(hidden_size, config.size, ACTIVATIONS[config.activation], config.bias)
         self.down = Linear(config.size, hidden_size, config.bias)
-        self.activate_and_multiply = ACTIVATIONS[config.activation]
 
     def forward(self, x_TE: Tensor) -> Tensor:
-        y_TE: Tensor = self.down(self.activate_and_multiply(self.gate_up(x_TE)))
+        y_TE: Tensor = self.down(self.gate_up(x_TE))
         return y_TE

@@ -67,9 +67,8 @@ constexpr int FEW_ROWS = MANY_REGISTERS ? 4 : 3;  // with more, products take lo
 // R rows times a panel, whose weights stay in registers: the sums of `tile`, in its order
 template <class Form, int R>
 inline void multiply_few(const Linear& l, const uint8_t* panel, int64_t number, const char* next) {
-    const int64_t left = number * PANEL, width = std::min<int64_t>(PANEL, l.out_features - left);
-    float totals[R][PANEL] = {};
-    for (int r = 0; r < R && l.bias_O; r++) memcpy(totals[r], l.bias_O + left, width * sizeof(float));
+    float totals[R][PANEL];
+    for (int r = 0; r < R; r++) l.output.begin(number, totals[r]);
     for (int64_t start = 0; start < l.in_features; start += SUMMED) {
         vec sums[R][PANEL_VECTORS] = {};
         for (int64_t i = start; i < std::min(start + SUMMED, l.in_features); i += SHARING) {
@@ -92,7 +91,7 @@ inline void multiply_few(const Linear& l, const uint8_t* panel, int64_t number, 
             for (int v = 0; v < PANEL_VECTORS; v++) store(totals[r] + v * VL, load(totals[r] + v * VL) + sums[r][v]);
         }
     }
-    for (int r = 0; r < R; r++) memcpy(l.out_NO + r * l.out_features + left, totals[r], width * sizeof(float));
+    l.output.put(0, R, number, totals[0]);
 }
 
 template <class Form, int R = FEW_ROWS>

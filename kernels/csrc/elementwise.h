@@ -63,14 +63,20 @@ inline void rope_head(float* x, const float* cos, const float* sin, int64_t pair
     });
 }
 
+enum Activation { NO_ACTIVATION, SILU, GELU };
+
 // gelu's tanh form is x * sigmoid(2 u) as well, u its inner polynomial
-template <bool GELU>
+template <Activation WHICH>
+inline vec gated(vec gate, vec up) {
+    vec inner = gate;
+    if (WHICH == GELU) inner = 1.5957691216057308f * (gate + 0.044715f * gate * gate * gate);
+    return gate / (1.0f + exp2_any(inner * -1.4426950408889634f)) * up;
+}
+
+template <Activation WHICH>
 inline void gated_row(const float* x, int64_t size, float* out) {
     over_vectors(size, [&](int64_t i, int count) {
-        const vec gate = load_some(x + i, count), up = load_some(x + size + i, count);
-        vec inner = gate;
-        if (GELU) inner = 1.5957691216057308f * (gate + 0.044715f * gate * gate * gate);
-        store_some(out + i, gate / (1.0f + exp2_any(inner * -1.4426950408889634f)) * up, count);
+        store_some(out + i, gated<WHICH>(load_some(x + i, count), load_some(x + size + i, count)), count);
     });
 }
 

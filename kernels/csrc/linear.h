@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "elementwise.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -21,20 +22,55 @@ namespace {
 constexpr int PANEL_VECTORS = 2;
 constexpr int PANEL = PANEL_VECTORS * VL;
 constexpr int MOST_ROWS = MANY_REGISTERS ? 14 : 6;
+constexpr int64_t UNROLLED = 4;             // input features of one turn of the innermost loop
 constexpr int64_t SUMMED = 128;             // input features of a piece
 constexpr int64_t BLOCK_BYTES = 512 << 10;  // rows that all panels are multiplied with in turn: they stay in the second cache
 constexpr int64_t FEWEST_TILES = 5, MOST_TILES = 18;  // of such a block
 constexpr int64_t SETS = 64 * 16;           // floats after which a line falls into the same set of the first cache
 
+// What becomes of a panel's sums. With an activation the first half of the output features are gates, the second what
+// they multiply, and a panel holds a vector of the one and the same vector of the other.
+struct Output {
+    const float* bias_O;  // or null
+    float* out;
+    int64_t stride_N, out_features;
+    Activation activation;
+
+    int64_t width(int64_t number) const { return std::min<int64_t>(PANEL, out_features - number * PANEL); }
+    // as the sums stand, in out
+    bool whole(int64_t number) const { return activation == NO_ACTIVATION && width(number) == PANEL; }
+    float* at(int64_t row, int64_t number) const {
+        return out + row * stride_N + number * (activation == NO_ACTIVATION ? PANEL : VL);
+    }
+    void begin(int64_t number, float* sums) const {
+        memset(sums, 0, PANEL * sizeof(float));
+        if (!bias_O) return;
+        if (activation == NO_ACTIVATION) {
+            memcpy(sums, bias_O + number * PANEL, width(number) * sizeof(float));
+        } else {
+            store(sums, load(bias_O + number * VL));
+            store(sums + VL, load(bias_O + out_features / 2 + number * VL));
+        }
+    }
+    // PANEL sums of each of some rows
+    void put(int64_t row, int64_t rows, int64_t number, const float* sums) const {
+        for (int64_t r = row; r < row + rows; r++, sums += PANEL) {
+            if (activation == SILU) store(at(r, number), gated<SILU>(load(sums), load(sums + VL)));
+            else if (activation == GELU) store(at(r, number), gated<GELU>(load(sums), load(sums + VL)));
+            else memcpy(at(r, number), sums, width(number) * sizeof(float));
+        }
+    }
+};
+static_assert(PANEL_VECTORS == 2, "a gate and what it multiplies");
+
 struct Linear {
     const float* x_NI;
     int64_t stride_N;
     const void* panels;
-    const float* bias_O;  // or null
-    float* out_NO;
-    int64_t rows, in_features, out_features;
+    Output output;
+    int64_t rows, in_features;
 
-    int64_t panel_count() const { return (out_features + PANEL - 1) / PANEL; }
+    int64_t panel_count() const { return (output.out_features + PANEL - 1) / PANEL; }
 };
 
 // memory that will be needed, asked for a little with every input feature
@@ -55,20 +91,30 @@ inline void tile(
     }
     // fourteen rows from three pointers and two distances: there are no registers for more
     const char *x0 = (const char*)x, *x5 = (const char*)(x + 5 * stride), *x10 = (const char*)(x + 10 * stride);
-    const int64_t one = 4 * stride, three = 12 * stride;
-    const int64_t distance[5] = {0, one, 2 * one, three, 4 * one};
-    for (const Weight* end = piece + depth * PANEL; piece < end; piece += PANEL) {
-        for (size_t line = 0; line < PANEL * sizeof(Weight); line += 64) __builtin_prefetch(ahead.at + line, 0, 2);
-        ahead.at += ahead.step;
+    int64_t one = 4 * stride, three = 12 * stride;
+    auto add = [&](int64_t i) __attribute__((always_inline)) {  // input feature i from here
+        asm("" : "+r"(x0), "+r"(x5), "+r"(x10), "+r"(one), "+r"(three));  // or the compiler keeps sums of them, on the stack
+        const char *a0 = x0 + 4 * i, *a5 = x5 + 4 * i, *a10 = x10 + 4 * i;
         vec weights[PANEL_VECTORS];
-        for (int v = 0; v < PANEL_VECTORS; v++) weights[v] = load(piece + v * VL);
+        for (int v = 0; v < PANEL_VECTORS; v++) weights[v] = load(piece + i * PANEL + v * VL);
 #pragma GCC unroll 14
         for (int r = 0; r < R; r++) {
-            const vec a = splat(*(const float*)((r < 5 ? x0 : r < 10 ? x5 : x10) + distance[r % 5]));
-            for (int v = 0; v < PANEL_VECTORS; v++) sums[r][v] += a * weights[v];
+            const int64_t distance[5] = {0, one, 2 * one, three, 4 * one};
+            const vec a = splat(*(const float*)((r < 5 ? a0 : r < 10 ? a5 : a10) + distance[r % 5]));
+            for (int v = 0; v < PANEL_VECTORS; v++) sums[r][v] = in_register(sums[r][v] + a * weights[v]);
         }
+    };
+    const Weight* end = piece + depth * PANEL;
+    for (const Weight* last = end - UNROLLED * PANEL; piece <= last; piece += UNROLLED * PANEL) {
+        for (int64_t byte = 0; byte < UNROLLED * ahead.step; byte += 64) __builtin_prefetch(ahead.at + byte, 0, 2);
+        ahead.at += UNROLLED * ahead.step;
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < UNROLLED; i++) add(i);
+        x0 += 4 * UNROLLED, x5 += 4 * UNROLLED, x10 += 4 * UNROLLED;
+    }
+    for (; piece < end; piece += PANEL) {
+        add(0);
         x0 += 4, x5 += 4, x10 += 4;
-        asm("" : "+r"(x0), "+r"(x5), "+r"(x10));  // or the compiler keeps a pointer per row, on the stack
     }
 #pragma GCC unroll 14
     for (int r = 0; r < R; r++) {
@@ -120,27 +166,24 @@ inline void for_panels(int threads, const Blocks& blocks, int64_t panels, Body&&
 // A block times a panel, whose pieces piece_of(start, depth) gives; fetches what this thread will probably need next
 template <class PieceOf>
 inline void multiply_panel(const Linear& l, const Block& block, int64_t number, Ahead next, PieceOf&& piece_of) {
-    const int64_t left = number * PANEL, width = std::min<int64_t>(PANEL, l.out_features - left), tiles = block.tiles;
-    const int64_t fetch_step = next.step / tiles;
-    float begin[PANEL] = {}, held[MOST_TILES * MOST_ROWS * PANEL];
-    if (l.bias_O) memcpy(begin, l.bias_O + left, width * sizeof(float));
+    const Output& output = l.output;
+    const int64_t tiles = block.tiles, fetch_step = next.step / tiles;
+    float begin[PANEL], held[MOST_TILES * MOST_ROWS * PANEL];
+    output.begin(number, begin);
     for (int64_t start = 0; start < l.in_features; start += SUMMED) {
         const int64_t depth = std::min(SUMMED, l.in_features - start);
         const auto* piece = piece_of(start, depth);
-        const bool out = start + depth == l.in_features && width == PANEL;
+        const bool last = start + depth == l.in_features, direct = last && output.whole(number);
         for (int64_t i = 0; i < tiles; i++) {
             const int64_t row = block.row(i);
             const int count = (int)(block.row(i + 1) - row);
             float* sums = held + (row - block.first) * PANEL;
             tile_of<MOST_ROWS>(
                 count, l.x_NI + row * l.stride_N + start, l.stride_N, piece, depth, start ? sums : begin, start ? PANEL : 0,
-                out ? l.out_NO + row * l.out_features + left : sums, out ? l.out_features : PANEL,
+                direct ? output.at(row, number) : sums, direct ? output.stride_N : PANEL,
                 {next.at + (start * tiles + i * depth) * fetch_step, fetch_step});
+            if (last && !direct) output.put(row, count, number, sums);
         }
-    }
-    if (width == PANEL) return;
-    for (int64_t row = block.first; row < block.last; row++) {
-        memcpy(l.out_NO + row * l.out_features + left, held + (row - block.first) * PANEL, width * sizeof(float));
     }
 }
 

@@ -88,14 +88,14 @@ OP(rope_kv_write)(
     return 0;
 }
 
-// rows in two strided axes, out dense. The residual, where there is one, is dense and changed
+// rows in two strided axes, in out a stride apart. The residual, where there is one, is dense and changed
 OP(rms_norm)(
     const float* x, int64_t outer, int64_t inner, int64_t outer_stride, int64_t inner_stride, float* residual,
-    const float* weight_E, int64_t size, float eps, float offset, float* out, int threads) {
+    const float* weight_E, int64_t size, float eps, float offset, float* out, int64_t out_stride, int threads) {
     for_ranges(threads, outer * inner, GRAIN / size, [&](int64_t first, int64_t last) {
         for (int64_t n = first; n < last; n++) {
             const float* row = x + n / inner * outer_stride + n % inner * inner_stride;
-            norm_row(row, residual ? residual + n * size : nullptr, weight_E, size, eps, offset, out + n * size);
+            norm_row(row, residual ? residual + n * size : nullptr, weight_E, size, eps, offset, out + n * out_stride);
         }
     });
     return 0;
@@ -103,14 +103,14 @@ OP(rms_norm)(
 
 OP(silu_mul)(const float* x_T2F, int64_t tokens, int64_t size, float* out_TF, int threads) {
     for_ranges(threads, tokens, GRAIN / (2 * size), [&](int64_t first, int64_t last) {
-        for (int64_t t = first; t < last; t++) gated_row<false>(x_T2F + 2 * t * size, size, out_TF + t * size);
+        for (int64_t t = first; t < last; t++) gated_row<SILU>(x_T2F + 2 * t * size, size, out_TF + t * size);
     });
     return 0;
 }
 
 OP(gelu_mul)(const float* x_T2F, int64_t tokens, int64_t size, float* out_TF, int threads) {
     for_ranges(threads, tokens, GRAIN / (2 * size), [&](int64_t first, int64_t last) {
-        for (int64_t t = first; t < last; t++) gated_row<true>(x_T2F + 2 * t * size, size, out_TF + t * size);
+        for (int64_t t = first; t < last; t++) gated_row<GELU>(x_T2F + 2 * t * size, size, out_TF + t * size);
     });
     return 0;
 }
@@ -128,11 +128,12 @@ OP(pack_linear)(
     return 0;
 }
 
-// 0, or 1 if there was no memory
+// 0, or 1 if there was no memory. With an activation out has half of the output features
 OP(linear)(
-    const float* x_NI, int64_t stride_N, const void* panels, int type, const float* bias_O, float* out_NO, int64_t rows,
-    int64_t in_features, int64_t out_features, int threads) {
-    const Linear l{x_NI, stride_N, panels, bias_O, out_NO, rows, in_features, out_features};
+    const float* x_NI, int64_t stride_N, const void* panels, int type, const float* bias_O, float* out, int64_t out_stride_N,
+    int activation, int64_t rows, int64_t in_features, int64_t out_features, int threads) {
+    const Output output{bias_O, out, out_stride_N, out_features, (Activation)activation};
+    const Linear l{x_NI, stride_N, panels, output, rows, in_features};
     try {
         if (type == FLOAT32) multiply<float>(l, threads);
         else if (type == BFLOAT16) multiply<bf16>(l, threads);
@@ -178,9 +179,11 @@ OP(pack_quantized)(
 // 0, or 1 if there was no memory
 OP(quantized_linear)(
     const float* x_NI, int64_t stride_N, const int8_t* panels, const int32_t* offsets, const float* scales_O,
-    const float* bias_O, float* out_NO, int64_t rows, int64_t in_features, int64_t out_features, int threads) {
+    const float* bias_O, float* out, int64_t out_stride_N, int activation, int64_t rows, int64_t in_features,
+    int64_t out_features, int threads) {
+    const Output output{bias_O, out, out_stride_N, out_features, (Activation)activation};
     try {
-        multiply_quantized({x_NI, stride_N, panels, offsets, scales_O, bias_O, out_NO, rows, in_features, out_features}, threads);
+        multiply_quantized({x_NI, stride_N, panels, offsets, scales_O, output, rows, in_features}, threads);
     } catch (const std::bad_alloc&) {
         return 1;
     }

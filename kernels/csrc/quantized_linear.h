@@ -4,7 +4,6 @@
 // A panel holds PANEL output features: for four input features at a time, the PANEL quads of four weights.
 #pragma once
 
-#include "elementwise.h"
 #include "linear.h"
 
 namespace {
@@ -25,13 +24,12 @@ struct QuantizedLinear {
     int64_t stride_N;
     const int8_t* panels;
     const int32_t* offsets;  // by panel, group and output feature: what BIAS adds to a sum, to be taken off
-    const float* scales_O;   // of the weights
-    const float* bias_O;     // or null
-    float* out_NO;
-    int64_t rows, in_features, out_features;
+    const float* scales_O;   // of the weights, in the panels' order
+    Output output;
+    int64_t rows, in_features;
 
     int64_t groups() const { return (in_features + GROUP - 1) / GROUP; }
-    int64_t panel_count() const { return (out_features + PANEL - 1) / PANEL; }
+    int64_t panel_count() const { return (output.out_features + PANEL - 1) / PANEL; }
 };
 
 // to an integer, ties to even; not fused with what made x, which would round other numbers than torch does
@@ -152,9 +150,11 @@ inline void quantized_tile_of(
 inline void quantized_panel(
     const QuantizedLinear& l, const uint8_t* x, int64_t stride, const float* scales_NG, int64_t number, int64_t next,
     const Block& block) {
-    const int64_t left = number * PANEL, width = std::min<int64_t>(PANEL, l.out_features - left), groups = l.groups();
+    const int64_t left = number * PANEL, width = l.output.width(number), groups = l.groups();
     const int8_t* panel = l.panels + number * groups * GROUP * PANEL;
     const int32_t* offsets = l.offsets + number * groups * PANEL;
+    float begin[PANEL];
+    l.output.begin(number, begin);
     for (int64_t i = 0; i < block.tiles; i++) {
         const int64_t row = block.row(i);
         const int count = (int)(block.row(i + 1) - row);
@@ -165,11 +165,10 @@ inline void quantized_panel(
         quantized_tile_of<MOST_QUANTIZED_ROWS>(
             count, x + row * stride, stride, scales_NG + row * groups, panel, offsets, groups, sums, ahead);
         for (int r = 0; r < count; r++) {
-            float* out = l.out_NO + (row + r) * l.out_features + left;
-            for (int64_t o = 0; o < width; o++) {
-                out[o] = sums[r * PANEL + o] * l.scales_O[left + o] + (l.bias_O ? l.bias_O[left + o] : 0.0f);
-            }
+            float* totals = sums + r * PANEL;
+            for (int64_t o = 0; o < width; o++) totals[o] = totals[o] * l.scales_O[left + o] + begin[o];
         }
+        l.output.put(row, count, number, sums);
     }
 }
 

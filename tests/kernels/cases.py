@@ -24,7 +24,10 @@ LINEAR_SHAPES = [
 ]  # fmt: skip
 
 
-# the same, of whole blocks
+# rows, input features, feed-forward size
+GATED_LINEAR_SHAPES = [(0, 8, 16), (1, 1, 1), (3, 5, 7), (1, 64, 32), (15, 576, 48), (33, 70, 40), (300, 130, 80)]
+
+# the same as LINEAR_SHAPES, of whole blocks
 BLOCK_SHAPES = [(1, 32, 1), (2, 96, 33), (3, 416, 40), (17, 128, 70), (40, 160, 96), (200, 1600, 40)]
 
 

@@ -77,13 +77,9 @@ def _in_blocks(decoder):
     """The names of the matrices that are."""
     if isinstance(ops.pack_linear(torch.ones(1, 1)), torch.Tensor):
         pytest.skip("the reference keeps float32")
-    linears = {name: module for name, module in decoder.named_modules() if isinstance(module, Linear)}
-    floats = (torch.float32, torch.bfloat16, torch.float16)
-    return {
-        name
-        for name, linear in linears.items()
-        if not isinstance(linear.matrix, torch.Tensor) and linear.matrix.panels.dtype not in floats
-    }
+    linears = {name: module.held for name, module in decoder.named_modules() if isinstance(module, Linear)}
+    held = {name: each.packed if isinstance(each, ops.Gated) else each for name, each in linears.items()}
+    return {name for name, each in held.items() if isinstance(each, ops.cpu.PackedBlocks)}
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -140,7 +136,7 @@ def test_smollm2(smollm2_gguf, monkeypatch):
     kept, floats = _with_and_without(smollm2_gguf, monkeypatch)
     assert torch.equal(_logits(kept), _logits(floats))
     assert len(_in_blocks(kept)) == 4 * 30 + 1
-    held = sum(ops.stored_bytes(linear.matrix) for linear in kept.modules() if isinstance(linear, Linear))
+    held = sum(ops.stored_bytes(linear.held) for linear in kept.modules() if isinstance(linear, Linear))
     # panels of at most 32 output features, which all sizes of this model are multiples of
     layers = 30 * (576 * (960 + 576 + 3072) + 1536 * 576)
     assert held == layers * 5 / 8 + 49152 * 576 * 8.5 / 8

@@ -4,6 +4,7 @@ See `library.load`: `problem()` says why the backend cannot serve, if it cannot.
 """
 
 from batchinfer_kernels.cpu.activation import gelu_mul, silu_mul
+from batchinfer_kernels.cpu.gated_linear import GatedPanels, gated_linear, pack_gated
 from batchinfer_kernels.cpu.library import problem, variant
 from batchinfer_kernels.cpu.linear import (
     PackedBlocks,
@@ -20,12 +21,15 @@ from batchinfer_kernels.cpu.rope_kv_write import rope_kv_write
 from batchinfer_kernels.cpu.step_index import step_index
 
 __all__ = [
+    "GatedPanels",
     "PackedBlocks",
     "PackedLinear",
     "QuantizedPanels",
     "add_rms_norm",
+    "gated_linear",
     "gelu_mul",
     "linear",
+    "pack_gated",
     "pack_linear",
     "pack_quantized",
     "packed_rows",

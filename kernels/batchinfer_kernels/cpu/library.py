@@ -20,19 +20,19 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PATH = Path(__file__).with_name("_ops.so")
 _SIGNATURES = {  # p pointer, n int64, i int, f float
     "paged_attention": "pnnpppipnppnnnnnfnfi",
-    "rms_norm": "pnnnnppnffpi",
+    "rms_norm": "pnnnnppnffpni",
     "rope_kv_write": "pnnnpnnpnnppnppipnnnni",
     "silu_mul": "pnnpi",
     "gelu_mul": "pnnpi",
     "linear_panel": "",
     "quantized_group": "",
     "pack_linear": "pnnpii",
-    "linear": "pnpippnnni",
+    "linear": "pnpippninnni",
     "block_bytes": "i",
     "pack_blocks": "pppnnpii",
     "block_rows": "pinpnpi",
     "pack_quantized": "pnnppi",
-    "quantized_linear": "pnpppppnnni",
+    "quantized_linear": "pnpppppninnni",
 }
 _CTYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
 

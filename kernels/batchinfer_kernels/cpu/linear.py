@@ -32,6 +32,10 @@ class PackedBlocks:
     functions: Functions
 
 
+def known(weight_OI: Tensor | reference.BlockMatrix) -> bool:
+    return isinstance(weight_OI, reference.BlockMatrix) or weight_OI.dtype == torch.float32
+
+
 _BLOCK_TYPES = {(8, False): 3, (4, False): 4, (4, True): 5}  # (bits, with minima)
 
 
@@ -39,7 +43,7 @@ def pack_linear(weight_OI: Tensor | reference.BlockMatrix) -> Tensor | PackedLin
     """Copies. Numbers that 16 bits hold exactly (a bfloat16 checkpoint's) are kept in 16: half the memory to read."""
     if isinstance(weight_OI, reference.BlockMatrix):
         return _pack_blocks(weight_OI)
-    if weight_OI.dtype != torch.float32:
+    if not known(weight_OI):
         return reference.pack_linear(weight_OI)
     chosen = functions()
     panel = chosen.linear_panel()
@@ -91,9 +95,9 @@ class QuantizedPanels:
         return len(self.scales_O)
 
 
-def pack_quantized(weight_OI: Tensor) -> reference.QuantizedMatrix | QuantizedPanels:
+def pack_quantized(weight_OI: Tensor | reference.BlockMatrix) -> reference.QuantizedMatrix | QuantizedPanels:
     matrix = reference.pack_quantized(weight_OI)
-    if weight_OI.dtype != torch.float32:
+    if not known(weight_OI):
         return matrix
     chosen = functions()
     panel = chosen.linear_panel()
@@ -114,25 +118,30 @@ def _smallest_exact(weight_OI: Tensor) -> torch.dtype:
     return torch.float32
 
 
-Matrix = Tensor | PackedLinear | PackedBlocks | reference.QuantizedMatrix | QuantizedPanels
+Panels = PackedLinear | PackedBlocks | QuantizedPanels
+Matrix = Tensor | reference.QuantizedMatrix | Panels
 
 
 def linear(x_NI: Tensor, packed: Matrix, bias_O: Tensor | None) -> Tensor:
     if isinstance(packed, Tensor | reference.QuantizedMatrix):
         return reference.linear(x_NI, packed, bias_O)
+    return multiply(x_NI, packed, bias_O, torch.empty(len(x_NI), packed.out_features))
+
+
+def multiply(x_NI: Tensor, packed: Panels, bias_O: Tensor | None, out: Tensor, activation: int = 0) -> Tensor:
+    """Into out: [N, O], or with one of csrc/elementwise.h's activations [N, O / 2]. Returns it."""
     if x_NI.stride(-1) != 1:
         x_NI = x_NI.contiguous()
-    out_NO = torch.empty(len(x_NI), packed.out_features)
-    x, bias, out = x_NI.data_ptr(), None if bias_O is None else bias_O.data_ptr(), out_NO.data_ptr()
+    x, bias = x_NI.data_ptr(), None if bias_O is None else bias_O.data_ptr()
     panels, stride, threads = packed.panels.data_ptr(), x_NI.stride(0), torch.get_num_threads()
-    sizes = (*x_NI.shape, packed.out_features)
+    result, sizes = (out.data_ptr(), out.stride(0), activation), (*x_NI.shape, packed.out_features)
     if isinstance(packed, PackedLinear | PackedBlocks):
         kind = packed.type if isinstance(packed, PackedBlocks) else TYPES[packed.panels.dtype]
-        checked(packed.functions.linear(x, stride, panels, kind, bias, out, *sizes, threads))
+        checked(packed.functions.linear(x, stride, panels, kind, bias, *result, *sizes, threads))
     else:
         offsets, scales = packed.offsets.data_ptr(), packed.scales_O.data_ptr()
-        checked(packed.functions.quantized_linear(x, stride, panels, offsets, scales, bias, out, *sizes, threads))
-    return out_NO
+        checked(packed.functions.quantized_linear(x, stride, panels, offsets, scales, bias, *result, *sizes, threads))
+    return out
 
 
 def packed_rows(packed: Tensor | PackedLinear | PackedBlocks, rows_N: Tensor) -> Tensor:

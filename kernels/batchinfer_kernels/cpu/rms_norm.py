@@ -9,6 +9,7 @@ from torch import Tensor
 
 from batchinfer_kernels import reference
 from batchinfer_kernels.cpu.library import functions
+from batchinfer_kernels.cpu.memory import empty_rows
 
 
 def rms_norm(x_NE: Tensor, weight_E: Tensor, eps: float, offset: float) -> Tensor:
@@ -33,15 +34,17 @@ def _norm(
     weight_E: Tensor,
     eps_offset: tuple[float, float],
 ) -> Tensor:
-    out_NE = torch.empty(x_NE.shape)
+    size = x_NE.shape[-1]
+    out_NE = empty_rows(*x_NE.shape) if x_NE.dim() == 2 else torch.empty(x_NE.shape)
     functions().rms_norm(
         x_NE.data_ptr(),
         *rows,
         residual,
         weight_E.data_ptr(),
-        x_NE.shape[-1],
+        size,
         *eps_offset,
         out_NE.data_ptr(),
+        out_NE.stride(-2) if x_NE.dim() > 1 else size,
         torch.get_num_threads(),
     )
     return out_NE
@@ -55,6 +58,8 @@ def _rows(x_NE: Tensor) -> tuple[int, int, int, int] | None:
     """As two axes: lengths, then strides. None if they cannot be told so."""
     if x_NE.is_contiguous():
         return 1, math.prod(x_NE.shape[:-1]), 0, x_NE.shape[-1]
+    if x_NE.dim() == 2 and x_NE.stride(1) == 1:
+        return 1, x_NE.shape[0], 0, x_NE.stride(0)
     if x_NE.dim() == 3 and x_NE.stride(2) == 1:
         return x_NE.shape[0], x_NE.shape[1], x_NE.stride(0), x_NE.stride(1)
     return None

@@ -2,6 +2,7 @@
 
 from batchinfer_kernels.reference.activation import gelu_mul, silu_mul
 from batchinfer_kernels.reference.block_matrix import BLOCK, BlockMatrix, stacked_blocks
+from batchinfer_kernels.reference.gated_linear import gated_linear, pack_gated
 from batchinfer_kernels.reference.linear import linear, pack_linear, packed_rows
 from batchinfer_kernels.reference.paged_attention import paged_attention
 from batchinfer_kernels.reference.quantized_linear import QuantizedMatrix, pack_quantized
@@ -14,8 +15,10 @@ __all__ = [
     "BlockMatrix",
     "QuantizedMatrix",
     "add_rms_norm",
+    "gated_linear",
     "gelu_mul",
     "linear",
+    "pack_gated",
     "pack_linear",
     "pack_quantized",
     "packed_rows",

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from batchinfer_kernels.reference.block_matrix import BlockMatrix
+
 STEPS = 127  # of either sign
 GROUP = 64  # input features that share a scale
 _NOTHING = 1e-30  # what is smaller is zero; its reciprocal would not be finite
@@ -24,12 +26,12 @@ class QuantizedMatrix(NamedTuple):
     scales_O: Tensor  # float32
 
 
-def pack_quantized(weight_OI: Tensor) -> QuantizedMatrix:
+def pack_quantized(weight_OI: Tensor | BlockMatrix) -> QuantizedMatrix:
     """To the nearest of 255 values between the largest weight of each row and its negative."""
-    weight_OI = weight_OI.float()
-    scales_O = weight_OI.abs().amax(1) * (1 / STEPS)
+    weights_OI = weight_OI.float()
+    scales_O = weights_OI.abs().amax(1) * (1 / STEPS)
     divisors_O = scales_O.clamp(min=_NOTHING)
-    values_OI = (weight_OI / divisors_O[:, None]).round_().clamp_(-STEPS, STEPS).to(torch.int8)
+    values_OI = (weights_OI / divisors_O[:, None]).round_().clamp_(-STEPS, STEPS).to(torch.int8)
     return QuantizedMatrix(values_OI, scales_O)
 
 

@@ -1,0 +1,98 @@
+"""A linear layer with its gated activation: what it computes, in every form that a weight is kept in."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from batchinfer import ops
+from tests.kernels.cases import GATED_LINEAR_SHAPES, TOLERANCE
+
+pytestmark = pytest.mark.usefixtures("backend")
+
+OPS = {"silu": ops.silu_mul, "gelu": ops.gelu_mul}
+
+
+def _random(*shape, seed, dtype):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def _inputs(shape, dtype=torch.float32):
+    """x, the matrix of gates and factors, bias."""
+    rows, in_features, size = shape
+    weight = _random(2 * size, in_features, seed=1, dtype=dtype) / in_features**0.5
+    return _random(rows, in_features, seed=0, dtype=dtype), weight, _random(2 * size, seed=2, dtype=dtype)
+
+
+def _forms(weight):
+    """Name → what is multiplied with, and its weights in float32."""
+    values = (weight.clamp(-1, 1) * 7).round().to(torch.int8)
+    blocks = ops.BlockMatrix(values, torch.full((len(weight), weight.shape[1] // 32), 0.125).half(), None, 4)
+    narrow = weight.bfloat16().float()
+    return {"float32": weight, "16 bits": narrow, "blocks": blocks}
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("shape", GATED_LINEAR_SHAPES, ids=str)
+def test_gated_linear(shape, dtype):
+    x, weight, bias = _inputs(shape, dtype)
+    packed = ops.pack_gated(weight)
+    for given in (None, bias):
+        sums = x.double() @ weight.double().T + (0 if given is None else given.double())
+        gate, up = sums.chunk(2, dim=-1)
+        gelu = 0.5 * gate * (1 + torch.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)))
+        for name, expected in (("silu", gate / (1 + torch.exp(-gate)) * up), ("gelu", gelu * up)):
+            got = ops.gated_linear(x, packed, given, name)
+            assert got.dtype == dtype and got.shape == expected.shape
+            # the sums are rounded, and the activation, before the product
+            bound = 8 * TOLERANCE[dtype]
+            torch.testing.assert_close(got.double(), expected, atol=bound, rtol=bound)
+
+
+@pytest.mark.parametrize("activation", OPS)
+@pytest.mark.parametrize("form", ["float32", "16 bits", "blocks"])
+@pytest.mark.parametrize("shape", [(1, 64, 16), (3, 96, 48), (5, 32, 512), (40, 160, 24), (300, 576, 1536)], ids=str)
+def test_in_one_as_in_two(shape, form, activation):
+    """Bit for bit, whether the panels come out even (F a multiple of 16) or not."""
+    x, weight, bias = _inputs(shape)
+    weight = _forms(weight)[form]
+    for given in (None, bias):
+        expected = OPS[activation](ops.linear(x, ops.pack_linear(weight), given))
+        got = ops.gated_linear(x, ops.pack_gated(weight), given, activation)
+        assert torch.equal(got, expected) and got.std() > 0.01
+
+
+@pytest.mark.parametrize("activation", OPS)
+@pytest.mark.parametrize("shape", [(1, 64, 16), (3, 100, 48), (40, 160, 24), (70, 576, 1536)], ids=str)
+def test_in_8_bits_as_in_two(shape, activation):
+    x, weight, bias = _inputs(shape)
+    for given in (None, bias):
+        expected = OPS[activation](ops.linear(x, ops.pack_quantized(weight), given))
+        assert torch.equal(ops.gated_linear(x, ops.pack_gated(weight, quantize=True), given, activation), expected)
+
+
+def test_blocks_quantize_as_their_float32_numbers():
+    _, weight, _ = _inputs((1, 64, 48))
+    blocks = _forms(weight)["blocks"]
+    x = _random(3, 64, seed=3, dtype=torch.float32)
+    one, other = (ops.gated_linear(x, ops.pack_gated(w, True), None, "silu") for w in (blocks, blocks.float()))
+    assert torch.equal(one, other)
+
+
+def test_what_comes_out_goes_into_a_linear_layer_without_a_copy(backend):
+    """Its rows do not fall into the same lines of a cache; torch and other ops take them as they are."""
+    x, weight, _ = _inputs((6, 64, 512))
+    out = ops.gated_linear(x, ops.pack_gated(weight), None, "silu")
+    assert out.stride(0) == (512 if backend == "reference" else 528)
+    down = ops.pack_linear(_inputs((1, 512, 20))[1])
+    assert torch.equal(ops.linear(out, down, None), ops.linear(out.contiguous(), down, None))
+    normed = ops.rms_norm(out, torch.ones(512), 1e-5)
+    assert normed.stride(0) == out.stride(0)
+    assert torch.equal(normed, ops.rms_norm(out.contiguous(), torch.ones(512), 1e-5))
+
+
+def test_stored_bytes_are_those_of_what_is_inside():
+    _, weight, _ = _inputs((1, 64, 32))
+    assert ops.stored_bytes(ops.pack_gated(weight)) == ops.stored_bytes(ops.pack_linear(weight))
