@@ -102,7 +102,10 @@ class Endpoint:
 
     def run(self, command: Command | None = None) -> int:
         """Serve; the exit code: the command's if there is one."""
-        return asyncio.run(self._run(command))
+        # uvloop where it is installed: it writes a step's tokens to all streams at once. asyncio gives up the GIL at
+        # each of them, and takes it again before the engine thread, which waits for it, is awake
+        with asyncio.Runner(loop_factory=self._server.config.get_loop_factory()) as runner:
+            return runner.run(self._run(command))
 
     async def _run(self, command: Command | None) -> int:
         loop = asyncio.get_running_loop()
