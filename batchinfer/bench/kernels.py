@@ -20,7 +20,7 @@ from batchinfer.bench.machine import Bandwidth, Machine
 from batchinfer.bench.table import number, table
 from batchinfer.bench.timing import Timing, time_in_turn
 from batchinfer.io.fetch import fetch_model
-from batchinfer.layers.linear import Linear
+from batchinfer.layers.linear import GatedLinear, Linear
 from batchinfer.models.config import ModelConfig, load_config
 from batchinfer.spec import StorageSpec
 
@@ -229,7 +229,6 @@ def _linears(shapes: Shapes) -> Iterator[Case]:
     layers = {
         "qkv": (shapes.hidden, inner + 2 * shapes.kv_heads * shapes.head_size),
         "out": (inner, shapes.hidden),
-        "gate_up": (shapes.hidden, 2 * shapes.feed_forward),
         "down": (shapes.feed_forward, shapes.hidden),
         "lm_head": (shapes.hidden, shapes.vocabulary),
     }
@@ -237,19 +236,33 @@ def _linears(shapes: Shapes) -> Iterator[Case]:
         for rows in _ROWS:
             if name != "lm_head" or rows <= _HEAD_ROWS:
                 yield _linear(name, wide, high, rows)
+    for rows in _ROWS:
+        yield _gated_linear(shapes.hidden, shapes.feed_forward, rows)
 
 
 def _linear(name: str, in_features: int, out_features: int, rows: int) -> Case:
-    def make() -> Work:
-        linear = Linear(in_features, out_features)
-        linear.weight.uniform_(-0.1, 0.1)
-        linear.pack()
-        x_TI = torch.rand(rows, in_features)
-        return lambda: linear(x_TI)
-
     numbers = in_features * out_features + rows * (in_features + out_features)
     shape = f"{name} {in_features}x{out_features}, {rows} rows"
-    return Case("linear", shape, numbers * _FLOAT, 2 * rows * in_features * out_features, make)
+    work = _packed(lambda: Linear(in_features, out_features), rows)
+    return Case("linear", shape, numbers * _FLOAT, 2 * rows * in_features * out_features, work)
+
+
+def _gated_linear(in_features: int, size: int, rows: int) -> Case:
+    numbers = 2 * in_features * size + rows * (in_features + size)
+    shape = f"gate_up {in_features}x{2 * size}, {rows} rows"
+    work = _packed(lambda: GatedLinear(in_features, size, "silu"), rows)
+    return Case("gated_linear", shape, numbers * _FLOAT, 4 * rows * in_features * size, work)
+
+
+def _packed(layer: Callable[[], Linear], rows: int) -> Callable[[], Work]:
+    def make() -> Work:
+        linear = layer()
+        linear.weight.uniform_(-0.1, 0.1)
+        linear.pack()
+        x_TI = torch.rand(rows, linear.in_features)
+        return lambda: linear(x_TI)
+
+    return make
 
 
 def describe(found: Sequence[Measured]) -> str:

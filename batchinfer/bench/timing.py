@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
 from typing import NamedTuple
 
-_LEAST = 5  # samples
-_MOST = 1000
+_TURNS = 5
 
 
 class Timing(NamedTuple):
@@ -25,26 +24,33 @@ def time_in_turn(
 ) -> dict[str, Timing]:
     """Things that are compared take turns, so that a slow moment of the machine meets all of them.
 
-    Each gets at least five samples, and more until `budget_s` is spent by all together. A turn begins with a call that
-    does not count, since the others may have taken its data out of the caches.
+    Each gets five turns: of as many calls as fit into its share of `budget_s`, or of one. A turn begins with a call
+    that does not count: the others have taken its data out of the caches, and of what is short the next few calls
+    still pay for that.
     `before` is called with the name of what is next; its time does not count.
     """
     for name, work in works.items():
         before(name)
         work()
     samples: dict[str, list[float]] = {name: [] for name in works}
-    start = perf_counter()
-    for done in range(_MOST):
-        if done >= _LEAST and perf_counter() - start > budget_s:
-            break
+    for _ in range(_TURNS):
         for name, work in works.items():
             before(name)
             if len(works) > 1:
                 work()
-            began = perf_counter()
-            work()
-            samples[name].append(perf_counter() - began)
+            samples[name] += _turn(work, budget_s / _TURNS / len(works))
     return {name: Timing(min(times), percentile(times, 0.5), len(times)) for name, times in samples.items()}
+
+
+def _turn(work: Callable[[], object], length_s: float) -> list[float]:
+    """Seconds of each call."""
+    times: list[float] = []
+    end = perf_counter() + length_s
+    while not times or perf_counter() < end:
+        began = perf_counter()
+        work()
+        times.append(perf_counter() - began)
+    return times
 
 
 def percentile(values: Sequence[float], share: float) -> float:

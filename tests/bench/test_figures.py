@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -39,7 +40,11 @@ def test_compared_things_take_turns():
 
 def test_samples_go_on_until_the_budget_is_spent():
     assert time_in_turn({"a": lambda: None}, budget_s=0.0)["a"].samples == 5
-    assert time_in_turn({"a": lambda: None}, budget_s=10.0)["a"].samples == 1000
+    works = {"a": lambda: time.sleep(0.001), "b": lambda: time.sleep(0.1)}
+    began = time.perf_counter()
+    timings = time_in_turn(works, budget_s=0.2)
+    assert timings["b"].samples == 5 < timings["a"].samples <= 100
+    assert time.perf_counter() - began - 11 * 0.1 >= 0.1  # b's calls; a's share of the budget
 
 
 def test_columns():

@@ -29,7 +29,8 @@ def test_bytes_and_operations():
     assert cases["rms_norm 5 tokens"] == (4 * 2 * 5 * 16, 0)
     assert cases["rope_kv_write 5 tokens"] == (4 * 5 * (2 * 6 * 8 + 3 * 2 * 8 + 8), 0)
     assert cases["silu_mul 5 tokens"] == cases["gelu_mul 5 tokens"] == (4 * 3 * 5 * 24, 0)
-    assert cases["linear gate_up 16x48, 4 rows"] == (4 * (16 * 48 + 4 * 64), 2 * 4 * 16 * 48)
+    assert cases["gated_linear gate_up 16x48, 4 rows"] == (4 * (16 * 48 + 4 * 40), 2 * 4 * 16 * 48)
+    assert cases["linear down 24x16, 4 rows"] == (4 * (24 * 16 + 4 * 40), 2 * 4 * 24 * 16)
 
 
 def test_every_case_runs_on_every_backend():
@@ -40,7 +41,8 @@ def test_every_case_runs_on_every_backend():
         ran = {one.backend for one in found if (one.op, one.shape) == (case.op, case.shape)}
         assert ran == backends, case
     assert {case.op for case in cases} == {
-        *("paged_attention", "rms_norm", "add_rms_norm", "rope_kv_write", "silu_mul", "gelu_mul", "linear")
+        *("paged_attention", "rms_norm", "add_rms_norm", "rope_kv_write", "silu_mul", "gelu_mul"),
+        *("linear", "gated_linear"),
     }
     assert len(describe(found).splitlines()) == 1 + len(found)
 
