@@ -181,7 +181,8 @@ class LLM:
     def wire(self) -> WireModel:
         """See `Answerer`."""
         chat = self._assembly.chat
-        return WireModel(self.model_name, self._tokenizer, chat.source if chat else None, self.default_params)
+        template = chat.source if chat else None
+        return WireModel((self.model_name,), self._tokenizer, template, self.default_params)
 
     def stats(self) -> EngineStats:
         """Counters since the model was loaded: prompt tokens computed and reused, generated, steps, preemptions."""

@@ -278,6 +278,7 @@ class Completion:
     `prompt_logprobs`, where asked for: one entry per prompt token, None for the first and for others that nobody asked
     for. `scores`: of each continuation (`choice` is the most likely), or one of the whole text. `embedding` has the
     model's hidden size. With either there are no outputs. `parts`: of a row with several prompts, their completions.
+    `cached_tokens` of the prompt were not computed for it.
     """
 
     index: int
@@ -289,3 +290,4 @@ class Completion:
     choice: int | None = None
     embedding: list[float] | None = None
     parts: list[Completion] | None = None
+    cached_tokens: int = 0

@@ -111,7 +111,7 @@ class Stream:
         elif isinstance(known, _Group):
             known.followers.append(prepared)
         else:
-            yield replace(known, index=prepared.index, prompt_token_ids=prepared.ids)
+            yield _again(known, prepared)
 
     def _submit(self, group: _Group) -> Iterator[Completion]:
         try:
@@ -149,7 +149,7 @@ class Stream:
                 self._repeats.drop(group)
             yield completion
             for prepared in group.followers:
-                yield replace(completion, index=prepared.index, prompt_token_ids=prepared.ids)
+                yield _again(completion, prepared)
 
     def _completion(self, group: _Group, texts: dict[int, str]) -> Completion:
         """All samples of a prompt, and what its first read of the prompt."""
@@ -161,7 +161,9 @@ class Stream:
         for answer in answers:
             text = self._cut(prepared, answer, texts[answer.request.request_id])
             outputs.append(Output(text, answer.token_ids, answer.finish_reason, answer.logprobs))
-        return Completion(prepared.index, prepared.ids, outputs, prompt_logprobs=answers[0].prompt_logprobs)
+        first = answers[0]
+        scored, cached = first.prompt_logprobs, first.cached_tokens
+        return Completion(prepared.index, prepared.ids, outputs, prompt_logprobs=scored, cached_tokens=cached)
 
     def _texts(self, answers: list[Finished]) -> dict[int, str]:
         """Request id → text."""
@@ -233,6 +235,12 @@ class Repeats:
         """The group failed: an equal prompt may try again."""
         if group.key is not None:
             del self._running[group.key]
+
+
+def _again(completion: Completion, prepared: Prepared) -> Completion:
+    """What a prompt that equals another one is answered: none of its tokens was computed."""
+    cached = 0 if completion.error is not None else len(prepared.ids)
+    return replace(completion, index=prepared.index, prompt_token_ids=prepared.ids, cached_tokens=cached)
 
 
 def _identity(prepared: Prepared) -> Hashable | None:

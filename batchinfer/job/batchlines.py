@@ -1,7 +1,8 @@
 """openai-batch output: results as the response lines that OpenAI's batch endpoint returns.
 
-Nothing in them depends on the time: `created` is 0, ids follow from the row. What stands in the body is the matter of
-`wire`, which writes the endpoint's answers as well.
+Nothing in them depends on the time: `created` is 0, ids follow from the row. Only `cached_tokens`, how much of a prompt
+the prefix cache held, depends on what ran before. What stands in the body is the matter of `wire`, which writes the
+endpoint's answers as well.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from batchinfer.job.columns import Layout
 from batchinfer.job.prompts import asked_of
 from batchinfer.job.results import Row
 from batchinfer.request import FinishReason, TokenLogprob
-from batchinfer.wire.answers import Answers, Read, Said, problem
+from batchinfer.wire.answers import Answers, PromptTokens, Read, Said, problem
 from batchinfer.wire.asked import WireModel
 
 _ID = "batch_req_"
@@ -71,7 +72,8 @@ def _response(row: Row, number: int, line: dict[str, Any], answers: Answers, mod
             Said(text, cast(FinishReason, reason), tokens, _entries(logprobs))
             for text, reason, tokens, _, logprobs in row.samples
         ]
-        status, body = 200, answers.body(asked, number, row.prompt_tokens, prompts, said)
+        counted = PromptTokens(row.prompt_tokens, read.get("cached", 0))
+        status, body = 200, answers.body(asked, number, counted, prompts, said)
     return {"status_code": status, "request_id": f"req_{number:09d}", "body": body}
 
 

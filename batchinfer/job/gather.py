@@ -50,4 +50,5 @@ def _together(row: int, parts: list[Completion]) -> Completion:
     error = next((part.error for part in parts if part.error is not None), None)
     if error is not None:
         return Completion(row, ids, error=error)
-    return Completion(row, ids, [output for part in parts for output in part.outputs], parts=parts)
+    outputs = [output for part in parts for output in part.outputs]
+    return Completion(row, ids, outputs, parts=parts, cached_tokens=sum(part.cached_tokens for part in parts))

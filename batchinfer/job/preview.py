@@ -94,7 +94,7 @@ class _Measure:
         limits = Limits(self.context_tokens, tokenizer.vocab_size, tokenizer.eos_ids)
         kwargs = spec.prompt.chat_template_kwargs if spec.prompt else {}
         self._preparer = Preparer(tokenizer, limits, defaults, chat, kwargs)
-        self._model = WireModel(spec.model, tokenizer, chat.source if chat else None, defaults)
+        self._model = WireModel((spec.model,), tokenizer, chat.source if chat else None, defaults)
 
     def take(self, rows: int) -> Sample:
         """Measure about `rows` rows."""

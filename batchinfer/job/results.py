@@ -4,7 +4,8 @@ A line is JSON: [offset, prompt_tokens, prompt_ids|null, [[text, finish_reason, 
 error|null], and a sixth value, `read`, where the task reads. `offset` counts from the chunk's first row, an error is
 [kind, message], logprobs are [[token, logprob, [[token, logprob], …]], …], and `read` maps the columns of the task to
 their values. Of an openai-batch line an error may have the field at fault as well, and `read` has what is known of its
-`prompts`: [[ids, logprobs|null, embedding|null], …]. All columns of a part are built a column at a time.
+`prompts`: [[ids, logprobs|null, embedding|null], …], and how many of their tokens were `cached`. All columns of a part
+are built a column at a time.
 """
 
 from __future__ import annotations
@@ -100,10 +101,11 @@ def _read(completion: Completion) -> dict[str, Any] | None:
 
 def _prompts(completion: Completion) -> dict[str, Any] | None:
     """What the answer of an openai-batch line tells of its prompts, if it is anything."""
+    read: dict[str, Any] = {"cached": completion.cached_tokens} if completion.cached_tokens else {}
     parts = completion.parts or [completion]
-    if all(part.prompt_logprobs is None and part.embedding is None for part in parts):
-        return None
-    return {"prompts": [_prompt(part) for part in parts]}
+    if any(part.prompt_logprobs is not None or part.embedding is not None for part in parts):
+        read["prompts"] = [_prompt(part) for part in parts]
+    return read or None
 
 
 def _prompt(part: Completion) -> list[Any]:

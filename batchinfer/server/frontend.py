@@ -37,7 +37,7 @@ class ServedModel:
     def wire(self) -> WireModel:
         parts = self.parts
         template = self.chat_template if parts.chat is not None else None
-        return WireModel(self.names[0], parts.tokenizer, template, parts.defaults)
+        return WireModel(self.names, parts.tokenizer, template, parts.defaults)
 
     def render(self, messages: list[dict[str, Any]], variables: Mapping[str, Any]) -> str:
         """The prompt of a conversation. Raises InvalidInput, TemplateError."""

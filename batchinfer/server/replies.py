@@ -14,8 +14,9 @@ from starlette.types import Receive
 from batchinfer.prompting import Prepared
 from batchinfer.server.errors import ApiError, JsonResponse
 from batchinfer.server.frontend import Frontend
-from batchinfer.server.samples import Samples, usage
+from batchinfer.server.samples import Samples
 from batchinfer.server.stream import CLIENT_GONE, ClientGone, EventStream, event, unless_gone
+from batchinfer.wire.answers import usage
 from batchinfer.wire.bodies import SamplingBody
 from batchinfer.wire.choices import Delta
 

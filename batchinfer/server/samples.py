@@ -12,6 +12,7 @@ from batchinfer.request import Request
 from batchinfer.server.engine_loop import Event
 from batchinfer.server.frontend import Frontend, Generation
 from batchinfer.server.text_stream import TextStream
+from batchinfer.wire.answers import usage
 from batchinfer.wire.choices import Delta
 
 
@@ -81,12 +82,3 @@ class Samples:
             self._frontend.metrics.sample_done(self._arrived_s, first_s, now_s, len(finished.token_ids))
         first, sample.started = not sample.started, True
         return Delta(sample.choice, text, event.token_ids, event.logprobs or [], reason, first, scored)
-
-
-def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": cached_tokens},
-    }

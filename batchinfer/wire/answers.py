@@ -35,20 +35,31 @@ class Read(NamedTuple):
     vector: list[float] | None
 
 
+class PromptTokens(NamedTuple):
+    """Tokens of all prompts of a request; `cached` of them were found in the prefix cache."""
+
+    all: int
+    cached: int
+
+
 class Answers:
-    """Writes the bodies of answers of one model. They depend on what was asked and answered alone: `created` is 0."""
+    """Writes the bodies of answers of one model.
+
+    They depend on what was asked and answered alone (`created` is 0), and on how much of it the cache held.
+    """
 
     def __init__(self, model: WireModel) -> None:
         self._texts = TokenTexts(model.tokenizer)
-        self._name = model.name
+        self._model = model
 
     def body(
-        self, asked: Asked, number: int, prompt_tokens: int, prompts: Sequence[Read], said: Sequence[Said]
+        self, asked: Asked, number: int, counted: PromptTokens, prompts: Sequence[Read], said: Sequence[Said]
     ) -> dict[str, Any]:
         """`said`: the n answers of each prompt, in order. `number` makes the ids. Raises RowError."""
+        name = self._model.signature(asked.body)
         if isinstance(asked.body, EmbeddingRequest):
             vectors = [prompt.vector or [] for prompt in prompts]
-            return {**embeddings(asked.body, vectors, prompt_tokens), "model": self._name}
+            return {**embeddings(asked.body, vectors, counted.all), "model": name}
         shape: ChatShape | CompletionShape
         if asked.messages is not None:
             calls = count()
@@ -57,14 +68,17 @@ class Answers:
             pairs = zip(prompts, asked.contents, strict=True)
             shape = CompletionShape(self._texts, asked, [prompt.ids or _ids(content) for prompt, content in pairs])
         choices, more = shape.whole([_delta(asked, prompts, choice, one) for choice, one in enumerate(said)])
-        tokens = 0 if asked.nothing else sum(one.tokens for one in said)
+        if asked.nothing:
+            tokens, cached = 0, 0
+        else:
+            tokens, cached = sum(one.tokens for one in said), counted.cached
         return {
             "id": f"{shape.prefix}-{number:09d}",
             "object": shape.kind,
             "created": 0,
-            "model": self._name,
+            "model": name,
             "choices": choices,
-            "usage": usage(prompt_tokens, tokens),
+            "usage": usage(counted.all, tokens, cached),
             **more,
         }
 
@@ -81,12 +95,16 @@ def _delta(asked: Asked, prompts: Sequence[Read], choice: int, said: Said) -> De
     return Delta(choice, said.text, [entry.token_id for entry in entries], entries, said.reason, True, scored)
 
 
-def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    total = prompt_tokens + completion_tokens
-    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+    }
 
 
 def problem(kind: str, message: str, param: str | None, prompt_tokens: int) -> tuple[int, dict[str, Any]]:
     """Status and body of an answer to a request that failed."""
     error = {"message": message, "type": kind, "param": param, "code": kind}
-    return 500 if kind in RETRYABLE_KINDS else 400, {"error": error, "usage": usage(prompt_tokens, 0)}
+    return 500 if kind in RETRYABLE_KINDS else 400, {"error": error, "usage": usage(prompt_tokens, 0, 0)}

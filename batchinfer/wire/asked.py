@@ -29,12 +29,19 @@ _BODIES: dict[str, type[Body]] = {CHAT: ChatRequest, COMPLETIONS: CompletionRequ
 
 @dataclass(frozen=True, slots=True)
 class WireModel:
-    """What of a model decides how bodies are read and answers written. `chat_template` is its source."""
+    """What of a model decides how bodies are read and answers written. `chat_template` is its source.
 
-    name: str
+    `names`: what it answers to.
+    """
+
+    names: tuple[str, ...]
     tokenizer: Tokenizer
     chat_template: str | None
     defaults: SamplingParams
+
+    def signature(self, body: Body) -> str:
+        """The name that an answer bears: the one that was asked for if it is one of `names`, else the first of them."""
+        return body.model if body.model in self.names else self.names[0]
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,7 +81,7 @@ class ScriptedLLM:
 
     def __init__(self, answer=None, order=None, after=None):
         tokenizer = ByteTokenizer()
-        self.wire = WireModel("fake", tokenizer, tokenizer.chat_template, SamplingParams(max_tokens=8))
+        self.wire = WireModel(("fake",), tokenizer, tokenizer.chat_template, SamplingParams(max_tokens=8))
         self.answer = answer or (lambda prompt: None)
         self.order = order
         self.after = after or (lambda done: None)

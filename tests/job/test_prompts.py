@@ -172,7 +172,7 @@ def test_lines_that_need_lines_for_their_output(tmp_path):
 
 def test_the_jobs_sampling_lies_beneath_a_body(tmp_path):
     defaults = SamplingParams(max_tokens=40, temperature=0.5, logprobs=1)
-    model = WireModel("m", ByteTokenizer(), ByteTokenizer.chat_template, defaults)
+    model = WireModel(("m",), ByteTokenizer(), ByteTokenizer.chat_template, defaults)
     for url, asked in ((TEXT, {"prompt": "a"}), (CHAT, {"messages": USER})):
         params = ask(parse(url, {**asked, "temperature": 0.25, "n": None}), model).params
         assert (params.max_tokens, params.temperature, params.logprobs, params.n) == (40, 0.25, 1, 1)

@@ -96,7 +96,7 @@ def test_batch_lines_give_back_the_rows_they_were_made_from(answers, chat):
     asked = orjson.dumps({**body, "n": 2, "logprobs": True if chat else 2}).decode()
     names = [f"c{n}" for n in range(len(rows))]
     carried = pa.table({"custom_id": names, "url": [url] * len(rows), "body": [asked] * len(rows)})
-    model = WireModel("m", ByteTokenizer(), ByteTokenizer.chat_template, SamplingParams())
+    model = WireModel(("m",), ByteTokenizer(), ByteTokenizer.chat_template, SamplingParams())
     table = build_lines(layout, rows, carried, 7, model)
     lines = [
         {**line, "response": orjson.loads(line["response"]), "error": line["error"] and orjson.loads(line["error"])}

@@ -23,6 +23,7 @@ NAMED = {"type": "function", "function": {"name": "pick"}}
 BODIES = {
     CHAT: [
         {"messages": HI, **SHORT},
+        {"messages": HI, **SHORT, "model": "an-alias"},
         {"messages": HI, "max_tokens": 3, "max_completion_tokens": 4, "temperature": 0, "n": 2, "seed": 5},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "h"}]}], **SHORT, "unknown_field": 1},
         {"messages": HI, **SHORT, "logprobs": True, "top_logprobs": 3},
@@ -60,6 +61,7 @@ BODIES = {
     ],
     TEXT: [
         {"prompt": "hi", "temperature": 0, "ignore_eos": True},
+        {"prompt": "hi", **SHORT, "model": "an-alias"},
         {"prompt": ["hi", "there"], **SHORT, "n": 2, "seed": 1, "logprobs": 2},
         {"prompt": [[65, 66], [67]], **SHORT, "echo": True, "logprobs": 1},
         {"prompt": ["hi", "\u00e9"], **SHORT, "echo": True, "logprobs": 0, "prompt_logprobs": 2},
@@ -80,6 +82,7 @@ BODIES = {
     ],
     VECTORS: [
         {"input": "hi"},
+        {"input": "hi", "model": "an-alias"},
         {"input": ["hi", "there", "hi"], "encoding_format": "base64"},
         {"input": [[65, 66], [67]], "pooling": "last", "normalize": False, "dimensions": 32},
         {"input": "hi", "dimensions": 8},
@@ -96,7 +99,7 @@ BODIES = {
 def endpoint(tiny_directory):
     template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if tools %}tools{% endif %}"
     llm = LLM(tiny_directory, chat_template=template, max_num_seqs=8, kv_cache_tokens=4096)
-    endpoint = Endpoint(llm, chat_template=template)
+    endpoint = Endpoint(llm, chat_template=template, names=("test-model", "an-alias"))
     yield endpoint
     endpoint.close()
 
@@ -106,8 +109,8 @@ class Batches:
 
     def __init__(self, root, endpoint):
         self.catalog = Catalog(root)
-        model = endpoint.model.names[0]
-        self.runner = BatchRunner(self.catalog, SharedAnswerer(endpoint.frontend), {"model": "fake"}, {model})
+        answerer = SharedAnswerer(endpoint.frontend)
+        self.runner = BatchRunner(self.catalog, answerer, {"model": "fake"}, endpoint.model.names)
         self.runner.start()
 
     def bodies(self, url, bodies):
@@ -144,8 +147,8 @@ def batches(endpoint, tmp_path_factory):
 def plain(body):
     """Less what differs from one call to the next: ids, times, and how much the cache held."""
     body = {name: value for name, value in body.items() if name not in ("id", "created")}
-    if "usage" in body:
-        body["usage"] = {name: value for name, value in body["usage"].items() if name != "prompt_tokens_details"}
+    if "prompt_tokens_details" in body.get("usage", {}):
+        assert 0 <= body["usage"]["prompt_tokens_details"].pop("cached_tokens") <= body["usage"]["prompt_tokens"]
     for choice in body.get("choices", ()):
         for call in choice.get("message", {}).get("tool_calls", ()):
             assert call.pop("id").startswith("call_")
@@ -170,6 +173,16 @@ def test_tokens_of_logprobs_have_text_and_bytes(batches):
     for one in (*entries, *(top for entry in entries for top in entry["top_logprobs"])):
         assert bytes(one["bytes"]).decode(errors="replace") == one["token"] != ""
     assert len(entries) == 5
+
+
+def test_what_the_cache_held_of_prompts_is_counted(endpoint, batches):
+    asked = {"model": "test-model", "prompt": ["x" * 100, "y" * 70, "x" * 100], "max_tokens": 2, "logprobs": 1}
+    for _ in range(2):  # the second time all whole blocks of 16 are there
+        answer = endpoint.completion(**asked, temperature=0.5, seed=3)
+        ((_, row),) = batches.bodies(TEXT, [{**asked, "temperature": 0.5, "seed": 4}])
+    cached = [body["usage"]["prompt_tokens_details"]["cached_tokens"] for body in (answer, row)]
+    # a prompt that equals another of the batch runs once, and is not computed for the other
+    assert cached == [96 + 64 + 96, 96 + 64 + 100], cached
 
 
 def test_a_row_has_the_vectors_of_all_its_inputs(endpoint, batches):
