@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -78,10 +78,15 @@ class SamplingParams:
             raise BadParameters("allowed_token_ids is empty: no token could be chosen")
 
     @classmethod
-    def from_mapping(cls, values: Mapping[str, Any], base: SamplingParams | None = None) -> SamplingParams:
-        """`base` with `values` on top; None leaves a field as it is. Raises BadParameters for an unknown name."""
+    def from_mapping(
+        cls, values: Mapping[str, Any], base: SamplingParams | None = None, without: Collection[str] = ()
+    ) -> SamplingParams:
+        """`base`, less its fields `without`, and `values` on top; None leaves a field as it is.
+
+        Raises BadParameters for an unknown name.
+        """
         known = {f.name for f in fields(cls)}
-        merged = {name: getattr(base, name) for name in known} if base is not None else {}
+        merged = {name: getattr(base, name) for name in known.difference(without)} if base is not None else {}
         for name, value in values.items():
             if name not in known:
                 raise BadParameters(f"unknown sampling parameter {name!r}{suggest(name, known)}")

@@ -15,7 +15,7 @@ from batchinfer.scoring import Pooled
 from batchinfer.text.tokenizer import Tokenizer
 from batchinfer.wire.bodies import ChatRequest, CompletionRequest, EmbeddingRequest, of_validation
 from batchinfer.wire.chat_prompt import conversation
-from batchinfer.wire.params import chat_params, completion_params, says_nothing
+from batchinfer.wire.params import chat_params, completion_params, effective, says_nothing
 from batchinfer.wire.tool_use import ToolUse, tool_use
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
@@ -105,8 +105,8 @@ def _ask_completion(body: CompletionRequest, defaults: SamplingParams) -> Asked:
         raise InvalidInput(f"{len(contents)} prompts times n {params.n} are more than {MAX_SAMPLES} samples", param="n")
     framing = Framing(body.add_special_tokens is not False, {}, whole_answer=True)
     nothing = says_nothing(body, defaults)
-    shows = body.prompt_logprobs if body.prompt_logprobs is not None else defaults.prompt_logprobs
-    return Asked(body, contents, params, framing, nothing=nothing, shows_prompt=shows is not None)
+    shows = effective(body, "prompt_logprobs", defaults) is not None
+    return Asked(body, contents, params, framing, nothing=nothing, shows_prompt=shows)
 
 
 def _ask_vectors(body: EmbeddingRequest, model: WireModel) -> Asked:

@@ -13,7 +13,11 @@ TokenIds = list[Annotated[int, Field(ge=0)]]
 
 
 class _Body(BaseModel):
-    """Numbers are numbers and texts are texts: nothing is converted. null means the default everywhere."""
+    """Numbers are numbers and texts are texts: nothing is converted.
+
+    null asks for nothing where a field can ask for something (stop, logprobs, response_format, …), whatever the
+    defaults of the job or the server ask for. A number that always has a value (temperature, n, …) is the default then.
+    """
 
     model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=())
 

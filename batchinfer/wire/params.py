@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import re
 from dataclasses import fields
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from batchinfer.errors import BadParameters, InvalidInput, RowError, TooLong
 from batchinfer.request import SamplingParams
 from batchinfer.structured import from_response_format
 from batchinfer.wire.bodies import ChatRequest, CompletionRequest, SamplingBody
 
+# null takes back what the defaults ask for
+_TAKEN_BACK = frozenset(
+    {
+        *("stop", "stop_token_ids", "bad_words", "logit_bias", "allowed_token_ids"),
+        *("seed", "logprobs", "prompt_logprobs"),
+    }
+)
 COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions, where neither the request nor the job says how many
 _FAULTS = (BadParameters.kind, InvalidInput.kind)  # of the request
 FIELDS = frozenset(field.name for field in fields(SamplingParams))
@@ -44,25 +51,27 @@ _INSTEAD |= {"functions": "use tools", "function_call": "use tool_choice"}
 
 def completion_params(body: CompletionRequest, defaults: SamplingParams) -> SamplingParams:
     """`defaults` lie beneath what the body says. Raises BadParameters."""
-    values = _common(body)
+    given = _common(body)
+    values = given.values
     if defaults.max_tokens is None:
         values.setdefault("max_tokens", COMPLETION_TOKENS)
-    logprobs, of_prompt = (_effective(name, values, defaults) for name in ("logprobs", "prompt_logprobs"))
+    logprobs = effective(body, "logprobs", defaults)
     if body.echo and logprobs is not None:
-        values["prompt_logprobs"] = max(logprobs, of_prompt or 0)
+        values["prompt_logprobs"] = max(logprobs, effective(body, "prompt_logprobs", defaults) or 0)
     if says_nothing(body, defaults):  # the engine takes no request for no tokens
         values |= {"max_tokens": 1, "min_tokens": 0}
-    return _make(values, defaults)
+    return given.over(defaults)
 
 
 def says_nothing(body: CompletionRequest, defaults: SamplingParams) -> bool:
     """Whether the prompt is wanted back, and no more."""
-    named = [body.logprobs, body.prompt_logprobs, defaults.logprobs, defaults.prompt_logprobs]
-    return bool(body.echo) and body.max_tokens == 0 and all(value is None for value in named)
+    wanted = (effective(body, name, defaults) for name in ("logprobs", "prompt_logprobs"))
+    return bool(body.echo) and body.max_tokens == 0 and all(value is None for value in wanted)
 
 
-def _effective(name: str, values: dict[str, Any], defaults: SamplingParams) -> Any:
-    return values.get(name, getattr(defaults, name))
+def effective(body: CompletionRequest, name: Literal["logprobs", "prompt_logprobs"], defaults: SamplingParams) -> Any:
+    """What the body says, null included, or else the default."""
+    return getattr(body if name in body.model_fields_set else defaults, name)
 
 
 def chat_params(
@@ -72,26 +81,65 @@ def chat_params(
 
     Raises BadParameters.
     """
-    values = _common(body)
+    given = _common(body)
+    values = given.values
     if keep_special:
         values["skip_special_tokens"] = False
     if body.max_completion_tokens is not None:  # it replaced max_tokens, and some clients send both
         values["max_tokens"] = body.max_completion_tokens
-    values.pop("logprobs", None)
-    if body.logprobs:
-        values["logprobs"] = body.top_logprobs or 0
-    elif body.top_logprobs:
-        raise BadParameters("top_logprobs goes with logprobs: true", param="top_logprobs")
+    values["logprobs"] = _chat_logprobs(body, defaults)
+    if values["logprobs"] is None:
+        given.without.add("logprobs")
     if forced is not None:
         if "structured_outputs" in values:
             problem = "tool_choice decides the form of the answer: leave response_format out"
             raise BadParameters(problem, param="tool_choice")
         values["structured_outputs"] = forced
-    return _make(values, defaults)
+    return given.over(defaults)
 
 
-def _common(body: SamplingBody) -> dict[str, Any]:
+def _chat_logprobs(body: ChatRequest, defaults: SamplingParams) -> int | None:
+    """How many alternatives each token has; None: no logprobs. The default counts where the body is silent."""
+    said = body.model_fields_set
+    wanted = bool(body.logprobs) if "logprobs" in said else defaults.logprobs is not None
+    if not wanted:
+        if body.top_logprobs:
+            raise BadParameters("top_logprobs goes with logprobs: true", param="top_logprobs")
+        return None
+    return (body.top_logprobs if "top_logprobs" in said else defaults.logprobs) or 0
+
+
+class _Given(NamedTuple):
+    """What a body says: values, and fields `without` whose default it takes back."""
+
+    values: dict[str, Any]
+    without: set[str]
+
+    def over(self, defaults: SamplingParams) -> SamplingParams:
+        try:
+            return SamplingParams.from_mapping(self.values, defaults, self.without)
+        except BadParameters as error:
+            raise BadParameters(str(error), param=_named_field(str(error))) from None
+
+
+def _common(body: SamplingBody) -> _Given:
+    _refuse_unsupported(body)
     given = body.model_dump(exclude_none=True, include=set(FIELDS))
+    without = {name for name in _TAKEN_BACK & body.model_fields_set if getattr(body, name) is None}
+    try:
+        constraint = from_response_format(body.response_format)
+    except BadParameters as error:
+        raise BadParameters(str(error), param="response_format") from None
+    if constraint is not None:
+        if "structured_outputs" in given:
+            raise BadParameters("give response_format or structured_outputs, not both", param="response_format")
+        given["structured_outputs"] = constraint
+    if {"response_format", "structured_outputs"} & body.model_fields_set:  # null, and text, want none
+        without.add("structured_outputs")
+    return _Given(given, without)
+
+
+def _refuse_unsupported(body: SamplingBody) -> None:
     for name, neutral in _UNSUPPORTED.items():
         value = getattr(body, name, None)
         if value is not None and value not in neutral:
@@ -104,22 +152,6 @@ def _common(body: SamplingBody) -> dict[str, Any]:
         raise BadParameters(f"best_of must equal n, got {body.best_of}: samples are not ranked", param="best_of")
     if body.stream_options is not None and not body.stream:
         raise BadParameters("stream_options goes with stream: true", param="stream_options")
-    try:
-        constraint = from_response_format(body.response_format)
-    except BadParameters as error:
-        raise BadParameters(str(error), param="response_format") from None
-    if constraint is not None:
-        if "structured_outputs" in given:
-            raise BadParameters("give response_format or structured_outputs, not both", param="response_format")
-        given["structured_outputs"] = constraint
-    return given
-
-
-def _make(values: dict[str, Any], defaults: SamplingParams) -> SamplingParams:
-    try:
-        return SamplingParams.from_mapping(values, defaults)
-    except BadParameters as error:
-        raise BadParameters(str(error), param=_named_field(str(error))) from None
 
 
 def param_of(error: RowError) -> str | None:

@@ -182,6 +182,86 @@ def test_the_jobs_sampling_lies_beneath_a_body(tmp_path):
     assert ask(parse(CHAT, {"messages": USER}), bare).params.max_tokens is None
 
 
+SOME = SamplingParams(
+    n=2,
+    temperature=0.5,
+    presence_penalty=1.0,
+    frequency_penalty=1.0,
+    repetition_penalty=1.2,
+    logit_bias={5: 1.0},
+    seed=3,
+    max_tokens=40,
+    min_tokens=2,
+    stop=("x",),
+    stop_token_ids=(7,),
+    bad_words=("y",),
+    allowed_token_ids=(1, 2),
+    ignore_eos=True,
+    logprobs=2,
+    prompt_logprobs=1,
+    skip_special_tokens=False,
+    structured_outputs=StructuredOutputs("json_object", ""),
+)
+NO_GRAMMAR = {"structured_outputs": None}
+NO_LOGPROBS = {"logprobs": None}
+UNDONE = [
+    (CHAT, {"logprobs": False}, NO_LOGPROBS),
+    (CHAT, {"logprobs": False, "top_logprobs": 0}, NO_LOGPROBS),
+    (CHAT, {"logprobs": None}, NO_LOGPROBS),
+    (CHAT, {"logprobs": True}, {}),
+    (CHAT, {"top_logprobs": None}, {"logprobs": 0}),
+    (CHAT, {"top_logprobs": 0}, {"logprobs": 0}),
+    (CHAT, {"top_logprobs": 5}, {"logprobs": 5}),
+    (CHAT, {"logprobs": True, "top_logprobs": 4}, {"logprobs": 4}),
+    (CHAT, {"tool_choice": "none"}, {}),
+    (TEXT, {"logprobs": None}, NO_LOGPROBS),
+    (TEXT, {"logprobs": 0}, {"logprobs": 0}),
+    (TEXT, {"logprobs": None, "echo": True}, NO_LOGPROBS),
+    (TEXT, {"logprobs": None, "prompt_logprobs": None, "echo": True}, {**NO_LOGPROBS, "prompt_logprobs": None}),
+    *(
+        (url, body, values)
+        for url in (CHAT, TEXT)
+        for body, values in (
+            ({"response_format": {"type": "text"}}, NO_GRAMMAR),
+            ({"response_format": None}, NO_GRAMMAR),
+            ({"structured_outputs": None}, NO_GRAMMAR),
+            ({"structured_outputs": {"json": None}}, NO_GRAMMAR),
+            ({"prompt_logprobs": None}, {"prompt_logprobs": None}),
+            ({"stop": None, "stop_token_ids": None}, {"stop": (), "stop_token_ids": ()}),
+            ({"stop": [], "bad_words": []}, {"stop": (), "bad_words": ()}),
+            ({"bad_words": None, "seed": None}, {"bad_words": (), "seed": None}),
+            ({"logit_bias": None, "allowed_token_ids": None}, {"logit_bias": None, "allowed_token_ids": None}),
+            ({"logit_bias": {}}, {"logit_bias": {}}),
+            ({"n": 1, "temperature": 0, "min_tokens": 0}, {"n": 1, "temperature": 0, "min_tokens": 0}),
+            ({"presence_penalty": 0, "frequency_penalty": 0}, {"presence_penalty": 0, "frequency_penalty": 0}),
+            ({"ignore_eos": False, "skip_special_tokens": True}, {"ignore_eos": False, "skip_special_tokens": True}),
+            # these always have a value: null means the default
+            ({"n": None, "temperature": None, "max_tokens": None, "presence_penalty": None}, {}),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("url", "body", "values"), UNDONE)
+def test_a_body_takes_back_what_the_job_asks_for(url, body, values):
+    model = WireModel(("m",), ByteTokenizer(), ByteTokenizer.chat_template, SOME)
+    prompt = {"messages": USER} if url == CHAT else {"prompt": "a"}
+    assert ask(parse(url, prompt), model).params == SOME
+    asked = ask(parse(url, {**prompt, **body}), model)
+    assert asked.params == replace(SOME, **values)
+    assert asked.shows_prompt == (asked.params.prompt_logprobs is not None)
+
+
+def test_logprobs_taken_back_leave_nothing_of_a_prompt():
+    """The default asks for the prompt's, and the body for no tokens and no logprobs."""
+    defaults = SamplingParams(max_tokens=0, prompt_logprobs=1, logprobs=1)
+    model = WireModel(("m",), ByteTokenizer(), None, defaults)
+    body = {"prompt": "a", "echo": True, "max_tokens": 0}
+    assert not ask(parse(TEXT, body), model).nothing
+    asked = ask(parse(TEXT, {**body, "logprobs": None, "prompt_logprobs": None}), model)
+    assert asked.nothing and asked.params.prompt_logprobs is None and not asked.shows_prompt
+
+
 def test_content_parts():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert chat_messages([{"role": "user", "content": parts}], "m") == [{"role": "user", "content": "ab"}]
