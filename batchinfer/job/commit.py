@@ -68,6 +68,7 @@ class PartWriter:
             errors=counts.errors,
             prompt_tokens=counts.prompt_tokens,
             completion_tokens=counts.completion_tokens,
+            scored_tokens=counts.scored_tokens,
         )
         holds = self.ledger.commit(record)
         if holds != record:

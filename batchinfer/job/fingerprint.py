@@ -14,7 +14,7 @@ from batchinfer.errors import OutputConflict
 from batchinfer.job.columns import Layout
 from batchinfer.spec import FAKE_MODEL, JobSpec
 
-FORMAT_VERSION = "1"  # of the output's layout and of how rows become requests; raise it when either changes
+FORMAT_VERSION = "2"  # of the output's layout and of how rows become requests; raise it when either changes
 _SHOWN_CHARS = 120
 
 

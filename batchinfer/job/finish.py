@@ -79,7 +79,7 @@ def _manifest(digest: str, pass_number: int, records: list[CommitRecord]) -> byt
         errors.update(record.errors)
     totals = {
         name: sum(getattr(record, name) for record in records)
-        for name in ("rows", "output_rows", "ok", "prompt_tokens", "completion_tokens")
+        for name in ("rows", "output_rows", "ok", "prompt_tokens", "completion_tokens", "scored_tokens")
     }
     parts = [
         {

@@ -54,6 +54,7 @@ class CommitRecord:
     errors: dict[str, int]  # kind → rows
     prompt_tokens: int
     completion_tokens: int
+    scored_tokens: int  # of continuations and texts, by the tasks that score
 
     @property
     def key(self) -> CommitKey:

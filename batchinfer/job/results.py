@@ -3,9 +3,9 @@
 A line is JSON: [offset, prompt_tokens, prompt_ids|null, [[text, finish_reason, tokens, ids|null, logprobs|null], …],
 error|null], and a sixth value, `read`, where the task reads. `offset` counts from the chunk's first row, an error is
 [kind, message], logprobs are [[token, logprob, [[token, logprob], …]], …], and `read` maps the columns of the task to
-their values. Of an openai-batch line an error may have the field at fault as well, and `read` has what is known of its
-`prompts`: [[ids, logprobs|null, embedding|null], …], and how many of their tokens were `cached`. All columns of a part
-are built a column at a time.
+their values, and `scored_tokens` to how many were. Of an openai-batch line an error may have the field at fault as
+well, and `read` has what is known of its `prompts`: [[ids, logprobs|null, embedding|null], …], and how many of their
+tokens were `cached`. All columns of a part are built a column at a time.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from batchinfer.request import Completion, Output, TokenLogprob
 from batchinfer.wire.params import param_of
 
 _OF_PROMPT = "prompt_logprobs"
+SCORED = "scored_tokens"  # no column: what `read` counts for the totals
 _READ_NAMES = [name for names in READ_COLUMNS.values() for name in names]
 Sample = tuple[str, str, int, list[int] | None, list[Any] | None]
 
@@ -48,6 +49,7 @@ class Counts:
     errors: dict[str, int] = field(default_factory=dict)
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    scored_tokens: int = 0
 
 
 class Encoder:
@@ -96,7 +98,7 @@ def _read(completion: Completion) -> dict[str, Any] | None:
     if completion.choice is not None:
         choice = completion.choice
         read |= {"choice": scores[choice].text, "choice_index": choice, "scores": [score.logprob for score in scores]}
-    return read
+    return {**read, SCORED: sum(len(score.token_ids) for score in scores)}
 
 
 def _prompts(completion: Completion) -> dict[str, Any] | None:
@@ -149,6 +151,7 @@ def count(rows: Iterable[Row], exploded: bool) -> Counts:
         errors=dict(sorted(errors.items())),
         prompt_tokens=sum(row.prompt_tokens for row in rows),
         completion_tokens=sum(sample[2] for sample in samples),
+        scored_tokens=sum((row.read or {}).get(SCORED, 0) for row in rows),
     )
 
 

@@ -19,7 +19,7 @@ from batchinfer.job.ledger import CommitRecord
 from batchinfer.job.prepare import Work
 from batchinfer.job.readback import read_part
 from batchinfer.job.report import Progress, Report, Silent
-from batchinfer.job.results import Row, rows_of_part
+from batchinfer.job.results import SCORED, Row, rows_of_part
 from batchinfer.job.run import begin, judge, run_pass
 from batchinfer.job.shard import Shard
 from batchinfer.job.state import Pass, RunState, Seams, Worker
@@ -94,4 +94,13 @@ def _kept_rows(work: Work, record: CommitRecord) -> list[Row]:
         rows = rows_of_lines(values, plan.bases[record.chunk])
     else:
         rows = rows_of_part(work.layout, values, plan.chunks[record.chunk].start)
-    return [row for row in rows if row.error is None or row.error[0] not in RETRYABLE_KINDS]
+    kept = [row for row in rows if row.error is None or row.error[0] not in RETRYABLE_KINDS]
+    return _with_scored(kept, record.scored_tokens)
+
+
+def _with_scored(rows: list[Row], tokens: int) -> list[Row]:
+    """A part does not say how many tokens each row scored; rows in error none. The first other row has all of them."""
+    first = next((place for place, row in enumerate(rows) if row.error is None), None)
+    if first is not None and tokens:
+        rows[first] = rows[first]._replace(read={**(rows[first].read or {}), SCORED: tokens})
+    return rows

@@ -35,6 +35,7 @@ class Status:
     errors: dict[str, int]
     prompt_tokens: int
     completion_tokens: int
+    scored_tokens: int
     retry_passes: int
     salvage: dict[str, int]  # name → bytes
     shards: list[ShardShare] = field(default_factory=list)
@@ -60,6 +61,7 @@ def read_status(output: Output, shards: int = 1) -> Status:
         errors=dict(errors.most_common()),
         prompt_tokens=sum(record.prompt_tokens for record in records),
         completion_tokens=sum(record.completion_tokens for record in records),
+        scored_tokens=sum(record.scored_tokens for record in records),
         retry_passes=max((key.pass_number for key in keys.values()), default=0),
         salvage=output.store.find(SALVAGE),
         shards=[_share(worker, len(plan.chunks), keys.keys()) for worker in workers],
@@ -74,12 +76,13 @@ def _share(worker: Shard, chunks: int, done: Iterable[int]) -> ShardShare:
 def describe(status: Status) -> str:
     """The status as lines for a person."""
     share = f"{100 * status.chunks_done / status.chunks:.1f} %" if status.chunks else "nothing to do"
+    scored = f", {status.scored_tokens:,} scored" if status.scored_tokens else ""
     lines = [
         ("output", status.url),
         ("state", "finished" if status.finished else "not finished; run the same command again to continue"),
         ("chunks", f"{status.chunks_done:,} of {status.chunks:,} committed ({share})"),
         ("rows", f"{status.rows:,} written, of {status.covered:,} that the job covers before input.where"),
-        ("tokens", f"{status.prompt_tokens:,} in, {status.completion_tokens:,} out"),
+        ("tokens", f"{status.prompt_tokens:,} in, {status.completion_tokens:,} out{scored}"),
         ("errors", _errors(status)),
     ]
     if status.retry_passes:

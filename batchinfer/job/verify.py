@@ -24,7 +24,7 @@ from batchinfer.job.audit_rows import check_parts
 from batchinfer.spec import StorageSpec
 
 _COMMIT = re.compile(r"commits/(\d+)(?:\.r(\d+))?\.json")
-_SUMMED = ("rows", "output_rows", "ok", "prompt_tokens", "completion_tokens", "bytes")
+_SUMMED = ("rows", "output_rows", "ok", "prompt_tokens", "completion_tokens", "scored_tokens", "bytes")
 _LISTED = ("pass", "part", "bytes", "sha256", "rows", "output_rows")
 _READERS = 16
 

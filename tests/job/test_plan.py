@@ -132,7 +132,7 @@ def test_records_of_other_jobs_and_damaged_ones_are_refused():
     plan = JobPlan(inputs_of((10,)), (4,), (10,), {"format": "1"})
     store = MemoryStore()
     ledger = Ledger(store, plan)
-    record = CommitRecord(1, 0, plan.digest, "parts/x", 3, "ab", 4, 4, 4, {}, 9, 9)
+    record = CommitRecord(1, 0, plan.digest, "parts/x", 3, "ab", 4, 4, 4, {}, 9, 9, 0)
     assert ledger.commit(record) == record == ledger.commit(record)
     assert ledger.commit(replace(record, sha256="other")) == record
     retried = ledger.commit(replace(record, pass_number=12))

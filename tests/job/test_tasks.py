@@ -9,10 +9,14 @@ import pytest
 
 from batchinfer import LLM
 from batchinfer.cli_progress import summary
-from batchinfer.errors import EngineFailure, InputError, OutputConflict, SpecError, StorageError
+from batchinfer.errors import Drained, EngineFailure, InputError, OutputConflict, SpecError, StorageError
 from batchinfer.job.audit import Audit
+from batchinfer.job.drain import Drain
+from batchinfer.job.ledger import Ledger, Output
+from batchinfer.job.plan import load_plan
 from batchinfer.job.preview import preview
 from batchinfer.job.retry import retry_job
+from batchinfer.job.status import describe, read_status
 from batchinfer.job.verify import audit
 from batchinfer.spec import StorageSpec, parse_spec
 from tests.job.doubles import MemoryStore, job, rows_of_output, run, snapshot, write_parquet
@@ -106,6 +110,37 @@ def test_a_killed_job_continues(rows, task):
         assert {name: again.objects[name] for name in parts} == parts
 
 
+@pytest.mark.parametrize("section", [None, {"choices": ["a", "bc"]}])
+def test_totals_count_what_a_stopped_run_scored(rows, section):
+    """All rows but one are in the salvage when the second run begins."""
+    spec = task_job(rows, "choose" if section else "score", **({"score": section} if section else {}))
+    whole, stopped = MemoryStore(), MemoryStore()
+    expected = run(spec, store=whole).totals
+    right = LLM.from_spec(spec, None)
+
+    class Stopping:
+        wire = right.wire
+        stats = right.stats
+
+        def run(self, prompts):
+            drain = self.drain
+            held = sorted(right.run(prompts), key=lambda completion: completion.index)
+            yield from (held[place] for place in (0, 1, 2, 4, 5, 6, 8))  # of three chunks, none is complete
+            drain.request("test")
+            yield held[9]
+
+    llm = Stopping()
+    llm.drain = Drain(leave=None)
+    with pytest.raises(Drained):
+        run(spec, llm, store=stopped, drain=llm.drain)
+    assert any(name.startswith("salvage/") for name in stopped.objects)
+    report = run(spec, store=stopped)
+    assert report.rows["recovered"] >= 7 and report.totals == expected
+    assert report.totals["scored_tokens"] == (10 * 3 if section else 10 * 5) > report.tokens["scored"] > 0
+    done = describe(read_status(Output(stopped, load_plan(stopped), spec, Ledger(stopped, load_plan(stopped)))))
+    assert f"{report.totals['scored_tokens']} scored" in done
+
+
 def test_retry_keeps_what_was_read(rows):
     """The rows of a part that had no error come back from it unchanged."""
     spec = task_job(rows, "choose", score={"choices": ["a", "bc"]})
@@ -121,10 +156,11 @@ def test_retry_keeps_what_was_read(rows):
                     completion = type(completion)(completion.index, [], error=EngineFailure("once"))
                 yield completion
 
-    run(spec, Flaky())
+    totals = run(spec, Flaky()).totals
     before = rows_of_output(rows / "out")
     assert sum(row["status"] == "error" for row in before) == 3
-    run(spec, job=retry_job)
+    assert totals["scored_tokens"] == 7 * 3
+    assert run(spec, job=retry_job).totals["scored_tokens"] == 10 * 3  # of kept rows as well
     assert checked(rows).rows == 10
     run(
         spec_elsewhere := task_job(rows, "choose", score={"choices": ["a", "bc"]}, output={"path": str(rows / "other")})
