@@ -1,4 +1,4 @@
-"""openai-batch output: results as the response lines that OpenAI's batch endpoint returns.
+"""Answers of openai-batch rows: as the response lines that OpenAI's batch endpoint returns, or as a column's cells.
 
 Nothing in them depends on the time: `created` is 0, ids follow from the row. Only `cached_tokens`, how much of a prompt
 the prefix cache held, depends on what ran before. What stands in the body is the matter of `wire`, which writes the
@@ -13,12 +13,13 @@ from typing import Any, cast
 import orjson
 import pyarrow as pa
 
-from batchinfer.job.columns import Layout
+from batchinfer.job.columns import BODY, Layout
 from batchinfer.job.prompts import asked_of
 from batchinfer.job.results import Row
 from batchinfer.request import FinishReason, TokenLogprob
 from batchinfer.wire.answers import Answers, PromptTokens, Read, Said, problem
-from batchinfer.wire.asked import WireModel
+from batchinfer.wire.asked import Asked, WireModel
+from batchinfer.wire.bodies import CompletionRequest
 
 _ID = "batch_req_"
 
@@ -37,6 +38,30 @@ def build_lines(layout: Layout, rows: list[Row], carried: pa.Table, base: int, m
         "error": [orjson.dumps(_error(row)).decode() if row.error else None for row in rows],
     }
     return pa.table(columns, schema=layout.schema)
+
+
+def with_bodies(layout: Layout, rows: list[Row], carried: pa.Table, base: int, model: WireModel) -> list[Row]:
+    """The rows of a table of openai-batch input; those whose answer is more than the columns hold have its body."""
+    if not layout.has(BODY):
+        return rows
+    answers = Answers(model)
+    requests = carried.select(["url", "body"]).to_pylist()
+    made = []
+    for row, line in zip(rows, requests, strict=True):
+        if row.error is None and BODY not in (row.read or {}):  # one that a retry keeps may have it
+            made.append(_with_body(layout, row, base, asked_of(line, model), answers))
+        else:
+            made.append(row)
+    return made
+
+
+def _with_body(layout: Layout, row: Row, base: int, asked: Asked, answers: Answers) -> Row:
+    echoes = isinstance(asked.body, CompletionRequest) and bool(asked.body.echo)
+    no_place = len(row.samples) > 1 and not (layout.listed or layout.exploded)
+    if not (no_place or echoes or asked.read is not None or asked.use is not None):
+        return row
+    body = orjson.dumps(_answer(row, base + row.offset, asked, answers)).decode()
+    return row._replace(read={**(row.read or {}), BODY: body})
 
 
 def rows_of_lines(lines: Iterable[dict[str, Any]], base: int) -> list[Row]:
@@ -65,16 +90,19 @@ def _response(row: Row, number: int, line: dict[str, Any], answers: Answers, mod
         kind, message, *param = row.error
         status, body = problem(kind, message, param[0] if param else None, row.prompt_tokens)
     else:
-        asked = asked_of(line, model)
-        known = read.get("prompts") or [[[], None, None]] * len(asked.contents)
-        prompts = [Read(ids, _entries(logprobs), vector) for ids, logprobs, vector in known]
-        said = [
-            Said(text, cast(FinishReason, reason), tokens, _entries(logprobs))
-            for text, reason, tokens, _, logprobs in row.samples
-        ]
-        counted = PromptTokens(row.prompt_tokens, read.get("cached", 0))
-        status, body = 200, answers.body(asked, number, counted, prompts, said)
+        status, body = 200, _answer(row, number, asked_of(line, model), answers)
     return {"status_code": status, "request_id": f"req_{number:09d}", "body": body}
+
+
+def _answer(row: Row, number: int, asked: Asked, answers: Answers) -> dict[str, Any]:
+    read = row.read or {}
+    known = read.get("prompts") or [[[], None, None]] * len(asked.contents)
+    prompts = [Read(ids, _entries(logprobs), vector) for ids, logprobs, vector in known]
+    said = [
+        Said(cast(str, text), cast(FinishReason, reason), tokens, _entries(logprobs))
+        for text, reason, tokens, _, logprobs in row.samples
+    ]
+    return answers.body(asked, number, PromptTokens(row.prompt_tokens, read.get("cached", 0)), prompts, said)
 
 
 def _error(row: Row) -> dict[str, str]:

@@ -21,6 +21,8 @@ READ_COLUMNS: dict[str, dict[str, pa.DataType]] = {
     "choose": {"choice": pa.string(), "choice_index": pa.int32(), "scores": pa.list_(pa.float64())},
     "embed": {"embedding": pa.list_(pa.float32())},
 }
+BODY = "response_body"  # of openai-batch input: an answer that the other columns have no place for
+_LINE_COLUMNS = ("custom_id", "url", "body")
 OK = "ok"
 ERROR = "error"
 _LINE_SUFFIX = {"none": "", "gzip": ".gz", "zstd": ".zst"}
@@ -32,7 +34,8 @@ class Layout:
 
     format: str  # parquet, jsonl or openai-batch
     compression: str  # zstd, snappy, gzip or none
-    carried: tuple[str, ...]  # input columns that a part is made from
+    carried: tuple[str, ...]  # input columns that a part has as they are
+    needed: tuple[str, ...]  # input columns that a part is made from
     schema: pa.Schema  # all columns of a part, in order
     text_json: frozenset[str]  # string columns whose text is JSON
     prefix: str
@@ -65,14 +68,15 @@ def output_layout(spec: JobSpec, inputs: Inputs) -> Layout:
         names = ("id", "custom_id", "response", "error")
         schema = pa.schema([(name, pa.string()) for name in names])
         json_lines = frozenset({"response", "error"})
-        return Layout(format_, compression, ("custom_id", "url", "body"), schema, json_lines, "", False, False)
+        return Layout(format_, compression, (), _LINE_COLUMNS, schema, json_lines, "", False, False)
     carried = spec.input.columns or tuple(inputs.schema.names)
     added = _added(spec, listed, exploded)
     _refuse_clash(carried, added, inputs)
     schema = pa.schema([inputs.schema.field(name) for name in carried] + added)
-    tables = {spec.output.prefix + name for name in ("logprobs", "prompt_logprobs")}
-    json_columns = (inputs.text_json & set(carried)) | tables
-    return Layout(format_, compression, carried, schema, frozenset(json_columns), spec.output.prefix, listed, exploded)
+    needed = carried if spec.input.format != "openai-batch" else tuple(dict.fromkeys((*carried, "url", "body")))
+    tables = {spec.output.prefix + name for name in ("logprobs", "prompt_logprobs", BODY)}
+    json_columns = frozenset((inputs.text_json & set(carried)) | tables)
+    return Layout(format_, compression, carried, needed, schema, json_columns, spec.output.prefix, listed, exploded)
 
 
 def _added(spec: JobSpec, listed: bool, exploded: bool) -> list[pa.Field]:
@@ -95,6 +99,8 @@ def _added(spec: JobSpec, listed: bool, exploded: bool) -> list[pa.Field]:
         fields.append(("logprobs", pa.string()))
     if spec.sampling_values.get("prompt_logprobs") is not None or rows_may_ask:
         fields.append(("prompt_logprobs", pa.string()))
+    if spec.input.format == "openai-batch":
+        fields.append((BODY, pa.string()))
     return [pa.field(spec.output.prefix + name, kind) for name, kind in fields]
 
 

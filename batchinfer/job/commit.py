@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from batchinfer.io.rows import write_rows
-from batchinfer.job.batchlines import build_lines
+from batchinfer.job.batchlines import build_lines, with_bodies
 from batchinfer.job.columns import Layout
 from batchinfer.job.ledger import CommitRecord, Ledger, part_name
 from batchinfer.job.results import build_table, count, decode
@@ -28,7 +28,7 @@ _GRACE_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class PartWriter:
-    """Builds, uploads and commits one chunk. `model` writes openai-batch lines."""
+    """Builds, uploads and commits one chunk. `model` writes the answers of openai-batch lines."""
 
     ledger: Ledger
     layout: Layout
@@ -44,6 +44,7 @@ class PartWriter:
         if self.layout.format == "openai-batch":
             table = build_lines(self.layout, rows, carried, plan.bases[chunk], self.model)
         else:
+            rows = with_bodies(self.layout, rows, carried, plan.bases[chunk], self.model)
             table = build_table(self.layout, rows, carried, plan.chunks[chunk].start)
         counts = count(rows, self.layout.exploded)
         part, size, sha256 = None, 0, ""

@@ -69,7 +69,7 @@ class Feed:
 
     def prompts(self, chunks: list[int], seed: int, model: WireModel, storage: StorageSpec) -> Iterator[Prompt]:
         """Runs in the engine's feeder thread. What `gather` gives back has its row's index in the whole job."""
-        inputs = self.plan.inputs.select(self.rows.read_columns | set(self.layout.carried))
+        inputs = self.plan.inputs.select(self.rows.read_columns | set(self.layout.needed))
         spans = (self.plan.chunks[chunk] for chunk in chunks)
         for chunk, (span, batch) in zip(chunks, stream(inputs, spans, storage), strict=True):
             if not self.window.enter(span.count):
@@ -85,7 +85,7 @@ class Feed:
         selected = self.rows.select(batch, inputs.text_json)
         known = set(selected)
         finished = [row for row in self.recover(chunk) if row.offset in known]
-        carried = batch.table.select(list(self.layout.carried))
+        carried = batch.table.select(list(self.layout.needed))
         self.opened(finished, carried.num_rows - len(selected))
         if len(selected) < carried.num_rows:
             carried = carried.take(pa.array(selected, pa.int64()))

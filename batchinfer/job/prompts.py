@@ -21,7 +21,6 @@ from batchinfer.scoring import Continuations, Measure, Pooled, Read, Rolling
 from batchinfer.spec import JobSpec
 from batchinfer.text.chat import RowFilter, RowTemplate
 from batchinfer.wire.asked import Asked, WireModel, ask, parse
-from batchinfer.wire.bodies import CompletionRequest
 
 Row = Mapping[str, Any]
 _SLICE_ROWS = 256  # rows that are Python objects at once
@@ -53,8 +52,7 @@ class RowPrompts:
     def __init__(self, spec: JobSpec) -> None:
         self._where = RowFilter(spec.input.where, "input.where") if spec.input.where is not None else None
         self._sampling_column = spec.sampling_column
-        self._lines = (spec.output.format or spec.input.format) == "openai-batch"
-        self._many = self._lines or spec.output.samples == "rows" or spec.sampling_values.get("n", 1) > 1
+        self._many = spec.output.samples == "rows" or spec.sampling_values.get("n", 1) > 1
         self._remembered: dict[bytes, SamplingParams] = {}
         self.columns: dict[str, frozenset[str]] = {"input.columns": frozenset(spec.input.columns or ())}
         if self._where is not None:
@@ -122,7 +120,6 @@ class RowPrompts:
     def _requests(self, row: Row, offset: int, model: WireModel) -> list[RowPrompt]:
         if self._reads_body:
             asked = asked_of(row, model)
-            self._check(asked)
             return [
                 RowPrompt(offset, content, asked.params, None, asked.read, asked.framing, place, len(asked.contents))
                 for place, content in enumerate(asked.contents)
@@ -131,21 +128,9 @@ class RowPrompts:
         content = self._content(row)
         if self._sampling_column is not None:
             params = self._override(row[self._sampling_column], model.defaults)
-        if params is not None:
-            self._check_samples(params)
-        return [RowPrompt(offset, content, params, None, None if self._read is None else self._read(row))]
-
-    def _check(self, asked: Asked) -> None:
-        """What has no place in columns needs lines for its output."""
-        self._check_samples(asked.params)
-        echo = isinstance(asked.body, CompletionRequest) and bool(asked.body.echo)
-        if not self._lines and (len(asked.contents) > 1 or asked.read is not None or echo):
-            what = "an embedding" if asked.read is not None else "echo" if echo else "a list of prompts"
-            raise BadParameters(f"{what} needs output.format: openai-batch")
-
-    def _check_samples(self, params: SamplingParams) -> None:
-        if params.n > 1 and not self._many:
+        if params is not None and params.n > 1 and not self._many:
             raise BadParameters("n of a row above 1 needs output.samples: rows, or n above 1 in the job's sampling")
+        return [RowPrompt(offset, content, params, None, None if self._read is None else self._read(row))]
 
     def _override(self, value: Any, defaults: SamplingParams) -> SamplingParams | None:
         if value is None:

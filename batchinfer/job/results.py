@@ -18,18 +18,18 @@ from typing import Any, NamedTuple
 import orjson
 import pyarrow as pa
 
-from batchinfer.job.columns import ERROR, OK, READ_COLUMNS, Layout
+from batchinfer.job.columns import BODY, ERROR, OK, READ_COLUMNS, Layout
 from batchinfer.request import Completion, Output, TokenLogprob
 from batchinfer.wire.params import param_of
 
 _OF_PROMPT = "prompt_logprobs"
 SCORED = "scored_tokens"  # no column: what `read` counts for the totals
 _READ_NAMES = [name for names in READ_COLUMNS.values() for name in names]
-Sample = tuple[str, str, int, list[int] | None, list[Any] | None]
+Sample = tuple[str | None, str | None, int, list[int] | None, list[Any] | None]
 
 
 class Row(NamedTuple):
-    """A finished row, as a line holds it."""
+    """A finished row, as a line holds it. A sample without a text stands for what the columns of a part do not hold."""
 
     offset: int
     prompt_tokens: int
@@ -57,7 +57,7 @@ class Encoder:
 
     def __init__(self, layout: Layout) -> None:
         self._ids = layout.has("prompt_token_ids")
-        self._lines = layout.format == "openai-batch"
+        self._lines = layout.format == "openai-batch" or layout.has(BODY)
         self._logprobs = layout.has("logprobs") or self._lines
         self._of_prompt = layout.has(_OF_PROMPT)
 
@@ -146,7 +146,7 @@ def count(rows: Iterable[Row], exploded: bool) -> Counts:
     samples = [sample for row in rows for sample in row.samples]
     return Counts(
         rows=len(rows),
-        output_rows=len(samples) + errors.total() if exploded else len(rows),
+        output_rows=sum(len(row.samples) or 1 for row in rows) if exploded else len(rows),
         ok=len(rows) - errors.total(),
         errors=dict(sorted(errors.items())),
         prompt_tokens=sum(row.prompt_tokens for row in rows),
@@ -175,7 +175,15 @@ def build_table(layout: Layout, rows: list[Row], carried: pa.Table, first_row: i
 
 
 def _single_samples(row: Row) -> list[Row]:
-    return [row._replace(samples=[sample]) for sample in row.samples] or [row]
+    """What the body of a whole answer stands beside is the first."""
+    return [
+        row._replace(samples=[sample], read=row.read if number == 0 else _less_body(row.read))
+        for number, sample in enumerate(row.samples)
+    ] or [row]
+
+
+def _less_body(read: dict[str, Any] | None) -> dict[str, Any] | None:
+    return read and {name: value for name, value in read.items() if name != BODY}
 
 
 def _added_values(layout: Layout, rows: list[Row], first_row: int) -> dict[str, list[Any]]:
@@ -200,18 +208,27 @@ def _added_values(layout: Layout, rows: list[Row], first_row: int) -> dict[str, 
         values["logprobs"] = [_logprobs_text(layout, row) for row in rows]
     if layout.has(_OF_PROMPT):
         values[_OF_PROMPT] = [_prompt_text(row) for row in rows]
+    if layout.has(BODY):
+        values[BODY] = [(row.read or {}).get(BODY) for row in rows]
     return values
 
 
+def _held(layout: Layout, row: Row) -> list[Sample] | None:
+    """The samples of a row that columns of texts hold: all, or one."""
+    samples = row.samples
+    return samples if samples and samples[0][0] is not None and (layout.listed or len(samples) == 1) else None
+
+
 def _per_sample(layout: Layout, rows: list[Row], place: int) -> list[Any]:
+    held = [_held(layout, row) for row in rows]
     if layout.listed:
-        return [[sample[place] for sample in row.samples] if row.error is None else None for row in rows]
-    return [row.samples[0][place] if row.samples else None for row in rows]
+        return [None if samples is None else [sample[place] for sample in samples] for samples in held]
+    return [None if samples is None else samples[0][place] for samples in held]
 
 
 def _logprobs_text(layout: Layout, row: Row) -> str | None:
     """JSON: per token {token_id, logprob, top: [{token_id, logprob}, …]}; a list of these with n > 1."""
-    lists = [_logprob_values(sample[4]) for sample in row.samples]
+    lists = [_logprob_values(sample[4]) for sample in _held(layout, row) or ()]
     if not any(entry is not None for entry in lists):
         return None
     return orjson.dumps(lists if layout.listed else lists[0]).decode()
@@ -219,7 +236,10 @@ def _logprobs_text(layout: Layout, row: Row) -> str | None:
 
 def _prompt_text(row: Row) -> str | None:
     """The same for the prompt's tokens: null for the first."""
-    entries = (row.read or {}).get(_OF_PROMPT)
+    read = row.read or {}
+    entries = read.get(_OF_PROMPT)
+    if len(read.get("prompts", ())) == 1:
+        entries = read["prompts"][0][1]
     return None if entries is None else orjson.dumps(_logprob_values(entries)).decode()
 
 
@@ -246,6 +266,8 @@ def rows_of_part(layout: Layout, values: Iterable[dict[str, Any]], first_row: in
         samples = [] if error or read else _samples(layout, value)
         if samples and value.get(_OF_PROMPT) is not None:
             read = {_OF_PROMPT: _line_logprobs(_loaded(value[_OF_PROMPT]))}
+        if value.get(BODY) is not None:
+            read = {**(read or {}), BODY: _as_json(value[BODY])}
         if offset in rows:
             rows[offset].samples.extend(samples)
         else:
@@ -255,7 +277,7 @@ def rows_of_part(layout: Layout, values: Iterable[dict[str, Any]], first_row: in
 
 def _samples(layout: Layout, value: dict[str, Any]) -> list[Sample]:
     lists = _loaded(value.get("logprobs"))
-    if not layout.listed:
+    if not layout.listed or value["response"] is None:
         tokens, ids = value["completion_tokens"], value.get("token_ids")
         return [(value["response"], value["finish_reason"], tokens, ids, _line_logprobs(lists))]
     samples: list[Sample] = []
@@ -270,6 +292,10 @@ def _samples(layout: Layout, value: dict[str, Any]) -> list[Sample]:
 def _loaded(cell: Any) -> Any:
     """A cell of JSON, which is text in Parquet and a value in lines."""
     return orjson.loads(cell) if isinstance(cell, str) else cell
+
+
+def _as_json(cell: Any) -> str:
+    return cell if isinstance(cell, str) else orjson.dumps(cell).decode()
 
 
 def _line_logprobs(values: list[dict[str, Any] | None] | None) -> list[Any] | None:

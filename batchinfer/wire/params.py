@@ -58,8 +58,8 @@ def completion_params(body: CompletionRequest, defaults: SamplingParams) -> Samp
     logprobs = effective(body, "logprobs", defaults)
     if body.echo and logprobs is not None:
         values["prompt_logprobs"] = max(logprobs, effective(body, "prompt_logprobs", defaults) or 0)
-    if says_nothing(body, defaults):  # the engine takes no request for no tokens
-        values |= {"max_tokens": 1, "min_tokens": 0}
+    if says_nothing(body, defaults):  # the engine takes no request for nothing at all: it reads the prompt
+        values |= {"max_tokens": 0, "min_tokens": 0, "prompt_logprobs": 0}
     return given.over(defaults)
 
 

@@ -153,23 +153,6 @@ def test_structured_outputs_of_job_and_rows(tmp_path):
 # -- openai-batch bodies: what each means is tested beside the endpoint, in tests/server/test_batch_rows
 
 
-def test_lines_that_need_lines_for_their_output(tmp_path):
-    bodies = [
-        (TEXT, {"prompt": "a"}, None),
-        (TEXT, {"prompt": ["a", "b"]}, "a list of prompts needs output.format: openai-batch"),
-        (TEXT, {"prompt": "a", "echo": True}, "echo needs"),
-        ("/v1/embeddings", {"input": "a"}, "an embedding needs"),
-        (TEXT, {"prompt": "a", "n": 2}, "n of a row above 1"),
-        ("/v1/rerank", {"input": "a"}, "url '/v1/rerank' is not supported"),
-    ]
-    lines = [{"custom_id": "c", "method": "POST", "url": url, "body": body} for url, body, _ in bodies]
-    (tmp_path / "in.jsonl").write_bytes(b"\n".join(map(orjson.dumps, lines)))
-    source = {"path": str(tmp_path / "in.jsonl"), "format": "openai-batch"}
-    run(job(tmp_path, input=source, prompt=None, output={"format": "parquet"}), ScriptedLLM())
-    for row, (_, _, problem) in zip(rows_of_output(tmp_path / "out"), bodies, strict=True):
-        assert problem in row["error"] if problem else row["response"] == "a!"
-
-
 def test_the_jobs_sampling_lies_beneath_a_body(tmp_path):
     defaults = SamplingParams(max_tokens=40, temperature=0.5, logprobs=1)
     model = WireModel(("m",), ByteTokenizer(), ByteTokenizer.chat_template, defaults)
@@ -259,7 +242,7 @@ def test_logprobs_taken_back_leave_nothing_of_a_prompt():
     body = {"prompt": "a", "echo": True, "max_tokens": 0}
     assert not ask(parse(TEXT, body), model).nothing
     asked = ask(parse(TEXT, {**body, "logprobs": None, "prompt_logprobs": None}), model)
-    assert asked.nothing and asked.params.prompt_logprobs is None and not asked.shows_prompt
+    assert asked.nothing and asked.params.max_tokens == 0 and not asked.shows_prompt
 
 
 def test_content_parts():
