@@ -154,6 +154,49 @@ def test_log_likelihood_as_lm_eval_asks(tiny):
     assert body["choices"][0]["logprobs"] == body["choices"][2]["logprobs"]
 
 
+CONTEXT = 512  # of the tiny model, whose tokens are bytes
+SCORING = {"temperature": 0, "logprobs": 1, "seed": 1234, "echo": True}  # as lm-eval's local-completions
+WRITING = {"temperature": 0, "stop": [], "seed": 1234}
+EDGES = [  # what is asked, tokens of the longest prompt that it may have
+    ({**SCORING, "max_tokens": 1}, CONTEXT - 1),
+    ({**SCORING, "max_tokens": 0}, CONTEXT),
+    ({"echo": True, "max_tokens": 0}, CONTEXT),
+    ({"prompt_logprobs": 1, "max_tokens": 0}, CONTEXT),
+    ({**WRITING, "max_tokens": 32}, CONTEXT - 32),
+    ({**WRITING, "max_tokens": 32, "ignore_eos": True, "n": 2}, CONTEXT - 32),
+]
+
+
+@pytest.mark.parametrize("form", ["text", "ids", "texts", "lists of ids"])
+@pytest.mark.parametrize(("asked", "most"), EDGES)
+def test_the_contexts_edge(tiny, form, asked, most):
+    """The longest prompt is answered whole; one token more is a 400 that says so, streamed or not."""
+
+    def prompt(tokens):
+        text = "ab" * (tokens // 2) + "c" * (tokens % 2)
+        one = list(text.encode()) if "ids" in form else text
+        return [[97] if "ids" in form else "a", one] if "s of" in form or form == "texts" else one
+
+    body = tiny.completion(prompt=prompt(most), **asked)
+    last = body["choices"][-1]
+    several = isinstance(prompt(most), list) and not isinstance(prompt(most)[0], int)
+    assert body["usage"]["prompt_tokens"] == most + several
+    if "echo" in asked:
+        assert last["text"].startswith("abab") and len(last["text"].encode()) >= most
+    if "logprobs" in asked:
+        values = last["logprobs"]["token_logprobs"]
+        assert len(values) == most + asked["max_tokens"]
+        assert values[0] is None and all(isinstance(value, float) for value in values[1:])
+    if "ignore_eos" in asked:  # nothing was cut
+        assert body["usage"]["completion_tokens"] == 32 * len(body["choices"]) and last["finish_reason"] == "length"
+    for tokens in (most + 1, CONTEXT + 1, 3 * CONTEXT):
+        for stream in (False, True):
+            error = tiny.refused(COMPLETIONS, {"prompt": prompt(tokens), **asked, "stream": stream})
+            assert error["code"] == "context_length_exceeded" and error["type"] == "invalid_request_error"
+            assert f"{tokens}" in error["message"] and f"{CONTEXT}" in error["message"]
+    assert tiny.idle()
+
+
 def test_prompt_logprobs_do_not_depend_on_samples_or_streaming(tiny):
     asked = {"prompt": "some text", "temperature": 1.0, "max_tokens": 2, "logprobs": 2, "seed": 3, "echo": True, "n": 3}
     body = tiny.completion(**asked)
