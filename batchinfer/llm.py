@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from batchinfer.assembly import Assembly, assemble
 from batchinfer.engine.engine import Engine
 from batchinfer.engine.scheduler import EngineStats, Scheduler
-from batchinfer.errors import ModelError, UsageError, suggest
+from batchinfer.errors import BadParameters, ModelError, SpecError, UsageError, suggest
 from batchinfer.io.fetch import ModelFiles, fetch_model
 from batchinfer.prompting import Content, Limits, Preparer, Prompt, mix
 from batchinfer.request import Completion, Pooling, SamplingParams
@@ -104,7 +104,10 @@ class LLM:
 
     @classmethod
     def from_spec(cls, spec: JobSpec, files: ModelFiles | None) -> Self:
-        """The model of a job; `files` as `fetch_model` returned them, None for the fake model."""
+        """The model of a job; `files` as `fetch_model` returned them, None for the fake model.
+
+        Raises ModelError, SpecError where the job's grammar cannot be followed with the model's tokens.
+        """
         llm = cls.__new__(cls)
         llm.model_name = spec.model
         prompt = spec.prompt
@@ -114,6 +117,10 @@ class LLM:
             raise ModelError(f"{spec.model}: has no chat template: give prompt.chat_template, or use prompt.template")
         kwargs = prompt.chat_template_kwargs if prompt else {}
         llm._setup(assembly, spec.engine, Defaults(spec.seed, spec.sampling_values, kwargs))
+        try:
+            llm._preparer.compile(llm.default_params)  # with the model's tokens: what `validate` could not know
+        except BadParameters as error:
+            raise SpecError(str(error), key="sampling.structured_outputs") from None
         return llm
 
     # -- the public API -----------------------------------------------------------------------------------------

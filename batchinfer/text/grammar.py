@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, cast
 from batchinfer.errors import BadParameters, InvalidInput
 from batchinfer.request import Constraint, Matcher
 from batchinfer.structured import StructuredOutputs
-from batchinfer.text.grammar_trial import Trials, Vocabulary
-from batchinfer.text.tokenizer import Tokenizer
+from batchinfer.text.grammar_trial import TOO_LARGE, TOO_SLOW, Trials, Vocabulary
+from batchinfer.text.tokenizer import ByteTokenizer, Tokenizer
 
 if TYPE_CHECKING:
     import llguidance
@@ -107,9 +107,22 @@ class Grammars:
 
 
 def validate(wanted: StructuredOutputs) -> None:
-    """Compile without a tokenizer, to find mistakes before a model is loaded. Raises BadParameters."""
-    problem = _library().LLMatcher.validate_grammar(_source(wanted), None, limits=_limits())
+    """Find mistakes before a model is loaded: those of the language, and what is too large for any tokenizer.
+
+    It is compiled for bytes, in a process of its own, of which nothing else is believed: a grammar may name tokens that
+    only the model has. Raises BadParameters.
+    """
+    source = _source(wanted)
+    problem = _library().LLMatcher.validate_grammar(source, None, limits=_limits())
     if problem and not problem.startswith("WARNING"):
+        raise _refusal(wanted, problem)
+    table = _TokenTable(ByteTokenizer(), ByteTokenizer.vocab_size, ByteTokenizer.eos_ids)
+    trials = Trials(Vocabulary(table.tokens, table.special_token_ids, table.eos_ids))
+    try:
+        problem = trials.problem(source)
+    finally:
+        trials.close()
+    if problem in (TOO_LARGE, TOO_SLOW):
         raise _refusal(wanted, problem)
 
 

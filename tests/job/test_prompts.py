@@ -150,6 +150,24 @@ def test_structured_outputs_of_job_and_rows(tmp_path):
         draft_plan(wrong)
 
 
+@pytest.mark.parametrize(
+    ("grammar", "problem", "when"),
+    [
+        ({"regex": "a{1000000000}"}, "regex: too large", draft_plan),  # written out, it ends the process that tries
+        ({"grammar": "start: A\nA: /a{1000000000}/"}, "grammar: too large", draft_plan),
+        ({"regex": "a{150000}"}, "regex: too (slow to follow|large)", draft_plan),
+        ({"regex": "[^\\s\\S]"}, "regex: no answer can follow it", run),  # found with the model's tokens
+    ],
+)
+def test_a_hostile_grammar_of_the_job_is_its_own_error(tmp_path, grammar, problem, when):
+    """Tried in a process of its own, before any row."""
+    pq.write_table(pa.table({"text": ["a", "b"]}), tmp_path / "in.parquet")
+    with pytest.raises(SpecError, match=rf"sampling\.structured_outputs: structured_outputs\.{problem}") as caught:
+        when(job(tmp_path, sampling={"structured_outputs": grammar}))
+    assert caught.value.exit_code == 78
+    assert not (tmp_path / "out/parts").exists()
+
+
 # -- openai-batch bodies: what each means is tested beside the endpoint, in tests/server/test_batch_rows
 
 
