@@ -14,6 +14,7 @@ from batchinfer.engine.fake import FakeAnswer, FakeRunner
 from batchinfer.errors import BadParameters, ModelError
 from batchinfer.io.fetch import ModelFiles
 from batchinfer.log import log
+from batchinfer.models.gguf_header import shared_header
 from batchinfer.prompting import Limits
 from batchinfer.request import SamplingParams
 from batchinfer.spec import EngineSpec, FakeSpec
@@ -48,14 +49,15 @@ def assemble(
     Raises ModelError.
     """
     source = tokenizer_files or files
-    tokenizer, chat = load_text(source, chat_template)
     generation = _generation_config(files.path) if files is not None else {}
+    with shared_header(files.path if files is not None else None):
+        tokenizer, chat = load_text(source, chat_template)
+        if files is None:
+            runner, pool, context = _fake_runner(engine, fake, tokenizer)
+            vocab_size = tokenizer.vocab_size
+        else:
+            runner, pool, context, vocab_size = _model_runner(engine, files.path)
     eos_ids = tokenizer.eos_ids | _eos_of(generation)
-    if files is None:
-        runner, pool, context = _fake_runner(engine, fake, tokenizer)
-        vocab_size = tokenizer.vocab_size
-    else:
-        runner, pool, context, vocab_size = _model_runner(engine, files.path)
     limits = Limits(context, vocab_size, eos_ids)
     return Assembly(tokenizer, chat, _defaults(generation, files), limits, runner, pool)
 

@@ -7,10 +7,15 @@ reads the same, but takes 4 s for a vocabulary of 49,152 tokens; this takes 0.1 
 from __future__ import annotations
 
 import mmap
+import os
 import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
+from weakref import WeakValueDictionary
 
 from batchinfer.errors import ModelError
 
@@ -44,15 +49,41 @@ class GGUFHeader:
         return self.metadata[key]
 
 
+# path and state of a file → its header, as long as somebody has it: a vocabulary is megabytes
+_read: WeakValueDictionary[tuple[str, int, int, int], GGUFHeader] = WeakValueDictionary()
+_turn = threading.Lock()  # of whoever parses: the next one finds it parsed
+
+
 def read_header(path: Path) -> GGUFHeader:
-    """Raises ModelError for a file that is missing, not GGUF, truncated or damaged."""
+    """The header of a file, which nobody changes: one that somebody else still has is not parsed again.
+
+    Raises ModelError for a file that is missing, not GGUF, truncated or damaged.
+    """
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _parse(path, data)
+        with _turn, path.open("rb") as file:
+            state = os.fstat(file.fileno())
+            key = (str(path), state.st_ino, state.st_size, state.st_mtime_ns)
+            header = _read[key] = _read.get(key) or _mapped(path, file)
+            return header
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:  # mmap of an empty file, and every damage that _Reader finds
         raise ModelError(f"{path}: not a usable GGUF file: {error}") from None
+
+
+def _mapped(path: Path, file: BinaryIO) -> GGUFHeader:
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return _parse(path, data)
+
+
+@contextmanager
+def shared_header(path: Path | None) -> Iterator[None]:
+    """Within it, the header of a GGUF file is parsed at most once. None and directories: nothing to share."""
+    header = read_header(path) if path is not None and path.is_file() else None
+    try:
+        yield
+    finally:
+        del header
 
 
 def _parse(path: Path, data: mmap.mmap) -> GGUFHeader:

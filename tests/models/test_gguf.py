@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import random
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gguf
@@ -17,9 +20,11 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from batchinfer.errors import ModelError
+from batchinfer.llm import LLM
 from batchinfer.models import gguf as ours
+from batchinfer.models import gguf_header
 from batchinfer.models.gguf import GGUFFile
-from batchinfer.models.gguf_header import read_header
+from batchinfer.models.gguf_header import read_header, shared_header
 
 from .gguf_files import finish, write_model
 
@@ -336,6 +341,35 @@ def test_split_files_are_refused(tmp_path: Path) -> None:
     finish(writer)
     with pytest.raises(ModelError, match="one of 3 split files"):
         GGUFFile(tmp_path / "x-00001-of-00003.gguf")
+
+
+def test_a_header_is_parsed_once_while_somebody_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiny_llama(tmp_path)
+    parsed = []
+    parse = gguf_header._parse
+    monkeypatch.setattr(gguf_header, "_parse", lambda *of: parsed.append(1) or parse(*of))
+    with shared_header(path):
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda _: read_header(path), range(8)))
+        assert all(header is found[0] for header in found)
+        assert GGUFFile(path).header is found[0] and len(parsed) == 1
+        path.write_bytes(path.read_bytes() + b"\0")  # another file now
+        assert read_header(path) is not found[0] and len(parsed) == 2
+    gone = weakref.ref(found[0])
+    del found
+    gc.collect()
+    assert gone() is None  # nothing keeps a vocabulary that nobody needs
+    with shared_header(None), shared_header(tmp_path):
+        assert len(parsed) == 2
+
+
+@pytest.mark.model
+def test_a_model_is_loaded_with_one_look_at_its_header(smollm2_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed = []
+    parse = gguf_header._parse
+    monkeypatch.setattr(gguf_header, "_parse", lambda *of: parsed.append(1) or parse(*of))
+    assert LLM(smollm2_gguf, kv_cache_tokens=64, max_model_len=64).wire.chat_template and len(parsed) == 1
+    assert not gguf_header._read
 
 
 @pytest.mark.model
