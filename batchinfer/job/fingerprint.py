@@ -15,6 +15,7 @@ from batchinfer.job.columns import Layout
 from batchinfer.spec import FAKE_MODEL, JobSpec
 
 FORMAT_VERSION = "2"  # of the output's layout and of how rows become requests; raise it when either changes
+ENGINE_DECIDES = {"dtype", "kv_cache_dtype", "max_model_len", "quantization"}  # of the engine's settings
 _SHOWN_CHARS = 120
 
 
@@ -34,8 +35,7 @@ def fingerprint(spec: JobSpec, layout: Layout, identities: Mapping[str, str], fi
     if spec.task == "embed":
         parts |= _named("embed", spec.embed.model_dump())
     parts |= input_parts(spec)
-    deciding = {"dtype", "kv_cache_dtype", "max_model_len", "quantization"}
-    parts |= _named("engine", spec.engine.model_dump(exclude_none=True, include=deciding))
+    parts |= _named("engine", spec.engine.model_dump(exclude_none=True, include=ENGINE_DECIDES))
     parts |= _named("output", spec.output.model_dump(include={"token_ids", "samples", "prefix", "chunk_rows"}))
     parts |= {"output.format": layout.format, "output.compression": layout.compression}
     return dict(sorted(parts.items()))

@@ -18,6 +18,7 @@ import orjson
 
 from batchinfer.errors import InputMissing, OutputConflict, SpecError
 from batchinfer.io.storage import Store
+from batchinfer.job.fingerprint import ENGINE_DECIDES
 from batchinfer.job.plan import JobPlan, load_plan
 from batchinfer.spec import JobSpec, StorageSpec, parse_spec
 
@@ -153,9 +154,15 @@ def open_output(path: str, storage: StorageSpec) -> Output:
 
 
 def save_spec(spec: JobSpec, store: Store) -> None:
-    """Write job.json beside the output. Secrets that were put into storage.options stay out of it."""
-    values = spec.model_dump(mode="json")
+    """Write job.json beside the output: what all runs of the job have in common.
+
+    What each may set anew (the engine's capacity, when to give up) is in its report. Secrets that were put into
+    storage.options stay out of it.
+    """
+    values = spec.model_dump(mode="json", exclude={"errors"})
+    values["engine"] = {name: value for name, value in values["engine"].items() if name in ENGINE_DECIDES}
     secret = re.compile("key|secret|token|password|credential", re.IGNORECASE)
+    del values["fake"]["step_s"]
     values["storage"]["options"] = {
         name: value for name, value in values["storage"]["options"].items() if not secret.search(name)
     }

@@ -143,7 +143,7 @@ class Report:
     errors: dict[str, Any] = field(default_factory=dict)
     totals: dict[str, Any] = field(default_factory=dict)  # of the whole output, once complete
     timing: dict[str, Any] = field(default_factory=dict)  # start, and seconds of each phase
-    versions: dict[str, str] = field(default_factory=dict)
+    ran_with: dict[str, Any] = field(default_factory=dict)  # settings of this run alone, and versions
 
     def to_bytes(self) -> bytes:
         values = asdict(self)

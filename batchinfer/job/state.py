@@ -64,6 +64,12 @@ class Pass:
     before: list[int]
 
 
+def _settings(spec: JobSpec | None) -> dict[str, Any]:
+    """What may differ from one run of a job to the next; None of an engine's settings means chosen for the machine."""
+    own = {} if spec is None else {"engine": spec.engine.model_dump(), "errors": spec.errors.model_dump()}
+    return {**own, "versions": versions()}
+
+
 class RunState:
     """Written by the run's own threads, each its own fields; read at any moment."""
 
@@ -125,7 +131,7 @@ class RunState:
             complete=self.manifest is not None,
             totals={name: value for name, value in (self.manifest or {}).items() if name != "parts"},
             timing={"started": self.clock.started, **self.clock.seconds()},
-            versions=versions(),
+            ran_with=_settings(work.spec if work is not None else None),
         )
         self._count(report)
         kinds = sorted(tally.examples)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import random
+import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,8 +20,10 @@ from batchinfer.errors import (
     StorageError,
     TooManyRowErrors,
 )
+from batchinfer.job.ledger import open_output
 from batchinfer.job.retry import retry_job
 from batchinfer.job.shard import Shard
+from batchinfer.spec import StorageSpec
 from tests.job.doubles import MemoryStore, ScriptedLLM, job, rows_of_output, run, snapshot, write_parquet
 
 
@@ -104,7 +107,20 @@ def test_another_fingerprint_is_refused_and_named(tmp_path):
 def test_settings_of_speed_and_place_are_no_conflict(tmp_path):
     write_parquet(tmp_path / "in.parquet", 5)
     run(job(tmp_path), ScriptedLLM())
+
+    def kept():
+        return (tmp_path / "out/job.json").read_bytes(), json.loads((tmp_path / "out/report.json").read_bytes())
+
+    first, report = kept()
+    assert report["ran_with"]["engine"]["max_num_seqs"] == 4 and report["ran_with"]["errors"] == {"max": None}
     run(job(tmp_path, engine={"max_num_seqs": 9}, errors={"max": 1}, fake={"step_s": 0.1}), ScriptedLLM())
+    again, report = kept()
+    assert report["ran_with"]["engine"]["max_num_seqs"] == 9 and report["ran_with"]["errors"] == {"max": 1}
+    assert {"batchinfer", "python"} <= report["ran_with"]["versions"].keys()
+    # job.json says of both what is true of both
+    assert first == again and not {"max_num_seqs", "errors", "step_s"} & set(re.findall(r"\w+", again.decode()))
+    assert json.loads(again)["engine"].keys() == {"dtype", "kv_cache_dtype", "max_model_len", "quantization"}
+    assert open_output(str(tmp_path / "out"), StorageSpec()).spec.fake.answer_tokens == 3
 
 
 def test_where_limit_and_columns(tmp_path):
