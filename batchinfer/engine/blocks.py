@@ -6,7 +6,8 @@ nobody can find come first, then the least recently used.
 
 The prefix index is a trie in a dict: (uid of the parent block's content, the block's own tokens) → block. A uid names
 one content for ever, so a hit is verified all the way to the root by dict equality on the tokens themselves; there is
-no hash to trust. The root's uid is 0.
+no hash to trust. The root's uid is 0. Of the blocks that follow one content, the last few are also remembered, once
+they are computed: what begins like one of them and then differs need not be computed from the block's first token on.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 ROOT = 0
+_REMEMBERED = 8  # blocks that follow one content: the newest, since rows come in the order of their prefixes
 _Key = tuple[int, tuple[int, ...]]
 
 
@@ -43,6 +45,8 @@ class BlockPool:
         self.blocks = [Block(index) for index in range(num_blocks)]
         self.num_free = 0
         self._index: dict[_Key, Block] = {}
+        self._following: dict[int, dict[int, Block]] = {}  # uid → the computed blocks after it, by index
+        self._uncomputed: list[Block] = []  # indexed, by the step that is being planned
         self._last_uid = ROOT
         self._head = Block(-1)  # sentinel: head.next is evicted first, head.prev last
         self._head.prev = self._head.next = self._head
@@ -62,6 +66,26 @@ class BlockPool:
     def find(self, parent: int, tokens: tuple[int, ...]) -> Block | None:
         """The block that holds `tokens` after the content `parent`, if there is one."""
         return self._index.get((parent, tokens))
+
+    def find_beginning(self, parent: int, tokens: Sequence[int]) -> tuple[Block, int] | None:
+        """Of the computed blocks after `parent` the one that begins most as `tokens` do, and with how many of them."""
+        best: tuple[Block, int] | None = None
+        for block in reversed(self._following.get(parent, {}).values()):
+            assert block.key is not None
+            alike = _common(block.key[1], tokens)
+            if alike > (best[1] if best else 0):
+                best = block, alike
+        return best
+
+    def computed(self) -> None:
+        """The step in which blocks were indexed has been run."""
+        for block in self._uncomputed:
+            if block.key is not None:
+                following = self._following.setdefault(block.key[0], {})
+                following[block.index] = block
+                if len(following) > _REMEMBERED:
+                    del following[next(iter(following))]
+        self._uncomputed.clear()
 
     def acquire(self, block: Block) -> None:
         """One more holder of a block that `find` returned."""
@@ -86,6 +110,7 @@ class BlockPool:
         self._last_uid += 1
         block.uid, block.key = self._last_uid, key
         self._index[key] = block
+        self._uncomputed.append(block)
         return block.uid
 
     def forget(self, blocks: Iterable[Block]) -> None:
@@ -117,10 +142,18 @@ class BlockPool:
             assert (block.refs == 0) == (block.index in free), f"{block} is neither free nor held, or both"
             assert block.key is None or self._index.get(block.key) is block, f"{block} is indexed elsewhere"
         assert all(block.key == key for key, block in self._index.items()), "stale index entry"
+        for parent, following in self._following.items():
+            assert 0 < len(following) <= _REMEMBERED, f"{len(following)} blocks remembered after {parent}"
+            for number, block in following.items():
+                assert block.index == number and block.key is not None, f"{block} is remembered, and not indexed"
+                assert block.key[0] == parent, f"{block} is remembered after another content"
 
     def _forget(self, block: Block) -> None:
         assert block.key is not None
         del self._index[block.key]
+        following = self._following.get(block.key[0], {})
+        if following.pop(block.index, None) is not None and not following:
+            del self._following[block.key[0]]
         block.key = None
 
     def _link(self, block: Block, before: Block | None) -> None:
@@ -135,3 +168,11 @@ class BlockPool:
         block.prev.next, block.next.prev = block.next, block.prev
         block.prev = block.next = None
         self.num_free -= 1
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens they begin with in common."""
+    for place, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return place
+    return min(len(one), len(other))

@@ -6,11 +6,13 @@ N blocks · K kv heads · B slots per block · D head size
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from batchinfer.engine.plan import Copy
 from batchinfer.errors import ModelError
 
 _CPU_SHARE = 0.25  # of the memory that is free: the rest is for whatever else the machine does
@@ -43,6 +45,15 @@ class KVCache:
                 f"no room for a KV cache of {num_blocks * block_size} tokens ({size / 2**30:.1f} GiB): lower "
                 f"engine.kv_cache_tokens ({str(error).splitlines()[0]})"
             ) from None
+
+    def copy(self, copies: Sequence[Copy]) -> None:
+        """Whole blocks, in all layers; a target may be a source too, and is read first."""
+        sources, targets = (
+            torch.tensor(blocks, device=self.layers[0][0].device) for blocks in zip(*copies, strict=True)
+        )
+        for pair in self.layers:
+            for cache_NKBD in pair:
+                cache_NKBD[targets] = cache_NKBD[sources]
 
 
 def bytes_per_token(kv_shape: tuple[int, int, int], dtype: torch.dtype) -> int:

@@ -36,6 +36,13 @@ class Grown(NamedTuple):
     blocks: tuple[int, ...]
 
 
+class Copy(NamedTuple):
+    """The content of block `target` begins as that of block `source` does: it is copied before the step computes."""
+
+    source: int
+    target: int
+
+
 class Read(NamedTuple):
     """The hidden states at positions `first .. first + rows - 1` of the plan's i-th sequence are read.
 
@@ -54,7 +61,7 @@ class StepPlan:
     Sequence i computes positions `starts[i] .. starts[i] + counts[i] - 1`; its token ids are the next `counts[i]` of
     `tokens`. Its context is everything before, in the blocks of its seat. If `samples[i]`, one token is sampled from
     the last of these positions; the j-th True in `samples` is the j-th entry of the result. `reads` are in the order
-    of their sequences, at most one of each.
+    of their sequences, at most one of each. `copies` come first, all sources being read before a target is written.
     """
 
     step: int
@@ -66,6 +73,7 @@ class StepPlan:
     samples: list[bool]  # [S]
     tokens: list[int]  # [T]
     reads: tuple[Read, ...] = ()
+    copies: tuple[Copy, ...] = ()
 
 
 class Reading(NamedTuple):

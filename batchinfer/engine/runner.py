@@ -71,6 +71,8 @@ class ModelRunner:
             self._tables_SB[seat, first : first + len(blocks)] = blocks
         if not plan.seats:
             return StepResult([])
+        if plan.copies:
+            self.cache.copy(plan.copies)
         inputs, sampled = self._inputs(plan)
         hidden_NE = self.decoder(inputs, self.cache.layers)
         result = self._sample(hidden_NE[: len(sampled.seats_N)], sampled)

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 
 from batchinfer.engine.blocks import Block, BlockPool
 from batchinfer.engine.expected import ExpectedLength
-from batchinfer.engine.plan import Grown, Join, Read, StepPlan, StepResult
+from batchinfer.engine.plan import Copy, Grown, Join, Read, StepPlan, StepResult
 from batchinfer.engine.sequence import Sequence
 from batchinfer.errors import EngineFailure, RowError, TooLong
 from batchinfer.request import Finished, FinishReason, Request, TokenLogprob
+
+_WORTH_COPYING = 4  # a block is copied for a fourth of its tokens, not for the one that all prompts begin with
 
 
 @dataclass(slots=True)
@@ -33,7 +35,7 @@ class EngineStats:
 class _Draft:
     """A plan in the making, and the sequences that are in it."""
 
-    __slots__ = ("counts", "grown", "joins", "reads", "samples", "seats", "sequences", "starts", "tokens")
+    __slots__ = ("copies", "counts", "grown", "joins", "reads", "samples", "seats", "sequences", "starts", "tokens")
 
     def __init__(self) -> None:
         self.sequences: list[Sequence] = []
@@ -45,6 +47,7 @@ class _Draft:
         self.samples: list[bool] = []
         self.tokens: list[int] = []
         self.reads: list[Read] = []
+        self.copies: list[Copy] = []
 
 
 class Scheduler:
@@ -134,11 +137,13 @@ class Scheduler:
             samples=draft.samples,
             tokens=draft.tokens,
             reads=tuple(draft.reads),
+            copies=tuple(draft.copies),
         )
 
     def update(self, result: StepResult) -> None:
         """Take in the result of the plan that `schedule` returned last."""
         draft = self._draft
+        self.pool.computed()
         failed = dict(result.failed or {})
         ended = bool(draft.reads) and self._take_readings(draft, result, failed)
         sampled = 0
@@ -230,8 +235,11 @@ class Scheduler:
         start = sequence.num_computed
         known = len(sequence.tokens)
         first = len(sequence.blocks)
+        beginning = None
         if known - start > 1 and start == first * size:
             start = self._extend_by_hits(sequence)
+            beginning = self._beginning(sequence)
+            start += beginning[1] if beginning else 0
         count = known - start
         if count > budget:
             # whole blocks only: at a block border the next chunk can be found in the cache
@@ -239,8 +247,12 @@ class Scheduler:
             if count <= 0:
                 count = budget if not draft.seats else 0
         end = start + count
-        if end > len(sequence.blocks) * size and not self._grow(sequence, end):
+        if count and end > len(sequence.blocks) * size and not self._grow(sequence, end):
             return 0
+        if beginning and count:
+            source, tokens = beginning
+            draft.copies.append(Copy(source.index, sequence.blocks[start // size].index))
+            self._reuse(sequence, tokens)
         if len(sequence.blocks) > first:
             added = tuple(block.index for block in sequence.blocks[first:])
             draft.grown.append(Grown(sequence.seat, first, added))
@@ -299,26 +311,41 @@ class Scheduler:
             released = min(1, sequence.promised)
             sequence.promised -= released
             self._promised -= released
-        before = sequence.num_computed
         sequence.num_indexed += len(hits)
-        sequence.num_computed += len(hits) * self.pool.block_size
-        reused = min(sequence.num_computed, len(sequence.request.prompt)) - before
-        self.stats.prompt_tokens_reused += max(0, reused)
-        if not sequence.output:  # what it finds again after a preemption, it had computed itself
-            sequence.num_cached += max(0, reused)
+        self._reuse(sequence, len(hits) * self.pool.block_size)
         return sequence.num_computed
 
+    def _reuse(self, sequence: Sequence, tokens: int) -> None:
+        """The next tokens of `sequence` need not be computed."""
+        reused = min(tokens, max(0, len(sequence.request.prompt) - sequence.num_computed))
+        sequence.num_computed += tokens
+        self.stats.prompt_tokens_reused += reused
+        if not sequence.output:  # what it finds again after a preemption, it had computed itself
+            sequence.num_cached += reused
+
+    def _beginning(self, sequence: Sequence) -> tuple[Block, int] | None:
+        """A block that begins as the one that `sequence` needs next, and with how many of its tokens."""
+        if not self.pool.enable_prefix_caching:
+            return None
+        start, size = sequence.num_computed, self.pool.block_size
+        end = min(start + size, self._reusable(sequence))
+        found = self.pool.find_beginning(sequence.chain, sequence.tokens[start:end]) if end > start else None
+        return found if found is not None and found[1] * _WORTH_COPYING >= size else None
+
+    def _reusable(self, sequence: Sequence) -> int:
+        """The tokens before this may be found instead of computed: not the last known one, nor rows to read."""
+        last = len(sequence.tokens) - 1
+        rows = sequence.rows
+        return last if rows is None or not rows.left else min(last, rows.at)
+
     def _hits(self, sequence: Sequence) -> list[Block]:
-        """Indexed blocks that continue `sequence`. Left to compute are a known token at least, and all rows to read."""
+        """Indexed blocks that continue `sequence`."""
         hits: list[Block] = []
         if not self.pool.enable_prefix_caching:
             return hits
         size = self.pool.block_size
         parent = sequence.chain
-        last = len(sequence.tokens) - 1
-        if sequence.rows is not None and sequence.rows.left:
-            last = min(last, sequence.rows.at)
-        for start in range(sequence.num_computed, last - size + 1, size):
+        for start in range(sequence.num_computed, self._reusable(sequence) - size + 1, size):
             block = self.pool.find(parent, tuple(sequence.tokens[start : start + size]))
             if block is None:
                 break

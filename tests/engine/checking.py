@@ -37,7 +37,7 @@ class CheckingRunner:
         self._tables: dict[int, list[int]] = {}
         self._known: dict[int, list[int]] = {}
         self._requests: dict[int, Request] = {}
-        self._slots: dict[int, tuple[int, ...]] = {}
+        self._slots: dict[int, tuple[int, ...] | None] = {}
         self.fail_if = lambda plan: False
         self.poison: int | None = None
 
@@ -52,6 +52,11 @@ class CheckingRunner:
             table.extend(blocks)
         if self.fail_if(plan):
             raise RuntimeError("injected")
+        size = self._block_size
+        held = [[self._slots.get(copy.source * size + slot) for slot in range(size)] for copy in plan.copies]
+        for copy, prefixes in zip(plan.copies, held, strict=True):
+            for slot, prefix in enumerate(prefixes):
+                self._slots[copy.target * size + slot] = prefix
         assert len(set(plan.seats)) == len(plan.seats), "a seat is twice in a plan"
         at = 0
         for seat, start, count in zip(plan.seats, plan.starts, plan.counts, strict=True):
@@ -67,8 +72,8 @@ class CheckingRunner:
         for seat, start, count, samples in zip(plan.seats, plan.starts, plan.counts, plan.samples, strict=True):
             known = self._known[seat]
             for position in range(start + count):
-                held = self._slots.get(self._slot(seat, position))
-                assert held == tuple(known[: position + 1]), f"slot of position {position} holds another prefix"
+                prefix = self._slots.get(self._slot(seat, position))
+                assert prefix == tuple(known[: position + 1]), f"slot of position {position} holds another prefix"
             if samples:
                 assert start + count == len(known), "sampled before all known tokens were computed"
                 sampled.append(next_token(known))

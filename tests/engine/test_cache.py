@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from batchinfer.engine.cache import KVCache, bytes_per_token, default_kv_tokens, free_bytes
+from batchinfer.engine.plan import Copy
 from batchinfer.errors import ModelError
 
 CPU = torch.device("cpu")
@@ -19,6 +20,21 @@ def test_shapes_and_bytes():
     assert held == bytes_per_token((3, 2, 8), torch.float16) * 5 * 4
     storages = {part.untyped_storage().data_ptr() for pair in cache.layers for part in pair}
     assert len(storages) == 6, "no two layers share memory"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_copied_blocks_are_what_their_sources_were(dtype):
+    """Also where a source is a target, of another copy or of its own."""
+    cache = KVCache((2, 2, 8), 6, 4, dtype, CPU)
+    before = []
+    for pair in cache.layers:
+        for part in pair:
+            part.copy_(torch.randn(part.shape))
+            before.append(part.clone())
+    cache.copy([Copy(0, 1), Copy(1, 2), Copy(3, 3), Copy(0, 4)])
+    after = [part for pair in cache.layers for part in pair]
+    for old, new in zip(before, after, strict=True):
+        assert torch.equal(new, old[[0, 0, 1, 3, 0, 5]])
 
 
 def test_no_room_is_an_error_that_says_what_to_lower():
