@@ -325,8 +325,6 @@ class Scheduler:
 
     def _beginning(self, sequence: Sequence) -> tuple[Block, int] | None:
         """A block that begins as the one that `sequence` needs next, and with how many of its tokens."""
-        if not self.pool.enable_prefix_caching:
-            return None
         start, size = sequence.num_computed, self.pool.block_size
         end = min(start + size, self._reusable(sequence))
         found = self.pool.find_beginning(sequence.chain, sequence.tokens[start:end]) if end > start else None

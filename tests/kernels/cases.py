@@ -85,3 +85,16 @@ ATTENTION = {
     "soft-cap-window": AttentionCase(((9, 22), (1, 60), (1, 3)), soft_cap=2.0, window=5, scale=1.5),
     "large-scores": AttentionCase(((4, 9), (1, 6)), scale=40.0),
 }
+
+
+def seeded(*shape, seed, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def linear_inputs(shape, dtype, kept=None):
+    """x, weight, bias of the order of 1 and a result of that order; weights that `kept` holds exactly."""
+    rows, in_features, out_features = shape
+    weight = seeded(out_features, in_features, seed=1, dtype=dtype) / in_features**0.5
+    if kept is not None:
+        weight = weight.to(kept).to(dtype)
+    return seeded(rows, in_features, seed=0, dtype=dtype), weight, seeded(out_features, seed=2, dtype=dtype)

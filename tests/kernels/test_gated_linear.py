@@ -8,22 +8,17 @@ import pytest
 import torch
 
 from batchinfer import ops
-from tests.kernels.cases import GATED_LINEAR_SHAPES, TOLERANCE
+from tests.kernels.cases import GATED_LINEAR_SHAPES, TOLERANCE, linear_inputs, seeded
 
 pytestmark = pytest.mark.usefixtures("backend")
 
 OPS = {"silu": ops.silu_mul, "gelu": ops.gelu_mul}
 
 
-def _random(*shape, seed, dtype):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
 def _inputs(shape, dtype=torch.float32):
     """x, the matrix of gates and factors, bias."""
     rows, in_features, size = shape
-    weight = _random(2 * size, in_features, seed=1, dtype=dtype) / in_features**0.5
-    return _random(rows, in_features, seed=0, dtype=dtype), weight, _random(2 * size, seed=2, dtype=dtype)
+    return linear_inputs((rows, in_features, 2 * size), dtype)
 
 
 def _forms(weight):
@@ -76,7 +71,7 @@ def test_in_8_bits_as_in_two(shape, activation):
 def test_blocks_quantize_as_their_float32_numbers():
     _, weight, _ = _inputs((1, 64, 48))
     blocks = _forms(weight)["blocks"]
-    x = _random(3, 64, seed=3, dtype=torch.float32)
+    x = seeded(3, 64, seed=3, dtype=torch.float32)
     one, other = (ops.gated_linear(x, ops.pack_gated(w, True), None, "silu") for w in (blocks, blocks.float()))
     assert torch.equal(one, other)
 

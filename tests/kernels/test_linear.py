@@ -6,28 +6,15 @@ import pytest
 import torch
 
 from batchinfer import ops
-from tests.kernels.cases import LINEAR_SHAPES, TOLERANCE
+from tests.kernels.cases import LINEAR_SHAPES, TOLERANCE, linear_inputs
 
 pytestmark = pytest.mark.usefixtures("backend")
-
-
-def _random(*shape, seed, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def _inputs(shape, dtype, kept=None):
-    """x, weight, bias of the order of 1 and a result of that order; weights that `kept` holds exactly."""
-    rows, in_features, out_features = shape
-    weight = _random(out_features, in_features, seed=1, dtype=dtype) / in_features**0.5
-    if kept is not None:
-        weight = weight.to(kept).to(dtype)
-    return _random(rows, in_features, seed=0, dtype=dtype), weight, _random(out_features, seed=2, dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("shape", LINEAR_SHAPES, ids=str)
 def test_linear(shape, dtype):
-    x, weight, bias = _inputs(shape, dtype)
+    x, weight, bias = linear_inputs(shape, dtype)
     packed = ops.pack_linear(weight)
     for given in (None, bias):
         expected = x.double() @ weight.double().T + (0 if given is None else given.double())
@@ -40,7 +27,7 @@ def test_linear(shape, dtype):
 @pytest.mark.parametrize("shape", [(1, 70, 33), (40, 70, 33), (300, 1600, 70)], ids=str)
 def test_weights_of_16_bits_change_no_bit(shape, kept):
     """Packed in 16 bits where that is exact: the sums are those of the same weights in float32."""
-    x, weight, bias = _inputs(shape, torch.float32, kept)
+    x, weight, bias = linear_inputs(shape, torch.float32, kept)
     whole = weight.clone()
     whole[-1, 0] += 2.0**-20  # one weight that 16 bits do not hold
     narrow, wide = (ops.linear(x, ops.pack_linear(w), bias)[:, :-1] for w in (weight, whole))
@@ -50,7 +37,7 @@ def test_weights_of_16_bits_change_no_bit(shape, kept):
 def test_16_bit_weights_take_half_the_memory(backend):
     if backend == "reference":
         pytest.skip("keeps the matrix as it is")
-    _, weight, _ = _inputs((1, 64, 64), torch.float32, torch.bfloat16)
+    _, weight, _ = linear_inputs((1, 64, 64), torch.float32, torch.bfloat16)
     assert ops.pack_linear(weight).panels.dtype == torch.bfloat16
     assert ops.pack_linear(weight + 2.0**-20).panels.dtype == torch.float32
     assert ops.pack_linear(torch.full((3, 8), 1 + 2.0**-10)).panels.dtype == torch.float16
@@ -61,7 +48,7 @@ def test_a_row_s_result_depends_on_nothing_else(backend):
     if backend == "reference":
         pytest.skip("torch promises nothing of the kind")
     for shape in ((300, 1600, 70), (64, 576, 200), (33, 512, 40)):
-        x, weight, bias = _inputs(shape, torch.float32)
+        x, weight, bias = linear_inputs(shape, torch.float32)
         packed = ops.pack_linear(weight)
         together = ops.linear(x, packed, bias)
         before = torch.get_num_threads()
@@ -73,7 +60,7 @@ def test_a_row_s_result_depends_on_nothing_else(backend):
 
 
 def test_rows_may_be_strided():
-    x, weight, _ = _inputs((5, 40, 9), torch.float32)
+    x, weight, _ = linear_inputs((5, 40, 9), torch.float32)
     packed = ops.pack_linear(weight)
     wide = torch.zeros(5, 100)
     wide[:, 30:70] = x
@@ -83,14 +70,14 @@ def test_rows_may_be_strided():
 
 @pytest.mark.parametrize("kept", [None, torch.bfloat16, torch.float16], ids=str)
 def test_packed_rows_are_the_matrix_s_rows(kept):
-    _, weight, _ = _inputs((1, 40, 70), torch.float32, kept)
+    _, weight, _ = linear_inputs((1, 40, 70), torch.float32, kept)
     rows = torch.tensor([69, 0, 33, 33, 31, 32])
     assert torch.equal(ops.packed_rows(ops.pack_linear(weight), rows), weight[rows])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_stays_so_and_stays_in_its_row(bad):
-    x, weight, bias = _inputs((20, 64, 40), torch.float32)
+    x, weight, bias = linear_inputs((20, 64, 40), torch.float32)
     packed = ops.pack_linear(weight)
     calm = ops.linear(x, packed, bias)
     x[7, 3] = bad
@@ -103,7 +90,7 @@ def test_what_is_not_finite_stays_so_and_stays_in_its_row(bad):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", LINEAR_SHAPES, ids=str)
 def test_quantized_linear(shape, dtype):
-    x, weight, bias = _inputs(shape, dtype)
+    x, weight, bias = linear_inputs(shape, dtype)
     if shape[0] > 2:
         x[1] = 0
     scale = weight.float().abs().amax(1) / 127
@@ -133,7 +120,7 @@ def test_quantized_sums_are_exact_at_the_extremes():
 
 
 def test_a_quantized_row_s_result_depends_on_nothing_else():
-    x, weight, bias = _inputs((61, 576, 96), torch.float32)
+    x, weight, bias = linear_inputs((61, 576, 96), torch.float32)
     packed = ops.pack_quantized(weight)
     together = ops.linear(x, packed, bias)
     for start in range(0, 61, 7):
@@ -142,7 +129,7 @@ def test_a_quantized_row_s_result_depends_on_nothing_else():
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_quantized_rows_that_are_not_finite_stay_so(bad):
-    x, weight, bias = _inputs((20, 70, 40), torch.float32)
+    x, weight, bias = linear_inputs((20, 70, 40), torch.float32)
     packed = ops.pack_quantized(weight)
     calm = ops.linear(x, packed, bias)
     x[7, 69] = bad
