@@ -183,7 +183,7 @@ def latency(options: LatencyOptions) -> None:
 @bench.command(help=pages.BENCH_HOST)
 def host(
     sequences: Annotated[
-        str, typer.Option(metavar="N,N", help="Sequences that run at once; measured one by one.")
+        str, typer.Option(metavar="N,N", help="Sequences that run at once; they take turns.")
     ] = "64,256,1024,4096",
     json: JsonFile = None,
 ) -> None:
@@ -195,9 +195,7 @@ def host(
         numbers = measurement.parse_sequences(sequences)
         use_threads(1)
         session = _begin()
-        found: list[measurement.HostCost] = []
-        for number in numbers:
-            found.append(measurement.measure(number, found[-1] if found else None))
+        found = measurement.measure(numbers)
         print_text(measurement.describe(found))
         _finish(write, "host", session, {"results": [one.as_json() for one in found]})
 

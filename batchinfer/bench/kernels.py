@@ -9,6 +9,7 @@ pairs · N blocks · B slots per block · I, O input and output features
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -31,6 +32,7 @@ _DECODES, _CONTEXT, _PROMPT = 64, 512, 1024
 _TOKENS = (64, 1024)  # of element-wise ops: a step of decodes, and one with prompts
 _ROWS = (1, 8, 16, 32, 64, 256, 2048)
 _HEAD_ROWS = 256  # more rows than that do not reach an LM head at once
+_MOST_KV_BYTES = 1 << 29  # of all layers: no cache holds as much
 _BUDGET_S = 0.3
 _FLOAT = 4  # bytes
 
@@ -40,6 +42,7 @@ class Shapes:
     """Of a model; the defaults are SmolLM2-135M's."""
 
     name: str = "SmolLM2-135M"
+    layers: int = 30
     hidden: int = 576
     heads: int = 9
     kv_heads: int = 3
@@ -52,6 +55,7 @@ class Shapes:
         attention = config.attention
         return cls(
             name,
+            len(config.layers),
             config.hidden_size,
             attention.num_heads,
             attention.num_kv_heads,
@@ -68,13 +72,22 @@ def shapes_of(model: str, storage: StorageSpec) -> Shapes:
 
 @dataclass(frozen=True)
 class Case:
-    """An op on some shape. `make` sets up its data for the backend that is chosen then, and gives the call."""
+    """An op on some shape. `make` sets up its data for the backend that is chosen then, and gives the call.
+
+    `turns` calls pass before the same data comes again.
+    """
 
     op: str
     shape: str
     data_bytes: int
     operations: int
     make: Callable[[], Work]
+    turns: int = 1
+
+    @property
+    def held_bytes(self) -> int:
+        """What a cache would have to hold."""
+        return self.turns * self.data_bytes
 
 
 @dataclass(frozen=True)
@@ -125,7 +138,7 @@ def _in_turn(case: Case) -> dict[str, Timing]:
 
 
 def _against_limit(case: Case, backend: str, timing: Timing, machine: Machine, bandwidth: Bandwidth) -> Measured:
-    moving, computing = case.data_bytes / bandwidth.of(case.data_bytes), case.operations / machine.gemm_per_s
+    moving, computing = case.data_bytes / bandwidth.of(case.held_bytes), case.operations / machine.gemm_per_s
     return Measured(
         op=case.op,
         shape=case.shape,
@@ -137,7 +150,7 @@ def _against_limit(case: Case, backend: str, timing: Timing, machine: Machine, b
         bound="bytes" if moving >= computing else "arithmetic",
         data_bytes=case.data_bytes,
         operations=case.operations,
-        fits=_cache_of(case.data_bytes, machine),
+        fits=_cache_of(case.held_bytes, machine),
     )
 
 
@@ -154,34 +167,42 @@ def _cache_of(data_bytes: int, machine: Machine) -> str:
 
 def all_cases(shapes: Shapes) -> list[Case]:
     dtypes = (torch.float32, torch.bfloat16)
-    attention = [_attention(shapes, 1, _CONTEXT, _DECODES, dtype) for dtype in dtypes]
+    attention = [
+        _attention(shapes, 1, _CONTEXT, _DECODES, dtype, layers) for dtype in dtypes for layers in (1, shapes.layers)
+    ]
     attention += [_attention(shapes, _PROMPT, _PROMPT, 1, dtype) for dtype in dtypes]
     return [*attention, *(case for tokens in _TOKENS for case in _element_wise(shapes, tokens)), *_linears(shapes)]
 
 
-def _attention(shapes: Shapes, queries: int, context: int, sequences: int, dtype: torch.dtype) -> Case:
-    """`queries` last tokens of each of `sequences` contexts; a token sees itself and what is before it."""
+def _attention(shapes: Shapes, queries: int, context: int, sequences: int, dtype: torch.dtype, layers: int = 1) -> Case:
+    """`queries` last tokens of each of `sequences` contexts; a token sees itself and what is before it.
+
+    Each call has the KV of the next one of `layers`, as in a step, where a cache keeps none of it for the next step.
+    """
     tokens = queries * sequences
     heads, size = shapes.heads, shapes.head_size
     seen = sequences * sum(range(context - queries + 1, context + 1))
     kv_bytes = 2 * sequences * context * shapes.kv_heads * size * dtype.itemsize
+    layers = min(layers, -(-_MOST_KV_BYTES // kv_bytes))
 
     def make() -> Work:
         blocks = -(-context // _BLOCK_SIZE)
         order = torch.randperm(sequences * blocks, generator=torch.Generator().manual_seed(1))
         tables_SB = order.view(sequences, blocks).to(torch.int32)
         cache_shape = (len(order), shapes.kv_heads, _BLOCK_SIZE, size)
-        cache = (torch.rand(cache_shape).to(dtype), torch.rand(cache_shape).to(dtype))
+        caches = [(torch.rand(cache_shape).to(dtype), torch.rand(cache_shape).to(dtype)) for _ in range(layers)]
         q_THD = torch.rand(tokens, heads, size)
         starts = list(range(0, tokens + 1, queries))
-        index = ops.step_index(torch.arange(tokens), tables_SB, starts, [context] * sequences, cache)
+        index = ops.step_index(torch.arange(tokens), tables_SB, starts, [context] * sequences, caches[0])
         rule = ops.ScoreRule(size**-0.5)
-        return lambda: ops.paged_attention(q_THD, cache, index, rule)
+        following = itertools.cycle(caches)
+        return lambda: ops.paged_attention(q_THD, next(following), index, rule)
 
     what = f"{sequences} decodes x {context}" if queries == 1 else f"prompt of {queries}"
+    what += f", {layers} layers in turn" if layers > 1 else ""
     kind = str(dtype).removeprefix("torch.")
     data_bytes = kv_bytes + 2 * tokens * heads * size * _FLOAT
-    return Case("paged_attention", f"{what}, {kind} KV", data_bytes, 4 * seen * heads * size, make)
+    return Case("paged_attention", f"{what}, {kind} KV", data_bytes, 4 * seen * heads * size, make, layers)
 
 
 def _element_wise(shapes: Shapes, tokens: int) -> Iterator[Case]:

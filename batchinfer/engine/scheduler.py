@@ -16,7 +16,7 @@ from batchinfer.engine.expected import ExpectedLength
 from batchinfer.engine.plan import Copy, Grown, Join, Read, StepPlan, StepResult
 from batchinfer.engine.sequence import Sequence
 from batchinfer.errors import EngineFailure, RowError, TooLong
-from batchinfer.request import Finished, FinishReason, Request, TokenLogprob
+from batchinfer.request import Finished, FinishReason, Request
 
 _WORTH_COPYING = 4  # a block is copied for a fourth of its tokens, not for the one that all prompts begin with
 
@@ -48,6 +48,14 @@ class _Draft:
         self.tokens: list[int] = []
         self.reads: list[Read] = []
         self.copies: list[Copy] = []
+
+    def add(self, sequence: Sequence, start: int, count: int, samples: bool) -> None:
+        """Its tokens the caller adds to `tokens`."""
+        self.sequences.append(sequence)
+        self.seats.append(sequence.seat)
+        self.starts.append(start)
+        self.counts.append(count)
+        self.samples.append(samples)
 
 
 class Scheduler:
@@ -122,7 +130,13 @@ class Scheduler:
         position = 0
         while position < len(self.running) and budget > 0:
             sequence = self.running[position]
-            taken = self._advance(sequence, budget, draft)
+            known = len(sequence.tokens)
+            if known < sequence.decodes_to:
+                draft.add(sequence, known - 1, 1, True)
+                draft.tokens.append(sequence.tokens[-1])
+                taken = 1
+            else:
+                taken = self._advance(sequence, budget, draft)
             budget -= taken
             position += sequence.seat >= 0  # else it was preempted or failed, and left the running list
         self._admit(budget, draft)
@@ -166,7 +180,7 @@ class Scheduler:
                 self._finish(sequence, "error", error)
                 ended = True
                 continue
-            reason = _append(sequence, token, logprob)
+            reason = sequence.append(token, logprob)
             if complete:
                 reason = "stop"
             if reason is not None:
@@ -260,15 +274,10 @@ class Scheduler:
             return 0
         if end // size > sequence.num_indexed and self.pool.enable_prefix_caching:
             self._index_full_blocks(sequence, end // size)
-        draft.sequences.append(sequence)
-        draft.seats.append(sequence.seat)
-        draft.starts.append(start)
-        draft.counts.append(count)
-        draft.samples.append(end == known)
-        if count == 1:
-            draft.tokens.append(sequence.tokens[start])
-        else:
-            draft.tokens.extend(sequence.tokens[start:end])
+        draft.add(sequence, start, count, end == known)
+        draft.tokens.extend(sequence.tokens[start:end])
+        if end == known:
+            sequence.decodes_to = len(sequence.blocks) * size
         if start < len(sequence.request.prompt):
             self._read_prompt(sequence, end, draft)
             self.stats.prompt_tokens_computed += min(end, len(sequence.request.prompt)) - start
@@ -420,20 +429,6 @@ class Scheduler:
         self._promised -= sequence.promised
         self._seats.append(sequence.seat)
         sequence.leave()
-
-
-def _append(sequence: Sequence, token: int, logprob: TokenLogprob | None) -> FinishReason | None:
-    """Append a sampled token; why the sequence ends with it, or None."""
-    request = sequence.request
-    sequence.tokens.append(token)
-    sequence.output.append(token)
-    if sequence.logprobs is not None and logprob is not None:
-        sequence.logprobs.append(logprob)
-    if token in request.stop_ids:
-        return "stop"
-    if request.stop_check is not None and request.stop_check(token):
-        return "stop"
-    return "length" if len(sequence.tokens) >= sequence.limit else None
 
 
 def _does_not_fit(sequence: Sequence, pool: BlockPool) -> TooLong:

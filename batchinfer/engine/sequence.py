@@ -7,7 +7,7 @@ from operator import add
 
 from batchinfer.engine.blocks import ROOT, Block
 from batchinfer.engine.plan import Reading
-from batchinfer.request import Request, TokenLogprob
+from batchinfer.request import FinishReason, Request, TokenLogprob
 
 
 class PromptRows:
@@ -48,12 +48,14 @@ class Sequence:
     nothing knows at once all that it needs: no token after the last row that it reads. `chain` is the uid of the
     content of the first `num_indexed` blocks. `promised` counts blocks that admission set aside for it and that it has
     not taken yet. `proven` says that a step with it has succeeded since it took its seat. `num_cached` prompt tokens
-    were found in the cache.
+    were found in the cache. While fewer than `decodes_to` tokens are known, the next step computes the last one, in a
+    block that the sequence has.
     """
 
     __slots__ = (
         "blocks",
         "chain",
+        "decodes_to",
         "limit",
         "logprobs",
         "num_cached",
@@ -82,6 +84,19 @@ class Sequence:
         self.num_cached = 0
         self.leave()
 
+    def append(self, token: int, logprob: TokenLogprob | None) -> FinishReason | None:
+        """Take in a sampled token; why the sequence ends with it, or None."""
+        request = self.request
+        self.tokens.append(token)
+        self.output.append(token)
+        if self.logprobs is not None and logprob is not None:
+            self.logprobs.append(logprob)
+        if token in request.stop_ids:
+            return "stop"
+        if request.stop_check is not None and request.stop_check(token):
+            return "stop"
+        return "length" if len(self.tokens) >= self.limit else None
+
     def leave(self) -> None:
         """Back to nothing computed: new, preempted, or finished. The blocks are released by the caller."""
         self.seat = -1
@@ -90,3 +105,4 @@ class Sequence:
         self.num_indexed = 0
         self.chain = ROOT
         self.promised = 0
+        self.decodes_to = 0

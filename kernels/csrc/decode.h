@@ -100,7 +100,7 @@ void score_keys(const float* q, const KV* cache, const int64_t* rows, int64_t ke
                 }
             }
         });
-        store(scores + i * LANES, row_sums(sums));
+        store(scores + i * LANES, row_sums<G, LANES>(sums));
     }
 }
 

@@ -227,11 +227,11 @@ inline vec tanh_of(vec x) {
     return size < 0.625f ? p * z * x + x : signed_far;
 }
 
-template <int SEGMENT, int HIGH, size_t... LANE>
-inline vec halves(vec a, vec b, std::index_sequence<LANE...>) {
-    constexpr int H = SEGMENT / 2;
-    // blocks of H lanes: of a, of b, of a's next segment, of b's next
-#define INDEX ((int)(LANE / H % 2 * VL + LANE / H / 2 * SEGMENT + HIGH * H + LANE % H))
+// In segments of 2 H lanes, the first halves of a and the second halves of b; with SWAP a's second and b's first halves,
+// each in the other's place
+template <int H, bool SWAP, size_t... LANE>
+__attribute__((always_inline)) inline vec halves(vec a, vec b, std::index_sequence<LANE...>) {
+#define INDEX ((int)(LANE / H % 2 * VL + (SWAP ? LANE ^ H : LANE)))
 #if defined(__clang__)
     return __builtin_shufflevector(a, b, INDEX...);
 #else
@@ -240,18 +240,20 @@ inline vec halves(vec a, vec b, std::index_sequence<LANE...>) {
 #undef INDEX
 }
 
-// lane i of the result is the sum of rows[i]'s lanes; overwrites rows
-template <int N = VL>
-inline vec row_sums(vec* rows) {
+// Lane i of the result is the sum of rows[i]'s lanes; overwrites rows. Of each EACH rows only the first LIVE are summed.
+template <int LIVE = 1, int EACH = 1, int N = VL>
+__attribute__((always_inline)) inline vec row_sums(vec* rows) {
     if constexpr (N == 1) {
         return rows[0];
     } else {
+        constexpr int H = N / 2;
         constexpr std::make_index_sequence<VL> lanes{};
 #pragma GCC unroll 8
-        for (int i = 0; i < N / 2; i++) {
-            rows[i] = halves<N, 0>(rows[i], rows[i + N / 2], lanes) + halves<N, 1>(rows[i], rows[i + N / 2], lanes);
+        for (int i = 0; i < H; i++) {
+            if (i % EACH >= LIVE) continue;
+            rows[i] = halves<H, false>(rows[i], rows[i + H], lanes) + halves<H, true>(rows[i], rows[i + H], lanes);
         }
-        return row_sums<N / 2>(rows);
+        return row_sums<LIVE, EACH, H>(rows);
     }
 }
 
