@@ -227,17 +227,20 @@ inline vec tanh_of(vec x) {
     return size < 0.625f ? p * z * x + x : signed_far;
 }
 
-// In segments of 2 H lanes, the first halves of a and the second halves of b; with SWAP a's second and b's first halves,
-// each in the other's place
-template <int H, bool SWAP, size_t... LANE>
-__attribute__((always_inline)) inline vec halves(vec a, vec b, std::index_sequence<LANE...>) {
-#define INDEX ((int)(LANE / H % 2 * VL + (SWAP ? LANE ^ H : LANE)))
+// In segments of 2 H lanes, the first halves of a and the second halves of b
+template <int H, size_t... LANE>
+__attribute__((always_inline)) inline vec outer_halves(vec a, vec b, std::index_sequence<LANE...>) {
+    return ivec{(LANE / H % 2 ? -1 : 0)...} ? b : a;
+}
+
+// The others: a's second halves in the place of the first, b's first in that of the second
+template <int H, size_t... LANE>
+__attribute__((always_inline)) inline vec inner_halves(vec a, vec b, std::index_sequence<LANE...>) {
 #if defined(__clang__)
-    return __builtin_shufflevector(a, b, INDEX...);
+    return __builtin_shufflevector(a, b, (int)(LANE / H % 2 * VL + (LANE ^ H))...);
 #else
-    return __builtin_shuffle(a, b, ivec{INDEX...});
+    return __builtin_shuffle(a, b, ivec{(int)(LANE / H % 2 * VL + (LANE ^ H))...});
 #endif
-#undef INDEX
 }
 
 // Lane i of the result is the sum of rows[i]'s lanes; overwrites rows. Of each EACH rows only the first LIVE are summed.
@@ -251,7 +254,7 @@ __attribute__((always_inline)) inline vec row_sums(vec* rows) {
 #pragma GCC unroll 8
         for (int i = 0; i < H; i++) {
             if (i % EACH >= LIVE) continue;
-            rows[i] = halves<H, false>(rows[i], rows[i + H], lanes) + halves<H, true>(rows[i], rows[i + H], lanes);
+            rows[i] = outer_halves<H>(rows[i], rows[i + H], lanes) + inner_halves<H>(rows[i], rows[i + H], lanes);
         }
         return row_sums<LIVE, EACH, H>(rows);
     }
