@@ -25,6 +25,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
+def plain_torch(pytestconfig: pytest.Config) -> bool:
+    """Whether no C++ runs: what torch computes of a row can depend, in its last bits, on the rows beside it."""
+    return bool(pytestconfig.getoption("--reference-kernels"))
+
+
+@pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
     """The model of the quickstart; tests that use it carry the marker `model`."""
     path = Path(os.environ.get("BATCHINFER_TEST_MODEL", _ROOT / ".models" / "SmolLM2-135M-Instruct.Q4_1.gguf"))

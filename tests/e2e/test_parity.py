@@ -90,9 +90,10 @@ def test_smollm2_equals_transformers(smollm2_gguf: Path, prompts: list[list[int]
 
 @pytest.mark.parametrize("max_step_tokens", [2048, 48])
 def test_prompt_logprobs_equal_transformers(
-    smollm2_gguf: Path, prompts: list[list[int]], reference: LlamaForCausalLM, max_step_tokens: int
+    smollm2_gguf: Path, prompts: list[list[int]], reference: LlamaForCausalLM, plain_torch: bool, max_step_tokens: int
 ) -> None:
     """50 prompts, with the prefix cache cold and hot, whole and in chunks."""
+    tolerance = 1.5e-4 if plain_torch else 1e-4  # its sums are in another order than transformers', and no better
     engine = EngineSpec(dtype="float32", kv_cache_tokens=6000, max_num_seqs=16, max_step_tokens=max_step_tokens)
     assembly = assemble(engine, ModelFiles(smollm2_gguf, "test"), None, FakeSpec(), None)
     loop = Engine(Scheduler(assembly.pool, engine.max_num_seqs, engine.max_step_tokens), assembly.runner)
@@ -115,7 +116,7 @@ def test_prompt_logprobs_equal_transformers(
             for place in range(first, len(ids)):
                 entry, row_V = entries[place], expected_TV[place - 1]
                 assert entry is not None and entry.token_id == ids[place]
-                assert abs(entry.logprob - float(row_V[ids[place]])) < 1e-4, (turn, number, place)
+                assert abs(entry.logprob - float(row_V[ids[place]])) < tolerance, (turn, number, place)
                 assert (entry.logprob == entry.top[0][1]) == (int(row_V.argmax()) == ids[place])
     assert loop.stats.prompt_tokens_reused > 0
 

@@ -172,9 +172,8 @@ def alike(one, other, tolerance):
 
 
 @pytest.mark.parametrize("url", BODIES)
-def test_a_row_answers_as_the_route_does(endpoint, batches, url, pytestconfig):
-    # plain torch does not promise that a row's numbers are the same in every batch
-    tolerance = 1e-5 if pytestconfig.getoption("--reference-kernels") else 0.0
+def test_a_row_answers_as_the_route_does(endpoint, batches, url, plain_torch):
+    tolerance = 1e-5 if plain_torch else 0.0
     asked = [{"model": "test-model", **body} for body in BODIES[url]]
     statuses = set()
     for body, (status, answer) in zip(asked, batches.bodies(url, asked), strict=True):
