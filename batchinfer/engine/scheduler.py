@@ -236,6 +236,8 @@ class Scheduler:
         assert self._promised == sum(sequence.promised for sequence in self.running), "promises do not add up"
         for sequence in self.running:
             assert sequence.num_computed < len(sequence.tokens), "nothing left to compute"
+            left = len(sequence.tokens) - sequence.num_computed
+            assert left == 1 or len(sequence.tokens) >= sequence.decodes_to, "more than a decode is left"
             assert sequence.num_computed <= len(sequence.blocks) * self.pool.block_size, "computed beyond its blocks"
             rows = sequence.rows
             assert rows is None or not rows.left or rows.at >= sequence.num_computed, "rows passed without being read"
