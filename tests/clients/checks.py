@@ -112,8 +112,8 @@ def aiperf(place: Place) -> str:
             HF_HUB_OFFLINE="",  # aiperf reaches its own local tokenizer only without it
         )
         warnings = re.findall(r".*\bWARNING\b.*|.*Discrepancy.*|Traceback.*", said)
-        # a machine that is busy with other things is no fault of the responses
-        warnings = [line for line in warnings if "event_loop_monitor" not in line]
+        # no fault of the responses: a machine that is busy with other things, and a process of aiperf's that stopped
+        warnings = [line for line in warnings if not re.search("event_loop_monitor|server_metrics_manager", line)]
         if warnings:
             raise Failed("\n".join([f"{kind}: it warns", *warnings[:5]]))
         found = json.loads((folder / "profile_export_aiperf.json").read_text())
