@@ -9,7 +9,7 @@ The same again with a stop string in each request, in turns.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from time import perf_counter
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from batchinfer import ops
 from batchinfer.bench.table import number, table
-from batchinfer.bench.timing import percentile
+from batchinfer.bench.timing import TURNS, percentile, take_turns
 from batchinfer.engine.blocks import BlockPool
 from batchinfer.engine.fake import FakeAnswer, FakeRunner
 from batchinfer.engine.plan import StepPlan, StepResult
@@ -40,10 +40,8 @@ _ANSWER_TOKENS = (32, 128)
 _BLOCK_SIZE = 16
 _CONTEXT = 192
 _MOST_SEQUENCES = 65536
-_TURNS = 5
 _LEAST_STEPS = 30
-_MOST_STEPS = 200
-_BUDGET_S = 4.0  # of measured steps, for one number of sequences
+_BUDGET_S = 2.0  # of measured steps, for one number of sequences
 _STOP = "\x03stop"  # it begins with a token that comes by, and the next letter never does
 
 
@@ -106,59 +104,44 @@ def parse_sequences(text: str) -> list[int]:
 
 def measure(numbers: Sequence[int]) -> list[HostCost]:
     """One cost for each number of sequences, which take turns: growth must not be a change of the machine's speed."""
-    measured = [_Measured(number) for number in numbers]
-    for turn in range(_TURNS):
-        for one in measured:
-            one.turn(least_steps=-(-_LEAST_STEPS // _TURNS), warm_up=turn == 0)
+    works = {str(sequences): _steps(sequences) for sequences in numbers}
+    taken = take_turns(works, _BUDGET_S * len(numbers), least=_LEAST_STEPS // TURNS)
     found: list[HostCost] = []
-    for one in measured:
-        found.append(one.cost(found[-1] if found else None))
+    for sequences in numbers:
+        found.append(_cost(sequences, taken[str(sequences)], found[-1] if found else None))
     return found
 
 
-class _Measured:
-    """Steps of one number of sequences, with and without stop strings."""
+def _steps(sequences: int) -> Callable[[], tuple[Parts, Parts]]:
+    """Takes a step without and one with stop strings, in engines that have run for a while."""
+    plain, checked = _Load(sequences, False), _Load(sequences, True)
+    for _ in range(2 * _ANSWER_TOKENS[1]):
+        plain.step()
+        checked.step()
+    return lambda: (plain.step(), checked.step())
 
-    def __init__(self, sequences: int) -> None:
-        self._sequences = sequences
-        self._loads = _Load(sequences, False), _Load(sequences, True)
-        self._steps: tuple[list[Parts], list[Parts]] = ([], [])
 
-    def turn(self, least_steps: int, warm_up: bool) -> None:
-        """The first step does not count: it finds another's data in the processor's caches."""
-        for _ in range(2 * _ANSWER_TOKENS[1] if warm_up else 1):
-            for load in self._loads:
-                load.step()
-        end = perf_counter() + _BUDGET_S / _TURNS
-        taken = 0
-        while taken < _MOST_STEPS // _TURNS and (taken < least_steps or perf_counter() < end):
-            for load, steps in zip(self._loads, self._steps, strict=True):
-                steps.append(load.step())
-            taken += 1
-
-    def cost(self, before: HostCost | None) -> HostCost:
-        """`before` is the cost at fewer sequences, from which growth is measured."""
-        steps, with_stop = self._steps
-        median = {
-            part.name: 1e3 * percentile([getattr(step, part.name) for step in steps], 0.5) for part in fields(Parts)
-        }
-        totals = [1e3 * step.total for step in steps]
-        total = percentile(totals, 0.5)
-        return HostCost(
-            sequences=self._sequences,
-            steps=len(steps),
-            queue_ms=median["queue"],
-            schedule_ms=median["schedule"],
-            build_ms=median["build"],
-            sample_ms=median["sample"],
-            update_ms=median["update"],
-            total_ms=total,
-            total_p90_ms=percentile(totals, 0.9),
-            total_with_stop_ms=1e3 * percentile([step.total for step in with_stop], 0.5),
-            stop_checks_ms=1e3 * percentile([step.update for step in with_stop], 0.5) - median["update"],
-            us_per_sequence=1e3 * total / self._sequences,
-            growth=None if before is None else total / before.total_ms * before.sequences / self._sequences,
-        )
+def _cost(sequences: int, taken: Sequence[tuple[Parts, Parts]], before: HostCost | None) -> HostCost:
+    """`before` is the cost at fewer sequences, from which growth is measured."""
+    steps, with_stop = zip(*taken, strict=True)
+    median = {part.name: 1e3 * percentile([getattr(step, part.name) for step in steps], 0.5) for part in fields(Parts)}
+    totals = [1e3 * step.total for step in steps]
+    total = percentile(totals, 0.5)
+    return HostCost(
+        sequences=sequences,
+        steps=len(steps),
+        queue_ms=median["queue"],
+        schedule_ms=median["schedule"],
+        build_ms=median["build"],
+        sample_ms=median["sample"],
+        update_ms=median["update"],
+        total_ms=total,
+        total_p90_ms=percentile(totals, 0.9),
+        total_with_stop_ms=1e3 * percentile([step.total for step in with_stop], 0.5),
+        stop_checks_ms=1e3 * percentile([step.update for step in with_stop], 0.5) - median["update"],
+        us_per_sequence=1e3 * total / sequences,
+        growth=None if before is None else total / before.total_ms * before.sequences / sequences,
+    )
 
 
 class _Load:

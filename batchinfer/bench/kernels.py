@@ -167,11 +167,18 @@ def _cache_of(data_bytes: int, machine: Machine) -> str:
 
 def all_cases(shapes: Shapes) -> list[Case]:
     dtypes = (torch.float32, torch.bfloat16)
-    attention = [
-        _attention(shapes, 1, _CONTEXT, _DECODES, dtype, layers) for dtype in dtypes for layers in (1, shapes.layers)
-    ]
+    attention = [case for dtype in dtypes for case in _decodes(shapes, dtype)]
     attention += [_attention(shapes, _PROMPT, _PROMPT, 1, dtype) for dtype in dtypes]
     return [*attention, *(case for tokens in _TOKENS for case in _element_wise(shapes, tokens)), *_linears(shapes)]
+
+
+def _decodes(shapes: Shapes, dtype: torch.dtype) -> Iterator[Case]:
+    """Over one layer's KV, and over that of as many layers as no cache holds."""
+    one = _attention(shapes, 1, _CONTEXT, _DECODES, dtype)
+    yield one
+    layers = min(shapes.layers, -(-_MOST_KV_BYTES // one.data_bytes))
+    if layers > 1:
+        yield _attention(shapes, 1, _CONTEXT, _DECODES, dtype, layers)
 
 
 def _attention(shapes: Shapes, queries: int, context: int, sequences: int, dtype: torch.dtype, layers: int = 1) -> Case:
@@ -183,7 +190,6 @@ def _attention(shapes: Shapes, queries: int, context: int, sequences: int, dtype
     heads, size = shapes.heads, shapes.head_size
     seen = sequences * sum(range(context - queries + 1, context + 1))
     kv_bytes = 2 * sequences * context * shapes.kv_heads * size * dtype.itemsize
-    layers = min(layers, -(-_MOST_KV_BYTES // kv_bytes))
 
     def make() -> Work:
         blocks = -(-context // _BLOCK_SIZE)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from time import perf_counter
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
-_TURNS = 5
+TURNS = 5
+
+T = TypeVar("T")
 
 
 class Timing(NamedTuple):
@@ -17,14 +20,15 @@ class Timing(NamedTuple):
     samples: int
 
 
-def time_in_turn(
-    works: Mapping[str, Callable[[], object]],
-    budget_s: float = 0.2,
+def take_turns(
+    works: Mapping[str, Callable[[], T]],
+    budget_s: float,
     before: Callable[[str], None] = lambda name: None,
-) -> dict[str, Timing]:
-    """Things that are compared take turns, so that a slow moment of the machine meets all of them.
+    least: int = 1,
+) -> dict[str, list[T]]:
+    """Things that are compared take turns, so that a slow moment of the machine meets all of them: what calls gave.
 
-    Each gets five turns: of as many calls as fit into its share of `budget_s`, or of one. A turn begins with a call
+    Each gets five turns: of as many calls as fit into its share of `budget_s`, or of `least`. A turn begins with a call
     that does not count: the others have taken its data out of the caches, and of what is short the next few calls
     still pay for that.
     `before` is called with the name of what is next; its time does not count.
@@ -32,25 +36,39 @@ def time_in_turn(
     for name, work in works.items():
         before(name)
         work()
-    samples: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(_TURNS):
+    given: dict[str, list[T]] = {name: [] for name in works}
+    for _ in range(TURNS):
         for name, work in works.items():
             before(name)
             if len(works) > 1:
                 work()
-            samples[name] += _turn(work, budget_s / _TURNS / len(works))
+            given[name] += _turn(work, budget_s / TURNS / len(works), least)
+    return given
+
+
+def _turn(work: Callable[[], T], length_s: float, least: int) -> list[T]:
+    given: list[T] = []
+    end = perf_counter() + length_s
+    while len(given) < least or perf_counter() < end:
+        given.append(work())
+    return given
+
+
+def time_in_turn(
+    works: Mapping[str, Callable[[], object]],
+    budget_s: float = 0.2,
+    before: Callable[[str], None] = lambda name: None,
+) -> dict[str, Timing]:
+    """How long each takes; see `take_turns`."""
+    timed = {name: partial(_seconds, work) for name, work in works.items()}
+    samples = take_turns(timed, budget_s, before)
     return {name: Timing(min(times), percentile(times, 0.5), len(times)) for name, times in samples.items()}
 
 
-def _turn(work: Callable[[], object], length_s: float) -> list[float]:
-    """Seconds of each call."""
-    times: list[float] = []
-    end = perf_counter() + length_s
-    while not times or perf_counter() < end:
-        began = perf_counter()
-        work()
-        times.append(perf_counter() - began)
-    return times
+def _seconds(work: Callable[[], object]) -> float:
+    began = perf_counter()
+    work()
+    return perf_counter() - began
 
 
 def percentile(values: Sequence[float], share: float) -> float:

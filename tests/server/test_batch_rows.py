@@ -153,7 +153,7 @@ def plain(body):
         assert 0 <= body["usage"]["prompt_tokens_details"].pop("cached_tokens") <= body["usage"]["prompt_tokens"]
     for item in body.get("data", ()):
         if isinstance(vector := item["embedding"], str):
-            item["embedding"] = array("f", base64.b64decode(vector)).tolist()
+            item["embedding"] = {"base64": array("f", base64.b64decode(vector)).tolist()}
     for choice in body.get("choices", ()):
         for call in choice.get("message", {}).get("tool_calls", ()):
             assert call.pop("id").startswith("call_")
@@ -167,7 +167,7 @@ def alike(one, other, tolerance):
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(alike(one[name], other[name], tolerance) for name in one)
     if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(map(alike, one, other, [tolerance] * len(one)))
+        return len(one) == len(other) and all(alike(a, b, tolerance) for a, b in zip(one, other, strict=True))
     return one == other
 
 
