@@ -48,6 +48,28 @@ def test_a_sequence_s_result_depends_on_nothing_else(name):
         start += count
 
 
+@pytest.mark.parametrize("window", [None, 300])
+@pytest.mark.parametrize("count", [2, 40])
+def test_sequences_that_share_blocks_get_what_each_gets_alone(count, window):
+    """One at several lengths, as a draft is verified, and another that begins alike: one thread takes them in turn."""
+    torch.manual_seed(0)
+    size, lengths = 16, [1100 - i % 7 if i % 2 else 530 + 9 * i for i in range(count)]
+    cache = (torch.randn(200, 2, size, 32), torch.randn(200, 2, size, 32))
+    tables = torch.randperm(200)[: 2 * 69].view(2, 69)[torch.arange(count) * 2 // count].to(torch.int32)
+    tables[:, :20] = tables[0, :20]
+    q, rule = torch.randn(count, 6, 32), ops.ScoreRule(0.2, window)
+
+    def attend(rows: slice) -> torch.Tensor:
+        some = lengths[rows]
+        slots = torch.zeros(len(some), dtype=torch.int64)
+        index = ops.step_index(slots, tables[rows], list(range(len(some) + 1)), some, cache)
+        return ops.paged_attention(q[rows], cache, index, rule)
+
+    together = on_threads(3, lambda: attend(slice(0, count)))
+    for i in range(count):
+        assert torch.equal(together[i : i + 1], on_threads(1, lambda i=i: attend(slice(i, i + 1)))), i
+
+
 def test_queries_may_be_a_view_of_fused_heads():
     batch = Batch(ATTENTION["mixed"], torch.float32)
     expected = batch.write_and_attend()
