@@ -16,7 +16,8 @@ from pydantic import ValidationError
 
 from batchinfer.assembly import Assembly, assemble
 from batchinfer.engine.engine import Engine
-from batchinfer.engine.scheduler import EngineStats, Scheduler
+from batchinfer.engine.scheduler import Scheduler
+from batchinfer.engine.stats import EngineStats
 from batchinfer.errors import BadParameters, ModelError, SpecError, UsageError, suggest
 from batchinfer.io.fetch import ModelFiles, fetch_model
 from batchinfer.prompting import Content, Limits, Preparer, Prompt, mix
@@ -192,7 +193,7 @@ class LLM:
         return WireModel((self.model_name,), self._tokenizer, template, self.default_params)
 
     def stats(self) -> EngineStats:
-        """Counters since the model was loaded: prompt tokens computed and reused, generated, steps, preemptions."""
+        """Counters since the model was loaded: prompt tokens computed and reused, generated, steps, drafts."""
         return self._engine.stats
 
     def parts(self) -> Parts:
@@ -234,7 +235,7 @@ class LLM:
         self._preparer = Preparer(
             assembly.tokenizer, assembly.limits, self.default_params, assembly.chat, defaults.chat_kwargs
         )
-        scheduler = Scheduler(assembly.pool, engine.max_num_seqs, engine.max_step_tokens)
+        scheduler = Scheduler(assembly.pool, engine.max_num_seqs, engine.max_step_tokens, engine.speculative_tokens)
         self._engine = Engine(scheduler, assembly.runner)
         self._max_num_seqs = engine.max_num_seqs
 

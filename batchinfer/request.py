@@ -212,6 +212,14 @@ class Request:
     score_from: int | None = None
     pooling: Pooling | None = None
 
+    @property
+    def stateless(self) -> bool:
+        """Whether a token depends on its logits, position and key alone, and on nothing kept of the tokens before."""
+        params = self.params
+        penalised = params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
+        edited = self.bad_words or params.logit_bias or params.allowed_token_ids or params.min_tokens
+        return self.constraint is None and not penalised and not edited
+
     def rows_read(self) -> range | None:
         """Positions of the prompt whose final hidden state is wanted; None if only the KV cache is."""
         length = len(self.prompt)

@@ -116,6 +116,9 @@ class EngineSpec(_Section):
     kv_cache_tokens: int | None = Field(None, ge=32, description="KV cache size in tokens")
     max_num_seqs: int = Field(256, ge=1, le=65536, description="sequences that run at once")
     max_step_tokens: int = Field(2048, ge=1, description="tokens of one step; longer prompts are computed in chunks")
+    speculative_tokens: int = Field(
+        4, ge=0, le=16, description="tokens proposed per sequence and step from its own text; 0: none"
+    )
     max_model_len: int | None = Field(None, ge=1, description="context limit; default the model's")
     enable_prefix_caching: bool = Field(True, description="reuse KV blocks of equal prefixes")
     block_size: int = Field(16, ge=1, le=1024, description="tokens per KV block")

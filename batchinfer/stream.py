@@ -14,7 +14,7 @@ from collections.abc import Generator, Hashable, Iterable, Iterator
 from dataclasses import replace
 from typing import Protocol
 
-from batchinfer.engine.scheduler import EngineStats
+from batchinfer.engine.stats import EngineStats
 from batchinfer.errors import RowError
 from batchinfer.order import PrefixOrder
 from batchinfer.prompting import Feeder, Prepared, Preparer, Prompt

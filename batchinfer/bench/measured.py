@@ -43,7 +43,7 @@ class MeasuredLLM(LLM):
 
     def _setup(self, assembly: Assembly, engine: EngineSpec, defaults: Defaults) -> None:
         self._noting = NotingRunner(assembly.runner)
-        self._max_step_tokens = engine.max_step_tokens
+        self._engine_spec = engine
         self.limits = assembly.limits
         super()._setup(replace(assembly, runner=self._noting), engine, defaults)
 
@@ -72,7 +72,9 @@ class MeasuredLLM(LLM):
         """Forget cached prefixes, expected answer lengths, counters and steps: the next run is like the first."""
         old = self._engine.scheduler.pool
         pool = BlockPool(len(old.blocks), old.block_size, old.enable_prefix_caching)
-        self._engine = Engine(Scheduler(pool, self._max_num_seqs, self._max_step_tokens), self._noting)
+        spec = self._engine_spec
+        scheduler = Scheduler(pool, spec.max_num_seqs, spec.max_step_tokens, spec.speculative_tokens)
+        self._engine = Engine(scheduler, self._noting)
         self._noting.steps = []
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Protocol
 
 from batchinfer.engine.plan import StepPlan, StepResult
-from batchinfer.engine.scheduler import EngineStats, Scheduler
+from batchinfer.engine.scheduler import Scheduler
+from batchinfer.engine.stats import EngineStats
 from batchinfer.errors import EngineError
 from batchinfer.log import log
 from batchinfer.request import Finished, Request

@@ -47,9 +47,9 @@ class FakeRunner:
         tokens = []
         wants_logprobs = False
         for seat, start, count, samples in zip(plan.seats, plan.starts, plan.counts, plan.samples, strict=True):
-            if samples:
+            for end in range(start + count - samples + 1, start + count + 1):
                 prompt, length, seed, join = self._seats[seat]
-                number = start + count - prompt
+                number = end - prompt
                 tokens.append(vocabulary[(seed + number * _STRIDE) % size] if number != length - 1 else eos_id)
                 wants_logprobs |= join.request.params.logprobs is not None
         readings = [self._read(self._seats[plan.seats[read.place]][3].request, read) for read in plan.reads]
@@ -68,7 +68,7 @@ class FakeRunner:
     def _logprobs(self, plan: StepPlan, tokens: list[int]) -> list[TokenLogprob | None]:
         """Every chosen token is certain: logprob 0."""
         entries: list[TokenLogprob | None] = []
-        sampling = (seat for seat, samples in zip(plan.seats, plan.samples, strict=True) if samples)
+        sampling = (seat for seat, samples in zip(plan.seats, plan.samples, strict=True) for _ in range(samples))
         for seat, token in zip(sampling, tokens, strict=True):
             k = self._seats[seat][3].request.params.logprobs
             entries.append(None if k is None else TokenLogprob(token, 0.0, ((token, 0.0),) if k else ()))

@@ -6,7 +6,7 @@ per-sequence tensors (block table, sampling parameters), so that a step carries 
 compute. Replaying plans in order from the first rebuilds the same state. (Whole block tables in every plan cost the
 host more than the rest of a step: 256 tables of 64 blocks are 16,384 integers.)
 
-Shapes: S = sequences in the step, T = tokens in the step, N = sequences that sample.
+Shapes: S = sequences in the step, T = tokens in the step, N = positions that are sampled from.
 """
 
 from __future__ import annotations
@@ -59,9 +59,10 @@ class StepPlan:
     """What one forward pass computes. Lists are parallel and never changed after construction.
 
     Sequence i computes positions `starts[i] .. starts[i] + counts[i] - 1`; its token ids are the next `counts[i]` of
-    `tokens`. Its context is everything before, in the blocks of its seat. If `samples[i]`, one token is sampled from
-    the last of these positions; the j-th True in `samples` is the j-th entry of the result. `reads` are in the order
-    of their sequences, at most one of each. `copies` come first, all sources being read before a target is written.
+    `tokens`. Its context is everything before, in the blocks of its seat. A token is
+    sampled from each of the last `samples[i]` of these positions; the result has them in this order. With more than one
+    the sequence computes its last known token and a draft, and `counts[i]` is `samples[i]`. `reads` are in the order of
+    their sequences, at most one of each. `copies` come first, all sources being read before a target is written.
     """
 
     step: int
@@ -70,7 +71,7 @@ class StepPlan:
     seats: list[int]  # [S]
     starts: list[int]  # [S]
     counts: list[int]  # [S]
-    samples: list[bool]  # [S]
+    samples: list[int]  # [S]
     tokens: list[int]  # [T]
     reads: tuple[Read, ...] = ()
     copies: tuple[Copy, ...] = ()
@@ -85,7 +86,7 @@ class Reading(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """Sampled token ids [N], and for those sequences that asked, logprobs [N] (None for the others).
+    """Sampled token ids [N], and for those whose sequences asked, logprobs [N] (None for the others).
 
     `failed` maps an index among the N to why nothing could be sampled there (its token is meaningless): the row's own
     error, or the reason of an engine failure. `ended` are indices whose answer this token completes, by its grammar.

@@ -4,7 +4,7 @@ It owns, by seat, block tables and sampling state, and the KV cache; a plan says
 does a fixed number of array operations whatever the number of sequences; only those that join or grow are looped over.
 If a step raises, nothing in it counts, and whoever was in it joins again: nothing needs to be undone here.
 
-T tokens of a step · S sequences in it · N those that sample, then rows that are read · B blocks per table ·
+T tokens of a step · S sequences in it · N rows that are sampled from, then rows that are read · B blocks per table ·
 V vocabulary
 """
 
@@ -34,7 +34,7 @@ _READ_LOGITS_BYTES = (
 
 
 class _Sampled(NamedTuple):
-    """Who samples: seats, and the position in its sequence that each sampled token gets."""
+    """What is sampled: for whose seat, and the position in its sequence that the token gets."""
 
     seats_N: Ints
     positions_N: Ints
@@ -85,17 +85,21 @@ class ModelRunner:
         seats_S = np.array(plan.seats, dtype=np.int64)
         starts_S = np.array(plan.starts, dtype=np.int64)
         counts_S = np.array(plan.counts, dtype=np.int64)
-        samples_S = np.array(plan.samples, dtype=bool)
+        samples_S = np.array(plan.samples, dtype=np.int64)
         tokens_T = np.array(plan.tokens, dtype=np.int64)
+        read_rows = self.reader.rows(plan, counts_S.cumsum() - counts_S) if plan.reads else None
+        if max(plan.samples) > 1:
+            seats_S, starts_S, counts_S, samples_S = _apart(seats_S, starts_S, counts_S, samples_S)
+        sampling_S = samples_S > 0
         ends_S = starts_S + counts_S
         stops_S = counts_S.cumsum()
         self._check(tokens_T, int(stops_S[-1]), int(ends_S.max()))
         positions_T = np.arange(len(tokens_T)) + np.repeat(starts_S - (stops_S - counts_S), counts_S)
         size = self.cache.block_size
         blocks_T = self._tables_SB[np.repeat(seats_S, counts_S), positions_T // size].astype(np.int64)
-        rows_N = stops_S[samples_S] - 1
-        if plan.reads:  # after those that sample
-            rows_N = np.concatenate([rows_N, self.reader.rows(plan, stops_S - counts_S)])
+        rows_N = stops_S[sampling_S] - 1
+        if read_rows is not None:  # after those that sample
+            rows_N = np.concatenate([rows_N, read_rows])
         inputs = StepInputs(
             tokens_T=self._to_device(tokens_T),
             positions_T=self._to_device(positions_T),
@@ -105,7 +109,7 @@ class ModelRunner:
             lengths=ends_S.tolist(),
             output_rows_N=self._to_device(rows_N),
         )
-        return inputs, _Sampled(seats_S[samples_S], ends_S[samples_S])
+        return inputs, _Sampled(seats_S[sampling_S], ends_S[sampling_S])
 
     def _sample(self, hidden_NE: Tensor, sampled: _Sampled) -> StepResult:
         tokens: list[int] = []
@@ -137,3 +141,19 @@ class ModelRunner:
 
     def _to_device(self, values: npt.NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(values).to(self._device, non_blocking=True)
+
+
+def _apart(seats_S: Ints, starts_S: Ints, counts_S: Ints, samples_S: Ints) -> tuple[Ints, Ints, Ints, Ints]:
+    """Each token of a sequence with a draft as a sequence of its own: computed exactly as it would be without one.
+
+    They share a block table; all of a step's keys are written before any is read, and a length hides what comes after.
+    """
+    parts_S = np.where(samples_S > 1, counts_S, 1)
+    within = np.arange(parts_S.sum()) - np.repeat(parts_S.cumsum() - parts_S, parts_S)
+    counts = np.repeat(np.where(samples_S > 1, 1, counts_S), parts_S)
+    return (
+        np.repeat(seats_S, parts_S),
+        np.repeat(starts_S, parts_S) + within,
+        counts,
+        np.repeat(np.minimum(samples_S, 1), parts_S),
+    )

@@ -103,7 +103,8 @@ class Sampler:
     def sample(self, logits_NV: Tensor, seats: Ints, positions: Ints) -> StepResult:
         """One token per row. logits_NV is float32 and may be overwritten.
 
-        seats [N]: whose row it is, each at most once. positions [N]: where in its sequence the sampled token goes.
+        seats [N]: whose row it is, each at most once unless its request is `stateless`. positions [N]: where in its
+        sequence the sampled token goes.
         """
         flags_N = self._seats.flags[seats]
         asked = int(np.bitwise_or.reduce(flags_N, initial=0))

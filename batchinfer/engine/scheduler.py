@@ -9,62 +9,28 @@ again later; a sequence that does not fit alone → its error; a failed step →
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 
 from batchinfer.engine.blocks import Block, BlockPool
 from batchinfer.engine.expected import ExpectedLength
+from batchinfer.engine.making import Making
 from batchinfer.engine.plan import Copy, Grown, Join, Read, StepPlan, StepResult
 from batchinfer.engine.sequence import Sequence
+from batchinfer.engine.speculate import MAX_ROWS, Speculation
+from batchinfer.engine.stats import EngineStats
 from batchinfer.errors import EngineFailure, RowError, TooLong
 from batchinfer.request import Finished, FinishReason, Request
 
 _WORTH_COPYING = 4  # a block is copied for a fourth of its tokens, not for the one that all prompts begin with
 
 
-@dataclass(slots=True)
-class EngineStats:
-    """Counters since the engine started."""
-
-    prompt_tokens_computed: int = 0
-    prompt_tokens_reused: int = 0
-    generated_tokens: int = 0
-    steps: int = 0
-    preemptions: int = 0
-
-
-class _Draft:
-    """A plan in the making, and the sequences that are in it."""
-
-    __slots__ = ("copies", "counts", "grown", "joins", "reads", "samples", "seats", "sequences", "starts", "tokens")
-
-    def __init__(self) -> None:
-        self.sequences: list[Sequence] = []
-        self.joins: list[Join] = []
-        self.grown: list[Grown] = []
-        self.seats: list[int] = []
-        self.starts: list[int] = []
-        self.counts: list[int] = []
-        self.samples: list[bool] = []
-        self.tokens: list[int] = []
-        self.reads: list[Read] = []
-        self.copies: list[Copy] = []
-
-    def add(self, sequence: Sequence, start: int, count: int, samples: bool) -> None:
-        """Its tokens the caller adds to `tokens`."""
-        self.sequences.append(sequence)
-        self.seats.append(sequence.seat)
-        self.starts.append(start)
-        self.counts.append(count)
-        self.samples.append(samples)
-
-
 class Scheduler:
     """Continuous batching over a block pool, in pure Python.
 
     max_num_seqs: seats. max_step_tokens: tokens of one step (at least one per seat, so that no sequence starves).
+    speculative_tokens: of a draft.
     """
 
-    def __init__(self, pool: BlockPool, max_num_seqs: int, max_step_tokens: int) -> None:
+    def __init__(self, pool: BlockPool, max_num_seqs: int, max_step_tokens: int, speculative_tokens: int = 0) -> None:
         self.pool = pool
         self.max_step_tokens = max(max_step_tokens, max_num_seqs)
         self.stats = EngineStats()
@@ -76,7 +42,8 @@ class Scheduler:
         self._seats = list(range(max_num_seqs - 1, -1, -1))
         self._promised = 0  # sum of `promised` over the running sequences
         self._queued_tokens = 0  # known tokens of the waiting sequences
-        self._draft = _Draft()
+        self._speculation = Speculation(speculative_tokens)
+        self._making = Making()
         self._finished: list[Finished] = []
 
     def add(self, request: Request) -> None:
@@ -125,85 +92,102 @@ class Scheduler:
 
     def schedule(self) -> StepPlan:
         """Decide the next step. An empty plan means that nothing can run."""
-        draft = self._draft = _Draft()
+        making = self._making = Making()
         budget = self.max_step_tokens
         position = 0
         while position < len(self.running) and budget > 0:
             sequence = self.running[position]
             known = len(sequence.tokens)
             if known < sequence.decodes_to:
-                draft.add(sequence, known - 1, 1, True)
-                draft.tokens.append(sequence.tokens[-1])
+                making.add(sequence, known - 1, 1, 1)
+                making.tokens.append(sequence.tokens[-1])
                 taken = 1
             else:
-                taken = self._advance(sequence, budget, draft)
+                taken = self._advance(sequence, budget, making)
             budget -= taken
             position += sequence.seat >= 0  # else it was preempted or failed, and left the running list
-        self._admit(budget, draft)
-        self.stats.steps += bool(draft.seats)
-        return StepPlan(
-            step=self.stats.steps,
-            joins=tuple(draft.joins),
-            grown=tuple(draft.grown),
-            seats=draft.seats,
-            starts=draft.starts,
-            counts=draft.counts,
-            samples=draft.samples,
-            tokens=draft.tokens,
-            reads=tuple(draft.reads),
-            copies=tuple(draft.copies),
-        )
+        self._admit(budget, making)
+        if len(making.tokens) < MAX_ROWS:
+            self._speculate(making)
+        self.stats.steps += bool(making.seats)
+        return making.plan(self.stats.steps)
 
     def update(self, result: StepResult) -> None:
         """Take in the result of the plan that `schedule` returned last."""
-        draft = self._draft
+        making = self._making
         self.pool.computed()
         failed = dict(result.failed or {})
-        ended = bool(draft.reads) and self._take_readings(draft, result, failed)
-        sampled = 0
-        for sequence, count, samples in zip(draft.sequences, draft.counts, draft.samples, strict=True):
-            sequence.num_computed += count
+        ended = bool(making.reads) and self._take_readings(making, result, failed)
+        row = 0
+        for place, (sequence, count, samples) in enumerate(
+            zip(making.sequences, making.counts, making.samples, strict=True)
+        ):
             sequence.proven = True
-            if not samples:
-                if sequence.num_computed == sequence.limit and sequence.seat >= 0:
+            if samples > 1:
+                ended |= self._take_drafted(sequence, making.drafts[place], row, result, failed)
+            else:
+                sequence.num_computed += count
+                if samples:
+                    ended |= self._take_sampled(sequence, row, result, failed)
+                elif sequence.num_computed == sequence.limit and sequence.seat >= 0:
                     self._finish(sequence, "length")
                     ended = True
-                continue
-            token = result.tokens[sampled]
-            logprob = result.logprobs[sampled] if result.logprobs is not None else None
-            failure = failed.get(sampled) if failed else None
-            complete = sampled in result.ended
-            sampled += 1
-            if failure is not None:
-                self.pool.forget(sequence.blocks)
-                error = failure if isinstance(failure, RowError) else EngineFailure(failure)
-                self._finish(sequence, "error", error)
-                ended = True
-                continue
-            reason = sequence.append(token, logprob)
-            if complete:
-                reason = "stop"
-            if reason is not None:
-                self._finish(sequence, reason)
-                ended = True
-        self.stats.generated_tokens += sampled
+            row += samples
         if ended:
             self.running = [sequence for sequence in self.running if sequence.seat >= 0]
         self._careful = min(self._max_num_seqs, self._careful * 2)
 
-    def _take_readings(self, draft: _Draft, result: StepResult, failed: dict[int, str | RowError]) -> bool:
+    def _take_sampled(
+        self, sequence: Sequence, row: int, result: StepResult, failed: dict[int, str | RowError]
+    ) -> bool:
+        """Take in what was sampled in a row of the result; whether the sequence ended with it."""
+        self.stats.generated_tokens += 1
+        failure = failed.get(row) if failed else None
+        if failure is not None:
+            self.pool.forget(sequence.blocks)
+            error = failure if isinstance(failure, RowError) else EngineFailure(failure)
+            self._finish(sequence, "error", error)
+            return True
+        reason = sequence.append(result.tokens[row], result.logprobs[row] if result.logprobs is not None else None)
+        if row in result.ended:
+            reason = "stop"
+        if reason is not None:
+            self._finish(sequence, reason)
+        return reason is not None
+
+    def _take_drafted(
+        self, sequence: Sequence, draft: list[int], row: int, result: StepResult, failed: dict[int, str | RowError]
+    ) -> bool:
+        """Take in a row, and each next one while the tokens before it are the draft's; whether the sequence ended.
+
+        What was computed for the rest of the draft does not count: the next step writes over it.
+        """
+        seat = sequence.seat
+        accepted = 0
+        sequence.num_computed += 1
+        ended = self._take_sampled(sequence, row, result, failed)
+        while not ended and accepted < len(draft) and sequence.tokens[-1] == draft[accepted]:
+            accepted += 1
+            sequence.num_computed += 1
+            ended = self._take_sampled(sequence, row + accepted, result, failed)
+        self.stats.draft_tokens += len(draft)
+        self.stats.accepted_tokens += accepted
+        self._speculation.judge(seat, len(draft), accepted, len(sequence.tokens))
+        return ended
+
+    def _take_readings(self, making: Making, result: StepResult, failed: dict[int, str | RowError]) -> bool:
         """What was read of prompts, to their sequences; whether one of them ended because it was not sound.
 
         Those that sample in this step as well are put with the `failed` samples, and end as these do.
         """
         ended = False
-        for read, reading in zip(draft.reads, result.readings, strict=True):
-            sequence = draft.sequences[read.place]
+        for read, reading in zip(making.reads, result.readings, strict=True):
+            sequence = making.sequences[read.place]
             if reading.failure is None:
                 assert sequence.rows is not None
                 sequence.rows.take(reading, read.rows)
-            elif draft.samples[read.place]:
-                failed[sum(draft.samples[: read.place])] = reading.failure
+            elif making.samples[read.place]:
+                failed[sum(making.samples[: read.place])] = reading.failure
             else:
                 self.pool.forget(sequence.blocks)
                 self._finish(sequence, "error", EngineFailure(reading.failure))
@@ -216,7 +200,7 @@ class Scheduler:
         All go back to the queue, those that have not yet been in a good step first, and half as many may run at once:
         the search halves the suspects until a sequence fails alone. Good steps widen the limit again.
         """
-        scheduled = self._draft.sequences
+        scheduled = self._making.sequences
         if len(scheduled) == 1:
             self.running.remove(scheduled[0])
             self._finish(scheduled[0], "error", EngineFailure(reason))
@@ -235,17 +219,12 @@ class Scheduler:
         assert self._queued_tokens == sum(len(sequence.tokens) for sequence in self.waiting), "the queue is miscounted"
         assert self._promised == sum(sequence.promised for sequence in self.running), "promises do not add up"
         for sequence in self.running:
-            assert sequence.num_computed < len(sequence.tokens), "nothing left to compute"
-            left = len(sequence.tokens) - sequence.num_computed
-            assert left == 1 or len(sequence.tokens) >= sequence.decodes_to, "more than a decode is left"
-            assert sequence.num_computed <= len(sequence.blocks) * self.pool.block_size, "computed beyond its blocks"
-            rows = sequence.rows
-            assert rows is None or not rows.left or rows.at >= sequence.num_computed, "rows passed without being read"
+            sequence.check_integrity(self.pool.block_size)
         assert all(not sequence.blocks and sequence.seat < 0 for sequence in self.waiting), "waiting with blocks"
 
     # -- growing ------------------------------------------------------------------------------------------------
 
-    def _advance(self, sequence: Sequence, budget: int, draft: _Draft) -> int:
+    def _advance(self, sequence: Sequence, budget: int, making: Making) -> int:
         """Plan the next tokens of a running sequence; how many. Zero if it has to wait or had to leave."""
         size = self.pool.block_size
         start = sequence.num_computed
@@ -261,38 +240,38 @@ class Scheduler:
             # whole blocks only: at a block border the next chunk can be found in the cache
             count = (start + budget) // size * size - start
             if count <= 0:
-                count = budget if not draft.seats else 0
+                count = budget if not making.seats else 0
         end = start + count
         if count and end > len(sequence.blocks) * size and not self._grow(sequence, end):
             return 0
         if beginning and count:
             source, tokens = beginning
-            draft.copies.append(Copy(source.index, sequence.blocks[start // size].index))
+            making.copies.append(Copy(source.index, sequence.blocks[start // size].index))
             self._reuse(sequence, tokens)
         if len(sequence.blocks) > first:
             added = tuple(block.index for block in sequence.blocks[first:])
-            draft.grown.append(Grown(sequence.seat, first, added))
+            making.grown.append(Grown(sequence.seat, first, added))
         if count == 0:
             return 0
         if end // size > sequence.num_indexed and self.pool.enable_prefix_caching:
             self._index_full_blocks(sequence, end // size)
-        draft.add(sequence, start, count, end == known)
-        draft.tokens.extend(sequence.tokens[start:end])
+        making.add(sequence, start, count, int(end == known))
+        making.tokens.extend(sequence.tokens[start:end])
         if end == known:
             sequence.decodes_to = len(sequence.blocks) * size
         if start < len(sequence.request.prompt):
-            self._read_prompt(sequence, end, draft)
+            self._read_prompt(sequence, end, making)
             self.stats.prompt_tokens_computed += min(end, len(sequence.request.prompt)) - start
         return count
 
-    def _read_prompt(self, sequence: Sequence, end: int, draft: _Draft) -> None:
+    def _read_prompt(self, sequence: Sequence, end: int, making: Making) -> None:
         """This step computes positions of the prompt before `end`: read those that are wanted of them."""
         rows = sequence.rows
         if rows is None:
             return
         if rows.left and rows.at < end:
-            draft.reads.append(Read(len(draft.seats) - 1, rows.at, min(end, rows.end) - rows.at))
-        draft.samples[-1] &= len(sequence.tokens) < sequence.limit  # where nothing is generated the end is here
+            making.reads.append(Read(len(making.seats) - 1, rows.at, min(end, rows.end) - rows.at))
+        making.samples[-1] &= len(sequence.tokens) < sequence.limit  # where nothing is generated the end is here
 
     def _grow(self, sequence: Sequence, end: int) -> bool:
         """Allocate blocks up to position `end`, preempting the newest. False if `sequence` itself had to leave."""
@@ -306,11 +285,34 @@ class Scheduler:
                 if victim is sequence:
                     return False
                 continue
-            sequence.blocks.append(self.pool.allocate())
-            if sequence.promised:
-                sequence.promised -= 1
-                self._promised -= 1
+            self._allocate(sequence)
         return True
+
+    def _speculate(self, making: Making) -> None:
+        """Fill the step with drafts. They displace nothing: rows and blocks are those that nobody else needs now."""
+        room = min(MAX_ROWS, self.max_step_tokens) - len(making.tokens)
+        for place, draft in self._speculation.propose(making, room):
+            sequence = making.sequences[place]
+            slots = self._slots(sequence, len(draft), making)
+            if slots:
+                making.add_draft(place, draft[:slots])
+
+    def _slots(self, sequence: Sequence, wanted: int, making: Making) -> int:
+        """How many slots it has after its known tokens, up to `wanted`: takes blocks promised to it, or to nobody."""
+        known, size, first = len(sequence.tokens), self.pool.block_size, len(sequence.blocks)
+        while len(sequence.blocks) * size < known + wanted:
+            if self.pool.num_free <= (0 if sequence.promised else self._promised):
+                break
+            self._allocate(sequence)
+        if len(sequence.blocks) > first:
+            making.grown.append(Grown(sequence.seat, first, tuple(block.index for block in sequence.blocks[first:])))
+        return min(wanted, len(sequence.blocks) * size - known)
+
+    def _allocate(self, sequence: Sequence) -> None:
+        sequence.blocks.append(self.pool.allocate())
+        if sequence.promised:
+            sequence.promised -= 1
+            self._promised -= 1
 
     def _extend_by_hits(self, sequence: Sequence) -> int:
         """Take over cached blocks that continue this sequence; its new `num_computed`."""
@@ -372,7 +374,7 @@ class Scheduler:
 
     # -- coming and going ---------------------------------------------------------------------------------------
 
-    def _admit(self, budget: int, draft: _Draft) -> None:
+    def _admit(self, budget: int, making: Making) -> None:
         """Seat waiting sequences while tokens, seats and expected memory last."""
         while self.waiting and self._seats and budget > 0 and len(self.running) < self._careful:
             sequence = self.waiting[0]
@@ -385,8 +387,8 @@ class Scheduler:
             sequence.promised = promised
             self._promised += promised
             self.running.append(sequence)
-            draft.joins.append(Join(sequence.seat, sequence.request, tuple(sequence.output)))
-            taken = self._advance(sequence, budget, draft)
+            making.joins.append(Join(sequence.seat, sequence.request, tuple(sequence.output)))
+            taken = self._advance(sequence, budget, making)
             if taken == 0:
                 return
             budget -= taken
@@ -430,6 +432,7 @@ class Scheduler:
         self.pool.release(sequence.blocks)
         self._promised -= sequence.promised
         self._seats.append(sequence.seat)
+        self._speculation.forget(sequence.seat)
         sequence.leave()
 
 

@@ -106,3 +106,17 @@ class Sequence:
         self.chain = ROOT
         self.promised = 0
         self.decodes_to = 0
+
+    def check_integrity(self, size: int) -> None:
+        """Assert that a running sequence's counts agree with its blocks of `size` tokens."""
+        known = len(self.tokens)
+        assert self.num_computed < known, "nothing left to compute"
+        assert known - self.num_computed == 1 or known >= self.decodes_to, "more than a decode is left"
+        assert self.num_computed <= len(self.blocks) * size, "computed beyond its blocks"
+        assert self.num_indexed * size <= self.num_computed, "indexed before it is computed"
+        for number, block in enumerate(self.blocks):
+            if block.key is not None:
+                assert number < self.num_indexed, "a block that is not full is indexed"
+                assert block.key[1] == tuple(self.tokens[number * size : (number + 1) * size]), "indexed as others"
+        rows = self.rows
+        assert rows is None or not rows.left or rows.at >= self.num_computed, "rows passed without being read"

@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from batchinfer.engine.scheduler import EngineStats
+from batchinfer.engine.stats import EngineStats
 from batchinfer.errors import BatchInferError, Cancelled, DeadlineExceeded, Drained, InfrastructureError, RowError
 from batchinfer.io.catalog import BatchRecord, Catalog, Counts, Problem, Status
 from batchinfer.job.batchcheck import check_lines

@@ -12,7 +12,7 @@ from functools import partial
 from typing import NamedTuple, TypeVar
 
 from batchinfer.engine.engine import Engine
-from batchinfer.engine.scheduler import EngineStats
+from batchinfer.engine.stats import EngineStats
 from batchinfer.errors import EngineFailure, RowError
 from batchinfer.log import log
 from batchinfer.request import Finished, Request, TokenLogprob

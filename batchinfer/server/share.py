@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 from collections.abc import Generator, Iterable
 
-from batchinfer.engine.scheduler import EngineStats
+from batchinfer.engine.stats import EngineStats
 from batchinfer.errors import EngineError
 from batchinfer.prompting import Prompt
 from batchinfer.request import Completion, Finished, Request

@@ -1,0 +1,67 @@
+"""A plan in the making: what the scheduler has put into the next step so far, and whose it is."""
+
+from __future__ import annotations
+
+from batchinfer.engine.plan import Copy, Grown, Join, Read, StepPlan
+from batchinfer.engine.sequence import Sequence
+
+
+class Making:
+    """Lists as in `StepPlan`, and the sequences that they are about. `drafts` has those of places with a draft."""
+
+    __slots__ = (
+        "copies",
+        "counts",
+        "drafts",
+        "grown",
+        "joins",
+        "reads",
+        "samples",
+        "seats",
+        "sequences",
+        "starts",
+        "tokens",
+    )
+
+    def __init__(self) -> None:
+        self.sequences: list[Sequence] = []
+        self.joins: list[Join] = []
+        self.grown: list[Grown] = []
+        self.seats: list[int] = []
+        self.starts: list[int] = []
+        self.counts: list[int] = []
+        self.samples: list[int] = []
+        self.tokens: list[int] = []
+        self.reads: list[Read] = []
+        self.copies: list[Copy] = []
+        self.drafts: dict[int, list[int]] = {}
+
+    def add(self, sequence: Sequence, start: int, count: int, samples: int) -> None:
+        """Its tokens the caller adds to `tokens`."""
+        self.sequences.append(sequence)
+        self.seats.append(sequence.seat)
+        self.starts.append(start)
+        self.counts.append(count)
+        self.samples.append(samples)
+
+    def add_draft(self, place: int, draft: list[int]) -> None:
+        """The sequence at `place`, which computes its last known token, computes these after it and samples at each."""
+        after = sum(self.counts[: place + 1])
+        self.tokens[after:after] = draft
+        self.counts[place] += len(draft)
+        self.samples[place] += len(draft)
+        self.drafts[place] = draft
+
+    def plan(self, step: int) -> StepPlan:
+        return StepPlan(
+            step=step,
+            joins=tuple(self.joins),
+            grown=tuple(self.grown),
+            seats=self.seats,
+            starts=self.starts,
+            counts=self.counts,
+            samples=self.samples,
+            tokens=self.tokens,
+            reads=tuple(self.reads),
+            copies=tuple(self.copies),
+        )
