@@ -29,6 +29,8 @@ class Run:
     computed_tokens: int
     reused_tokens: int
     generated_tokens: int
+    draft_tokens: int
+    accepted_tokens: int
     answer_tokens: int
     steps: int
     mean_batch: float
@@ -106,6 +108,8 @@ def _run(llm: MeasuredLLM, prompts: list[Prompt]) -> tuple[Run, str]:
         computed_tokens=stats.prompt_tokens_computed,
         reused_tokens=stats.prompt_tokens_reused,
         generated_tokens=stats.generated_tokens,
+        draft_tokens=stats.draft_tokens,
+        accepted_tokens=stats.accepted_tokens,
         answer_tokens=answer_tokens,
         steps=len(steps),
         mean_batch=sum(step.sequences for step in steps) / max(1, len(steps)),
@@ -145,6 +149,7 @@ def describe(found: Throughput, machine: Machine) -> str:
             f"{run.prompt_tokens:,} tokens, {run.computed_tokens:,} computed, {run.reused_tokens:,} from the cache",
         ),
         ("answers", f"{run.answer_tokens:,} tokens, {run.generated_tokens:,} generated"),
+        ("drafts", f"{run.draft_tokens:,} tokens proposed, {run.accepted_tokens:,} of them right"),
         ("time", f"{number(run.seconds)} s ({of}), {run.runner_s / run.seconds:.1%} of it in the model"),
         (
             "rate",

@@ -172,6 +172,7 @@ class RunState:
         }
         if self.llm is not None:
             stats = self.llm.stats()
+            report.tokens |= {"drafted": stats.draft_tokens, "draft_accepted": stats.accepted_tokens}
             report.rates |= {"steps": stats.steps, "preemptions": stats.preemptions}
 
     @contextmanager

@@ -98,6 +98,12 @@ class _EngineFigures(Collector):
         prompt.add_metric(["cached"], stats.prompt_tokens_reused)
         yield prompt
         yield CounterMetricFamily("batchinfer_generated_tokens", "Tokens generated", stats.generated_tokens)
+        drafts = CounterMetricFamily(
+            "batchinfer_draft_tokens", "Tokens proposed from a sequence's own text", labels=("result",)
+        )
+        drafts.add_metric(["accepted"], stats.accepted_tokens)
+        drafts.add_metric(["rejected"], stats.draft_tokens - stats.accepted_tokens)
+        yield drafts
         yield CounterMetricFamily(
             "batchinfer_preemptions", "Sequences computed again for want of memory", stats.preemptions
         )

@@ -17,7 +17,7 @@ MACHINE_KEYS = {
 RUN_KEYS = {
     *("seconds", "runner_s", "prompt_tokens", "computed_tokens", "reused_tokens", "generated_tokens", "answer_tokens"),
     *("steps", "mean_batch", "preemptions", "errors", "limit", "total_tokens_per_s", "prompt_tokens_per_s"),
-    *("answer_tokens_per_s", "share_of_limit"),
+    *("answer_tokens_per_s", "share_of_limit", "draft_tokens", "accepted_tokens"),
 }
 SHORT = ("--input-tokens", "20", "--output-tokens", "5")
 

@@ -12,10 +12,13 @@ from batchinfer.request import Request, SamplingParams, TokenLogprob
 
 VOCAB = 50
 EOS = 0
+REPEATS = 40  # a prompt that begins with it has an answer that mostly repeats itself
 
 
 def next_token(context: list[int]) -> int:
     """The model: the next token after `context`, with an end of sequence now and then."""
+    if context[0] == REPEATS and len(context) > 9 and hash(tuple(context)) % 9:
+        return context[-5]
     return hash(tuple(context)) % VOCAB
 
 
@@ -76,8 +79,17 @@ class CheckingRunner:
                 assert prefix == tuple(known[: position + 1]), f"slot of position {position} holds another prefix"
             if samples:
                 assert start + count == len(known), "sampled before all known tokens were computed"
-                sampled.append(next_token(known))
+                sampled += [next_token(known[:end]) for end in range(len(known) - samples + 1, len(known) + 1)]
+                self._drop_wrong(known, sampled[-samples:])
         return StepResult(sampled, readings=self._readings(plan))
+
+    def _drop_wrong(self, known: list[int], sampled: list[int]) -> None:
+        """What is known with a draft at its end, less what is not as it was sampled."""
+        first = len(known) - len(sampled) + 1
+        right = 0
+        while first + right < len(known) and known[first + right] == sampled[right]:
+            right += 1
+        del known[first + right :]
 
     def _readings(self, plan: StepPlan) -> list[Reading]:
         assert [read.place for read in plan.reads] == sorted({read.place for read in plan.reads})
@@ -136,8 +148,13 @@ def make_request(request_id: int, prompt: list[int], max_tokens: int) -> Request
 
 
 def make_engine(
-    num_blocks: int, block_size: int = 4, max_num_seqs: int = 8, max_step_tokens: int = 32, caching: bool = True
+    num_blocks: int,
+    block_size: int = 4,
+    max_num_seqs: int = 8,
+    max_step_tokens: int = 32,
+    caching: bool = True,
+    speculative_tokens: int = 0,
 ) -> tuple[Engine, CheckingRunner]:
     runner = CheckingRunner(block_size)
     pool = BlockPool(num_blocks, block_size, caching)
-    return Engine(Scheduler(pool, max_num_seqs, max_step_tokens), runner), runner
+    return Engine(Scheduler(pool, max_num_seqs, max_step_tokens, speculative_tokens), runner), runner

@@ -17,7 +17,7 @@ from batchinfer.engine.plan import Read, Reading, StepPlan, StepResult
 from batchinfer.engine.scheduler import Scheduler
 from batchinfer.errors import EngineError, TooLong
 from batchinfer.request import Finished, Request, SamplingParams
-from tests.engine.checking import EOS, make_engine, make_reading, make_request, naive, naive_reading
+from tests.engine.checking import EOS, REPEATS, make_engine, make_reading, make_request, naive, naive_reading
 
 
 def run_all(engine: Engine, requests: list[Request]) -> dict[int, Finished]:
@@ -356,17 +356,20 @@ class EngineMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.engine, self.runner = make_engine(num_blocks=14, block_size=3, max_num_seqs=4, max_step_tokens=7)
+        self.engine, self.runner = make_engine(
+            num_blocks=14, block_size=3, max_num_seqs=4, max_step_tokens=7, speculative_tokens=3
+        )
         self.requests: dict[int, Request] = {}
         self.answers: dict[int, Finished] = {}
         self.added = 0
 
     @rule(prompt=st.lists(st.integers(1, 3), min_size=1, max_size=20), max_tokens=st.integers(1, 12))
     def add(self, prompt: list[int], max_tokens: int) -> None:
-        self.added += 1
-        request = make_request(self.added, prompt, max_tokens)
-        self.requests[request.request_id] = request
-        self.engine.add(request)
+        self._add(make_request(self.added, prompt, max_tokens))
+
+    @rule(prompt=st.lists(st.integers(1, 3), max_size=9), max_tokens=st.integers(1, 25))
+    def add_repeating(self, prompt: list[int], max_tokens: int) -> None:
+        self._add(make_request(self.added, [REPEATS, *prompt], max_tokens))
 
     @rule(
         prompt=st.lists(st.integers(1, 3), min_size=1, max_size=20),
@@ -374,11 +377,8 @@ class EngineMachine(RuleBasedStateMachine):
         reads=st.sampled_from(["mean", "last", "cls", 1, 1, 3, 9]),
     )
     def add_reading(self, prompt: list[int], max_tokens: int, reads: int | str) -> None:
-        self.added += 1
         kind = {"pooling": reads} if isinstance(reads, str) else {"score_from": min(reads, len(prompt))}
-        request = make_reading(self.added, prompt, max_tokens, **kind)
-        self.requests[request.request_id] = request
-        self.engine.add(request)
+        self._add(make_reading(self.added, prompt, max_tokens, **kind))
 
     @precondition(lambda self: self.engine.has_work)
     @rule(times=st.integers(1, 5))
@@ -416,6 +416,11 @@ class EngineMachine(RuleBasedStateMachine):
             assert answer.token_ids == naive(request)
             assert (answer.prompt_logprobs, answer.hidden) == naive_reading(request)
         assert self.engine.scheduler.pool.num_free == 14
+
+    def _add(self, request: Request) -> None:
+        self.added += 1
+        self.requests[request.request_id] = request
+        self.engine.add(request)
 
     def _take(self, finished: list[Finished]) -> None:
         self.answers.update({answer.request.request_id: answer for answer in finished})

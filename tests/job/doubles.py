@@ -74,6 +74,7 @@ class MemoryStore(Store):
 
 class Stats:
     prompt_tokens_computed = prompt_tokens_reused = generated_tokens = steps = preemptions = 0
+    draft_tokens = accepted_tokens = 0
 
 
 class ScriptedLLM:

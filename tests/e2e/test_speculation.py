@@ -1,0 +1,83 @@
+"""`engine.speculative_tokens` changes no answer: not a token, not a bit of a logprob."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from batchinfer import LLM, SamplingParams
+from batchinfer.engine.expected import ExpectedLength
+from batchinfer.engine.stats import EngineStats
+from batchinfer.request import Output
+from tests.e2e.test_kv_cache_dtype import model, tokens  # noqa: F401 - a fixture
+from tests.models.tiny import SIZES
+
+
+def asked() -> list[tuple[list[int], SamplingParams]]:
+    """Repetitive prompts and others; requests that may have drafts beside some that may not."""
+    rng = random.Random(7)
+    words = range(3, SIZES["vocab_size"])
+    kinds = [
+        {"temperature": 0.0, "logprobs": 3},
+        {"temperature": 0.0, "stop": ["w30 ", "w31 "]},
+        {"temperature": 1.0, "seed": 5, "n": 3, "logprobs": 0},
+        {"temperature": 0.05, "seed": 6, "top_k": 5, "logprobs": 2},
+        {"temperature": 0.0, "stop_token_ids": [7, 11, 40, 41]},
+        {"temperature": 0.0, "repetition_penalty": 1.3},
+        {"temperature": 0.3, "min_tokens": 9, "logit_bias": {12: 3.0}},
+    ]
+    found = []
+    for number in range(42):
+        loop = rng.choices(words, k=rng.randrange(1, 7)) * 4
+        prompt = rng.choices(words, k=rng.randrange(1, 20)) + (loop if number % 3 else [])
+        found.append((prompt, SamplingParams(**{"max_tokens": 3 + number, **kinds[number % len(kinds)]})))
+    return found
+
+
+def answers(folder: Path, most: int, preempt: bool = False, **options: object) -> tuple[list[Output], EngineStats]:
+    llm = LLM(folder, block_size=4, speculative_tokens=most, **{"max_num_seqs": 8, **options})
+    if preempt:
+        llm._engine.scheduler.expected = ExpectedLength(quantile=0.0, enough=1)
+        llm._engine.scheduler.expected.observe(1)
+    prompts, params = zip(*asked(), strict=True)
+    completions = llm.generate(prompts, params)
+    assert all(completion.error is None for completion in completions)
+    return [output for completion in completions for output in completion.outputs], llm.stats()
+
+
+@pytest.mark.parametrize("most", [1, 4, 16])
+def test_answers_and_logprobs_are_equal_bit_by_bit(model: Path, most: int) -> None:  # noqa: F811
+    """Without a prefix cache: what a prompt finds in it depends on when it comes, and with that its last bits."""
+    plain, without = answers(model, 0, enable_prefix_caching=False)
+    drafted, stats = answers(model, most, enable_prefix_caching=False)
+    assert drafted == plain
+    assert without.draft_tokens == without.accepted_tokens == 0
+    assert 0 < stats.accepted_tokens < stats.draft_tokens and stats.steps < without.steps
+    assert stats.generated_tokens == without.generated_tokens
+
+
+def test_with_a_prefix_cache_preemption_and_short_steps(model: Path) -> None:  # noqa: F811
+    plain, _ = answers(model, 0)
+    drafted, stats = answers(model, 4)
+    assert stats.prompt_tokens_reused > 0 and stats.accepted_tokens > 0
+    assert tokens(drafted) == tokens(plain)
+    tight, stats = answers(model, 4, preempt=True, kv_cache_tokens=200)
+    assert stats.preemptions > 0 and stats.accepted_tokens > 0
+    assert tokens(tight) == tokens(plain)
+    short, stats = answers(model, 4, max_step_tokens=13)
+    assert stats.accepted_tokens > 0 and tokens(short) == tokens(plain)
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.model
+def test_a_trained_model_says_the_same(smollm2_gguf: Path, quantization: str | None) -> None:
+    text = "Repeat this list three times: apples, pears, plums, cherries.\nApples, pears, plums, cherries.\nApples,"
+    found = []
+    for most in (0, 4):
+        llm = LLM(smollm2_gguf, kv_cache_tokens=4096, speculative_tokens=most, quantization=quantization)
+        params = [SamplingParams(temperature=t, seed=1, max_tokens=40, logprobs=1) for t in (0.0, 0.7)]
+        found.append([completion.outputs for completion in llm.generate([text, text], params)])
+    assert found[0] == found[1]
+    assert llm.stats().accepted_tokens > 10
