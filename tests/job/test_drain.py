@@ -82,7 +82,8 @@ def hang(self, plan):
 fake.FakeRunner.run = hang
 """
     # answers of 1 to 200 tokens: some rows of a chunk are done, its longest is not
-    sections = {"fake": {"answer_tokens": [1, 200]}, "sampling": {"max_tokens": 200}, "engine": {"max_num_seqs": 64}}
+    engine = {"max_num_seqs": 64, "speculative_tokens": 0}  # at least 150 steps
+    sections = {"fake": {"answer_tokens": [1, 200]}, "sampling": {"max_tokens": 200}, "engine": engine}
     process = start(write_job(tmp_path, **sections), code + RUN)
     wait_for(lambda: (tmp_path / "hangs").exists(), process)
     process.send_signal(signal.SIGUSR1)
