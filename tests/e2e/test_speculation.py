@@ -47,12 +47,17 @@ def answers(folder: Path, most: int, preempt: bool = False, **options: object) -
     return [output for completion in completions for output in completion.outputs], llm.stats()
 
 
+def check_equal(found: list[Output], wanted: list[Output], plain_torch: bool) -> None:
+    assert tokens(found) == tokens(wanted)
+    assert plain_torch or found == wanted  # its sums depend on how many rows there are
+
+
 @pytest.mark.parametrize("most", [1, 4, 16])
-def test_answers_and_logprobs_are_equal_bit_by_bit(model: Path, most: int) -> None:  # noqa: F811
+def test_answers_and_logprobs_are_equal_bit_by_bit(model: Path, most: int, plain_torch: bool) -> None:  # noqa: F811
     """Without a prefix cache: what a prompt finds in it depends on when it comes, and with that its last bits."""
     plain, without = answers(model, 0, enable_prefix_caching=False)
     drafted, stats = answers(model, most, enable_prefix_caching=False)
-    assert drafted == plain
+    check_equal(drafted, plain, plain_torch)
     assert without.draft_tokens == without.accepted_tokens == 0
     assert 0 < stats.accepted_tokens < stats.draft_tokens and stats.steps < without.steps
     assert stats.generated_tokens == without.generated_tokens
@@ -72,12 +77,12 @@ def test_with_a_prefix_cache_preemption_and_short_steps(model: Path) -> None:  #
 
 @pytest.mark.parametrize("quantization", [None, "int8"])
 @pytest.mark.model
-def test_a_trained_model_says_the_same(smollm2_gguf: Path, quantization: str | None) -> None:
+def test_a_trained_model_says_the_same(smollm2_gguf: Path, quantization: str | None, plain_torch: bool) -> None:
     text = "Repeat this list three times: apples, pears, plums, cherries.\nApples, pears, plums, cherries.\nApples,"
     found = []
     for most in (0, 4):
         llm = LLM(smollm2_gguf, kv_cache_tokens=4096, speculative_tokens=most, quantization=quantization)
         params = [SamplingParams(temperature=t, seed=1, max_tokens=40, logprobs=1) for t in (0.0, 0.7)]
-        found.append([completion.outputs for completion in llm.generate([text, text], params)])
-    assert found[0] == found[1]
+        found.append([output for completion in llm.generate([text, text], params) for output in completion.outputs])
+    check_equal(*found, plain_torch)
     assert llm.stats().accepted_tokens > 10
