@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, Protocol, Self
 from pydantic import ValidationError
 
 from batchinfer.assembly import Assembly, assemble
-from batchinfer.engine.engine import Engine
+from batchinfer.engine.blocks import BlockPool
+from batchinfer.engine.engine import Engine, Runner
 from batchinfer.engine.scheduler import Scheduler
 from batchinfer.engine.stats import EngineStats
 from batchinfer.errors import BadParameters, ModelError, SpecError, UsageError, suggest
@@ -193,7 +194,7 @@ class LLM:
         return WireModel((self.model_name,), self._tokenizer, template, self.default_params)
 
     def stats(self) -> EngineStats:
-        """Counters since the model was loaded: prompt tokens computed and reused, generated, steps, drafts."""
+        """Counters since the model was loaded: of tokens (prompts, answers, drafts), steps and preemptions."""
         return self._engine.stats
 
     def parts(self) -> Parts:
@@ -235,9 +236,13 @@ class LLM:
         self._preparer = Preparer(
             assembly.tokenizer, assembly.limits, self.default_params, assembly.chat, defaults.chat_kwargs
         )
-        scheduler = Scheduler(assembly.pool, engine.max_num_seqs, engine.max_step_tokens, engine.speculative_tokens)
-        self._engine = Engine(scheduler, assembly.runner)
         self._max_num_seqs = engine.max_num_seqs
+        self._engine = make_engine(assembly.pool, assembly.runner, engine)
+
+
+def make_engine(pool: BlockPool, runner: Runner, spec: EngineSpec) -> Engine:
+    """With nothing in it yet."""
+    return Engine(Scheduler(pool, spec.max_num_seqs, spec.max_step_tokens, spec.speculative_tokens), runner)
 
 
 def _engine_spec(options: dict[str, Any]) -> EngineSpec:

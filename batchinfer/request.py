@@ -98,6 +98,11 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature == 0.0
 
+    @property
+    def penalised(self) -> bool:
+        """Whether any penalty is asked for."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
 
 # name → (type, lowest, highest); None in the value is allowed where the default is None
 _RANGES: dict[str, tuple[type, float, float]] = {
@@ -216,9 +221,8 @@ class Request:
     def stateless(self) -> bool:
         """Whether a token depends on its logits, position and key alone, and on nothing kept of the tokens before."""
         params = self.params
-        penalised = params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
         edited = self.bad_words or params.logit_bias or params.allowed_token_ids or params.min_tokens
-        return self.constraint is None and not penalised and not edited
+        return self.constraint is None and not params.penalised and not edited
 
     def rows_read(self) -> range | None:
         """Positions of the prompt whose final hidden state is wanted; None if only the KV cache is."""

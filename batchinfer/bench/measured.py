@@ -11,9 +11,8 @@ from batchinfer.bench.cost import LinearCost, StepWork
 from batchinfer.engine.blocks import BlockPool
 from batchinfer.engine.engine import Engine, Runner
 from batchinfer.engine.plan import StepPlan, StepResult
-from batchinfer.engine.scheduler import Scheduler
 from batchinfer.io.fetch import ModelFiles, fetch_model
-from batchinfer.llm import LLM, Defaults
+from batchinfer.llm import LLM, Defaults, make_engine
 from batchinfer.prompting import Limits
 from batchinfer.spec import FAKE_MODEL, EngineSpec, JobSpec
 
@@ -72,9 +71,7 @@ class MeasuredLLM(LLM):
         """Forget cached prefixes, expected answer lengths, counters and steps: the next run is like the first."""
         old = self._engine.scheduler.pool
         pool = BlockPool(len(old.blocks), old.block_size, old.enable_prefix_caching)
-        spec = self._engine_spec
-        scheduler = Scheduler(pool, spec.max_num_seqs, spec.max_step_tokens, spec.speculative_tokens)
-        self._engine = Engine(scheduler, self._noting)
+        self._engine = make_engine(pool, self._noting, self._engine_spec)
         self._noting.steps = []
 
 

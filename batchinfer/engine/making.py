@@ -7,7 +7,7 @@ from batchinfer.engine.sequence import Sequence
 
 
 class Making:
-    """Lists as in `StepPlan`, and the sequences that they are about. `drafts` has those of places with a draft."""
+    """Lists as in `StepPlan`, and the sequences that they are about. `drafts` are in their order."""
 
     __slots__ = (
         "copies",
@@ -34,7 +34,7 @@ class Making:
         self.tokens: list[int] = []
         self.reads: list[Read] = []
         self.copies: list[Copy] = []
-        self.drafts: dict[int, list[int]] = {}
+        self.drafts: list[list[int]] = []
 
     def add(self, sequence: Sequence, start: int, count: int, samples: int) -> None:
         """Its tokens the caller adds to `tokens`."""
@@ -44,13 +44,22 @@ class Making:
         self.counts.append(count)
         self.samples.append(samples)
 
+    def grow(self, sequence: Sequence, first: int) -> None:
+        """Its blocks from number `first` on, if there are any, are new."""
+        if len(sequence.blocks) > first:
+            added = tuple(block.index for block in sequence.blocks[first:])
+            self.grown.append(Grown(sequence.seat, first, added))
+
     def add_draft(self, place: int, draft: list[int]) -> None:
-        """The sequence at `place`, which computes its last known token, computes these after it and samples at each."""
+        """The sequence at `place`, which computes its last known token, computes these after it and samples at each.
+
+        In the order of places.
+        """
         after = sum(self.counts[: place + 1])
         self.tokens[after:after] = draft
         self.counts[place] += len(draft)
         self.samples[place] += len(draft)
-        self.drafts[place] = draft
+        self.drafts.append(draft)
 
     def plan(self, step: int) -> StepPlan:
         return StepPlan(

@@ -42,10 +42,10 @@ class Penalties:
             self._free.append(int(self._places[seat]))
             self._places[seat] = _NONE
         params = request.params
+        if not params.penalised:
+            return False
         repetition = min(max(params.repetition_penalty, _MILDEST), _HARSHEST)
         amounts = (repetition, params.presence_penalty, params.frequency_penalty)
-        if amounts == (1.0, 0.0, 0.0):
-            return False
         prompt = np.array(request.prompt if params.repetition_penalty != 1.0 else [], dtype=np.int64)
         both = np.concatenate([np.array(output, dtype=np.int64), prompt])
         tokens_L, inverse = np.unique(both, return_inverse=True)

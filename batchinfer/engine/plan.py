@@ -59,10 +59,10 @@ class StepPlan:
     """What one forward pass computes. Lists are parallel and never changed after construction.
 
     Sequence i computes positions `starts[i] .. starts[i] + counts[i] - 1`; its token ids are the next `counts[i]` of
-    `tokens`. Its context is everything before, in the blocks of its seat. A token is
-    sampled from each of the last `samples[i]` of these positions; the result has them in this order. With more than one
-    the sequence computes its last known token and a draft, and `counts[i]` is `samples[i]`. `reads` are in the order of
-    their sequences, at most one of each. `copies` come first, all sources being read before a target is written.
+    `tokens`. Its context is everything before, in the blocks of its seat. A token is sampled from each of
+    the last `samples[i]` of these positions; the result has them in this order. With more than one the sequence
+    computes its last known token and a draft, and `counts[i]` is `samples[i]`. `reads` are in the order of their
+    sequences, at most one of each. `copies` come first, all sources being read before a target is written.
     """
 
     step: int

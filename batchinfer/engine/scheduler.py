@@ -13,7 +13,7 @@ from collections import deque
 from batchinfer.engine.blocks import Block, BlockPool
 from batchinfer.engine.expected import ExpectedLength
 from batchinfer.engine.making import Making
-from batchinfer.engine.plan import Copy, Grown, Join, Read, StepPlan, StepResult
+from batchinfer.engine.plan import Copy, Join, Read, StepPlan, StepResult
 from batchinfer.engine.sequence import Sequence
 from batchinfer.engine.speculate import MAX_ROWS, Speculation
 from batchinfer.engine.stats import EngineStats
@@ -118,13 +118,12 @@ class Scheduler:
         self.pool.computed()
         failed = dict(result.failed or {})
         ended = bool(making.reads) and self._take_readings(making, result, failed)
+        drafts = iter(making.drafts)
         row = 0
-        for place, (sequence, count, samples) in enumerate(
-            zip(making.sequences, making.counts, making.samples, strict=True)
-        ):
+        for sequence, count, samples in zip(making.sequences, making.counts, making.samples, strict=True):
             sequence.proven = True
             if samples > 1:
-                ended |= self._take_drafted(sequence, making.drafts[place], row, result, failed)
+                ended |= self._take_drafted(sequence, next(drafts), row, result, failed)
             else:
                 sequence.num_computed += count
                 if samples:
@@ -133,6 +132,7 @@ class Scheduler:
                     self._finish(sequence, "length")
                     ended = True
             row += samples
+        self.stats.generated_tokens += row
         if ended:
             self.running = [sequence for sequence in self.running if sequence.seat >= 0]
         self._careful = min(self._max_num_seqs, self._careful * 2)
@@ -141,7 +141,6 @@ class Scheduler:
         self, sequence: Sequence, row: int, result: StepResult, failed: dict[int, str | RowError]
     ) -> bool:
         """Take in what was sampled in a row of the result; whether the sequence ended with it."""
-        self.stats.generated_tokens += 1
         failure = failed.get(row) if failed else None
         if failure is not None:
             self.pool.forget(sequence.blocks)
@@ -172,6 +171,7 @@ class Scheduler:
             ended = self._take_sampled(sequence, row + accepted, result, failed)
         self.stats.draft_tokens += len(draft)
         self.stats.accepted_tokens += accepted
+        self.stats.generated_tokens -= len(draft) - accepted  # `update` counts all rows
         self._speculation.judge(seat, len(draft), accepted, len(sequence.tokens))
         return ended
 
@@ -248,9 +248,7 @@ class Scheduler:
             source, tokens = beginning
             making.copies.append(Copy(source.index, sequence.blocks[start // size].index))
             self._reuse(sequence, tokens)
-        if len(sequence.blocks) > first:
-            added = tuple(block.index for block in sequence.blocks[first:])
-            making.grown.append(Grown(sequence.seat, first, added))
+        making.grow(sequence, first)
         if count == 0:
             return 0
         if end // size > sequence.num_indexed and self.pool.enable_prefix_caching:
@@ -304,8 +302,7 @@ class Scheduler:
             if self.pool.num_free <= (0 if sequence.promised else self._promised):
                 break
             self._allocate(sequence)
-        if len(sequence.blocks) > first:
-            making.grown.append(Grown(sequence.seat, first, tuple(block.index for block in sequence.blocks[first:])))
+        making.grow(sequence, first)
         return min(wanted, len(sequence.blocks) * size - known)
 
     def _allocate(self, sequence: Sequence) -> None:
