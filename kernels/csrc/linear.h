@@ -15,14 +15,10 @@
 
 #include "elementwise.h"
 #include "parallel.h"
-#include "simd.h"
+#include "tile.h"
 
 namespace {
 
-constexpr int PANEL_VECTORS = 2;
-constexpr int PANEL = PANEL_VECTORS * VL;
-constexpr int MOST_ROWS = MANY_REGISTERS ? 14 : 6;
-constexpr int64_t UNROLLED = 4;             // input features of one turn of the innermost loop
 constexpr int64_t SUMMED = 128;             // input features of a piece
 constexpr int64_t BLOCK_BYTES = 512 << 10;  // rows that all panels are multiplied with in turn: they stay in the second cache
 constexpr int64_t FEWEST_TILES = 5, MOST_TILES = 18;  // of such a block
@@ -72,67 +68,6 @@ struct Linear {
 
     int64_t panel_count() const { return (output.out_features + PANEL - 1) / PANEL; }
 };
-
-// memory that will be needed, asked for a little with every input feature
-struct Ahead {
-    const char* at;
-    int64_t step;
-};
-
-// R rows of x times a piece, summed and then added to what `from` holds
-template <int R, class Weight>
-inline void tile(
-    const float* x, int64_t stride, const Weight* piece, int64_t depth, const float* from, int64_t from_stride, float* to,
-    int64_t to_stride, Ahead ahead) {
-    vec sums[R][PANEL_VECTORS];
-#pragma GCC unroll 14
-    for (int r = 0; r < R; r++) {
-        for (int v = 0; v < PANEL_VECTORS; v++) sums[r][v] = splat(0.0f);
-    }
-    // fourteen rows from three pointers and two distances: there are no registers for more
-    const char *x0 = (const char*)x, *x5 = (const char*)(x + 5 * stride), *x10 = (const char*)(x + 10 * stride);
-    int64_t one = 4 * stride, three = 12 * stride;
-    auto add = [&](int64_t i) __attribute__((always_inline)) {  // input feature i from here
-        asm("" : "+r"(x0), "+r"(x5), "+r"(x10), "+r"(one), "+r"(three));  // or the compiler keeps sums of them, on the stack
-        const char *a0 = x0 + 4 * i, *a5 = x5 + 4 * i, *a10 = x10 + 4 * i;
-        vec weights[PANEL_VECTORS];
-        for (int v = 0; v < PANEL_VECTORS; v++) weights[v] = load(piece + i * PANEL + v * VL);
-#pragma GCC unroll 14
-        for (int r = 0; r < R; r++) {
-            const int64_t distance[5] = {0, one, 2 * one, three, 4 * one};
-            const vec a = splat(*(const float*)((r < 5 ? a0 : r < 10 ? a5 : a10) + distance[r % 5]));
-            for (int v = 0; v < PANEL_VECTORS; v++) sums[r][v] = in_register(sums[r][v] + a * weights[v]);
-        }
-    };
-    const Weight* end = piece + depth * PANEL;
-    for (const Weight* last = end - UNROLLED * PANEL; piece <= last; piece += UNROLLED * PANEL) {
-        for (int64_t byte = 0; byte < UNROLLED * ahead.step; byte += 64) __builtin_prefetch(ahead.at + byte, 0, 2);
-        ahead.at += UNROLLED * ahead.step;
-#pragma GCC unroll 4
-        for (int64_t i = 0; i < UNROLLED; i++) add(i);
-        x0 += 4 * UNROLLED, x5 += 4 * UNROLLED, x10 += 4 * UNROLLED;
-    }
-    for (; piece < end; piece += PANEL) {
-        add(0);
-        x0 += 4, x5 += 4, x10 += 4;
-    }
-#pragma GCC unroll 14
-    for (int r = 0; r < R; r++) {
-        for (int v = 0; v < PANEL_VECTORS; v++) {
-            store(to + r * to_stride + v * VL, load(from + r * from_stride + v * VL) + sums[r][v]);
-        }
-    }
-}
-
-template <int R, class Weight>
-inline void tile_of(
-    int rows, const float* x, int64_t stride, const Weight* piece, int64_t depth, const float* from, int64_t from_stride,
-    float* to, int64_t to_stride, Ahead ahead) {
-    if constexpr (R > 1) {
-        if (rows < R) return tile_of<R - 1>(rows, x, stride, piece, depth, from, from_stride, to, to_stride, ahead);
-    }
-    tile<R>(x, stride, piece, depth, from, from_stride, to, to_stride, ahead);
-}
 
 // Rows first .. last - 1, which all panels are multiplied with in turn, in tiles of nearly the same size
 struct Block {
