@@ -52,6 +52,7 @@ inline void gemm_rows(
 #pragma GCC unroll 3
         for (int w = 0; w < W; w++) sums[m][w] = factor ? load(c + (m * W + w) * VL) * factor[w] : vec{};
     }
+#pragma GCC unroll 2  // or GCC moves the sums from register to register
     for (int64_t k = 0; k < depth; k++) {
         vec right[W];
 #pragma GCC unroll 3
