@@ -29,12 +29,12 @@ struct Ahead {
 #define WEIGHTS_1 VECTOR "29"
 #define COPY_0 VECTOR "30"
 #define COPY_1 VECTOR "31"
-#define EVEN_ROW(i, row, x, sum0, sum1)                                             \
-    IF_ROW(row,                                                                     \
+#define EVEN_ROW(i, row, x, sum0, sum1) \
+    IF_ROW(row, \
         "vfmadd231ps 4 * " #i "(%[" #x "])%{1to16%}, " WEIGHTS_0 ", " VECTOR #sum0 "\n" \
         "vfmadd231ps 4 * " #i "(%[" #x "])%{1to16%}, " WEIGHTS_1 ", " VECTOR #sum1 "\n")
-#define MORE_OVERWRITTEN                                                                                              \
-    , "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23", "xmm24", "xmm25", "xmm26", "xmm27",     \
+#define MORE_OVERWRITTEN \
+    , "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23", "xmm24", "xmm25", "xmm26", "xmm27", \
         "xmm28", "xmm29", "xmm30", "xmm31"
 #else
 #define VECTOR "%%ymm"
@@ -47,51 +47,56 @@ struct Ahead {
 #define MORE_OVERWRITTEN
 #endif
 
+// Where a tile has this row
 #define IF_ROW(row, what) ".if %c[rows] > " #row "\n" what ".endif\n"
-#define PRODUCTS(i, at, copy, sum0, sum1)                           \
-    "vbroadcastss 4 * " #i at ", " copy "\n"                        \
-    "vfmadd231ps " copy ", " WEIGHTS_0 ", " VECTOR #sum0 "\n"       \
+// Of one row and input feature i from here
+#define PRODUCTS(i, at, copy, sum0, sum1) \
+    "vbroadcastss 4 * " #i at ", " copy "\n" \
+    "vfmadd231ps " copy ", " WEIGHTS_0 ", " VECTOR #sum0 "\n" \
     "vfmadd231ps " copy ", " WEIGHTS_1 ", " VECTOR #sum1 "\n"
 #define ODD_ROW(i, row, x, sum0, sum1) IF_ROW(row, PRODUCTS(i, "(%[" #x "], %[stride])", COPY_1, sum0, sum1))
-#define WEIGHTS(i, half, to)                                                       \
-    ".if %c[type] == 0\n"                                                          \
-    "vmovups " BYTES " * (2 * " #i " + " #half ")(%[piece]), " to "\n"              \
-    ".elseif %c[type] == 1\n"                                                      \
-    "vpmovzxwd " BYTES " / 2 * (2 * " #i " + " #half ")(%[piece]), " to "\n"        \
-    "vpslld $16, " to ", " to "\n"                                                 \
-    ".else\n"                                                                      \
-    "vcvtph2ps " BYTES " / 2 * (2 * " #i " + " #half ")(%[piece]), " to "\n"        \
+#define WEIGHTS(i, half, to) \
+    ".if %c[type] == 0\n" \
+    "vmovups " BYTES " * (2 * " #i " + " #half ")(%[piece]), " to "\n" \
+    ".elseif %c[type] == 1\n" \
+    "vpmovzxwd " BYTES " / 2 * (2 * " #i " + " #half ")(%[piece]), " to "\n" \
+    "vpslld $16, " to ", " to "\n" \
+    ".else\n" \
+    "vcvtph2ps " BYTES " / 2 * (2 * " #i " + " #half ")(%[piece]), " to "\n" \
     ".endif\n"
-#define FEATURE(i)                                                                 \
-    WEIGHTS(i, 0, WEIGHTS_0) WEIGHTS(i, 1, WEIGHTS_1)                              \
-    EVEN_ROW(i, 0, x0, 0, 1) ODD_ROW(i, 1, x0, 2, 3)                               \
-    EVEN_ROW(i, 2, x2, 4, 5) ODD_ROW(i, 3, x2, 6, 7)                               \
-    EVEN_ROW(i, 4, x4, 8, 9) ODD_ROW(i, 5, x4, 10, 11)                             \
-    EVEN_ROW(i, 6, x6, 12, 13) ODD_ROW(i, 7, x6, 14, 15)                           \
-    EVEN_ROW(i, 8, x8, 16, 17) ODD_ROW(i, 9, x8, 18, 19)                           \
-    EVEN_ROW(i, 10, x10, 20, 21) ODD_ROW(i, 11, x10, 22, 23)                       \
+// All products of input feature i from here
+#define FEATURE(i) \
+    WEIGHTS(i, 0, WEIGHTS_0) WEIGHTS(i, 1, WEIGHTS_1) \
+    EVEN_ROW(i, 0, x0, 0, 1) ODD_ROW(i, 1, x0, 2, 3) \
+    EVEN_ROW(i, 2, x2, 4, 5) ODD_ROW(i, 3, x2, 6, 7) \
+    EVEN_ROW(i, 4, x4, 8, 9) ODD_ROW(i, 5, x4, 10, 11) \
+    EVEN_ROW(i, 6, x6, 12, 13) ODD_ROW(i, 7, x6, 14, 15) \
+    EVEN_ROW(i, 8, x8, 16, 17) ODD_ROW(i, 9, x8, 18, 19) \
+    EVEN_ROW(i, 10, x10, 20, 21) ODD_ROW(i, 11, x10, 22, 23) \
     EVEN_ROW(i, 12, x12, 24, 25) ODD_ROW(i, 13, x12, 26, 27)
 #define POINT(row, x, before) IF_ROW(row, "lea (%[" #before "], %[stride], 2), %[" #x "]\n")
 #define ADVANCE(count, row, x) IF_ROW(row, "add $4 * " #count ", %[" #x "]\n")
-#define PASS(count)                                                                \
-    "add $" #count " * 2 * " BYTES " * %c[bytes] / 4, %[piece]\n"                   \
+// On to the input feature that is `count` further
+#define PASS(count) \
+    "add $" #count " * 2 * " BYTES " * %c[bytes] / 4, %[piece]\n" \
     ADVANCE(count, 0, x0) ADVANCE(count, 2, x2) ADVANCE(count, 4, x4) ADVANCE(count, 6, x6) \
     ADVANCE(count, 8, x8) ADVANCE(count, 10, x10) ADVANCE(count, 12, x12)
-#define CLEAR(row, sum0, sum1)                                                     \
-    IF_ROW(row,                                                                    \
-        "vxorps " VECTOR #sum0 ", " VECTOR #sum0 ", " VECTOR #sum0 "\n"             \
+#define CLEAR(row, sum0, sum1) \
+    IF_ROW(row, \
+        "vxorps " VECTOR #sum0 ", " VECTOR #sum0 ", " VECTOR #sum0 "\n" \
         "vxorps " VECTOR #sum1 ", " VECTOR #sum1 ", " VECTOR #sum1 "\n")
-#define PUT(row, sum0, sum1)                                                       \
-    IF_ROW(row,                                                                    \
-        "vaddps (%[x0]), " VECTOR #sum0 ", " VECTOR #sum0 "\n"                      \
-        "vaddps " BYTES "(%[x0]), " VECTOR #sum1 ", " VECTOR #sum1 "\n"             \
-        "vmovups " VECTOR #sum0 ", (%[piece])\n"                                   \
-        "vmovups " VECTOR #sum1 ", " BYTES "(%[piece])\n"                          \
-        "add %[stride], %[x0]\n"                                                   \
+// The sums of a row, added to what `from` holds; x0, piece, stride and step are those of `from` and `to` by then
+#define PUT(row, sum0, sum1) \
+    IF_ROW(row, \
+        "vaddps (%[x0]), " VECTOR #sum0 ", " VECTOR #sum0 "\n" \
+        "vaddps " BYTES "(%[x0]), " VECTOR #sum1 ", " VECTOR #sum1 "\n" \
+        "vmovups " VECTOR #sum0 ", (%[piece])\n" \
+        "vmovups " VECTOR #sum1 ", " BYTES "(%[piece])\n" \
+        "add %[stride], %[x0]\n" \
         "add %[step], %[piece]\n")
-#define EACH_ROW(what)                                                                                    \
+#define EACH_ROW(what) \
     what(0, 0, 1) what(1, 2, 3) what(2, 4, 5) what(3, 6, 7) what(4, 8, 9) what(5, 10, 11) what(6, 12, 13) \
-    what(7, 14, 15) what(8, 16, 17) what(9, 18, 19) what(10, 20, 21) what(11, 22, 23) what(12, 24, 25)    \
+    what(7, 14, 15) what(8, 16, 17) what(9, 18, 19) what(10, 20, 21) what(11, 22, 23) what(12, 24, 25) \
     what(13, 26, 27)
 
 constexpr int type_of(const float*) { return 0; }
@@ -136,7 +141,7 @@ inline void tile(
         "dec %[turns]\n"
         "jnz 4b\n"
         "5:\n"
-        "mov %[from], %[x0]\n"  // other numbers for registers that are done with
+        "mov %[from], %[x0]\n"
         "mov %[from_step], %[stride]\n"
         "mov %[to], %[piece]\n"
         "mov %[to_step], %[step]\n"
