@@ -104,7 +104,8 @@ inline void quantized_tile(
             for (int r = 0; r < R; r++) {
                 for (int v = 0; v < V; v++) memcpy(&sum[r][v], offsets + g * PANEL + (start + v) * QL, sizeof(qvec));
             }
-            const uint8_t *x0 = x + g * GROUP, *x5 = x0 + 5 * stride, *x10 = x0 + 10 * stride;  // as in linear.h
+            // fourteen rows from three pointers: there are no registers for more
+            const uint8_t *x0 = x + g * GROUP, *x5 = x0 + 5 * stride, *x10 = x0 + 10 * stride;
             const int64_t distance[5] = {0, stride, 2 * stride, 3 * stride, 4 * stride};
             for (int64_t q = g * QUADS; q < (g + 1) * QUADS; q++) {
                 for (int64_t line = 0; line < PANEL * V / QUANTIZED_VECTORS * 4; line += 64) {

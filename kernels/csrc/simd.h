@@ -44,14 +44,6 @@ inline To bits_as(From from) {
     return to;
 }
 
-// in this order: a compiler that moves sums apart runs out of registers
-inline vec in_register(vec v) {
-#if defined(__x86_64__)
-    asm("" : "+v"(v));
-#endif
-    return v;
-}
-
 inline vec splat(float x) { return x - vec{}; }
 
 inline vec load(const float* p) {

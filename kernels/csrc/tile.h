@@ -1,6 +1,8 @@
 // The innermost loop of linear layers: a tile of rows times a piece of a panel of weights, the sums in registers.
 #pragma once
 
+#include <type_traits>
+
 #include "simd.h"
 
 namespace {
@@ -8,7 +10,6 @@ namespace {
 constexpr int PANEL_VECTORS = 2;
 constexpr int PANEL = PANEL_VECTORS * VL;
 constexpr int MOST_ROWS = MANY_REGISTERS ? 14 : 6;
-constexpr int64_t UNROLLED = 8;  // input features of one turn
 
 // memory that will be needed, asked for a little with every input feature: `step` bytes
 struct Ahead {
@@ -56,9 +57,9 @@ struct Ahead {
     "vfmadd231ps " copy ", " WEIGHTS_1 ", " VECTOR #sum1 "\n"
 #define ODD_ROW(i, row, x, sum0, sum1) IF_ROW(row, PRODUCTS(i, "(%[" #x "], %[stride])", COPY_1, sum0, sum1))
 #define WEIGHTS(i, half, to) \
-    ".if %c[type] == 0\n" \
+    ".if %c[bytes] == 4\n" \
     "vmovups " BYTES " * (2 * " #i " + " #half ")(%[piece]), " to "\n" \
-    ".elseif %c[type] == 1\n" \
+    ".elseif %c[is_bf16]\n" \
     "vpmovzxwd " BYTES " / 2 * (2 * " #i " + " #half ")(%[piece]), " to "\n" \
     "vpslld $16, " to ", " to "\n" \
     ".else\n" \
@@ -99,16 +100,14 @@ struct Ahead {
     what(7, 14, 15) what(8, 16, 17) what(9, 18, 19) what(10, 20, 21) what(11, 22, 23) what(12, 24, 25) \
     what(13, 26, 27)
 
-constexpr int type_of(const float*) { return 0; }
-constexpr int type_of(const bf16*) { return 1; }
-constexpr int type_of(const f16*) { return 2; }
+constexpr int64_t UNROLLED = 8;  // input features of one turn
 
 // R rows of x times a piece, summed and then added to what `from` holds; strides are in numbers
 template <int R, class Weight>
 inline void tile(
     const float* x, int64_t stride, const Weight* piece, int64_t depth, const float* from, int64_t from_stride, float* to,
     int64_t to_stride, Ahead ahead) {
-    static_assert(PANEL_VECTORS == 2 && UNROLLED == 8 && R <= 14, "as it is written");
+    static_assert(PANEL_VECTORS == 2 && UNROLLED == 8 && R <= MOST_ROWS, "as it is written");
     const int64_t left = depth % UNROLLED, from_step = from_stride * 4, to_step = to_stride * 4;
     int64_t turns = depth / UNROLLED, step = UNROLLED * ahead.step;
     const char* until = ahead.at;
@@ -150,7 +149,7 @@ inline void tile(
           [stride] "+&r"(stride), [step] "+&r"(step), [x2] "=&r"(x2), [x4] "=&r"(x4), [x6] "=&r"(x6), [x8] "=&r"(x8),
           [x10] "=&r"(x10), [x12] "=&r"(x12)
         : [left] "m"(left), [from] "m"(from), [to] "m"(to), [from_step] "m"(from_step), [to_step] "m"(to_step),
-          [rows] "i"(R), [type] "i"(type_of((const Weight*)nullptr)), [bytes] "i"(sizeof(Weight))
+          [rows] "i"(R), [bytes] "i"(sizeof(Weight)), [is_bf16] "i"((int)std::is_same_v<Weight, bf16>)
         : "memory", "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10",
           "xmm11", "xmm12", "xmm13", "xmm14", "xmm15" MORE_OVERWRITTEN);
 }
@@ -177,6 +176,7 @@ inline void tile(
 
 #else
 
+// The same, left to the compiler
 template <int R, class Weight>
 inline void tile(
     const float* x, int64_t stride, const Weight* piece, int64_t depth, const float* from, int64_t from_stride, float* to,
