@@ -59,13 +59,15 @@ def test_a_row_s_result_depends_on_nothing_else(backend):
         torch.set_num_threads(before)
 
 
-def test_rows_may_be_strided():
+def test_rows_may_be_strided(backend):
     x, weight, _ = linear_inputs((5, 40, 9), torch.float32)
     packed = ops.pack_linear(weight)
     wide = torch.zeros(5, 100)
     wide[:, 30:70] = x
-    assert torch.equal(ops.linear(wide[:, 30:70], packed, None), ops.linear(x, packed, None))
-    assert torch.equal(ops.linear(x.T.contiguous().T, packed, None), ops.linear(x, packed, None))
+    error = TOLERANCE[torch.float32] if backend == "reference" else 0  # torch adds up in another order on some CPUs
+    for strided in (wide[:, 30:70], x.T.contiguous().T):
+        got, expected = (ops.linear(each, packed, None) for each in (strided, x))
+        torch.testing.assert_close(got, expected, atol=error, rtol=error)
 
 
 @pytest.mark.parametrize("kept", [None, torch.bfloat16, torch.float16], ids=str)
