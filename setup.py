@@ -22,7 +22,8 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 VARIANTS = {"baseline": list[str]()}
 if platform.machine() in ("x86_64", "AMD64"):
     AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
-    VARIANTS |= {"avx2": AVX2, "avx512": AVX512, "avx512_vnni": [*AVX512, "-mavx512vnni"]}
+    VNNI = [*AVX512, "-mavx512vnni"]
+    VARIANTS |= {"avx2": AVX2, "avx512": AVX512, "avx512_vnni": VNNI, "avx512_bf16": [*VNNI, "-mavx512bf16"]}
 
 
 class BuildKernels(build_ext):

@@ -76,12 +76,16 @@ def _model_runner(engine: EngineSpec, path: Path) -> tuple[Runner, BlockPool, in
 
     from batchinfer.engine.cache import bytes_per_token, default_kv_tokens
     from batchinfer.engine.runner import ModelRunner
+    from batchinfer.models.decoder import Rounding
     from batchinfer.models.weights import load_decoder
 
     use_threads(engine.num_threads)
-    dtype: torch.dtype = getattr(torch, engine.dtype or "float32")
-    kv_dtype: torch.dtype = getattr(torch, engine.kv_cache_dtype) if engine.kv_cache_dtype else dtype
-    decoder = load_decoder(path, dtype, engine.max_model_len, quantization=engine.quantization)
+    # bfloat16 is for what is multiplied; sums, and all that lies between the matrices, gain nothing by it on a CPU
+    ends = torch.bfloat16 if engine.dtype == "bfloat16" else None
+    rounding = Rounding(torch.int8 if engine.quantization == "int8" else ends, ends)
+    dtype = torch.float16 if engine.dtype == "float16" else torch.float32
+    kv_dtype: torch.dtype = getattr(torch, engine.kv_cache_dtype or engine.dtype or "float32")
+    decoder = load_decoder(path, dtype, engine.max_model_len, rounding=rounding)
     context = decoder.config.context_tokens
     kv_tokens = engine.kv_cache_tokens
     if kv_tokens is None:
@@ -96,7 +100,7 @@ def _model_runner(engine: EngineSpec, path: Path) -> tuple[Runner, BlockPool, in
     log.info(
         "model loaded",
         architecture=decoder.config.architecture,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=engine.dtype or "float32",
         quantization=engine.quantization or "none",
         kv_cache_dtype=str(kv_dtype).removeprefix("torch."),
         context_tokens=context,

@@ -15,6 +15,7 @@ from dataclasses import fields
 from types import ModuleType
 from typing import Literal, NamedTuple
 
+import torch
 from batchinfer_kernels import cpu, reference
 from batchinfer_kernels.reference.block_matrix import BLOCK, BlockMatrix, stacked_blocks
 from batchinfer_kernels.reference.step_index import StepIndex
@@ -39,7 +40,6 @@ __all__ = [
     "linear",
     "pack_gated",
     "pack_linear",
-    "pack_quantized",
     "packed_rows",
     "paged_attention",
     "rms_norm",
@@ -54,8 +54,8 @@ __all__ = [
 KVPair = tuple[Tensor, Tensor]
 """One layer's cache: k_NKBD, v_NKBD."""
 
-Packed = Tensor | cpu.PackedLinear | cpu.PackedBlocks
-"""A matrix [O, I]: as it is, or in a backend's own form."""
+Packed = Tensor | reference.RoundedMatrix | cpu.PackedLinear | cpu.RoundedPanels | cpu.PackedBlocks
+"""A matrix [O, I]: as it is, rounded, or in a backend's own form."""
 
 Quantized = reference.QuantizedMatrix | cpu.QuantizedPanels
 """A matrix [O, I] in 8 bits, with a scale per row."""
@@ -63,7 +63,7 @@ Quantized = reference.QuantizedMatrix | cpu.QuantizedPanels
 Gated = cpu.GatedPanels
 """A matrix [2F, I] in the form of `gated_linear`."""
 
-_CPU_FORMS = cpu.PackedLinear | cpu.PackedBlocks | cpu.QuantizedPanels
+_CPU_FORMS = cpu.PackedLinear | cpu.RoundedPanels | cpu.PackedBlocks | cpu.QuantizedPanels
 
 _BACKENDS: dict[str, ModuleType] = {}  # device type → its kernels, from its first op on
 
@@ -186,24 +186,19 @@ def gelu_mul(x_T2F: Tensor) -> Tensor:
     return out
 
 
-def pack_linear(weight_OI: Tensor | BlockMatrix) -> Packed:
+def pack_linear(weight_OI: Tensor | BlockMatrix, to: torch.dtype | None = None) -> Packed | Quantized:
     """The matrix in the form that `linear` multiplies with fastest on its device. A copy, or the matrix itself.
 
     What is in blocks gives the results of its float32 numbers, whether a backend keeps the blocks or not.
+    `to` int8 rounds it to 8 bits, symmetric, with a scale per output feature; bfloat16 to that.
     """
-    packed: Packed = _backend(weight_OI).pack_linear(weight_OI)
+    packed: Packed | Quantized = _backend(weight_OI).pack_linear(weight_OI, to)
     return packed
 
 
-def pack_quantized(weight_OI: Tensor | BlockMatrix) -> Quantized:
-    """The matrix rounded to 8 bits, symmetric, with a scale per output feature. A copy."""
-    packed: Quantized = _backend(weight_OI).pack_quantized(weight_OI)
-    return packed
-
-
-def pack_gated(weight_GI: Tensor | BlockMatrix, quantize: bool = False) -> Packed | Quantized | Gated:
+def pack_gated(weight_GI: Tensor | BlockMatrix, to: torch.dtype | None = None) -> Packed | Quantized | Gated:
     """The matrix [2F, I] of gates and then of what they multiply, in the form that `gated_linear` is fastest with."""
-    packed: Packed | Quantized | Gated = _backend(weight_GI).pack_gated(weight_GI, quantize)
+    packed: Packed | Quantized | Gated = _backend(weight_GI).pack_gated(weight_GI, to)
     return packed
 
 
@@ -217,7 +212,7 @@ def gated_linear(
 
 
 def linear(x_NI: Tensor, matrix_OI: Packed | Quantized, bias_O: Tensor | None) -> Tensor:
-    """x Wᵀ + b. With a quantized matrix, x is rounded to 8 bits by row. What was packed stays with its backend."""
+    """x Wᵀ + b. With a matrix that was rounded, x is rounded alike. What was packed stays with its backend."""
     backend = cpu if isinstance(matrix_OI, _CPU_FORMS) else _backend(x_NI)
     out: Tensor = backend.linear(x_NI, matrix_OI, bias_O)
     return out

@@ -106,7 +106,10 @@ class OutputSpec(_Section):
 class EngineSpec(_Section):
     """The engine's limits. None means: chosen for the model and the machine, and logged."""
 
-    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="compute type; float32 on CPU")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None,
+        description="of matrices and what they multiply; default float32. bfloat16: faster on CPUs with AVX512_BF16",
+    )
     kv_cache_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="type of the KV cache; default as computed. 16 bits hold twice the tokens, rounded"
     )

@@ -26,17 +26,20 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
         self._packed: Held | None = None
 
-    def pack(self, quantize: bool = False) -> None:
-        """Once the weight is read: into the form that this machine multiplies with fastest. Gives back its memory."""
+    def pack(self, to: torch.dtype | None = None) -> None:
+        """Once the weight is read: into the form that this machine multiplies with fastest. Gives back its memory.
+
+        `to` as in ops.pack_linear.
+        """
         if self._packed is None:
-            self._keep(self._pack(self.weight, quantize))
+            self._keep(self._pack(self.weight, to))
 
     def take(self, blocks_OI: ops.BlockMatrix) -> None:
         """Instead of reading the weight and packing it."""
-        self._keep(self._pack(blocks_OI, quantize=False))
+        self._keep(self._pack(blocks_OI, None))
 
-    def _pack(self, weight_OI: Tensor | ops.BlockMatrix, quantize: bool) -> Held:
-        return ops.pack_quantized(weight_OI) if quantize else ops.pack_linear(weight_OI)
+    def _pack(self, weight_OI: Tensor | ops.BlockMatrix, to: torch.dtype | None) -> Held:
+        return ops.pack_linear(weight_OI, to)
 
     def _keep(self, packed: Held) -> None:
         self._packed = packed
@@ -73,8 +76,8 @@ class GatedLinear(StackedLinear):
         super().__init__(in_features, (size, size), bias)
         self.activation = activation
 
-    def _pack(self, weight_OI: Tensor | ops.BlockMatrix, quantize: bool) -> Held:
-        return ops.pack_gated(weight_OI, quantize)
+    def _pack(self, weight_OI: Tensor | ops.BlockMatrix, to: torch.dtype | None) -> Held:
+        return ops.pack_gated(weight_OI, to)
 
     def forward(self, x_NI: Tensor) -> Tensor:
         return ops.gated_linear(x_NI, self.held, self.bias, self.activation)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from batchinfer import ops
@@ -64,6 +65,13 @@ def _add(x_TE: Tensor, residual_TE: Tensor, norm: RMSNorm | None) -> Tensor:
     return residual_TE.add_(x_TE) if norm is None else norm.after_adding(x_TE, residual_TE)
 
 
+class Rounding(NamedTuple):
+    """What matrices are rounded to, and what they are multiplied with; None: not at all. `ends`: embedding and head."""
+
+    layers: torch.dtype | None = None
+    ends: torch.dtype | None = None
+
+
 class Decoder(nn.Module):
     """Call it for hidden states of the rows that come out, `logits` for their logits. Weights: models.weights."""
 
@@ -97,12 +105,12 @@ class Decoder(nn.Module):
         multipliers = self.config.multipliers
         return logits(hidden_NE, matrix_VE, multipliers.logits_divisor, multipliers.logits_soft_cap)
 
-    def pack(self, quantization: Literal["int8"] | None = None) -> None:
-        """Once the weights are read: every matrix that is multiplied with, into this machine's best form of it.
-
-        int8 takes the layers' matrices; embedding and LM head, where errors reach the logits at once, stay as they are.
-        """
+    def pack(self, rounding: Rounding) -> None:
+        """Once the weights are read: every matrix that is multiplied with, into this machine's best form of it."""
         for module in self.layers.modules():
             if isinstance(module, Linear):
-                module.pack(quantize=quantization == "int8")
-        (self.embedding if self.head is None else self.head).pack()
+                module.pack(rounding.layers)
+        if self.head is not None:
+            self.head.pack(rounding.ends)
+        if self.head is None or rounding.ends is not None:
+            self.embedding.pack(rounding.ends)

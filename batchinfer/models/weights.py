@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,9 +16,10 @@ from batchinfer import ops
 from batchinfer.errors import ModelError, suggest
 from batchinfer.layers.linear import Linear, StackedLinear
 from batchinfer.models.config import ModelConfig, load_config, parse_config
-from batchinfer.models.decoder import Decoder
+from batchinfer.models.decoder import Decoder, Rounding
 from batchinfer.models.gguf import GGUFFile
 
+NOT_ROUNDED = Rounding()
 _ONE_FILE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _NEVER_NEEDED = ".rotary_emb.inv_freq"  # old Llama files hold what follows from the config
@@ -29,19 +30,18 @@ def load_decoder(
     dtype: torch.dtype,
     max_model_len: int | None = None,
     device: torch.device | str = "cpu",
-    quantization: Literal["int8"] | None = None,
+    rounding: Rounding = NOT_ROUNDED,
 ) -> Decoder:
     """From a directory with config.json and safetensors, or from a .gguf file. Raises ModelError.
 
     `max_model_len` shortens the context; decoder.config.context_tokens says what it then is.
-    `quantization` int8 rounds the matrices of the layers.
     """
     if path.suffix == ".gguf":
         gguf = GGUFFile(path)
         config = _shortened(parse_config(gguf.config_dict(), str(path)), max_model_len)
         decoder = _empty(config, dtype, device)
         filler = _Filler(decoder, config.family.prefixes[0], path)
-        exact = dtype == torch.float32 and torch.device(device).type == "cpu" and quantization is None
+        exact = dtype == torch.float32 and torch.device(device).type == "cpu" and rounding == NOT_ROUNDED
         weights = gguf.weights_in_blocks() if exact else gguf.weights()
         filler.fill((name, path, weight) for name, weight in weights)
     else:
@@ -51,7 +51,7 @@ def load_decoder(
         filler = _Filler(decoder, _prefix(config, shapes), path)
         filler.check(shapes)
         filler.fill(_read_safetensors(list(dict.fromkeys(file for file, _ in shapes.values()))))
-    decoder.pack(quantization)
+    decoder.pack(rounding)
     return decoder.eval()
 
 

@@ -59,8 +59,10 @@ struct Output {
 };
 static_assert(PANEL_VECTORS == 2, "a gate and what it multiplies");
 
-struct Linear {
-    const float* x_NI;
+// x in numbers of one input feature, or in pairs of two, which then count as one
+template <class Number>
+struct LinearOf {
+    const Number* x_NI;
     int64_t stride_N;
     const void* panels;
     Output output;
@@ -68,6 +70,7 @@ struct Linear {
 
     int64_t panel_count() const { return (output.out_features + PANEL - 1) / PANEL; }
 };
+using Linear = LinearOf<float>;
 
 // Rows first .. last - 1, which all panels are multiplied with in turn, in tiles of nearly the same size
 struct Block {
@@ -99,8 +102,8 @@ inline void for_panels(int threads, const Blocks& blocks, int64_t panels, Body&&
 }
 
 // A block times a panel, whose pieces piece_of(start, depth) gives; fetches what this thread will probably need next
-template <class PieceOf>
-inline void multiply_panel(const Linear& l, const Block& block, int64_t number, Ahead next, PieceOf&& piece_of) {
+template <class Number, class PieceOf>
+inline void multiply_panel(const LinearOf<Number>& l, const Block& block, int64_t number, Ahead next, PieceOf&& piece_of) {
     const Output& output = l.output;
     const int64_t tiles = block.tiles, fetch_step = next.step / tiles;
     float begin[PANEL], held[MOST_TILES * MOST_ROWS * PANEL];
@@ -122,19 +125,21 @@ inline void multiply_panel(const Linear& l, const Block& block, int64_t number, 
     }
 }
 
-template <class Weight>
-inline void multiply_panel(const Linear& l, const Block& block, int64_t number, int64_t next) {
+template <class Weight, class Number>
+inline void multiply_panel(const LinearOf<Number>& l, const Block& block, int64_t number, int64_t next) {
     const int64_t size = l.in_features * PANEL;
     const Weight* panel = (const Weight*)l.panels + number * size;
     const Ahead ahead{(const char*)((const Weight*)l.panels + next * size), PANEL * sizeof(Weight)};
-    if (std::is_same_v<Weight, float> || block.tiles <= 2) {
-        return multiply_panel(l, block, number, ahead, [&](int64_t start, int64_t) { return panel + start * PANEL; });
+    if constexpr (!std::is_same_v<Weight, Number>) {
+        if (block.tiles > 2) {  // converted once, not once a tile
+            float wide[SUMMED * PANEL];
+            return multiply_panel(l, block, number, ahead, [&](int64_t start, int64_t depth) {
+                for (int64_t i = 0; i < depth * PANEL; i += VL) store(wide + i, load(panel + start * PANEL + i));
+                return (const float*)wide;
+            });
+        }
     }
-    float wide[SUMMED * PANEL];  // converted once, not once a tile
-    multiply_panel(l, block, number, ahead, [&](int64_t start, int64_t depth) {
-        for (int64_t i = 0; i < depth * PANEL; i += VL) store(wide + i, load(panel + start * PANEL + i));
-        return (const float*)wide;
-    });
+    multiply_panel(l, block, number, ahead, [&](int64_t start, int64_t) { return panel + start * PANEL; });
 }
 
 // panel(l, block, number, the number of the panel to fetch) for each; throws std::bad_alloc, before any thread starts

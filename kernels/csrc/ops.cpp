@@ -9,6 +9,7 @@
 #include "linear.h"
 #include "paged_attention.h"
 #include "quantized_linear.h"
+#include "rounded_linear.h"
 
 #define JOINED(name, variant) name##_##variant
 #define NAMED(name, variant) JOINED(name, variant)
@@ -18,7 +19,7 @@ namespace {
 
 constexpr int64_t GRAIN = 1 << 14;  // numbers that are worth a thread
 
-enum Type { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, BLOCKS_8 = 3, BLOCKS_4 = 4, BLOCKS_4_MINS = 5 };
+enum Type { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, BLOCKS_8 = 3, BLOCKS_4 = 4, BLOCKS_4_MINS = 5, ROUNDED = 6 };
 
 // body(its form), for a type in blocks
 template <class Body>
@@ -119,11 +120,15 @@ OP(gelu_mul)(const float* x_T2F, int64_t tokens, int64_t size, float* out_TF, in
 OP(linear_panel)() { return PANEL; }
 OP(quantized_group)() { return GROUP; }
 
-// the panels of `linear`, in a type that holds each weight exactly
+// input features that lie side by side in the panels of a rounded matrix
+OP(rounded_together)() { return TOGETHER; }
+
+// the panels of `linear`, in a type that holds each weight exactly, or rounded
 OP(pack_linear)(
     const float* w_OI, int64_t in_features, int64_t out_features, void* panels, int type, int threads) {
     if (type == FLOAT32) pack(w_OI, in_features, out_features, (float*)panels, threads);
     else if (type == BFLOAT16) pack(w_OI, in_features, out_features, (bf16*)panels, threads);
+    else if (type == ROUNDED) pack_rounded(w_OI, in_features, out_features, (RoundedWeight*)panels, threads);
     else pack(w_OI, in_features, out_features, (f16*)panels, threads);
     return 0;
 }
@@ -138,6 +143,7 @@ OP(linear)(
         if (type == FLOAT32) multiply<float>(l, threads);
         else if (type == BFLOAT16) multiply<bf16>(l, threads);
         else if (type == FLOAT16) multiply<f16>(l, threads);
+        else if (type == ROUNDED) multiply_rounded(l, threads);
         else with_form(type, [&](auto form) { multiply_blocks<decltype(form)>(l, threads); });
     } catch (const std::bad_alloc&) {
         return 1;

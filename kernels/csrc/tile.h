@@ -11,6 +11,11 @@ constexpr int PANEL_VECTORS = 2;
 constexpr int PANEL = PANEL_VECTORS * VL;
 constexpr int MOST_ROWS = MANY_REGISTERS ? 14 : 6;
 
+// bfloat16 of two input features, which AVX512_BF16 takes as one number: the product of two pairs is a sum of two products
+struct pair {
+    bf16 features[2];
+};
+
 // memory that will be needed, asked for a little with every input feature: `step` bytes
 struct Ahead {
     const char* at;
@@ -32,8 +37,8 @@ struct Ahead {
 #define COPY_1 VECTOR "31"
 #define EVEN_ROW(i, row, x, sum0, sum1) \
     IF_ROW(row, \
-        "vfmadd231ps 4 * " #i "(%[" #x "])%{1to16%}, " WEIGHTS_0 ", " VECTOR #sum0 "\n" \
-        "vfmadd231ps 4 * " #i "(%[" #x "])%{1to16%}, " WEIGHTS_1 ", " VECTOR #sum1 "\n")
+        ADD_PRODUCT("4 * " #i "(%[" #x "])%{1to16%}, " WEIGHTS_0 ", " VECTOR #sum0) \
+        ADD_PRODUCT("4 * " #i "(%[" #x "])%{1to16%}, " WEIGHTS_1 ", " VECTOR #sum1))
 #define MORE_OVERWRITTEN \
     , "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23", "xmm24", "xmm25", "xmm26", "xmm27", \
         "xmm28", "xmm29", "xmm30", "xmm31"
@@ -48,13 +53,23 @@ struct Ahead {
 #define MORE_OVERWRITTEN
 #endif
 
+#if defined(__AVX512BF16__)
+#define ADD_PRODUCT(operands) \
+    ".if %c[pairs]\n" \
+    "vdpbf16ps " operands "\n" \
+    ".else\n" \
+    "vfmadd231ps " operands "\n" \
+    ".endif\n"
+#else
+#define ADD_PRODUCT(operands) "vfmadd231ps " operands "\n"
+#endif
 // Where a tile has this row
 #define IF_ROW(row, what) ".if %c[rows] > " #row "\n" what ".endif\n"
 // Of one row and input feature i from here
 #define PRODUCTS(i, at, copy, sum0, sum1) \
     "vbroadcastss 4 * " #i at ", " copy "\n" \
-    "vfmadd231ps " copy ", " WEIGHTS_0 ", " VECTOR #sum0 "\n" \
-    "vfmadd231ps " copy ", " WEIGHTS_1 ", " VECTOR #sum1 "\n"
+    ADD_PRODUCT(copy ", " WEIGHTS_0 ", " VECTOR #sum0) \
+    ADD_PRODUCT(copy ", " WEIGHTS_1 ", " VECTOR #sum1)
 #define ODD_ROW(i, row, x, sum0, sum1) IF_ROW(row, PRODUCTS(i, "(%[" #x "], %[stride])", COPY_1, sum0, sum1))
 #define WEIGHTS(i, half, to) \
     ".if %c[bytes] == 4\n" \
@@ -103,15 +118,15 @@ struct Ahead {
 constexpr int64_t UNROLLED = 8;  // input features of one turn
 
 // R rows of x times a piece, summed and then added to what `from` holds; strides are in numbers
-template <int R, class Weight>
+template <int R, class Number, class Weight>
 inline void tile(
-    const float* x, int64_t stride, const Weight* piece, int64_t depth, const float* from, int64_t from_stride, float* to,
+    const Number* x, int64_t stride, const Weight* piece, int64_t depth, const float* from, int64_t from_stride, float* to,
     int64_t to_stride, Ahead ahead) {
     static_assert(PANEL_VECTORS == 2 && UNROLLED == 8 && R <= MOST_ROWS, "as it is written");
     const int64_t left = depth % UNROLLED, from_step = from_stride * 4, to_step = to_stride * 4;
     int64_t turns = depth / UNROLLED, step = UNROLLED * ahead.step;
     const char* until = ahead.at;
-    const float *x2, *x4, *x6, *x8, *x10, *x12;
+    const Number *x2, *x4, *x6, *x8, *x10, *x12;
     stride *= 4;
     asm volatile(
         EACH_ROW(CLEAR)
@@ -149,7 +164,8 @@ inline void tile(
           [stride] "+&r"(stride), [step] "+&r"(step), [x2] "=&r"(x2), [x4] "=&r"(x4), [x6] "=&r"(x6), [x8] "=&r"(x8),
           [x10] "=&r"(x10), [x12] "=&r"(x12)
         : [left] "m"(left), [from] "m"(from), [to] "m"(to), [from_step] "m"(from_step), [to_step] "m"(to_step),
-          [rows] "i"(R), [bytes] "i"(sizeof(Weight)), [is_bf16] "i"((int)std::is_same_v<Weight, bf16>)
+          [rows] "i"(R), [bytes] "i"(sizeof(Weight)), [is_bf16] "i"((int)std::is_same_v<Weight, bf16>),
+          [pairs] "i"((int)std::is_same_v<Number, pair>)
         : "memory", "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10",
           "xmm11", "xmm12", "xmm13", "xmm14", "xmm15" MORE_OVERWRITTEN);
 }
@@ -162,6 +178,7 @@ inline void tile(
 #undef COPY_1
 #undef EVEN_ROW
 #undef MORE_OVERWRITTEN
+#undef ADD_PRODUCT
 #undef IF_ROW
 #undef PRODUCTS
 #undef ODD_ROW
@@ -200,9 +217,9 @@ inline void tile(
 
 #endif
 
-template <int R, class Weight>
+template <int R, class Number, class Weight>
 inline void tile_of(
-    int rows, const float* x, int64_t stride, const Weight* piece, int64_t depth, const float* from, int64_t from_stride,
+    int rows, const Number* x, int64_t stride, const Weight* piece, int64_t depth, const float* from, int64_t from_stride,
     float* to, int64_t to_stride, Ahead ahead) {
     if constexpr (R > 1) {
         if (rows < R) return tile_of<R - 1>(rows, x, stride, piece, depth, from, from_stride, to, to_stride, ahead);

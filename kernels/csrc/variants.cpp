@@ -26,3 +26,11 @@ extern "C" __attribute__((visibility("default"))) int has_variant_avx512_vnni() 
     return 0;
 #endif
 }
+
+extern "C" __attribute__((visibility("default"))) int has_variant_avx512_bf16() {
+#if defined(__x86_64__)
+    return has_variant_avx512_vnni() && __builtin_cpu_supports("avx512bf16");
+#else
+    return 0;
+#endif
+}

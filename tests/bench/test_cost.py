@@ -8,6 +8,7 @@ import torch
 from batchinfer import ops
 from batchinfer.bench.cost import LinearCost, Rates, StepWork, limit_of
 from batchinfer.layers.linear import Linear
+from batchinfer.models.decoder import Rounding
 from batchinfer.models.weights import load_decoder
 from tests.models.tiny import build
 
@@ -19,7 +20,7 @@ def test_cost_of_the_tiny_model(tiny_model):
         ops.use_reference("cpu")  # which adds no rows to fill a panel
         cost = LinearCost.of(load_decoder(tiny_model, torch.float32))
         half = LinearCost.of(load_decoder(tiny_model, torch.bfloat16))
-        eighth = LinearCost.of(load_decoder(tiny_model, torch.float32, quantization="int8"))
+        eighth = LinearCost.of(load_decoder(tiny_model, torch.float32, rounding=Rounding(layers=torch.int8)))
     # hidden 32, 4 heads and 2 kv heads of 8, feed-forward 48, 4 layers, vocabulary 96
     layer = 32 * (32 + 16 + 16) + 32 * 32 + 32 * (48 + 48) + 48 * 32
     assert (cost.layer_weights, cost.head_weights, cost.quantized) == (4 * layer, 32 * 96, False)

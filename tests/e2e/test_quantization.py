@@ -1,10 +1,11 @@
-"""`engine.quantization` from end to end: what it rounds, how little, and that tokens depend on nothing else."""
+"""`engine.quantization` and `engine.dtype`: what they round, how little, and that tokens depend on nothing else."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import torch
 
 from batchinfer import LLM, SamplingParams
 from batchinfer.errors import UsageError
@@ -13,15 +14,25 @@ from tests.e2e.test_kv_cache_dtype import answers, model, tokens  # noqa: F401 -
 GREEDY = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, logprobs=0)
 
 
-def test_cache_chunks_and_preemption_change_no_token(model: Path) -> None:  # noqa: F811
-    whole = answers(model, quantization="int8", enable_prefix_caching=False)
-    assert tokens(answers(model, quantization="int8")) == tokens(whole)
-    assert tokens(answers(model, quantization="int8", max_step_tokens=9)) == tokens(whole)
-    assert tokens(answers(model, preempt=True, quantization="int8", kv_cache_tokens=160)) == tokens(whole)
+KINDS: list[dict[str, str]] = [
+    {"quantization": "int8"},
+    {"dtype": "bfloat16"},
+    {"dtype": "bfloat16", "quantization": "int8", "kv_cache_dtype": "float32"},
+]
+each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(kind.values()))
 
 
-def test_it_rounds_and_only_a_little(model: Path) -> None:  # noqa: F811
-    exact, rounded = answers(model), answers(model, quantization="int8")
+@each_kind
+def test_cache_chunks_and_preemption_change_no_token(model: Path, kind: dict[str, str]) -> None:  # noqa: F811
+    whole = answers(model, **kind, enable_prefix_caching=False)
+    assert tokens(answers(model, **kind)) == tokens(whole)
+    assert tokens(answers(model, **kind, max_step_tokens=9)) == tokens(whole)
+    assert tokens(answers(model, preempt=True, **kind, kv_cache_tokens=160)) == tokens(whole)
+
+
+@each_kind
+def test_it_rounds_and_only_a_little(model: Path, kind: dict[str, str]) -> None:  # noqa: F811
+    exact, rounded = answers(model), answers(model, **kind)
     firsts = [
         (a.logprobs[0].logprob, b.logprobs[0].logprob)
         for a, b in zip(exact, rounded, strict=True)
@@ -31,16 +42,33 @@ def test_it_rounds_and_only_a_little(model: Path) -> None:  # noqa: F811
     assert 0 < max(abs(a - b) for a, b in firsts) < 0.05
 
 
+@pytest.mark.parametrize(
+    ("dtype", "quantization", "layers", "ends"),
+    [(None, None, False, False), ("bfloat16", None, True, True), ("bfloat16", "int8", False, True)],
+)
+def test_what_bfloat16_rounds(model: Path, dtype, quantization, layers, ends) -> None:  # noqa: F811
+    """Every matrix and what it is multiplied with; what comes out of it is float32."""
+    decoder = LLM(model, dtype=dtype, quantization=quantization)._engine._runner.decoder
+    x = torch.randn(3, decoder.config.hidden_size, generator=torch.Generator().manual_seed(1))
+    for multiply, rounds in ((decoder.layers[0].attention.qkv, layers), (decoder.logits, ends)):
+        result = multiply(x)
+        assert torch.equal(result, multiply(x.bfloat16().float())) is rounds
+        assert result.dtype == torch.float32 and not torch.equal(result, result.bfloat16().float())
+    rows = decoder.embedding(torch.arange(3, 20))
+    assert rows.dtype == torch.float32 and torch.equal(rows, rows.bfloat16().float()) is ends
+
+
 def test_another_kind_is_refused() -> None:
     with pytest.raises(UsageError, match="quantization: Input should be 'int8', got 'int4'"):
         LLM("fake", quantization="int4")
 
 
+@each_kind
 @pytest.mark.model
-def test_a_trained_model_says_nearly_the_same(smollm2_gguf: Path) -> None:
+def test_a_trained_model_says_nearly_the_same(smollm2_gguf: Path, kind: dict[str, str]) -> None:
     prompts = ["The capital of France is", "Water boils at", "def fibonacci(n):", "Once upon a time there was"]
     exact, rounded = (
-        LLM(smollm2_gguf, quantization=kind, kv_cache_tokens=2048).generate(prompts, GREEDY) for kind in (None, "int8")
+        LLM(smollm2_gguf, kv_cache_tokens=2048, **options).generate(prompts, GREEDY) for options in ({}, kind)
     )
     for a, b in zip(exact, rounded, strict=True):
         assert a.outputs[0].token_ids[0] == b.outputs[0].token_ids[0]

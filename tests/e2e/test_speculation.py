@@ -75,13 +75,13 @@ def test_with_a_prefix_cache_preemption_and_short_steps(model: Path) -> None:  #
     assert stats.accepted_tokens > 0 and tokens(short) == tokens(plain)
 
 
-@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("kind", [{}, {"quantization": "int8"}, {"dtype": "bfloat16"}], ids=str)
 @pytest.mark.model
-def test_a_trained_model_says_the_same(smollm2_gguf: Path, quantization: str | None, plain_torch: bool) -> None:
+def test_a_trained_model_says_the_same(smollm2_gguf: Path, kind: dict[str, str], plain_torch: bool) -> None:
     text = "Repeat this list three times: apples, pears, plums, cherries.\nApples, pears, plums, cherries.\nApples,"
     found = []
     for most in (0, 4):
-        llm = LLM(smollm2_gguf, kv_cache_tokens=4096, speculative_tokens=most, quantization=quantization)
+        llm = LLM(smollm2_gguf, kv_cache_tokens=4096, speculative_tokens=most, **kind)
         params = [SamplingParams(temperature=t, seed=1, max_tokens=40, logprobs=1) for t in (0.0, 0.7)]
         found.append([output for completion in llm.generate([text, text], params) for output in completion.outputs])
     check_equal(*found, plain_torch)

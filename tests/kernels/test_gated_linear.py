@@ -59,20 +59,22 @@ def test_in_one_as_in_two(shape, form, activation):
         assert torch.equal(got, expected) and got.std() > 0.01
 
 
+@pytest.mark.parametrize("to", [torch.int8, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("activation", OPS)
-@pytest.mark.parametrize("shape", [(1, 64, 16), (3, 100, 48), (40, 160, 24), (70, 576, 1536)], ids=str)
-def test_in_8_bits_as_in_two(shape, activation):
+@pytest.mark.parametrize("shape", [(1, 64, 16), (3, 101, 48), (40, 160, 24), (70, 576, 1536)], ids=str)
+def test_rounded_as_in_two(shape, activation, to):
     x, weight, bias = _inputs(shape)
     for given in (None, bias):
-        expected = OPS[activation](ops.linear(x, ops.pack_quantized(weight), given))
-        assert torch.equal(ops.gated_linear(x, ops.pack_gated(weight, quantize=True), given, activation), expected)
+        expected = OPS[activation](ops.linear(x, ops.pack_linear(weight, to), given))
+        assert torch.equal(ops.gated_linear(x, ops.pack_gated(weight, to), given, activation), expected)
 
 
-def test_blocks_quantize_as_their_float32_numbers():
+@pytest.mark.parametrize("to", [torch.int8, torch.bfloat16], ids=str)
+def test_blocks_are_rounded_as_their_float32_numbers(to):
     _, weight, _ = _inputs((1, 64, 48))
     blocks = _forms(weight)["blocks"]
     x = seeded(3, 64, seed=3, dtype=torch.float32)
-    one, other = (ops.gated_linear(x, ops.pack_gated(w, True), None, "silu") for w in (blocks, blocks.float()))
+    one, other = (ops.gated_linear(x, ops.pack_gated(w, to), None, "silu") for w in (blocks, blocks.float()))
     assert torch.equal(one, other)
 
 

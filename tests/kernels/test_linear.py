@@ -103,7 +103,7 @@ def test_quantized_linear(shape, dtype):
         largest = part.abs().amax(1).clamp(min=1e-20)[:, None]
         steps = (part * (torch.full_like(largest, 127) / largest)).round().double()
         expected += steps * (largest / 127) @ rounded[:, start : start + 64].T
-    packed = ops.pack_quantized(weight)
+    packed = ops.pack_linear(weight, torch.int8)
     for given in (None, bias):
         got = ops.linear(x, packed, given)
         assert got.dtype == dtype
@@ -116,14 +116,14 @@ def test_quantized_sums_are_exact_at_the_extremes():
     for sign in (1.0, -1.0):
         x, weight = torch.full((9, 2048), sign), torch.ones(70, 2048)
         weight[1::2] = -1.0
-        got = ops.linear(x, ops.pack_quantized(weight), None)
+        got = ops.linear(x, ops.pack_linear(weight, torch.int8), None)
         expected = (sign * 2048 * (1 - 2 * (torch.arange(70) % 2))).expand(9, 70)
         torch.testing.assert_close(got, expected.float(), atol=0, rtol=1e-6)
 
 
 def test_a_quantized_row_s_result_depends_on_nothing_else():
     x, weight, bias = linear_inputs((61, 576, 96), torch.float32)
-    packed = ops.pack_quantized(weight)
+    packed = ops.pack_linear(weight, torch.int8)
     together = ops.linear(x, packed, bias)
     for start in range(0, 61, 7):
         assert torch.equal(ops.linear(x[start : start + 7], packed, bias), together[start : start + 7])
@@ -132,9 +132,61 @@ def test_a_quantized_row_s_result_depends_on_nothing_else():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_quantized_rows_that_are_not_finite_stay_so(bad):
     x, weight, bias = linear_inputs((20, 70, 40), torch.float32)
-    packed = ops.pack_quantized(weight)
+    packed = ops.pack_linear(weight, torch.int8)
     calm = ops.linear(x, packed, bias)
     x[7, 69] = bad
+    got = ops.linear(x, packed, bias)
+    others = [row for row in range(20) if row != 7]
+    assert not got[7].isfinite().any() and torch.equal(got[others], calm[others])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", LINEAR_SHAPES, ids=str)
+def test_linear_in_bfloat16(shape, dtype):
+    """What is multiplied is rounded, and nothing else."""
+    x, weight, bias = linear_inputs(shape, dtype)
+    packed = ops.pack_linear(weight, torch.bfloat16)
+    for given in (None, bias):
+        expected = x.bfloat16().double() @ weight.bfloat16().double().T + (0 if given is None else given.double())
+        got = ops.linear(x, packed, given)
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+def test_bfloat16_rounds_to_the_nearest_and_ties_to_even():
+    steps = torch.cat([1 + torch.arange(513) / 512 * 2.0**-5, torch.tensor([3.3e38, 1e-30, -1e-30, 65504.0])])
+    numbers = torch.cat([steps, -steps])
+    one = ops.pack_linear(torch.eye(1), torch.bfloat16)
+    assert torch.equal(ops.linear(numbers[:, None], one, None)[:, 0], numbers.bfloat16().float())
+    matrix = ops.pack_linear(numbers[:, None].contiguous(), torch.bfloat16)
+    assert torch.equal(ops.linear(torch.ones(1, 1), matrix, None)[0], numbers.bfloat16().float())
+
+
+@pytest.mark.parametrize("shape", [(1, 40, 70), (1, 41, 33), (1, 1, 1)], ids=str)
+def test_rows_of_a_matrix_in_bfloat16(shape):
+    _, weight, _ = linear_inputs(shape, torch.float32)
+    rows = torch.arange(shape[2]).flip(0)
+    assert torch.equal(ops.packed_rows(ops.pack_linear(weight, torch.bfloat16), rows), weight[rows].bfloat16().float())
+
+
+def test_a_row_s_result_in_bfloat16_depends_on_nothing_else(backend):
+    if backend == "reference":
+        pytest.skip("torch promises nothing of the kind")
+    for shape in ((61, 576, 96), (300, 1025, 70), (40, 2048, 33)):
+        x, weight, bias = linear_inputs(shape, torch.float32)
+        packed = ops.pack_linear(weight, torch.bfloat16)
+        together = ops.linear(x, packed, bias)
+        for rows in (1, 7, 29):
+            for start in range(0, len(x), rows):
+                assert torch.equal(ops.linear(x[start : start + rows], packed, bias), together[start : start + rows])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_rows_in_bfloat16_that_are_not_finite_stay_so(bad):
+    x, weight, bias = linear_inputs((20, 71, 40), torch.float32)
+    packed = ops.pack_linear(weight, torch.bfloat16)
+    calm = ops.linear(x, packed, bias)
+    x[7, 70] = bad
     got = ops.linear(x, packed, bias)
     others = [row for row in range(20) if row != 7]
     assert not got[7].isfinite().any() and torch.equal(got[others], calm[others])

@@ -1,6 +1,8 @@
 """This engine, as the others are run.
 
-python -m tests.peers.run_batchinfer MODEL [--quantization=int8] WORKLOAD.jsonl ...    a JSON line per workload
+python -m tests.peers.run_batchinfer MODEL [--NAME=VALUE] WORKLOAD.jsonl ...    a JSON line per workload
+
+NAME is a field of the engine: dtype, quantization.
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ from batchinfer.models.gguf import GGUFFile
 
 
 def main(model: str, arguments: list[str]) -> None:
-    quantization = "int8" if "--quantization=int8" in arguments else None
+    options = dict(argument[2:].split("=") for argument in arguments if argument.startswith("--"))
     began = time.perf_counter()
-    llm = LLM(model, max_num_seqs=64, max_step_tokens=2048, kv_cache_tokens=46_000, quantization=quantization)
+    llm = LLM(model, max_num_seqs=64, max_step_tokens=2048, kv_cache_tokens=46_000, **options)
     import torch
 
     start_s = time.perf_counter() - began

@@ -21,7 +21,6 @@ from batchinfer_kernels.cpu.linear import (
     linear,
     multiply,
     pack_linear,
-    pack_quantized,
 )
 from batchinfer_kernels.cpu.memory import empty_rows
 
@@ -35,13 +34,13 @@ class GatedPanels:
     packed: Panels
 
 
-def pack_gated(weight_GI: Tensor | reference.BlockMatrix, quantize: bool) -> Matrix | GatedPanels:
-    """GatedPanels of float32 or blocks, where panels come out even; otherwise what its pack_ function makes."""
+def pack_gated(weight_GI: Tensor | reference.BlockMatrix, to: torch.dtype | None) -> Matrix | GatedPanels:
+    """GatedPanels of float32 or blocks, where panels come out even; otherwise what pack_linear makes."""
     rows, panel = weight_GI.shape[0], functions().linear_panel()
     even = known(weight_GI) and rows % panel == 0
     if even:
         weight_GI = weight_GI[torch.arange(rows).view(2, -1, panel // 2).transpose(0, 1).flatten()]
-    packed = pack_quantized(weight_GI) if quantize else pack_linear(weight_GI)
+    packed = pack_linear(weight_GI, to)
     return GatedPanels(packed) if even and isinstance(packed, Panels) else packed
 
 

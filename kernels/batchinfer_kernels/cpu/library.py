@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-VARIANTS = ("avx512_vnni", "avx512", "avx2", "baseline")  # the best first
+VARIANTS = ("avx512_bf16", "avx512_vnni", "avx512", "avx2", "baseline")  # the best first
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _PATH = Path(__file__).with_name("_ops.so")
@@ -26,6 +26,7 @@ _SIGNATURES = {  # p pointer, n int64, i int, f float
     "gelu_mul": "pnnpi",
     "linear_panel": "",
     "quantized_group": "",
+    "rounded_together": "",
     "pack_linear": "pnnpii",
     "linear": "pnpippninnni",
     "block_bytes": "i",
@@ -40,7 +41,7 @@ Function = Callable[..., int]
 
 
 class Functions(NamedTuple):
-    """Of one variant. linear_panel, quantized_group and block_bytes return sizes, others 0, or 1 for want of memory."""
+    """Of one variant. Those that take no pointer return sizes, others 0, or 1 for want of memory."""
 
     paged_attention: Function
     rms_norm: Function
@@ -49,6 +50,7 @@ class Functions(NamedTuple):
     gelu_mul: Function
     linear_panel: Function
     quantized_group: Function
+    rounded_together: Function
     pack_linear: Function
     linear: Function
     block_bytes: Function

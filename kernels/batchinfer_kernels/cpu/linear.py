@@ -17,6 +17,7 @@ class PackedLinear:
     """A matrix [O, I] as the compiled variant in use reads it; `functions` are that variant's."""
 
     panels: Tensor  # [ceil(O / panel), I, panel], zeros beyond O
+    in_features: int
     out_features: int
     functions: Functions
 
@@ -32,32 +33,55 @@ class PackedBlocks:
     functions: Functions
 
 
+@dataclass(frozen=True, slots=True)
+class RoundedPanels:
+    """A matrix rounded to bfloat16, as csrc/rounded_linear.h reads it."""
+
+    panels: Tensor  # bfloat16 [ceil(O / panel), ceil(I / together), panel, together], zeros beyond O and I
+    in_features: int
+    out_features: int
+    functions: Functions
+
+
 def known(weight_OI: Tensor | reference.BlockMatrix) -> bool:
     return isinstance(weight_OI, reference.BlockMatrix) or weight_OI.dtype == torch.float32
 
 
+_ROUNDED = 6  # csrc/ops.cpp's type
 _BLOCK_TYPES = {(8, False): 3, (4, False): 4, (4, True): 5}  # (bits, with minima)
 
 
-def pack_linear(weight_OI: Tensor | reference.BlockMatrix) -> Tensor | PackedLinear | PackedBlocks:
+def pack_linear(weight_OI: Tensor | reference.BlockMatrix, to: torch.dtype | None) -> Matrix:
     """Copies. Numbers that 16 bits hold exactly (a bfloat16 checkpoint's) are kept in 16: half the memory to read."""
+    if not known(weight_OI):
+        return reference.pack_linear(weight_OI, to)
+    if to == torch.int8:
+        return _pack_quantized(weight_OI)
+    if to == torch.bfloat16:
+        return _pack_rounded(weight_OI.float())
     if isinstance(weight_OI, reference.BlockMatrix):
         return _pack_blocks(weight_OI)
-    if not known(weight_OI):
-        return reference.pack_linear(weight_OI)
     chosen = functions()
     panel = chosen.linear_panel()
     out_features, in_features = weight_OI.shape
     panels = empty((-(-out_features // panel), in_features, panel), _smallest_exact(weight_OI))
-    chosen.pack_linear(
-        weight_OI.contiguous().data_ptr(),
-        in_features,
-        out_features,
-        panels.data_ptr(),
-        TYPES[panels.dtype],
-        torch.get_num_threads(),
-    )
-    return PackedLinear(panels, out_features, chosen)
+    _fill(panels, weight_OI, TYPES[panels.dtype], chosen)
+    return PackedLinear(panels, in_features, out_features, chosen)
+
+
+def _pack_rounded(weight_OI: Tensor) -> RoundedPanels:
+    chosen = functions()
+    panel, together = chosen.linear_panel(), chosen.rounded_together()
+    out_features, in_features = weight_OI.shape
+    panels = empty((-(-out_features // panel), -(-in_features // together), panel, together), torch.bfloat16)
+    _fill(panels, weight_OI, _ROUNDED, chosen)
+    return RoundedPanels(panels, in_features, out_features, chosen)
+
+
+def _fill(panels: Tensor, weight_OI: Tensor, kind: int, chosen: Functions) -> None:
+    out_features, in_features = weight_OI.shape
+    weights, threads = weight_OI.contiguous(), torch.get_num_threads()
+    chosen.pack_linear(weights.data_ptr(), in_features, out_features, panels.data_ptr(), kind, threads)
 
 
 def _pack_blocks(matrix: reference.BlockMatrix) -> PackedBlocks:
@@ -95,10 +119,9 @@ class QuantizedPanels:
         return len(self.scales_O)
 
 
-def pack_quantized(weight_OI: Tensor | reference.BlockMatrix) -> reference.QuantizedMatrix | QuantizedPanels:
-    matrix = reference.pack_quantized(weight_OI)
-    if not known(weight_OI):
-        return matrix
+def _pack_quantized(weight_OI: Tensor | reference.BlockMatrix) -> QuantizedPanels:
+    matrix = reference.pack_linear(weight_OI, torch.int8)
+    assert isinstance(matrix, reference.QuantizedMatrix)
     chosen = functions()
     panel = chosen.linear_panel()
     out_features, in_features = weight_OI.shape
@@ -118,12 +141,12 @@ def _smallest_exact(weight_OI: Tensor) -> torch.dtype:
     return torch.float32
 
 
-Panels = PackedLinear | PackedBlocks | QuantizedPanels
-Matrix = Tensor | reference.QuantizedMatrix | Panels
+Panels = PackedLinear | RoundedPanels | PackedBlocks | QuantizedPanels
+Matrix = reference.Matrix | Panels
 
 
 def linear(x_NI: Tensor, packed: Matrix, bias_O: Tensor | None) -> Tensor:
-    if isinstance(packed, Tensor | reference.QuantizedMatrix):
+    if isinstance(packed, reference.Matrix):
         return reference.linear(x_NI, packed, bias_O)
     return multiply(x_NI, packed, bias_O, torch.empty(len(x_NI), packed.out_features))
 
@@ -135,21 +158,29 @@ def multiply(x_NI: Tensor, packed: Panels, bias_O: Tensor | None, out: Tensor, a
     x, bias = x_NI.data_ptr(), None if bias_O is None else bias_O.data_ptr()
     panels, stride, threads = packed.panels.data_ptr(), x_NI.stride(0), torch.get_num_threads()
     result, sizes = (out.data_ptr(), out.stride(0), activation), (*x_NI.shape, packed.out_features)
-    if isinstance(packed, PackedLinear | PackedBlocks):
-        kind = packed.type if isinstance(packed, PackedBlocks) else TYPES[packed.panels.dtype]
-        checked(packed.functions.linear(x, stride, panels, kind, bias, *result, *sizes, threads))
-    else:
+    if isinstance(packed, QuantizedPanels):
         offsets, scales = packed.offsets.data_ptr(), packed.scales_O.data_ptr()
         checked(packed.functions.quantized_linear(x, stride, panels, offsets, scales, bias, *result, *sizes, threads))
+    else:
+        checked(packed.functions.linear(x, stride, panels, _type(packed), bias, *result, *sizes, threads))
     return out
 
 
-def packed_rows(packed: Tensor | PackedLinear | PackedBlocks, rows_N: Tensor) -> Tensor:
-    if isinstance(packed, Tensor):
-        return reference.packed_rows(packed, rows_N)
+def _type(packed: PackedLinear | RoundedPanels | PackedBlocks) -> int:
     if isinstance(packed, PackedLinear):
-        panel = packed.panels.shape[-1]
-        return packed.panels[rows_N // panel, :, rows_N % panel].float()
+        return TYPES[packed.panels.dtype]
+    return _ROUNDED if isinstance(packed, RoundedPanels) else packed.type
+
+
+def packed_rows(
+    packed: Tensor | reference.RoundedMatrix | PackedLinear | RoundedPanels | PackedBlocks, rows_N: Tensor
+) -> Tensor:
+    if isinstance(packed, Tensor | reference.RoundedMatrix):
+        return reference.packed_rows(packed, rows_N)
+    if isinstance(packed, PackedLinear | RoundedPanels):
+        panel = packed.panels.shape[2]
+        found = packed.panels[rows_N // panel, :, rows_N % panel].flatten(1)
+        return found[:, : packed.in_features].float()
     rows_N = rows_N.to(torch.int64).contiguous()
     if len(rows_N) and not 0 <= int(rows_N.min()) <= int(rows_N.max()) < packed.out_features:
         raise IndexError(f"rows {rows_N.min()} to {rows_N.max()} of a matrix of {packed.out_features}")

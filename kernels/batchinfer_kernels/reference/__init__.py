@@ -3,24 +3,26 @@
 from batchinfer_kernels.reference.activation import gelu_mul, silu_mul
 from batchinfer_kernels.reference.block_matrix import BLOCK, BlockMatrix, stacked_blocks
 from batchinfer_kernels.reference.gated_linear import gated_linear, pack_gated
-from batchinfer_kernels.reference.linear import linear, pack_linear, packed_rows
+from batchinfer_kernels.reference.linear import Matrix, linear, pack_linear, packed_rows
 from batchinfer_kernels.reference.paged_attention import paged_attention
-from batchinfer_kernels.reference.quantized_linear import QuantizedMatrix, pack_quantized
+from batchinfer_kernels.reference.quantized_linear import QuantizedMatrix
 from batchinfer_kernels.reference.rms_norm import add_rms_norm, rms_norm
 from batchinfer_kernels.reference.rope_kv_write import rope_kv_write
+from batchinfer_kernels.reference.rounded_linear import RoundedMatrix
 from batchinfer_kernels.reference.step_index import step_index
 
 __all__ = [
     "BLOCK",
     "BlockMatrix",
+    "Matrix",
     "QuantizedMatrix",
+    "RoundedMatrix",
     "add_rms_norm",
     "gated_linear",
     "gelu_mul",
     "linear",
     "pack_gated",
     "pack_linear",
-    "pack_quantized",
     "packed_rows",
     "paged_attention",
     "rms_norm",

@@ -7,18 +7,13 @@ from typing import Literal
 from torch import Tensor
 
 from batchinfer_kernels.reference.activation import gelu_mul, silu_mul
-from batchinfer_kernels.reference.block_matrix import BlockMatrix
-from batchinfer_kernels.reference.linear import linear, pack_linear
-from batchinfer_kernels.reference.quantized_linear import QuantizedMatrix, pack_quantized
+from batchinfer_kernels.reference.linear import Matrix, linear, pack_linear
 
 _ACTIVATIONS = {"silu": silu_mul, "gelu": gelu_mul}
 
 
-def pack_gated(weight_GI: Tensor | BlockMatrix, quantize: bool) -> Tensor | QuantizedMatrix:
-    return pack_quantized(weight_GI) if quantize else pack_linear(weight_GI)
+pack_gated = pack_linear
 
 
-def gated_linear(
-    x_NI: Tensor, matrix_GI: Tensor | QuantizedMatrix, bias_G: Tensor | None, activation: Literal["silu", "gelu"]
-) -> Tensor:
+def gated_linear(x_NI: Tensor, matrix_GI: Matrix, bias_G: Tensor | None, activation: Literal["silu", "gelu"]) -> Tensor:
     return _ACTIVATIONS[activation](linear(x_NI, matrix_GI, bias_G))

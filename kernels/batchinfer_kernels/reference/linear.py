@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from batchinfer_kernels.reference.block_matrix import BlockMatrix
-from batchinfer_kernels.reference.quantized_linear import QuantizedMatrix, quantized_linear
+from batchinfer_kernels.reference.quantized_linear import QuantizedMatrix, pack_quantized, quantized_linear
+from batchinfer_kernels.reference.rounded_linear import RoundedMatrix, pack_rounded, rounded_linear
+
+Matrix = Tensor | RoundedMatrix | QuantizedMatrix
 
 
-def pack_linear(weight_OI: Tensor | BlockMatrix) -> Tensor:
+def pack_linear(weight_OI: Tensor | BlockMatrix, to: torch.dtype | None) -> Matrix:
+    if to == torch.int8:
+        return pack_quantized(weight_OI)
+    if to == torch.bfloat16:
+        return pack_rounded(weight_OI)
     return weight_OI if isinstance(weight_OI, Tensor) else weight_OI.float()
 
 
-def linear(x_NI: Tensor, packed: Tensor | QuantizedMatrix, bias_O: Tensor | None) -> Tensor:
+def linear(x_NI: Tensor, packed: Matrix, bias_O: Tensor | None) -> Tensor:
     if isinstance(packed, QuantizedMatrix):
         return quantized_linear(x_NI, packed, bias_O)
+    if isinstance(packed, RoundedMatrix):
+        return rounded_linear(x_NI, packed, bias_O)
     return F.linear(x_NI, packed, bias_O)
 
 
-def packed_rows(packed: Tensor, rows_N: Tensor) -> Tensor:
-    return F.embedding(rows_N, packed)
+def packed_rows(packed: Tensor | RoundedMatrix, rows_N: Tensor) -> Tensor:
+    return F.embedding(rows_N, packed.values_OI if isinstance(packed, RoundedMatrix) else packed)
