@@ -10,7 +10,8 @@ namespace {
 
 constexpr int PIECE = 256;   // keys
 constexpr int STAGE = 64;    // keys whose values stay in the first cache while heads pass over them
-constexpr int AHEAD = 24;    // keys that are fetched in advance
+constexpr int AHEAD = 40;    // keys that are fetched in advance into the second cache, which waits for more lines at once
+constexpr int NEAR = 8;      // and from there into the first
 constexpr int HEADS = 4;     // query heads that are computed together
 
 constexpr int lanes_of(int heads) { return heads == 3 ? 4 : heads; }
@@ -71,9 +72,13 @@ inline void load_part(const KV* from, vec* to) {
 }
 
 template <int W, class KV>
-inline void prefetch_part(const KV* from) {
+inline void prefetch_part(const KV* cache, const int64_t* rows) {
+    const char *far = (const char*)(cache + rows[AHEAD]), *near = (const char*)(cache + rows[NEAR]);
 #pragma GCC unroll 8
-    for (size_t at = 0; at < W * VL * sizeof(KV); at += 64) __builtin_prefetch((const char*)from + at, 0, 3);
+    for (size_t at = 0; at < W * VL * sizeof(KV); at += 64) {
+        __builtin_prefetch(far + at, 0, 2);
+        __builtin_prefetch(near + at, 0, 3);
+    }
 }
 
 // scores [keys, lanes_of(G)] of q [G, padded], arranged as KV; rows goes on for a vector and AHEAD keys beyond `keys`
@@ -91,7 +96,7 @@ void score_keys(const float* q, const KV* cache, const int64_t* rows, int64_t ke
             }
 #pragma GCC unroll 16
             for (int b = 0; b < KEYS; b++) {
-                prefetch_part<W>(cache + rows[i + b + AHEAD] + d);
+                prefetch_part<W>(cache + d, rows + i + b);
                 vec k[W];
                 load_part<W>(cache + rows[i + b] + d, k);
 #pragma GCC unroll 4
@@ -150,7 +155,7 @@ void sum_values(
             for (int w = 0; w < W; w++) sums[h][w] = load(out + h * padded + d + w * VL);
         }
         for (int64_t i = 0; i < keys; i++) {
-            prefetch_part<W>(cache + rows[i + AHEAD] + d);
+            prefetch_part<W>(cache + d, rows + i);
             vec v[W], weight[G];
             load_part<W>(cache + rows[i] + d, v);
 #pragma GCC unroll 4
