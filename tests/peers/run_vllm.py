@@ -1,6 +1,6 @@
-"""vLLM's CPU build in float32 with prefix caching on both cores; runs in an environment of its own.
+"""vLLM's CPU build with prefix caching on both cores; runs in an environment of its own.
 
-python run_vllm.py MODEL_FOLDER WORKLOAD.jsonl ...    prints a JSON line per workload
+python run_vllm.py MODEL_FOLDER [--dtype=bfloat16] WORKLOAD.jsonl ...    prints a JSON line per workload
 """
 
 import importlib.metadata
@@ -18,18 +18,18 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from vllm import LLM, SamplingParams, TokensPrompt
 
 
-def main(model: str, workloads: list[str]) -> None:
+def main(model: str, arguments: list[str]) -> None:
     began = time.perf_counter()
     llm = LLM(
         model=model,
-        dtype="float32",
+        dtype="bfloat16" if "--dtype=bfloat16" in arguments else "float32",
         max_model_len=2048,
         max_num_seqs=64,
         max_num_batched_tokens=2048,
         enforce_eager=True,
     )
     start_s = time.perf_counter() - began
-    for path in workloads:
+    for path in (argument for argument in arguments if not argument.startswith("--")):
         rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
         prompts = [TokensPrompt(prompt_token_ids=row["ids"]) for row in rows]
         wanted = {"temperature": 0, "ignore_eos": True, "detokenize": False}
