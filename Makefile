@@ -35,7 +35,8 @@ check: $(VENV)/.dev
 
 model: $(MODEL)
 
-# other engines, each in an environment of its own (3.9 GB), on the same work: 15 minutes on 2 quiet cores, 25 where they compute in bfloat16 as well
+# other engines, each in an environment of its own (3.9 GB), on the same work: 15 minutes on 2 quiet cores,
+# 25 where they compute in bfloat16 as well
 peers: $(VENV)/.dev $(MODEL) .peers/openvino/.made .peers/vllm/.made
 	$(BIN)/python -m tests.peers.prepare $(MODEL) .peers
 	$(BIN)/python -m tests.peers.compare .peers

@@ -80,7 +80,8 @@ def _model_runner(engine: EngineSpec, path: Path) -> tuple[Runner, BlockPool, in
     from batchinfer.models.weights import load_decoder
 
     use_threads(engine.num_threads)
-    # bfloat16 is for what is multiplied; sums, and all that lies between the matrices, gain nothing by it on a CPU
+    # bfloat16 is for what is multiplied; sums, and all that lies between the matrices, gain nothing by it on a CPU.
+    # int8 is for the layers: errors of embedding and LM head reach the logits at once
     ends = torch.bfloat16 if engine.dtype == "bfloat16" else None
     rounding = Rounding(torch.int8 if engine.quantization == "int8" else ends, ends)
     dtype = torch.float16 if engine.dtype == "float16" else torch.float32

@@ -143,40 +143,47 @@ inline void multiply_panel(const LinearOf<Number>& l, const Block& block, int64_
 }
 
 // panel(l, block, number, the number of the panel to fetch) for each; throws std::bad_alloc, before any thread starts
-template <class Panel>
-inline void multiply_panels(Linear l, int threads, Panel&& panel) {
+template <class Number, class Panel>
+inline void multiply_panels(LinearOf<Number> l, int threads, Panel&& panel) {
     thread_local Arena arena;
     if (l.stride_N % (SETS / 2) == 0 && l.rows > 4) {  // the rows of a tile would drive each other out of the cache
         const int64_t stride = l.in_features + 16;
-        arena.reserve(Arena::bytes_for<float>(l.rows * stride));
-        float* copy = arena.take<float>(l.rows * stride);
+        arena.reserve(Arena::bytes_for<Number>(l.rows * stride));
+        Number* copy = arena.take<Number>(l.rows * stride);
         for_ranges(threads, l.rows, (1 << 15) / l.in_features, [&](int64_t first, int64_t last) {
-            for (int64_t n = first; n < last; n++) memcpy(copy + n * stride, l.x_NI + n * l.stride_N, l.in_features * 4);
+            for (int64_t n = first; n < last; n++) {
+                memcpy(copy + n * stride, l.x_NI + n * l.stride_N, l.in_features * sizeof(Number));
+            }
         });
         l.x_NI = copy, l.stride_N = stride;
     }
-    const Blocks blocks(l.rows, l.in_features * sizeof(float), MOST_ROWS);
+    const Blocks blocks(l.rows, l.in_features * sizeof(Number), MOST_ROWS);
     for_panels(threads, blocks, l.panel_count(), [&](const Block& block, int64_t number, int64_t next) {
         panel(l, block, number, next);
     });
 }
 
-template <class Weight>
-inline void multiply(const Linear& l, int threads) {
-    multiply_panels(l, threads, [](const Linear& l, const Block& block, int64_t number, int64_t next) {
+template <class Weight, class Number>
+inline void multiply(const LinearOf<Number>& l, int threads) {
+    multiply_panels(l, threads, [](const LinearOf<Number>& l, const Block& block, int64_t number, int64_t next) {
         multiply_panel<Weight>(l, block, number, next);
     });
 }
 
+// what is missing of the last panel, and of the last pair, is zero
 template <class Weight>
 inline void pack(const float* w_OI, int64_t in_features, int64_t out_features, Weight* panels, int threads) {
-    const int64_t count = (out_features + PANEL - 1) / PANEL;
+    const int64_t count = (out_features + PANEL - 1) / PANEL, numbers = numbers_of<Weight>(in_features);
     for_tasks(threads, count, [&](int, int64_t p) {
-        Weight* panel = panels + p * in_features * PANEL;
+        Weight* to = panels + p * numbers * PANEL;
         const float* rows = w_OI + p * PANEL * in_features;
         const int64_t width = std::min<int64_t>(PANEL, out_features - p * PANEL);
-        for (int64_t i = 0; i < in_features; i++) {
-            for (int64_t o = 0; o < PANEL; o++) convert(o < width ? rows[o * in_features + i] : 0.0f, panel + i * PANEL + o);
+        auto weight = [&](int64_t o, int64_t i) { return o < width && i < in_features ? rows[o * in_features + i] : 0.0f; };
+        for (int64_t i = 0; i < in_features; i += TOGETHER<Weight>) {
+            for (int64_t o = 0; o < PANEL; o++, to++) {
+                if constexpr (std::is_same_v<Weight, pair>) for (int k = 0; k < 2; k++) convert(weight(o, i + k), to->features + k);
+                else convert(weight(o, i), to);
+            }
         }
     });
 }

@@ -121,14 +121,14 @@ OP(linear_panel)() { return PANEL; }
 OP(quantized_group)() { return GROUP; }
 
 // input features that lie side by side in the panels of a rounded matrix
-OP(rounded_together)() { return TOGETHER; }
+OP(rounded_together)() { return TOGETHER<RoundedWeight>; }
 
 // the panels of `linear`, in a type that holds each weight exactly, or rounded
 OP(pack_linear)(
     const float* w_OI, int64_t in_features, int64_t out_features, void* panels, int type, int threads) {
     if (type == FLOAT32) pack(w_OI, in_features, out_features, (float*)panels, threads);
     else if (type == BFLOAT16) pack(w_OI, in_features, out_features, (bf16*)panels, threads);
-    else if (type == ROUNDED) pack_rounded(w_OI, in_features, out_features, (RoundedWeight*)panels, threads);
+    else if (type == ROUNDED) pack(w_OI, in_features, out_features, (RoundedWeight*)panels, threads);
     else pack(w_OI, in_features, out_features, (f16*)panels, threads);
     return 0;
 }

@@ -178,12 +178,6 @@ inline void convert(float x, f16* to) {
     to->bits = (uint16_t)(out | sign);
 }
 
-// the bits of a vector in bfloat16
-inline uvec to_bf16(vec x) {
-    const uvec u = bits_as<uvec>(x);
-    return (u & 0x7fffffff) > 0x7f800000 ? uvec{} + 0x7fc0 : (u + 0x7fff + (u >> 16 & 1)) >> 16;
-}
-
 inline vec vmax(vec a, vec b) {
 #if defined(__AVX512F__)
     return _mm512_max_ps(a, b);

@@ -15,6 +15,12 @@ constexpr int MOST_ROWS = MANY_REGISTERS ? 14 : 6;
 struct pair {
     bf16 features[2];
 };
+template <class Number>
+constexpr int64_t TOGETHER = std::is_same_v<Number, pair> ? 2 : 1;  // input features in a number
+template <class Number>
+constexpr int64_t numbers_of(int64_t features) {
+    return (features + TOGETHER<Number> - 1) / TOGETHER<Number>;
+}
 
 // memory that will be needed, asked for a little with every input feature: `step` bytes
 struct Ahead {

@@ -1,36 +1,19 @@
 // Which of the compiled instruction sets this processor has.
 
-extern "C" __attribute__((visibility("default"))) int has_variant_avx2() {
 #if defined(__x86_64__)
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#define HAS_VARIANT(name, condition) \
+    extern "C" __attribute__((visibility("default"))) int has_variant_##name() { \
+        __builtin_cpu_init(); \
+        return condition; \
+    }
 #else
-    return 0;
+#define HAS_VARIANT(name, condition) \
+    extern "C" __attribute__((visibility("default"))) int has_variant_##name() { return 0; }
 #endif
-}
 
-extern "C" __attribute__((visibility("default"))) int has_variant_avx512() {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    return has_variant_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-#else
-    return 0;
-#endif
-}
-
-extern "C" __attribute__((visibility("default"))) int has_variant_avx512_vnni() {
-#if defined(__x86_64__)
-    return has_variant_avx512() && __builtin_cpu_supports("avx512vnni");
-#else
-    return 0;
-#endif
-}
-
-extern "C" __attribute__((visibility("default"))) int has_variant_avx512_bf16() {
-#if defined(__x86_64__)
-    return has_variant_avx512_vnni() && __builtin_cpu_supports("avx512bf16");
-#else
-    return 0;
-#endif
-}
+HAS_VARIANT(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+HAS_VARIANT(
+    avx512, has_variant_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+HAS_VARIANT(avx512_vnni, has_variant_avx512() && __builtin_cpu_supports("avx512vnni"))
+HAS_VARIANT(avx512_bf16, has_variant_avx512_vnni() && __builtin_cpu_supports("avx512bf16"))
