@@ -181,8 +181,11 @@ inline void pack(const float* w_OI, int64_t in_features, int64_t out_features, W
         auto weight = [&](int64_t o, int64_t i) { return o < width && i < in_features ? rows[o * in_features + i] : 0.0f; };
         for (int64_t i = 0; i < in_features; i += TOGETHER<Weight>) {
             for (int64_t o = 0; o < PANEL; o++, to++) {
-                if constexpr (std::is_same_v<Weight, pair>) for (int k = 0; k < 2; k++) convert(weight(o, i + k), to->features + k);
-                else convert(weight(o, i), to);
+                if constexpr (std::is_same_v<Weight, pair>) {
+                    for (int k = 0; k < 2; k++) convert(weight(o, i + k), to->features + k);
+                } else {
+                    convert(weight(o, i), to);
+                }
             }
         }
     });
