@@ -9,7 +9,7 @@ D head size · R rotated part of a head · E hidden size · F feed-forward size 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from types import ModuleType
@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 import torch
 from batchinfer_kernels import cpu, reference
 from batchinfer_kernels.reference.block_matrix import BLOCK, BlockMatrix, stacked_blocks
+from batchinfer_kernels.reference.layer_facts import DecoderFacts, LayerFacts, MapFacts, NormFacts
 from batchinfer_kernels.reference.step_index import StepIndex
 from torch import Tensor
 
@@ -26,14 +27,21 @@ from batchinfer.log import log
 __all__ = [
     "BLOCK",
     "BlockMatrix",
+    "DecoderFacts",
+    "DecoderLayers",
     "Gated",
     "KVPair",
+    "LayerFacts",
+    "MapFacts",
+    "NormFacts",
     "Packed",
     "Quantized",
     "ScoreRule",
     "StepIndex",
     "add_rms_norm",
     "backends",
+    "compute_layers",
+    "decoder_layers",
     "gated_linear",
     "gelu_mul",
     "keeping_backend",
@@ -62,6 +70,9 @@ Quantized = reference.QuantizedMatrix | cpu.QuantizedPanels
 
 Gated = cpu.GatedPanels
 """A matrix [2F, I] in the form of `gated_linear`."""
+
+DecoderLayers = cpu.DecoderLayers
+"""A decoder's layers in a form that `compute_layers` knows."""
 
 _CPU_FORMS = cpu.PackedLinear | cpu.RoundedPanels | cpu.PackedBlocks | cpu.QuantizedPanels
 
@@ -233,3 +244,25 @@ def packed_rows(matrix_OI: Packed, rows_N: Tensor) -> Tensor:
     backend = cpu if isinstance(matrix_OI, _CPU_FORMS) else _backend(rows_N)
     out: Tensor = backend.packed_rows(matrix_OI, rows_N)
     return out
+
+
+def decoder_layers(facts: DecoderFacts, device: str) -> DecoderLayers | None:
+    """The layers as `compute_layers` takes them, once their matrices are packed; None if the device cannot."""
+    backend = _BACKENDS.get(device) or _choose(device)
+    return cpu.decoder_layers(facts) if backend is cpu else None
+
+
+def compute_layers(
+    layers: DecoderLayers,
+    x_TE: Tensor,
+    cos_sin: Sequence[tuple[Tensor, Tensor]],
+    cache: Sequence[KVPair],
+    index: StepIndex,
+    rows_N: Tensor,
+) -> tuple[Tensor, Tensor] | None:
+    """All layers at once, with the results of their ops one by one. `cos_sin` of each rope, `cache` of each layer.
+
+    The last branch and the residual that it is to be added to, of the rows that come out, [N, E]. None if the backend
+    in use cannot do it.
+    """
+    return layers.run(x_TE, cos_sin, cache, index, rows_N) if _backend(x_TE) is cpu else None

@@ -57,6 +57,10 @@ class Linear(nn.Module):
         assert not isinstance(held, ops.Gated)
         return held
 
+    @property
+    def facts(self) -> ops.MapFacts:
+        return ops.MapFacts(self.held, self.bias)
+
     def forward(self, x_NI: Tensor) -> Tensor:
         return ops.linear(x_NI, self.matrix, self.bias)
 
@@ -78,6 +82,10 @@ class GatedLinear(StackedLinear):
 
     def _pack(self, weight_OI: Tensor | ops.BlockMatrix, to: torch.dtype | None) -> Held:
         return ops.pack_gated(weight_OI, to)
+
+    @property
+    def facts(self) -> ops.MapFacts:
+        return ops.MapFacts(self.held, self.bias, self.activation)
 
     def forward(self, x_NI: Tensor) -> Tensor:
         return ops.gated_linear(x_NI, self.held, self.bias, self.activation)

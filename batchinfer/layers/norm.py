@@ -17,6 +17,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.offset = offset
 
+    @property
+    def facts(self) -> ops.NormFacts:
+        return ops.NormFacts(self.weight, self.eps, self.offset)
+
     def forward(self, x_NE: Tensor) -> Tensor:
         return ops.rms_norm(x_NE, self.weight, self.eps, self.offset)
 

@@ -56,6 +56,28 @@ class DecoderLayer(nn.Module):
         """The same for the other branch."""
         return self._scaled(self.mlp(_add(x_TE, residual_TE, self.mlp_norm)), self.mlp_post_norm)
 
+    def facts(self, rope: int | None) -> ops.LayerFacts:
+        """`rope`: its number among the model's."""
+        attention = self.attention
+
+        def facts(norm: RMSNorm | None) -> ops.NormFacts | None:
+            return None if norm is None else norm.facts
+
+        return ops.LayerFacts(
+            attention_norm=facts(self.attention_norm),
+            q_norm=facts(attention.q_norm),
+            k_norm=facts(attention.k_norm),
+            attention_post_norm=facts(self.attention_post_norm),
+            mlp_norm=facts(self.mlp_norm),
+            mlp_post_norm=facts(self.mlp_post_norm),
+            qkv=attention.qkv.facts,
+            out=attention.out.facts,
+            gate_up=self.mlp.gate_up.facts,
+            down=self.mlp.down.facts,
+            window=attention.rule.window,
+            rope=rope,
+        )
+
     def _scaled(self, x_TE: Tensor, norm: RMSNorm | None) -> Tensor:
         x_TE = x_TE if norm is None else norm(x_TE)
         return x_TE if self.residual_multiplier == 1.0 else x_TE.mul_(self.residual_multiplier)
@@ -83,21 +105,35 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, config.family.norm_offset)
         self.head = None if config.tied else Linear(config.hidden_size, config.vocab_size)
         self.rotaries = [Rotary(rope, config.context_tokens) for rope in config.ropes]
+        self._at_once: ops.DecoderLayers | None = None
 
     def forward(self, inputs: StepInputs, cache: Sequence[ops.KVPair]) -> Tensor:
         """Computes the step's tokens, writes their keys and values into `cache` (one pair a layer). hidden_NE."""
         index = ops.step_index(inputs.slots_T, inputs.block_tables_SB, inputs.query_starts, inputs.lengths, cache[0])
         turns = [rotary.cos_sin(inputs.positions_T) for rotary in self.rotaries]
         x_TE = self.embedding(inputs.tokens_T)
+        rows_N = inputs.output_rows_N
+        at_once = self._at_once and ops.compute_layers(self._at_once, x_TE, turns, cache, index, rows_N)
+        return self.norm.after_adding(*(at_once or self._one_by_one(x_TE, turns, cache, index, rows_N)))
+
+    def _one_by_one(
+        self,
+        x_TE: Tensor,
+        turns: Sequence[tuple[Tensor, Tensor]],
+        cache: Sequence[ops.KVPair],
+        index: ops.StepIndex,
+        rows_N: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """The last branch, and the residual that it is to be added to."""
         residual_TE = x_TE.new_zeros(x_TE.shape)
         for layer, facts, pair in zip(self.layers, self.config.layers, cache, strict=True):
             cos_sin = None if facts.rope is None else turns[facts.rope]
             assert isinstance(layer, DecoderLayer)
             x_TE = layer.attend(x_TE, residual_TE, cos_sin, pair, index)
             if layer is self.layers[-1]:  # nothing reads the other rows any more
-                x_TE, residual_TE = x_TE[inputs.output_rows_N], residual_TE[inputs.output_rows_N]
+                x_TE, residual_TE = x_TE[rows_N], residual_TE[rows_N]
             x_TE = layer.feed_forward(x_TE, residual_TE)
-        return self.norm.after_adding(x_TE, residual_TE)
+        return x_TE, residual_TE
 
     def logits(self, hidden_NE: Tensor) -> Tensor:
         """float32 [N, V]."""
@@ -114,3 +150,16 @@ class Decoder(nn.Module):
             self.head.pack(rounding.ends)
         if self.head is None or rounding.ends is not None:
             self.embedding.pack(rounding.ends)
+        attention = self.config.attention
+        layers = zip(self.layers, self.config.layers, strict=True)
+        facts = ops.DecoderFacts(
+            layers=[layer.facts(config.rope) for layer, config in layers if isinstance(layer, DecoderLayer)],
+            hidden_size=self.config.hidden_size,
+            num_heads=attention.num_heads,
+            num_kv_heads=attention.num_kv_heads,
+            head_size=attention.head_size,
+            scale=attention.scale,
+            soft_cap=attention.soft_cap,
+            residual_multiplier=self.config.multipliers.residual,
+        )
+        self._at_once = ops.decoder_layers(facts, self.embedding.weight.device.type)

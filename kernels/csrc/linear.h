@@ -24,6 +24,9 @@ constexpr int64_t BLOCK_BYTES = 512 << 10;  // rows that all panels are multipli
 constexpr int64_t FEWEST_TILES = 5, MOST_TILES = 18;  // of such a block
 constexpr int64_t SETS = 64 * 16;           // floats after which a line falls into the same set of the first cache
 
+// From row to row of what a linear layer reads next: rows of a tile are not to drive each other out of the first cache.
+inline int64_t row_stride(int64_t width) { return width % (SETS / 2) == 0 ? width + 16 : width; }
+
 // What becomes of a panel's sums. With an activation the first half of the output features are gates, the second what
 // they multiply, and a panel holds a vector of the one and the same vector of the other.
 struct Output {
@@ -146,7 +149,7 @@ inline void multiply_panel(const LinearOf<Number>& l, const Block& block, int64_
 template <class Number, class Panel>
 inline void multiply_panels(LinearOf<Number> l, int threads, Panel&& panel) {
     thread_local Arena arena;
-    if (l.stride_N % (SETS / 2) == 0 && l.rows > 4) {  // the rows of a tile would drive each other out of the cache
+    if (row_stride(l.stride_N) != l.stride_N && l.rows > 4) {
         const int64_t stride = l.in_features + 16;
         arena.reserve(Arena::bytes_for<Number>(l.rows * stride));
         Number* copy = arena.take<Number>(l.rows * stride);

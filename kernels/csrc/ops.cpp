@@ -13,7 +13,8 @@
 
 #define JOINED(name, variant) name##_##variant
 #define NAMED(name, variant) JOINED(name, variant)
-#define OP(name) extern "C" __attribute__((visibility("default"))) int NAMED(name, VARIANT)
+#define CALL(name) NAMED(name, VARIANT)
+#define OP(name) extern "C" __attribute__((visibility("default"))) int CALL(name)
 
 namespace {
 
@@ -190,6 +191,18 @@ OP(quantized_linear)(
     const Output output{bias_O, out, out_stride_N, out_features, (Activation)activation};
     try {
         multiply_quantized({x_NI, stride_N, panels, offsets, scales_O, output, rows, in_features}, threads);
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+    return 0;
+}
+
+#include "layers.h"
+
+// 0, or 1 if there was no memory
+OP(decoder_layers)(const Model* model, const Step* step, int threads) {
+    try {
+        LayersRun{*model, *step, threads}.run();
     } catch (const std::bad_alloc&) {
         return 1;
     }

@@ -45,6 +45,8 @@ MODELS: dict[str, tuple[str, dict]] = {
     "llama": ("LlamaConfig", {}),
     "llama-tied": ("LlamaConfig", {"tie_word_embeddings": True, "num_key_value_heads": 4, "head_dim": 12}),
     "llama-biases": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1}),
+    "llama-wide": ("LlamaConfig", {"hidden_size": 512, "intermediate_size": 512}),  # see cpu.memory's empty_rows
+    "llama-uneven": ("LlamaConfig", {"intermediate_size": 50}),  # no whole panels of gates
     "llama-linear": ("LlamaConfig", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5}}),
     "llama-dynamic": ("LlamaConfig", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
     "llama-llama3": ("LlamaConfig", {"rope_parameters": LLAMA3}),

@@ -4,6 +4,7 @@ See `library.load`: `problem()` says why the backend cannot serve, if it cannot.
 """
 
 from batchinfer_kernels.cpu.activation import gelu_mul, silu_mul
+from batchinfer_kernels.cpu.decoder_layers import DecoderLayers, decoder_layers
 from batchinfer_kernels.cpu.gated_linear import GatedPanels, gated_linear, pack_gated
 from batchinfer_kernels.cpu.library import problem, variant
 from batchinfer_kernels.cpu.linear import (
@@ -21,12 +22,14 @@ from batchinfer_kernels.cpu.rope_kv_write import rope_kv_write
 from batchinfer_kernels.cpu.step_index import step_index
 
 __all__ = [
+    "DecoderLayers",
     "GatedPanels",
     "PackedBlocks",
     "PackedLinear",
     "QuantizedPanels",
     "RoundedPanels",
     "add_rms_norm",
+    "decoder_layers",
     "gated_linear",
     "gelu_mul",
     "linear",

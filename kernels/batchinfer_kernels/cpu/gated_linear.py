@@ -24,7 +24,7 @@ from batchinfer_kernels.cpu.linear import (
 )
 from batchinfer_kernels.cpu.memory import empty_rows
 
-_ACTIVATIONS = {"silu": (1, silu_mul), "gelu": (2, gelu_mul)}  # csrc/elementwise.h's number, the op
+ACTIVATIONS = {"silu": (1, silu_mul), "gelu": (2, gelu_mul)}  # csrc/elementwise.h's number, the op
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ def pack_gated(weight_GI: Tensor | reference.BlockMatrix, to: torch.dtype | None
 def gated_linear(
     x_NI: Tensor, matrix_GI: Matrix | GatedPanels, bias_G: Tensor | None, activation: Literal["silu", "gelu"]
 ) -> Tensor:
-    number, op = _ACTIVATIONS[activation]
+    number, op = ACTIVATIONS[activation]
     if not isinstance(matrix_GI, GatedPanels):
         return op(linear(x_NI, matrix_GI, bias_G))
     packed = matrix_GI.packed

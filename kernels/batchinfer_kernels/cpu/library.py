@@ -34,6 +34,7 @@ _SIGNATURES = {  # p pointer, n int64, i int, f float
     "block_rows": "pinpnpi",
     "pack_quantized": "pnnppi",
     "quantized_linear": "pnpppppninnni",
+    "decoder_layers": "ppi",
 }
 _CTYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
 
@@ -58,6 +59,7 @@ class Functions(NamedTuple):
     block_rows: Function
     pack_quantized: Function
     quantized_linear: Function
+    decoder_layers: Function
 
 
 @cache

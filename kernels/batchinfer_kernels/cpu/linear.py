@@ -162,11 +162,11 @@ def multiply(x_NI: Tensor, packed: Panels, bias_O: Tensor | None, out: Tensor, a
         offsets, scales = packed.offsets.data_ptr(), packed.scales_O.data_ptr()
         checked(packed.functions.quantized_linear(x, stride, panels, offsets, scales, bias, *result, *sizes, threads))
     else:
-        checked(packed.functions.linear(x, stride, panels, _type(packed), bias, *result, *sizes, threads))
+        checked(packed.functions.linear(x, stride, panels, type_of(packed), bias, *result, *sizes, threads))
     return out
 
 
-def _type(packed: PackedLinear | RoundedPanels | PackedBlocks) -> int:
+def type_of(packed: PackedLinear | RoundedPanels | PackedBlocks) -> int:
     if isinstance(packed, PackedLinear):
         return TYPES[packed.panels.dtype]
     return _ROUNDED if isinstance(packed, RoundedPanels) else packed.type

@@ -1,0 +1,192 @@
+"""All layers of a decoder in one call (csrc/layers.h): between two ops lies no Python.
+
+T tokens of a step · N rows that come out, or blocks · E hidden size · K kv heads · B slots per block · D head size ·
+R rotated pairs of a head
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from batchinfer_kernels.cpu.gated_linear import ACTIVATIONS, GatedPanels
+from batchinfer_kernels.cpu.library import TYPES, Functions, checked
+from batchinfer_kernels.cpu.linear import Panels, QuantizedPanels, type_of
+from batchinfer_kernels.cpu.step_index import CPUStepIndex
+from batchinfer_kernels.reference.layer_facts import DecoderFacts, LayerFacts, MapFacts, NormFacts
+from batchinfer_kernels.reference.step_index import StepIndex
+
+_POINTER, _INT64, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = (("weight", _POINTER), ("size", _INT64), ("eps", _FLOAT), ("offset", _FLOAT))
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (
+        ("panels", _POINTER),
+        ("offsets", _POINTER),
+        ("scales_O", _POINTER),
+        ("bias_O", _POINTER),
+        ("in_features", _INT64),
+        ("out_features", _INT64),
+        ("type", _INT),
+        ("activation", _INT),
+    )
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, _Norm) for name in LayerFacts._fields[:6]),
+        *((name, _Matrix) for name in LayerFacts._fields[6:10]),
+        ("window", _INT64),
+        ("rope", _INT64),
+    )
+
+
+class _Model(ctypes.Structure):
+    _fields_ = (
+        ("layers", ctypes.POINTER(_Layer)),
+        *((name, _INT64) for name in ("num_layers", "hidden_size", "heads", "kv_heads", "head_size")),
+        *((name, _FLOAT) for name in ("scale", "soft_cap", "residual_multiplier")),
+    )
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        ("x_TE", _POINTER),
+        ("tokens", _INT64),
+        ("angles", ctypes.POINTER(_POINTER)),
+        ("pairs", ctypes.POINTER(_INT64)),
+        ("caches", ctypes.POINTER(_POINTER)),
+        ("kv_type", _INT64),
+        ("block_size", _INT64),
+        ("slots_T", _POINTER),
+        ("tables", _POINTER),
+        ("table_stride", _INT64),
+        ("query_starts", _POINTER),
+        ("lengths", _POINTER),
+        ("num_sequences", _INT64),
+        ("rows_N", _POINTER),
+        ("outputs", _INT64),
+        ("out_NE", _POINTER),
+        ("residual_NE", _POINTER),
+    )
+
+
+class DecoderLayers:
+    """The layers of `facts`, whose tensors it keeps. Made by `decoder_layers`."""
+
+    def __init__(self, facts: DecoderFacts, functions: Functions) -> None:
+        self._facts = facts
+        self._functions = functions
+        self._layers = (_Layer * len(facts.layers))(*map(_layer, facts.layers))
+        self._model = _Model(
+            self._layers,
+            len(facts.layers),
+            facts.hidden_size,
+            facts.num_heads,
+            facts.num_kv_heads,
+            facts.head_size,
+            facts.scale,
+            facts.soft_cap or 0.0,
+            facts.residual_multiplier,
+        )
+
+    def run(
+        self,
+        x_TE: Tensor,
+        angles: Sequence[tuple[Tensor, Tensor]],
+        caches: Sequence[tuple[Tensor, Tensor]],
+        index: StepIndex,
+        rows_N: Tensor,
+    ) -> tuple[Tensor, Tensor] | None:
+        """The last branch and the residual that it is to be added to, [N, E]; None if an argument has another form."""
+        k_NKBD = caches[0][0]
+        kv_type = TYPES.get(k_NKBD.dtype)
+        tensors = [x for pair in (*angles, *caches) for x in pair]
+        if not isinstance(index, CPUStepIndex) or kv_type is None or x_TE.dtype != torch.float32:
+            return None
+        if not all(x.is_contiguous() for x in (x_TE, rows_N, *tensors)):
+            return None
+        tables, query_starts, lengths = index.addresses
+        out_NE = torch.empty(len(rows_N), x_TE.shape[1])
+        residual_NE = torch.empty_like(out_NE)
+        step = _Step(
+            x_TE.data_ptr(),
+            len(x_TE),
+            _addresses(angles),
+            (_INT64 * len(angles))(*(cos_TR.shape[1] for cos_TR, _ in angles)),
+            _addresses(caches),
+            kv_type,
+            k_NKBD.shape[2],
+            index.slots_T.data_ptr(),
+            tables,
+            index.int32_tables_SB.shape[1],
+            query_starts,
+            lengths,
+            len(index.lengths_S),
+            rows_N.data_ptr(),
+            len(rows_N),
+            out_NE.data_ptr(),
+            residual_NE.data_ptr(),
+        )
+        threads = torch.get_num_threads()
+        checked(self._functions.decoder_layers(ctypes.byref(self._model), ctypes.byref(step), threads))
+        return out_NE, residual_NE
+
+
+def decoder_layers(facts: DecoderFacts) -> DecoderLayers | None:
+    """None if something in them has a form that C++ does not know."""
+    parts = [part for layer in facts.layers for part in layer]
+    panels = [_panels(part) for part in parts if isinstance(part, MapFacts)]
+    vectors = [part.weight_E for part in parts if isinstance(part, NormFacts)]
+    vectors += [part.bias_O for part in parts if isinstance(part, MapFacts) and part.bias_O is not None]
+    plain = all(x.dtype == torch.float32 and x.is_contiguous() for x in vectors)
+    variants = {id(p.functions): p.functions for p in panels if p is not None}
+    if None in panels or not plain or len(variants) != 1:
+        return None
+    return DecoderLayers(facts, *variants.values())
+
+
+def _panels(facts: MapFacts) -> Panels | None:
+    """What of the matrix C++ reads: packed, and with gates in its panels where there is an activation."""
+    matrix = facts.matrix
+    if facts.activation is None:
+        return matrix if isinstance(matrix, Panels) else None
+    return matrix.packed if isinstance(matrix, GatedPanels) else None
+
+
+def _layer(facts: LayerFacts) -> _Layer:
+    parts = [_matrix(part) if isinstance(part, MapFacts) else _norm(part) for part in facts[:10]]
+    return _Layer(*parts, facts.window or 0, -1 if facts.rope is None else facts.rope)
+
+
+def _norm(facts: NormFacts | None) -> _Norm:
+    if facts is None:
+        return _Norm()
+    return _Norm(facts.weight_E.data_ptr(), len(facts.weight_E), facts.eps, facts.offset)
+
+
+def _matrix(facts: MapFacts) -> _Matrix:
+    panels = _panels(facts)
+    assert panels is not None
+    made = _Matrix(panels.panels.data_ptr(), in_features=panels.in_features, out_features=panels.out_features)
+    if isinstance(panels, QuantizedPanels):
+        made.offsets, made.scales_O = panels.offsets.data_ptr(), panels.scales_O.data_ptr()
+    else:
+        made.type = type_of(panels)
+    if facts.bias_O is not None:
+        made.bias_O = facts.bias_O.data_ptr()
+    if facts.activation is not None:
+        made.activation, _ = ACTIVATIONS[facts.activation]
+    return made
+
+
+def _addresses(pairs: Sequence[tuple[Tensor, Tensor]]) -> ctypes.Array[ctypes.c_void_p]:
+    addresses = [x.data_ptr() for pair in pairs for x in pair]
+    return (_POINTER * len(addresses))(*addresses)
