@@ -41,6 +41,7 @@ __all__ = [
     "add_rms_norm",
     "backends",
     "compute_layers",
+    "copy_blocks",
     "decoder_layers",
     "gated_linear",
     "gelu_mul",
@@ -183,6 +184,11 @@ def paged_attention(q_THD: Tensor, cache: KVPair, index: StepIndex, rule: ScoreR
     """
     out: Tensor = _backend(q_THD).paged_attention(q_THD, cache[0], cache[1], index, *rule)
     return out
+
+
+def copy_blocks(caches: Sequence[KVPair], sources: Sequence[int], targets: Sequence[int]) -> None:
+    """Whole blocks within each tensor of each layer's cache; a target may be a source too, and is read first."""
+    _backend(caches[0][0]).copy_blocks(caches, sources, targets)
 
 
 def silu_mul(x_T2F: Tensor) -> Tensor:

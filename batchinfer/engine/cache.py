@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from batchinfer import ops
 from batchinfer.engine.plan import Copy
 from batchinfer.errors import ModelError
 
@@ -48,12 +49,8 @@ class KVCache:
 
     def copy(self, copies: Sequence[Copy]) -> None:
         """Whole blocks, in all layers; a target may be a source too, and is read first."""
-        sources, targets = (
-            torch.tensor(blocks, device=self.layers[0][0].device) for blocks in zip(*copies, strict=True)
-        )
-        for pair in self.layers:
-            for cache_NKBD in pair:
-                cache_NKBD[targets] = cache_NKBD[sources]
+        sources, targets = zip(*copies, strict=True)
+        ops.copy_blocks(self.layers, sources, targets)
 
 
 def bytes_per_token(kv_shape: tuple[int, int, int], dtype: torch.dtype) -> int:

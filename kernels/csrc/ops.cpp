@@ -90,6 +90,25 @@ OP(rope_kv_write)(
     return 0;
 }
 
+// whole blocks within each of some tensors, all sources read before a target is written. 0, or 1 if there was no memory
+OP(copy_blocks)(
+    char* const* tensors, int64_t count, int64_t block_bytes, const int64_t* sources, const int64_t* targets,
+    int64_t copies, int threads) {
+    thread_local Arena arena;
+    try {
+        arena.reserve(threads * Arena::bytes_for<char>(copies * block_bytes));
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+    char* const held = arena.take<char>(threads * Arena::bytes_for<char>(copies * block_bytes));
+    for_tasks(threads, count, [&](int thread, int64_t i) {
+        char* const here = held + thread * Arena::bytes_for<char>(copies * block_bytes);
+        for (int64_t c = 0; c < copies; c++) memcpy(here + c * block_bytes, tensors[i] + sources[c] * block_bytes, block_bytes);
+        for (int64_t c = 0; c < copies; c++) memcpy(tensors[i] + targets[c] * block_bytes, here + c * block_bytes, block_bytes);
+    });
+    return 0;
+}
+
 // rows in two strided axes, in out a stride apart. The residual, where there is one, is dense and changed
 OP(rms_norm)(
     const float* x, int64_t outer, int64_t inner, int64_t outer_stride, int64_t inner_stride, float* residual,

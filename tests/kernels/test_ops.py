@@ -211,3 +211,18 @@ def test_writing_changes_its_slots_alone(name):
             assert torch.equal(tensor[slot // size, :, slot % size], row)
             old[slot // size, :, slot % size] = row
         assert torch.equal(tensor.nan_to_num(7.5), old.nan_to_num(7.5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_copied_blocks_are_what_their_sources_were(dtype):
+    """Also where a source is a target, of another copy or of its own, and where the tensors are not dense."""
+    dense = [(_random(7, 2, 4, 8, dtype=dtype, seed=i), _random(7, 2, 4, 8, dtype=dtype, seed=9 + i)) for i in range(3)]
+    sparse = [tuple(_random(7, 2, 4, 16, dtype=dtype, seed=i)[..., ::2] for i in range(2))]
+    for caches in (dense, sparse):
+        before = [part.clone() for pair in caches for part in pair]
+        ops.copy_blocks(caches, [0, 1, 3, 0, 6], [1, 2, 3, 4, 0])
+        for old, part in zip(before, (part for pair in caches for part in pair), strict=True):
+            assert torch.equal(part, old[[6, 0, 1, 3, 0, 5, 6]])
+    for wrong in (7, 100):
+        with pytest.raises(IndexError):
+            ops.copy_blocks(dense, [0], [wrong])

@@ -4,6 +4,7 @@ See `library.load`: `problem()` says why the backend cannot serve, if it cannot.
 """
 
 from batchinfer_kernels.cpu.activation import gelu_mul, silu_mul
+from batchinfer_kernels.cpu.copy_blocks import copy_blocks
 from batchinfer_kernels.cpu.decoder_layers import DecoderLayers, decoder_layers
 from batchinfer_kernels.cpu.gated_linear import GatedPanels, gated_linear, pack_gated
 from batchinfer_kernels.cpu.library import problem, variant
@@ -29,6 +30,7 @@ __all__ = [
     "QuantizedPanels",
     "RoundedPanels",
     "add_rms_norm",
+    "copy_blocks",
     "decoder_layers",
     "gated_linear",
     "gelu_mul",

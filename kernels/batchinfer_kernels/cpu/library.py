@@ -22,6 +22,7 @@ _SIGNATURES = {  # p pointer, n int64, i int, f float
     "paged_attention": "pnnpppipnppnnnnnfnfi",
     "rms_norm": "pnnnnppnffpni",
     "rope_kv_write": "pnnnpnnpnnppnppipnnnni",
+    "copy_blocks": "pnnppni",
     "silu_mul": "pnnpi",
     "gelu_mul": "pnnpi",
     "linear_panel": "",
@@ -47,6 +48,7 @@ class Functions(NamedTuple):
     paged_attention: Function
     rms_norm: Function
     rope_kv_write: Function
+    copy_blocks: Function
     silu_mul: Function
     gelu_mul: Function
     linear_panel: Function

@@ -2,6 +2,7 @@
 
 from batchinfer_kernels.reference.activation import gelu_mul, silu_mul
 from batchinfer_kernels.reference.block_matrix import BLOCK, BlockMatrix, stacked_blocks
+from batchinfer_kernels.reference.copy_blocks import copy_blocks
 from batchinfer_kernels.reference.gated_linear import gated_linear, pack_gated
 from batchinfer_kernels.reference.linear import Matrix, linear, pack_linear, packed_rows
 from batchinfer_kernels.reference.paged_attention import paged_attention
@@ -18,6 +19,7 @@ __all__ = [
     "QuantizedMatrix",
     "RoundedMatrix",
     "add_rms_norm",
+    "copy_blocks",
     "gated_linear",
     "gelu_mul",
     "linear",
