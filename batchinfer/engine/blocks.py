@@ -46,7 +46,7 @@ class BlockPool:
         self.num_free = 0
         self._index: dict[_Key, Block] = {}
         self._following: dict[int, dict[int, Block]] = {}  # uid → the computed blocks after it, by index
-        self._uncomputed: list[Block] = []  # indexed, by the step that is being planned
+        self._coming: dict[int, dict[int, Block]] = {}  # the same of those that the step being planned computes
         self._last_uid = ROOT
         self._head = Block(-1)  # sentinel: head.next is evicted first, head.prev last
         self._head.prev = self._head.next = self._head
@@ -67,25 +67,22 @@ class BlockPool:
         """The block that holds `tokens` after the content `parent`, if there is one."""
         return self._index.get((parent, tokens))
 
-    def find_beginning(self, parent: int, tokens: Sequence[int]) -> tuple[Block, int] | None:
+    def find_beginning(self, parent: int, tokens: Sequence[int]) -> tuple[Block | None, int]:
         """Of the computed blocks after `parent` the one that begins most as `tokens` do, and with how many of them."""
-        best: tuple[Block, int] | None = None
-        for block in reversed(self._following.get(parent, {}).values()):
-            assert block.key is not None
-            alike = _common(block.key[1], tokens)
-            if alike > (best[1] if best else 0):
-                best = block, alike
-        return best
+        return _most_alike(reversed(self._following.get(parent, {}).values()), tokens)
+
+    def find_coming(self, parent: int, tokens: Sequence[int]) -> tuple[Block | None, int]:
+        """The same of the blocks that the step that is being planned computes."""
+        return _most_alike(self._coming.get(parent, {}).values(), tokens)
 
     def computed(self) -> None:
         """The step in which blocks were indexed has been run."""
-        for block in self._uncomputed:
-            if block.key is not None:
-                following = self._following.setdefault(block.key[0], {})
-                following[block.index] = block
-                if len(following) > _REMEMBERED:
-                    del following[next(iter(following))]
-        self._uncomputed.clear()
+        for parent, blocks in self._coming.items():
+            following = self._following.setdefault(parent, {})
+            following |= blocks
+            while len(following) > _REMEMBERED:
+                del following[next(iter(following))]
+        self._coming.clear()
 
     def acquire(self, block: Block) -> None:
         """One more holder of a block that `find` returned."""
@@ -110,7 +107,7 @@ class BlockPool:
         self._last_uid += 1
         block.uid, block.key = self._last_uid, key
         self._index[key] = block
-        self._uncomputed.append(block)
+        self._coming.setdefault(parent, {})[block.index] = block
         return block.uid
 
     def forget(self, blocks: Iterable[Block]) -> None:
@@ -142,18 +139,20 @@ class BlockPool:
             assert (block.refs == 0) == (block.index in free), f"{block} is neither free nor held, or both"
             assert block.key is None or self._index.get(block.key) is block, f"{block} is indexed elsewhere"
         assert all(block.key == key for key, block in self._index.items()), "stale index entry"
-        for parent, following in self._following.items():
-            assert 0 < len(following) <= _REMEMBERED, f"{len(following)} blocks remembered after {parent}"
+        for parent, following in (*self._following.items(), *self._coming.items()):
+            assert following, f"an empty memory of what follows {parent}"
             for number, block in following.items():
                 assert block.index == number and block.key is not None, f"{block} is remembered, and not indexed"
                 assert block.key[0] == parent, f"{block} is remembered after another content"
+        assert all(len(following) <= _REMEMBERED for following in self._following.values()), "too many remembered"
 
     def _forget(self, block: Block) -> None:
         assert block.key is not None
         del self._index[block.key]
-        following = self._following.get(block.key[0], {})
-        if following.pop(block.index, None) is not None and not following:
-            del self._following[block.key[0]]
+        for remembered in (self._following, self._coming):
+            following = remembered.get(block.key[0], {})
+            if following.pop(block.index, None) is not None and not following:
+                del remembered[block.key[0]]
         block.key = None
 
     def _link(self, block: Block, before: Block | None) -> None:
@@ -168,6 +167,18 @@ class BlockPool:
         block.prev.next, block.next.prev = block.next, block.prev
         block.prev = block.next = None
         self.num_free -= 1
+
+
+def _most_alike(blocks: Iterable[Block], tokens: Sequence[int]) -> tuple[Block | None, int]:
+    """The block that begins most as `tokens` do, and with how many of them."""
+    best: Block | None = None
+    most = 0
+    for block in blocks:
+        assert block.key is not None
+        alike = _common(block.key[1], tokens)
+        if alike > most:
+            best, most = block, alike
+    return best, most
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

@@ -20,7 +20,7 @@ from batchinfer.engine.stats import EngineStats
 from batchinfer.errors import EngineFailure, RowError, TooLong
 from batchinfer.request import Finished, FinishReason, Request
 
-_WORTH_COPYING = 4  # a block is copied for a fourth of its tokens, not for the one that all prompts begin with
+_WORTH_COPYING = 4  # a block is copied, or waited for, for a fourth of its tokens, not for one that all begin with
 
 
 class Scheduler:
@@ -335,10 +335,21 @@ class Scheduler:
 
     def _beginning(self, sequence: Sequence) -> tuple[Block, int] | None:
         """A block that begins as the one that `sequence` needs next, and with how many of its tokens."""
-        start, size = sequence.num_computed, self.pool.block_size
-        end = min(start + size, self._reusable(sequence))
-        found = self.pool.find_beginning(sequence.chain, sequence.tokens[start:end]) if end > start else None
-        return found if found is not None and found[1] * _WORTH_COPYING >= size else None
+        block, alike = self.pool.find_beginning(sequence.chain, self._next_block(sequence, sequence.num_computed))
+        return None if block is None or alike * _WORTH_COPYING < self.pool.block_size else (block, alike)
+
+    def _better_next_step(self, sequence: Sequence, hits: list[Block]) -> bool:
+        """Whether a full step computes what `sequence` then need not: more than there is of its block after `hits`."""
+        if len(self._making.tokens) < MAX_ROWS:
+            return False
+        parent, size = hits[-1].uid if hits else sequence.chain, self.pool.block_size
+        tokens = self._next_block(sequence, sequence.num_computed + len(hits) * size)
+        (_, coming), (_, there) = self.pool.find_coming(parent, tokens), self.pool.find_beginning(parent, tokens)
+        return (coming - there) * _WORTH_COPYING >= size
+
+    def _next_block(self, sequence: Sequence, start: int) -> list[int]:
+        """The tokens from a block's first position on that may be found instead of computed."""
+        return sequence.tokens[start : max(start, min(start + self.pool.block_size, self._reusable(sequence)))]
 
     def _reusable(self, sequence: Sequence) -> int:
         """The tokens before this may be found instead of computed: not the last known one, nor rows to read."""
@@ -351,8 +362,7 @@ class Scheduler:
         hits: list[Block] = []
         if not self.pool.enable_prefix_caching:
             return hits
-        size = self.pool.block_size
-        parent = sequence.chain
+        size, parent = self.pool.block_size, sequence.chain
         for start in range(sequence.num_computed, self._reusable(sequence) - size + 1, size):
             block = self.pool.find(parent, tuple(sequence.tokens[start : start + size]))
             if block is None:
@@ -391,7 +401,7 @@ class Scheduler:
             budget -= taken
 
     def _blocks_needed(self, sequence: Sequence) -> int | None:
-        """Blocks to promise to a waiting sequence; None if they are not there and waiting for others can help."""
+        """Blocks to promise to a waiting sequence; None if waiting for others, or for what they compute, can help."""
         available = self.pool.num_free - self._promised
         if self.running and available <= 0:
             return None
@@ -401,7 +411,7 @@ class Scheduler:
         expected = max(min(1, left), min(left, self.expected_tokens(sequence.request) - len(sequence.output)))
         needed = -(-(len(sequence.tokens) + expected) // size)
         fresh = needed - len(hits) + sum(block.refs == 0 for block in hits)
-        if self.running and fresh > available:
+        if self.running and (fresh > available or self._better_next_step(sequence, hits)):
             return None
         return min(needed, len(self.pool.blocks))
 

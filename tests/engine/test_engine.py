@@ -177,6 +177,19 @@ def test_nothing_is_copied_from_a_block_of_the_same_step() -> None:
     assert engine.stats.prompt_tokens_reused == 2 * 8
 
 
+def test_a_full_step_is_waited_for_where_it_computes_what_then_need_not_be() -> None:
+    """A fourth of a block at least, beyond what there is: what fills a step need not be computed twice in it."""
+    for shared, waits in ((203, True), (201, True), (200, False)):
+        engine, runner = make_engine(1000, block_size=4, max_step_tokens=2048)
+        plans = []
+        runner.fail_if = lambda plan, plans=plans: plans.append(plan)
+        requests = [make_request(i, [*range(shared), 500 + i, 600, 601, 602, 603, 604], 2) for i in range(4)]
+        answers = run_all(engine, requests)
+        assert all(answers[request.request_id].token_ids == naive(request) for request in requests)
+        assert [len(plan.joins) for plan in plans if plan.joins] == ([1, 3] if waits else [4])
+        assert engine.stats.prompt_tokens_reused == 3 * shared
+
+
 def test_a_block_is_copied_although_the_same_step_writes_over_it() -> None:
     engine, runner = make_engine(3, block_size=4)
     run_all(engine, [make_request(0, list(range(1, 9)), 1)])
