@@ -37,6 +37,7 @@ __all__ = [
     "Packed",
     "Quantized",
     "ScoreRule",
+    "Screen",
     "StepIndex",
     "add_rms_norm",
     "backends",
@@ -47,12 +48,14 @@ __all__ = [
     "gelu_mul",
     "keeping_backend",
     "linear",
+    "linear_argmax",
     "pack_gated",
     "pack_linear",
     "packed_rows",
     "paged_attention",
     "rms_norm",
     "rope_kv_write",
+    "screen",
     "silu_mul",
     "stacked_blocks",
     "step_index",
@@ -74,6 +77,9 @@ Gated = cpu.GatedPanels
 
 DecoderLayers = cpu.DecoderLayers
 """A decoder's layers in a form that `compute_layers` knows."""
+
+Screen = cpu.Screen
+"""A matrix [O, I], and what tells `linear_argmax` where to look."""
 
 _CPU_FORMS = cpu.PackedLinear | cpu.RoundedPanels | cpu.PackedBlocks | cpu.QuantizedPanels
 
@@ -233,6 +239,19 @@ def linear(x_NI: Tensor, matrix_OI: Packed | Quantized, bias_O: Tensor | None) -
     backend = cpu if isinstance(matrix_OI, _CPU_FORMS) else _backend(x_NI)
     out: Tensor = backend.linear(x_NI, matrix_OI, bias_O)
     return out
+
+
+def screen(matrix_OI: Packed | Quantized) -> Screen | None:
+    """The matrix as `linear_argmax` takes it, with more memory; None where that would be no faster than `linear`."""
+    return cpu.screen(matrix_OI)
+
+
+def linear_argmax(x_NI: Tensor, screen: Screen) -> tuple[Tensor, Tensor]:
+    """The largest output feature of each row of `linear`, and its number, the first of equals. A NaN is the largest.
+
+    Rounded products rule out all that cannot be the largest; what is left is multiplied as `linear` does it. [N], [N].
+    """
+    return cpu.linear_argmax(x_NI, screen)
 
 
 def stored_bytes(matrix_OI: Packed | Quantized | Gated) -> int:

@@ -119,13 +119,18 @@ class ModelRunner:
         size = max(1, _LOGITS_BYTES // (4 * self.decoder.config.vocab_size))
         for start in range(0, len(hidden_NE), size):
             rows = slice(start, start + size)
-            logits_NV = self.decoder.logits(hidden_NE[rows])
-            result = self.sampler.sample(logits_NV, sampled.seats_N[rows], sampled.positions_N[rows])
+            result = self._sample_rows(hidden_NE[rows], sampled.seats_N[rows], sampled.positions_N[rows])
             tokens += result.tokens
             logprobs += result.logprobs or [None] * len(result.tokens)
             failed |= {start + row: reason for row, reason in (result.failed or {}).items()}
             ended |= {start + row for row in result.ended}
         return StepResult(tokens, logprobs if any(logprobs) else None, failed or None, frozenset(ended))
+
+    def _sample_rows(self, hidden_NE: Tensor, seats_N: Ints, positions_N: Ints) -> StepResult:
+        largest = self.decoder.largest_logits(hidden_NE) if self.sampler.takes_largest(seats_N) else None
+        if largest is not None:
+            return self.sampler.take(*largest)
+        return self.sampler.sample(self.decoder.logits(hidden_NE), seats_N, positions_N)
 
     def _check(self, tokens_T: Ints, num_tokens: int, longest: int) -> None:
         """What a GPU would answer with an abort of the process, or with another sequence's memory."""

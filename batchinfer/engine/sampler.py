@@ -109,11 +109,11 @@ class Sampler:
         flags_N = self._seats.flags[seats]
         asked = int(np.bitwise_or.reduce(flags_N, initial=0))
         values_N, tokens_N = argmax(logits_NV)
-        failed: dict[int, str | RowError] = dict.fromkeys((~values_N.isfinite()).nonzero()[:, 0].tolist(), NOT_FINITE)
+        if asked == 0:
+            return self.take(values_N, tokens_N)
+        failed = _not_finite(values_N)
         if asked & _REFUSED:
             failed |= {int(row): self._refusals[int(seats[row])] for row in np.nonzero(flags_N & _REFUSED)[0]}
-        if asked == 0:
-            return StepResult(tokens_N.tolist(), None, failed or None)
         edits_logits = asked & (_EDITED | _PENALISED | _CONSTRAINED)
         raw_NV, largest_N = logits_NV, values_N
         if edits_logits:
@@ -140,6 +140,14 @@ class Sampler:
             rows_R = np.nonzero(sound_N & ((flags_N & _LOGPROBS) != 0))[0]
             logprobs = self._logprobs(raw_NV, largest_N, seats, tokens, rows_R)
         return StepResult(tokens.tolist(), logprobs, failed or None, frozenset(ended))
+
+    def takes_largest(self, seats: Ints) -> bool:
+        """Whether of these rows the largest logit is all that counts: then `take` does for `sample`."""
+        return not self._seats.flags[seats].any()
+
+    def take(self, values_N: Tensor, tokens_N: Tensor) -> StepResult:
+        """The largest logit of each row, and its token."""
+        return StepResult(tokens_N.tolist(), None, _not_finite(values_N) or None)
 
     def _constrain(self, logits_NV: Tensor, seats: Ints, flags_N: npt.NDArray[np.uint8]) -> dict[int, BadParameters]:
         rows_R = np.nonzero(flags_N & _CONSTRAINED)[0]
@@ -183,6 +191,10 @@ class Sampler:
             if wrong:
                 return f"{name} names token {wrong[0]}, and the model's vocabulary has {self._vocab_size} tokens"
         return ""
+
+
+def _not_finite(values_N: Tensor) -> dict[int, str | RowError]:
+    return dict.fromkeys((~values_N.isfinite()).nonzero()[:, 0].tolist(), NOT_FINITE)
 
 
 def _index(values: Ints, like: Tensor) -> Tensor:

@@ -106,6 +106,7 @@ class Decoder(nn.Module):
         self.head = None if config.tied else Linear(config.hidden_size, config.vocab_size)
         self.rotaries = [Rotary(rope, config.context_tokens) for rope in config.ropes]
         self._at_once: ops.DecoderLayers | None = None
+        self._screen: ops.Screen | None = None
 
     def forward(self, inputs: StepInputs, cache: Sequence[ops.KVPair]) -> Tensor:
         """Computes the step's tokens, writes their keys and values into `cache` (one pair a layer). hidden_NE."""
@@ -137,9 +138,16 @@ class Decoder(nn.Module):
 
     def logits(self, hidden_NE: Tensor) -> Tensor:
         """float32 [N, V]."""
-        matrix_VE = (self.embedding if self.head is None else self.head).matrix
         multipliers = self.config.multipliers
-        return logits(hidden_NE, matrix_VE, multipliers.logits_divisor, multipliers.logits_soft_cap)
+        return logits(hidden_NE, self._head, multipliers.logits_divisor, multipliers.logits_soft_cap)
+
+    def largest_logits(self, hidden_NE: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Of each row, and whose they are: the lowest token of equals. None where all logits are found as fast."""
+        return None if self._screen is None else ops.linear_argmax(hidden_NE, self._screen)
+
+    @property
+    def _head(self) -> ops.Packed | ops.Quantized:
+        return (self.embedding if self.head is None else self.head).matrix
 
     def pack(self, rounding: Rounding) -> None:
         """Once the weights are read: every matrix that is multiplied with, into this machine's best form of it."""
@@ -163,3 +171,6 @@ class Decoder(nn.Module):
             residual_multiplier=self.config.multipliers.residual,
         )
         self._at_once = ops.decoder_layers(facts, self.embedding.weight.device.type)
+        multipliers = self.config.multipliers
+        if multipliers.logits_divisor == 1.0 and multipliers.logits_soft_cap is None:  # they can make logits equal
+            self._screen = ops.screen(self._head)

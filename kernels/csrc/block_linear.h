@@ -65,8 +65,8 @@ inline void widen(const uint8_t* block, float* to) {
 constexpr int FEW_ROWS = MANY_REGISTERS ? 4 : 3;  // with more, products take longer than widening, and hide nothing of it
 
 // R rows times a panel, whose weights stay in registers: the sums of `tile`, in its order
-template <class Form, int R>
-inline void multiply_few(const Linear& l, const uint8_t* panel, int64_t number, const char* next) {
+template <class Form, int R, class Out>
+inline void multiply_few(const LinearOf<float, Out>& l, const uint8_t* panel, int64_t number, const char* next) {
     float totals[R][PANEL];
     for (int r = 0; r < R; r++) l.output.begin(number, totals[r]);
     for (int64_t start = 0; start < l.in_features; start += SUMMED) {
@@ -94,32 +94,37 @@ inline void multiply_few(const Linear& l, const uint8_t* panel, int64_t number, 
     l.output.put(0, R, number, totals[0]);
 }
 
-template <class Form, int R = FEW_ROWS>
-inline void multiply_few_of(const Linear& l, const uint8_t* panel, int64_t number, const char* next) {
+template <class Form, int R = FEW_ROWS, class Out>
+inline void multiply_few_of(const LinearOf<float, Out>& l, const uint8_t* panel, int64_t number, const char* next) {
     if constexpr (R > 1) {
         if (l.rows < R) return multiply_few_of<Form, R - 1>(l, panel, number, next);
     }
     multiply_few<Form, R>(l, panel, number, next);
 }
 
+template <class Form, class Out>
+inline void multiply_block_panel(const LinearOf<float, Out>& l, const Block& block, int64_t number, int64_t next) {
+    const int64_t size = l.in_features / SHARING * Form::BYTES;
+    const uint8_t* panel = (const uint8_t*)l.panels + number * size;
+    const char* then = (const char*)l.panels + next * size;
+    if (l.rows <= FEW_ROWS) return multiply_few_of<Form>(l, panel, number, then);
+    const bool at_once = block.tiles > 4;  // a tile's share would be a byte or two for each input feature
+    float wide[SUMMED * PANEL];
+    const Ahead ahead{then, at_once ? 0 : Form::BYTES / SHARING};
+    multiply_panel(l, block, number, ahead, [&](int64_t start, int64_t depth) {
+        for (int64_t i = 0; i < depth; i += SHARING) {
+            const int64_t at = (start + i) / SHARING * Form::BYTES;
+            for (int64_t line = 0; line < Form::BYTES && at_once; line += 64) __builtin_prefetch(then + at + line, 0, 2);
+            widen<Form>(panel + at, wide + i * PANEL);
+        }
+        return (const float*)wide;
+    });
+}
+
 template <class Form>
 inline void multiply_blocks(const Linear& l, int threads) {
     multiply_panels(l, threads, [](const Linear& l, const Block& block, int64_t number, int64_t next) {
-        const int64_t size = l.in_features / SHARING * Form::BYTES;
-        const uint8_t* panel = (const uint8_t*)l.panels + number * size;
-        const char* then = (const char*)l.panels + next * size;
-        if (l.rows <= FEW_ROWS) return multiply_few_of<Form>(l, panel, number, then);
-        const bool at_once = block.tiles > 4;  // a tile's share would be a byte or two for each input feature
-        float wide[SUMMED * PANEL];
-        const Ahead ahead{then, at_once ? 0 : Form::BYTES / SHARING};
-        multiply_panel(l, block, number, ahead, [&](int64_t start, int64_t depth) {
-            for (int64_t i = 0; i < depth; i += SHARING) {
-                const int64_t at = (start + i) / SHARING * Form::BYTES;
-                for (int64_t line = 0; line < Form::BYTES && at_once; line += 64) __builtin_prefetch(then + at + line, 0, 2);
-                widen<Form>(panel + at, wide + i * PANEL);
-            }
-            return (const float*)wide;
-        });
+        multiply_block_panel<Form>(l, block, number, next);
     });
 }
 

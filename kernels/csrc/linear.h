@@ -36,8 +36,10 @@ struct Output {
     Activation activation;
 
     int64_t width(int64_t number) const { return std::min<int64_t>(PANEL, out_features - number * PANEL); }
-    // as the sums stand, in out
-    bool whole(int64_t number) const { return activation == NO_ACTIVATION && width(number) == PANEL; }
+    // where a panel's sums may go as they stand, or null
+    float* straight(int64_t row, int64_t number) const {
+        return activation == NO_ACTIVATION && width(number) == PANEL ? at(row, number) : nullptr;
+    }
     float* at(int64_t row, int64_t number) const {
         return out + row * stride_N + number * (activation == NO_ACTIVATION ? PANEL : VL);
     }
@@ -62,13 +64,13 @@ struct Output {
 };
 static_assert(PANEL_VECTORS == 2, "a gate and what it multiplies");
 
-// x in numbers of one input feature, or in pairs of two, which then count as one
-template <class Number>
+// x in numbers of one input feature, or in pairs of two, which then count as one; Out is Output or has what it has
+template <class Number, class Out = Output>
 struct LinearOf {
     const Number* x_NI;
     int64_t stride_N;
     const void* panels;
-    Output output;
+    Out output;
     int64_t rows, in_features;
 
     int64_t panel_count() const { return (output.out_features + PANEL - 1) / PANEL; }
@@ -105,31 +107,33 @@ inline void for_panels(int threads, const Blocks& blocks, int64_t panels, Body&&
 }
 
 // A block times a panel, whose pieces piece_of(start, depth) gives; fetches what this thread will probably need next
-template <class Number, class PieceOf>
-inline void multiply_panel(const LinearOf<Number>& l, const Block& block, int64_t number, Ahead next, PieceOf&& piece_of) {
-    const Output& output = l.output;
+template <class Number, class Out, class PieceOf>
+inline void multiply_panel(
+    const LinearOf<Number, Out>& l, const Block& block, int64_t number, Ahead next, PieceOf&& piece_of) {
+    const Out& output = l.output;
     const int64_t tiles = block.tiles, fetch_step = next.step / tiles;
     float begin[PANEL], held[MOST_TILES * MOST_ROWS * PANEL];
     output.begin(number, begin);
     for (int64_t start = 0; start < l.in_features; start += SUMMED) {
         const int64_t depth = std::min(SUMMED, l.in_features - start);
         const auto* piece = piece_of(start, depth);
-        const bool last = start + depth == l.in_features, direct = last && output.whole(number);
+        const bool last = start + depth == l.in_features;
         for (int64_t i = 0; i < tiles; i++) {
             const int64_t row = block.row(i);
             const int count = (int)(block.row(i + 1) - row);
             float* sums = held + (row - block.first) * PANEL;
+            float* straight = last ? output.straight(row, number) : nullptr;
             tile_of<MOST_ROWS>(
                 count, l.x_NI + row * l.stride_N + start, l.stride_N, piece, depth, start ? sums : begin, start ? PANEL : 0,
-                direct ? output.at(row, number) : sums, direct ? output.stride_N : PANEL,
+                straight ? straight : sums, straight ? output.stride_N : PANEL,
                 {next.at + (start * tiles + i * depth) * fetch_step, fetch_step});
-            if (last && !direct) output.put(row, count, number, sums);
+            if (last && !straight) output.put(row, count, number, sums);
         }
     }
 }
 
-template <class Weight, class Number>
-inline void multiply_panel(const LinearOf<Number>& l, const Block& block, int64_t number, int64_t next) {
+template <class Weight, class Number, class Out>
+inline void multiply_panel(const LinearOf<Number, Out>& l, const Block& block, int64_t number, int64_t next) {
     const int64_t size = l.in_features * PANEL;
     const Weight* panel = (const Weight*)l.panels + number * size;
     const Ahead ahead{(const char*)((const Weight*)l.panels + next * size), PANEL * sizeof(Weight)};
@@ -146,8 +150,8 @@ inline void multiply_panel(const LinearOf<Number>& l, const Block& block, int64_
 }
 
 // panel(l, block, number, the number of the panel to fetch) for each; throws std::bad_alloc, before any thread starts
-template <class Number, class Panel>
-inline void multiply_panels(LinearOf<Number> l, int threads, Panel&& panel) {
+template <class Number, class Out, class Panel>
+inline void multiply_panels(LinearOf<Number, Out> l, int threads, Panel&& panel) {
     thread_local Arena arena;
     if (row_stride(l.stride_N) != l.stride_N && l.rows > 4) {
         const int64_t stride = l.in_features + 16;
@@ -166,9 +170,9 @@ inline void multiply_panels(LinearOf<Number> l, int threads, Panel&& panel) {
     });
 }
 
-template <class Weight, class Number>
-inline void multiply(const LinearOf<Number>& l, int threads) {
-    multiply_panels(l, threads, [](const LinearOf<Number>& l, const Block& block, int64_t number, int64_t next) {
+template <class Weight, class Number, class Out>
+inline void multiply(const LinearOf<Number, Out>& l, int threads) {
+    multiply_panels(l, threads, [](const LinearOf<Number, Out>& l, const Block& block, int64_t number, int64_t next) {
         multiply_panel<Weight>(l, block, number, next);
     });
 }

@@ -4,6 +4,7 @@
 // F feed-forward size ·
 // I input features · O output features. Strides are in numbers; the last axis is always dense. `threads` is the most that may be used.
 
+#include "argmax.h"
 #include "block_linear.h"
 #include "elementwise.h"
 #include "linear.h"
@@ -28,6 +29,15 @@ void with_form(int type, Body&& body) {
     if (type == BLOCKS_8) body(BlockForm<8, false>{});
     else if (type == BLOCKS_4) body(BlockForm<4, false>{});
     else body(BlockForm<4, true>{});
+}
+
+// body(how a matrix of this type is kept)
+template <class Body>
+void with_kept(int type, Body&& body) {
+    if (type == FLOAT32) body(Plain<float>{});
+    else if (type == BFLOAT16) body(Plain<bf16>{});
+    else if (type == FLOAT16) body(Plain<f16>{});
+    else with_form(type, [&](auto form) { body(InBlocks<decltype(form)>{}); });
 }
 
 template <class To>
@@ -192,6 +202,34 @@ OP(block_rows)(
     with_form(type, [&](auto form) {
         block_rows<decltype(form)>((const uint8_t*)panels, in_features, rows_N, count, out_NI, threads);
     });
+    return 0;
+}
+
+// what `linear_argmax` needs beside the panels of `linear`: rounded panels, and of each output feature two lengths
+OP(make_screen)(
+    const void* panels, int type, int64_t in_features, int64_t out_features, void* rounded, float* lengths_O,
+    float* errors_O, int threads) {
+    with_kept(type, [&](auto kept) {
+        make_screen<decltype(kept)>(
+            panels, in_features, out_features, {(RoundedWeight*)rounded, lengths_O, errors_O}, threads);
+    });
+    return 0;
+}
+
+// of each row the largest output feature of `linear`, the first of equals, and its number. 0, or 1 if there was no memory
+OP(linear_argmax)(
+    const float* x_NI, int64_t stride_N, const void* rounded, const float* lengths_O, const float* errors_O,
+    const void* panels, int type, float* values_N, int64_t* ids_N, int64_t rows, int64_t in_features,
+    int64_t out_features, int threads) {
+    const Screen screen{(RoundedWeight*)rounded, (float*)lengths_O, (float*)errors_O};
+    try {
+        with_kept(type, [&](auto kept) {
+            find_largest<decltype(kept)>(
+                x_NI, stride_N, screen, panels, rows, in_features, out_features, values_N, ids_N, threads);
+        });
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
     return 0;
 }
 

@@ -29,7 +29,8 @@ inline void round_row(const float* x, int64_t size, float* to) {
     }
 }
 
-inline void multiply_rounded(const Linear& l, int threads) {
+template <class Out>
+inline void multiply_rounded(const LinearOf<float, Out>& l, int threads) {
     thread_local Arena arena;
     const int64_t size = numbers_of<Rounded>(l.in_features), stride = size + (size % (SETS / 2) == 0 ? 16 : 0);
     arena.reserve(Arena::bytes_for<Rounded>(l.rows * stride));
@@ -37,7 +38,7 @@ inline void multiply_rounded(const Linear& l, int threads) {
     for_ranges(threads, l.rows, (1 << 14) / l.in_features, [&](int64_t first, int64_t last) {
         for (int64_t n = first; n < last; n++) round_row(l.x_NI + n * l.stride_N, l.in_features, x + n * stride);
     });
-    multiply<RoundedWeight>(LinearOf<Rounded>{x, stride, l.panels, l.output, l.rows, size}, threads);
+    multiply<RoundedWeight>(LinearOf<Rounded, Out>{x, stride, l.panels, l.output, l.rows, size}, threads);
 }
 
 }  // namespace

@@ -8,7 +8,10 @@ import types
 import numpy as np
 import pytest
 import torch
+from batchinfer_kernels import cpu
+from batchinfer_kernels.cpu.linear_argmax import make_screen
 
+from batchinfer import ops
 from batchinfer.engine.blocks import BlockPool
 from batchinfer.engine.engine import Engine
 from batchinfer.engine.expected import ExpectedLength
@@ -44,6 +47,9 @@ class Echo(torch.nn.Module):
     def logits(self, hidden):
         self.head_rows += len(hidden)
         return self.table[hidden[:, 0] % 997].clone()
+
+    def largest_logits(self, hidden):
+        return None
 
 
 def greedy(prompt, request_id=0, max_tokens=50, **params) -> Request:
@@ -255,6 +261,28 @@ def test_batched_chunked_preempted_and_cached_equal_alone(tiny_llama, expected, 
         if wanted is not None:
             assert [one.token_id for one in answer.logprobs] == answer.token_ids
             assert all(len(one.top) == wanted and one.logprob <= 0 for one in answer.logprobs)
+
+
+@pytest.mark.skipif(cpu.problem() is not None, reason=str(cpu.problem()))
+def test_greedy_rows_that_are_found_by_bounds_are_those_of_all_logits(tmp_path, monkeypatch):
+    """Steps of greedy rows alone take the LM head's shorter way, others the long one, with the same tokens."""
+    build("llama", tmp_path)
+    decoder = load_decoder(tmp_path, torch.float32)
+    if isinstance(decoder.head.matrix, torch.Tensor):
+        pytest.skip("--reference-kernels")
+    requests = [greedy([9, 8, 7, 10 + number], number, max_tokens=5 + number) for number in range(12)]
+    expected = {one.request_id: alone(decoder, one) for one in requests}
+    found = []
+    monkeypatch.setattr(decoder, "_screen", make_screen(decoder.head.matrix))
+    monkeypatch.setattr(ops, "linear_argmax", lambda *args: found.append(cpu.linear_argmax(*args)) or found[-1])
+    answers = answers_of(make_engine(decoder, 60), requests)
+    assert {number: answer.token_ids for number, answer in answers.items()} == expected
+    steps = len(found)
+    assert steps >= 16
+    sampled = Request(99, [5, 6], SamplingParams(temperature=1.0), 3, 1)
+    answers = answers_of(make_engine(decoder, 400, seats=13), [sampled, *requests])
+    assert {number: answers[number].token_ids for number in expected} == expected
+    assert 0 < len(found) - steps < steps  # not while the other one runs
 
 
 def test_a_16_bit_cache_holds_a_float32_model(tiny_llama):

@@ -17,6 +17,7 @@ from batchinfer_kernels.cpu.linear import (
     pack_linear,
     packed_rows,
 )
+from batchinfer_kernels.cpu.linear_argmax import Screen, linear_argmax, screen
 from batchinfer_kernels.cpu.paged_attention import paged_attention
 from batchinfer_kernels.cpu.rms_norm import add_rms_norm, rms_norm
 from batchinfer_kernels.cpu.rope_kv_write import rope_kv_write
@@ -29,12 +30,14 @@ __all__ = [
     "PackedLinear",
     "QuantizedPanels",
     "RoundedPanels",
+    "Screen",
     "add_rms_norm",
     "copy_blocks",
     "decoder_layers",
     "gated_linear",
     "gelu_mul",
     "linear",
+    "linear_argmax",
     "pack_gated",
     "pack_linear",
     "packed_rows",
@@ -42,6 +45,7 @@ __all__ = [
     "problem",
     "rms_norm",
     "rope_kv_write",
+    "screen",
     "silu_mul",
     "step_index",
     "variant",

@@ -108,10 +108,14 @@ class DecoderLayers:
         """The last branch and the residual that it is to be added to, [N, E]; None if an argument has another form."""
         k_NKBD = caches[0][0]
         kv_type = TYPES.get(k_NKBD.dtype)
-        tensors = [x for pair in (*angles, *caches) for x in pair]
-        if not isinstance(index, CPUStepIndex) or kv_type is None or x_TE.dtype != torch.float32:
+        turns, kept = ([x for pair in pairs for x in pair] for pairs in (angles, caches))
+        if not isinstance(index, CPUStepIndex) or kv_type is None or len(caches) != self._model.num_layers:
             return None
-        if not all(x.is_contiguous() for x in (x_TE, rows_N, *tensors)):
+        if not all(x.dtype == torch.float32 for x in (x_TE, *turns)) or rows_N.dtype != torch.int64:
+            return None
+        if not all(x.dtype == k_NKBD.dtype and x.shape == k_NKBD.shape for x in kept):
+            return None
+        if not all(x.is_contiguous() for x in (x_TE, rows_N, *turns, *kept)):
             return None
         tables, query_starts, lengths = index.addresses
         out_NE = torch.empty(len(rows_N), x_TE.shape[1])

@@ -33,6 +33,8 @@ _SIGNATURES = {  # p pointer, n int64, i int, f float
     "block_bytes": "i",
     "pack_blocks": "pppnnpii",
     "block_rows": "pinpnpi",
+    "make_screen": "pinnpppi",
+    "linear_argmax": "pnppppippnnni",
     "pack_quantized": "pnnppi",
     "quantized_linear": "pnpppppninnni",
     "decoder_layers": "ppi",
@@ -59,6 +61,8 @@ class Functions(NamedTuple):
     block_bytes: Function
     pack_blocks: Function
     block_rows: Function
+    make_screen: Function
+    linear_argmax: Function
     pack_quantized: Function
     quantized_linear: Function
     decoder_layers: Function

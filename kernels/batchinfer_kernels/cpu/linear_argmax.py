@@ -1,0 +1,82 @@
+"""The largest output feature of a linear layer (csrc/argmax.h). N rows · I input features · O output features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchinfer_kernels.cpu.library import checked
+from batchinfer_kernels.cpu.linear import PackedBlocks, PackedLinear, type_of
+from batchinfer_kernels.cpu.memory import empty
+
+_LONGEST = 1e18  # products of two such lengths are finite
+
+
+@dataclass(frozen=True, slots=True)
+class Screen:
+    """What tells where the largest output feature can be, beside the matrix that says which it is."""
+
+    packed: PackedLinear | PackedBlocks
+    panels: Tensor  # bfloat16, as RoundedPanels has them
+    lengths_O: Tensor  # float32: of each output feature's weights
+    errors_O: Tensor  # float32: of what rounding them takes off
+
+
+def screen(packed: Any) -> Screen | None:
+    """None where it would gain nothing: rounded products must be the faster ones, and the matrix a float32 one."""
+    if not isinstance(packed, PackedLinear | PackedBlocks):
+        return None
+    chosen = packed.functions
+    together = chosen.rounded_together()
+    return make_screen(packed) if together > 1 else None
+
+
+def make_screen(packed: PackedLinear | PackedBlocks) -> Screen | None:
+    """None for weights that are not finite, or so large that their products may not be."""
+    chosen = packed.functions
+    panel, together = chosen.linear_panel(), chosen.rounded_together()
+    count = -(-packed.out_features // panel)
+    panels = empty((count, -(-packed.in_features // together), panel, together), torch.bfloat16)
+    lengths_O, errors_O = torch.empty(count * panel), torch.empty(count * panel)
+    chosen.make_screen(
+        packed.panels.data_ptr(),
+        type_of(packed),
+        packed.in_features,
+        packed.out_features,
+        panels.data_ptr(),
+        lengths_O.data_ptr(),
+        errors_O.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if not bool((lengths_O < _LONGEST).all()):
+        return None
+    return Screen(packed, panels, lengths_O, errors_O)
+
+
+def linear_argmax(x_NI: Tensor, screen: Screen) -> tuple[Tensor, Tensor]:
+    if x_NI.stride(-1) != 1:
+        x_NI = x_NI.contiguous()
+    packed = screen.packed
+    values_N = torch.empty(len(x_NI))
+    ids_N = torch.empty(len(x_NI), dtype=torch.int64)
+    checked(
+        packed.functions.linear_argmax(
+            x_NI.data_ptr(),
+            x_NI.stride(0),
+            screen.panels.data_ptr(),
+            screen.lengths_O.data_ptr(),
+            screen.errors_O.data_ptr(),
+            packed.panels.data_ptr(),
+            type_of(packed),
+            values_N.data_ptr(),
+            ids_N.data_ptr(),
+            len(x_NI),
+            packed.in_features,
+            packed.out_features,
+            torch.get_num_threads(),
+        )
+    )
+    return values_N, ids_N

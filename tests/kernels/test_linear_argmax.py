@@ -1,0 +1,112 @@
+"""The largest output feature of a linear layer, found by bounds: what a look at all of them finds, bit for bit."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from batchinfer_kernels import cpu
+from batchinfer_kernels.cpu.linear_argmax import make_screen
+
+from batchinfer import ops
+from tests.kernels.cases import BLOCK_SHAPES, LINEAR_SHAPES, linear_inputs
+from tests.kernels.test_block_linear import KINDS, _blocks
+
+pytestmark = pytest.mark.skipif(cpu.problem() is not None, reason=str(cpu.problem()))
+
+
+@pytest.fixture(autouse=True)
+def compiled(backend):
+    if backend == "reference":
+        pytest.skip("about C++")
+
+
+def check(x, weight):
+    """Against all output features; NumPy takes the first of equals, and a NaN before all numbers."""
+    packed = ops.pack_linear(weight)
+    whole = ops.linear(x, packed, None).numpy()
+    ids = torch.from_numpy(np.argmax(whole, axis=1))
+    got_values, got_ids = ops.linear_argmax(x, make_screen(packed))
+    assert torch.equal(got_ids, ids)
+    assert got_values.numpy().tobytes() == np.take_along_axis(whole, ids.numpy()[:, None], 1)[:, 0].tobytes()
+
+
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", LINEAR_SHAPES, ids=str)
+def test_the_largest_of_all(shape, kept):
+    x, weight, _ = linear_inputs(shape, torch.float32, kept)
+    check(x, weight)
+    check(x * 1e-12, weight)
+    check(x * 1e9, weight * 1e-7)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", BLOCK_SHAPES, ids=str)
+def test_the_largest_of_blocks(shape, kind):
+    rows, in_features, out_features = shape
+    x = torch.randn(rows, in_features, generator=torch.Generator().manual_seed(1))
+    check(x, _blocks(in_features, out_features, *KINDS[kind]))
+
+
+@pytest.mark.parametrize("rows", [1, 13, 40])
+def test_what_rounding_cannot_tell_apart(rows):
+    """Equal output features, of which the first is meant; and such as differ by less than bfloat16 knows."""
+    x, weight, _ = linear_inputs((rows, 200, 300), torch.float32)
+    equal = weight[:1].expand(300, -1).contiguous()
+    check(x, equal)
+    check(x, equal + 1e-5 * weight)
+    check(x, weight.repeat_interleave(3, 0)[:300])
+    check(torch.zeros_like(x), weight)
+    check(x, torch.zeros_like(weight))
+
+
+def test_rows_far_longer_than_others_change_nothing():
+    x, weight, _ = linear_inputs((30, 64, 500), torch.float32)
+    x[:, 3] *= 1e4
+    x[::2] *= 1e-6
+    weight[::7] *= 1e3
+    weight[1::7] *= 1e-3
+    check(x, weight)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 3e38])
+def test_a_row_that_is_not_finite_is_looked_at_whole(bad):
+    x, weight, _ = linear_inputs((9, 64, 500), torch.float32)
+    x[4, 7] = bad
+    check(x, weight)
+
+
+def test_a_row_s_result_depends_on_nothing_else():
+    x, weight, _ = linear_inputs((61, 576, 3000), torch.float32)
+    screen = make_screen(ops.pack_linear(weight))
+    values, ids = ops.linear_argmax(x, screen)
+    before = torch.get_num_threads()
+    for threads, rows in ((1, 1), (3, 13), (2, 29)):
+        torch.set_num_threads(threads)
+        for start in range(0, len(x), rows):
+            part = slice(start, start + rows)
+            got = ops.linear_argmax(x[part], screen)
+            assert torch.equal(got[0], values[part]) and torch.equal(got[1], ids[part])
+    torch.set_num_threads(before)
+
+
+def test_rows_may_be_strided():
+    x, weight, _ = linear_inputs((5, 40, 90), torch.float32)
+    wide = torch.zeros(5, 100)
+    wide[:, 30:70] = x
+    for strided in (wide[:, 30:70], x.T.contiguous().T):
+        check(strided, weight)
+
+
+def test_where_there_are_no_bounds(backend):
+    """For weights that are not finite or huge, for rounded ones, and where rounding makes products no faster."""
+    _, weight, _ = linear_inputs((1, 64, 70), torch.float32)
+    for bad in (math.nan, math.inf, 1e30):
+        broken = weight.clone()
+        broken[69, 63] = bad
+        assert make_screen(ops.pack_linear(broken)) is None
+    assert (ops.screen(ops.pack_linear(weight)) is not None) == (backend == "avx512_bf16")
+    for rounded in (weight, ops.pack_linear(weight, torch.int8), ops.pack_linear(weight, torch.bfloat16)):
+        assert ops.screen(rounded) is None
