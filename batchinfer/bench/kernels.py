@@ -1,7 +1,8 @@
 """Each op of a forward pass against what memory and arithmetic allow: bytes over bandwidth, operations over GEMM rate.
 
 Bytes are those that an op cannot avoid: every input read once, every output written once. Bandwidth is measured on data
-of the same size, so that what stays in a cache is held to the cache's speed. Element-wise ops count bytes alone.
+of the same size, so that what stays in a cache is held to the cache's speed. Element-wise ops count bytes alone, and
+what multiplies in bfloat16 or in 8 bits is held to the GEMM rate in these.
 
 T tokens · S sequences · E hidden size · F feed-forward size · H query heads · K kv heads · D head size · R rotated
 pairs · N blocks · B slots per block · I, O input and output features
@@ -17,9 +18,10 @@ from typing import Any
 import torch
 
 from batchinfer import ops
-from batchinfer.bench.machine import Bandwidth, Machine
+from batchinfer.bench.machine import Bandwidth, Machine, gemm_rate
 from batchinfer.bench.table import number, table
 from batchinfer.bench.timing import Timing, time_in_turn
+from batchinfer.engine.draw import argmax
 from batchinfer.io.fetch import fetch_model
 from batchinfer.layers.linear import GatedLinear, Linear
 from batchinfer.models.config import ModelConfig, load_config
@@ -31,6 +33,7 @@ _BLOCK_SIZE = 16
 _DECODES, _CONTEXT, _PROMPT = 64, 512, 1024
 _TOKENS = (64, 1024)  # of element-wise ops: a step of decodes, and one with prompts
 _ROWS = (1, 8, 16, 32, 64, 256, 2048)
+_NARROW_ROWS = (1, 64, 256)  # of linear layers in bfloat16 and in 8 bits
 _HEAD_ROWS = 256  # more rows than that do not reach an LM head at once
 _MOST_KV_BYTES = 1 << 29  # of all layers: no cache holds as much
 _BUDGET_S = 0.3
@@ -74,7 +77,7 @@ def shapes_of(model: str, storage: StorageSpec) -> Shapes:
 class Case:
     """An op on some shape. `make` sets up its data for the backend that is chosen then, and gives the call.
 
-    `turns` calls pass before the same data comes again.
+    `turns` calls pass before the same data comes again. `dtype` is that of what is multiplied.
     """
 
     op: str
@@ -83,6 +86,7 @@ class Case:
     operations: int
     make: Callable[[], Work]
     turns: int = 1
+    dtype: torch.dtype = torch.float32
 
     @property
     def held_bytes(self) -> int:
@@ -117,11 +121,23 @@ class Measured:
 @torch.inference_mode()
 def measure(shapes: Shapes, machine: Machine, cases: Sequence[Case] | None = None) -> Iterator[Measured]:
     """Every case on every backend that is there; backends take turns."""
-    bandwidth = Bandwidth()
+    bandwidth, rate = Bandwidth(), _rates(machine)
     with ops.keeping_backend("cpu"):
         for case in all_cases(shapes) if cases is None else cases:
             for backend, timing in _in_turn(case).items():
-                yield _against_limit(case, backend, timing, machine, bandwidth)
+                yield _against_limit(case, backend, timing, machine, bandwidth, rate(case.dtype))
+
+
+def _rates(machine: Machine) -> Callable[[torch.dtype], float]:
+    """The machine's GEMM rate by type, measured once each."""
+    known = {torch.float32: machine.gemm_per_s}
+
+    def rate(dtype: torch.dtype) -> float:
+        if dtype not in known:
+            known[dtype] = gemm_rate(dtype)
+        return known[dtype]
+
+    return rate
 
 
 def _in_turn(case: Case) -> dict[str, Timing]:
@@ -137,8 +153,10 @@ def _in_turn(case: Case) -> dict[str, Timing]:
     return time_in_turn(works, _BUDGET_S, before=choose)
 
 
-def _against_limit(case: Case, backend: str, timing: Timing, machine: Machine, bandwidth: Bandwidth) -> Measured:
-    moving, computing = case.data_bytes / bandwidth.of(case.held_bytes), case.operations / machine.gemm_per_s
+def _against_limit(
+    case: Case, backend: str, timing: Timing, machine: Machine, bandwidth: Bandwidth, rate: float
+) -> Measured:
+    moving, computing = case.data_bytes / bandwidth.of(case.held_bytes), case.operations / rate
     return Measured(
         op=case.op,
         shape=case.shape,
@@ -257,39 +275,65 @@ def _linears(shapes: Shapes) -> Iterator[Case]:
         "qkv": (shapes.hidden, inner + 2 * shapes.kv_heads * shapes.head_size),
         "out": (inner, shapes.hidden),
         "down": (shapes.feed_forward, shapes.hidden),
-        "lm_head": (shapes.hidden, shapes.vocabulary),
     }
-    for name, (wide, high) in layers.items():
-        for rows in _ROWS:
-            if name != "lm_head" or rows <= _HEAD_ROWS:
-                yield _linear(name, wide, high, rows)
-    for rows in _ROWS:
-        yield _gated_linear(shapes.hidden, shapes.feed_forward, rows)
+    for dtype, numbers_of_rows in ((torch.float32, _ROWS), (torch.bfloat16, _NARROW_ROWS), (torch.int8, _NARROW_ROWS)):
+        for name, (wide, high) in layers.items():
+            for rows in numbers_of_rows:
+                yield _linear(name, wide, high, rows, dtype)
+        for rows in numbers_of_rows:
+            yield _gated_linear(shapes.hidden, shapes.feed_forward, rows, dtype)
+    for rows in (rows for rows in _ROWS if rows <= _HEAD_ROWS):
+        yield _linear("lm_head", shapes.hidden, shapes.vocabulary, rows, torch.float32)
+        yield _greedy_head(shapes.hidden, shapes.vocabulary, rows)
 
 
-def _linear(name: str, in_features: int, out_features: int, rows: int) -> Case:
-    numbers = in_features * out_features + rows * (in_features + out_features)
-    shape = f"{name} {in_features}x{out_features}, {rows} rows"
-    work = _packed(lambda: Linear(in_features, out_features), rows)
-    return Case("linear", shape, numbers * _FLOAT, 2 * rows * in_features * out_features, work)
+def _linear(name: str, in_features: int, out_features: int, rows: int, dtype: torch.dtype) -> Case:
+    data_bytes = in_features * out_features * dtype.itemsize + rows * (in_features + out_features) * _FLOAT
+    shape = f"{name} {in_features}x{out_features}, {rows} rows{_in(dtype)}"
+    work = _packed(lambda: Linear(in_features, out_features), rows, dtype)
+    return Case("linear", shape, data_bytes, 2 * rows * in_features * out_features, work, dtype=dtype)
 
 
-def _gated_linear(in_features: int, size: int, rows: int) -> Case:
-    numbers = 2 * in_features * size + rows * (in_features + size)
-    shape = f"gate_up {in_features}x{2 * size}, {rows} rows"
-    work = _packed(lambda: GatedLinear(in_features, size, "silu"), rows)
-    return Case("gated_linear", shape, numbers * _FLOAT, 4 * rows * in_features * size, work)
+def _gated_linear(in_features: int, size: int, rows: int, dtype: torch.dtype) -> Case:
+    data_bytes = 2 * in_features * size * dtype.itemsize + rows * (in_features + size) * _FLOAT
+    shape = f"gate_up {in_features}x{2 * size}, {rows} rows{_in(dtype)}"
+    work = _packed(lambda: GatedLinear(in_features, size, "silu"), rows, dtype)
+    return Case("gated_linear", shape, data_bytes, 4 * rows * in_features * size, work, dtype=dtype)
 
 
-def _packed(layer: Callable[[], Linear], rows: int) -> Callable[[], Work]:
+def _greedy_head(in_features: int, out_features: int, rows: int) -> Case:
+    """The largest logits; where there is no shorter way to them, among all logits. The limit is that of the shorter."""
+    dtype = torch.bfloat16
+
     def make() -> Work:
-        linear = layer()
-        linear.weight.uniform_(-0.1, 0.1)
-        linear.pack()
+        head, x_NI = _ready(Linear(in_features, out_features), torch.float32), torch.randn(rows, in_features)
+        screen = ops.screen(head.matrix)
+        if screen is None:
+            return lambda: argmax(head(x_NI))
+        return lambda: ops.linear_argmax(x_NI, screen)
+
+    data_bytes = in_features * out_features * dtype.itemsize + rows * in_features * _FLOAT
+    shape = f"lm_head {in_features}x{out_features}, {rows} rows{_in(dtype)}"
+    return Case("linear_argmax", shape, data_bytes, 2 * rows * in_features * out_features, make, dtype=dtype)
+
+
+def _in(dtype: torch.dtype) -> str:
+    return "" if dtype == torch.float32 else f" in {str(dtype).removeprefix('torch.')}"
+
+
+def _packed(layer: Callable[[], Linear], rows: int, dtype: torch.dtype) -> Callable[[], Work]:
+    def make() -> Work:
+        linear = _ready(layer(), dtype)
         x_TI = torch.rand(rows, linear.in_features)
         return lambda: linear(x_TI)
 
     return make
+
+
+def _ready(layer: Linear, dtype: torch.dtype) -> Linear:
+    layer.weight.uniform_(-0.1, 0.1)
+    layer.pack(None if dtype == torch.float32 else dtype)
+    return layer
 
 
 def describe(found: Sequence[Measured]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from batchinfer import ops
 from batchinfer.bench import kernels
@@ -15,7 +16,8 @@ SMALL = Shapes("small", hidden=16, heads=4, kv_heads=2, head_size=8, feed_forwar
 @pytest.fixture(autouse=True)
 def small(quick_machine, monkeypatch):
     monkeypatch.setattr(kernels, "_BUDGET_S", 0.0)
-    for name, value in {"_CONTEXT": 20, "_PROMPT": 20, "_DECODES": 3, "_TOKENS": (5,), "_ROWS": (1, 4)}.items():
+    smaller = {"_CONTEXT": 20, "_PROMPT": 20, "_DECODES": 3, "_TOKENS": (5,), "_ROWS": (1, 4), "_NARROW_ROWS": (4,)}
+    for name, value in smaller.items():
         monkeypatch.setattr(kernels, name, value)
 
 
@@ -31,6 +33,9 @@ def test_bytes_and_operations():
     assert cases["silu_mul 5 tokens"] == cases["gelu_mul 5 tokens"] == (4 * 3 * 5 * 24, 0)
     assert cases["gated_linear gate_up 16x48, 4 rows"] == (4 * (16 * 48 + 4 * 40), 2 * 4 * 16 * 48)
     assert cases["linear down 24x16, 4 rows"] == (4 * (24 * 16 + 4 * 40), 2 * 4 * 24 * 16)
+    assert cases["linear down 24x16, 4 rows in int8"] == (24 * 16 + 4 * 4 * 40, 2 * 4 * 24 * 16)
+    assert cases["gated_linear gate_up 16x48, 4 rows in bfloat16"] == (2 * 16 * 48 + 4 * 4 * 40, 2 * 4 * 16 * 48)
+    assert cases["linear_argmax lm_head 16x40, 4 rows in bfloat16"] == (2 * 16 * 40 + 4 * 4 * 16, 2 * 4 * 16 * 40)
 
 
 def test_every_case_runs_on_every_backend():
@@ -42,9 +47,19 @@ def test_every_case_runs_on_every_backend():
         assert ran == backends, case
     assert {case.op for case in cases} == {
         *("paged_attention", "rms_norm", "add_rms_norm", "rope_kv_write", "silu_mul", "gelu_mul"),
-        *("linear", "gated_linear"),
+        *("linear", "gated_linear", "linear_argmax"),
     }
     assert len(describe(found).splitlines()) == 1 + len(found)
+
+
+def test_arithmetic_is_held_to_the_rate_of_its_type(monkeypatch):
+    monkeypatch.setattr(kernels.Bandwidth, "of", lambda self, size: 1e9)
+    rates = {torch.bfloat16: 2e6, torch.int8: 4e6}
+    monkeypatch.setattr(kernels, "gemm_rate", rates.pop)  # each is measured once
+    dtypes = (torch.float32, torch.bfloat16, torch.int8, torch.bfloat16)
+    made = [Case("x", "", 1, 1000, lambda: lambda: None, dtype=dtype) for dtype in dtypes]
+    found = [one for one in measure(SMALL, make_machine(gemm_per_s=1e6), made) if one.backend == "reference"]
+    assert [one.limit_s for one in found] == pytest.approx([1e-3, 5e-4, 2.5e-4, 5e-4])
 
 
 def test_limit_is_the_longer_of_both(monkeypatch):
