@@ -10,7 +10,6 @@ import ctypes
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -44,28 +43,14 @@ _CTYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "i": ctypes.c_int, "f": ct
 Function = Callable[..., int]
 
 
-class Functions(NamedTuple):
-    """Of one variant. Those that take no pointer return sizes, others 0, or 1 for want of memory."""
+class Functions:
+    """Of one variant, by name. Those that take no pointer return sizes, others 0, or 1 for want of memory."""
 
-    paged_attention: Function
-    rms_norm: Function
-    rope_kv_write: Function
-    copy_blocks: Function
-    silu_mul: Function
-    gelu_mul: Function
-    linear_panel: Function
-    quantized_group: Function
-    rounded_together: Function
-    pack_linear: Function
-    linear: Function
-    block_bytes: Function
-    pack_blocks: Function
-    block_rows: Function
-    make_screen: Function
-    linear_argmax: Function
-    pack_quantized: Function
-    quantized_linear: Function
-    decoder_layers: Function
+    def __init__(self, by_name: dict[str, Function]) -> None:
+        self.__dict__.update(by_name)
+
+    def __getattr__(self, name: str) -> Function:
+        raise AttributeError(f"the compiled library has no function {name}")
 
 
 @cache
@@ -91,7 +76,7 @@ def load(variant: str) -> Functions:
         made: Function = found
         return made
 
-    return Functions(*map(function, Functions._fields))
+    return Functions({name: function(name) for name in _SIGNATURES})
 
 
 _chosen: list[Functions] = []
