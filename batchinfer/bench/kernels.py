@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -121,23 +122,16 @@ class Measured:
 @torch.inference_mode()
 def measure(shapes: Shapes, machine: Machine, cases: Sequence[Case] | None = None) -> Iterator[Measured]:
     """Every case on every backend that is there; backends take turns."""
-    bandwidth, rate = Bandwidth(), _rates(machine)
+    bandwidth = Bandwidth()
+
+    @cache
+    def rate(dtype: torch.dtype) -> float:
+        return machine.gemm_per_s if dtype == torch.float32 else gemm_rate(dtype)
+
     with ops.keeping_backend("cpu"):
         for case in all_cases(shapes) if cases is None else cases:
             for backend, timing in _in_turn(case).items():
                 yield _against_limit(case, backend, timing, machine, bandwidth, rate(case.dtype))
-
-
-def _rates(machine: Machine) -> Callable[[torch.dtype], float]:
-    """The machine's GEMM rate by type, measured once each."""
-    known = {torch.float32: machine.gemm_per_s}
-
-    def rate(dtype: torch.dtype) -> float:
-        if dtype not in known:
-            known[dtype] = gemm_rate(dtype)
-        return known[dtype]
-
-    return rate
 
 
 def _in_turn(case: Case) -> dict[str, Timing]:

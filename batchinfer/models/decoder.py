@@ -6,7 +6,7 @@ T tokens of a step · N rows that come out · E hidden size · V vocabulary
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
@@ -106,7 +106,6 @@ class Decoder(nn.Module):
         self.head = None if config.tied else Linear(config.hidden_size, config.vocab_size)
         self.rotaries = [Rotary(rope, config.context_tokens) for rope in config.ropes]
         self._at_once: ops.DecoderLayers | None = None
-        self._screen: ops.Screen | None = None
 
     def forward(self, inputs: StepInputs, cache: Sequence[ops.KVPair]) -> Tensor:
         """Computes the step's tokens, writes their keys and values into `cache` (one pair a layer). hidden_NE."""
@@ -145,6 +144,14 @@ class Decoder(nn.Module):
         """Of each row, and whose they are: the lowest token of equals. None where all logits are found as fast."""
         return None if self._screen is None else ops.linear_argmax(hidden_NE, self._screen)
 
+    @cached_property
+    def _screen(self) -> ops.Screen | None:
+        """Made when it is first needed: where nothing is greedy it would be memory for nothing."""
+        multipliers = self.config.multipliers
+        if multipliers.logits_divisor != 1.0 or multipliers.logits_soft_cap is not None:  # they can make logits equal
+            return None
+        return ops.screen(self._head)
+
     @property
     def _head(self) -> ops.Packed | ops.Quantized:
         return (self.embedding if self.head is None else self.head).matrix
@@ -171,6 +178,3 @@ class Decoder(nn.Module):
             residual_multiplier=self.config.multipliers.residual,
         )
         self._at_once = ops.decoder_layers(facts, self.embedding.weight.device.type)
-        multipliers = self.config.multipliers
-        if multipliers.logits_divisor == 1.0 and multipliers.logits_soft_cap is None:  # they can make logits equal
-            self._screen = ops.screen(self._head)

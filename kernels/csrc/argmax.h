@@ -22,31 +22,6 @@ struct Screen {
     float *lengths_O, *errors_O;
 };
 
-// How the exact matrix is kept
-template <class Weight>
-struct Plain {
-    static void widen(const void* panels, int64_t in_features, int64_t number, int64_t start, int64_t depth, float* to) {
-        const Weight* from = (const Weight*)panels + (number * in_features + start) * PANEL;
-        for (int64_t i = 0; i < depth * PANEL; i += VL) store(to + i, load(from + i));
-    }
-    template <class Out>
-    static void multiply(const LinearOf<float, Out>& l, const Block& block, int64_t number) {
-        multiply_panel<Weight>(l, block, number, number);
-    }
-};
-
-template <class Form>
-struct InBlocks {
-    static void widen(const void* panels, int64_t in_features, int64_t number, int64_t start, int64_t depth, float* to) {
-        const uint8_t* from = (const uint8_t*)panels + (number * in_features + start) / SHARING * Form::BYTES;
-        for (int64_t i = 0; i < depth; i += SHARING, from += Form::BYTES) ::widen<Form>(from, to + i * PANEL);
-    }
-    template <class Out>
-    static void multiply(const LinearOf<float, Out>& l, const Block& block, int64_t number) {
-        multiply_block_panel<Form>(l, block, number, number);
-    }
-};
-
 // rounding of what is computed here
 constexpr double MARGIN = 1 + 1e-6;
 
@@ -113,16 +88,21 @@ inline float largest_of(vec v) {
 #endif
 }
 
-// In place of linear.h's Output: what a panel's largest sum of a row is at least, and at most
-struct Bounds {
+// In place of linear.h's Output, where a panel's sums go nowhere as they stand
+struct Sums {
     static constexpr int64_t stride_N = 0;
+
+    static float* straight(int64_t, int64_t) { return nullptr; }
+    static void begin(int64_t, float* sums) { memset(sums, 0, PANEL * sizeof(float)); }
+};
+
+// What a panel's largest sum of a row is at least, and at most
+struct Bounds : Sums {
     const float *lengths_O, *errors_O;
     const RowError* errors_N;
     float *lows_PN, *highs_PN;
     int64_t rows, out_features;
 
-    float* straight(int64_t, int64_t) const { return nullptr; }
-    void begin(int64_t, float* sums) const { memset(sums, 0, PANEL * sizeof(float)); }
     void put(int64_t row, int64_t count, int64_t number, const float* sums) const {
         const int64_t width = out_features - number * PANEL;
         for (int64_t n = row; n < row + count; n++, sums += PANEL) {
@@ -147,15 +127,12 @@ struct Bounds {
 inline bool is_better(float value, float than) { return !(value <= than) && than == than; }
 
 // The largest exact sum of some rows' panel, and which it is
-struct Best {
-    static constexpr int64_t stride_N = 0;
+struct Best : Sums {
     const int64_t* rows_R;
     float* values_N;
     int32_t* ids_N;
     int64_t out_features;
 
-    float* straight(int64_t, int64_t) const { return nullptr; }
-    void begin(int64_t, float* sums) const { memset(sums, 0, PANEL * sizeof(float)); }
     void put(int64_t row, int64_t count, int64_t number, const float* sums) const {
         const int64_t width = std::min<int64_t>(PANEL, out_features - number * PANEL);
         for (int64_t r = row; r < row + count; r++, sums += PANEL) {
@@ -185,7 +162,7 @@ inline void find_largest(
     for_ranges(threads, rows, (1 << 14) / in_features, [&](int64_t first, int64_t last) {
         for (int64_t n = first; n < last; n++) errors_N[n] = RowError(x_NI + n * stride_N, in_features);
     });
-    const Bounds bounds{screen.lengths_O, screen.errors_O, errors_N, lows_PN, highs_PN, rows, out_features};
+    const Bounds bounds{{}, screen.lengths_O, screen.errors_O, errors_N, lows_PN, highs_PN, rows, out_features};
     multiply_rounded(LinearOf<float, Bounds>{x_NI, stride_N, screen.panels, bounds, rows, in_features}, threads);
 
     float* floors_N = values_N;
@@ -197,14 +174,14 @@ inline void find_largest(
     for_tasks(threads, count, [&](int thread, int64_t p) {
         float* copy = copies + thread * MOST_ROWS * stride;
         int64_t chosen[MOST_ROWS], size = 0;
-        const Best best{chosen, values_PN + p * rows, ids_PN + p * rows, out_features};
+        const Best best{{}, chosen, values_PN + p * rows, ids_PN + p * rows, out_features};
         for (int64_t n = 0; n < rows; n++) {
             if (highs_PN[p * rows + n] >= floors_N[n]) {
                 memcpy(copy + size * stride, x_NI + n * stride_N, in_features * sizeof(float));
                 chosen[size++] = n;
             }
             if (size == MOST_ROWS || (size && n == rows - 1)) {
-                Kept::multiply(LinearOf<float, Best>{copy, stride, panels, best, size, in_features}, Block{0, size, 1}, p);
+                Kept::multiply(LinearOf<float, Best>{copy, stride, panels, best, size, in_features}, Block{0, size, 1}, p, p);
                 size = 0;
             }
         }

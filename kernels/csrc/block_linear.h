@@ -52,7 +52,7 @@ struct Widener {
 };
 
 template <class Form>
-inline void widen(const uint8_t* block, float* to) {
+inline void widen_block(const uint8_t* block, float* to) {
     const Widener<Form> widener(block);
     const uint8_t* from = block + Form::HEADER;
     for (int64_t i = 0; i < SHARING; i++, from += Form::FEATURE, to += PANEL) {
@@ -102,31 +102,29 @@ inline void multiply_few_of(const LinearOf<float, Out>& l, const uint8_t* panel,
     multiply_few<Form, R>(l, panel, number, next);
 }
 
-template <class Form, class Out>
-inline void multiply_block_panel(const LinearOf<float, Out>& l, const Block& block, int64_t number, int64_t next) {
-    const int64_t size = l.in_features / SHARING * Form::BYTES;
-    const uint8_t* panel = (const uint8_t*)l.panels + number * size;
-    const char* then = (const char*)l.panels + next * size;
-    if (l.rows <= FEW_ROWS) return multiply_few_of<Form>(l, panel, number, then);
-    const bool at_once = block.tiles > 4;  // a tile's share would be a byte or two for each input feature
-    float wide[SUMMED * PANEL];
-    const Ahead ahead{then, at_once ? 0 : Form::BYTES / SHARING};
-    multiply_panel(l, block, number, ahead, [&](int64_t start, int64_t depth) {
-        for (int64_t i = 0; i < depth; i += SHARING) {
-            const int64_t at = (start + i) / SHARING * Form::BYTES;
-            for (int64_t line = 0; line < Form::BYTES && at_once; line += 64) __builtin_prefetch(then + at + line, 0, 2);
-            widen<Form>(panel + at, wide + i * PANEL);
-        }
-        return (const float*)wide;
-    });
-}
-
 template <class Form>
-inline void multiply_blocks(const Linear& l, int threads) {
-    multiply_panels(l, threads, [](const Linear& l, const Block& block, int64_t number, int64_t next) {
-        multiply_block_panel<Form>(l, block, number, next);
-    });
-}
+struct InBlocks {
+    static void widen(const void* panels, int64_t in_features, int64_t number, int64_t start, int64_t depth, float* to) {
+        const uint8_t* from = (const uint8_t*)panels + (number * in_features + start) / SHARING * Form::BYTES;
+        for (int64_t i = 0; i < depth; i += SHARING, from += Form::BYTES) widen_block<Form>(from, to + i * PANEL);
+    }
+    template <class Out>
+    static void multiply(const LinearOf<float, Out>& l, const Block& block, int64_t number, int64_t next) {
+        const int64_t size = l.in_features / SHARING * Form::BYTES;
+        const uint8_t* panel = (const uint8_t*)l.panels + number * size;
+        const char* then = (const char*)l.panels + next * size;
+        if (l.rows <= FEW_ROWS) return multiply_few_of<Form>(l, panel, number, then);
+        const bool at_once = block.tiles > 4;  // a tile's share would be a byte or two for each input feature
+        float wide[SUMMED * PANEL];
+        const Ahead ahead{then, at_once ? 0 : Form::BYTES / SHARING};
+        multiply_panel(l, block, number, ahead, [&](int64_t start, int64_t depth) {
+            const int64_t at = start / SHARING * Form::BYTES, bytes = depth / SHARING * Form::BYTES;
+            for (int64_t line = 0; line < bytes && at_once; line += 64) __builtin_prefetch(then + at + line, 0, 2);
+            widen(l.panels, l.in_features, number, start, depth, wide);
+            return (const float*)wide;
+        });
+    }
+};
 
 struct BlockMatrix {
     const int8_t* values_OI;

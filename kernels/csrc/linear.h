@@ -132,6 +132,12 @@ inline void multiply_panel(
     }
 }
 
+// `depth` input features of a panel as float32
+template <class Weight>
+inline void widen_piece(const Weight* from, int64_t depth, float* to) {
+    for (int64_t i = 0; i < depth * PANEL; i += VL) store(to + i, load(from + i));
+}
+
 template <class Weight, class Number, class Out>
 inline void multiply_panel(const LinearOf<Number, Out>& l, const Block& block, int64_t number, int64_t next) {
     const int64_t size = l.in_features * PANEL;
@@ -141,7 +147,7 @@ inline void multiply_panel(const LinearOf<Number, Out>& l, const Block& block, i
         if (block.tiles > 2) {  // converted once, not once a tile
             float wide[SUMMED * PANEL];
             return multiply_panel(l, block, number, ahead, [&](int64_t start, int64_t depth) {
-                for (int64_t i = 0; i < depth * PANEL; i += VL) store(wide + i, load(panel + start * PANEL + i));
+                widen_piece(panel + start * PANEL, depth, wide);
                 return (const float*)wide;
             });
         }
@@ -149,9 +155,21 @@ inline void multiply_panel(const LinearOf<Number, Out>& l, const Block& block, i
     multiply_panel(l, block, number, ahead, [&](int64_t start, int64_t) { return panel + start * PANEL; });
 }
 
-// panel(l, block, number, the number of the panel to fetch) for each; throws std::bad_alloc, before any thread starts
-template <class Number, class Out, class Panel>
-inline void multiply_panels(LinearOf<Number, Out> l, int threads, Panel&& panel) {
+// A matrix whose panels are weights of one type: one of the ways to keep it
+template <class Weight>
+struct Plain {
+    static void widen(const void* panels, int64_t in_features, int64_t number, int64_t start, int64_t depth, float* to) {
+        widen_piece((const Weight*)panels + (number * in_features + start) * PANEL, depth, to);
+    }
+    template <class Number, class Out>
+    static void multiply(const LinearOf<Number, Out>& l, const Block& block, int64_t number, int64_t next) {
+        multiply_panel<Weight>(l, block, number, next);
+    }
+};
+
+// All rows times all panels of a matrix that is kept so; throws std::bad_alloc, before any thread starts
+template <class Kept, class Number, class Out>
+inline void multiply(LinearOf<Number, Out> l, int threads) {
     thread_local Arena arena;
     if (row_stride(l.stride_N) != l.stride_N && l.rows > 4) {
         const int64_t stride = l.in_features + 16;
@@ -166,14 +184,7 @@ inline void multiply_panels(LinearOf<Number, Out> l, int threads, Panel&& panel)
     }
     const Blocks blocks(l.rows, l.in_features * sizeof(Number), MOST_ROWS);
     for_panels(threads, blocks, l.panel_count(), [&](const Block& block, int64_t number, int64_t next) {
-        panel(l, block, number, next);
-    });
-}
-
-template <class Weight, class Number, class Out>
-inline void multiply(const LinearOf<Number, Out>& l, int threads) {
-    multiply_panels(l, threads, [](const LinearOf<Number, Out>& l, const Block& block, int64_t number, int64_t next) {
-        multiply_panel<Weight>(l, block, number, next);
+        Kept::multiply(l, block, number, next);
     });
 }
 

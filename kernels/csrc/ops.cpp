@@ -170,11 +170,8 @@ OP(linear)(
     const Output output{bias_O, out, out_stride_N, out_features, (Activation)activation};
     const Linear l{x_NI, stride_N, panels, output, rows, in_features};
     try {
-        if (type == FLOAT32) multiply<float>(l, threads);
-        else if (type == BFLOAT16) multiply<bf16>(l, threads);
-        else if (type == FLOAT16) multiply<f16>(l, threads);
-        else if (type == ROUNDED) multiply_rounded(l, threads);
-        else with_form(type, [&](auto form) { multiply_blocks<decltype(form)>(l, threads); });
+        if (type == ROUNDED) multiply_rounded(l, threads);
+        else with_kept(type, [&](auto kept) { multiply<decltype(kept)>(l, threads); });
     } catch (const std::bad_alloc&) {
         return 1;
     }

@@ -38,7 +38,7 @@ inline void multiply_rounded(const LinearOf<float, Out>& l, int threads) {
     for_ranges(threads, l.rows, (1 << 14) / l.in_features, [&](int64_t first, int64_t last) {
         for (int64_t n = first; n < last; n++) round_row(l.x_NI + n * l.stride_N, l.in_features, x + n * stride);
     });
-    multiply<RoundedWeight>(LinearOf<Rounded, Out>{x, stride, l.panels, l.output, l.rows, size}, threads);
+    multiply<Plain<RoundedWeight>>(LinearOf<Rounded, Out>{x, stride, l.panels, l.output, l.rows, size}, threads);
 }
 
 }  // namespace

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from batchinfer import ops
+
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 4e-2}
 """Absolute and relative, for inputs of the order of 1 and results computed in at least float32."""
 
@@ -29,6 +31,9 @@ GATED_LINEAR_SHAPES = [(0, 8, 16), (1, 1, 1), (3, 5, 7), (1, 64, 32), (15, 576, 
 
 # the same as LINEAR_SHAPES, of whole blocks
 BLOCK_SHAPES = [(1, 32, 1), (2, 96, 33), (3, 416, 40), (17, 128, 70), (40, 160, 96), (200, 1600, 40)]
+
+# bits, and whether there are minima
+BLOCK_KINDS = {"8 bits": (8, False), "4 bits": (4, False), "4 bits with minima": (4, True)}
 
 
 @dataclass(frozen=True)
@@ -98,3 +103,15 @@ def linear_inputs(shape, dtype, kept=None):
     if kept is not None:
         weight = weight.to(kept).to(dtype)
     return seeded(rows, in_features, seed=0, dtype=dtype), weight, seeded(out_features, seed=2, dtype=dtype)
+
+
+def make_blocks(in_features, out_features, bits, with_mins, seed=0):
+    """All values there are, and scales of either sign, some of them subnormal."""
+    generator = torch.Generator().manual_seed(seed)
+    low, high = (0, 15) if with_mins else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    values = torch.randint(low, high + 1, (out_features, in_features), generator=generator, dtype=torch.int8)
+    values[0, :2] = torch.tensor([low, high])
+    scales = (torch.randn(out_features, in_features // ops.BLOCK, generator=generator) * 0.05).half()
+    scales[-1, -1] = 3e-7
+    mins = torch.randn(scales.shape, generator=generator).half() if with_mins else None
+    return ops.BlockMatrix(values, scales, mins, bits)

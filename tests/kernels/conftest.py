@@ -27,3 +27,10 @@ def backend(request):
     library.choose(name)
     yield name
     library.choose(_VARIANTS[0])
+
+
+@pytest.fixture
+def compiled(backend):
+    """For what is about C++ alone."""
+    if backend == "reference":
+        pytest.skip("about C++")

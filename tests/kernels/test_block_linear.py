@@ -6,28 +6,14 @@ import pytest
 import torch
 
 from batchinfer import ops
-from tests.kernels.cases import BLOCK_SHAPES
+from tests.kernels.cases import BLOCK_KINDS, BLOCK_SHAPES, make_blocks
 
 pytestmark = pytest.mark.usefixtures("backend")
 
-KINDS = {"8 bits": (8, False), "4 bits": (4, False), "4 bits with minima": (4, True)}
 
-
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=BLOCK_KINDS)
 def kind(request):
-    return KINDS[request.param]
-
-
-def _blocks(in_features, out_features, bits, with_mins, seed=0):
-    """All values there are, and scales of either sign, some of them subnormal."""
-    generator = torch.Generator().manual_seed(seed)
-    low, high = (0, 15) if with_mins else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-    values = torch.randint(low, high + 1, (out_features, in_features), generator=generator, dtype=torch.int8)
-    values[0, :2] = torch.tensor([low, high])
-    scales = (torch.randn(out_features, in_features // ops.BLOCK, generator=generator) * 0.05).half()
-    scales[-1, -1] = 3e-7
-    mins = torch.randn(scales.shape, generator=generator).half() if with_mins else None
-    return ops.BlockMatrix(values, scales, mins, bits)
+    return BLOCK_KINDS[request.param]
 
 
 def _exact_in_float32(matrix):
@@ -40,14 +26,14 @@ def _exact_in_float32(matrix):
 
 
 def test_float_is_value_times_scale_plus_minimum(kind):
-    matrix = _blocks(96, 33, *kind)
+    matrix = make_blocks(96, 33, *kind)
     assert torch.equal(matrix.float(), _exact_in_float32(matrix))
 
 
 @pytest.mark.parametrize("shape", BLOCK_SHAPES, ids=str)
 def test_blocks_change_no_bit(shape, kind):
     rows, in_features, out_features = shape
-    matrix = _blocks(in_features, out_features, *kind)
+    matrix = make_blocks(in_features, out_features, *kind)
     generator = torch.Generator().manual_seed(1)
     x, bias = torch.randn(rows, in_features, generator=generator), torch.randn(out_features, generator=generator)
     blocks, floats = ops.pack_linear(matrix), ops.pack_linear(_exact_in_float32(matrix))
@@ -60,14 +46,14 @@ def test_blocks_change_no_bit(shape, kind):
 
 @pytest.mark.parametrize("in_features", [512, 1024])
 def test_rows_that_share_sets_of_the_cache(in_features, kind):
-    matrix = _blocks(in_features, 40, *kind)
+    matrix = make_blocks(in_features, 40, *kind)
     x = torch.randn(9, 2 * in_features, generator=torch.Generator().manual_seed(1))[:, in_features:]
     got = ops.linear(x, ops.pack_linear(matrix), None)
     assert torch.equal(got, ops.linear(x, ops.pack_linear(_exact_in_float32(matrix)), None))
 
 
 def test_packed_rows_are_the_matrix_s_rows(kind):
-    matrix = _blocks(160, 70, *kind)
+    matrix = make_blocks(160, 70, *kind)
     rows = torch.tensor([69, 0, 33, 33, 31, 32, 7, 8, 3, 4, 15, 16])
     packed = ops.pack_linear(matrix)
     assert torch.equal(ops.packed_rows(packed, rows), _exact_in_float32(matrix)[rows])
@@ -80,15 +66,15 @@ def test_blocks_take_their_bits_and_those_of_scales(backend, kind):
     if backend == "reference":
         pytest.skip("keeps the matrix in float32")
     bits, with_mins = kind
-    stored = ops.stored_bytes(ops.pack_linear(_blocks(320, 96, *kind)))
+    stored = ops.stored_bytes(ops.pack_linear(make_blocks(320, 96, *kind)))
     assert stored == 320 * 96 * (bits + 16 * (1 + with_mins) / ops.BLOCK) / 8
 
 
 def test_matrices_of_one_kind_are_stacked():
-    for kind in KINDS.values():
-        parts = [_blocks(64, rows, *kind, seed=rows) for rows in (3, 40, 1)]
+    for kind in BLOCK_KINDS.values():
+        parts = [make_blocks(64, rows, *kind, seed=rows) for rows in (3, 40, 1)]
         whole = ops.stacked_blocks(parts)
         assert torch.equal(whole.float(), torch.cat([part.float() for part in parts]))
-    different = [_blocks(64, 3, *kind) for kind in KINDS.values()]
+    different = [make_blocks(64, 3, *kind) for kind in BLOCK_KINDS.values()]
     for a, b in ((0, 1), (1, 2), (2, 1), (0, 2)):
         assert ops.stacked_blocks([different[a], different[b]]) is None

@@ -14,13 +14,7 @@ from batchinfer import ops
 from tests.kernels.cases import ATTENTION
 from tests.kernels.test_ops import Batch
 
-pytestmark = pytest.mark.skipif(cpu.problem() is not None, reason=str(cpu.problem()))
-
-
-@pytest.fixture(autouse=True)
-def compiled(backend):
-    if backend == "reference":
-        pytest.skip("about C++")
+pytestmark = pytest.mark.usefixtures("compiled")
 
 
 def on_threads(count, call):

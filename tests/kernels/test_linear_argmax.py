@@ -7,20 +7,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from batchinfer_kernels import cpu
 from batchinfer_kernels.cpu.linear_argmax import make_screen
 
 from batchinfer import ops
-from tests.kernels.cases import BLOCK_SHAPES, LINEAR_SHAPES, linear_inputs
-from tests.kernels.test_block_linear import KINDS, _blocks
+from tests.kernels.cases import BLOCK_KINDS, BLOCK_SHAPES, LINEAR_SHAPES, linear_inputs, make_blocks
 
-pytestmark = pytest.mark.skipif(cpu.problem() is not None, reason=str(cpu.problem()))
-
-
-@pytest.fixture(autouse=True)
-def compiled(backend):
-    if backend == "reference":
-        pytest.skip("about C++")
+pytestmark = pytest.mark.usefixtures("compiled")
 
 
 def check(x, weight):
@@ -42,12 +34,12 @@ def test_the_largest_of_all(shape, kept):
     check(x * 1e9, weight * 1e-7)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", BLOCK_KINDS)
 @pytest.mark.parametrize("shape", BLOCK_SHAPES, ids=str)
 def test_the_largest_of_blocks(shape, kind):
     rows, in_features, out_features = shape
     x = torch.randn(rows, in_features, generator=torch.Generator().manual_seed(1))
-    check(x, _blocks(in_features, out_features, *KINDS[kind]))
+    check(x, make_blocks(in_features, out_features, *BLOCK_KINDS[kind]))
 
 
 @pytest.mark.parametrize("rows", [1, 13, 40])

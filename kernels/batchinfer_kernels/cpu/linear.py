@@ -71,11 +71,16 @@ def pack_linear(weight_OI: Tensor | reference.BlockMatrix, to: torch.dtype | Non
 
 def _pack_rounded(weight_OI: Tensor) -> RoundedPanels:
     chosen = functions()
-    panel, together = chosen.linear_panel(), chosen.rounded_together()
     out_features, in_features = weight_OI.shape
-    panels = empty((-(-out_features // panel), -(-in_features // together), panel, together), torch.bfloat16)
+    panels = rounded_panels(out_features, in_features, chosen)
     _fill(panels, weight_OI, _ROUNDED, chosen)
     return RoundedPanels(panels, in_features, out_features, chosen)
+
+
+def rounded_panels(out_features: int, in_features: int, chosen: Functions) -> Tensor:
+    """As RoundedPanels has them, not filled yet."""
+    panel, together = chosen.linear_panel(), chosen.rounded_together()
+    return empty((-(-out_features // panel), -(-in_features // together), panel, together), torch.bfloat16)
 
 
 def _fill(panels: Tensor, weight_OI: Tensor, kind: int, chosen: Functions) -> None:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from batchinfer_kernels.cpu.library import checked
-from batchinfer_kernels.cpu.linear import PackedBlocks, PackedLinear, type_of
-from batchinfer_kernels.cpu.memory import empty
+from batchinfer_kernels.cpu.linear import PackedBlocks, PackedLinear, rounded_panels, type_of
 
 _LONGEST = 1e18  # products of two such lengths are finite
 
@@ -27,21 +26,16 @@ class Screen:
 
 def screen(packed: Any) -> Screen | None:
     """None where it would gain nothing: rounded products must be the faster ones, and the matrix a float32 one."""
-    if not isinstance(packed, PackedLinear | PackedBlocks):
+    if not isinstance(packed, PackedLinear | PackedBlocks) or packed.functions.rounded_together() == 1:
         return None
-    chosen = packed.functions
-    together = chosen.rounded_together()
-    return make_screen(packed) if together > 1 else None
+    return make_screen(packed)
 
 
 def make_screen(packed: PackedLinear | PackedBlocks) -> Screen | None:
     """None for weights that are not finite, or so large that their products may not be."""
-    chosen = packed.functions
-    panel, together = chosen.linear_panel(), chosen.rounded_together()
-    count = -(-packed.out_features // panel)
-    panels = empty((count, -(-packed.in_features // together), panel, together), torch.bfloat16)
-    lengths_O, errors_O = torch.empty(count * panel), torch.empty(count * panel)
-    chosen.make_screen(
+    panels = rounded_panels(packed.out_features, packed.in_features, packed.functions)
+    lengths_O, errors_O = torch.empty(2, panels.shape[0] * panels.shape[2])
+    packed.functions.make_screen(
         packed.panels.data_ptr(),
         type_of(packed),
         packed.in_features,
