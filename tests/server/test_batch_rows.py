@@ -12,6 +12,7 @@ from batchinfer.io.catalog import BatchRecord, Catalog, new_id
 from batchinfer.job.batch import BatchRunner
 from batchinfer.llm import LLM
 from batchinfer.server.share import SharedAnswerer
+from tests.server.alike import alike
 from tests.server.batch_lines import content, parsed
 from tests.server.conftest import Endpoint, referring_tool
 
@@ -160,26 +161,14 @@ def plain(body):
     return body
 
 
-def alike(one, other, tolerance):
-    """Equal, but for numbers, which may be `tolerance` apart."""
-    if isinstance(one, float) and isinstance(other, float):
-        return abs(one - other) <= tolerance
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(alike(one[name], other[name], tolerance) for name in one)
-    if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(alike(a, b, tolerance) for a, b in zip(one, other, strict=True))
-    return one == other
-
-
 @pytest.mark.parametrize("url", BODIES)
 def test_a_row_answers_as_the_route_does(endpoint, batches, url, plain_torch):
-    tolerance = 1e-5 if plain_torch else 0.0
     asked = [{"model": "test-model", **body} for body in BODIES[url]]
     statuses = set()
     for body, (status, answer) in zip(asked, batches.bodies(url, asked), strict=True):
         response = endpoint.post(url, body)
         assert status == response.status_code, body
-        assert alike(plain(answer), plain(response.json()), tolerance), body
+        assert alike(plain(answer), plain(response.json()), plain_torch), body
         statuses.add(status)
     assert statuses == {200, 400}
 
