@@ -28,22 +28,20 @@ struct Attention {
     float soft_cap;  // 0: none
 
     int64_t group() const { return heads / kv_heads; }
+    int64_t queries(int64_t sequence) const { return query_starts[sequence + 1] - query_starts[sequence]; }
     // to the power of two's exponent: of q · k, and after the cap
     float score_scale() const { return soft_cap > 0 ? scale / soft_cap : scale * LOG2_E; }
     float cap_scale() const { return soft_cap * LOG2_E; }
     int64_t first_seen(int64_t position) const {
         return window > 0 && position >= window ? position - window + 1 : 0;
     }
-    // in numbers, from the cache's start
-    int64_t row(int64_t sequence, int64_t kv_head, int64_t position) const {
-        const int64_t block = tables[sequence * table_stride + position / block_size];
-        return ((block * kv_heads + kv_head) * block_size + position % block_size) * head_size;
-    }
-    // rows of positions first .. last - 1
-    void rows(int64_t sequence, int64_t kv_head, int64_t first, int64_t last, int64_t* to) const {
+    // where keys or values of positions first .. last - 1 begin
+    template <class KV>
+    void find(const void* cache, int64_t sequence, int64_t kv_head, int64_t first, int64_t last, const KV** to) const {
         for (int64_t p = first; p < last;) {
             const int64_t stop = (p / block_size + 1) * block_size < last ? (p / block_size + 1) * block_size : last;
-            int64_t at = row(sequence, kv_head, p);
+            const int64_t block = tables[sequence * table_stride + p / block_size];
+            const KV* at = (const KV*)cache + ((block * kv_heads + kv_head) * block_size + p % block_size) * head_size;
             for (; p < stop; p++, at += head_size) *to++ = at;
         }
     }

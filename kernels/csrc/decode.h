@@ -1,4 +1,5 @@
 // Attention of one query per sequence: bound by memory, so each key and value is read once for all heads that share it.
+// The kv heads of a piece take turns, so that memory is read about in its order.
 //
 // A context is cut at fixed positions into pieces; each gives a maximum, a sum and a weighted value per head, and these
 // are joined in order. The cut depends on positions alone: results are the same whoever computes which piece.
@@ -9,32 +10,56 @@
 namespace {
 
 constexpr int PIECE = 256;   // keys
-constexpr int STAGE = 64;    // keys whose values stay in the first cache while heads pass over them
-constexpr int AHEAD = 40;    // keys that are fetched in advance into the second cache, which waits for more lines at once
-constexpr int NEAR = 8;      // and from there into the first
+constexpr int RUN = 64;      // keys of a kv head that stay in the first cache while its query heads pass over them
 constexpr int HEADS = 4;     // query heads that are computed together
+constexpr int64_t FETCHED = 24 << 10;  // bytes that are on the way into the second cache, which waits for most at once
+constexpr int64_t MOST_AHEAD = 128;    // keys, the same
 
 constexpr int lanes_of(int heads) { return heads == 3 ? 4 : heads; }
 
-struct DecodeSpace {
-    int64_t rows[PIECE + AHEAD + VL];
-    float* q;       // [G, P], P = D in whole vectors
-    float* scores;  // per HEADS heads [PIECE + VL keys, lanes]
-    float* staged;  // [STAGE + VL, P]
+// What a piece is about: positions first .. last - 1, at most PIECE, of `heads` kv heads from `kv_head` on, which change
+// every `turn` keys (at most RUN)
+struct Span {
+    int64_t sequence, kv_head, heads, turn, first, last;
+    int64_t keys() const { return last - first; }
+};
 
-    static size_t bytes(int64_t group, int64_t padded) {
-        return Arena::bytes_for<float>(group * padded) +
-               Arena::bytes_for<float>((group + HEADS) * (PIECE + VL)) +
-               Arena::bytes_for<float>((STAGE + VL) * padded) + Arena::bytes_for<DecodeSpace>(1);
+template <class KV>
+struct DecodeSpace {
+    // in the first kv head: this piece's keys, its values, and the next one's first keys, as they are read
+    const KV* places[2 * PIECE + MOST_AHEAD + VL];
+    float* q;       // [kv heads, G, P], P = D in whole vectors
+    float* scores;  // [kv heads], per HEADS heads [PIECE + VL keys, lanes]
+    float* staged;  // [RUN + VL, P]
+
+    static size_t bytes(int64_t heads, int64_t group, int64_t padded) {
+        return Arena::bytes_for<float>(heads * group * padded) +
+               Arena::bytes_for<float>(heads * (group + HEADS) * (PIECE + VL)) +
+               Arena::bytes_for<float>((RUN + VL) * padded) + Arena::bytes_for<DecodeSpace<KV>>(1);
     }
-    static DecodeSpace* make(Arena& arena, int64_t group, int64_t padded) {
-        DecodeSpace* space = arena.take<DecodeSpace>(1);
-        space->q = arena.take<float>(group * padded);
-        space->scores = arena.take<float>((group + HEADS) * (PIECE + VL));
-        space->staged = arena.take<float>((STAGE + VL) * padded);
+    static DecodeSpace* make(Arena& arena, int64_t heads, int64_t group, int64_t padded) {
+        DecodeSpace* space = arena.take<DecodeSpace<KV>>(1);
+        space->q = arena.take<float>(heads * group * padded);
+        space->scores = arena.take<float>(heads * (group + HEADS) * (PIECE + VL));
+        space->staged = arena.take<float>((RUN + VL) * padded);
         return space;
     }
-    float* scores_of(int64_t head) { return scores + head * (PIECE + VL); }
+    float* scores_of(int64_t kv_head, int64_t group, int64_t head) {
+        return scores + (kv_head * (group + HEADS) + head) * (PIECE + VL);
+    }
+
+    // how many places ahead to fetch
+    int64_t find(const Attention& a, const Span& at, const Span& next) {
+        const int64_t keys = at.keys(), wanted = FETCHED / (at.heads * a.head_size * (int64_t)sizeof(KV));
+        const int64_t ahead = wanted < 1 ? 1 : wanted < MOST_AHEAD ? wanted : MOST_AHEAD;
+        const int64_t known = next.keys() < ahead ? next.keys() : ahead;
+        const KV** end = places + 2 * keys;
+        a.find(a.k_NKBD, at.sequence, at.kv_head, at.first, at.last, places);
+        a.find(a.v_NKBD, at.sequence, at.kv_head, at.first, at.last, places + keys);
+        a.find(a.k_NKBD, next.sequence, next.kv_head, next.first, next.first + known, end);
+        for (int64_t i = known; i < ahead + VL; i++) end[i] = end[known - 1];
+        return ahead;
+    }
 };
 
 // per head of a piece: its maximum and its sum of weights, then the weighted values [G, P]
@@ -71,21 +96,27 @@ inline void load_part(const KV* from, vec* to) {
     else for (int w = 0; w < W; w += 2) load_two(from + w * VL, to + w);
 }
 
-template <int W, class KV>
-inline void prefetch_part(const KV* cache, const int64_t* rows) {
-    const char *far = (const char*)(cache + rows[AHEAD]), *near = (const char*)(cache + rows[NEAR]);
-#pragma GCC unroll 8
-    for (size_t at = 0; at < W * VL * sizeof(KV); at += 64) {
-        __builtin_prefetch(far + at, 0, 2);
-        __builtin_prefetch(near + at, 0, 3);
-    }
-}
+// Keys or values that are computed, in the kv head that begins `offset` numbers behind the places' first
+template <class KV>
+struct Run {
+    const KV* const* places;
+    int64_t keys, offset, ahead;
 
-// scores [keys, lanes_of(G)] of q [G, padded], arranged as KV; rows goes on for a vector and AHEAD keys beyond `keys`
-template <class KV, int G>
-void score_keys(const float* q, const KV* cache, const int64_t* rows, int64_t keys, int64_t padded, float* scores) {
+    const KV* operator[](int64_t i) const { return places[i] + offset; }
+
+    template <int W>
+    void fetch(int64_t i, int64_t d) const {
+        const char* from = (const char*)(places[i + ahead] + offset + d);
+#pragma GCC unroll 8
+        for (size_t at = 0; at < W * VL * sizeof(KV); at += 64) __builtin_prefetch(from + at, 0, 2);
+    }
+};
+
+// scores [keys, lanes_of(G)] of q [G, padded], arranged as KV; there are places for up to a vector beyond the keys
+template <class KV, int G, bool FETCH>
+void score_keys(const float* q, const Run<KV>& run, int64_t padded, float* scores) {
     constexpr int LANES = lanes_of(G), KEYS = VL / LANES;
-    for (int64_t i = 0; i < keys; i += KEYS) {
+    for (int64_t i = 0; i < run.keys; i += KEYS) {
         vec sums[VL] = {};
         over_parts<2>(padded, [&](auto width, int64_t d) __attribute__((always_inline)) {
             constexpr int W = decltype(width)::value;
@@ -96,9 +127,9 @@ void score_keys(const float* q, const KV* cache, const int64_t* rows, int64_t ke
             }
 #pragma GCC unroll 16
             for (int b = 0; b < KEYS; b++) {
-                prefetch_part<W>(cache + d, rows + i + b);
+                if constexpr (FETCH) run.template fetch<W>(i + b, d);
                 vec k[W];
-                load_part<W>(cache + rows[i + b] + d, k);
+                load_part<W>(run[i + b] + d, k);
 #pragma GCC unroll 4
                 for (int h = 0; h < G; h++) {
                     for (int w = 0; w < W; w++) sums[b * LANES + h] += k[w] * q_part[h][w];
@@ -142,9 +173,8 @@ void weigh(float* scores, int64_t keys, float cap_scale, float* maximum, float* 
 }
 
 // out [G, padded], arranged as KV, += weights · values
-template <class KV, int G>
-void sum_values(
-    const float* weights, const KV* cache, const int64_t* rows, int64_t keys, int64_t padded, float* out) {
+template <class KV, int G, bool FETCH>
+void sum_values(const float* weights, const Run<KV>& run, int64_t padded, float* out) {
     constexpr int LANES = lanes_of(G), WIDE = G == 4 && !MANY_REGISTERS ? 2 : 4;
     over_parts<WIDE>(padded, [&](auto width, int64_t d) __attribute__((always_inline)) {
         constexpr int W = decltype(width)::value;
@@ -154,10 +184,10 @@ void sum_values(
 #pragma GCC unroll 4
             for (int w = 0; w < W; w++) sums[h][w] = load(out + h * padded + d + w * VL);
         }
-        for (int64_t i = 0; i < keys; i++) {
-            prefetch_part<W>(cache + d, rows + i);
+        for (int64_t i = 0; i < run.keys; i++) {
+            if constexpr (FETCH) run.template fetch<W>(i, d);
             vec v[W], weight[G];
-            load_part<W>(cache + rows[i] + d, v);
+            load_part<W>(run[i] + d, v);
 #pragma GCC unroll 4
             for (int h = 0; h < G; h++) weight[h] = splat(weights[i * LANES + h]);
 #pragma GCC unroll 4
@@ -174,79 +204,81 @@ void sum_values(
     });
 }
 
-// Partial result of positions first .. last - 1, at most PIECE
+// Partial result of a piece, one kv head's after another
 template <class KV>
-void attend_piece(
-    const Attention& a, int64_t sequence, int64_t kv_head, int64_t first, int64_t last, DecodeSpace& space,
-    float* partial) {
-    const int64_t group = a.group(), size = a.head_size, padded = round_up(size, VL), keys = last - first;
+void attend_piece(const Attention& a, const Span& at, const Span& next, DecodeSpace<KV>& space, float* partial) {
+    const int64_t group = a.group(), size = a.head_size, padded = round_up(size, VL), keys = at.keys();
+    const int64_t stride = partial_size(group, padded), between = a.block_size * size;  // partials; heads of a block
     const bool whole = size == padded;
-    const KV* k_cache = (const KV*)a.k_NKBD;
-    const KV* v_cache = (const KV*)a.v_NKBD;
-    a.rows(sequence, kv_head, first, last, space.rows);
-    for (int64_t i = keys; i < keys + AHEAD + VL; i++) space.rows[i] = space.rows[keys - 1];
-    const float* q = a.q_THD + a.query_starts[sequence] * a.q_stride_T + kv_head * group * a.q_stride_H;
-    for (int64_t h = 0; h < group; h++) {
+    const int64_t ahead = space.find(a, at, next);
+    const float* q = a.q_THD + a.query_starts[at.sequence] * a.q_stride_T + at.kv_head * group * a.q_stride_H;
+    for (int64_t h = 0; h < at.heads * group; h++) {
         float* scaled = is_arranged<KV>(size) ? space.staged : space.q + h * padded;
         const float* from = q + h * a.q_stride_H;
         for (int64_t d = 0; d < size; d++) scaled[d] = from[d] * a.score_scale();
         for (int64_t d = size; d < padded; d++) scaled[d] = 0;
         if (is_arranged<KV>(size)) arrange(scaled, size, space.q + h * padded);
     }
-    float* maximum = partial;
-    float* sum = partial + group;
-    float* values = partial + round_up(2 * group, VL);
-    memset(values, 0, group * padded * sizeof(float));
 
     // a head size that is no whole number of vectors goes through padded copies
-    int64_t copied_rows[STAGE + VL + AHEAD];
-    for (int64_t i = 0; i < STAGE + VL + AHEAD; i++) copied_rows[i] = (i < STAGE ? i : 0) * padded;
-    auto copy = [&](const KV* cache, int64_t i, int64_t count) {
-        for (int64_t j = 0; j < count; j++) widen(cache + space.rows[i + j], size, padded, space.staged + j * padded);
-        for (int64_t j = count; j < round_up(count, VL) && j < STAGE; j++) {
-            memset(space.staged + j * padded, 0, padded * sizeof(float));
+    const float* copies[RUN + VL];
+    for (int64_t i = 0; i < RUN + VL; i++) copies[i] = space.staged + (i < RUN ? i : 0) * padded;
+    auto copied = [&](const Run<KV>& run) {
+        for (int64_t i = 0; i < run.keys; i++) {
+            prefetch(run[i + ahead], size * (int64_t)sizeof(KV));
+            widen(run[i], size, padded, space.staged + i * padded);
         }
+        for (int64_t i = run.keys; i < round_up(run.keys, VL) && i < RUN; i++) {
+            memset(space.staged + i * padded, 0, padded * sizeof(float));
+        }
+        return Run<float>{copies, run.keys, 0, 0};
     };
     auto per_heads = [&](auto&& body) {
         for (int64_t h = 0; h < group; h += HEADS) with_heads(group - h, [&](auto count) { body(count, h); });
     };
-    for (int64_t i = 0; i < keys; i += STAGE) {
-        const int64_t count = keys - i < STAGE ? keys - i : STAGE;
-        if (!whole) copy(k_cache, i, count);
-        if (i + STAGE >= keys) {  // the first values, which nothing else would fetch in time
-            for (int64_t j = 0; j < AHEAD && j < keys; j++) {
-                prefetch(v_cache + space.rows[j], size * (int64_t)sizeof(KV));
-            }
+    // body(run, its first key, kv head)
+    auto over_runs = [&](const KV* const* places, auto&& body) {
+        for (int64_t i = 0; i < keys; i += at.turn) {
+            const int64_t count = keys - i < at.turn ? keys - i : at.turn;
+            for (int64_t k = 0; k < at.heads; k++) body(Run<KV>{places + i, count, k * between, ahead}, i, k);
         }
+    };
+    over_runs(space.places, [&](const Run<KV>& run, int64_t i, int64_t k) {
+        const Run<float> narrow = whole ? Run<float>{} : copied(run);
         per_heads([&](auto heads, int64_t h) {
             constexpr int G = decltype(heads)::value;
-            float* scores = space.scores_of(h) + i * lanes_of(G);
-            if (whole) score_keys<KV, G>(space.q + h * padded, k_cache, space.rows + i, count, padded, scores);
-            else score_keys<float, G>(space.q + h * padded, space.staged, copied_rows, count, padded, scores);
+            const float* from = space.q + (k * group + h) * padded;
+            float* scores = space.scores_of(k, group, h) + i * lanes_of(G);
+            if (whole) score_keys<KV, G, true>(from, run, padded, scores);
+            else score_keys<float, G, false>(from, narrow, padded, scores);
         });
-    }
-    per_heads([&](auto heads, int64_t h) {
-        constexpr int G = decltype(heads)::value;
-        weigh<G>(space.scores_of(h), keys, a.cap_scale(), maximum + h, sum + h);
     });
-    for (int64_t i = 0; i < keys; i += STAGE) {
-        const int64_t count = keys - i < STAGE ? keys - i : STAGE;
-        if (!whole) copy(v_cache, i, count);
+    for (int64_t k = 0; k < at.heads; k++) {
+        float* maximum = partial + k * stride;
         per_heads([&](auto heads, int64_t h) {
             constexpr int G = decltype(heads)::value;
-            const float* weights = space.scores_of(h) + i * lanes_of(G);
-            float* out = values + h * padded;
-            if (whole) sum_values<KV, G>(weights, v_cache, space.rows + i, count, padded, out);
-            else sum_values<float, G>(weights, space.staged, copied_rows, count, padded, out);
+            weigh<G>(space.scores_of(k, group, h), keys, a.cap_scale(), maximum + h, maximum + group + h);
         });
+        memset(maximum + round_up(2 * group, VL), 0, group * padded * sizeof(float));
     }
+    over_runs(space.places + keys, [&](const Run<KV>& run, int64_t i, int64_t k) {
+        const Run<float> narrow = whole ? Run<float>{} : copied(run);
+        per_heads([&](auto heads, int64_t h) {
+            constexpr int G = decltype(heads)::value;
+            const float* weights = space.scores_of(k, group, h) + i * lanes_of(G);
+            float* out = partial + k * stride + round_up(2 * group, VL) + h * padded;
+            if (whole) sum_values<KV, G, true>(weights, run, padded, out);
+            else sum_values<float, G, false>(weights, narrow, padded, out);
+        });
+    });
 }
 
-// The output of one query and kv head from its context's partial results, in order
+// The output of one query and kv head from its context's partial results, in order, `stride` apart
 template <class KV>
-void join_pieces(const Attention& a, int64_t sequence, int64_t kv_head, float* partials, int64_t pieces) {
+void join_pieces(
+    const Attention& a, int64_t sequence, int64_t kv_head, float* partials, int64_t stride, int64_t pieces) {
     const int64_t group = a.group(), size = a.head_size, padded = round_up(size, VL);
-    const int64_t stride = partial_size(group, padded), values_at = round_up(2 * group, VL);
+    const int64_t values_at = round_up(2 * group, VL);
     float* out = a.out_THD + (a.query_starts[sequence] * a.heads + kv_head * group) * size;
     for (int64_t h = 0; h < group; h++) {
         float most = LOWEST, sum = 0;

@@ -10,8 +10,7 @@
 namespace {
 
 struct DecodeUnit {
-    int64_t sequence, kv_head;
-    int64_t first, last;  // positions that are seen
+    Span seen;  // all its positions
     int64_t pieces;
     int64_t partial_at;  // in the partial results, in floats
     int64_t left;        // pieces to be computed; whoever computes the last one joins them
@@ -22,29 +21,24 @@ struct DecodePiece {
 };
 
 constexpr int64_t TASKS_A_THREAD = 8;    // of decodes, at least, where there are so many pieces
-constexpr int64_t MOST_TOGETHER = 8;     // sequences whose pieces one thread computes in turn, where they share blocks
+constexpr int64_t SHORT_TURN = 16;       // keys of a kv head at a time, where nothing is read twice: a usual block
+constexpr int64_t MOST_TOGETHER = 16;    // query heads of a piece, whose scores stay in the nearest caches
 
 struct Tasks {
     std::vector<PromptTile> tiles;
+    std::vector<int64_t> decodes;  // sequences
     std::vector<DecodeUnit> units;
     std::vector<DecodePiece> pieces;
     std::vector<int64_t> starts;  // of the decodes' tasks among the pieces, and their end
     Arena arena;
     int64_t tile_queries = 0, partial_floats = 0;
+    int64_t heads = 1;  // kv heads of a decode's piece, at most
 
     void list(const Attention& a, int threads) {
         tiles.clear();
-        units.clear();
-        pieces.clear();
-        starts.clear();
-        partial_floats = 0;
-        int64_t prompt_queries = 0, count = 0;
-        for (int64_t s = 0; s < a.num_sequences; s++) {
-            const int64_t queries = a.query_starts[s + 1] - a.query_starts[s];
-            if (queries == 1) count += list_units(a, s);
-            else prompt_queries += queries;
-        }
-        list_pieces(a, count, TASKS_A_THREAD * threads);
+        list_decodes(a, TASKS_A_THREAD * threads);
+        int64_t prompt_queries = 0;
+        for (int64_t s = 0; s < a.num_sequences; s++) prompt_queries += is_decode(a, s) ? 0 : a.queries(s);
         if (prompt_queries == 0) return;
         // smaller tiles where there would be too few: no row's result changes by it
         tile_queries = std::max<int64_t>(1, ROWS / a.group());
@@ -57,47 +51,78 @@ struct Tasks {
         });
     }
 
-    // how many pieces they have
-    int64_t list_units(const Attention& a, int64_t s) {
-        const int64_t last = a.lengths[s], first = a.first_seen(last - 1);
-        const int64_t count = (last - 1) / PIECE - first / PIECE + 1;
-        for (int64_t k = 0; k < a.kv_heads; k++) {
-            units.push_back({s, k, first, last, count, partial_floats, count});
-            partial_floats += count * partial_size(a.group(), round_up(a.head_size, VL));
+    // As `wanted` tasks or more. Pieces of sequences that begin in the same block come one after another, while the
+    // second cache holds what they share; others read memory about in its order.
+    void list_decodes(const Attention& a, int64_t wanted) {
+        decodes.clear();
+        units.clear();
+        pieces.clear();
+        starts.clear();
+        partial_floats = 0;
+        int64_t count = 0;  // of a kv head
+        for (int64_t s = 0; s < a.num_sequences; s++) {
+            if (!is_decode(a, s)) continue;
+            decodes.push_back(s);
+            count += pieces_of(a, s);
         }
-        return count * a.kv_heads;
+        heads = std::clamp<int64_t>(MOST_TOGETHER / a.group(), 1, a.kv_heads);
+        if (count * a.kv_heads < wanted * heads) heads = 1;
+        const int64_t total = (int64_t)decodes.size();
+        for (int64_t i = 0, end; i < total; i = end) {
+            for (end = i + 1; end < total && first_block(a, decodes[end]) == first_block(a, decodes[i]);) end++;
+            const int64_t before = (int64_t)units.size();
+            for (int64_t j = i; j < end; j++) list_units(a, decodes[j], end - i > 1 ? RUN : SHORT_TURN);
+            list_pieces(before, ((int64_t)units.size() - before) / (end - i));
+        }
+        const int64_t listed = (int64_t)pieces.size(), length = std::max<int64_t>(1, listed / wanted);
+        for (int64_t at = 0; at < listed; at += length) starts.push_back(at);
+        starts.push_back(listed);
     }
 
-    // `count` of them, as at least `tasks` tasks if there are so many: what lies in the same memory in one task, in turn
-    void list_pieces(const Attention& a, int64_t count, int64_t tasks) {
-        const int64_t kv_heads = a.kv_heads, total = (int64_t)units.size();
-        const bool all_heads = count >= tasks * kv_heads;  // of the same blocks: they share pages
-        const int64_t most = std::clamp<int64_t>(count / (tasks * kv_heads), 1, MOST_TOGETHER) * kv_heads;
-        for (int64_t unit = 0, end; unit < total; unit = end) {
-            const int64_t block = first_block(a, unit);
-            int64_t from = units[unit].first, to = units[unit].last;
-            for (end = unit + kv_heads; end < total && end < unit + most && first_block(a, end) == block; end += kv_heads) {
-                from = std::min(from, units[end].first), to = std::max(to, units[end].last);
-            }
-            for (int64_t number = from / PIECE; number <= (to - 1) / PIECE; number++) {
-                for (int64_t k = 0; k < kv_heads; k++) {
-                    if (k == 0 || !all_heads) starts.push_back((int64_t)pieces.size());
-                    for (int64_t u = unit + k; u < end; u += kv_heads) {
-                        const int64_t own = number - units[u].first / PIECE;
-                        if (own >= 0 && own < units[u].pieces) pieces.push_back({u, own});
-                    }
+    void list_units(const Attention& a, int64_t s, int64_t turn) {
+        const int64_t last = a.lengths[s], first = a.first_seen(last - 1), count = pieces_of(a, s);
+        for (int64_t k = 0; k < a.kv_heads; k += heads) {
+            const int64_t own = std::min(heads, a.kv_heads - k);
+            units.push_back({{s, k, own, turn, first, last}, count, partial_floats, count});
+            partial_floats += count * own * partial_size(a.group(), round_up(a.head_size, VL));
+        }
+    }
+
+    // of the units from `first` on, `each` of them of a sequence
+    void list_pieces(int64_t first, int64_t each) {
+        const int64_t end = (int64_t)units.size();
+        int64_t from = units[first].seen.first, to = units[first].seen.last;
+        for (int64_t u = first; u < end; u += each) {
+            from = std::min(from, units[u].seen.first), to = std::max(to, units[u].seen.last);
+        }
+        for (int64_t number = from / PIECE; number <= (to - 1) / PIECE; number++) {
+            for (int64_t k = 0; k < each; k++) {
+                for (int64_t u = first + k; u < end; u += each) {
+                    const int64_t own = number - units[u].seen.first / PIECE;
+                    if (own >= 0 && own < units[u].pieces) pieces.push_back({u, own});
                 }
             }
         }
-        starts.push_back((int64_t)pieces.size());
     }
 
-    int64_t first_block(const Attention& a, int64_t unit) const {
-        return a.tables[units[unit].sequence * a.table_stride];
+    static bool is_decode(const Attention& a, int64_t s) { return a.queries(s) == 1; }
+
+    static int64_t pieces_of(const Attention& a, int64_t s) {
+        const int64_t last = a.lengths[s] - 1;
+        return last / PIECE - a.first_seen(last) / PIECE + 1;
     }
+
+    Span span(const DecodePiece& piece) const {
+        Span span = units[piece.unit].seen;
+        const int64_t cut = (span.first / PIECE + piece.number) * PIECE;
+        span.first = std::max(span.first, cut), span.last = std::min(span.last, cut + PIECE);
+        return span;
+    }
+
+    static int64_t first_block(const Attention& a, int64_t s) { return a.tables[s * a.table_stride]; }
 
     void list_prompt(const Attention& a, int64_t s) {
-        const int64_t queries = a.query_starts[s + 1] - a.query_starts[s];
+        const int64_t queries = a.queries(s);
         if (queries == 1) return;
         for (int64_t first = 0; first < queries; first += tile_queries) {
             const int64_t count = std::min(tile_queries, queries - first);
@@ -106,22 +131,24 @@ struct Tasks {
     }
 
     static int64_t cost(const Attention& a, const PromptTile& tile) {
-        const int64_t queries = a.query_starts[tile.sequence + 1] - a.query_starts[tile.sequence];
+        const int64_t queries = a.queries(tile.sequence);
         const int64_t position = a.lengths[tile.sequence] - queries + tile.first;
         return (position + tile.count - a.first_seen(position)) * tile.count;
     }
 };
 
 template <class KV>
-void run_piece(const Attention& a, Tasks& tasks, const DecodePiece& piece, DecodeSpace& space, float* partials) {
+void run_piece(
+    const Attention& a, Tasks& tasks, const DecodePiece& piece, const DecodePiece& next, DecodeSpace<KV>& space,
+    float* partials) {
     DecodeUnit& unit = tasks.units[piece.unit];
-    const int64_t cut = (unit.first / PIECE + piece.number) * PIECE;
-    const int64_t first = std::max(unit.first, cut), last = std::min(unit.last, cut + PIECE);
+    const Span& seen = unit.seen;
     float* of_unit = partials + unit.partial_at;
-    const int64_t stride = partial_size(a.group(), round_up(a.head_size, VL));
-    attend_piece<KV>(a, unit.sequence, unit.kv_head, first, last, space, of_unit + piece.number * stride);
-    if (__atomic_sub_fetch(&unit.left, 1, __ATOMIC_ACQ_REL) == 0) {
-        join_pieces<KV>(a, unit.sequence, unit.kv_head, of_unit, unit.pieces);
+    const int64_t each = partial_size(a.group(), round_up(a.head_size, VL)), stride = seen.heads * each;
+    attend_piece<KV>(a, tasks.span(piece), tasks.span(next), space, of_unit + piece.number * stride);
+    if (__atomic_sub_fetch(&unit.left, 1, __ATOMIC_ACQ_REL) > 0) return;
+    for (int64_t k = 0; k < seen.heads; k++) {
+        join_pieces<KV>(a, seen.sequence, seen.kv_head + k, of_unit + k * each, stride, unit.pieces);
     }
 }
 
@@ -132,14 +159,15 @@ void attend(const Attention& a, int threads) {
     tasks.list(a, threads);
     const int64_t group = a.group(), size = a.head_size, padded = round_up(size, VL);
     const int64_t rows = tasks.tiles.empty() ? 0 : round_up(tasks.tile_queries * group, VL);
-    const size_t decode_bytes = DecodeSpace::bytes(group, padded), prompt_bytes = PromptSpace::bytes(rows, size);
+    const size_t decode_bytes = DecodeSpace<KV>::bytes(tasks.heads, group, padded);
+    const size_t prompt_bytes = PromptSpace::bytes(rows, size);
     tasks.arena.reserve(
         Arena::bytes_for<float>(tasks.partial_floats) + threads * (decode_bytes + prompt_bytes));
     float* partials = tasks.arena.take<float>(tasks.partial_floats);
-    std::vector<DecodeSpace*> decode_spaces;
+    std::vector<DecodeSpace<KV>*> decode_spaces;
     std::vector<PromptSpace> prompt_spaces;
     for (int i = 0; i < threads; i++) {
-        decode_spaces.push_back(DecodeSpace::make(tasks.arena, group, padded));
+        decode_spaces.push_back(DecodeSpace<KV>::make(tasks.arena, tasks.heads, group, padded));
         prompt_spaces.emplace_back(tasks.arena, rows, size);
     }
     // few large tasks first, then small ones in the order of memory
@@ -147,8 +175,10 @@ void attend(const Attention& a, int threads) {
     const int64_t tiles = (int64_t)tasks.tiles.size();
     for_tasks(threads, tiles + (int64_t)tasks.starts.size() - 1, [&](int thread, int64_t i) {
         if (i < tiles) return attend_tile<KV>(a, shared.tiles[i], prompt_spaces[thread]);
-        for (int64_t piece = shared.starts[i - tiles]; piece < shared.starts[i - tiles + 1]; piece++) {
-            run_piece<KV>(a, shared, shared.pieces[piece], *decode_spaces[thread], partials);
+        const int64_t last = shared.starts[i - tiles + 1] - 1;
+        for (int64_t at = shared.starts[i - tiles]; at <= last; at++) {
+            const DecodePiece& next = shared.pieces[std::min(at + 1, last)];
+            run_piece<KV>(a, shared, shared.pieces[at], next, *decode_spaces[thread], partials);
         }
     });
 }

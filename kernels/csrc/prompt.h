@@ -142,7 +142,7 @@ struct PromptTile {
 template <class KV>
 void attend_tile(const Attention& a, const PromptTile& tile, PromptSpace& s) {
     const int64_t group = a.group(), size = a.head_size, rows = tile.count * group, padded = round_up(rows, VL);
-    const int64_t start = a.query_starts[tile.sequence], queries = a.query_starts[tile.sequence + 1] - start;
+    const int64_t start = a.query_starts[tile.sequence], queries = a.queries(tile.sequence);
     const int64_t position = a.lengths[tile.sequence] - queries + tile.first;  // of the first query
     const float* q = a.q_THD + (start + tile.first) * a.q_stride_T + tile.kv_head * group * a.q_stride_H;
     float* result = a.out_THD + ((start + tile.first) * a.heads + tile.kv_head * group) * size;
@@ -165,16 +165,17 @@ void attend_tile(const Attention& a, const PromptTile& tile, PromptSpace& s) {
     memset(s.out, 0, padded * size * sizeof(float));
 
     const int64_t end = position + tile.count, seen_from = a.first_seen(position);
-    int64_t key_rows[KEYS];
+    const KV *keys[KEYS], *values[KEYS];
     for (int64_t tile_at = seen_from - seen_from % KEYS; tile_at < end; tile_at += KEYS) {
         const int64_t low = tile_at < seen_from ? seen_from - tile_at : 0;
         const int64_t high = end - tile_at < KEYS ? end - tile_at : KEYS;
-        a.rows(tile.sequence, tile.kv_head, tile_at + low, tile_at + high, key_rows + low);
+        a.find(a.k_NKBD, tile.sequence, tile.kv_head, tile_at + low, tile_at + high, keys + low);
+        a.find(a.v_NKBD, tile.sequence, tile.kv_head, tile_at + low, tile_at + high, values + low);
         memset(s.k, 0, low * size * sizeof(float));
         memset(s.v, 0, low * size * sizeof(float));
         for (int64_t i = low; i < high; i++) {
-            widen((const KV*)a.k_NKBD + key_rows[i], size, size, s.k + i * size);
-            widen((const KV*)a.v_NKBD + key_rows[i], size, size, s.v + i * size);
+            widen(keys[i], size, size, s.k + i * size);
+            widen(values[i], size, size, s.v + i * size);
         }
         memset(s.k + high * size, 0, (KEYS - high) * size * sizeof(float));
         memset(s.v + high * size, 0, (KEYS - high) * size * sizeof(float));

@@ -79,6 +79,8 @@ ATTENTION = {
     "block-size-7": AttentionCase(((4, 9), (1, 7), (1, 14), (1, 15)), block_size=7),
     "block-size-32": AttentionCase(((40, 90), (1, 64), (1, 65)), block_size=32),
     "pieces": AttentionCase(((1, 255), (1, 256), (1, 257), (1, 512), (1, 700)), block_size=16),
+    "many-decodes": AttentionCase(tuple((1, 1 + 9 * i) for i in range(40)), heads=20, kv_heads=5, head_size=16),
+    "many-padded": AttentionCase(tuple((1, 300 - 7 * i) for i in range(40)), heads=6, head_size=20, block_size=16),
     "long-context": AttentionCase(((1, 3000), (2, 2999)), heads=3, kv_heads=1, block_size=16, head_size=16),
     "window-pieces": AttentionCase(((1, 900), (3, 800)), window=300, block_size=16),
     "window-1": AttentionCase(((4, 9), (1, 6)), window=1),

@@ -26,7 +26,7 @@ def on_threads(count, call):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("name", ["mixed-sizes", "window-pieces", "pieces"])
+@pytest.mark.parametrize("name", ["mixed-sizes", "window-pieces", "pieces", "many-decodes", "many-padded"])
 def test_a_sequence_s_result_depends_on_nothing_else(name):
     case = ATTENTION[name]
     batch = Batch(case, torch.float32)
