@@ -45,8 +45,8 @@ class BlockPool:
         self.blocks = [Block(index) for index in range(num_blocks)]
         self.num_free = 0
         self._index: dict[_Key, Block] = {}
-        self._following: dict[int, dict[int, Block]] = {}  # uid → the computed blocks after it, by index
-        self._coming: dict[int, dict[int, Block]] = {}  # the same of those that the step being planned computes
+        self._following: dict[int, list[Block]] = {}  # uid → the computed blocks after it, the newest last
+        self._coming: dict[int, list[Block]] = {}  # the same of those that the step being planned computes
         self._last_uid = ROOT
         self._head = Block(-1)  # sentinel: head.next is evicted first, head.prev last
         self._head.prev = self._head.next = self._head
@@ -69,19 +69,19 @@ class BlockPool:
 
     def find_beginning(self, parent: int, tokens: Sequence[int]) -> tuple[Block | None, int]:
         """Of the computed blocks after `parent` the one that begins most as `tokens` do, and with how many of them."""
-        return _most_alike(reversed(self._following.get(parent, {}).values()), tokens)
+        return _most_alike(self._following.get(parent, ()), tokens)
 
     def find_coming(self, parent: int, tokens: Sequence[int]) -> tuple[Block | None, int]:
-        """The same of the blocks that the step that is being planned computes."""
-        return _most_alike(self._coming.get(parent, {}).values(), tokens)
+        """The same of the blocks that the step that is being planned computes, so far as they will be remembered."""
+        return _most_alike(self._coming.get(parent, ()), tokens)
 
     def computed(self) -> None:
         """The step in which blocks were indexed has been run."""
         for parent, blocks in self._coming.items():
-            following = self._following.setdefault(parent, {})
-            following |= blocks
-            while len(following) > _REMEMBERED:
-                del following[next(iter(following))]
+            following = self._following.setdefault(parent, blocks)
+            if following is not blocks:
+                following += blocks
+            del following[:-_REMEMBERED]
         self._coming.clear()
 
     def acquire(self, block: Block) -> None:
@@ -107,7 +107,7 @@ class BlockPool:
         self._last_uid += 1
         block.uid, block.key = self._last_uid, key
         self._index[key] = block
-        self._coming.setdefault(parent, {})[block.index] = block
+        self._coming.setdefault(parent, []).append(block)
         return block.uid
 
     def forget(self, blocks: Iterable[Block]) -> None:
@@ -141,8 +141,9 @@ class BlockPool:
         assert all(block.key == key for key, block in self._index.items()), "stale index entry"
         for parent, following in (*self._following.items(), *self._coming.items()):
             assert following, f"an empty memory of what follows {parent}"
-            for number, block in following.items():
-                assert block.index == number and block.key is not None, f"{block} is remembered, and not indexed"
+            assert len(set(following)) == len(following), f"{following} after {parent}: one is remembered twice"
+            for block in following:
+                assert block.key is not None, f"{block} is remembered, and not indexed"
                 assert block.key[0] == parent, f"{block} is remembered after another content"
         assert all(len(following) <= _REMEMBERED for following in self._following.values()), "too many remembered"
 
@@ -150,9 +151,11 @@ class BlockPool:
         assert block.key is not None
         del self._index[block.key]
         for remembered in (self._following, self._coming):
-            following = remembered.get(block.key[0], {})
-            if following.pop(block.index, None) is not None and not following:
-                del remembered[block.key[0]]
+            following = remembered.get(block.key[0], [])
+            if block in following:
+                following.remove(block)
+                if not following:
+                    del remembered[block.key[0]]
         block.key = None
 
     def _link(self, block: Block, before: Block | None) -> None:
@@ -169,11 +172,11 @@ class BlockPool:
         self.num_free -= 1
 
 
-def _most_alike(blocks: Iterable[Block], tokens: Sequence[int]) -> tuple[Block | None, int]:
-    """The block that begins most as `tokens` do, and with how many of them."""
+def _most_alike(blocks: Sequence[Block], tokens: Sequence[int]) -> tuple[Block | None, int]:
+    """Of the last few blocks the one that begins most as `tokens` do, and with how many of them."""
     best: Block | None = None
     most = 0
-    for block in blocks:
+    for block in reversed(blocks[-_REMEMBERED:]):
         assert block.key is not None
         alike = _common(block.key[1], tokens)
         if alike > most:
