@@ -6,29 +6,38 @@ nobody can find come first, then the least recently used.
 
 The prefix index is a trie in a dict: (uid of the parent block's content, the block's own tokens) → block. A uid names
 one content for ever, so a hit is verified all the way to the root by dict equality on the tokens themselves; there is
-no hash to trust. The root's uid is 0. Of the blocks that follow one content, the last few are also remembered, once
-they are computed: what begins like one of them and then differs need not be computed from the block's first token on.
+no hash to trust. The root's uid is 0. A key is packed into bytes, since these keep their hash and Python's garbage
+collector does not visit them. Of the blocks that follow one content, the last few are also remembered, once they are
+computed: what begins like one of them and then differs need not be computed from the block's first token on.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
+from struct import Struct
+from sys import byteorder
 
 ROOT = 0
 _REMEMBERED = 8  # blocks that follow one content: the newest, since rows come in the order of their prefixes
-_Key = tuple[int, tuple[int, ...]]
+_WORTH_COPYING = 4  # a block is copied, or waited for, for a fourth of its tokens, not for one that all begin with
+_TOKENS_AT = 8  # bytes of a key before its tokens
 
 
 class Block:
-    """One block of KV cache. `uid` and `key` are set while it is indexed; `prev`/`next` while it is free."""
+    """One block of KV cache. `uid` and `key` are set while it is indexed; `prev`/`next` while it is free.
 
-    __slots__ = ("index", "key", "next", "prev", "refs", "uid")
+    `follows` is the uid of the content among whose followers it may be remembered, or None.
+    """
+
+    __slots__ = ("follows", "index", "key", "next", "prev", "refs", "uid")
 
     def __init__(self, index: int) -> None:
         self.index = index
         self.refs = 0
         self.uid = ROOT
-        self.key: _Key | None = None
+        self.key: bytes | None = None
+        self.follows: int | None = None
         self.prev: Block | None = None
         self.next: Block | None = None
 
@@ -44,7 +53,9 @@ class BlockPool:
         self.enable_prefix_caching = enable_prefix_caching
         self.blocks = [Block(index) for index in range(num_blocks)]
         self.num_free = 0
-        self._index: dict[_Key, Block] = {}
+        self._least_alike = -(-block_size // _WORTH_COPYING)
+        self._key = Struct(f"=Q{block_size}I").pack
+        self._index: dict[bytes, Block] = {}
         self._following: dict[int, list[Block]] = {}  # uid → the computed blocks after it, the newest last
         self._coming: dict[int, list[Block]] = {}  # the same of those that the step being planned computes
         self._last_uid = ROOT
@@ -63,17 +74,24 @@ class BlockPool:
         block.refs = 1
         return block
 
-    def find(self, parent: int, tokens: tuple[int, ...]) -> Block | None:
-        """The block that holds `tokens` after the content `parent`, if there is one."""
-        return self._index.get((parent, tokens))
+    def find(self, parent: int, tokens: Sequence[int]) -> Block | None:
+        """The block that holds `tokens`, which fill it, after the content `parent`, if there is one."""
+        return self._index.get(self._key(parent, *tokens))
 
-    def find_beginning(self, parent: int, tokens: Sequence[int]) -> tuple[Block | None, int]:
-        """Of the computed blocks after `parent` the one that begins most as `tokens` do, and with how many of them."""
-        return _most_alike(self._following.get(parent, ()), tokens)
+    def find_beginning(self, parent: int, tokens: Sequence[int]) -> tuple[Block, int] | None:
+        """Of the computed blocks after `parent` the one that begins most as `tokens` do, and with how many of them.
 
-    def find_coming(self, parent: int, tokens: Sequence[int]) -> tuple[Block | None, int]:
-        """The same of the blocks that the step that is being planned computes, so far as they will be remembered."""
-        return _most_alike(self._coming.get(parent, ()), tokens)
+        None if none of those that are remembered has enough of them.
+        """
+        return self._most_alike(self._following.get(parent), tokens)
+
+    def better_is_coming(self, parent: int, tokens: Sequence[int]) -> bool:
+        """Whether the step that is being planned computes a block that begins more as `tokens` do, by enough."""
+        coming = self._most_alike(self._coming.get(parent), tokens)
+        if coming is None:
+            return False
+        there = self.find_beginning(parent, tokens)
+        return there is None or coming[1] - there[1] >= self._least_alike
 
     def computed(self) -> None:
         """The step in which blocks were indexed has been run."""
@@ -98,16 +116,21 @@ class BlockPool:
                 # nobody can find an unindexed block again: reuse it before anything worth keeping
                 self._link(block, self._head if block.key is not None else self._head.next)
 
-    def index(self, block: Block, parent: int, tokens: tuple[int, ...]) -> int:
-        """Make a full block findable; returns the uid of its content (an equal block's, if one is indexed already)."""
-        key = (parent, tokens)
+    def index(self, block: Block, parent: int, tokens: Sequence[int], remember: bool = True) -> int:
+        """Make a full block findable; returns the uid of its content (an equal block's, if one is indexed already).
+
+        remember: whether others may also begin as it does and then differ.
+        """
+        key = self._key(parent, *tokens)
         known = self._index.get(key)
         if known is not None:
             return known.uid
         self._last_uid += 1
         block.uid, block.key = self._last_uid, key
         self._index[key] = block
-        self._coming.setdefault(parent, []).append(block)
+        if remember:
+            block.follows = parent
+            self._coming.setdefault(parent, []).append(block)
         return block.uid
 
     def forget(self, blocks: Iterable[Block]) -> None:
@@ -144,19 +167,40 @@ class BlockPool:
             assert len(set(following)) == len(following), f"{following} after {parent}: one is remembered twice"
             for block in following:
                 assert block.key is not None, f"{block} is remembered, and not indexed"
-                assert block.key[0] == parent, f"{block} is remembered after another content"
+                assert block.follows == parent, f"{block} is remembered after another content"
+                assert block.key.startswith(parent.to_bytes(_TOKENS_AT, byteorder)), (
+                    f"{block} has another content's key"
+                )
         assert all(len(following) <= _REMEMBERED for following in self._following.values()), "too many remembered"
 
     def _forget(self, block: Block) -> None:
         assert block.key is not None
         del self._index[block.key]
+        block.key = None
+        if block.follows is None:
+            return
         for remembered in (self._following, self._coming):
-            following = remembered.get(block.key[0], [])
+            following = remembered.get(block.follows, [])
             if block in following:
                 following.remove(block)
                 if not following:
-                    del remembered[block.key[0]]
-        block.key = None
+                    del remembered[block.follows]
+        block.follows = None
+
+    def _most_alike(self, blocks: Sequence[Block] | None, tokens: Sequence[int]) -> tuple[Block, int] | None:
+        """Of the last few blocks the one that begins most as `tokens` do, and with how many of them."""
+        least = self._least_alike
+        if blocks is None or len(tokens) < least:
+            return None
+        best, most = None, least - 1
+        start = array("I", tokens[:least]).tobytes()
+        for block in reversed(blocks[-_REMEMBERED:]):
+            assert block.key is not None
+            if block.key.startswith(start, _TOKENS_AT):
+                alike = _common(memoryview(block.key)[_TOKENS_AT:].cast("I"), tokens)
+                if alike > most:
+                    best, most = block, alike
+        return None if best is None else (best, most)
 
     def _link(self, block: Block, before: Block | None) -> None:
         assert before is not None and before.prev is not None
@@ -170,18 +214,6 @@ class BlockPool:
         block.prev.next, block.next.prev = block.next, block.prev
         block.prev = block.next = None
         self.num_free -= 1
-
-
-def _most_alike(blocks: Sequence[Block], tokens: Sequence[int]) -> tuple[Block | None, int]:
-    """Of the last few blocks the one that begins most as `tokens` do, and with how many of them."""
-    best: Block | None = None
-    most = 0
-    for block in reversed(blocks[-_REMEMBERED:]):
-        assert block.key is not None
-        alike = _common(block.key[1], tokens)
-        if alike > most:
-            best, most = block, alike
-    return best, most
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

@@ -20,8 +20,6 @@ from batchinfer.engine.stats import EngineStats
 from batchinfer.errors import EngineFailure, RowError, TooLong
 from batchinfer.request import Finished, FinishReason, Request
 
-_WORTH_COPYING = 4  # a block is copied, or waited for, for a fourth of its tokens, not for one that all begin with
-
 
 class Scheduler:
     """Continuous batching over a block pool, in pure Python.
@@ -147,12 +145,13 @@ class Scheduler:
             error = failure if isinstance(failure, RowError) else EngineFailure(failure)
             self._finish(sequence, "error", error)
             return True
-        reason = sequence.append(result.tokens[row], result.logprobs[row] if result.logprobs is not None else None)
+        reason = sequence.append(result.tokens[row], None if result.logprobs is None else result.logprobs[row])
         if row in result.ended:
             reason = "stop"
-        if reason is not None:
-            self._finish(sequence, reason)
-        return reason is not None
+        if reason is None:
+            return False
+        self._finish(sequence, reason)
+        return True
 
     def _take_drafted(
         self, sequence: Sequence, draft: list[int], row: int, result: StepResult, failed: dict[int, str | RowError]
@@ -330,13 +329,12 @@ class Scheduler:
         reused = min(tokens, max(0, len(sequence.request.prompt) - sequence.num_computed))
         sequence.num_computed += tokens
         self.stats.prompt_tokens_reused += reused
-        if not sequence.output:  # what it finds again after a preemption, it had computed itself
+        if not sequence.num_output:  # what it finds again after a preemption, it had computed itself
             sequence.num_cached += reused
 
     def _beginning(self, sequence: Sequence) -> tuple[Block, int] | None:
         """A block that begins as the one that `sequence` needs next, and with how many of its tokens."""
-        block, alike = self.pool.find_beginning(sequence.chain, self._next_block(sequence, sequence.num_computed))
-        return None if block is None or alike * _WORTH_COPYING < self.pool.block_size else (block, alike)
+        return self.pool.find_beginning(sequence.chain, self._next_block(sequence, sequence.num_computed))
 
     def _better_next_step(self, sequence: Sequence, hits: list[Block]) -> bool:
         """Whether a full step computes what `sequence` then need not: more than there is of its block after `hits`."""
@@ -344,8 +342,7 @@ class Scheduler:
             return False
         parent, size = hits[-1].uid if hits else sequence.chain, self.pool.block_size
         tokens = self._next_block(sequence, sequence.num_computed + len(hits) * size)
-        (_, coming), (_, there) = self.pool.find_coming(parent, tokens), self.pool.find_beginning(parent, tokens)
-        return (coming - there) * _WORTH_COPYING >= size
+        return self.pool.better_is_coming(parent, tokens)
 
     def _next_block(self, sequence: Sequence, start: int) -> list[int]:
         """The tokens from a block's first position on that may be found instead of computed."""
@@ -364,7 +361,7 @@ class Scheduler:
             return hits
         size, parent = self.pool.block_size, sequence.chain
         for start in range(sequence.num_computed, self._reusable(sequence) - size + 1, size):
-            block = self.pool.find(parent, tuple(sequence.tokens[start : start + size]))
+            block = self.pool.find(parent, sequence.tokens[start : start + size])
             if block is None:
                 break
             hits.append(block)
@@ -375,8 +372,9 @@ class Scheduler:
         """Index at allocation: this step computes these blocks, so a sequence later in the same step may share them."""
         size = self.pool.block_size
         for number in range(sequence.num_indexed, full):
-            tokens = tuple(sequence.tokens[number * size : (number + 1) * size])
-            sequence.chain = self.pool.index(sequence.blocks[number], sequence.chain, tokens)
+            tokens = sequence.tokens[number * size : (number + 1) * size]
+            prompt = number * size < len(sequence.request.prompt)  # none begins as another's answer and then differs
+            sequence.chain = self.pool.index(sequence.blocks[number], sequence.chain, tokens, remember=prompt)
         sequence.num_indexed = full
 
     # -- coming and going ---------------------------------------------------------------------------------------
@@ -408,7 +406,7 @@ class Scheduler:
         size = self.pool.block_size
         hits = self._hits(sequence)
         left = sequence.limit - len(sequence.tokens)
-        expected = max(min(1, left), min(left, self.expected_tokens(sequence.request) - len(sequence.output)))
+        expected = max(min(1, left), min(left, self.expected_tokens(sequence.request) - sequence.num_output))
         needed = -(-(len(sequence.tokens) + expected) // size)
         fresh = needed - len(hits) + sum(block.refs == 0 for block in hits)
         if self.running and (fresh > available or self._better_next_step(sequence, hits)):
@@ -426,7 +424,7 @@ class Scheduler:
     def _finish(self, sequence: Sequence, reason: FinishReason, error: RowError | None = None) -> None:
         self._leave(sequence)
         if error is None and sequence.request.max_tokens:
-            self.expected.observe(len(sequence.output))
+            self.expected.observe(sequence.num_output)
         rows = sequence.rows
         read = (None, None) if rows is None else (rows.logprobs, rows.hidden)
         cached = min(sequence.num_cached, len(sequence.request.prompt))
@@ -445,6 +443,6 @@ class Scheduler:
 
 def _does_not_fit(sequence: Sequence, pool: BlockPool) -> TooLong:
     return TooLong(
-        f"prompt ({len(sequence.request.prompt)} tokens) and answer (so far {len(sequence.output)}) do not fit the KV "
+        f"prompt ({len(sequence.request.prompt)} tokens) and answer (so far {sequence.num_output}) do not fit the KV "
         f"cache of {len(pool.blocks) * pool.block_size} tokens: raise engine.kv_cache_tokens or lower max_tokens"
     )

@@ -61,12 +61,12 @@ class Sequence:
         "num_cached",
         "num_computed",
         "num_indexed",
-        "output",
         "promised",
         "proven",
         "request",
         "rows",
         "seat",
+        "stop_ids",
         "tokens",
     )
 
@@ -77,25 +77,35 @@ class Sequence:
         self.tokens: list[int] = list(request.prompt)
         if request.max_tokens == 0 and rows is not None:
             del self.tokens[max(1, rows.stop) :]
-        self.output: list[int] = []
+        self.stop_ids = None if request.stop_check is not None else request.stop_ids  # at hand: each token is looked up
         self.limit = len(self.tokens) + request.max_tokens
         self.logprobs: list[TokenLogprob] | None = None if request.params.logprobs is None else []
         self.proven = False
         self.num_cached = 0
         self.leave()
 
+    @property
+    def output(self) -> list[int]:
+        """The tokens after the prompt, in a new list."""
+        return self.tokens[len(self.request.prompt) :]
+
+    @property
+    def num_output(self) -> int:
+        return max(0, len(self.tokens) - len(self.request.prompt))
+
     def append(self, token: int, logprob: TokenLogprob | None) -> FinishReason | None:
         """Take in a sampled token; why the sequence ends with it, or None."""
-        request = self.request
         self.tokens.append(token)
-        self.output.append(token)
-        if self.logprobs is not None and logprob is not None:
+        if logprob is not None and self.logprobs is not None:
             self.logprobs.append(logprob)
-        if token in request.stop_ids:
-            return "stop"
-        if request.stop_check is not None and request.stop_check(token):
+        if token in self.stop_ids if self.stop_ids is not None else self._stops(token):
             return "stop"
         return "length" if len(self.tokens) >= self.limit else None
+
+    def _stops(self, token: int) -> bool:
+        """Whether it ends with this token, where a function has to see the others."""
+        check = self.request.stop_check
+        return token in self.request.stop_ids or (check is not None and check(token))
 
     def leave(self) -> None:
         """Back to nothing computed: new, preempted, or finished. The blocks are released by the caller."""
@@ -117,6 +127,8 @@ class Sequence:
         for number, block in enumerate(self.blocks):
             if block.key is not None:
                 assert number < self.num_indexed, "a block that is not full is indexed"
-                assert block.key[1] == tuple(self.tokens[number * size : (number + 1) * size]), "indexed as others"
+                assert block.key.endswith(array("I", self.tokens[number * size : (number + 1) * size]).tobytes()), (
+                    "indexed as others"
+                )
         rows = self.rows
         assert rows is None or not rows.left or rows.at >= self.num_computed, "rows passed without being read"

@@ -85,7 +85,7 @@ class Speculation:
         if self._most == 0 or room <= 0:
             return found
         for place, sequence in enumerate(making.sequences):
-            if not sequence.output or making.counts[place] > 1 or not making.samples[place]:
+            if not sequence.num_output or making.counts[place] > 1 or not making.samples[place]:
                 continue
             lookup = self._lookup(sequence.seat, sequence.request)
             if lookup is None:

@@ -174,14 +174,15 @@ class EngineLoop:
         now = time.monotonic()
         for sequence in self._engine.scheduler.running:
             live = self._live[sequence.request.request_id]
-            count, seen = len(sequence.output), live.seen
+            count, seen = sequence.num_output, live.seen
             if count == seen:  # its prompt is still being computed
                 continue
             live.seen = count
             live.first_token_s = live.first_token_s or now
             if live.stream:
                 logprobs = None if sequence.logprobs is None else sequence.logprobs[seen:]
-                news = Event(sequence.request.request_id, sequence.output[seen:], logprobs, None, live.first_token_s)
+                tokens = sequence.tokens[len(sequence.request.prompt) + seen :]
+                news = Event(sequence.request.request_id, tokens, logprobs, None, live.first_token_s)
                 self._events.append(news)
         for answer in finished:
             live = self._live.pop(answer.request.request_id)

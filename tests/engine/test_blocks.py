@@ -11,21 +11,47 @@ def test_the_newest_blocks_after_a_content_are_compared_in_their_step_and_after_
     for number, block in enumerate(blocks):
         pool.index(block, ROOT, (number, number, number, 99))
 
-    def compared(find: object) -> list[int]:
-        assert callable(find)
-        found = [find(ROOT, [number, number, number, 77]) for number in range(12)]
-        assert all(alike == (0 if block is None else 3) for block, alike in found)
-        assert all(block in (None, blocks[number]) for number, (block, _) in enumerate(found))
-        return [number for number, (block, _) in enumerate(found) if block is not None]
+    def coming() -> list[int]:
+        return [number for number in range(12) if pool.better_is_coming(ROOT, [number, number, number, 77])]
 
-    assert compared(pool.find_coming) == list(range(4, 12)) and compared(pool.find_beginning) == []
+    def computed() -> list[int]:
+        found = [pool.find_beginning(ROOT, [number, number, number, 77]) for number in range(12)]
+        assert all(one is None or one == (blocks[number], 3) for number, one in enumerate(found))
+        return [number for number, one in enumerate(found) if one is not None]
+
+    assert coming() == list(range(4, 12)) and computed() == []
     pool.forget([blocks[10]])
-    assert compared(pool.find_coming) == [3, 4, 5, 6, 7, 8, 9, 11]
+    assert coming() == [3, 4, 5, 6, 7, 8, 9, 11]
     pool.computed()
-    assert compared(pool.find_coming) == [] and compared(pool.find_beginning) == [3, 4, 5, 6, 7, 8, 9, 11]
+    assert coming() == [] and computed() == [3, 4, 5, 6, 7, 8, 9, 11]
     pool.index(pool.allocate(), ROOT, (50, 50, 50, 99))
     pool.computed()
-    assert compared(pool.find_beginning) == [4, 5, 6, 7, 8, 9, 11]
+    assert computed() == [4, 5, 6, 7, 8, 9, 11]
     pool.forget_all()
-    assert compared(pool.find_beginning) == []
+    assert computed() == []
     pool.check_integrity([[block] for block in pool.blocks if block.refs])
+
+
+def test_only_what_is_alike_by_a_fourth_of_a_block_is_worth_a_copy_or_a_wait() -> None:
+    pool = BlockPool(4, 8)
+    there, coming = pool.allocate(), pool.allocate()
+    pool.index(there, ROOT, [1, 2, 3, 4, 0, 0, 0, 0])
+    pool.computed()
+    assert pool.find_beginning(ROOT, [1, 2, 9]) == (there, 2)
+    assert pool.find_beginning(ROOT, [1, 9, 3, 4]) is None and pool.find_beginning(ROOT, [1]) is None
+    pool.index(coming, ROOT, [1, 2, 3, 4, 5, 6, 7, 8])
+    assert pool.better_is_coming(ROOT, [1, 2, 3, 4, 5, 6, 9])
+    assert not pool.better_is_coming(ROOT, [1, 2, 3, 4, 5, 9])
+    assert not pool.better_is_coming(there.uid, [1, 2, 3, 4, 5, 6, 9])
+
+
+def test_a_block_that_shall_not_be_remembered_is_found_whole_only() -> None:
+    pool = BlockPool(2, 4)
+    block = pool.allocate()
+    pool.index(block, ROOT, [1, 2, 3, 4], remember=False)
+    assert not pool.better_is_coming(ROOT, [1, 2, 3])
+    pool.computed()
+    assert pool.find_beginning(ROOT, [1, 2, 3]) is None and pool.find(ROOT, [1, 2, 3, 4]) is block
+    pool.check_integrity([[block]])
+    pool.forget([block])
+    assert pool.find(ROOT, [1, 2, 3, 4]) is None
