@@ -23,7 +23,9 @@ VARIANTS = {"baseline": list[str]()}
 if platform.machine() in ("x86_64", "AMD64"):
     AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
     VNNI = [*AVX512, "-mavx512vnni"]
-    VARIANTS |= {"avx2": AVX2, "avx512": AVX512, "avx512_vnni": VNNI, "avx512_bf16": [*VNNI, "-mavx512bf16"]}
+    BF16 = [*VNNI, "-mavx512bf16"]
+    AMX = [*BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
+    VARIANTS |= {"avx2": AVX2, "avx512": AVX512, "avx512_vnni": VNNI, "avx512_bf16": BF16, "amx": AMX}
 
 
 class BuildKernels(build_ext):
@@ -39,27 +41,33 @@ class BuildKernels(build_ext):
         objects = Path(self.build_temp)
         objects.mkdir(parents=True, exist_ok=True)
         command = [*compiler.split(), *FLAGS]
+        known = {name: flags for name, flags in VARIANTS.items() if _knows([*command, *flags])}
         compiles = [
             [*command, *flags, f"-DVARIANT={name}", "-c", str(SOURCES / "ops.cpp"), "-o", str(objects / f"{name}.o")]
-            for name, flags in VARIANTS.items()
+            for name, flags in known.items()
         ]
         compiles.append([*command, "-c", str(SOURCES / "variants.cpp"), "-o", str(objects / "variants.o")])
         _run_all(compiles)
         library = Path(self.get_ext_fullpath(ext.name))
         library.parent.mkdir(parents=True, exist_ok=True)
-        linked = [str(objects / f"{name}.o") for name in (*VARIANTS, "variants")]
+        linked = [str(objects / f"{name}.o") for name in (*known, "variants")]
         made = objects / "_ops.so"
         _run_all([[*command, "-shared", *linked, "-o", str(made)]])
         shutil.copyfile(made, library.with_suffix(".new"))
         library.with_suffix(".new").replace(library)  # a process that has the old one loaded keeps it
 
 
+def _knows(command: list[str]) -> bool:
+    """Whether a compiler has these flags: an older one lacks the newest instruction sets."""
+    try:
+        return subprocess.run([*command, "-E", "-x", "c++", os.devnull], capture_output=True).returncode == 0
+    except OSError as error:
+        raise CompileError(f"cannot run {command[0]}: {error}") from None
+
+
 def _run_all(commands: list[list[str]]) -> None:
     """At the same time."""
-    try:
-        running = [subprocess.Popen(command) for command in commands]
-    except OSError as error:
-        raise CompileError(f"cannot run {commands[0][0]}: {error}") from None
+    running = [subprocess.Popen(command) for command in commands]
     failed = [process.args for process in running if process.wait()]
     if failed:
         raise CompileError(f"failed: {failed[0]}")

@@ -11,8 +11,7 @@
 
 #include <cmath>
 
-#include "block_linear.h"
-#include "rounded_linear.h"
+#include "multiply.h"
 
 namespace {
 
@@ -153,17 +152,19 @@ inline void find_largest(
     thread_local Arena arena;
     arena.reserve(
         Arena::bytes_for<RowError>(rows) + 2 * Arena::bytes_for<float>(count * rows) +
-        Arena::bytes_for<int32_t>(count * rows) + threads * Arena::bytes_for<float>(MOST_ROWS * stride));
+        Arena::bytes_for<int32_t>(count * rows) +
+        threads * (Arena::bytes_for<float>(MOST_ROWS * stride) + some_bytes<Kept>(in_features)));
     RowError* errors_N = arena.take<RowError>(rows);
     float* lows_PN = arena.take<float>(count * rows);
     float* highs_PN = arena.take<float>(count * rows);
     int32_t* ids_PN = arena.take<int32_t>(count * rows);
     float* const copies = arena.take<float>(threads * MOST_ROWS * stride);
+    char* const spaces = arena.take<char>(threads * some_bytes<Kept>(in_features));
     for_ranges(threads, rows, (1 << 14) / in_features, [&](int64_t first, int64_t last) {
         for (int64_t n = first; n < last; n++) errors_N[n] = RowError(x_NI + n * stride_N, in_features);
     });
     const Bounds bounds{{}, screen.lengths_O, screen.errors_O, errors_N, lows_PN, highs_PN, rows, out_features};
-    multiply_rounded(LinearOf<float, Bounds>{x_NI, stride_N, screen.panels, bounds, rows, in_features}, threads);
+    multiply_all_rounded(LinearOf<float, Bounds>{x_NI, stride_N, screen.panels, bounds, rows, in_features}, threads);
 
     float* floors_N = values_N;
     for (int64_t n = 0; n < rows; n++) floors_N[n] = -__builtin_inff();
@@ -181,7 +182,8 @@ inline void find_largest(
                 chosen[size++] = n;
             }
             if (size == MOST_ROWS || (size && n == rows - 1)) {
-                Kept::multiply(LinearOf<float, Best>{copy, stride, panels, best, size, in_features}, Block{0, size, 1}, p, p);
+                const LinearOf<float, Best> some{copy, stride, panels, best, size, in_features};
+                multiply_some<Kept>(some, p, spaces + thread * some_bytes<Kept>(in_features));
                 size = 0;
             }
         }

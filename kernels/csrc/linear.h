@@ -58,6 +58,7 @@ struct Output {
         for (int64_t r = row; r < row + rows; r++, sums += PANEL) {
             if (activation == SILU) store(at(r, number), gated<SILU>(load(sums), load(sums + VL)));
             else if (activation == GELU) store(at(r, number), gated<GELU>(load(sums), load(sums + VL)));
+            else if (width(number) == PANEL) memcpy(at(r, number), sums, PANEL * sizeof(float));
             else memcpy(at(r, number), sums, width(number) * sizeof(float));
         }
     }

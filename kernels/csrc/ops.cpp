@@ -8,9 +8,8 @@
 #include "block_linear.h"
 #include "elementwise.h"
 #include "linear.h"
+#include "multiply.h"
 #include "paged_attention.h"
-#include "quantized_linear.h"
-#include "rounded_linear.h"
 
 #define JOINED(name, variant) name##_##variant
 #define NAMED(name, variant) JOINED(name, variant)
@@ -170,8 +169,8 @@ OP(linear)(
     const Output output{bias_O, out, out_stride_N, out_features, (Activation)activation};
     const Linear l{x_NI, stride_N, panels, output, rows, in_features};
     try {
-        if (type == ROUNDED) multiply_rounded(l, threads);
-        else with_kept(type, [&](auto kept) { multiply<decltype(kept)>(l, threads); });
+        if (type == ROUNDED) multiply_all_rounded(l, threads);
+        else with_kept(type, [&](auto kept) { multiply_all<decltype(kept)>(l, threads); });
     } catch (const std::bad_alloc&) {
         return 1;
     }
@@ -244,7 +243,7 @@ OP(quantized_linear)(
     int64_t out_features, int threads) {
     const Output output{bias_O, out, out_stride_N, out_features, (Activation)activation};
     try {
-        multiply_quantized({x_NI, stride_N, panels, offsets, scales_O, output, rows, in_features}, threads);
+        multiply_all_quantized({x_NI, stride_N, panels, offsets, scales_O, output, rows, in_features}, threads);
     } catch (const std::bad_alloc&) {
         return 1;
     }

@@ -11,7 +11,7 @@ namespace {
 constexpr int64_t GROUP = 64;        // input features that share a scale
 constexpr int64_t QUADS = GROUP / 4;
 
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512VNNI__) && !defined(TILE_REGISTERS)
 constexpr int MOST_QUANTIZED_ROWS = 14;
 constexpr int BIAS = 128;  // the instruction multiplies unsigned with signed: activations are stored above zero
 #else

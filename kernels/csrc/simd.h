@@ -10,6 +10,10 @@
 #include <immintrin.h>
 #endif
 
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__)
+#define TILE_REGISTERS
+#endif
+
 // every name below is private to one translation unit: the same source is compiled once per instruction set
 namespace {
 

@@ -34,6 +34,17 @@ def test_weights_of_16_bits_change_no_bit(shape, kept):
     assert torch.equal(narrow, wide)
 
 
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_float32_has_all_its_bits(kept):
+    """Also where an instruction set multiplies narrower numbers: against float64, and the sum of all sizes."""
+    x, weight, _ = linear_inputs((40, 600, 96), torch.float32, kept)
+    x *= 10.0 ** torch.linspace(-12, 12, 40)[:, None]
+    weight *= 2.0 ** torch.arange(-48, 48)[:, None]
+    got = ops.linear(x, ops.pack_linear(weight), None).double()
+    missed = (got - x.double() @ weight.double().T).abs() / (x.double().abs() @ weight.double().abs().T)
+    assert missed.max() < 2.0**-22 and missed.mean() < 2.0**-25
+
+
 def test_16_bit_weights_take_half_the_memory(backend):
     if backend == "reference":
         pytest.skip("keeps the matrix as it is")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-VARIANTS = ("avx512_bf16", "avx512_vnni", "avx512", "avx2", "baseline")  # the best first
+VARIANTS = ("amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "baseline")  # the best first
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _PATH = Path(__file__).with_name("_ops.so")
@@ -62,7 +62,8 @@ def _library() -> ctypes.CDLL:
 def variants() -> list[str]:
     """Those that were compiled and that this processor has, the best first. Raises OSError without the library."""
     library = _library()
-    return [name for name in VARIANTS if name == "baseline" or getattr(library, f"has_variant_{name}")()]
+    compiled = [name for name in VARIANTS if hasattr(library, f"linear_{name}")]
+    return [name for name in compiled if name == "baseline" or getattr(library, f"has_variant_{name}")()]
 
 
 @cache
