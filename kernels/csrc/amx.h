@@ -17,7 +17,8 @@ constexpr int64_t PANEL_LINE = 2 * LINE;                       // a row of both 
 constexpr int64_t PANEL_TILES = TILE_ROWS * PANEL_LINE;        // both, in bytes
 static_assert(PANEL == 2 * TILE_ROWS && VL == TILE_ROWS, "a panel is two tiles wide");
 
-// In use for as long as this lives, on this thread. All tiles are whole ones.
+// In use for as long as this lives, on this thread. Tiles of rows and sums have as many rows as there are, at most 16: what
+// is not there is neither read nor written.
 struct TileRegisters {
     struct alignas(64) Shapes {
         uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -25,9 +26,12 @@ struct TileRegisters {
         uint8_t rows[16] = {};
     };
 
-    TileRegisters() {
+    explicit TileRegisters(int64_t rows) {
         Shapes shapes;
-        for (int i = 0; i < 8; i++) shapes.row_bytes[i] = LINE, shapes.rows[i] = TILE_ROWS;
+        for (int i = 0; i < 8; i++) {
+            shapes.row_bytes[i] = LINE;
+            shapes.rows[i] = (uint8_t)(i < 6 ? std::min(rows, TILE_ROWS) : TILE_ROWS);
+        }
         asm volatile("ldtilecfg %0" ::"m"(shapes));
     }
     ~TileRegisters() { asm volatile("tilerelease" ::: "memory"); }

@@ -173,7 +173,7 @@ struct PanelWorker {
     struct Between {
         const char* panel;
         int64_t k, k_end, step;  // input features that are taken apart, and how many with every call
-        int64_t ahead;
+        int64_t ahead;           // how far to fetch
         char* planes;
         const float* begin;
         const Out& output;
@@ -322,7 +322,7 @@ inline void multiply_tiles(const LinearOf<float, Out>& l, int threads) {
     auto work = [&](int thread) {
         int64_t task = take();
         if (task >= tasks) return;
-        TileRegisters registers;
+        TileRegisters registers(l.rows);
         PanelWorker<Kept, Out> worker(l, threads, x_tiles, held + thread * held_size);
         worker.prepare(task % panels, 0);
         while (task < tasks) {
@@ -344,7 +344,7 @@ inline void multiply_tiles(const LinearOf<float, Out>& l, int threads) {
 // up to a tile of rows times a panel, on this thread; `space` is for the tiles of the rows
 template <class Kept, class Out>
 inline void multiply_tiles_of_one(const LinearOf<float, Out>& l, int64_t number, char* space) {
-    TileRegisters registers;
+    TileRegisters registers(l.rows);
     cut_rows<Kept>(l.x_NI, l.stride_N, 0, l.rows, l.in_features, space);
     float held[TILE_ROWS * PANEL];
     PanelWorker<Kept, Out> worker(l, 0, space, held);

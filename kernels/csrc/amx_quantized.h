@@ -78,7 +78,7 @@ inline void multiply_quantized_tiles(const QuantizedLinear& l, int threads) {
         for (int64_t n = first; n < last; n++) rows.quantize(l, stride, n);
     });
     auto multiply = [&](int64_t task) {
-        TileRegisters registers;
+        TileRegisters registers(l.rows);
         const int64_t number = task % panels, first = blocks.first(task / panels), last = blocks.last(task / panels);
         const int8_t* panel = l.panels + number * panel_bytes;
         const char* next = (const char*)panel + threads * panel_bytes;

@@ -58,9 +58,12 @@ inline void make_screen(const void* panels, int64_t in_features, int64_t out_fea
     });
 }
 
-// How far a row's sums may be off: `a_length` times |w|, and `an_error` times |w - ŵ|
+// Tile registers take numbers below 2^-126 for zero, and of a float32 number's three parts the last is 2^16 times smaller
+constexpr float LOST = 1e-33f;
+
+// How far a row's sums may be off: `a_length` times |w|, `an_error` times |w - ŵ|, and what is lost of the smallest numbers
 struct RowError {
-    float a_length, an_error;
+    float a_length, an_error, lost;
 
     RowError(const float* x, int64_t size) {
         double squares = 0, missed = 0, rounded_squares = 0;
@@ -71,8 +74,9 @@ struct RowError {
             squares += whole * whole, missed += error * error, rounded_squares += rounded * rounded;
         }
         // both sums, of rounded products and of exact ones, with those of the pieces
-        a_length = length_of(missed) + 2 * (float)(size + 16) * 0x1p-24f * length_of(squares);
+        a_length = length_of(missed) + 2 * (float)(size + 16) * 0x1p-24f * length_of(squares) + LOST;
         an_error = length_of(rounded_squares);
+        lost = 1e-30f + LOST * length_of(squares);
     }
     bool is_known() const { return a_length < __builtin_inff() && an_error < __builtin_inff(); }
 };
@@ -109,8 +113,9 @@ struct Bounds : Sums {
             for (int v = 0; v < PANEL_VECTORS; v++) {
                 const float* lengths = lengths_O + number * PANEL + v * VL;
                 const float* errors = errors_O + number * PANEL + v * VL;
-                const vec sum = load(sums + v * VL);  // and what underflows
-                const vec bound = load(lengths) * errors_N[n].a_length + load(errors) * errors_N[n].an_error + 1e-30f;
+                const vec sum = load(sums + v * VL);
+                const RowError& error = errors_N[n];
+                const vec bound = load(lengths) * error.a_length + load(errors) * error.an_error + error.lost;
                 vec least = sum - bound, most = sum + bound;
                 for (int64_t o = std::max<int64_t>(0, width - v * VL); o < VL; o++) least[o] = most[o] = -__builtin_inff();
                 low = vmax(low, least), high = vmax(high, most);

