@@ -108,7 +108,7 @@ class EngineSpec(_Section):
 
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None,
-        description="of matrices and what they multiply; default float32. bfloat16: faster on CPUs with AVX512_BF16",
+        description="of matrices and what they multiply; default float32. bfloat16: faster with AMX or AVX512_BF16",
     )
     kv_cache_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="type of the KV cache; default as computed. 16 bits hold twice the tokens, rounded"

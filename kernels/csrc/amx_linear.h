@@ -4,8 +4,8 @@
 //
 // A float32 number is the sum of three of bfloat16, its planes: the first eight bits, the eight after them, the rest. Of
 // the nine products of two numbers' planes the three smallest are left out; together they are below 2^-23 of the whole
-// product at the very most, and mostly below 2^-26. The five small ones of a piece of input features are added up first,
-// and then the large one on top, 32 input features at a time: little is rounded off at the size of the result.
+// product at the very most, and mostly below 2^-26. A tile's instruction adds up the products of 32 input features by
+// itself, and pieces of panels have sums of their own: little is rounded off at the size of the result.
 //
 // Rows of x are cut into tiles of planes once a call. Pieces of panels are taken apart as they come: the next one between
 // the products of this one, which take no vector unit.
@@ -33,16 +33,23 @@ inline void add_products() {
     if constexpr (ROW_TILES == 2) asm volatile("tdpbf16ps %tmm6, %tmm5, %tmm2\n" "tdpbf16ps %tmm7, %tmm5, %tmm3");
 }
 
+// What planes are cut with, in registers: left to itself, GCC makes constants anew at each use
+struct Cut {
+    uvec high = uvec{} + 0xffff0000u, half = uvec{} + 0x8000u;
+
+    INLINE Cut() { asm("" : "+v"(high), "+v"(half)); }
+};
+
 // One plane after another of two vectors: what each lane has in the one and in the other lies side by side
 template <int PLANES>
-INLINE void put_planes(vec first, vec second, char* to, int64_t apart) {
-    const uvec high = uvec{} + 0xffff0000u;
+INLINE void put_planes(const Cut& cut, vec first, vec second, char* to, int64_t apart) {
+    const uvec high = cut.high;
     uvec a = bits_as<uvec>(first) & high, b = bits_as<uvec>(second) & high;
     store((float*)to, bits_as<vec>(a >> 16 | b));
     if constexpr (PLANES == 1) return;
     first -= bits_as<vec>(a), second -= bits_as<vec>(b);
     if constexpr (PLANES == 3) {  // to the nearest: what is left has either sign, and so has what is left out
-        a = (bits_as<uvec>(first) + 0x8000u) & high, b = (bits_as<uvec>(second) + 0x8000u) & high;
+        a = (bits_as<uvec>(first) + cut.half) & high, b = (bits_as<uvec>(second) + cut.half) & high;
     } else {
         a = bits_as<uvec>(first), b = bits_as<uvec>(second);
     }
@@ -52,8 +59,8 @@ INLINE void put_planes(vec first, vec second, char* to, int64_t apart) {
     store((float*)(to + 2 * apart), bits_as<vec>(bits_as<uvec>(first) >> 16 | bits_as<uvec>(second)));
 }
 
-// How a kept matrix is taken apart: X_PLANES of x by W_PLANES of weights. `put_pair` writes input features k and k + 1, or
-// zeros for the second. PAIR: bytes that they take, about
+// How a kept matrix is taken apart: X_PLANES of x by W_PLANES of weights. `put_half` writes half a panel of input features
+// k and k + 1, or zeros for the second. PAIR: bytes that they take, about
 template <class Kept>
 struct Planes;
 
@@ -67,11 +74,9 @@ struct Planes<Plain<Weight>> {
         return (const char*)((const Weight*)panels + number * in_features * PANEL);
     }
     template <bool BOTH>
-    static INLINE void put_pair(const char* panel, int64_t k, char* to, int64_t apart) {
-        const Weight* from = (const Weight*)panel + k * PANEL;
-        for (int v = 0; v < PANEL_VECTORS; v++, from += VL, to += LINE) {
-            put_planes<W_PLANES>(load(from), BOTH ? load(from + PANEL) : vec{}, to, apart);
-        }
+    static INLINE void put_half(const Cut& cut, const char* panel, int64_t k, int64_t half, char* to, int64_t apart) {
+        const Weight* from = (const Weight*)panel + k * PANEL + half * VL;
+        put_planes<W_PLANES>(cut, load(from), BOTH ? load(from + PANEL) : vec{}, to, apart);
     }
 };
 
@@ -84,14 +89,15 @@ struct Planes<InBlocks<Form>> {
         return (const char*)panels + number * (in_features / SHARING) * Form::BYTES;
     }
     template <bool>
-    static INLINE void put_pair(const char* panel, int64_t k, char* to, int64_t apart) {
+    static INLINE void put_half(const Cut& cut, const char* panel, int64_t k, int64_t half, char* to, int64_t apart) {
+        if (half) return;  // both at once
         const uint8_t* block = (const uint8_t*)panel + k / SHARING * Form::BYTES;
         const uint8_t* from = block + Form::HEADER + k % SHARING * Form::FEATURE;
         const Widener<Form> widener(block);
         vec first[PANEL_VECTORS], second[PANEL_VECTORS];
         widener(from, first);
         widener(from + Form::FEATURE, second);
-        for (int v = 0; v < PANEL_VECTORS; v++) put_planes<W_PLANES>(first[v], second[v], to + v * LINE, apart);
+        for (int v = 0; v < PANEL_VECTORS; v++) put_planes<W_PLANES>(cut, first[v], second[v], to + v * LINE, apart);
     }
 };
 
@@ -106,14 +112,14 @@ struct Planes<InPairs> {
         return (const char*)((const pair*)panels + number * numbers_of<pair>(in_features) * PANEL);
     }
     template <bool>
-    static INLINE void put_pair(const char* panel, int64_t k, char* to, int64_t) {
-        memcpy(to, panel + k / 2 * PAIR, PAIR);
+    static INLINE void put_half(const Cut&, const char* panel, int64_t k, int64_t half, char* to, int64_t) {
+        memcpy(to, panel + k / 2 * PAIR + half * LINE, LINE);
     }
 };
 
 // a row of x as its tiles have it, chunk after chunk, the planes of each a tile apart; zeros to the chunk's end
 template <int X_PLANES>
-inline void cut_row(const float* x, int64_t size, char* to) {
+inline void cut_row(const Cut& cut, const float* x, int64_t size, char* to) {
     for (int64_t i = 0; i < size; i += CHUNK, to += X_PLANES * TILE_BYTES) {
         vec two[2] = {};
         if (size - i >= CHUNK) two[0] = load(x + i), two[1] = load(x + i + VL);
@@ -128,7 +134,7 @@ inline void cut_row(const float* x, int64_t size, char* to) {
             const ivec even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
             const vec first = _mm512_permutex2var_ps(two[0], (__m512i)even, two[1]);
             const vec second = _mm512_permutex2var_ps(two[0], (__m512i)(even + 1), two[1]);
-            put_planes<X_PLANES>(first, second, to, TILE_BYTES);
+            put_planes<X_PLANES>(cut, first, second, to, TILE_BYTES);
         }
     }
 }
@@ -140,9 +146,10 @@ inline int64_t row_tile_bytes(int64_t in_features) {  // of 16 rows
 
 template <class Kept>
 inline void cut_rows(const float* x_NI, int64_t stride, int64_t first, int64_t last, int64_t in_features, char* tiles) {
+    const Cut cut;
     for (int64_t n = first; n < last; n++) {
         char* to = tiles + n / TILE_ROWS * row_tile_bytes<Kept>(in_features) + n % TILE_ROWS * LINE;
-        cut_row<Planes<Kept>::X_PLANES>(x_NI + n * stride, in_features, to);
+        cut_row<Planes<Kept>::X_PLANES>(cut, x_NI + n * stride, in_features, to);
     }
 }
 
@@ -154,7 +161,7 @@ struct PanelWorker {
     static constexpr int64_t X_BYTES = P::X_PLANES * TILE_BYTES;  // of a chunk
     static constexpr int64_t MOST = 6;                            // chunks of a piece
     static constexpr int64_t PLANE_BYTES = MOST * PANEL_TILES;
-    static constexpr int64_t CALLS = P::X_PLANES == 1 ? 1 : 2 * P::W_PLANES + (P::W_PLANES == 1);  // of `Between` a chunk
+    static constexpr int64_t CALLS = P::X_PLANES == 1 ? 1 : P::W_PLANES == 1 ? 3 : 2 * P::W_PLANES;  // of `Between` a chunk
     static constexpr int64_t PUTS = (GROUP_ROWS + MOST * CALLS - 1) / (MOST * CALLS);  // rows that are put with every call
 
     struct Piece {  // of a panel
@@ -172,18 +179,19 @@ struct PanelWorker {
     // What is done between the products. Nothing else refers to it, so that it stays in registers
     struct Between {
         const char* panel;
-        int64_t k, k_end, step;  // input features that are taken apart, and how many with every call
-        int64_t ahead;           // how far to fetch
+        int64_t at, end, step;  // input features that are taken apart, each half a pair, and how many with every call
+        int64_t ahead;          // how far to fetch
         char* planes;
+        Cut cut;
         const float* begin;
         const Out& output;
         Sums& sums;
         int64_t row = 0;  // of the sums, that is put next
 
         INLINE void take_apart() {
-            for (const int64_t stop = std::min(k_end, k + step); k < stop; k += 2, planes += PANEL_LINE) {
-                prefetch(panel + k * (P::PAIR / 2) + ahead, P::PAIR);
-                P::template put_pair<true>(panel, k, planes, PLANE_BYTES);
+            for (const int64_t stop = std::min(end, at + step); at < stop; at++, planes += LINE) {
+                prefetch(panel + at * (P::PAIR / 2) + ahead, P::PAIR / 2);
+                P::template put_half<true>(cut, panel, at & ~1, at & 1, planes, PLANE_BYTES);
             }
         }
         INLINE void put(int64_t most) {
@@ -205,10 +213,11 @@ struct PanelWorker {
     const LinearOf<float, Out>& l;
     const int64_t ahead;  // bytes from a panel to the one that this thread will probably have next
     const char* const x_tiles;
-    float* const held;  // the sums of the pieces before, of each row of a block
+    float* const held;  // the sums of the pieces before, of each row
+    int64_t out_row = 0;
     const int64_t chunks = chunks_of(l.in_features);
     Piece now, next;  // what is multiplied, and what is taken apart meanwhile
-    int64_t k = 0;    // where that has come to
+    int64_t at = 0;   // where that has come to: an input feature, which stands for half of a pair
     int planes_turn = 0, sums_turn = 0;
     alignas(64) float begin[PANEL];
     Sums sums[2];
@@ -220,45 +229,67 @@ struct PanelWorker {
     // what comes after the piece of now
     void prepare(int64_t number, int64_t chunk) {
         next = {P::panel(l.panels, l.in_features, number), number, chunk, std::min(MOST, chunks - chunk)};
-        k = chunk * CHUNK;
+        at = chunk * CHUNK;
     }
     void advance() {
-        for (; k < next.end(); k += 2) {
+        const Cut cut;
+        for (; at < next.end(); at++) {
+            const int64_t k = at & ~1;
             char* to = next_planes();
             if (k + 1 < l.in_features) {
-                P::template put_pair<true>(next.panel, k, to, PLANE_BYTES);
+                P::template put_half<true>(cut, next.panel, k, at & 1, to, PLANE_BYTES);
             } else if (k < l.in_features) {
-                P::template put_pair<false>(next.panel, k, to, PLANE_BYTES);
+                P::template put_half<false>(cut, next.panel, k, at & 1, to, PLANE_BYTES);
             } else {
-                for (int p = 0; p < P::W_PLANES; p++) memset(to + p * PLANE_BYTES, 0, PANEL_LINE);
+                for (int p = 0; p < P::W_PLANES; p++) memset(to + p * PLANE_BYTES, 0, LINE);
             }
         }
         planes_turn ^= 1;
         now = next;
         next = {};
     }
-    char* next_planes() { return planes[planes_turn ^ 1] + (k - next.chunk * CHUNK) / 2 * PANEL_LINE; }
+    char* next_planes() { return planes[planes_turn ^ 1] + (at - next.chunk * CHUNK) * LINE; }
 
-    // the piece of now times rows first .. last - 1
-    void multiply(int64_t first, int64_t last) {
-        const int64_t groups = (last - first + GROUP_ROWS - 1) / GROUP_ROWS, calls = groups * now.chunks * CALLS;
-        const int64_t step = (next.chunks * CHUNK / 2 + calls - 1) / calls * 2;
-        for (int64_t row = first; row < last; row += GROUP_ROWS) {
+    // the piece of now times all rows
+    void multiply() {
+        const int64_t groups = (l.rows + GROUP_ROWS - 1) / GROUP_ROWS, calls = groups * now.chunks * CALLS;
+        const int64_t step = (next.chunks * CHUNK + calls - 1) / calls;
+        for (int64_t row = 0; row < l.rows; row += GROUP_ROWS) {
             const char* x = x_tiles + row / TILE_ROWS * row_tile_bytes<Kept>(l.in_features) + now.chunk * X_BYTES;
             Sums& s = sums[sums_turn];
             s.first = now.chunk == 0, s.last = now.chunk + now.chunks == chunks, s.number = now.number;
-            s.row = row, s.count = std::min(GROUP_ROWS, last - row), s.held = held + (row - first) * PANEL;
+            s.row = out_row + row, s.count = std::min(GROUP_ROWS, l.rows - row), s.held = held + row * PANEL;
             if (s.count > TILE_ROWS) multiply_group<2>(x, s.values, step);
             else multiply_group<1>(x, s.values, step);
-            if (s.first && row == first) l.output.begin(now.number, begin);  // the panel before is put by now
+            if (s.first && row == 0) l.output.begin(now.number, begin);  // the panel before is put by now
             sums_turn ^= 1;
         }
     }
     Between between(int64_t step) {
         const int64_t whole = std::min(next.end(), l.in_features / 2 * 2);  // pairs
-        return {next.panel, k, whole, step, ahead, next_planes(), begin, l.output, sums[sums_turn ^ 1]};
+        return {next.panel, at, whole, step, ahead, next_planes(), {}, begin, l.output, sums[sums_turn ^ 1]};
     }
-    void finish() { between(0).put(GROUP_ROWS); }
+    // All rows times the panels that `take` gives, until it gives -1. Results are those of rows from `first_row` on
+    template <class Take>
+    void run(int64_t first_row, Take&& take) {
+        int64_t number = take();
+        if (number < 0) return;
+        TileRegisters registers(l.rows);
+        out_row = first_row;
+        prepare(number, 0);
+        while (number >= 0) {
+            const int64_t following = take();
+            for (int64_t chunk = 0; chunk < chunks;) {
+                advance();
+                chunk += now.chunks;
+                if (chunk < chunks) prepare(number, chunk);
+                else if (following >= 0) prepare(following, 0);
+                multiply();
+            }
+            number = following;
+        }
+        between(0).put(GROUP_ROWS);
+    }
 
     template <int ROW_TILES>
     void multiply_group(const char* x, float* values, int64_t step) {
@@ -270,8 +301,7 @@ struct PanelWorker {
             meanwhile();
         };
         clear_sums<ROW_TILES>();
-        const char* a = x;
-        for (const char* b = w; P::X_PLANES == 3 && b < w_end; a += X_BYTES, b += PANEL_TILES) {
+        for (const char *a = x, *b = w; b < w_end; a += X_BYTES, b += PANEL_TILES) {
             load_rows<ROW_TILES>(a, apart);
             if constexpr (P::W_PLANES == 3) {
                 load_weights(b + 2 * PLANE_BYTES);
@@ -282,80 +312,60 @@ struct PanelWorker {
                 products();
                 load_rows<ROW_TILES>(a + TILE_BYTES, apart);
                 products();
-                load_weights(b);
-            } else {
-                load_weights(b);
-                load_rows<ROW_TILES>(a + TILE_BYTES, apart);
             }
-            products();
-            load_rows<ROW_TILES>(a + 2 * TILE_BYTES, apart);
-            products();
-        }
-        a = x;
-        for (const char* b = w; b < w_end; a += X_BYTES, b += PANEL_TILES) {
-            load_rows<ROW_TILES>(a, apart);
             load_weights(b);
+            if constexpr (P::X_PLANES == 3) {
+                if constexpr (P::W_PLANES == 1) load_rows<ROW_TILES>(a + TILE_BYTES, apart);
+                products();
+                load_rows<ROW_TILES>(a + 2 * TILE_BYTES, apart);
+                products();
+                load_rows<ROW_TILES>(a, apart);
+            }
             products();
         }
         meanwhile.put(GROUP_ROWS);
-        if (meanwhile.k > k) k = meanwhile.k;
+        at = meanwhile.at;
         store_sums<ROW_TILES>(values);
     }
 };
 
-// All rows times all panels; throws std::bad_alloc, before any thread starts
+// All rows times all panels; throws std::bad_alloc, before any thread starts. Rows are cut block by block: what is cut is
+// multiplied while a cache holds it.
 template <class Kept, class Out>
 inline void multiply_tiles(const LinearOf<float, Out>& l, int threads) {
     if (l.rows == 0) return;
     thread_local Arena arena;
-    const int64_t tile_bytes = row_tile_bytes<Kept>(l.in_features);
+    const int64_t tile_bytes = row_tile_bytes<Kept>(l.in_features), panels = l.panel_count();
     const GroupBlocks blocks(l.rows, 2 * tile_bytes, ROWS_BYTES);
-    const int64_t held_size = blocks.most_rows() * PANEL, panels = l.panel_count(), tasks = blocks.count * panels;
-    arena.reserve(blocks.tiles() * tile_bytes + threads * Arena::bytes_for<float>(held_size));
-    char* const x_tiles = arena.take<char>(blocks.tiles() * tile_bytes);
-    float* const held = arena.take<float>(threads * held_size);
-    for_ranges(threads, l.rows, (1 << 14) / l.in_features, [&](int64_t first, int64_t last) {
-        cut_rows<Kept>(l.x_NI, l.stride_N, first, last, l.in_features, x_tiles);
-    });
-    int64_t taken = 0;
-    auto take = [&] { return __atomic_fetch_add(&taken, 1, __ATOMIC_RELAXED); };
-    auto work = [&](int thread) {
-        int64_t task = take();
-        if (task >= tasks) return;
-        TileRegisters registers(l.rows);
-        PanelWorker<Kept, Out> worker(l, threads, x_tiles, held + thread * held_size);
-        worker.prepare(task % panels, 0);
-        while (task < tasks) {
-            const int64_t next = take(), block = task / panels;
-            for (int64_t chunk = 0; chunk < worker.chunks;) {
-                worker.advance();
-                chunk += worker.now.chunks;
-                if (chunk < worker.chunks) worker.prepare(task % panels, chunk);
-                else if (next < tasks) worker.prepare(next % panels, 0);
-                worker.multiply(blocks.first(block), blocks.last(block));
-            }
-            task = next;
-        }
-        worker.finish();
-    };
-    on_threads(tasks < threads ? (int)tasks : threads, work);
+    const int64_t most_rows = blocks.most_rows();
+    arena.reserve(most_rows / TILE_ROWS * tile_bytes + threads * Arena::bytes_for<float>(most_rows * PANEL));
+    char* const x_tiles = arena.take<char>(most_rows / TILE_ROWS * tile_bytes);
+    float* const held = arena.take<float>(threads * most_rows * PANEL);
+    for (int64_t block = 0; block < blocks.count; block++) {
+        LinearOf<float, Out> part = l;
+        part.x_NI += blocks.first(block) * l.stride_N, part.rows = blocks.last(block) - blocks.first(block);
+        for_ranges(threads, part.rows, (1 << 14) / l.in_features, [&](int64_t first, int64_t last) {
+            cut_rows<Kept>(part.x_NI, part.stride_N, first, last, part.in_features, x_tiles);
+        });
+        int64_t taken = 0;
+        auto work = [&](int thread) {
+            PanelWorker<Kept, Out> worker(part, threads, x_tiles, held + thread * most_rows * PANEL);
+            worker.run(blocks.first(block), [&] {
+                const int64_t number = __atomic_fetch_add(&taken, 1, __ATOMIC_RELAXED);
+                return number < panels ? number : -1;
+            });
+        };
+        on_threads(panels < threads ? (int)panels : threads, work);
+    }
 }
 
-// up to a tile of rows times a panel, on this thread; `space` is for the tiles of the rows
+// up to a tile of rows times a panel, on this thread; `space` is for the tile
 template <class Kept, class Out>
 inline void multiply_tiles_of_one(const LinearOf<float, Out>& l, int64_t number, char* space) {
-    TileRegisters registers(l.rows);
     cut_rows<Kept>(l.x_NI, l.stride_N, 0, l.rows, l.in_features, space);
     float held[TILE_ROWS * PANEL];
     PanelWorker<Kept, Out> worker(l, 0, space, held);
-    worker.prepare(number, 0);
-    for (int64_t chunk = 0; chunk < worker.chunks;) {
-        worker.advance();
-        chunk += worker.now.chunks;
-        if (chunk < worker.chunks) worker.prepare(number, chunk);
-        worker.multiply(0, l.rows);
-    }
-    worker.finish();
+    worker.run(0, [&] { return std::exchange(number, -1); });
 }
 
 }  // namespace
