@@ -30,7 +30,6 @@ __all__ = [
     "DecoderFacts",
     "DecoderLayers",
     "Gated",
-    "KVPair",
     "LayerFacts",
     "MapFacts",
     "NormFacts",
@@ -62,9 +61,6 @@ __all__ = [
     "stored_bytes",
     "use_reference",
 ]
-
-KVPair = tuple[Tensor, Tensor]
-"""One layer's cache: k_NKBD, v_NKBD."""
 
 Packed = Tensor | reference.RoundedMatrix | cpu.PackedLinear | cpu.RoundedPanels | cpu.PackedBlocks
 """A matrix [O, I]: as it is, rounded, or in a backend's own form."""
@@ -143,13 +139,13 @@ class ScoreRule(NamedTuple):
 
 
 def step_index(
-    slots_T: Tensor, block_tables_SB: Tensor, query_starts: list[int], lengths: list[int], cache: KVPair
+    slots_T: Tensor, block_tables_SB: Tensor, query_starts: list[int], lengths: list[int], kv_N2KBD: Tensor
 ) -> StepIndex:
     """What `rope_kv_write` and `paged_attention` of every layer share in one step; see layers.attention.StepInputs.
 
-    `cache` is any layer's: its shape counts, not its content.
+    `kv_N2KBD` is any layer's cache: its shape counts, not its content.
     """
-    made: StepIndex = _backend(slots_T).step_index(slots_T, block_tables_SB, query_starts, lengths, cache[0])
+    made: StepIndex = _backend(slots_T).step_index(slots_T, block_tables_SB, query_starts, lengths, kv_N2KBD)
     return made
 
 
@@ -173,28 +169,28 @@ def rope_kv_write(
     k_TKD: Tensor,
     v_TKD: Tensor,
     cos_sin: tuple[Tensor, Tensor] | None,
-    cache: KVPair,
+    kv_N2KBD: Tensor,
     index: StepIndex,
 ) -> None:
     """Turns the first 2R numbers of each head of q and k in place: pairs (i, i + R), as in GPT-NeoX. cos, sin [T, R].
 
     Then puts each token's key and value into its slot; casts to the cache's dtype.
     """
-    _backend(q_THD).rope_kv_write(q_THD, k_TKD, v_TKD, cos_sin, cache, index)
+    _backend(q_THD).rope_kv_write(q_THD, k_TKD, v_TKD, cos_sin, kv_N2KBD, index)
 
 
-def paged_attention(q_THD: Tensor, cache: KVPair, index: StepIndex, rule: ScoreRule) -> Tensor:
+def paged_attention(q_THD: Tensor, kv_N2KBD: Tensor, index: StepIndex, rule: ScoreRule) -> Tensor:
     """Attention of each token over its sequence's cached context, itself included (so write first). out_THD.
 
     Query head h reads kv head h // (H / K). Slots beyond a sequence's length never influence it, NaN included.
     """
-    out: Tensor = _backend(q_THD).paged_attention(q_THD, cache[0], cache[1], index, *rule)
+    out: Tensor = _backend(q_THD).paged_attention(q_THD, kv_N2KBD, index, *rule)
     return out
 
 
-def copy_blocks(caches: Sequence[KVPair], sources: Sequence[int], targets: Sequence[int]) -> None:
-    """Whole blocks within each tensor of each layer's cache; a target may be a source too, and is read first."""
-    _backend(caches[0][0]).copy_blocks(caches, sources, targets)
+def copy_blocks(caches: Sequence[Tensor], sources: Sequence[int], targets: Sequence[int]) -> None:
+    """Whole blocks within each layer's cache; a target may be a source too, and is read first."""
+    _backend(caches[0]).copy_blocks(caches, sources, targets)
 
 
 def silu_mul(x_T2F: Tensor) -> Tensor:
@@ -281,13 +277,13 @@ def compute_layers(
     layers: DecoderLayers,
     x_TE: Tensor,
     cos_sin: Sequence[tuple[Tensor, Tensor]],
-    cache: Sequence[KVPair],
+    caches: Sequence[Tensor],
     index: StepIndex,
     rows_N: Tensor,
 ) -> tuple[Tensor, Tensor] | None:
-    """All layers at once, with the results of their ops one by one. `cos_sin` of each rope, `cache` of each layer.
+    """All layers at once, with the results of their ops one by one. `cos_sin` of each rope, `caches` of each layer.
 
     The last branch and the residual that it is to be added to, of the rows that come out, [N, E]. None if the backend
     in use cannot do it.
     """
-    return layers.run(x_TE, cos_sin, cache, index, rows_N) if _backend(x_TE) is cpu else None
+    return layers.run(x_TE, cos_sin, caches, index, rows_N) if _backend(x_TE) is cpu else None

@@ -213,8 +213,8 @@ class _NoArithmetic(Decoder):
         self._logits_NV = torch.zeros(sequences, _VOCAB)
         self.called = self.answered = 0.0
 
-    def forward(self, inputs: StepInputs, cache: Sequence[ops.KVPair]) -> Tensor:
-        ops.step_index(inputs.slots_T, inputs.block_tables_SB, inputs.query_starts, inputs.lengths, cache[0])
+    def forward(self, inputs: StepInputs, caches: Sequence[Tensor]) -> Tensor:
+        ops.step_index(inputs.slots_T, inputs.block_tables_SB, inputs.query_starts, inputs.lengths, caches[0])
         self.called = perf_counter()
         return self._logits_NV[: len(inputs.output_rows_N)]
 

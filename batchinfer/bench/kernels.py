@@ -207,8 +207,8 @@ def _attention(shapes: Shapes, queries: int, context: int, sequences: int, dtype
         blocks = -(-context // _BLOCK_SIZE)
         order = torch.randperm(sequences * blocks, generator=torch.Generator().manual_seed(1))
         tables_SB = order.view(sequences, blocks).to(torch.int32)
-        cache_shape = (len(order), shapes.kv_heads, _BLOCK_SIZE, size)
-        caches = [(torch.rand(cache_shape).to(dtype), torch.rand(cache_shape).to(dtype)) for _ in range(layers)]
+        cache_shape = (len(order), 2, shapes.kv_heads, _BLOCK_SIZE, size)
+        caches = [torch.rand(cache_shape).to(dtype) for _ in range(layers)]
         q_THD = torch.rand(tokens, heads, size)
         starts = list(range(0, tokens + 1, queries))
         index = ops.step_index(torch.arange(tokens), tables_SB, starts, [context] * sequences, caches[0])
@@ -242,7 +242,7 @@ def _element_wise(shapes: Shapes, tokens: int) -> Iterator[Case]:
         cos_sin = angles_TR.cos(), angles_TR.sin()
         blocks = -(-tokens // _BLOCK_SIZE)
         q_THD, k_TKD, v_TKD = torch.split(torch.rand(tokens, turned + kv, size), [shapes.heads, kv, kv], dim=1)
-        cache = (torch.zeros(blocks, kv, _BLOCK_SIZE, size), torch.zeros(blocks, kv, _BLOCK_SIZE, size))
+        cache = torch.zeros(blocks, 2, kv, _BLOCK_SIZE, size)
         slots_T = torch.arange(tokens)
         table_SB = torch.arange(blocks, dtype=torch.int32)[None]
         index = ops.step_index(slots_T, table_SB, [0, tokens], [tokens], cache)

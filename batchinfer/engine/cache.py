@@ -1,4 +1,4 @@
-"""The KV cache: one pair of tensors a layer, and how large it should be.
+"""The KV cache: one tensor a layer, and how large it should be.
 
 N blocks · K kv heads · B slots per block · D head size
 """
@@ -22,7 +22,7 @@ _LEAST_TOKENS = 32  # what engine.kv_cache_tokens asks for at least
 
 
 class KVCache:
-    """`layers` holds k_NKBD and v_NKBD of each layer.
+    """`layers` holds kv_N2KBD of each layer: in a block first the keys, then the values.
 
     The memory is not initialised: a slot is written before it is read, and on CPUs a page costs nothing until then.
     """
@@ -34,12 +34,9 @@ class KVCache:
         num_layers, kv_heads, head_size = kv_shape
         self.num_blocks = num_blocks
         self.block_size = block_size
-        shape = (num_blocks, kv_heads, block_size, head_size)
+        shape = (num_blocks, 2, kv_heads, block_size, head_size)
         try:
-            self.layers: list[tuple[Tensor, Tensor]] = [
-                (torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
-                for _ in range(num_layers)
-            ]
+            self.layers: list[Tensor] = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         except RuntimeError as error:
             size = bytes_per_token(kv_shape, dtype) * num_blocks * block_size
             raise ModelError(

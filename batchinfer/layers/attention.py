@@ -75,7 +75,7 @@ class Attention(nn.Module):
         self.rule = ops.ScoreRule(config.scale, window, config.soft_cap)
 
     def forward(
-        self, x_TE: Tensor, cos_sin: tuple[Tensor, Tensor] | None, cache: ops.KVPair, index: ops.StepIndex
+        self, x_TE: Tensor, cos_sin: tuple[Tensor, Tensor] | None, kv_N2KBD: Tensor, index: ops.StepIndex
     ) -> Tensor:
         """`cos_sin` None: this layer has no position embedding."""
         heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
@@ -83,8 +83,8 @@ class Attention(nn.Module):
         q_THD, k_TKD, v_TKD = torch.split(qkv_TCD, [heads, kv_heads, kv_heads], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q_THD, k_TKD = self._normed(self.q_norm, q_THD), self._normed(self.k_norm, k_TKD)
-        ops.rope_kv_write(q_THD, k_TKD, v_TKD, cos_sin, cache, index)
-        out_THD = ops.paged_attention(q_THD, cache, index, self.rule)
+        ops.rope_kv_write(q_THD, k_TKD, v_TKD, cos_sin, kv_N2KBD, index)
+        out_THD = ops.paged_attention(q_THD, kv_N2KBD, index, self.rule)
         out_TE: Tensor = self.out(out_THD.flatten(1))
         return out_TE
 

@@ -45,12 +45,12 @@ class DecoderLayer(nn.Module):
         x_TE: Tensor,
         residual_TE: Tensor,
         cos_sin: tuple[Tensor, Tensor] | None,
-        cache: ops.KVPair,
+        kv_N2KBD: Tensor,
         index: ops.StepIndex,
     ) -> Tensor:
         """x is the branch before, not yet added to the residual, which changes in place. Returns attention's branch."""
         x_TE = _add(x_TE, residual_TE, self.attention_norm)
-        return self._scaled(self.attention(x_TE, cos_sin, cache, index), self.attention_post_norm)
+        return self._scaled(self.attention(x_TE, cos_sin, kv_N2KBD, index), self.attention_post_norm)
 
     def feed_forward(self, x_TE: Tensor, residual_TE: Tensor) -> Tensor:
         """The same for the other branch."""
@@ -107,29 +107,29 @@ class Decoder(nn.Module):
         self.rotaries = [Rotary(rope, config.context_tokens) for rope in config.ropes]
         self._at_once: ops.DecoderLayers | None = None
 
-    def forward(self, inputs: StepInputs, cache: Sequence[ops.KVPair]) -> Tensor:
-        """Computes the step's tokens, writes their keys and values into `cache` (one pair a layer). hidden_NE."""
-        index = ops.step_index(inputs.slots_T, inputs.block_tables_SB, inputs.query_starts, inputs.lengths, cache[0])
+    def forward(self, inputs: StepInputs, caches: Sequence[Tensor]) -> Tensor:
+        """Computes the step's tokens, writes their keys and values into `caches` (one a layer). hidden_NE."""
+        index = ops.step_index(inputs.slots_T, inputs.block_tables_SB, inputs.query_starts, inputs.lengths, caches[0])
         turns = [rotary.cos_sin(inputs.positions_T) for rotary in self.rotaries]
         x_TE = self.embedding(inputs.tokens_T)
         rows_N = inputs.output_rows_N
-        at_once = self._at_once and ops.compute_layers(self._at_once, x_TE, turns, cache, index, rows_N)
-        return self.norm.after_adding(*(at_once or self._one_by_one(x_TE, turns, cache, index, rows_N)))
+        at_once = self._at_once and ops.compute_layers(self._at_once, x_TE, turns, caches, index, rows_N)
+        return self.norm.after_adding(*(at_once or self._one_by_one(x_TE, turns, caches, index, rows_N)))
 
     def _one_by_one(
         self,
         x_TE: Tensor,
         turns: Sequence[tuple[Tensor, Tensor]],
-        cache: Sequence[ops.KVPair],
+        caches: Sequence[Tensor],
         index: ops.StepIndex,
         rows_N: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """The last branch, and the residual that it is to be added to."""
         residual_TE = x_TE.new_zeros(x_TE.shape)
-        for layer, facts, pair in zip(self.layers, self.config.layers, cache, strict=True):
+        for layer, facts, kv_N2KBD in zip(self.layers, self.config.layers, caches, strict=True):
             cos_sin = None if facts.rope is None else turns[facts.rope]
             assert isinstance(layer, DecoderLayer)
-            x_TE = layer.attend(x_TE, residual_TE, cos_sin, pair, index)
+            x_TE = layer.attend(x_TE, residual_TE, cos_sin, kv_N2KBD, index)
             if layer is self.layers[-1]:  # nothing reads the other rows any more
                 x_TE, residual_TE = x_TE[rows_N], residual_TE[rows_N]
             x_TE = layer.feed_forward(x_TE, residual_TE)

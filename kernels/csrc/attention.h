@@ -16,8 +16,7 @@ struct Attention {
     const float* q_THD;  // strided over T and H
     int64_t q_stride_T, q_stride_H;
     float* out_THD;  // contiguous
-    const void* k_NKBD;
-    const void* v_NKBD;
+    const void* kv_N2KBD;
     const int32_t* tables;  // [S, table_stride]
     int64_t table_stride;
     const int64_t* query_starts;  // [S + 1]
@@ -35,13 +34,14 @@ struct Attention {
     int64_t first_seen(int64_t position) const {
         return window > 0 && position >= window ? position - window + 1 : 0;
     }
-    // where keys or values of positions first .. last - 1 begin
+    // where keys, `part` 0, or values, 1, of positions first .. last - 1 begin
     template <class KV>
-    void find(const void* cache, int64_t sequence, int64_t kv_head, int64_t first, int64_t last, const KV** to) const {
+    void find(int part, int64_t sequence, int64_t kv_head, int64_t first, int64_t last, const KV** to) const {
         for (int64_t p = first; p < last;) {
             const int64_t stop = (p / block_size + 1) * block_size < last ? (p / block_size + 1) * block_size : last;
             const int64_t block = tables[sequence * table_stride + p / block_size];
-            const KV* at = (const KV*)cache + ((block * kv_heads + kv_head) * block_size + p % block_size) * head_size;
+            const int64_t slots = ((block * 2 + part) * kv_heads + kv_head) * block_size;
+            const KV* at = (const KV*)kv_N2KBD + (slots + p % block_size) * head_size;
             for (; p < stop; p++, at += head_size) *to++ = at;
         }
     }

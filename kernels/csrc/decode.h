@@ -54,9 +54,9 @@ struct DecodeSpace {
         const int64_t ahead = wanted < 1 ? 1 : wanted < MOST_AHEAD ? wanted : MOST_AHEAD;
         const int64_t known = next.keys() < ahead ? next.keys() : ahead;
         const KV** end = places + 2 * keys;
-        a.find(a.k_NKBD, at.sequence, at.kv_head, at.first, at.last, places);
-        a.find(a.v_NKBD, at.sequence, at.kv_head, at.first, at.last, places + keys);
-        a.find(a.k_NKBD, next.sequence, next.kv_head, next.first, next.first + known, end);
+        a.find(0, at.sequence, at.kv_head, at.first, at.last, places);
+        a.find(1, at.sequence, at.kv_head, at.first, at.last, places + keys);
+        a.find(0, next.sequence, next.kv_head, next.first, next.first + known, end);
         for (int64_t i = known; i < ahead + VL; i++) end[i] = end[known - 1];
         return ahead;
     }

@@ -41,7 +41,7 @@ struct Step {
     int64_t tokens;
     const float* const* angles;  // cos and sin of each rope, [T, R]
     const int64_t* pairs;        // R of each rope
-    void* const* caches;         // keys and values of each layer, [blocks, K, block size, D]
+    void* const* caches;         // of each layer: [blocks, 2, K, block size, D], keys and values
     int64_t kv_type, block_size;
     const int64_t* slots_T;
     const int32_t* tables;
@@ -82,7 +82,7 @@ struct LayersRun {
         memset(residual, 0, rows * hidden * sizeof(float));
         for (int64_t i = 0; i < m.num_layers; i++) {
             const Layer& layer = m.layers[i];
-            attend(layer, s.caches[2 * i], s.caches[2 * i + 1]);
+            attend(layer, s.caches[i]);
             if (i == m.num_layers - 1) {  // nothing reads the other rows any more
                 rows = s.outputs;
                 attended = take_rows(attended, q_size, qkv);
@@ -99,7 +99,7 @@ struct LayersRun {
     }
 
     // from x to `attended`
-    void attend(const Layer& layer, void* k_cache, void* v_cache) {
+    void attend(const Layer& layer, void* cache) {
         const auto [from, stride] = begin_branch(layer.attention_norm);
         multiply(layer.qkv, from, stride, qkv, qkv_size);
         const int64_t D = m.head_size, kv_size = m.kv_heads * D;
@@ -109,10 +109,9 @@ struct LayersRun {
         const bool turned = layer.rope >= 0;
         CALL(rope_kv_write)(
             qkv, qkv_size, D, m.heads, k, qkv_size, D, v, qkv_size, D, turned ? s.angles[2 * layer.rope] : nullptr,
-            turned ? s.angles[2 * layer.rope + 1] : nullptr, turned ? s.pairs[layer.rope] : 0, k_cache, v_cache,
-            (int)s.kv_type, s.slots_T, rows, m.kv_heads, s.block_size, D, threads);
+            turned ? s.angles[2 * layer.rope + 1] : nullptr, turned ? s.pairs[layer.rope] : 0, cache, (int)s.kv_type, s.slots_T, rows, m.kv_heads, s.block_size, D, threads);
         check(CALL(paged_attention)(
-            qkv, qkv_size, D, attended, k_cache, v_cache, (int)s.kv_type, s.tables, s.table_stride, s.query_starts,
+            qkv, qkv_size, D, attended, cache, (int)s.kv_type, s.tables, s.table_stride, s.query_starts,
             s.lengths, s.num_sequences, m.heads, m.kv_heads, D, s.block_size, m.scale, layer.window, m.soft_cap,
             threads));
     }

@@ -41,12 +41,13 @@ void with_kept(int type, Body&& body) {
 
 template <class To>
 void write_slots(
-    const float* x_TKD, int64_t stride_T, int64_t stride_K, To* cache_NKBD, const int64_t* slots, int64_t tokens,
+    const float* x_TKD, int64_t stride_T, int64_t stride_K, To* kv_N2KBD, int part, const int64_t* slots, int64_t tokens,
     int64_t kv_heads, int64_t block_size, int64_t size) {
     for (int64_t t = 0; t < tokens; t++) {
         for (int64_t k = 0; k < kv_heads; k++) {
             const float* from = x_TKD + t * stride_T + k * stride_K;
-            To* to = cache_NKBD + ((slots[t] / block_size * kv_heads + k) * block_size + slots[t] % block_size) * size;
+            const int64_t of_head = ((slots[t] / block_size * 2 + part) * kv_heads + k) * block_size;
+            To* to = kv_N2KBD + (of_head + slots[t] % block_size) * size;
             if constexpr (std::is_same_v<To, float>) memcpy(to, from, size * sizeof(To));
             else for (int64_t d = 0; d < size; d++) convert(from[d], to + d);
         }
@@ -57,11 +58,11 @@ void write_slots(
 
 // 0, or 1 if there was no memory
 OP(paged_attention)(
-    const float* q_THD, int64_t q_stride_T, int64_t q_stride_H, float* out_THD, const void* k_NKBD, const void* v_NKBD,
-    int kv_type, const int32_t* tables_SX, int64_t table_stride, const int64_t* query_starts, const int64_t* lengths,
+    const float* q_THD, int64_t q_stride_T, int64_t q_stride_H, float* out_THD, const void* kv_N2KBD, int kv_type,
+    const int32_t* tables_SX, int64_t table_stride, const int64_t* query_starts, const int64_t* lengths,
     int64_t num_sequences, int64_t heads, int64_t kv_heads, int64_t head_size, int64_t block_size, float scale,
     int64_t window, float soft_cap, int threads) {
-    const Attention a{q_THD, q_stride_T, q_stride_H, out_THD, k_NKBD, v_NKBD, tables_SX, table_stride, query_starts,
+    const Attention a{q_THD, q_stride_T, q_stride_H, out_THD, kv_N2KBD, tables_SX, table_stride, query_starts,
                       lengths, num_sequences, heads, kv_heads, head_size, block_size, scale, window, soft_cap};
     try {
         if (kv_type == FLOAT32) attend<float>(a, threads);
@@ -77,9 +78,9 @@ OP(paged_attention)(
 OP(rope_kv_write)(
     float* q_THD, int64_t q_stride_T, int64_t q_stride_H, int64_t heads, float* k_TKD, int64_t k_stride_T,
     int64_t k_stride_K, const float* v_TKD, int64_t v_stride_T, int64_t v_stride_K, const float* cos_TR,
-    const float* sin_TR, int64_t pairs, void* k_NKBD, void* v_NKBD, int kv_type, const int64_t* slots, int64_t tokens,
+    const float* sin_TR, int64_t pairs, void* kv_N2KBD, int kv_type, const int64_t* slots, int64_t tokens,
     int64_t kv_heads, int64_t block_size, int64_t size, int threads) {
-    auto run = [&](auto* k_cache, auto* v_cache) {
+    auto run = [&](auto* cache) {
         for_ranges(threads, tokens, GRAIN / ((heads + 2 * kv_heads) * size), [&](int64_t first, int64_t last) {
             for (int64_t t = first; cos_TR && t < last; t++) {
                 const float *cos = cos_TR + t * pairs, *sin = sin_TR + t * pairs;
@@ -87,15 +88,15 @@ OP(rope_kv_write)(
                 for (int64_t k = 0; k < kv_heads; k++) rope_head(k_TKD + t * k_stride_T + k * k_stride_K, cos, sin, pairs);
             }
             const int64_t count = last - first;
-            write_slots(k_TKD + first * k_stride_T, k_stride_T, k_stride_K, k_cache, slots + first, count, kv_heads,
+            write_slots(k_TKD + first * k_stride_T, k_stride_T, k_stride_K, cache, 0, slots + first, count, kv_heads,
                         block_size, size);
-            write_slots(v_TKD + first * v_stride_T, v_stride_T, v_stride_K, v_cache, slots + first, count, kv_heads,
+            write_slots(v_TKD + first * v_stride_T, v_stride_T, v_stride_K, cache, 1, slots + first, count, kv_heads,
                         block_size, size);
         });
     };
-    if (kv_type == FLOAT32) run((float*)k_NKBD, (float*)v_NKBD);
-    else if (kv_type == BFLOAT16) run((bf16*)k_NKBD, (bf16*)v_NKBD);
-    else run((f16*)k_NKBD, (f16*)v_NKBD);
+    if (kv_type == FLOAT32) run((float*)kv_N2KBD);
+    else if (kv_type == BFLOAT16) run((bf16*)kv_N2KBD);
+    else run((f16*)kv_N2KBD);
     return 0;
 }
 

@@ -169,8 +169,8 @@ void attend_tile(const Attention& a, const PromptTile& tile, PromptSpace& s) {
     for (int64_t tile_at = seen_from - seen_from % KEYS; tile_at < end; tile_at += KEYS) {
         const int64_t low = tile_at < seen_from ? seen_from - tile_at : 0;
         const int64_t high = end - tile_at < KEYS ? end - tile_at : KEYS;
-        a.find(a.k_NKBD, tile.sequence, tile.kv_head, tile_at + low, tile_at + high, keys + low);
-        a.find(a.v_NKBD, tile.sequence, tile.kv_head, tile_at + low, tile_at + high, values + low);
+        a.find(0, tile.sequence, tile.kv_head, tile_at + low, tile_at + high, keys + low);
+        a.find(1, tile.sequence, tile.kv_head, tile_at + low, tile_at + high, values + low);
         memset(s.k, 0, low * size * sizeof(float));
         memset(s.v, 0, low * size * sizeof(float));
         for (int64_t i = low; i < high; i++) {

@@ -75,7 +75,7 @@ def test_twice_as_many_tokens_fit(model: Path, monkeypatch: pytest.MonkeyPatch, 
     assert '"kv_cache_dtype": "bfloat16"' in capfd.readouterr().err
     halves = LLM(model, dtype="bfloat16")
     assert len(halves._engine.scheduler.pool.blocks) == 256
-    assert halves._engine._runner.cache.layers[0][0].dtype == torch.bfloat16
+    assert halves._engine._runner.cache.layers[0].dtype == torch.bfloat16
 
 
 def test_another_type_is_refused() -> None:

@@ -14,26 +14,20 @@ GIB = 2**30
 def test_shapes_and_bytes():
     cache = KVCache((3, 2, 8), 5, 4, torch.float16, CPU)
     assert len(cache.layers) == 3
-    for pair in cache.layers:
-        assert all(part.shape == (5, 2, 4, 8) and part.dtype == torch.float16 for part in pair)
-    held = sum(part.nbytes for pair in cache.layers for part in pair)
+    assert all(layer.shape == (5, 2, 2, 4, 8) and layer.dtype == torch.float16 for layer in cache.layers)
+    held = sum(layer.nbytes for layer in cache.layers)
     assert held == bytes_per_token((3, 2, 8), torch.float16) * 5 * 4
-    storages = {part.untyped_storage().data_ptr() for pair in cache.layers for part in pair}
-    assert len(storages) == 6, "no two layers share memory"
+    storages = {layer.untyped_storage().data_ptr() for layer in cache.layers}
+    assert len(storages) == 3, "no two layers share memory"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_copied_blocks_are_what_their_sources_were(dtype):
     """Also where a source is a target, of another copy or of its own."""
     cache = KVCache((2, 2, 8), 6, 4, dtype, CPU)
-    before = []
-    for pair in cache.layers:
-        for part in pair:
-            part.copy_(torch.randn(part.shape))
-            before.append(part.clone())
+    before = [layer.copy_(torch.randn(layer.shape)).clone() for layer in cache.layers]
     cache.copy([Copy(0, 1), Copy(1, 2), Copy(3, 3), Copy(0, 4)])
-    after = [part for pair in cache.layers for part in pair]
-    for old, new in zip(before, after, strict=True):
+    for old, new in zip(before, cache.layers, strict=True):
         assert torch.equal(new, old[[0, 0, 1, 3, 0, 5]])
 
 

@@ -48,9 +48,8 @@ def prompts_of(count: int, longest: int = 60) -> list[list[int]]:
 
 def engine_of(decoder, num_blocks: int, seats: int, budget: int, caching: bool = True) -> Engine:
     runner = ModelRunner(decoder, num_blocks, 4, seats, 128)
-    for pair in runner.cache.layers:
-        for part in pair:
-            part.fill_(math.nan)
+    for layer in runner.cache.layers:
+        layer.fill_(math.nan)
     engine = Engine(Scheduler(BlockPool(num_blocks, 4, caching), seats, budget), runner)
     engine.scheduler.expected = ExpectedLength(quantile=0.0, enough=1)  # far too low: sequences get preempted
     engine.scheduler.expected.observe(1)

@@ -170,9 +170,8 @@ def test_a_sequence_beyond_the_context_is_refused():
 
 def make_engine(decoder, num_blocks: int, seats=6, caching=True, budget=24, block_size=4) -> Engine:
     runner = ModelRunner(decoder, num_blocks, block_size, seats, 128)
-    for pair in runner.cache.layers:
-        for part in pair:
-            part.fill_(math.nan)  # whatever is read before it was written shows
+    for layer in runner.cache.layers:
+        layer.fill_(math.nan)  # whatever is read before it was written shows
     engine = Engine(Scheduler(BlockPool(num_blocks, block_size, caching), seats, budget), runner)
     engine.scheduler.expected = ExpectedLength(quantile=0.0, enough=1)  # far too low: sequences get preempted
     return engine
@@ -287,7 +286,7 @@ def test_greedy_rows_that_are_found_by_bounds_are_those_of_all_logits(tmp_path, 
 
 def test_a_16_bit_cache_holds_a_float32_model(tiny_llama):
     runner = ModelRunner(tiny_llama, 20, 4, 2, 64, kv_dtype=torch.bfloat16)
-    assert runner.cache.layers[0][0].dtype == torch.bfloat16
+    assert runner.cache.layers[0].dtype == torch.bfloat16
     request = greedy([5, 6, 7, 8])
     result = runner.run(plan([Join(0, request, ())], [(0, 0, (3,))], [(0, 0, request.prompt, True)]))
     exact = Paged(tiny_llama, sequences=1).step({0: request.prompt})[-1]

@@ -48,7 +48,7 @@ def test_sequences_that_share_blocks_get_what_each_gets_alone(count, window):
     """One at several lengths, as a draft is verified, and another that begins alike: one thread takes them in turn."""
     torch.manual_seed(0)
     size, lengths = 16, [1100 - i % 7 if i % 2 else 530 + 9 * i for i in range(count)]
-    cache = (torch.randn(200, 2, size, 32), torch.randn(200, 2, size, 32))
+    cache = torch.randn(200, 2, 2, size, 32)
     tables = torch.randperm(200)[: 2 * 69].view(2, 69)[torch.arange(count) * 2 // count].to(torch.int32)
     tables[:, :20] = tables[0, :20]
     q, rule = torch.randn(count, 6, 32), ops.ScoreRule(0.2, window)
@@ -102,12 +102,12 @@ def test_what_is_written_is_rounded_as_torch_does(cache_dtype):
     spread = torch.randn(2000, generator=torch.Generator().manual_seed(3)) * 10.0 ** torch.randint(-9, 6, (2000,))
     x = torch.cat([torch.tensor(edges), spread, spread.to(cache_dtype).float() * 1.001953125])
     rows = x[: len(x) // 4 * 4].view(-1, 1, 4)
-    cache = (torch.zeros(len(rows), 1, 1, 4, dtype=cache_dtype), torch.zeros(len(rows), 1, 1, 4, dtype=cache_dtype))
+    cache = torch.zeros(len(rows), 2, 1, 1, 4, dtype=cache_dtype)
     slots = torch.arange(len(rows))
     index = ops.step_index(slots, slots.int().view(-1, 1), list(range(len(rows) + 1)), [1] * len(rows), cache)
     ops.rope_kv_write(rows, rows, rows, None, cache, index)
-    torch.testing.assert_close(cache[0].view(-1), rows.to(cache_dtype).view(-1), rtol=0, atol=0, equal_nan=True)
-    assert torch.equal(cache[0].nan_to_num(), cache[1].nan_to_num())
+    torch.testing.assert_close(cache[:, 0].reshape(-1), rows.to(cache_dtype).view(-1), rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(cache[:, 0].nan_to_num(), cache[:, 1].nan_to_num())
 
 
 def test_nan_in_a_query_is_not_hidden():

@@ -87,18 +87,17 @@ def test_rope_turns_in_place_and_leaves_the_rest(shape, dtype):
         assert torch.equal(each[:, 0], before[:, 0])
         assert torch.equal(each[:, -1], before[:, -1])
         assert torch.equal(each[..., 2 * pairs :], before[..., 2 * pairs :])
-    for part, written in zip(cache, (k, v), strict=True):
+    for part, written in zip(cache.unbind(1), (k, v), strict=True):
         assert torch.equal(part.transpose(1, 2).flatten(0, 1)[:tokens], written)
 
 
 def _room(tokens, heads, size, dtype):
     """An empty cache of blocks of 3 slots."""
-    shape = (-(-tokens // 3), heads, 3, size)
-    return torch.full(shape, torch.nan, dtype=dtype), torch.full(shape, torch.nan, dtype=dtype)
+    return torch.full((-(-tokens // 3), 2, heads, 3, size), torch.nan, dtype=dtype)
 
 
 def _one_sequence(tokens, cache):
-    table = torch.arange(len(cache[0]), dtype=torch.int32)[None]
+    table = torch.arange(len(cache), dtype=torch.int32)[None]
     return ops.step_index(torch.arange(tokens), table, [0, tokens], [tokens], cache)
 
 
@@ -132,8 +131,8 @@ class Batch:
         order = torch.randperm(blocks, generator=torch.Generator().manual_seed(1))
         # entries beyond a sequence's blocks must not matter: point far outside
         self.tables = torch.full((len(needed), max(needed) + 1), 1 << 30, dtype=torch.int32)
-        shape = (blocks, case.kv_heads, case.block_size, case.head_size)
-        self.cache = (torch.full(shape, torch.nan, dtype=cache_dtype), torch.full(shape, torch.nan, dtype=cache_dtype))
+        shape = (blocks, 2, case.kv_heads, case.block_size, case.head_size)
+        self.cache = torch.full(shape, torch.nan, dtype=cache_dtype)
         self.starts, self.lengths, self.keys, self.values, slots = [0], [], [], [], []
         used = 0
         for s, (count, length) in enumerate(case.sequences):
@@ -144,8 +143,8 @@ class Batch:
             position = torch.arange(length)
             block, offset = self.tables[s].long()[position // case.block_size], position % case.block_size
             past = length - count
-            self.cache[0][block[:past], :, offset[:past]] = k[:past].to(cache_dtype)
-            self.cache[1][block[:past], :, offset[:past]] = v[:past].to(cache_dtype)
+            self.cache[block[:past], 0, :, offset[:past]] = k[:past].to(cache_dtype)
+            self.cache[block[:past], 1, :, offset[:past]] = v[:past].to(cache_dtype)
             slots.append((block * case.block_size + offset)[past:])
             self.keys.append(k)
             self.values.append(v)
@@ -173,7 +172,7 @@ class Batch:
         parts = []
         for s, (count, length) in enumerate(self.case.sequences):
             q = self.q[self.starts[s] : self.starts[s + 1]]
-            keys, values = (x.to(self.cache[0].dtype).to(x.dtype) for x in (self.keys[s], self.values[s]))
+            keys, values = (x.to(self.cache.dtype).to(x.dtype) for x in (self.keys[s], self.values[s]))
             parts.append(naive.attention(q, keys, values, length - count, self.case))
         return torch.cat(parts)
 
@@ -203,10 +202,10 @@ def test_paged_attention_over_a_16_bit_cache(name, cache_dtype):
 @pytest.mark.parametrize("name", ["mixed", "block-size-7"])
 def test_writing_changes_its_slots_alone(name):
     batch = Batch(ATTENTION[name], torch.float32)
-    before = [tensor.clone() for tensor in batch.cache]
+    before = batch.cache.clone()
     batch.write()
     size = batch.case.block_size
-    for tensor, old, context in zip(batch.cache, before, (batch.keys, batch.values), strict=True):
+    for tensor, old, context in zip(batch.cache.unbind(1), before.unbind(1), (batch.keys, batch.values), strict=True):
         for slot, row in zip(batch.slots.tolist(), batch.new(context), strict=True):
             assert torch.equal(tensor[slot // size, :, slot % size], row)
             old[slot // size, :, slot % size] = row
@@ -216,13 +215,13 @@ def test_writing_changes_its_slots_alone(name):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_copied_blocks_are_what_their_sources_were(dtype):
     """Also where a source is a target, of another copy or of its own, and where the tensors are not dense."""
-    dense = [(_random(7, 2, 4, 8, dtype=dtype, seed=i), _random(7, 2, 4, 8, dtype=dtype, seed=9 + i)) for i in range(3)]
-    sparse = [tuple(_random(7, 2, 4, 16, dtype=dtype, seed=i)[..., ::2] for i in range(2))]
+    dense = [_random(7, 2, 2, 4, 8, dtype=dtype, seed=i) for i in range(3)]
+    sparse = [_random(7, 2, 2, 4, 16, dtype=dtype)[..., ::2]]
     for caches in (dense, sparse):
-        before = [part.clone() for pair in caches for part in pair]
+        before = [cache.clone() for cache in caches]
         ops.copy_blocks(caches, [0, 1, 3, 0, 6], [1, 2, 3, 4, 0])
-        for old, part in zip(before, (part for pair in caches for part in pair), strict=True):
-            assert torch.equal(part, old[[6, 0, 1, 3, 0, 5, 6]])
+        for old, cache in zip(before, caches, strict=True):
+            assert torch.equal(cache, old[[6, 0, 1, 3, 0, 5, 6]])
     for wrong in (7, 100):
         with pytest.raises(IndexError):
             ops.copy_blocks(dense, [0], [wrong])

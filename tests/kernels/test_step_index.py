@@ -18,14 +18,14 @@ def _buckets(sequences, window=None, head_size=1):
     starts = [0]
     for count in counts:
         starts.append(starts[-1] + count)
-    cache = torch.empty(tables.numel(), 1, BLOCK, head_size)
+    cache = torch.empty(tables.numel(), 2, 1, BLOCK, head_size)
     index = step_index(torch.zeros(starts[-1], dtype=torch.int64), tables, starts, lengths, cache)
     return index.buckets(window, 1, torch.float32)
 
 
 def _area(buckets):
     """Query × slot pairs that are computed."""
-    return sum(len(bucket.rows_M) * bucket.num_queries for bucket in buckets)
+    return sum(len(bucket.rows_M[0]) * bucket.num_queries for bucket in buckets)
 
 
 def test_decodes_are_not_padded_to_the_chunk_beside_them():
@@ -60,7 +60,7 @@ def test_a_window_is_all_that_is_read(count):
 
 def test_memory_does_not_follow_the_number_of_sequences():
     buckets = _buckets([(1, 3000)] * 40, head_size=512)
-    assert max(len(bucket.rows_M) * 512 for bucket in buckets) <= BUCKET_NUMBERS
+    assert max(len(bucket.rows_M[0]) * 512 for bucket in buckets) <= BUCKET_NUMBERS
     assert len(buckets) == 4
     assert sum(len(bucket.queries_M) for bucket in buckets) == 40
 
@@ -77,7 +77,7 @@ def test_padding_is_bounded_and_every_row_is_computed(sequences, window):
     rows = [torch.arange(total) if bucket.queries_M is None else bucket.queries_M for bucket in buckets]
     assert torch.equal(torch.cat(rows).unique(), torch.arange(total))
     for bucket, queries in zip(buckets, rows, strict=True):
-        tiles = len(bucket.rows_M) // bucket.num_slots
+        tiles = len(bucket.rows_M[0]) // bucket.num_slots
         assert len(queries) == tiles * bucket.num_queries
         # as many queries again at most, and fewer padded slots than a bucket costs, per halving of the bucket
         assert bucket.num_queries <= TILE

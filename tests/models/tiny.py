@@ -109,12 +109,9 @@ class Paged:
         per_sequence = -(-length // block_size)
         blocks = sequences * per_sequence + 3
         order = torch.randperm(blocks, generator=torch.Generator().manual_seed(7))
-        shape = (blocks, heads, block_size, size)
+        shape = (blocks, 2, heads, block_size, size)
         dtype = decoder.embedding.weight.dtype
-        self.cache = [
-            (torch.full(shape, torch.nan, dtype=dtype), torch.full(shape, torch.nan, dtype=dtype))
-            for _ in range(layers)
-        ]
+        self.cache = [torch.full(shape, torch.nan, dtype=dtype) for _ in range(layers)]
         self.tables = order[: sequences * per_sequence].view(sequences, per_sequence).to(torch.int32)
         self.decoder = decoder
         self.block_size = block_size

@@ -12,10 +12,9 @@ from batchinfer_kernels import reference
 from batchinfer_kernels.cpu.library import checked, functions
 
 
-def copy_blocks(caches: Sequence[tuple[Tensor, Tensor]], sources: Sequence[int], targets: Sequence[int]) -> None:
-    tensors = [cache_NKBD for pair in caches for cache_NKBD in pair]
-    first = tensors[0]
-    if not all(x.is_contiguous() and x.shape == first.shape and x.dtype == first.dtype for x in tensors):
+def copy_blocks(caches: Sequence[Tensor], sources: Sequence[int], targets: Sequence[int]) -> None:
+    first = caches[0]
+    if not all(x.is_contiguous() and x.shape == first.shape and x.dtype == first.dtype for x in caches):
         reference.copy_blocks(caches, sources, targets)
         return
     lowest, highest = min(*sources, *targets), max(*sources, *targets)
@@ -23,8 +22,8 @@ def copy_blocks(caches: Sequence[tuple[Tensor, Tensor]], sources: Sequence[int],
         raise IndexError(f"blocks {lowest} to {highest} of a cache of {len(first)}")
     blocks_C = ctypes.c_int64 * len(sources)
     status = functions().copy_blocks(
-        (ctypes.c_void_p * len(tensors))(*(x.data_ptr() for x in tensors)),
-        len(tensors),
+        (ctypes.c_void_p * len(caches))(*(x.data_ptr() for x in caches)),
+        len(caches),
         first[0].nbytes,
         blocks_C(*sources),
         blocks_C(*targets),

@@ -101,21 +101,21 @@ class DecoderLayers:
         self,
         x_TE: Tensor,
         angles: Sequence[tuple[Tensor, Tensor]],
-        caches: Sequence[tuple[Tensor, Tensor]],
+        caches: Sequence[Tensor],
         index: StepIndex,
         rows_N: Tensor,
     ) -> tuple[Tensor, Tensor] | None:
         """The last branch and the residual that it is to be added to, [N, E]; None if an argument has another form."""
-        k_NKBD = caches[0][0]
-        kv_type = TYPES.get(k_NKBD.dtype)
-        turns, kept = ([x for pair in pairs for x in pair] for pairs in (angles, caches))
+        kv_N2KBD = caches[0]
+        kv_type = TYPES.get(kv_N2KBD.dtype)
+        turns = [x for pair in angles for x in pair]
         if not isinstance(index, CPUStepIndex) or kv_type is None or len(caches) != self._model.num_layers:
             return None
         if not all(x.dtype == torch.float32 for x in (x_TE, *turns)) or rows_N.dtype != torch.int64:
             return None
-        if not all(x.dtype == k_NKBD.dtype and x.shape == k_NKBD.shape for x in kept):
+        if not all(x.dtype == kv_N2KBD.dtype and x.shape == kv_N2KBD.shape for x in caches):
             return None
-        if not all(x.is_contiguous() for x in (x_TE, rows_N, *turns, *kept)):
+        if not all(x.is_contiguous() for x in (x_TE, rows_N, *turns, *caches)):
             return None
         tables, query_starts, lengths = index.addresses
         out_NE = torch.empty(len(rows_N), x_TE.shape[1])
@@ -123,11 +123,11 @@ class DecoderLayers:
         step = _Step(
             x_TE.data_ptr(),
             len(x_TE),
-            _addresses(angles),
+            _addresses(turns),
             (_INT64 * len(angles))(*(cos_TR.shape[1] for cos_TR, _ in angles)),
             _addresses(caches),
             kv_type,
-            k_NKBD.shape[2],
+            kv_N2KBD.shape[3],
             index.slots_T.data_ptr(),
             tables,
             index.int32_tables_SB.shape[1],
@@ -191,6 +191,5 @@ def _matrix(facts: MapFacts) -> _Matrix:
     return made
 
 
-def _addresses(pairs: Sequence[tuple[Tensor, Tensor]]) -> ctypes.Array[ctypes.c_void_p]:
-    addresses = [x.data_ptr() for pair in pairs for x in pair]
-    return (_POINTER * len(addresses))(*addresses)
+def _addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    return (_POINTER * len(tensors))(*(x.data_ptr() for x in tensors))

@@ -18,9 +18,9 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _PATH = Path(__file__).with_name("_ops.so")
 _SIGNATURES = {  # p pointer, n int64, i int, f float
-    "paged_attention": "pnnpppipnppnnnnnfnfi",
+    "paged_attention": "pnnppipnppnnnnnfnfi",
     "rms_norm": "pnnnnppnffpni",
-    "rope_kv_write": "pnnnpnnpnnppnppipnnnni",
+    "rope_kv_write": "pnnnpnnpnnppnpipnnnni",
     "copy_blocks": "pnnppni",
     "silu_mul": "pnnpi",
     "gelu_mul": "pnnpi",

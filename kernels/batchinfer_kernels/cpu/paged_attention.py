@@ -16,18 +16,17 @@ from batchinfer_kernels.reference.step_index import StepIndex
 
 def paged_attention(
     q_THD: Tensor,
-    k_cache_NKBD: Tensor,
-    v_cache_NKBD: Tensor,
+    kv_N2KBD: Tensor,
     index: StepIndex,
     scale: float,
     window: int | None,
     soft_cap: float | None,
 ) -> Tensor:
-    kv_type = TYPES.get(k_cache_NKBD.dtype)
-    known = q_THD.dtype == torch.float32 and kv_type is not None and v_cache_NKBD.dtype == k_cache_NKBD.dtype
-    dense = q_THD.stride(2) == 1 and k_cache_NKBD.is_contiguous() and v_cache_NKBD.is_contiguous()
+    kv_type = TYPES.get(kv_N2KBD.dtype)
+    known = q_THD.dtype == torch.float32 and kv_type is not None
+    dense = q_THD.stride(2) == 1 and kv_N2KBD.is_contiguous()
     if not (known and dense and isinstance(index, CPUStepIndex)):
-        return reference.paged_attention(q_THD, k_cache_NKBD, v_cache_NKBD, index, scale, window, soft_cap)
+        return reference.paged_attention(q_THD, kv_N2KBD, index, scale, window, soft_cap)
     out_THD = torch.empty(q_THD.shape)
     tables, query_starts, lengths = index.addresses
     status = functions().paged_attention(
@@ -35,8 +34,7 @@ def paged_attention(
         q_THD.stride(0),
         q_THD.stride(1),
         out_THD.data_ptr(),
-        k_cache_NKBD.data_ptr(),
-        v_cache_NKBD.data_ptr(),
+        kv_N2KBD.data_ptr(),
         kv_type,
         tables,
         index.int32_tables_SB.shape[1],
@@ -44,8 +42,8 @@ def paged_attention(
         lengths,
         len(index.lengths_S),
         q_THD.shape[1],
-        *k_cache_NKBD.shape[1::2],
-        k_cache_NKBD.shape[2],
+        *kv_N2KBD.shape[2::2],
+        kv_N2KBD.shape[3],
         scale,
         window or 0,
         soft_cap or 0.0,

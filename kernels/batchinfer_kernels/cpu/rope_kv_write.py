@@ -19,17 +19,16 @@ def rope_kv_write(
     k_TKD: Tensor,
     v_TKD: Tensor,
     cos_sin: tuple[Tensor, Tensor] | None,
-    cache: tuple[Tensor, Tensor],
+    kv_N2KBD: Tensor,
     index: StepIndex,
 ) -> None:
-    k_NKBD, v_NKBD = cache
     angles = cos_sin or ()
     float32 = all(x.dtype == torch.float32 for x in (q_THD, k_TKD, v_TKD, *angles))
     dense = q_THD.stride(2) == k_TKD.stride(2) == v_TKD.stride(2) == 1
-    whole = all(x.is_contiguous() for x in (k_NKBD, v_NKBD, *angles))
-    kept = TYPES.get(k_NKBD.dtype) if k_NKBD.dtype == v_NKBD.dtype else None
+    whole = all(x.is_contiguous() for x in (kv_N2KBD, *angles))
+    kept = TYPES.get(kv_N2KBD.dtype)
     if not (float32 and dense and whole and kept is not None and isinstance(index, CPUStepIndex)):
-        reference.rope_kv_write(q_THD, k_TKD, v_TKD, cos_sin, cache, index)
+        reference.rope_kv_write(q_THD, k_TKD, v_TKD, cos_sin, kv_N2KBD, index)
         return
     cos, sin = (x.data_ptr() for x in cos_sin) if cos_sin is not None else (None, None)
     functions().rope_kv_write(
@@ -40,12 +39,11 @@ def rope_kv_write(
         cos,
         sin,
         cos_sin[0].shape[1] if cos_sin is not None else 0,
-        k_NKBD.data_ptr(),
-        v_NKBD.data_ptr(),
+        kv_N2KBD.data_ptr(),
         kept,
         index.slots_T.data_ptr(),
         len(k_TKD),
-        *k_NKBD.shape[1:],
+        *kv_N2KBD.shape[2:],
         torch.get_num_threads(),
     )
 

@@ -22,9 +22,9 @@ class CPUStepIndex(StepIndex):
 
 
 def step_index(
-    slots_T: Tensor, block_tables_SB: Tensor, query_starts: list[int], lengths: list[int], k_cache_NKBD: Tensor
+    slots_T: Tensor, block_tables_SB: Tensor, query_starts: list[int], lengths: list[int], kv_N2KBD: Tensor
 ) -> CPUStepIndex:
-    made = reference.step_index(slots_T, block_tables_SB, query_starts, lengths, k_cache_NKBD)
+    made = reference.step_index(slots_T, block_tables_SB, query_starts, lengths, kv_N2KBD)
     tables_SB = np.ascontiguousarray(block_tables_SB.numpy(), dtype=np.int32)
     return CPUStepIndex(
         write_T=made.write_T,

@@ -1,4 +1,4 @@
-"""Blocks of a KV cache copied within it. N blocks · K kv heads · B slots per block · D head size"""
+"""Blocks of a KV cache copied within it. C copies · N blocks · K kv heads · B slots per block · D head size"""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 
-def copy_blocks(caches: Sequence[tuple[Tensor, Tensor]], sources: Sequence[int], targets: Sequence[int]) -> None:
-    """All [N, K, B, D]. A target may be a source too: all sources are read first."""
-    device = caches[0][0].device
+def copy_blocks(caches: Sequence[Tensor], sources: Sequence[int], targets: Sequence[int]) -> None:
+    """All [N, 2, K, B, D]. A target may be a source too: all sources are read first."""
+    device = caches[0].device
     from_C, to_C = torch.tensor(sources, device=device), torch.tensor(targets, device=device)
-    for pair in caches:
-        for cache_NKBD in pair:
-            cache_NKBD[to_C] = cache_NKBD[from_C]
+    for kv_N2KBD in caches:
+        kv_N2KBD[to_C] = kv_N2KBD[from_C]

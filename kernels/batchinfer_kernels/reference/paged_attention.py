@@ -15,22 +15,21 @@ from batchinfer_kernels.reference.step_index import Bucket, StepIndex
 
 def paged_attention(
     q_THD: Tensor,
-    k_cache_NKBD: Tensor,
-    v_cache_NKBD: Tensor,
+    kv_N2KBD: Tensor,
     index: StepIndex,
     scale: float,
     window: int | None,
     soft_cap: float | None,
 ) -> Tensor:
     heads, size = q_THD.shape[1:]
-    kv_heads = k_cache_NKBD.shape[1]
+    kv_heads = kv_N2KBD.shape[2]
     group = heads // kv_heads
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
     for bucket in index.buckets(window, group, q_THD.dtype):
         q_MHD = q_THD if bucket.queries_M is None else q_THD.index_select(0, bucket.queries_M)
         q_IQKGD = q_MHD.reshape(-1, bucket.num_queries, kv_heads, group, size)
         q_IKXD = q_IQKGD.permute(0, 2, 3, 1, 4).reshape(q_IQKGD.shape[0], kv_heads, -1, size)
-        o_IKXD = _attend(q_IKXD, (k_cache_NKBD, v_cache_NKBD), bucket, index, (scale, soft_cap))
+        o_IKXD = _attend(q_IKXD, kv_N2KBD, bucket, index, (scale, soft_cap))
         o_IKGQD = o_IKXD.reshape(-1, kv_heads, group, bucket.num_queries, size)
         o_MHD = o_IKGQD.permute(0, 3, 1, 2, 4).reshape(q_MHD.shape)
         if bucket.queries_M is None:
@@ -42,16 +41,16 @@ def paged_attention(
 
 def _attend(
     q_IKXD: Tensor,
-    cache: tuple[Tensor, Tensor],
+    kv_N2KBD: Tensor,
     bucket: Bucket,
     index: StepIndex,
     rule: tuple[float, float | None],
 ) -> Tensor:
     scale, soft_cap = rule
-    k_IKLD = _gather(cache[0], bucket, index, 0).to(q_IKXD.dtype)
-    bags = bucket.bags if cache[1].dtype == q_IKXD.dtype else None
+    k_IKLD = _gather(kv_N2KBD, 0, bucket, index).to(q_IKXD.dtype)
+    bags = bucket.bags if kv_N2KBD.dtype == q_IKXD.dtype else None
     if soft_cap is None and bags is None:
-        v_IKLD = _gather(cache[1], bucket, index, 1).to(q_IKXD.dtype)
+        v_IKLD = _gather(kv_N2KBD, 1, bucket, index).to(q_IKXD.dtype)
         return F.scaled_dot_product_attention(q_IKXD, k_IKLD, v_IKLD, bucket.bias_I1XL, scale=scale)
     score_IKXL = (q_IKXD * scale) @ k_IKLD.transpose(2, 3)  # in this order no product overflows float16
     if soft_cap is not None:
@@ -61,14 +60,16 @@ def _attend(
     wide = torch.promote_types(q_IKXD.dtype, torch.float32)
     weight_IKXL = score_IKXL.softmax(-1, dtype=wide).to(q_IKXD.dtype)
     if bags is None:
-        return weight_IKXL @ _gather(cache[1], bucket, index, 1).to(q_IKXD.dtype)
+        return weight_IKXL @ _gather(kv_N2KBD, 1, bucket, index).to(q_IKXD.dtype)
     # a decode's sum over values needs no copy of them: up to a third less time in attention
-    values_MD = cache[1].view(-1, cache[1].shape[-1])
+    values_MD = kv_N2KBD.view(-1, kv_N2KBD.shape[-1])
     return F.embedding_bag(bags[0], values_MD, bags[1], mode="sum", per_sample_weights=weight_IKXL.view(-1))
 
 
-def _gather(cache_NKBD: Tensor, bucket: Bucket, index: StepIndex, number: int) -> Tensor:
-    kv_heads, size = cache_NKBD.shape[1], cache_NKBD.shape[3]
-    space_MD = index.workspace(number, cache_NKBD, len(bucket.rows_M))
-    torch.index_select(cache_NKBD.view(-1, size), 0, bucket.rows_M, out=space_MD)
+def _gather(kv_N2KBD: Tensor, number: int, bucket: Bucket, index: StepIndex) -> Tensor:
+    """Keys, `number` 0, or values, 1."""
+    kv_heads, size = kv_N2KBD.shape[2], kv_N2KBD.shape[4]
+    rows_M = bucket.rows_M[number]
+    space_MD = index.workspace(number, kv_N2KBD, len(rows_M))
+    torch.index_select(kv_N2KBD.view(-1, size), 0, rows_M, out=space_MD)
     return space_MD.view(-1, kv_heads, bucket.num_slots, size)

@@ -16,15 +16,15 @@ def rope_kv_write(
     k_TKD: Tensor,
     v_TKD: Tensor,
     cos_sin: tuple[Tensor, Tensor] | None,
-    cache: tuple[Tensor, Tensor],
+    kv_N2KBD: Tensor,
     index: StepIndex,
 ) -> None:
     if cos_sin is not None:
         _turn(q_THD, *cos_sin)
         _turn(k_TKD, *cos_sin)
     blocks_T, offsets_T = index.write_T
-    for part_NKBD, new_TKD in zip(cache, (k_TKD, v_TKD), strict=True):
-        part_NKBD[blocks_T, :, offsets_T] = new_TKD.to(part_NKBD.dtype)
+    for number, new_TKD in enumerate((k_TKD, v_TKD)):
+        kv_N2KBD[blocks_T, number, :, offsets_T] = new_TKD.to(kv_N2KBD.dtype)
 
 
 def _turn(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> None:

@@ -30,9 +30,9 @@ class Bucket:
 
     queries_M: Tensor | None  # int64 [I * Q], rows of the step; None: all rows in order, one each
     num_queries: int  # Q
-    rows_M: Tensor  # int32 [I * K * L], rows of the cache seen as [N * K * B, D]
+    rows_M: tuple[Tensor, Tensor]  # int32 [I * K * L], of keys and of values in the cache seen as [N * 2 * K * B, D]
     num_slots: int  # L
-    bags: tuple[Tensor, Tensor] | None  # of decodes: rows_M for every query head, int32 [I * H * L]; starts [I * H]
+    bags: tuple[Tensor, Tensor] | None  # of decodes: values for every query head, int32 [I * H * L]; starts [I * H]
     bias_I1XL: Tensor | None  # 0 or -inf, X = query heads per kv head * Q (or 1, for all); None: everything is seen
 
 
@@ -69,9 +69,9 @@ class StepIndex:
 
 
 def step_index(
-    slots_T: Tensor, block_tables_SB: Tensor, query_starts: list[int], lengths: list[int], k_cache_NKBD: Tensor
+    slots_T: Tensor, block_tables_SB: Tensor, query_starts: list[int], lengths: list[int], kv_N2KBD: Tensor
 ) -> StepIndex:
-    num_kv_heads, block_size, head_size = k_cache_NKBD.shape[1:]
+    num_kv_heads, block_size, head_size = kv_N2KBD.shape[2:]
     return StepIndex(
         write_T=(slots_T // block_size, slots_T % block_size),
         tables_SB=block_tables_SB.cpu().numpy().astype(np.int64),
@@ -145,25 +145,26 @@ def _bucket(index: StepIndex, tiles: _Tiles, window: int | None, group: int, dty
     position_IL = np.minimum(wanted_IL, tiles.end[:, None] - 1)
     block_IL = index.tables_SB[tiles.sequence[:, None], position_IL // index.block_size]
     head_K1 = np.arange(index.num_kv_heads)[:, None]
-    rows_IKL = (block_IL[:, None, :] * index.num_kv_heads + head_K1) * index.block_size
-    rows_IKL += (position_IL % index.block_size)[:, None, :]
+    keys_IKL = (block_IL[:, None, :] * 2 * index.num_kv_heads + head_K1) * index.block_size
+    keys_IKL += (position_IL % index.block_size)[:, None, :]
 
-    rows_M = torch.from_numpy(rows_IKL.reshape(-1).astype(np.int32)).to(index.device)
+    keys_M = torch.from_numpy(keys_IKL.reshape(-1).astype(np.int32)).to(index.device)
+    values_M = keys_M + index.num_kv_heads * index.block_size
     bias_I1XL = _bias(wanted_IL[:, None, :], (tiles.position[:, None] + query_IQ)[:, :, None], window, group, dtype)
     whole = num_queries == 1 and len(tiles.row) == index.query_starts_X[-1]
     return Bucket(
         queries_M=None if whole else torch.from_numpy(row_IQ.reshape(-1)).to(index.device),
         num_queries=num_queries,
-        rows_M=rows_M,
+        rows_M=(keys_M, values_M),
         num_slots=num_slots,
-        bags=_bags(rows_M, num_slots, group) if num_queries == 1 else None,
+        bags=_bags(values_M, num_slots, group) if num_queries == 1 else None,
         bias_I1XL=None if bias_I1XL is None else bias_I1XL.to(index.device),
     )
 
 
-def _bags(rows_M: Tensor, num_slots: int, group: int) -> tuple[Tensor, Tensor]:
-    each_M = rows_M.view(-1, 1, num_slots).expand(-1, group, num_slots).reshape(-1)
-    return each_M, torch.arange(0, len(each_M), num_slots, dtype=torch.int32, device=rows_M.device)
+def _bags(values_M: Tensor, num_slots: int, group: int) -> tuple[Tensor, Tensor]:
+    each_M = values_M.view(-1, 1, num_slots).expand(-1, group, num_slots).reshape(-1)
+    return each_M, torch.arange(0, len(each_M), num_slots, dtype=torch.int32, device=values_M.device)
 
 
 def _bias(key_I1L: Ints, query_IQ1: Ints, window: int | None, group: int, dtype: torch.dtype) -> Tensor | None:
