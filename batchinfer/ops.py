@@ -52,6 +52,7 @@ __all__ = [
     "pack_linear",
     "packed_rows",
     "paged_attention",
+    "populate",
     "rms_norm",
     "rope_kv_write",
     "screen",
@@ -191,6 +192,12 @@ def paged_attention(q_THD: Tensor, kv_N2KBD: Tensor, index: StepIndex, rule: Sco
 def copy_blocks(caches: Sequence[Tensor], sources: Sequence[int], targets: Sequence[int]) -> None:
     """Whole blocks within each layer's cache; a target may be a source too, and is read first."""
     _backend(caches[0]).copy_blocks(caches, sources, targets)
+
+
+def populate(caches: Sequence[Tensor], first: int, last: int) -> None:
+    """Blocks first .. last - 1 of each layer's cache get their memory now, where writing to it is what makes it."""
+    if _backend(caches[0]) is cpu:
+        cpu.populate(caches, first, last)
 
 
 def silu_mul(x_T2F: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from batchinfer.errors import ModelError
 
 _CPU_SHARE = 0.25  # of the memory that is free: the rest is for whatever else the machine does
 _GPU_SHARE = 0.85  # of what the weights leave: the rest is for activations and logits
+_POPULATED_BYTES = 64 << 20  # ahead of need: a fraction of a step's time
 _LEAST_TOKENS = 32  # what engine.kv_cache_tokens asks for at least
 
 
@@ -25,6 +26,8 @@ class KVCache:
     """`layers` holds kv_N2KBD of each layer: in a block first the keys, then the values.
 
     The memory is not initialised: a slot is written before it is read, and on CPUs a page costs nothing until then.
+    Blocks come into use in their order, and before they do, `use` has pages put under them: one by one, as tokens are
+    written, pages take several times as long, and threads wait for one another.
     """
 
     def __init__(
@@ -43,6 +46,15 @@ class KVCache:
                 f"no room for a KV cache of {num_blocks * block_size} tokens ({size / 2**30:.1f} GiB): lower "
                 f"engine.kv_cache_tokens ({str(error).splitlines()[0]})"
             ) from None
+        self._in_use = 0
+        self._ahead = _POPULATED_BYTES // (bytes_per_token(kv_shape, dtype) * block_size)
+
+    def use(self, blocks: int) -> None:
+        """From now on the first `blocks` blocks are written to."""
+        if blocks > self._in_use:
+            target = min(self.num_blocks, blocks + self._ahead)
+            ops.populate(self.layers, self._in_use, target)
+            self._in_use = target
 
     def copy(self, copies: Sequence[Copy]) -> None:
         """Whole blocks, in all layers; a target may be a source too, and is read first."""

@@ -97,6 +97,7 @@ class ModelRunner:
         positions_T = np.arange(len(tokens_T)) + np.repeat(starts_S - (stops_S - counts_S), counts_S)
         size = self.cache.block_size
         blocks_T = self._tables_SB[np.repeat(seats_S, counts_S), positions_T // size].astype(np.int64)
+        self.cache.use(int(blocks_T.max()) + 1)
         rows_N = stops_S[sampling_S] - 1
         if read_rows is not None:  # after those that sample
             rows_N = np.concatenate([rows_N, read_rows])

@@ -4,6 +4,10 @@
 // F feed-forward size ·
 // I input features · O output features. Strides are in numbers; the last axis is always dense. `threads` is the most that may be used.
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "argmax.h"
 #include "block_linear.h"
 #include "elementwise.h"
@@ -116,6 +120,18 @@ OP(copy_blocks)(
         for (int64_t c = 0; c < copies; c++) memcpy(here + c * block_bytes, tensors[i] + sources[c] * block_bytes, block_bytes);
         for (int64_t c = 0; c < copies; c++) memcpy(tensors[i] + targets[c] * block_bytes, here + c * block_bytes, block_bytes);
     });
+    return 0;
+}
+
+// bytes first .. last - 1 of each of some tensors get their pages now, of which the first write is the dearest: each one
+// would stop a thread that others wait for. Where a system cannot, they get them when they are written
+OP(populate)(char* const* tensors, int64_t count, int64_t first, int64_t last, int threads) {
+#if defined(MADV_POPULATE_WRITE)
+    for_tasks(threads, count, [&](int, int64_t i) {
+        const uintptr_t page = 4096, from = (uintptr_t)(tensors[i] + first) / page * page;
+        madvise((void*)from, (uintptr_t)(tensors[i] + last) - from, MADV_POPULATE_WRITE);
+    });
+#endif
     return 0;
 }
 

@@ -18,6 +18,7 @@ from batchinfer_kernels.cpu.linear import (
     packed_rows,
 )
 from batchinfer_kernels.cpu.linear_argmax import Screen, linear_argmax, screen
+from batchinfer_kernels.cpu.memory import populate
 from batchinfer_kernels.cpu.paged_attention import paged_attention
 from batchinfer_kernels.cpu.rms_norm import add_rms_norm, rms_norm
 from batchinfer_kernels.cpu.rope_kv_write import rope_kv_write
@@ -42,6 +43,7 @@ __all__ = [
     "pack_linear",
     "packed_rows",
     "paged_attention",
+    "populate",
     "problem",
     "rms_norm",
     "rope_kv_write",

@@ -22,6 +22,7 @@ _SIGNATURES = {  # p pointer, n int64, i int, f float
     "rms_norm": "pnnnnppnffpni",
     "rope_kv_write": "pnnnpnnpnnppnpipnnnni",
     "copy_blocks": "pnnppni",
+    "populate": "pnnni",
     "silu_mul": "pnnpi",
     "gelu_mul": "pnnpi",
     "linear_panel": "",

@@ -7,6 +7,7 @@ drive each other out of the first cache.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from threading import Lock
 
 import torch
 from torch import Tensor
+
+from batchinfer_kernels.cpu.library import functions
 
 _PAGE_BYTES = 2 << 20  # x86's
 _CHUNK_BYTES = 64 << 20  # so that pages are full, of matrices side by side
@@ -55,12 +58,24 @@ _CHUNKS = _Chunks()
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Uninitialised. Raises MemoryError.
 
-    Not for a KV cache: the first token in a large page pays for zeroing all of it.
+    Not for a KV cache: it grows (see `populate`), by pages that are often at hand already.
     """
     size = math.prod(shape) * dtype.itemsize
     if size == 0 or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(*shape, dtype=dtype)
     return torch.frombuffer(_CHUNKS.take(size), dtype=dtype).view(*shape)
+
+
+def populate(tensors: Sequence[Tensor], first: int, last: int) -> None:
+    """Rows first .. last - 1 of tensors of one shape, all dense, get the pages that they lie on, by all threads at once."""
+    row_bytes = tensors[0][0].nbytes
+    functions().populate(
+        (ctypes.c_void_p * len(tensors))(*(x.data_ptr() for x in tensors)),
+        len(tensors),
+        first * row_bytes,
+        last * row_bytes,
+        torch.get_num_threads(),
+    )
 
 
 def empty_rows(rows: int, width: int) -> Tensor:
