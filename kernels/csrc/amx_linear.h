@@ -23,7 +23,9 @@
 namespace {
 
 constexpr int64_t CHUNK = 32;             // input features of a tile of bfloat16, in pairs
-constexpr int64_t ROWS_BYTES = 3 << 19;   // of a block of rows
+constexpr int64_t ROWS_BYTES = 1 << 20;   // of a block of rows
+// A processor goes on by itself to fetch what is read in order, to the end of a page: the next one is begun for it
+constexpr int64_t PAGE = 4096, BEGINNING = 512;
 
 inline int64_t chunks_of(int64_t in_features) { return (in_features + CHUNK - 1) / CHUNK; }
 
@@ -59,8 +61,8 @@ INLINE void put_planes(const Cut& cut, vec first, vec second, char* to, int64_t 
     store((float*)(to + 2 * apart), bits_as<vec>(bits_as<uvec>(first) >> 16 | bits_as<uvec>(second)));
 }
 
-// How a kept matrix is taken apart: X_PLANES of x by W_PLANES of weights. `put_half` writes half a panel of input features
-// k and k + 1, or zeros for the second. PAIR: bytes that they take, about
+// How a kept matrix is taken apart: X_PLANES of x by W_PLANES of weights. `put_pair` writes a panel's input features k and
+// k + 1, or zeros for the second. PAIR: bytes that they take, about
 template <class Kept>
 struct Planes;
 
@@ -74,9 +76,11 @@ struct Planes<Plain<Weight>> {
         return (const char*)((const Weight*)panels + number * in_features * PANEL);
     }
     template <bool BOTH>
-    static INLINE void put_half(const Cut& cut, const char* panel, int64_t k, int64_t half, char* to, int64_t apart) {
-        const Weight* from = (const Weight*)panel + k * PANEL + half * VL;
-        put_planes<W_PLANES>(cut, load(from), BOTH ? load(from + PANEL) : vec{}, to, apart);
+    static INLINE void put_pair(const Cut& cut, const char* panel, int64_t k, char* to, int64_t apart) {
+        const Weight* from = (const Weight*)panel + k * PANEL;
+        for (int v = 0; v < PANEL_VECTORS; v++, from += VL, to += LINE) {
+            put_planes<W_PLANES>(cut, load(from), BOTH ? load(from + PANEL) : vec{}, to, apart);
+        }
     }
 };
 
@@ -89,8 +93,7 @@ struct Planes<InBlocks<Form>> {
         return (const char*)panels + number * (in_features / SHARING) * Form::BYTES;
     }
     template <bool>
-    static INLINE void put_half(const Cut& cut, const char* panel, int64_t k, int64_t half, char* to, int64_t apart) {
-        if (half) return;  // both at once
+    static INLINE void put_pair(const Cut& cut, const char* panel, int64_t k, char* to, int64_t apart) {
         const uint8_t* block = (const uint8_t*)panel + k / SHARING * Form::BYTES;
         const uint8_t* from = block + Form::HEADER + k % SHARING * Form::FEATURE;
         const Widener<Form> widener(block);
@@ -112,8 +115,8 @@ struct Planes<InPairs> {
         return (const char*)((const pair*)panels + number * numbers_of<pair>(in_features) * PANEL);
     }
     template <bool>
-    static INLINE void put_half(const Cut&, const char* panel, int64_t k, int64_t half, char* to, int64_t) {
-        memcpy(to, panel + k / 2 * PAIR + half * LINE, LINE);
+    static INLINE void put_pair(const Cut&, const char* panel, int64_t k, char* to, int64_t) {
+        memcpy(to, panel + k / 2 * PAIR, PAIR);
     }
 };
 
@@ -159,8 +162,10 @@ template <class Kept, class Out>
 struct PanelWorker {
     using P = Planes<Kept>;
     static constexpr int64_t X_BYTES = P::X_PLANES * TILE_BYTES;  // of a chunk
-    static constexpr int64_t MOST = 6;                            // chunks of a piece
+    static constexpr int64_t SUMMED_CHUNKS = 24;                  // whose products are added up in registers, from 0
+    static constexpr int64_t MOST = SUMMED_CHUNKS, FEW = 2;       // chunks of a piece, of which the sums are whole pieces
     static constexpr int64_t PLANE_BYTES = MOST * PANEL_TILES;
+    static constexpr int64_t STORED_NEXT = 8 * LINE;              // how far ahead the first cache is made ready for stores
     static constexpr int64_t CALLS = P::X_PLANES == 1 ? 1 : P::W_PLANES == 1 ? 3 : 2 * P::W_PLANES;  // of `Between` a chunk
     static constexpr int64_t PUTS = (GROUP_ROWS + MOST * CALLS - 1) / (MOST * CALLS);  // rows that are put with every call
 
@@ -170,8 +175,8 @@ struct PanelWorker {
 
         int64_t end() const { return (chunk + chunks) * CHUNK; }  // of its input features
     };
-    struct Sums {  // of a group of rows and a piece, that are to be put where they belong
-        bool first, last;  // of the panel's pieces
+    struct Sums {  // of a group of rows, that are to be put where they belong
+        bool first, last;  // of the panel's sums
         int64_t number, row, count = 0;
         float* held;
         alignas(64) float values[GROUP_ROWS * PANEL];
@@ -179,8 +184,8 @@ struct PanelWorker {
     // What is done between the products. Nothing else refers to it, so that it stays in registers
     struct Between {
         const char* panel;
-        int64_t at, end, step;  // input features that are taken apart, each half a pair, and how many with every call
-        int64_t ahead;          // how far to fetch
+        int64_t at, end, step;  // input features that are taken apart, and how many with every call: pairs
+        int64_t fetched;        // bytes of the next page
         char* planes;
         Cut cut;
         const float* begin;
@@ -189,9 +194,15 @@ struct PanelWorker {
         int64_t row = 0;  // of the sums, that is put next
 
         INLINE void take_apart() {
-            for (const int64_t stop = std::min(end, at + step); at < stop; at++, planes += LINE) {
-                prefetch(panel + at * (P::PAIR / 2) + ahead, P::PAIR / 2);
-                P::template put_half<true>(cut, panel, at & ~1, at & 1, planes, PLANE_BYTES);
+            for (const int64_t stop = std::min(end, at + step); at < stop; at += 2, planes += PANEL_LINE) {
+                const char* from = panel + at / 2 * P::PAIR;
+                if ((int64_t)((uintptr_t)from % PAGE) < fetched) prefetch(from + PAGE, P::PAIR);
+                for (int p = 0; p < P::W_PLANES; p++) {
+                    for (int64_t i = 0; i < PANEL_LINE; i += LINE) {
+                        __builtin_prefetch(planes + p * PLANE_BYTES + STORED_NEXT + i, 1, 3);
+                    }
+                }
+                P::template put_pair<true>(cut, panel, at, planes, PLANE_BYTES);
             }
         }
         INLINE void put(int64_t most) {
@@ -211,63 +222,66 @@ struct PanelWorker {
     };
 
     const LinearOf<float, Out>& l;
-    const int64_t ahead;  // bytes from a panel to the one that this thread will probably have next
     const char* const x_tiles;
     float* const held;  // the sums of the pieces before, of each row
     int64_t out_row = 0;
     const int64_t chunks = chunks_of(l.in_features);
+    const int64_t most = l.rows > GROUP_ROWS ? MOST : FEW;  // one group alone uses planes once: the first cache holds them
     Piece now, next;  // what is multiplied, and what is taken apart meanwhile
-    int64_t at = 0;   // where that has come to: an input feature, which stands for half of a pair
+    int64_t at = 0;   // where that has come to: an input feature
     int planes_turn = 0, sums_turn = 0;
     alignas(64) float begin[PANEL];
     Sums sums[2];
     alignas(64) char planes[2][P::W_PLANES * PLANE_BYTES];
 
-    PanelWorker(const LinearOf<float, Out>& l, int threads, const char* x_tiles, float* held)
-        : l(l), ahead(threads * numbers_of<pair>(l.in_features) * P::PAIR), x_tiles(x_tiles), held(held) {}
+    PanelWorker(const LinearOf<float, Out>& l, const char* x_tiles, float* held) : l(l), x_tiles(x_tiles), held(held) {}
 
     // what comes after the piece of now
     void prepare(int64_t number, int64_t chunk) {
-        next = {P::panel(l.panels, l.in_features, number), number, chunk, std::min(MOST, chunks - chunk)};
+        next = {P::panel(l.panels, l.in_features, number), number, chunk, std::min(most, chunks - chunk)};
         at = chunk * CHUNK;
     }
     void advance() {
         const Cut cut;
-        for (; at < next.end(); at++) {
-            const int64_t k = at & ~1;
+        for (; at < next.end(); at += 2) {
             char* to = next_planes();
-            if (k + 1 < l.in_features) {
-                P::template put_half<true>(cut, next.panel, k, at & 1, to, PLANE_BYTES);
-            } else if (k < l.in_features) {
-                P::template put_half<false>(cut, next.panel, k, at & 1, to, PLANE_BYTES);
+            if (at + 1 < l.in_features) {
+                P::template put_pair<true>(cut, next.panel, at, to, PLANE_BYTES);
+            } else if (at < l.in_features) {
+                P::template put_pair<false>(cut, next.panel, at, to, PLANE_BYTES);
             } else {
-                for (int p = 0; p < P::W_PLANES; p++) memset(to + p * PLANE_BYTES, 0, LINE);
+                for (int p = 0; p < P::W_PLANES; p++) memset(to + p * PLANE_BYTES, 0, PANEL_LINE);
             }
         }
         planes_turn ^= 1;
         now = next;
         next = {};
     }
-    char* next_planes() { return planes[planes_turn ^ 1] + (at - next.chunk * CHUNK) * LINE; }
+    char* next_planes() { return planes[planes_turn ^ 1] + (at - next.chunk * CHUNK) / 2 * PANEL_LINE; }
 
     // the piece of now times all rows
     void multiply() {
         const int64_t groups = (l.rows + GROUP_ROWS - 1) / GROUP_ROWS, calls = groups * now.chunks * CALLS;
-        const int64_t step = (next.chunks * CHUNK + calls - 1) / calls;
+        const int64_t step = 2 * ((next.chunks * (CHUNK / 2) + calls - 1) / calls);
         for (int64_t row = 0; row < l.rows; row += GROUP_ROWS) {
             const char* x = x_tiles + row / TILE_ROWS * row_tile_bytes<Kept>(l.in_features) + now.chunk * X_BYTES;
+            const int64_t count = std::min(GROUP_ROWS, l.rows - row);
+            if (count > TILE_ROWS) multiply_group<2>(x, step);
+            else multiply_group<1>(x, step);
+            sums[sums_turn ^ 1].count = 0;
+            if (now.chunk == 0 && row == 0) l.output.begin(now.number, begin);  // the panel before is put by now
+            const int64_t end = now.chunk + now.chunks;
+            if (!is_summed(end)) continue;
             Sums& s = sums[sums_turn];
-            s.first = now.chunk == 0, s.last = now.chunk + now.chunks == chunks, s.number = now.number;
-            s.row = out_row + row, s.count = std::min(GROUP_ROWS, l.rows - row), s.held = held + row * PANEL;
-            if (s.count > TILE_ROWS) multiply_group<2>(x, s.values, step);
-            else multiply_group<1>(x, s.values, step);
-            if (s.first && row == 0) l.output.begin(now.number, begin);  // the panel before is put by now
+            s.first = now.chunk < SUMMED_CHUNKS, s.last = end == chunks, s.number = now.number;
+            s.row = out_row + row, s.count = count, s.held = held + row * PANEL;
             sums_turn ^= 1;
         }
     }
+    bool is_summed(int64_t chunk) const { return chunk % SUMMED_CHUNKS == 0 || chunk == chunks; }
     Between between(int64_t step) {
         const int64_t whole = std::min(next.end(), l.in_features / 2 * 2);  // pairs
-        return {next.panel, at, whole, step, ahead, next_planes(), {}, begin, l.output, sums[sums_turn ^ 1]};
+        return {next.panel, at, whole, step, most == FEW ? PAGE : BEGINNING, next_planes(), {}, begin, l.output, sums[sums_turn ^ 1]};
     }
     // All rows times the panels that `take` gives, until it gives -1. Results are those of rows from `first_row` on
     template <class Take>
@@ -292,7 +306,7 @@ struct PanelWorker {
     }
 
     template <int ROW_TILES>
-    void multiply_group(const char* x, float* values, int64_t step) {
+    void multiply_group(const char* x, int64_t step) {
         const int64_t apart = chunks * X_BYTES;
         const char *const w = planes[planes_turn], *const w_end = w + now.chunks * PANEL_TILES;
         Between meanwhile = between(step);
@@ -300,7 +314,7 @@ struct PanelWorker {
             add_products<ROW_TILES>();
             meanwhile();
         };
-        clear_sums<ROW_TILES>();
+        if (is_summed(now.chunk)) clear_sums<ROW_TILES>();
         for (const char *a = x, *b = w; b < w_end; a += X_BYTES, b += PANEL_TILES) {
             load_rows<ROW_TILES>(a, apart);
             if constexpr (P::W_PLANES == 3) {
@@ -325,38 +339,55 @@ struct PanelWorker {
         }
         meanwhile.put(GROUP_ROWS);
         at = meanwhile.at;
-        store_sums<ROW_TILES>(values);
+        if (is_summed(now.chunk + now.chunks)) store_sums<ROW_TILES>(sums[sums_turn].values);
     }
 };
 
+// Of a block of rows: tiles that somebody cuts, and that are cut; panels that somebody multiplies, and that are multiplied
+struct alignas(LINE) BlockProgress {
+    int64_t taken_tiles, tiles, taken_panels, panels;
+};
+
 // All rows times all panels; throws std::bad_alloc, before any thread starts. Rows are cut block by block: what is cut is
-// multiplied while a cache holds it.
+// multiplied while a cache holds it. Threads go from block to block without meeting: who finds no panel left cuts rows of
+// the next one, where those of the block before the last were.
 template <class Kept, class Out>
 inline void multiply_tiles(const LinearOf<float, Out>& l, int threads) {
     if (l.rows == 0) return;
     thread_local Arena arena;
     const int64_t tile_bytes = row_tile_bytes<Kept>(l.in_features), panels = l.panel_count();
     const GroupBlocks blocks(l.rows, 2 * tile_bytes, ROWS_BYTES);
-    const int64_t most_rows = blocks.most_rows();
-    arena.reserve(most_rows / TILE_ROWS * tile_bytes + threads * Arena::bytes_for<float>(most_rows * PANEL));
-    char* const x_tiles = arena.take<char>(most_rows / TILE_ROWS * tile_bytes);
+    const int64_t most_rows = blocks.most_rows(), block_bytes = most_rows / TILE_ROWS * tile_bytes;
+    arena.reserve(
+        2 * block_bytes + Arena::bytes_for<BlockProgress>(blocks.count) + threads * Arena::bytes_for<float>(most_rows * PANEL));
+    char* const x_tiles = arena.take<char>(2 * block_bytes);
+    BlockProgress* const progress = arena.take<BlockProgress>(blocks.count);
     float* const held = arena.take<float>(threads * most_rows * PANEL);
-    for (int64_t block = 0; block < blocks.count; block++) {
-        LinearOf<float, Out> part = l;
-        part.x_NI += blocks.first(block) * l.stride_N, part.rows = blocks.last(block) - blocks.first(block);
-        for_ranges(threads, part.rows, (1 << 14) / l.in_features, [&](int64_t first, int64_t last) {
-            cut_rows<Kept>(part.x_NI, part.stride_N, first, last, part.in_features, x_tiles);
-        });
-        int64_t taken = 0;
-        auto work = [&](int thread) {
-            PanelWorker<Kept, Out> worker(part, threads, x_tiles, held + thread * most_rows * PANEL);
+    memset(progress, 0, blocks.count * sizeof(BlockProgress));
+    auto work = [&](int thread) {
+        for (int64_t block = 0; block < blocks.count; block++) {
+            BlockProgress& here = progress[block];
+            char* const to = x_tiles + block % 2 * block_bytes;
+            LinearOf<float, Out> part = l;
+            part.x_NI += blocks.first(block) * l.stride_N, part.rows = blocks.last(block) - blocks.first(block);
+            if (block > 1) wait_for(progress[block - 2].panels, panels);
+            const int64_t tiles = (part.rows + TILE_ROWS - 1) / TILE_ROWS;
+            for (int64_t tile; (tile = take(here.taken_tiles, tiles)) >= 0; count(here.tiles, 1)) {
+                const int64_t first = tile * TILE_ROWS, last = std::min(part.rows, first + TILE_ROWS);
+                cut_rows<Kept>(part.x_NI, part.stride_N, first, last, part.in_features, to);
+            }
+            wait_for(here.tiles, tiles);
+            PanelWorker<Kept, Out> worker(part, to, held + thread * most_rows * PANEL);
+            int64_t own = 0;
             worker.run(blocks.first(block), [&] {
-                const int64_t number = __atomic_fetch_add(&taken, 1, __ATOMIC_RELAXED);
-                return number < panels ? number : -1;
+                const int64_t number = take(here.taken_panels, panels);
+                own += number >= 0;
+                return number;
             });
-        };
-        on_threads(panels < threads ? (int)panels : threads, work);
-    }
+            count(here.panels, own);
+        }
+    };
+    on_threads(panels < threads ? (int)panels : threads, work);
 }
 
 // up to a tile of rows times a panel, on this thread; `space` is for the tile
@@ -364,7 +395,7 @@ template <class Kept, class Out>
 inline void multiply_tiles_of_one(const LinearOf<float, Out>& l, int64_t number, char* space) {
     cut_rows<Kept>(l.x_NI, l.stride_N, 0, l.rows, l.in_features, space);
     float held[TILE_ROWS * PANEL];
-    PanelWorker<Kept, Out> worker(l, 0, space, held);
+    PanelWorker<Kept, Out> worker(l, space, held);
     worker.run(0, [&] { return std::exchange(number, -1); });
 }
 

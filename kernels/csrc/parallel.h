@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <new>
 
+#include <sched.h>
+
 extern "C" void GOMP_parallel(void (*body)(void*), void* data, unsigned num_threads, unsigned flags);
 
 namespace {
@@ -31,18 +33,26 @@ void on_threads(int threads, Body& body) {
         &job, (unsigned)threads, 0);
 }
 
+// the next number below `count` that no other thread has; -1 if there is none
+inline int64_t take(int64_t& taken, int64_t count) {
+    const int64_t number = __atomic_fetch_add(&taken, 1, __ATOMIC_RELAXED);
+    return number < count ? number : -1;
+}
+
 // body(thread, task) for each task; whoever is free takes the next
 template <class Body>
 void for_tasks(int threads, int64_t tasks, Body&& body) {
-    int64_t next = 0;
+    int64_t taken = 0;
     auto work = [&](int thread) {
-        for (;;) {
-            const int64_t task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-            if (task >= tasks) return;
-            body(thread, task);
-        }
+        for (int64_t task; (task = take(taken, tasks)) >= 0;) body(thread, task);
     };
     on_threads(tasks < threads ? (int)tasks : threads, work);
+}
+
+// Among threads of a job: what is written before a count is seen after a wait for it
+inline void count(int64_t& counter, int64_t more) { __atomic_fetch_add(&counter, more, __ATOMIC_RELEASE); }
+inline void wait_for(const int64_t& counter, int64_t least) {
+    while (__atomic_load_n(&counter, __ATOMIC_ACQUIRE) < least) sched_yield();
 }
 
 // body(first, last) over ranges of 0 .. n - 1, with no more threads than there are pieces of `grain`
