@@ -11,6 +11,7 @@ from batchinfer import LLM, SamplingParams
 from batchinfer.engine.expected import ExpectedLength
 from batchinfer.engine.stats import EngineStats
 from batchinfer.request import Output
+from tests.e2e.same_tokens import same_tokens
 from tests.e2e.test_kv_cache_dtype import model, tokens  # noqa: F401 - a fixture
 from tests.models.tiny import SIZES
 
@@ -78,13 +79,14 @@ def test_with_a_prefix_cache_preemption_and_short_steps(model: Path) -> None:  #
 @pytest.mark.parametrize("kind", [{}, {"quantization": "int8"}, {"dtype": "bfloat16"}], ids=str)
 @pytest.mark.model
 def test_a_trained_model_says_the_same(smollm2_gguf: Path, kind: dict[str, str], plain_torch: bool) -> None:
-    if plain_torch and kind.get("quantization"):
-        pytest.skip("last bits that depend on a step's rows become other tokens where activations are rounded to int8")
     text = "Repeat this list three times: apples, pears, plums, cherries.\nApples, pears, plums, cherries.\nApples,"
     found = []
     for most in (0, 4):
         llm = LLM(smollm2_gguf, kv_cache_tokens=4096, speculative_tokens=most, **kind)
         params = [SamplingParams(temperature=t, seed=1, max_tokens=40, logprobs=1) for t in (0.0, 0.7)]
         found.append([output for completion in llm.generate([text, text], params) for output in completion.outputs])
-    check_equal(*found, plain_torch)
+    if plain_torch and kind:
+        assert same_tokens(*found, rounded_in_torch=True)
+    else:
+        check_equal(*found, plain_torch)
     assert llm.stats().accepted_tokens > 10

@@ -67,7 +67,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def populate(tensors: Sequence[Tensor], first: int, last: int) -> None:
-    """Rows first .. last - 1 of tensors of one shape, all dense, get the pages that they lie on, by all threads at once."""
+    """Rows first .. last - 1 of dense tensors of one shape get the pages that they lie on, by all threads at once."""
     row_bytes = tensors[0][0].nbytes
     functions().populate(
         (ctypes.c_void_p * len(tensors))(*(x.data_ptr() for x in tensors)),
