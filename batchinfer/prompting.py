@@ -190,7 +190,9 @@ class Preparer:
         limits = self._limits
         self._check_prompt(ids, 1 if params.max_tokens != 0 else -1)
         _check_ids(params, limits.vocab_size)
-        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else limits.eos_ids)
+        stop_ids: frozenset[int] = frozenset() if params.ignore_eos else limits.eos_ids
+        if params.stop_token_ids:  # else all rows have one object: every token of each is looked up in it
+            stop_ids = stop_ids.union(params.stop_token_ids)
         room = max(0, limits.context - len(ids))
         if prompt.framing is not None and prompt.framing.whole_answer:
             _check_room(params, len(ids), limits.context)

@@ -42,6 +42,7 @@ _CONTEXT = 192
 _MOST_SEQUENCES = 65536
 _LEAST_STEPS = 30
 _BUDGET_S = 2.0  # of measured steps, for one number of sequences
+_STOP_IDS = frozenset({_EOS})  # one object, as the rows of a job have it
 _STOP = "\x03stop"  # it begins with a token that comes by, and the next letter never does
 
 
@@ -182,7 +183,7 @@ class _Load:
         prompt = self._rng.choices(range(_VOCAB), k=_PROMPT_TOKENS)
         params = SamplingParams(temperature=0.0)
         return Request(
-            self._made, prompt, params, _CONTEXT - _PROMPT_TOKENS, stop_ids=frozenset({_EOS}), stop_check=check
+            self._made, prompt, params, _CONTEXT - _PROMPT_TOKENS, stop_ids=_STOP_IDS, stop_check=check
         )
 
 
