@@ -182,9 +182,7 @@ class _Load:
         check = self._stop.checker() if self._stop is not None else None
         prompt = self._rng.choices(range(_VOCAB), k=_PROMPT_TOKENS)
         params = SamplingParams(temperature=0.0)
-        return Request(
-            self._made, prompt, params, _CONTEXT - _PROMPT_TOKENS, stop_ids=_STOP_IDS, stop_check=check
-        )
+        return Request(self._made, prompt, params, _CONTEXT - _PROMPT_TOKENS, stop_ids=_STOP_IDS, stop_check=check)
 
 
 class _HostRunner:
