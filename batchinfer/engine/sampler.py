@@ -12,6 +12,8 @@ N rows that sample · V vocabulary · R rows that a stage is for
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -111,7 +113,7 @@ class Sampler:
         values_N, tokens_N = argmax(logits_NV)
         if asked == 0:
             return self.take(values_N, tokens_N)
-        failed = _not_finite(values_N)
+        failed: dict[int, str | RowError] = dict.fromkeys(_not_finite(values_N), NOT_FINITE)
         if asked & _REFUSED:
             failed |= {int(row): self._refusals[int(seats[row])] for row in np.nonzero(flags_N & _REFUSED)[0]}
         edits_logits = asked & (_EDITED | _PENALISED | _CONSTRAINED)
@@ -120,8 +122,7 @@ class Sampler:
             raw_NV = logits_NV.clone() if asked & _LOGPROBS else logits_NV
             broken = self._constrain(logits_NV, seats, flags_N)
             values_N, tokens_N = self._edit(logits_NV, seats, positions, flags_N)
-            empty = (~values_N.isfinite()).nonzero()[:, 0].tolist()
-            failed = {**dict.fromkeys(empty, _NOTHING_LEFT), **broken, **failed}
+            failed = {**dict.fromkeys(_not_finite(values_N), _NOTHING_LEFT), **broken, **failed}
         sound_N = np.ones(len(seats), dtype=bool)
         sound_N[list(failed)] = False
         if asked & _RANDOM:
@@ -147,7 +148,7 @@ class Sampler:
 
     def take(self, values_N: Tensor, tokens_N: Tensor) -> StepResult:
         """The largest logit of each row, and its token."""
-        return StepResult(tokens_N.tolist(), None, _not_finite(values_N) or None)
+        return StepResult(tokens_N.tolist(), None, dict.fromkeys(_not_finite(values_N), NOT_FINITE) or None)
 
     def _constrain(self, logits_NV: Tensor, seats: Ints, flags_N: npt.NDArray[np.uint8]) -> dict[int, BadParameters]:
         rows_R = np.nonzero(flags_N & _CONSTRAINED)[0]
@@ -193,8 +194,12 @@ class Sampler:
         return ""
 
 
-def _not_finite(values_N: Tensor) -> dict[int, str | RowError]:
-    return dict.fromkeys((~values_N.isfinite()).nonzero()[:, 0].tolist(), NOT_FINITE)
+def _not_finite(values_N: Tensor) -> list[int]:
+    """Which rows. By no op of torch: after a pass over the weights the code of each has to come from memory again."""
+    values = values_N.tolist()
+    if math.isfinite(sum(values)):  # float32 numbers add up to a finite double
+        return []
+    return [row for row, value in enumerate(values) if not math.isfinite(value)]
 
 
 def _index(values: Ints, like: Tensor) -> Tensor:
