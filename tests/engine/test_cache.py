@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import platform
+import re
+import resource
+
 import pytest
 import torch
 
@@ -29,6 +33,17 @@ def test_copied_blocks_are_what_their_sources_were(dtype):
     cache.copy([Copy(0, 1), Copy(1, 2), Copy(3, 3), Copy(0, 4)])
     for old, new in zip(before, cache.layers, strict=True):
         assert torch.equal(new, old[[0, 0, 1, 3, 0, 5]])
+
+
+def test_pages_are_there_before_they_are_written(plain_torch: bool):
+    release = tuple(int(part) for part in re.findall(r"\d+", platform.release())[:2])
+    if plain_torch or platform.system() != "Linux" or release < (5, 14):
+        pytest.skip("the system or the backend puts no pages under memory in advance")
+    cache = KVCache((1, 2, 64), 1024, 16, torch.float32, CPU)
+    cache.use(1)  # and 64 MiB ahead
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    cache.layers[0].fill_(1.0)  # 16 MiB: 4,096 pages
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 1000
 
 
 def test_no_room_is_an_error_that_says_what_to_lower():
