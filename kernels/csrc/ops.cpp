@@ -6,6 +6,9 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#if !defined(MADV_POPULATE_WRITE)
+#define MADV_POPULATE_WRITE 23  // a newer kernel (Linux 5.14) may know what the headers do not
+#endif
 #endif
 
 #include "argmax.h"
