@@ -162,8 +162,8 @@ template <class Kept, class Out>
 struct PanelWorker {
     using P = Planes<Kept>;
     static constexpr int64_t X_BYTES = P::X_PLANES * TILE_BYTES;  // of a chunk
-    static constexpr int64_t SUMMED_CHUNKS = 24;                  // whose products are added up in registers, from 0
-    static constexpr int64_t MOST = SUMMED_CHUNKS, FEW = 2;       // chunks of a piece, of which the sums are whole pieces
+    static constexpr int64_t MOST = 24;                           // chunks whose products registers add up, from the first
+    static constexpr int64_t FEW = 2;                             // chunks of a piece where it is not MOST, a part of them
     static constexpr int64_t PLANE_BYTES = MOST * PANEL_TILES;
     static constexpr int64_t STORED_NEXT = 8 * LINE;              // how far ahead the first cache is made ready for stores
     static constexpr int64_t CALLS = P::X_PLANES == 1 ? 1 : P::W_PLANES == 1 ? 3 : 2 * P::W_PLANES;  // of `Between` a chunk
@@ -273,15 +273,16 @@ struct PanelWorker {
             const int64_t end = now.chunk + now.chunks;
             if (!is_summed(end)) continue;
             Sums& s = sums[sums_turn];
-            s.first = now.chunk < SUMMED_CHUNKS, s.last = end == chunks, s.number = now.number;
+            s.first = now.chunk < MOST, s.last = end == chunks, s.number = now.number;
             s.row = out_row + row, s.count = count, s.held = held + row * PANEL;
             sums_turn ^= 1;
         }
     }
-    bool is_summed(int64_t chunk) const { return chunk % SUMMED_CHUNKS == 0 || chunk == chunks; }
+    bool is_summed(int64_t chunk) const { return chunk % MOST == 0 || chunk == chunks; }
     Between between(int64_t step) {
         const int64_t whole = std::min(next.end(), l.in_features / 2 * 2);  // pairs
-        return {next.panel, at, whole, step, most == FEW ? PAGE : BEGINNING, next_planes(), {}, begin, l.output, sums[sums_turn ^ 1]};
+        const int64_t fetched = most == FEW ? PAGE : BEGINNING;
+        return {next.panel, at, whole, step, fetched, next_planes(), {}, begin, l.output, sums[sums_turn ^ 1]};
     }
     // All rows times the panels that `take` gives, until it gives -1. Results are those of rows from `first_row` on
     template <class Take>
@@ -358,9 +359,10 @@ inline void multiply_tiles(const LinearOf<float, Out>& l, int threads) {
     const int64_t tile_bytes = row_tile_bytes<Kept>(l.in_features), panels = l.panel_count();
     const GroupBlocks blocks(l.rows, 2 * tile_bytes, ROWS_BYTES);
     const int64_t most_rows = blocks.most_rows(), block_bytes = most_rows / TILE_ROWS * tile_bytes;
+    const int64_t x_bytes = std::min<int64_t>(2, blocks.count) * block_bytes;
     arena.reserve(
-        2 * block_bytes + Arena::bytes_for<BlockProgress>(blocks.count) + threads * Arena::bytes_for<float>(most_rows * PANEL));
-    char* const x_tiles = arena.take<char>(2 * block_bytes);
+        x_bytes + Arena::bytes_for<BlockProgress>(blocks.count) + threads * Arena::bytes_for<float>(most_rows * PANEL));
+    char* const x_tiles = arena.take<char>(x_bytes);
     BlockProgress* const progress = arena.take<BlockProgress>(blocks.count);
     float* const held = arena.take<float>(threads * most_rows * PANEL);
     memset(progress, 0, blocks.count * sizeof(BlockProgress));

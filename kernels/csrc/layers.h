@@ -109,7 +109,8 @@ struct LayersRun {
         const bool turned = layer.rope >= 0;
         CALL(rope_kv_write)(
             qkv, qkv_size, D, m.heads, k, qkv_size, D, v, qkv_size, D, turned ? s.angles[2 * layer.rope] : nullptr,
-            turned ? s.angles[2 * layer.rope + 1] : nullptr, turned ? s.pairs[layer.rope] : 0, cache, (int)s.kv_type, s.slots_T, rows, m.kv_heads, s.block_size, D, threads);
+            turned ? s.angles[2 * layer.rope + 1] : nullptr, turned ? s.pairs[layer.rope] : 0, cache,
+            (int)s.kv_type, s.slots_T, rows, m.kv_heads, s.block_size, D, threads);
         check(CALL(paged_attention)(
             qkv, qkv_size, D, attended, cache, (int)s.kv_type, s.tables, s.table_stride, s.query_starts,
             s.lengths, s.num_sequences, m.heads, m.kv_heads, D, s.block_size, m.scale, layer.window, m.soft_cap,

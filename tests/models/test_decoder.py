@@ -38,14 +38,14 @@ def _compute(paged, rows, spans):
 
 @torch.inference_mode()
 def _assert_equal(got, model, rows):
-    """As near to what transformers computes in float64 as its own float32 is, but for a factor."""
+    """Near to what transformers computes in float64, and as near as its own float32 is, but for a factor."""
     narrow = [model(torch.tensor([row])).logits[0] for row in rows]
     model.double()
     wide = [model(torch.tensor([row])).logits[0] for row in rows]
     model.float()
     noise = max(_farthest(theirs, exact) for theirs, exact in zip(narrow, wide, strict=True))
     for mine, exact in zip(got, wide, strict=True):
-        assert _farthest(mine, exact) < 4 * noise < 1e-3 * max(1.0, exact.std().item())
+        assert _farthest(mine, exact) < min(4 * noise, 1e-4 * max(1.0, exact.std().item()))
         assert exact.std() > 0.01  # not all alike: the comparison means something
 
 
