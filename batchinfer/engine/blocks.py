@@ -78,6 +78,19 @@ class BlockPool:
         """The block that holds `tokens`, which fill it, after the content `parent`, if there is one."""
         return self._index.get(self._key(parent, *tokens))
 
+    def follow(self, parent: int, tokens: Sequence[int], start: int, end: int) -> list[Block]:
+        """The blocks that hold `tokens` after the content `parent`, from position `start` on, all before `end`."""
+        found: list[Block] = []
+        if not self.enable_prefix_caching:
+            return found
+        for first in range(start, end - self.block_size + 1, self.block_size):
+            block = self.find(parent, tokens[first : first + self.block_size])
+            if block is None:
+                break
+            found.append(block)
+            parent = block.uid
+        return found
+
     def find_beginning(self, parent: int, tokens: Sequence[int]) -> tuple[Block, int] | None:
         """Of the computed blocks after `parent` the one that begins most as `tokens` do, and with how many of them.
 

@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from batchinfer.engine.plan import Join, Read, Reading, StepPlan, StepResult
+from batchinfer.engine.plan import Read, Reading, StepPlan, StepResult
 from batchinfer.request import MAX_LOGPROBS, Request, TokenLogprob
 
 _STRIDE = 2654435761  # Knuth's multiplicative constant: neighbouring positions give unrelated tokens
@@ -35,42 +35,44 @@ class FakeRunner:
     def __init__(self, answer: FakeAnswer, step_s: float = 0.0) -> None:
         self._answer = answer
         self._step_s = step_s
-        self._seats: dict[int, tuple[int, int, int, Join]] = {}  # seat → (prompt length, answer length, seed, join)
+        self._seats: dict[int, tuple[int, int]] = {}  # seat → (where in the vocabulary it begins, position of its end)
+        self._requests: dict[int, Request] = {}  # by seat
+        self._with_logprobs: set[int] = set()  # seats
 
     def run(self, plan: StepPlan) -> StepResult:
         """Sample for every sequence that samples; nothing is computed."""
         if self._step_s:
             time.sleep(self._step_s)
         for join in plan.joins:
-            self._seats[join.seat] = self._sit(join)
+            self._sit(join.seat, join.request)
         vocabulary, size, eos_id = self._answer.vocabulary, len(self._answer.vocabulary), self._answer.eos_id
         tokens = []
-        wants_logprobs = False
         for seat, start, count, samples in zip(plan.seats, plan.starts, plan.counts, plan.samples, strict=True):
             for end in range(start + count - samples + 1, start + count + 1):
-                prompt, length, seed, join = self._seats[seat]
-                number = end - prompt
-                tokens.append(vocabulary[(seed + number * _STRIDE) % size] if number != length - 1 else eos_id)
-                wants_logprobs |= join.request.params.logprobs is not None
-        readings = [self._read(self._seats[plan.seats[read.place]][3].request, read) for read in plan.reads]
-        return StepResult(tokens, self._logprobs(plan, tokens) if wants_logprobs else None, readings=readings)
+                first, last = self._seats[seat]
+                tokens.append(vocabulary[(first + end * _STRIDE) % size] if end != last else eos_id)
+        logprobs = None if self._with_logprobs.isdisjoint(plan.seats) else self._logprobs(plan, tokens)
+        readings = [self._read(self._requests[plan.seats[read.place]], read) for read in plan.reads]
+        return StepResult(tokens, logprobs, readings=readings)
 
-    def _sit(self, join: Join) -> tuple[int, int, int, Join]:
-        request, answer = join.request, self._answer
+    def _sit(self, seat: int, request: Request) -> None:
+        answer, prompt = self._answer, len(request.prompt)
         seed = zlib.crc32(array("q", request.prompt).tobytes())
         if not request.params.greedy:
             seed = zlib.crc32(request.key.to_bytes(8, "little"), seed)
         length = answer.shortest + seed % (answer.longest - answer.shortest + 1)
         if answer.eos_id not in request.stop_ids or length <= request.params.min_tokens:
             length = 0  # no token has this number: it goes on to max_tokens
-        return len(request.prompt), length, seed, join
+        self._seats[seat] = (seed - prompt * _STRIDE) % len(answer.vocabulary), prompt + length - 1
+        self._requests[seat] = request
+        (self._with_logprobs.discard if request.params.logprobs is None else self._with_logprobs.add)(seat)
 
     def _logprobs(self, plan: StepPlan, tokens: list[int]) -> list[TokenLogprob | None]:
         """Every chosen token is certain: logprob 0."""
         entries: list[TokenLogprob | None] = []
         sampling = (seat for seat, samples in zip(plan.seats, plan.samples, strict=True) for _ in range(samples))
         for seat, token in zip(sampling, tokens, strict=True):
-            k = self._seats[seat][3].request.params.logprobs
+            k = self._requests[seat].params.logprobs
             entries.append(None if k is None else TokenLogprob(token, 0.0, ((token, 0.0),) if k else ()))
         return entries
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from batchinfer.engine.decoding import Decoding
 from batchinfer.engine.plan import Copy, Grown, Join, Read, StepPlan
 from batchinfer.engine.sequence import Sequence
 
 
 class Making:
-    """Lists as in `StepPlan`, and the sequences that they are about. `drafts` are in their order."""
+    """`decoding` are the seats to which the step adds a token and does nothing else: the plan begins with them.
+
+    Then lists as in `StepPlan`, and the sequences that they are about. `drafts` are in their order. Places count from
+    the first of these sequences.
+    """
 
     __slots__ = (
         "copies",
         "counts",
+        "decoding",
         "drafts",
         "grown",
         "joins",
@@ -23,7 +29,8 @@ class Making:
         "tokens",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, decoding: list[int]) -> None:
+        self.decoding = decoding
         self.sequences: list[Sequence] = []
         self.joins: list[Join] = []
         self.grown: list[Grown] = []
@@ -35,6 +42,10 @@ class Making:
         self.reads: list[Read] = []
         self.copies: list[Copy] = []
         self.drafts: list[list[int]] = []
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.decoding) + len(self.tokens)
 
     def add(self, sequence: Sequence, start: int, count: int, samples: int) -> None:
         """Its tokens the caller adds to `tokens`."""
@@ -61,16 +72,18 @@ class Making:
         self.samples[place] += len(draft)
         self.drafts.append(draft)
 
-    def plan(self, step: int) -> StepPlan:
+    def plan(self, step: int, decoding: Decoding) -> StepPlan:
+        seats = self.decoding
+        ones = [1] * len(seats)
         return StepPlan(
             step=step,
             joins=tuple(self.joins),
             grown=tuple(self.grown),
-            seats=self.seats,
-            starts=self.starts,
-            counts=self.counts,
-            samples=self.samples,
-            tokens=self.tokens,
-            reads=tuple(self.reads),
+            seats=seats + self.seats,
+            starts=[decoding.positions[seat] for seat in seats] + self.starts,
+            counts=ones + self.counts,
+            samples=ones + self.samples,
+            tokens=[decoding.last[seat] for seat in seats] + self.tokens,
+            reads=tuple(read._replace(place=len(seats) + read.place) for read in self.reads),
             copies=tuple(self.copies),
         )

@@ -1,7 +1,7 @@
 """The scheduler: which tokens of which sequences the next step computes, and what a step's result means.
 
-State it owns: the waiting queue, the running list (in order of admission), free seats, every sequence's progress, and
-through `BlockPool` the blocks. Data flow: `add` → waiting → (`schedule` admits) running → (`update` ends) finished.
+State it owns: the waiting queue, the running sequences (in order of admission), free seats, every sequence's progress,
+and through `BlockPool` the blocks. Data flow: `add` → waiting → (`schedule` admits) running → (`update` ends) finished.
 `schedule` and `update` alternate. On failure: no free block → the newest running sequence is preempted and computed
 again later; a sequence that does not fit alone → its error; a failed step → `fail` looks for the sequence at fault.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 
 from batchinfer.engine.blocks import Block, BlockPool
+from batchinfer.engine.decoding import Decoding
 from batchinfer.engine.expected import ExpectedLength
 from batchinfer.engine.making import Making
 from batchinfer.engine.plan import Copy, Join, Read, StepPlan, StepResult
@@ -34,14 +35,15 @@ class Scheduler:
         self.stats = EngineStats()
         self.expected = ExpectedLength()
         self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
+        self.running: dict[int, Sequence] = {}  # by seat, in order of admission
         self._max_num_seqs = max_num_seqs
         self._careful = max_num_seqs  # how many may run: below max_num_seqs while a failing sequence is looked for
         self._seats = list(range(max_num_seqs - 1, -1, -1))
         self._promised = 0  # sum of `promised` over the running sequences
         self._queued_tokens = 0  # known tokens of the waiting sequences
         self._speculation = Speculation(speculative_tokens)
-        self._making = Making()
+        self._decoding = Decoding(max_num_seqs)
+        self._making = Making([])
         self._finished: list[Finished] = []
 
     def add(self, request: Request) -> None:
@@ -57,9 +59,8 @@ class Scheduler:
 
     def abort(self, request_id: int) -> bool:
         """Forget a request wherever it is; False if it is not here. Call between steps."""
-        for sequence in self.running:
+        for sequence in self.running.values():
             if sequence.request.request_id == request_id:
-                self.running.remove(sequence)
                 self._leave(sequence)
                 return True
         for sequence in self.waiting:
@@ -90,50 +91,70 @@ class Scheduler:
 
     def schedule(self) -> StepPlan:
         """Decide the next step. An empty plan means that nothing can run."""
-        making = self._making = Making()
-        budget = self.max_step_tokens
-        position = 0
-        while position < len(self.running) and budget > 0:
-            sequence = self.running[position]
-            known = len(sequence.tokens)
-            if known < sequence.decodes_to:
-                making.add(sequence, known - 1, 1, 1)
+        decoding: list[int] = []
+        others = list(self.running)
+        if not self._speculation.most or len(others) >= MAX_ROWS:  # else each may get a draft
+            decoding, others = self._decoding.split(others)
+        making = self._making = Making(decoding)
+        budget = self.max_step_tokens - len(decoding)
+        preemptions = self.stats.preemptions
+        for seat in others:
+            sequence = self.running.get(seat)
+            if sequence is None or budget <= 0:
+                continue
+            if self._decoding.adds_one(seat):
+                making.add(sequence, len(sequence.tokens) - 1, 1, 1)
                 making.tokens.append(sequence.tokens[-1])
-                taken = 1
+                budget -= 1
             else:
-                taken = self._advance(sequence, budget, making)
-            budget -= taken
-            position += sequence.seat >= 0  # else it was preempted or failed, and left the running list
+                budget -= self._advance(sequence, budget, making)
+        if self.stats.preemptions > preemptions:
+            making.decoding = [seat for seat in decoding if seat in self.running]
         self._admit(budget, making)
-        if len(making.tokens) < MAX_ROWS:
+        if making.num_tokens < MAX_ROWS:
             self._speculate(making)
-        self.stats.steps += bool(making.seats)
-        return making.plan(self.stats.steps)
+        self.stats.steps += making.num_tokens > 0
+        return making.plan(self.stats.steps, self._decoding)
 
     def update(self, result: StepResult) -> None:
         """Take in the result of the plan that `schedule` returned last."""
         making = self._making
         self.pool.computed()
         failed = dict(result.failed or {})
-        ended = bool(making.reads) and self._take_readings(making, result, failed)
+        if making.reads:
+            self._take_readings(making, result, failed)
+        self._take_decoded(making.decoding, result, failed)
         drafts = iter(making.drafts)
-        row = 0
+        row = len(making.decoding)
         for sequence, count, samples in zip(making.sequences, making.counts, making.samples, strict=True):
             sequence.proven = True
             if samples > 1:
-                ended |= self._take_drafted(sequence, next(drafts), row, result, failed)
+                self._take_drafted(sequence, next(drafts), row, result, failed)
             else:
-                sequence.num_computed += count
+                sequence.computed(count)
                 if samples:
-                    ended |= self._take_sampled(sequence, row, result, failed)
+                    self._take_sampled(sequence, row, result, failed)
                 elif sequence.num_computed == sequence.limit and sequence.seat >= 0:
                     self._finish(sequence, "length")
-                    ended = True
+            if samples and sequence.seat >= 0:
+                self._decoding.enter(sequence, self.pool.block_size)
             row += samples
         self.stats.generated_tokens += row
-        if ended:
-            self.running = [sequence for sequence in self.running if sequence.seat >= 0]
         self._careful = min(self._max_num_seqs, self._careful * 2)
+
+    def _take_decoded(self, seats: list[int], result: StepResult, failed: dict[int, str | RowError]) -> None:
+        """Take in the first rows of the result: one for each of these seats, whose sequences are not at their limit."""
+        ended = self._decoding.take(seats, result.tokens, result.logprobs)
+        ended.update(row for row in result.ended if row < len(seats))
+        ended.update(row for row in failed if row < len(seats))
+        for row in sorted(ended):
+            sequence = self.running[seats[row]]
+            failure = failed.get(row)
+            if failure is None:
+                self._finish(sequence, "stop")
+            else:
+                del sequence.tokens[-1]  # which has no meaning
+                self._fail_row(sequence, failure)
 
     def _take_sampled(
         self, sequence: Sequence, row: int, result: StepResult, failed: dict[int, str | RowError]
@@ -141,9 +162,7 @@ class Scheduler:
         """Take in what was sampled in a row of the result; whether the sequence ended with it."""
         failure = failed.get(row) if failed else None
         if failure is not None:
-            self.pool.forget(sequence.blocks)
-            error = failure if isinstance(failure, RowError) else EngineFailure(failure)
-            self._finish(sequence, "error", error)
+            self._fail_row(sequence, failure)
             return True
         reason = sequence.append(result.tokens[row], None if result.logprobs is None else result.logprobs[row])
         if row in result.ended:
@@ -155,43 +174,43 @@ class Scheduler:
 
     def _take_drafted(
         self, sequence: Sequence, draft: list[int], row: int, result: StepResult, failed: dict[int, str | RowError]
-    ) -> bool:
-        """Take in a row, and each next one while the tokens before it are the draft's; whether the sequence ended.
+    ) -> None:
+        """Take in a row, and each next one while the tokens before it are the draft's.
 
         What was computed for the rest of the draft does not count: the next step writes over it.
         """
         seat = sequence.seat
         accepted = 0
-        sequence.num_computed += 1
+        sequence.computed(1)
         ended = self._take_sampled(sequence, row, result, failed)
         while not ended and accepted < len(draft) and sequence.tokens[-1] == draft[accepted]:
             accepted += 1
-            sequence.num_computed += 1
+            sequence.computed(1)
             ended = self._take_sampled(sequence, row + accepted, result, failed)
         self.stats.draft_tokens += len(draft)
         self.stats.accepted_tokens += accepted
         self.stats.generated_tokens -= len(draft) - accepted  # `update` counts all rows
         self._speculation.judge(seat, len(draft), accepted, len(sequence.tokens))
-        return ended
 
-    def _take_readings(self, making: Making, result: StepResult, failed: dict[int, str | RowError]) -> bool:
-        """What was read of prompts, to their sequences; whether one of them ended because it was not sound.
+    def _take_readings(self, making: Making, result: StepResult, failed: dict[int, str | RowError]) -> None:
+        """What was read of prompts, to their sequences. Those whose reading is not sound end.
 
         Those that sample in this step as well are put with the `failed` samples, and end as these do.
         """
-        ended = False
         for read, reading in zip(making.reads, result.readings, strict=True):
             sequence = making.sequences[read.place]
             if reading.failure is None:
                 assert sequence.rows is not None
                 sequence.rows.take(reading, read.rows)
             elif making.samples[read.place]:
-                failed[sum(making.samples[: read.place])] = reading.failure
+                failed[len(making.decoding) + sum(making.samples[: read.place])] = reading.failure
             else:
-                self.pool.forget(sequence.blocks)
-                self._finish(sequence, "error", EngineFailure(reading.failure))
-                ended = True
-        return ended
+                self._fail_row(sequence, reading.failure)
+
+    def _fail_row(self, sequence: Sequence, failure: str | RowError) -> None:
+        """End it with this error; nobody is to find what it computed."""
+        self.pool.forget(sequence.blocks)
+        self._finish(sequence, "error", failure if isinstance(failure, RowError) else EngineFailure(failure))
 
     def fail(self, reason: str) -> None:
         """The step of the last plan raised. Find out which sequence is at fault, and end only that one.
@@ -199,25 +218,25 @@ class Scheduler:
         All go back to the queue, those that have not yet been in a good step first, and half as many may run at once:
         the search halves the suspects until a sequence fails alone. Good steps widen the limit again.
         """
-        scheduled = self._making.sequences
+        scheduled = [self.running[seat] for seat in self._making.decoding] + self._making.sequences
         if len(scheduled) == 1:
-            self.running.remove(scheduled[0])
             self._finish(scheduled[0], "error", EngineFailure(reason))
         suspects = [sequence for sequence in scheduled if not sequence.proven]
         self._careful = max(1, (len(suspects) or len(scheduled)) // 2)
-        self.running.sort(key=lambda sequence: sequence.proven)
-        while self.running:
-            self._preempt(self.running.pop())
+        for sequence in sorted(self.running.values(), key=lambda sequence: sequence.proven)[::-1]:
+            self._preempt(sequence)
         self.pool.forget_all()
 
     def check_integrity(self) -> None:
         """Assert that sequences, seats and blocks agree. Called after every step in tests."""
-        self.pool.check_integrity(sequence.blocks for sequence in self.running)
-        seats = [sequence.seat for sequence in self.running]
+        self.pool.check_integrity(sequence.blocks for sequence in self.running.values())
+        assert all(sequence.seat == seat for seat, sequence in self.running.items()), "a sequence sits elsewhere"
+        seats = list(self.running)
         assert sorted(seats + self._seats) == list(range(self._max_num_seqs)), "seats lost or doubled"
         assert self._queued_tokens == sum(len(sequence.tokens) for sequence in self.waiting), "the queue is miscounted"
-        assert self._promised == sum(sequence.promised for sequence in self.running), "promises do not add up"
-        for sequence in self.running:
+        assert self._promised == sum(sequence.promised for sequence in self.running.values()), "promises"
+        self._decoding.check_integrity(self.running, self.pool.block_size)
+        for sequence in self.running.values():
             sequence.check_integrity(self.pool.block_size)
         assert all(not sequence.blocks and sequence.seat < 0 for sequence in self.waiting), "waiting with blocks"
 
@@ -232,14 +251,14 @@ class Scheduler:
         beginning = None
         if known - start > 1 and start == first * size:
             start = self._extend_by_hits(sequence)
-            beginning = self._beginning(sequence)
+            beginning = self.pool.find_beginning(sequence.chain, sequence.next_block(start, size))
             start += beginning[1] if beginning else 0
         count = known - start
         if count > budget:
             # whole blocks only: at a block border the next chunk can be found in the cache
             count = (start + budget) // size * size - start
             if count <= 0:
-                count = budget if not making.seats else 0
+                count = 0 if making.num_tokens else budget
         end = start + count
         if count and end > len(sequence.blocks) * size and not self._grow(sequence, end):
             return 0
@@ -254,11 +273,11 @@ class Scheduler:
             self._index_full_blocks(sequence, end // size)
         making.add(sequence, start, count, int(end == known))
         making.tokens.extend(sequence.tokens[start:end])
-        if end == known:
-            sequence.decodes_to = len(sequence.blocks) * size
-        if start < len(sequence.request.prompt):
+        if end == known == len(sequence.blocks) * size and known + 1 < sequence.limit:
+            self._slots(sequence, 1, making)  # now, if it can be had, so that the next step need not see to it
+        if start < sequence.num_prompt:
             self._read_prompt(sequence, end, making)
-            self.stats.prompt_tokens_computed += min(end, len(sequence.request.prompt)) - start
+            self.stats.prompt_tokens_computed += min(end, sequence.num_prompt) - start
         return count
 
     def _read_prompt(self, sequence: Sequence, end: int, making: Making) -> None:
@@ -274,8 +293,8 @@ class Scheduler:
         """Allocate blocks up to position `end`, preempting the newest. False if `sequence` itself had to leave."""
         while len(sequence.blocks) * self.pool.block_size < end:
             if self.pool.num_free == 0:
-                victim = self.running.pop()
-                if victim is sequence and not self.running:
+                victim = next(reversed(self.running.values()))
+                if victim is sequence and len(self.running) == 1:
                     self._finish(sequence, "error", _does_not_fit(sequence, self.pool))
                     return False
                 self._preempt(victim)
@@ -287,7 +306,7 @@ class Scheduler:
 
     def _speculate(self, making: Making) -> None:
         """Fill the step with drafts. They displace nothing: rows and blocks are those that nobody else needs now."""
-        room = min(MAX_ROWS, self.max_step_tokens) - len(making.tokens)
+        room = min(MAX_ROWS, self.max_step_tokens) - making.num_tokens
         for place, draft in self._speculation.propose(making, room):
             sequence = making.sequences[place]
             slots = self._slots(sequence, len(draft), making)
@@ -326,54 +345,30 @@ class Scheduler:
 
     def _reuse(self, sequence: Sequence, tokens: int) -> None:
         """The next tokens of `sequence` need not be computed."""
-        reused = min(tokens, max(0, len(sequence.request.prompt) - sequence.num_computed))
-        sequence.num_computed += tokens
+        reused = min(tokens, max(0, sequence.num_prompt - sequence.num_computed))
+        sequence.computed(tokens)
         self.stats.prompt_tokens_reused += reused
         if not sequence.num_output:  # what it finds again after a preemption, it had computed itself
             sequence.num_cached += reused
 
-    def _beginning(self, sequence: Sequence) -> tuple[Block, int] | None:
-        """A block that begins as the one that `sequence` needs next, and with how many of its tokens."""
-        return self.pool.find_beginning(sequence.chain, self._next_block(sequence, sequence.num_computed))
-
     def _better_next_step(self, sequence: Sequence, hits: list[Block]) -> bool:
         """Whether a full step computes what `sequence` then need not: more than there is of its block after `hits`."""
-        if len(self._making.tokens) < MAX_ROWS:
+        if self._making.num_tokens < MAX_ROWS:
             return False
         parent, size = hits[-1].uid if hits else sequence.chain, self.pool.block_size
-        tokens = self._next_block(sequence, sequence.num_computed + len(hits) * size)
+        tokens = sequence.next_block(sequence.num_computed + len(hits) * size, size)
         return self.pool.better_is_coming(parent, tokens)
-
-    def _next_block(self, sequence: Sequence, start: int) -> list[int]:
-        """The tokens from a block's first position on that may be found instead of computed."""
-        return sequence.tokens[start : max(start, min(start + self.pool.block_size, self._reusable(sequence)))]
-
-    def _reusable(self, sequence: Sequence) -> int:
-        """The tokens before this may be found instead of computed: not the last known one, nor rows to read."""
-        last = len(sequence.tokens) - 1
-        rows = sequence.rows
-        return last if rows is None or not rows.left else min(last, rows.at)
 
     def _hits(self, sequence: Sequence) -> list[Block]:
         """Indexed blocks that continue `sequence`."""
-        hits: list[Block] = []
-        if not self.pool.enable_prefix_caching:
-            return hits
-        size, parent = self.pool.block_size, sequence.chain
-        for start in range(sequence.num_computed, self._reusable(sequence) - size + 1, size):
-            block = self.pool.find(parent, sequence.tokens[start : start + size])
-            if block is None:
-                break
-            hits.append(block)
-            parent = block.uid
-        return hits
+        return self.pool.follow(sequence.chain, sequence.tokens, sequence.num_computed, sequence.reusable)
 
     def _index_full_blocks(self, sequence: Sequence, full: int) -> None:
         """Index at allocation: this step computes these blocks, so a sequence later in the same step may share them."""
         size = self.pool.block_size
         for number in range(sequence.num_indexed, full):
             tokens = sequence.tokens[number * size : (number + 1) * size]
-            prompt = number * size < len(sequence.request.prompt)  # none begins as another's answer and then differs
+            prompt = number * size < sequence.num_prompt  # none begins as another's answer and then differs
             sequence.chain = self.pool.index(sequence.blocks[number], sequence.chain, tokens, remember=prompt)
         sequence.num_indexed = full
 
@@ -391,7 +386,7 @@ class Scheduler:
             sequence.seat = self._seats.pop()
             sequence.promised = promised
             self._promised += promised
-            self.running.append(sequence)
+            self.running[sequence.seat] = sequence
             making.joins.append(Join(sequence.seat, sequence.request, tuple(sequence.output)))
             taken = self._advance(sequence, budget, making)
             if taken == 0:
@@ -427,22 +422,24 @@ class Scheduler:
             self.expected.observe(sequence.num_output)
         rows = sequence.rows
         read = (None, None) if rows is None else (rows.logprobs, rows.hidden)
-        cached = min(sequence.num_cached, len(sequence.request.prompt))
+        cached = min(sequence.num_cached, sequence.num_prompt)
         answer = Finished(
             sequence.request, sequence.output, reason, sequence.logprobs, error, *read, cached_tokens=cached
         )
         self._finished.append(answer)
 
     def _leave(self, sequence: Sequence) -> None:
+        del self.running[sequence.seat]
         self.pool.release(sequence.blocks)
         self._promised -= sequence.promised
         self._seats.append(sequence.seat)
         self._speculation.forget(sequence.seat)
+        self._decoding.leave(sequence.seat)
         sequence.leave()
 
 
 def _does_not_fit(sequence: Sequence, pool: BlockPool) -> TooLong:
     return TooLong(
-        f"prompt ({len(sequence.request.prompt)} tokens) and answer (so far {sequence.num_output}) do not fit the KV "
+        f"prompt ({sequence.num_prompt} tokens) and answer (so far {sequence.num_output}) do not fit the KV "
         f"cache of {len(pool.blocks) * pool.block_size} tokens: raise engine.kv_cache_tokens or lower max_tokens"
     )

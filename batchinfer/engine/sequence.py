@@ -48,19 +48,19 @@ class Sequence:
     nothing knows at once all that it needs: no token after the last row that it reads. `chain` is the uid of the
     content of the first `num_indexed` blocks. `promised` counts blocks that admission set aside for it and that it has
     not taken yet. `proven` says that a step with it has succeeded since it took its seat. `num_cached` prompt tokens
-    were found in the cache. While fewer than `decodes_to` tokens are known, the next step computes the last one, in a
-    block that the sequence has.
+    were found in the cache. Once it `decodes`, all but the last known token is computed.
     """
 
     __slots__ = (
+        "_computed",
         "blocks",
         "chain",
-        "decodes_to",
+        "decodes",
         "limit",
         "logprobs",
         "num_cached",
-        "num_computed",
         "num_indexed",
+        "num_prompt",
         "promised",
         "proven",
         "request",
@@ -74,6 +74,7 @@ class Sequence:
         self.request = request
         rows = request.rows_read()
         self.rows = None if rows is None else PromptRows(request, rows)
+        self.num_prompt = len(request.prompt)
         self.tokens: list[int] = list(request.prompt)
         if request.max_tokens == 0 and rows is not None:
             del self.tokens[max(1, rows.stop) :]
@@ -87,20 +88,44 @@ class Sequence:
     @property
     def output(self) -> list[int]:
         """The tokens after the prompt, in a new list."""
-        return self.tokens[len(self.request.prompt) :]
+        return self.tokens[self.num_prompt :]
 
     @property
     def num_output(self) -> int:
-        return max(0, len(self.tokens) - len(self.request.prompt))
+        return max(0, len(self.tokens) - self.num_prompt)
+
+    @property
+    def num_computed(self) -> int:
+        return len(self.tokens) - 1 if self.decodes else self._computed
+
+    @property
+    def reusable(self) -> int:
+        """The tokens before this may be found instead of computed: not the last known one, nor rows to read."""
+        last = len(self.tokens) - 1
+        return last if self.rows is None or not self.rows.left else min(last, self.rows.at)
+
+    def next_block(self, start: int, size: int) -> list[int]:
+        """The tokens from a block's first position on that may be found instead of computed."""
+        return self.tokens[start : max(start, min(start + size, self.reusable))]
+
+    def computed(self, count: int) -> None:
+        """`count` tokens more have their KV in `blocks`. What is sampled from the last of them is appended after."""
+        self._computed += count
 
     def append(self, token: int, logprob: TokenLogprob | None) -> FinishReason | None:
-        """Take in a sampled token; why the sequence ends with it, or None."""
+        """Take in a token sampled after all known ones; why the sequence ends with it, or None."""
         self.tokens.append(token)
-        if logprob is not None and self.logprobs is not None:
-            self.logprobs.append(logprob)
+        self.decodes = True
+        if logprob is not None:
+            self.add_logprob(logprob)
         if token in self.stop_ids if self.stop_ids is not None else self._stops(token):
             return "stop"
         return "length" if len(self.tokens) >= self.limit else None
+
+    def add_logprob(self, logprob: TokenLogprob) -> None:
+        """Of the last token."""
+        if self.logprobs is not None:
+            self.logprobs.append(logprob)
 
     def _stops(self, token: int) -> bool:
         """Whether it ends with this token, where a function has to see the others."""
@@ -110,18 +135,17 @@ class Sequence:
     def leave(self) -> None:
         """Back to nothing computed: new, preempted, or finished. The blocks are released by the caller."""
         self.seat = -1
-        self.num_computed = 0
+        self._computed = 0
+        self.decodes = False
         self.blocks: list[Block] = []
         self.num_indexed = 0
         self.chain = ROOT
         self.promised = 0
-        self.decodes_to = 0
 
     def check_integrity(self, size: int) -> None:
         """Assert that a running sequence's counts agree with its blocks of `size` tokens."""
         known = len(self.tokens)
         assert self.num_computed < known, "nothing left to compute"
-        assert known - self.num_computed == 1 or known >= self.decodes_to, "more than a decode is left"
         assert self.num_computed <= len(self.blocks) * size, "computed beyond its blocks"
         assert self.num_indexed * size <= self.num_computed, "indexed before it is computed"
         for number, block in enumerate(self.blocks):

@@ -76,13 +76,13 @@ class Speculation:
     """Drafts for a step's sequences, each of at most `most` tokens. A sequence is known by its seat."""
 
     def __init__(self, most: int) -> None:
-        self._most = most
+        self.most = most
         self._lookups: dict[int, Lookup | None] = {}
 
     def propose(self, making: Making, room: int) -> list[tuple[int, list[int]]]:
         """(place, draft) for those who decode and whose text suggests something; at most `room` tokens in all."""
         found: list[tuple[int, list[int]]] = []
-        if self._most == 0 or room <= 0:
+        if self.most == 0 or room <= 0:
             return found
         for place, sequence in enumerate(making.sequences):
             if not sequence.num_output or making.counts[place] > 1 or not making.samples[place]:
@@ -93,7 +93,7 @@ class Speculation:
             draft = lookup.draft(sequence.tokens, min(room, sequence.limit - len(sequence.tokens) - 1))
             if draft:
                 found.append((place, draft))
-        longest = self._most
+        longest = self.most
         while longest > 1 and sum(min(len(draft), longest) for _, draft in found) > room:
             longest -= 1
         return [(place, draft[:longest]) for place, draft in found[:room]]
@@ -110,5 +110,5 @@ class Speculation:
 
     def _lookup(self, seat: int, request: Request) -> Lookup | None:
         if seat not in self._lookups:
-            self._lookups[seat] = Lookup(self._most) if request.stateless else None
+            self._lookups[seat] = Lookup(self.most) if request.stateless else None
         return self._lookups[seat]

@@ -172,7 +172,7 @@ class EngineLoop:
 
     def _report(self, finished: list[Finished]) -> None:
         now = time.monotonic()
-        for sequence in self._engine.scheduler.running:
+        for sequence in self._engine.scheduler.running.values():
             live = self._live[sequence.request.request_id]
             count, seen = sequence.num_output, live.seen
             if count == seen:  # its prompt is still being computed
@@ -181,7 +181,7 @@ class EngineLoop:
             live.first_token_s = live.first_token_s or now
             if live.stream:
                 logprobs = None if sequence.logprobs is None else sequence.logprobs[seen:]
-                tokens = sequence.tokens[len(sequence.request.prompt) + seen :]
+                tokens = sequence.tokens[sequence.num_prompt + seen :]
                 news = Event(sequence.request.request_id, tokens, logprobs, None, live.first_token_s)
                 self._events.append(news)
         for answer in finished:

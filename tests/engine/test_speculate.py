@@ -149,7 +149,7 @@ def test_what_follows_a_wrong_token_does_not_count() -> None:
     rows = [5, 6, 5, 5, 5, 5, 5, 5, 5, 7, 5, 5, 5, 5, 5]
     scheduler.update(StepResult(rows, failed={2: "not reached", 12: "reached"}))
     scheduler.check_integrity()
-    assert [sequence.output for sequence in scheduler.running] == [[5, 5, 6], [5, 5, 5, 5, 5, 7]]
+    assert [sequence.output for sequence in scheduler.running.values()] == [[5, 5, 6], [5, 5, 5, 5, 5, 7]]
     ended = scheduler.take_finished()
     assert [(one.request.request_id, str(one.error), one.token_ids) for one in ended] == [(2, "reached", [5, 5, 5])]
     assert (scheduler.stats.draft_tokens, scheduler.stats.accepted_tokens) == (12, 1 + 4 + 2)

@@ -341,7 +341,7 @@ def test_one_step_that_fails_is_one_requests_error(held):
 
 def seat_prompt(endpoint: Endpoint, seat: int) -> list[int]:
     running = endpoint.frontend.model.parts.engine.scheduler.running
-    return next((one.request.prompt for one in running if one.seat == seat), [])
+    return running[seat].request.prompt if seat in running else []
 
 
 def test_a_prompt_beyond_the_cache_is_its_own_error():

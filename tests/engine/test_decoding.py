@@ -1,0 +1,127 @@
+"""Sequences that only decode, whom a step does not visit: what ends them, what is kept of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from batchinfer.engine.blocks import BlockPool
+from batchinfer.engine.engine import Engine
+from batchinfer.engine.expected import ExpectedLength
+from batchinfer.engine.plan import StepPlan, StepResult
+from batchinfer.engine.scheduler import Scheduler
+from batchinfer.request import Finished, Request, SamplingParams, TokenLogprob
+from tests.engine.checking import make_engine, make_reading, make_request, naive
+from tests.engine.test_engine import run_all
+
+GREEDY = SamplingParams(temperature=0)
+
+
+class Counting:
+    """Token 10 for the first row of every step, 11 for the second; `more` is the rest of a result."""
+
+    def __init__(self, more: Callable[[int], dict[str, object]] = lambda step: {}) -> None:
+        self._more = more
+        self.decoded: list[list[int]] = []  # seats, by step
+        self.tokens: list[int] = []  # computed, by step
+
+    def run(self, plan: StepPlan) -> StepResult:
+        self.decoded.append([seat for seat, count in zip(plan.seats, plan.counts, strict=True) if count == 1])
+        self.tokens.append(len(plan.tokens))
+        return StepResult([10 + row for row in range(sum(plan.samples))], **self._more(plan.step))
+
+
+def answers(runner: Counting, requests: Sequence[Request]) -> list[Finished]:
+    engine = Engine(Scheduler(BlockPool(99, 16), 8, 99), runner)
+    found = run_all(engine, list(requests))
+    return [found[request.request_id] for request in requests]
+
+
+def request(number: int, max_tokens: int = 12, **more: object) -> Request:
+    more.setdefault("params", GREEDY)
+    return Request(number, [1, 2], max_tokens=max_tokens, **more)
+
+
+@pytest.mark.parametrize(
+    ("stop_ids", "lengths"), [(({10}, {11}), (1, 1)), (({12}, {11}), (12, 1)), (({11}, {12}), (12, 12))]
+)
+def test_each_ends_by_its_own_stop_ids(stop_ids: tuple[set[int], set[int]], lengths: tuple[int, int]) -> None:
+    """Another's stop id is just a token."""
+    requests = [request(number, stop_ids=frozenset(ids)) for number, ids in enumerate(stop_ids)]
+    assert tuple(len(answer.token_ids) for answer in answers(Counting(), requests)) == lengths
+
+
+@pytest.mark.parametrize("ends_at", [1, 2, 3, 9])
+def test_a_stop_check_sees_the_tokens_of_its_own_sequence(ends_at: int) -> None:
+    seen: list[int] = []
+
+    def check(token: int) -> bool:
+        seen.append(token)
+        return len(seen) == ends_at
+
+    plain, checked = answers(Counting(), [request(0), request(1, stop_check=check)])
+    assert checked.token_ids == seen == [11] * ends_at and checked.finish_reason == "stop"
+    assert plain.token_ids == [10] * 12 and plain.finish_reason == "length"
+
+
+def test_logprobs_go_to_those_who_asked() -> None:
+    entry = TokenLogprob(11, -0.5, ())
+    runner = Counting(lambda step: {"logprobs": [None, entry]})
+    plain, asked = answers(runner, [request(0, 5), request(1, 4, params=SamplingParams(temperature=0, logprobs=0))])
+    assert plain.logprobs is None and asked.logprobs == [entry] * 4
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 7])
+def test_a_row_that_fails_ends_its_sequence_before_the_token(step: int) -> None:
+    runner = Counting(lambda now: {"failed": {1: "broken"}} if now == step else {})
+    sound, broken = answers(runner, [request(0), request(1)])
+    assert sound.error is None and sound.token_ids == [10] * 12
+    assert broken.finish_reason == "error" and broken.token_ids == [11] * (step - 1)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 7])
+def test_a_token_may_complete_an_answer(step: int) -> None:
+    runner = Counting(lambda now: {"ended": frozenset([1])} if now == step else {})
+    going, complete = answers(runner, [request(0), request(1)])
+    assert (going.finish_reason, complete.finish_reason) == ("length", "stop")
+    assert complete.token_ids == [11] * step
+
+
+def test_a_mid_prompt_sequence_leaves_a_token_for_each_that_decodes() -> None:
+    """A long prompt takes what is left of a step, whoever came first."""
+    runner = Counting()
+    engine = Engine(Scheduler(BlockPool(99, 4), 3, 8), runner)
+    engine.add(Request(0, [1], GREEDY, 20))
+    engine.step()
+    engine.add(Request(1, list(range(60)), GREEDY, 2))
+    engine.add(Request(2, [3], GREEDY, 20))
+    for _ in range(6):
+        engine.step()
+        engine.scheduler.check_integrity()
+    assert all(0 in seats for seats in runner.decoded), "it waited for another's prompt"
+    assert max(runner.tokens) <= 8, "more than a step may have"
+
+
+def test_who_only_decodes_can_be_preempted() -> None:
+    """The newest leaves a plan into which it had come already, for an older one's next block."""
+    requests = [make_request(number, [1 + number, 2, 3], 30) for number in range(6)]
+    engine, _ = make_engine(20, 4)
+    engine.scheduler.expected = ExpectedLength(quantile=0.0, enough=1)
+    engine.scheduler.expected.observe(1)
+    found = run_all(engine, requests)
+    assert engine.stats.preemptions > 0
+    for one in requests:
+        assert found[one.request_id].token_ids == naive(one)
+
+
+def test_a_reading_fails_beside_one_who_decodes() -> None:
+    engine, runner = make_engine(50)
+    plain, reading = make_request(0, [1, 2, 3], 20), make_reading(1, [7, 8, 9], 5, score_from=1)
+    engine.add(plain)
+    engine.step()
+    engine.step()
+    runner.poison = 8
+    found = run_all(engine, [reading])
+    assert found[0].error is None and found[0].token_ids == naive(plain)
+    assert found[1].finish_reason == "error" and "poisoned" in str(found[1].error)
