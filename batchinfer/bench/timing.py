@@ -58,10 +58,11 @@ def time_in_turn(
     works: Mapping[str, Callable[[], object]],
     budget_s: float = 0.2,
     before: Callable[[str], None] = lambda name: None,
+    least: int = 1,
 ) -> dict[str, Timing]:
     """How long each takes; see `take_turns`."""
     timed = {name: partial(_seconds, work) for name, work in works.items()}
-    samples = take_turns(timed, budget_s, before)
+    samples = take_turns(timed, budget_s, before, least)
     return {name: Timing(min(times), percentile(times, 0.5), len(times)) for name, times in samples.items()}
 
 

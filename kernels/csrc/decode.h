@@ -14,6 +14,8 @@ constexpr int RUN = 64;      // keys of a kv head that stay in the first cache w
 constexpr int HEADS = 4;     // query heads that are computed together
 constexpr int64_t FETCHED = 24 << 10;  // bytes that are on the way into the second cache, which waits for most at once
 constexpr int64_t MOST_AHEAD = 128;    // keys, the same
+constexpr int64_t PAGES_AHEAD = 64;    // keys beyond: where their pages lie is looked up, for which a fetch would wait
+constexpr int64_t SOON = 16;           // keys on the way from there into the first cache
 
 constexpr int lanes_of(int heads) { return heads == 3 ? 4 : heads; }
 
@@ -27,7 +29,7 @@ struct Span {
 template <class KV>
 struct DecodeSpace {
     // in the first kv head: this piece's keys, its values, and the next one's first keys, as they are read
-    const KV* places[2 * PIECE + MOST_AHEAD + VL];
+    const KV* places[2 * PIECE + MOST_AHEAD + PAGES_AHEAD + VL];
     float* q;       // [kv heads, G, P], P = D in whole vectors
     float* scores;  // [kv heads], per HEADS heads [PIECE + VL keys, lanes]
     float* staged;  // [RUN + VL, P]
@@ -52,12 +54,13 @@ struct DecodeSpace {
     int64_t find(const Attention& a, const Span& at, const Span& next) {
         const int64_t keys = at.keys(), wanted = FETCHED / (at.heads * a.head_size * (int64_t)sizeof(KV));
         const int64_t ahead = wanted < 1 ? 1 : wanted < MOST_AHEAD ? wanted : MOST_AHEAD;
-        const int64_t known = next.keys() < ahead ? next.keys() : ahead;
+        const int64_t wanted_places = ahead + PAGES_AHEAD;
+        const int64_t known = next.keys() < wanted_places ? next.keys() : wanted_places;
         const KV** end = places + 2 * keys;
         a.find(0, at.sequence, at.kv_head, at.first, at.last, places);
         a.find(1, at.sequence, at.kv_head, at.first, at.last, places + keys);
         a.find(0, next.sequence, next.kv_head, next.first, next.first + known, end);
-        for (int64_t i = known; i < ahead + VL; i++) end[i] = end[known - 1];
+        for (int64_t i = known; i < wanted_places + VL; i++) end[i] = end[known - 1];
         return ahead;
     }
 };
@@ -106,9 +109,13 @@ struct Run {
 
     template <int W>
     void fetch(int64_t i, int64_t d) const {
-        const char* from = (const char*)(places[i + ahead] + offset + d);
+        const char* later = (const char*)(places[i + ahead] + offset + d);
+        const char* soon = (const char*)(places[i + SOON] + offset + d);
 #pragma GCC unroll 8
-        for (size_t at = 0; at < W * VL * sizeof(KV); at += 64) __builtin_prefetch(from + at, 0, 2);
+        for (size_t at = 0; at < W * VL * sizeof(KV); at += 64) {
+            __builtin_prefetch(later + at, 0, 2);
+            __builtin_prefetch(soon + at, 0, 3);
+        }
     }
 };
 
@@ -240,7 +247,10 @@ void attend_piece(const Attention& a, const Span& at, const Span& next, DecodeSp
     auto over_runs = [&](const KV* const* places, auto&& body) {
         for (int64_t i = 0; i < keys; i += at.turn) {
             const int64_t count = keys - i < at.turn ? keys - i : at.turn;
-            for (int64_t k = 0; k < at.heads; k++) body(Run<KV>{places + i, count, k * between, ahead}, i, k);
+            for (int64_t k = 0; k < at.heads; k++) {
+                prefetch(places[i + ahead + PAGES_AHEAD] + k * between, 1);
+                body(Run<KV>{places + i, count, k * between, ahead}, i, k);
+            }
         }
     };
     over_runs(space.places, [&](const Run<KV>& run, int64_t i, int64_t k) {
