@@ -26,7 +26,8 @@ class Decoding:
         self._sequences: dict[int, Sequence] = {}
         self._checks: dict[int, StopCheck] = {}
         self._stop_sets: Counter[frozenset[int]] = Counter()  # of those here; mostly one, which they share
-        self._stop_ids: frozenset[int] = frozenset()  # all of them
+        self._stop_ids: set[int] = set()  # all of these, and some of `_stale_sets` that have left
+        self._stale_sets = 0
 
     def enter(self, sequence: Sequence, block_size: int) -> None:
         """All but its last token is computed. Once more whenever it has been visited."""
@@ -43,7 +44,7 @@ class Decoding:
             self._checks[seat] = request.stop_check
         self._stop_sets[request.stop_ids] += 1
         if self._stop_sets[request.stop_ids] == 1:
-            self._stop_ids |= request.stop_ids
+            self._stop_ids.update(request.stop_ids)
 
     def leave(self, seat: int) -> None:
         """Its sequence gives the seat up, whether it is here or not."""
@@ -56,7 +57,10 @@ class Decoding:
         self._stop_sets[stop_ids] -= 1
         if not self._stop_sets[stop_ids]:
             del self._stop_sets[stop_ids]
-            self._stop_ids = frozenset().union(*self._stop_sets)
+            self._stale_sets += 1
+            if self._stale_sets > len(self._stop_sets):
+                self._stop_ids = set().union(*self._stop_sets)
+                self._stale_sets = 0
 
     def adds_one(self, seat: int) -> bool:
         """Whether the next step adds a token to it and does nothing else."""
@@ -98,7 +102,7 @@ class Decoding:
         """Assert that what is here is what the running sequences that decode are."""
         assert self._sequences == {seat: sequence for seat, sequence in running.items() if sequence.decodes}
         assert self._stop_sets == Counter(sequence.request.stop_ids for sequence in self._sequences.values())
-        assert self._stop_ids == frozenset().union(*self._stop_sets)
+        assert all(self._stop_ids.issuperset(stop_ids) for stop_ids in self._stop_sets)
         for seat in set(range(len(self._until))) - self._sequences.keys():
             assert not self._until[seat], "an empty seat decodes"
         for seat, sequence in self._sequences.items():
