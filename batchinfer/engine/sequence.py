@@ -66,7 +66,6 @@ class Sequence:
         "request",
         "rows",
         "seat",
-        "stop_ids",
         "tokens",
     )
 
@@ -78,7 +77,6 @@ class Sequence:
         self.tokens: list[int] = list(request.prompt)
         if request.max_tokens == 0 and rows is not None:
             del self.tokens[max(1, rows.stop) :]
-        self.stop_ids = None if request.stop_check is not None else request.stop_ids  # at hand: each token is looked up
         self.limit = len(self.tokens) + request.max_tokens
         self.logprobs: list[TokenLogprob] | None = None if request.params.logprobs is None else []
         self.proven = False
@@ -118,7 +116,7 @@ class Sequence:
         self.decodes = True
         if logprob is not None:
             self.add_logprob(logprob)
-        if token in self.stop_ids if self.stop_ids is not None else self._stops(token):
+        if self._stops(token):
             return "stop"
         return "length" if len(self.tokens) >= self.limit else None
 
@@ -128,7 +126,7 @@ class Sequence:
             self.logprobs.append(logprob)
 
     def _stops(self, token: int) -> bool:
-        """Whether it ends with this token, where a function has to see the others."""
+        """Whether it ends with this token. A function sees the others."""
         check = self.request.stop_check
         return token in self.request.stop_ids or (check is not None and check(token))
 
