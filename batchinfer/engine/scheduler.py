@@ -130,11 +130,11 @@ class Scheduler:
             sequence.proven = True
             if samples > 1:
                 self._take_drafted(sequence, next(drafts), row, result, failed)
+            elif samples:
+                self._take_sampled(sequence, row, result, failed)
             else:
                 sequence.computed(count)
-                if samples:
-                    self._take_sampled(sequence, row, result, failed)
-                elif sequence.num_computed == sequence.limit and sequence.seat >= 0:
+                if sequence.num_computed == sequence.limit and sequence.seat >= 0:
                     self._finish(sequence, "length")
             if samples and sequence.seat >= 0:
                 self._decoding.enter(sequence, self.pool.block_size)
@@ -181,11 +181,9 @@ class Scheduler:
         """
         seat = sequence.seat
         accepted = 0
-        sequence.computed(1)
         ended = self._take_sampled(sequence, row, result, failed)
         while not ended and accepted < len(draft) and sequence.tokens[-1] == draft[accepted]:
             accepted += 1
-            sequence.computed(1)
             ended = self._take_sampled(sequence, row + accepted, result, failed)
         self.stats.draft_tokens += len(draft)
         self.stats.accepted_tokens += accepted

@@ -107,11 +107,11 @@ class Sequence:
         return self.tokens[start : max(start, min(start + size, self.reusable))]
 
     def computed(self, count: int) -> None:
-        """`count` tokens more have their KV in `blocks`. What is sampled from the last of them is appended after."""
+        """`count` tokens more have their KV in `blocks`, and nothing is sampled from the last: see `append`."""
         self._computed += count
 
     def append(self, token: int, logprob: TokenLogprob | None) -> FinishReason | None:
-        """Take in a token sampled after all known ones; why the sequence ends with it, or None."""
+        """Take in a token sampled after all known ones, which are computed; why the sequence ends with it, or None."""
         self.tokens.append(token)
         self.decodes = True
         if logprob is not None:
