@@ -3,6 +3,8 @@
 // T tokens of the step · S sequences · H query heads · K kv heads · G = H / K · N blocks · B slots per block · D head size
 #pragma once
 
+#include <algorithm>
+
 #include "parallel.h"
 #include "simd.h"
 
@@ -34,15 +36,21 @@ struct Attention {
     int64_t first_seen(int64_t position) const {
         return window > 0 && position >= window ? position - window + 1 : 0;
     }
-    // where keys, `part` 0, or values, 1, of positions first .. last - 1 begin
+    int64_t left_in_block(int64_t position) const { return block_size - position % block_size; }
+    // where a key, `part` 0, or a value, 1, begins
+    template <class KV>
+    const KV* place(int part, int64_t sequence, int64_t kv_head, int64_t position) const {
+        const int64_t block = tables[sequence * table_stride + position / block_size];
+        const int64_t slot = ((block * 2 + part) * kv_heads + kv_head) * block_size + position % block_size;
+        return (const KV*)kv_N2KBD + slot * head_size;
+    }
+    // where keys, or values, of positions first .. last - 1 begin
     template <class KV>
     void find(int part, int64_t sequence, int64_t kv_head, int64_t first, int64_t last, const KV** to) const {
-        for (int64_t p = first; p < last;) {
-            const int64_t stop = (p / block_size + 1) * block_size < last ? (p / block_size + 1) * block_size : last;
-            const int64_t block = tables[sequence * table_stride + p / block_size];
-            const int64_t slots = ((block * 2 + part) * kv_heads + kv_head) * block_size;
-            const KV* at = (const KV*)kv_N2KBD + (slots + p % block_size) * head_size;
-            for (; p < stop; p++, at += head_size) *to++ = at;
+        for (int64_t p = first, stop; p < last; p = stop) {
+            stop = std::min(last, p + left_in_block(p));
+            const KV* at = place<KV>(part, sequence, kv_head, p);
+            for (int64_t i = p; i < stop; i++, at += head_size) *to++ = at;
         }
     }
 };

@@ -9,59 +9,89 @@
 
 namespace {
 
-constexpr int PIECE = 256;   // keys
-constexpr int RUN = 64;      // keys of a kv head that stay in the first cache while its query heads pass over them
-constexpr int HEADS = 4;     // query heads that are computed together
-constexpr int64_t FETCHED = 24 << 10;  // bytes that are on the way into the second cache, which waits for most at once
-constexpr int64_t MOST_AHEAD = 128;    // keys, the same
-constexpr int64_t PAGES_AHEAD = 64;    // keys beyond: where their pages lie is looked up, for which a fetch would wait
-constexpr int64_t SOON = 16;           // keys on the way from there into the first cache
+constexpr int PIECE = 256;  // keys
+constexpr int HEADS = 4;    // query heads that are computed together
+constexpr int64_t LONG_TURN = 64;   // keys of a kv head that stay in the first cache while its query heads pass over them
+constexpr int64_t SHORT_TURN = 16;  // where nothing is read twice: a usual block, so that memory is read in its order
+constexpr int64_t FETCHED = 16 << 10;  // bytes that are on the way
+constexpr int64_t MOST_AHEAD = 32;     // runs, the same
+constexpr int64_t PAGES_AHEAD = 6;     // runs beyond: where their pages lie is looked up, for which a fetch would wait
 
 constexpr int lanes_of(int heads) { return heads == 3 ? 4 : heads; }
 
 // What a piece is about: positions first .. last - 1, at most PIECE, of `heads` kv heads from `kv_head` on, which change
-// every `turn` keys (at most RUN)
+// every `turn` keys (at most LONG_TURN)
 struct Span {
     int64_t sequence, kv_head, heads, turn, first, last;
     int64_t keys() const { return last - first; }
 };
 
+// Keys that lie side by side, of one kv head and in one block: from a piece's `first` on
+struct Run {
+    int64_t kv_head, first, keys;
+};
+
+// Processors read ahead along a list of addresses. What computes on a run takes them in registers: an address that comes
+// together in memory from parts is not there before all that was written and loaded earlier.
 template <class KV>
 struct DecodeSpace {
-    // in the first kv head: this piece's keys, its values, and the next one's first keys, as they are read
-    const KV* places[2 * PIECE + MOST_AHEAD + PAGES_AHEAD + VL];
+    const KV** places;  // where runs begin in the order of reading: this piece's keys, its values, the next one's keys
+    Run* runs;
     float* q;       // [kv heads, G, P], P = D in whole vectors
     float* scores;  // [kv heads], per HEADS heads [PIECE + VL keys, lanes]
-    float* staged;  // [RUN + VL, P]
+    float* staged;  // [LONG_TURN, P]
 
-    static size_t bytes(int64_t heads, int64_t group, int64_t padded) {
-        return Arena::bytes_for<float>(heads * group * padded) +
-               Arena::bytes_for<float>(heads * (group + HEADS) * (PIECE + VL)) +
-               Arena::bytes_for<float>((RUN + VL) * padded) + Arena::bytes_for<DecodeSpace<KV>>(1);
+    // of a kv head in a piece: they end where a turn does and where a block does
+    static int64_t most_runs(int64_t block_size) { return PIECE / SHORT_TURN + PIECE / block_size + 2; }
+    static int64_t most_places(int64_t block_size) { return 3 * most_runs(block_size) + MOST_AHEAD + PAGES_AHEAD; }
+
+    static size_t bytes(const Attention& a, int64_t heads, int64_t padded) {
+        return Arena::bytes_for<const KV*>(heads * most_places(a.block_size)) +
+               Arena::bytes_for<Run>(heads * most_runs(a.block_size)) +
+               Arena::bytes_for<float>(heads * a.group() * padded) +
+               Arena::bytes_for<float>(heads * (a.group() + HEADS) * (PIECE + VL)) +
+               Arena::bytes_for<float>(LONG_TURN * padded);
     }
-    static DecodeSpace* make(Arena& arena, int64_t heads, int64_t group, int64_t padded) {
-        DecodeSpace* space = arena.take<DecodeSpace<KV>>(1);
-        space->q = arena.take<float>(heads * group * padded);
-        space->scores = arena.take<float>(heads * (group + HEADS) * (PIECE + VL));
-        space->staged = arena.take<float>((RUN + VL) * padded);
-        return space;
-    }
+    DecodeSpace(Arena& arena, const Attention& a, int64_t heads, int64_t padded)
+        : places(arena.take<const KV*>(heads * most_places(a.block_size))),
+          runs(arena.take<Run>(heads * most_runs(a.block_size))),
+          q(arena.take<float>(heads * a.group() * padded)),
+          scores(arena.take<float>(heads * (a.group() + HEADS) * (PIECE + VL))),
+          staged(arena.take<float>(LONG_TURN * padded)) {}
+
     float* scores_of(int64_t kv_head, int64_t group, int64_t head) {
         return scores + (kv_head * (group + HEADS) + head) * (PIECE + VL);
     }
 
-    // how many places ahead to fetch
-    int64_t find(const Attention& a, const Span& at, const Span& next) {
-        const int64_t keys = at.keys(), wanted = FETCHED / (at.heads * a.head_size * (int64_t)sizeof(KV));
-        const int64_t ahead = wanted < 1 ? 1 : wanted < MOST_AHEAD ? wanted : MOST_AHEAD;
-        const int64_t wanted_places = ahead + PAGES_AHEAD;
-        const int64_t known = next.keys() < wanted_places ? next.keys() : wanted_places;
-        const KV** end = places + 2 * keys;
-        a.find(0, at.sequence, at.kv_head, at.first, at.last, places);
-        a.find(1, at.sequence, at.kv_head, at.first, at.last, places + keys);
-        a.find(0, next.sequence, next.kv_head, next.first, next.first + known, end);
-        for (int64_t i = known; i < wanted_places + VL; i++) end[i] = end[known - 1];
-        return ahead;
+    // the number of runs; at least `known` places follow those of the values
+    int64_t find(const Attention& a, const Span& at, const Span& next, int64_t known) {
+        const KV** to = list(a, 0, at, places, runs);
+        const int64_t count = to - places;
+        to = list(a, 1, at, to);
+        Span soon = next;
+        soon.last = std::min(next.last, next.first + (known / next.heads + 1) * next.turn);
+        to = list(a, 0, soon, to);
+        for (; to < places + 2 * count + known; to++) *to = to[-1];
+        return count;
+    }
+
+    // Places of keys, `part` 0, or values, 1, and their runs where wanted; the end. In every turn runs of the first kv head
+    // come first
+    static const KV** list(const Attention& a, int part, const Span& span, const KV** to, Run* run = nullptr) {
+        for (int64_t turn = span.first; turn < span.last; turn += span.turn) {
+            const int64_t end = std::min(span.last, turn + span.turn);
+            int64_t listed = 0;
+            for (int64_t p = turn, keys; p < end; p += keys, listed++) {
+                keys = std::min(end - p, a.left_in_block(p));
+                if (run) *run++ = {0, p - span.first, keys};
+                *to++ = a.place<KV>(part, span.sequence, span.kv_head, p);
+            }
+            for (int64_t i = listed; i < listed * span.heads; i++, to++) {
+                if (run) *run = {i / listed, run[-listed].first, run[-listed].keys}, run++;
+                *to = to[-listed] + a.block_size * a.head_size;
+            }
+        }
+        return to;
     }
 };
 
@@ -99,33 +129,27 @@ inline void load_part(const KV* from, vec* to) {
     else for (int w = 0; w < W; w += 2) load_two(from + w * VL, to + w);
 }
 
-// Keys or values that are computed, in the kv head that begins `offset` numbers behind the places' first
-template <class KV>
-struct Run {
-    const KV* const* places;
-    int64_t keys, offset, ahead;
+// What is fetched while a run is computed, and where to: what all sequences share is in the second cache already
+enum Fetch { NOTHING, INTO_FIRST_CACHE, INTO_SECOND_CACHE };
 
-    const KV* operator[](int64_t i) const { return places[i] + offset; }
-
-    template <int W>
-    void fetch(int64_t i, int64_t d) const {
-        const char* later = (const char*)(places[i + ahead] + offset + d);
-        const char* soon = (const char*)(places[i + SOON] + offset + d);
+template <Fetch FETCH, int W, class KV>
+inline void fetch(const KV* later) {
+    if constexpr (FETCH == NOTHING) return;
 #pragma GCC unroll 8
-        for (size_t at = 0; at < W * VL * sizeof(KV); at += 64) {
-            __builtin_prefetch(later + at, 0, 2);
-            __builtin_prefetch(soon + at, 0, 3);
-        }
+    for (size_t at = 0; at < W * VL * sizeof(KV); at += 64) {
+        __builtin_prefetch((const char*)later + at, 0, FETCH == INTO_FIRST_CACHE ? 3 : 2);
     }
-};
+}
 
-// scores [keys, lanes_of(G)] of q [G, padded], arranged as KV; there are places for up to a vector beyond the keys
-template <class KV, int G, bool FETCH>
-void score_keys(const float* q, const Run<KV>& run, int64_t padded, float* scores) {
-    constexpr int LANES = lanes_of(G), KEYS = VL / LANES;
-    for (int64_t i = 0; i < run.keys; i += KEYS) {
+// Of keys `padded` apart, scores [keys, lanes_of(G)] of q [G, padded], arranged as KV; there is room for up to a vector
+// beyond. Fetches as much from `later` on.
+template <class KV, int G, Fetch FETCH>
+__attribute__((noinline)) void score_keys(
+    const float* q, const KV* at, const KV* later, int64_t keys, int64_t padded, float* scores) {
+    constexpr int LANES = lanes_of(G), KEYS = VL / LANES, WIDE = MANY_REGISTERS && G < 4 ? 4 : 2;
+    for (; keys > 0; keys -= KEYS, scores += VL) {
         vec sums[VL] = {};
-        over_parts<2>(padded, [&](auto width, int64_t d) __attribute__((always_inline)) {
+        over_parts<WIDE>(padded, [&](auto width, int64_t d) __attribute__((always_inline)) {
             constexpr int W = decltype(width)::value;
             vec q_part[G][W];
 #pragma GCC unroll 4
@@ -134,16 +158,18 @@ void score_keys(const float* q, const Run<KV>& run, int64_t padded, float* score
             }
 #pragma GCC unroll 16
             for (int b = 0; b < KEYS; b++) {
-                if constexpr (FETCH) run.template fetch<W>(i + b, d);
+                const int64_t key = b < keys ? b : keys - 1;
+                fetch<FETCH, W>(later + b * padded + d);
                 vec k[W];
-                load_part<W>(run[i + b] + d, k);
+                load_part<W>(at + key * padded + d, k);
 #pragma GCC unroll 4
                 for (int h = 0; h < G; h++) {
                     for (int w = 0; w < W; w++) sums[b * LANES + h] += k[w] * q_part[h][w];
                 }
             }
         });
-        store(scores + i * LANES, row_sums<G, LANES>(sums));
+        store(scores, row_sums<G, LANES>(sums));
+        at += KEYS * padded, later += KEYS * padded;
     }
 }
 
@@ -156,32 +182,22 @@ void weigh(float* scores, int64_t keys, float cap_scale, float* maximum, float* 
         for (int64_t i = 0; i < count; i += VL) store(scores + i, tanh_of(load(scores + i)) * cap_scale);
     }
     for (int64_t i = keys * LANES; i < count; i++) scores[i] = -__builtin_inff();
-    vec most = splat(LOWEST);
+    vec most = splat(LOWEST), total = {};
     for (int64_t i = 0; i < count; i += VL) most = vmax(most, load(scores + i));
-    float by_lane[VL];
-    store(by_lane, most);
-    for (int i = LANES; i < VL; i++) {
-        if (by_lane[i] > by_lane[i % LANES]) by_lane[i % LANES] = by_lane[i];
-    }
-    for (int i = LANES; i < VL; i++) by_lane[i] = by_lane[i % LANES];
-    most = load(by_lane);
-    vec total = {};
+    most = across<LANES>(most, [](vec a, vec b) { return vmax(a, b); });
     for (int64_t i = 0; i < count; i += VL) {
         const vec weight = exp2_to_127(load(scores + i) - most);
         total += weight;
         store(scores + i, weight);
     }
-    for (int h = 0; h < G; h++) maximum[h] = by_lane[h];
-    store(by_lane, total);
-    for (int h = 0; h < G; h++) {
-        sum[h] = 0;
-        for (int i = h; i < VL; i += LANES) sum[h] += by_lane[i];
-    }
+    total = across<LANES>(total, [](vec a, vec b) { return a + b; });
+    for (int h = 0; h < G; h++) maximum[h] = most[h], sum[h] = total[h];
 }
 
 // out [G, padded], arranged as KV, += weights · values
-template <class KV, int G, bool FETCH>
-void sum_values(const float* weights, const Run<KV>& run, int64_t padded, float* out) {
+template <class KV, int G, Fetch FETCH>
+__attribute__((noinline)) void sum_values(
+    const float* weights, const KV* at, const KV* later, int64_t keys, int64_t padded, float* out) {
     constexpr int LANES = lanes_of(G), WIDE = G == 4 && !MANY_REGISTERS ? 2 : 4;
     over_parts<WIDE>(padded, [&](auto width, int64_t d) __attribute__((always_inline)) {
         constexpr int W = decltype(width)::value;
@@ -191,10 +207,10 @@ void sum_values(const float* weights, const Run<KV>& run, int64_t padded, float*
 #pragma GCC unroll 4
             for (int w = 0; w < W; w++) sums[h][w] = load(out + h * padded + d + w * VL);
         }
-        for (int64_t i = 0; i < run.keys; i++) {
-            if constexpr (FETCH) run.template fetch<W>(i, d);
+        for (int64_t i = 0; i < keys; i++) {
+            fetch<FETCH, W>(later + i * padded + d);
             vec v[W], weight[G];
-            load_part<W>(run[i] + d, v);
+            load_part<W>(at + i * padded + d, v);
 #pragma GCC unroll 4
             for (int h = 0; h < G; h++) weight[h] = splat(weights[i * LANES + h]);
 #pragma GCC unroll 4
@@ -215,9 +231,11 @@ void sum_values(const float* weights, const Run<KV>& run, int64_t padded, float*
 template <class KV>
 void attend_piece(const Attention& a, const Span& at, const Span& next, DecodeSpace<KV>& space, float* partial) {
     const int64_t group = a.group(), size = a.head_size, padded = round_up(size, VL), keys = at.keys();
-    const int64_t stride = partial_size(group, padded), between = a.block_size * size;  // partials; heads of a block
-    const bool whole = size == padded;
-    const int64_t ahead = space.find(a, at, next);
+    const int64_t stride = partial_size(group, padded);
+    const bool whole = size == padded, shared = at.turn == LONG_TURN;
+    const int64_t run_bytes = std::min(at.turn, a.block_size) * size * (int64_t)sizeof(KV);
+    const int64_t ahead = std::clamp<int64_t>(FETCHED / run_bytes, 1, MOST_AHEAD);
+    const int64_t runs = space.find(a, at, next, ahead + PAGES_AHEAD);
     const float* q = a.q_THD + a.query_starts[at.sequence] * a.q_stride_T + at.kv_head * group * a.q_stride_H;
     for (int64_t h = 0; h < at.heads * group; h++) {
         float* scaled = is_arranged<KV>(size) ? space.staged : space.q + h * padded;
@@ -228,57 +246,51 @@ void attend_piece(const Attention& a, const Span& at, const Span& next, DecodeSp
     }
 
     // a head size that is no whole number of vectors goes through padded copies
-    const float* copies[RUN + VL];
-    for (int64_t i = 0; i < RUN + VL; i++) copies[i] = space.staged + (i < RUN ? i : 0) * padded;
-    auto copied = [&](const Run<KV>& run) {
-        for (int64_t i = 0; i < run.keys; i++) {
-            prefetch(run[i + ahead], size * (int64_t)sizeof(KV));
-            widen(run[i], size, padded, space.staged + i * padded);
+    auto copied = [&](const KV* from, const KV* later, int64_t count) {
+        for (int64_t i = 0; i < count; i++) {
+            prefetch(later + i * size, size * (int64_t)sizeof(KV));
+            widen(from + i * size, size, padded, space.staged + i * padded);
         }
-        for (int64_t i = run.keys; i < round_up(run.keys, VL) && i < RUN; i++) {
-            memset(space.staged + i * padded, 0, padded * sizeof(float));
-        }
-        return Run<float>{copies, run.keys, 0, 0};
+        return space.staged;
     };
     auto per_heads = [&](auto&& body) {
         for (int64_t h = 0; h < group; h += HEADS) with_heads(group - h, [&](auto count) { body(count, h); });
     };
-    // body(run, its first key, kv head)
-    auto over_runs = [&](const KV* const* places, auto&& body) {
-        for (int64_t i = 0; i < keys; i += at.turn) {
-            const int64_t count = keys - i < at.turn ? keys - i : at.turn;
-            for (int64_t k = 0; k < at.heads; k++) {
-                prefetch(places[i + ahead + PAGES_AHEAD] + k * between, 1);
-                body(Run<KV>{places + i, count, k * between, ahead}, i, k);
-            }
+    // body(a run, where it begins, what is fetched meanwhile)
+    auto over_runs = [&](const KV** places, auto&& body) {
+        for (int64_t r = 0; r < runs; r++) {
+            prefetch(places[r + ahead + PAGES_AHEAD], 1);
+            body(space.runs[r], places[r], places[r + ahead]);
         }
     };
-    over_runs(space.places, [&](const Run<KV>& run, int64_t i, int64_t k) {
-        const Run<float> narrow = whole ? Run<float>{} : copied(run);
+    over_runs(space.places, [&](const Run& run, const KV* from, const KV* later) {
+        const float* copies = whole ? nullptr : copied(from, later, run.keys);
         per_heads([&](auto heads, int64_t h) {
             constexpr int G = decltype(heads)::value;
-            const float* from = space.q + (k * group + h) * padded;
-            float* scores = space.scores_of(k, group, h) + i * lanes_of(G);
-            if (whole) score_keys<KV, G, true>(from, run, padded, scores);
-            else score_keys<float, G, false>(from, narrow, padded, scores);
+            const float* of_heads = space.q + (run.kv_head * group + h) * padded;
+            float* scores = space.scores_of(run.kv_head, group, h) + run.first * lanes_of(G);
+            if (!whole) score_keys<float, G, NOTHING>(of_heads, copies, nullptr, run.keys, padded, scores);
+            else if (shared) score_keys<KV, G, INTO_FIRST_CACHE>(of_heads, from, later, run.keys, padded, scores);
+            else score_keys<KV, G, INTO_SECOND_CACHE>(of_heads, from, later, run.keys, padded, scores);
         });
     });
     for (int64_t k = 0; k < at.heads; k++) {
-        float* maximum = partial + k * stride;
+        float *maximum = partial + k * stride, *values = maximum + round_up(2 * group, VL);
         per_heads([&](auto heads, int64_t h) {
             constexpr int G = decltype(heads)::value;
             weigh<G>(space.scores_of(k, group, h), keys, a.cap_scale(), maximum + h, maximum + group + h);
         });
-        memset(maximum + round_up(2 * group, VL), 0, group * padded * sizeof(float));
+        for (int64_t d = 0; d < group * padded; d += VL) store(values + d, vec{});
     }
-    over_runs(space.places + keys, [&](const Run<KV>& run, int64_t i, int64_t k) {
-        const Run<float> narrow = whole ? Run<float>{} : copied(run);
+    over_runs(space.places + runs, [&](const Run& run, const KV* from, const KV* later) {
+        const float* copies = whole ? nullptr : copied(from, later, run.keys);
         per_heads([&](auto heads, int64_t h) {
             constexpr int G = decltype(heads)::value;
-            const float* weights = space.scores_of(k, group, h) + i * lanes_of(G);
-            float* out = partial + k * stride + round_up(2 * group, VL) + h * padded;
-            if (whole) sum_values<KV, G, true>(weights, run, padded, out);
-            else sum_values<float, G, false>(weights, narrow, padded, out);
+            const float* weights = space.scores_of(run.kv_head, group, h) + run.first * lanes_of(G);
+            float* out = partial + run.kv_head * stride + round_up(2 * group, VL) + h * padded;
+            if (!whole) sum_values<float, G, NOTHING>(weights, copies, nullptr, run.keys, padded, out);
+            else if (shared) sum_values<KV, G, INTO_FIRST_CACHE>(weights, from, later, run.keys, padded, out);
+            else sum_values<KV, G, INTO_SECOND_CACHE>(weights, from, later, run.keys, padded, out);
         });
     });
 }

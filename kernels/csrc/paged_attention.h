@@ -21,7 +21,6 @@ struct DecodePiece {
 };
 
 constexpr int64_t TASKS_A_THREAD = 8;    // of decodes, at least, where there are so many pieces
-constexpr int64_t SHORT_TURN = 16;       // keys of a kv head at a time, where nothing is read twice: a usual block
 constexpr int64_t MOST_TOGETHER = 16;    // query heads of a piece, whose scores stay in the nearest caches
 
 struct Tasks {
@@ -71,7 +70,7 @@ struct Tasks {
         for (int64_t i = 0, end; i < total; i = end) {
             for (end = i + 1; end < total && first_block(a, decodes[end]) == first_block(a, decodes[i]);) end++;
             const int64_t before = (int64_t)units.size();
-            for (int64_t j = i; j < end; j++) list_units(a, decodes[j], end - i > 1 ? RUN : SHORT_TURN);
+            for (int64_t j = i; j < end; j++) list_units(a, decodes[j], end - i > 1 ? LONG_TURN : SHORT_TURN);
             list_pieces(before, ((int64_t)units.size() - before) / (end - i));
         }
         const int64_t listed = (int64_t)pieces.size(), length = std::max<int64_t>(1, listed / wanted);
@@ -159,15 +158,15 @@ void attend(const Attention& a, int threads) {
     tasks.list(a, threads);
     const int64_t group = a.group(), size = a.head_size, padded = round_up(size, VL);
     const int64_t rows = tasks.tiles.empty() ? 0 : round_up(tasks.tile_queries * group, VL);
-    const size_t decode_bytes = DecodeSpace<KV>::bytes(tasks.heads, group, padded);
+    const size_t decode_bytes = DecodeSpace<KV>::bytes(a, tasks.heads, padded);
     const size_t prompt_bytes = PromptSpace::bytes(rows, size);
     tasks.arena.reserve(
         Arena::bytes_for<float>(tasks.partial_floats) + threads * (decode_bytes + prompt_bytes));
     float* partials = tasks.arena.take<float>(tasks.partial_floats);
-    std::vector<DecodeSpace<KV>*> decode_spaces;
+    std::vector<DecodeSpace<KV>> decode_spaces;
     std::vector<PromptSpace> prompt_spaces;
     for (int i = 0; i < threads; i++) {
-        decode_spaces.push_back(DecodeSpace<KV>::make(tasks.arena, tasks.heads, group, padded));
+        decode_spaces.emplace_back(tasks.arena, a, tasks.heads, padded);
         prompt_spaces.emplace_back(tasks.arena, rows, size);
     }
     // few large tasks first, then small ones in the order of memory
@@ -178,7 +177,7 @@ void attend(const Attention& a, int threads) {
         const int64_t last = shared.starts[i - tiles + 1] - 1;
         for (int64_t at = shared.starts[i - tiles]; at <= last; at++) {
             const DecodePiece& next = shared.pieces[std::min(at + 1, last)];
-            run_piece<KV>(a, shared, shared.pieces[at], next, *decode_spaces[thread], partials);
+            run_piece<KV>(a, shared, shared.pieces[at], next, decode_spaces[thread], partials);
         }
     });
 }

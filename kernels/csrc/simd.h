@@ -239,6 +239,13 @@ __attribute__((always_inline)) inline vec inner_halves(vec a, vec b, std::index_
 #endif
 }
 
+// In each lane what `join` makes of all that lie a multiple of EACH lanes apart
+template <int EACH, class Join>
+inline vec across(vec v, Join&& join) {
+    if constexpr (EACH == VL) return v;
+    else return across<2 * EACH>(join(v, inner_halves<EACH>(v, v, std::make_index_sequence<VL>{})), join);
+}
+
 // Lane i of the result is the sum of rows[i]'s lanes; overwrites rows. Of each EACH rows only the first LIVE are summed.
 template <int LIVE = 1, int EACH = 1, int N = VL>
 __attribute__((always_inline)) inline vec row_sums(vec* rows) {
