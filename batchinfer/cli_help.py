@@ -145,8 +145,8 @@ are what a stop string in each request adds. Growth is relative to the row befor
 BENCH_KERNELS = """Each op against what bandwidth or GEMM rate allow.
 
 The limit of an op is the longer of two times: its unavoidable bytes at the measured bandwidth, and its operations at
-the measured GEMM rate. Bandwidth is measured on data of the same size, in the cache that holds it. Every op runs with
-all backends that are there, in turn; linear layers have one. Loads no weights.
+the measured GEMM rate. Bandwidth is that of reading as much data, in the cache that holds it. Every op runs with all
+backends that are there, in turn with one another and with that reading; linear layers have one. Loads no weights.
 
 \b
   batchinfer bench kernels

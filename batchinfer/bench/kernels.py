@@ -1,8 +1,9 @@
 """Each op of a forward pass against what memory and arithmetic allow: bytes over bandwidth, operations over GEMM rate.
 
-Bytes are those that an op cannot avoid: every input read once, every output written once. Bandwidth is measured on data
-of the same size, so that what stays in a cache is held to the cache's speed. Element-wise ops count bytes alone, and
-what multiplies in bfloat16 or in 8 bits is held to the GEMM rate in these.
+Bytes are those that an op cannot avoid: every input read once, every output written once. Bandwidth is that of reading
+data of the same size, so that what stays in a cache is held to the cache's speed; it is measured in turn with the op,
+since a machine's memory may be slower from one minute to the next, and is a median as the op's time is. Element-wise
+ops count bytes alone, and what multiplies in bfloat16 or in 8 bits is held to the GEMM rate in these.
 
 T tokens · S sequences · E hidden size · F feed-forward size · H query heads · K kv heads · D head size · R rotated
 pairs · N blocks · B slots per block · I, O input and output features
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 
 from batchinfer import ops
-from batchinfer.bench.machine import Bandwidth, Machine, gemm_rate
+from batchinfer.bench.machine import Machine, gemm_rate, readings
 from batchinfer.bench.table import number, table
 from batchinfer.bench.timing import Timing, time_in_turn
 from batchinfer.engine.draw import argmax
@@ -122,7 +123,6 @@ class Measured:
 @torch.inference_mode()
 def measure(shapes: Shapes, machine: Machine, cases: Sequence[Case] | None = None) -> Iterator[Measured]:
     """Every case on every backend that is there; backends take turns."""
-    bandwidth = Bandwidth()
 
     @cache
     def rate(dtype: torch.dtype) -> float:
@@ -130,27 +130,33 @@ def measure(shapes: Shapes, machine: Machine, cases: Sequence[Case] | None = Non
 
     with ops.keeping_backend("cpu"):
         for case in all_cases(shapes) if cases is None else cases:
-            for backend, timing in _in_turn(case).items():
-                yield _against_limit(case, backend, timing, machine, bandwidth, rate(case.dtype))
+            timings, bytes_per_s = _in_turn(case)
+            for backend, timing in timings.items():
+                yield _against_limit(case, backend, timing, machine, bytes_per_s, rate(case.dtype))
 
 
-def _in_turn(case: Case) -> dict[str, Timing]:
+def _in_turn(case: Case) -> tuple[dict[str, Timing], float]:
+    """The times of every backend, and the bytes per second that as much data was read with."""
     choices = ops.backends("cpu")
 
-    def choose(backend: str) -> None:
-        ops.use_reference("cpu", choices[backend])
+    def choose(name: str) -> None:
+        if name in choices:
+            ops.use_reference("cpu", choices[name])
 
-    works = {}
+    works: dict[str, Work] = {}
     for backend in choices:
         choose(backend)
         works[backend] = case.make()
-    return time_in_turn(works, _BUDGET_S, choose, least=2 * case.turns)  # all layers, as in a step
+    ways, read_bytes = readings(case.data_bytes, case.turns)
+    timings = time_in_turn(works | ways, _BUDGET_S, choose, least=2 * case.turns)  # all layers, as in a step
+    fastest = min(timings.pop(way).median_s for way in ways)
+    return timings, read_bytes / fastest
 
 
 def _against_limit(
-    case: Case, backend: str, timing: Timing, machine: Machine, bandwidth: Bandwidth, rate: float
+    case: Case, backend: str, timing: Timing, machine: Machine, bytes_per_s: float, rate: float
 ) -> Measured:
-    moving, computing = case.data_bytes / bandwidth.of(case.held_bytes), case.operations / rate
+    moving, computing = case.data_bytes / bytes_per_s, case.operations / rate
     return Measured(
         op=case.op,
         shape=case.shape,

@@ -7,6 +7,7 @@ multiplication and an addition as two.
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import re
@@ -152,23 +153,36 @@ class Bandwidth:
         return self._known[rounded]
 
 
+def readings(data_bytes: int, turns: int = 1) -> tuple[dict[str, Callable[[], object]], int]:
+    """Ways to read as many bytes, of which none is the fastest on every machine; and how many they are.
+
+    It may be a few more, to whole 4 KiB, or less, where memory is short. `turns` calls pass before the same bytes come
+    again.
+    """
+    most = _largest_buffer()
+    read_bytes = min(-(-data_bytes // _LEAST_BYTES) * _LEAST_BYTES, most)
+    data = torch.ones(max(1, min(turns, most // read_bytes)), read_bytes // 4)
+    vector = torch.ones(1, 1024)
+
+    def over_data(read: Callable[[Tensor], object]) -> Callable[[], object]:
+        following = itertools.cycle(data)
+        return lambda: read(next(following))
+
+    ways = {
+        "sum": over_data(torch.sum),
+        "dot": over_data(lambda part: torch.dot(*part.view(2, -1))),
+        "matrix times vector": over_data(lambda part: F.linear(vector, part.view(-1, 1024))),
+    }
+    return ways, read_bytes
+
+
 def _rates(buffer_bytes: int) -> tuple[float, float]:
     """Bytes per second read, and read and written, on a buffer of this size in all."""
-    data = torch.ones(buffer_bytes // 4)
-    half = len(data) // 2
-    first, second = data[:half], data[half : 2 * half]
-    rows = data[: len(data) // 1024 * 1024].view(-1, 1024)
-    vector = torch.ones(1, 1024)
-    read = _fastest(
-        {
-            "sum": data.sum,
-            "dot": lambda: torch.dot(first, second),
-            "matrix times vector": lambda: F.linear(vector, rows),
-        },
-        2 * _BANDWIDTH_BUDGET_S,
-    )
+    ways, read_bytes = readings(buffer_bytes)
+    read = _fastest(ways, 2 * _BANDWIDTH_BUDGET_S)
+    first, second = torch.ones(2, buffer_bytes // 8)
     copy = _fastest({"copy": lambda: second.copy_(first)}, _BANDWIDTH_BUDGET_S)
-    return buffer_bytes / read, buffer_bytes / copy
+    return read_bytes / read, buffer_bytes / copy
 
 
 def _fastest(works: dict[str, Callable[[], object]], budget_s: float) -> float:

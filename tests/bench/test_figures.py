@@ -147,6 +147,21 @@ def test_bandwidth_is_measured_once_for_sizes_of_one_kind(quick_machine, monkeyp
     assert measured == [5120, 8192, 10240, 4096, 1 << 16]
 
 
+def test_readings_read_all_of_what_is_next(quick_machine, monkeypatch):
+    made = []
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *shape: made.append(ones(*shape)) or made[-1])
+    ways, read_bytes = machine.readings(10_000, turns=3)
+    data = made[0]
+    assert read_bytes == 12288 == 4 * data[0].numel() and len(data) == 3
+    data *= torch.tensor([[1.0], [2.0], [3.0]])
+    assert [float(ways["sum"]()) for _ in range(4)] == [3072, 6144, 9216, 3072]
+    assert float(ways["dot"]()) == 1536
+    assert ways["matrix times vector"]().tolist() == [[1024.0] * 3]
+    least, most = machine.readings(1), machine.readings(1 << 40, turns=9)
+    assert (least[1], most[1], len(made[-2])) == (4096, 1 << 16, 1)
+
+
 # -- the JSON file -------------------------------------------------------------------------------------------------
 
 

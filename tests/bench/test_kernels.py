@@ -8,6 +8,7 @@ import torch
 from batchinfer import ops
 from batchinfer.bench import kernels
 from batchinfer.bench.kernels import Case, Shapes, all_cases, describe, measure
+from batchinfer.bench.timing import Timing
 from tests.bench.test_figures import make_machine
 
 SMALL = Shapes("small", hidden=16, heads=4, kv_heads=2, head_size=8, feed_forward=24, vocabulary=40)
@@ -52,8 +53,22 @@ def test_every_case_runs_on_every_backend():
     assert len(describe(found).splitlines()) == 1 + len(found)
 
 
+def read_at(bytes_per_s, monkeypatch):
+    in_turn = kernels._in_turn
+    monkeypatch.setattr(kernels, "_in_turn", lambda case: (in_turn(case)[0], bytes_per_s))
+
+
+def test_the_limit_is_the_median_of_the_fastest_reading(monkeypatch):
+    medians = {"sum": 3.0, "dot": 2.0, "matrix times vector": 4.0}
+    timed = lambda works, *rest, least: {name: Timing(0.5, medians.get(name, 9.0), 1) for name in works}  # noqa: E731
+    monkeypatch.setattr(kernels, "time_in_turn", timed)
+    found = list(measure(SMALL, make_machine(), [Case("x", "", 6000, 0, lambda: lambda: None)]))
+    assert [one.limit_s for one in found] == [pytest.approx(2.0 * 6000 / 8192)] * len(ops.backends("cpu"))
+    assert all(one.median_s == 9.0 for one in found)
+
+
 def test_arithmetic_is_held_to_the_rate_of_its_type(monkeypatch):
-    monkeypatch.setattr(kernels.Bandwidth, "of", lambda self, size: 1e9)
+    read_at(1e9, monkeypatch)
     rates = {torch.bfloat16: 2e6, torch.int8: 4e6}
     monkeypatch.setattr(kernels, "gemm_rate", rates.pop)  # each is measured once
     dtypes = (torch.float32, torch.bfloat16, torch.int8, torch.bfloat16)
@@ -63,7 +78,7 @@ def test_arithmetic_is_held_to_the_rate_of_its_type(monkeypatch):
 
 
 def test_limit_is_the_longer_of_both(monkeypatch):
-    monkeypatch.setattr(kernels.Bandwidth, "of", lambda self, size: 1e6)
+    read_at(1e6, monkeypatch)
     machine = make_machine(gemm_per_s=1e6, caches={"L1": 100, "L2": 1000, "L3": 3000}, threads=2)
     made = [
         Case("x", "", size, work, lambda: lambda: None)

@@ -23,16 +23,18 @@ def paged_attention(
     soft_cap: float | None,
 ) -> Tensor:
     kv_type = TYPES.get(kv_N2KBD.dtype)
+    stride_T, stride_H, stride_D = q_THD.stride()
     known = q_THD.dtype == torch.float32 and kv_type is not None
-    dense = q_THD.stride(2) == 1 and kv_N2KBD.is_contiguous()
+    dense = stride_D == 1 and kv_N2KBD.is_contiguous()
     if not (known and dense and isinstance(index, CPUStepIndex)):
         return reference.paged_attention(q_THD, kv_N2KBD, index, scale, window, soft_cap)
-    out_THD = torch.empty(q_THD.shape)
+    tokens, heads, size = q_THD.shape
+    out_THD = torch.empty(tokens, heads, size)
     tables, query_starts, lengths = index.addresses
     status = functions().paged_attention(
         q_THD.data_ptr(),
-        q_THD.stride(0),
-        q_THD.stride(1),
+        stride_T,
+        stride_H,
         out_THD.data_ptr(),
         kv_N2KBD.data_ptr(),
         kv_type,
@@ -41,9 +43,10 @@ def paged_attention(
         query_starts,
         lengths,
         len(index.lengths_S),
-        q_THD.shape[1],
-        *kv_N2KBD.shape[2::2],
-        kv_N2KBD.shape[3],
+        heads,
+        index.num_kv_heads,
+        size,
+        index.block_size,
         scale,
         window or 0,
         soft_cap or 0.0,

@@ -29,6 +29,10 @@ class BlockMatrix:
     def device(self) -> torch.device:
         return self.values_OI.device
 
+    @property
+    def is_cpu(self) -> bool:
+        return self.values_OI.is_cpu
+
     def __getitem__(self, rows_O: Tensor) -> BlockMatrix:
         mins = None if self.mins_OG is None else self.mins_OG[rows_O]
         return BlockMatrix(self.values_OI[rows_O], self.scales_OG[rows_O], mins, self.bits)
