@@ -36,21 +36,19 @@ struct Attention {
     int64_t first_seen(int64_t position) const {
         return window > 0 && position >= window ? position - window + 1 : 0;
     }
-    int64_t left_in_block(int64_t position) const { return block_size - position % block_size; }
-    // where a key, `part` 0, or a value, 1, begins
+    // where a key, `part` 0, or a value, 1, begins that lies in a slot of a sequence's block number `block`
     template <class KV>
-    const KV* place(int part, int64_t sequence, int64_t kv_head, int64_t position) const {
-        const int64_t block = tables[sequence * table_stride + position / block_size];
-        const int64_t slot = ((block * 2 + part) * kv_heads + kv_head) * block_size + position % block_size;
-        return (const KV*)kv_N2KBD + slot * head_size;
+    const KV* place(int part, int64_t sequence, int64_t kv_head, int64_t block, int64_t slot) const {
+        const int64_t number = tables[sequence * table_stride + block];
+        return (const KV*)kv_N2KBD + (((number * 2 + part) * kv_heads + kv_head) * block_size + slot) * head_size;
     }
     // where keys, or values, of positions first .. last - 1 begin
     template <class KV>
     void find(int part, int64_t sequence, int64_t kv_head, int64_t first, int64_t last, const KV** to) const {
-        for (int64_t p = first, stop; p < last; p = stop) {
-            stop = std::min(last, p + left_in_block(p));
-            const KV* at = place<KV>(part, sequence, kv_head, p);
-            for (int64_t i = p; i < stop; i++, at += head_size) *to++ = at;
+        int64_t block = first / block_size, slot = first % block_size;
+        for (int64_t p = first; p < last; block++, slot = 0) {
+            const KV* at = place<KV>(part, sequence, kv_head, block, slot);
+            for (; slot < block_size && p < last; slot++, p++, at += head_size) *to++ = at;
         }
     }
 };

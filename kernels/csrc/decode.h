@@ -75,20 +75,25 @@ struct DecodeSpace {
         return count;
     }
 
-    // Places of keys, `part` 0, or values, 1, and their runs where wanted; the end. In every turn runs of the first kv head
-    // come first
+    // Lists places of keys, `part` 0, or values, 1, and their runs where wanted: turn by turn, and in a turn kv head by kv
+    // head. Returns the end
     static const KV** list(const Attention& a, int part, const Span& span, const KV** to, Run* run = nullptr) {
+        int64_t block = span.first / a.block_size, slot = span.first % a.block_size;
         for (int64_t turn = span.first; turn < span.last; turn += span.turn) {
             const int64_t end = std::min(span.last, turn + span.turn);
             int64_t listed = 0;
             for (int64_t p = turn, keys; p < end; p += keys, listed++) {
-                keys = std::min(end - p, a.left_in_block(p));
+                keys = std::min(end - p, a.block_size - slot);
                 if (run) *run++ = {0, p - span.first, keys};
-                *to++ = a.place<KV>(part, span.sequence, span.kv_head, p);
+                *to++ = a.place<KV>(part, span.sequence, span.kv_head, block, slot);
+                slot += keys;
+                if (slot == a.block_size) block++, slot = 0;
             }
-            for (int64_t i = listed; i < listed * span.heads; i++, to++) {
-                if (run) *run = {i / listed, run[-listed].first, run[-listed].keys}, run++;
-                *to = to[-listed] + a.block_size * a.head_size;
+            for (int64_t k = 1; k < span.heads; k++) {
+                for (int64_t i = 0; i < listed; i++, to++) {
+                    if (run) *run = {k, run[-listed].first, run[-listed].keys}, run++;
+                    *to = to[-listed] + a.block_size * a.head_size;
+                }
             }
         }
         return to;
@@ -173,9 +178,9 @@ __attribute__((noinline)) void score_keys(
     }
 }
 
-// scores to weights, in place; the maximum and the sum of each head
+// scores to weights, in place; the maximum and the sum of each head. Fetches from `later` on meanwhile
 template <int G>
-void weigh(float* scores, int64_t keys, float cap_scale, float* maximum, float* sum) {
+void weigh(float* scores, int64_t keys, float cap_scale, const void* later, float* maximum, float* sum) {
     constexpr int LANES = lanes_of(G);
     const int64_t count = round_up(keys * LANES, VL);
     if (cap_scale > 0) {
@@ -186,6 +191,7 @@ void weigh(float* scores, int64_t keys, float cap_scale, float* maximum, float* 
     for (int64_t i = 0; i < count; i += VL) most = vmax(most, load(scores + i));
     most = across<LANES>(most, [](vec a, vec b) { return vmax(a, b); });
     for (int64_t i = 0; i < count; i += VL) {
+        if (i % 32 == 0) __builtin_prefetch((const char*)later + 2 * i, 0, 2);
         const vec weight = exp2_to_127(load(scores + i) - most);
         total += weight;
         store(scores + i, weight);
@@ -238,11 +244,10 @@ void attend_piece(const Attention& a, const Span& at, const Span& next, DecodeSp
     const int64_t runs = space.find(a, at, next, ahead + PAGES_AHEAD);
     const float* q = a.q_THD + a.query_starts[at.sequence] * a.q_stride_T + at.kv_head * group * a.q_stride_H;
     for (int64_t h = 0; h < at.heads * group; h++) {
-        float* scaled = is_arranged<KV>(size) ? space.staged : space.q + h * padded;
-        const float* from = q + h * a.q_stride_H;
-        for (int64_t d = 0; d < size; d++) scaled[d] = from[d] * a.score_scale();
-        for (int64_t d = size; d < padded; d++) scaled[d] = 0;
-        if (is_arranged<KV>(size)) arrange(scaled, size, space.q + h * padded);
+        float* scaled = space.q + h * padded;
+        widen(q + h * a.q_stride_H, size, padded, scaled);
+        for (int64_t d = 0; d < padded; d += VL) store(scaled + d, load(scaled + d) * a.score_scale());
+        if (is_arranged<KV>(size)) arrange(scaled, size);
     }
 
     // a head size that is no whole number of vectors goes through padded copies
@@ -278,7 +283,8 @@ void attend_piece(const Attention& a, const Span& at, const Span& next, DecodeSp
         float *maximum = partial + k * stride, *values = maximum + round_up(2 * group, VL);
         per_heads([&](auto heads, int64_t h) {
             constexpr int G = decltype(heads)::value;
-            weigh<G>(space.scores_of(k, group, h), keys, a.cap_scale(), maximum + h, maximum + group + h);
+            float* scores = space.scores_of(k, group, h);
+            weigh<G>(scores, keys, a.cap_scale(), space.places[runs + ahead + k], maximum + h, maximum + group + h);
         });
         for (int64_t d = 0; d < group * padded; d += VL) store(values + d, vec{});
     }
@@ -318,8 +324,8 @@ void join_pieces(
             }
         }
         for (int64_t d = 0; d < padded; d += VL) store(joined + d, load(joined + d) / sum);
-        if (is_arranged<KV>(size)) restore(joined, size, out + h * size);
-        else memcpy(out + h * size, joined, size * sizeof(float));
+        if (is_arranged<KV>(size)) restore(joined, size);
+        memcpy(out + h * size, joined, size * sizeof(float));
     }
 }
 

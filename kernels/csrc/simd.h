@@ -100,21 +100,35 @@ inline void load_two(const bf16* p, vec* two) {
     two[0] = bits_as<vec>(pairs << 16), two[1] = bits_as<vec>(pairs & 0xffff0000u);
 }
 
-inline void arrange(const float* from, int64_t size, float* to) {
-    int64_t i = 0;
-    for (; i + 2 * VL <= size; i += 2 * VL) {
-        for (int j = 0; j < VL; j++) to[i + j] = from[i + 2 * j], to[i + VL + j] = from[i + 2 * j + 1];
-    }
-    memcpy(to + i, from + i, (size - i) * sizeof(float));
+// lanes of a, then of b, by their numbers
+template <size_t... FROM>
+inline vec pick(vec a, vec b, std::index_sequence<FROM...>) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, (int)FROM...);
+#else
+    return __builtin_shuffle(a, b, ivec{(int)FROM...});
+#endif
 }
 
-inline void restore(const float* from, int64_t size, float* to) {
-    int64_t i = 0;
-    for (; i + 2 * VL <= size; i += 2 * VL) {
-        for (int j = 0; j < VL; j++) to[i + 2 * j] = from[i + j], to[i + 2 * j + 1] = from[i + VL + j];
+template <size_t... LANE>
+inline void arrange(float* x, int64_t size, std::index_sequence<LANE...>) {
+    for (; size >= 2 * VL; x += 2 * VL, size -= 2 * VL) {
+        const vec a = load(x), b = load(x + VL);
+        store(x, pick(a, b, std::index_sequence<2 * LANE...>{}));
+        store(x + VL, pick(a, b, std::index_sequence<2 * LANE + 1 ...>{}));
     }
-    memcpy(to + i, from + i, (size - i) * sizeof(float));
 }
+inline void arrange(float* x, int64_t size) { arrange(x, size, std::make_index_sequence<VL>{}); }
+
+template <size_t... LANE>
+inline void restore(float* x, int64_t size, std::index_sequence<LANE...>) {
+    for (; size >= 2 * VL; x += 2 * VL, size -= 2 * VL) {
+        const vec even = load(x), odd = load(x + VL);
+        store(x, pick(even, odd, std::index_sequence<LANE % 2 * VL + LANE / 2 ...>{}));
+        store(x + VL, pick(even, odd, std::index_sequence<LANE % 2 * VL + (VL + LANE) / 2 ...>{}));
+    }
+}
+inline void restore(float* x, int64_t size) { restore(x, size, std::make_index_sequence<VL>{}); }
 
 // not __builtin_convertvector: GCC 12 makes scalar code of it, number by number
 inline ivec load_integers(const uint8_t* p) {
@@ -232,11 +246,7 @@ __attribute__((always_inline)) inline vec outer_halves(vec a, vec b, std::index_
 // The others: a's second halves in the place of the first, b's first in that of the second
 template <int H, size_t... LANE>
 __attribute__((always_inline)) inline vec inner_halves(vec a, vec b, std::index_sequence<LANE...>) {
-#if defined(__clang__)
-    return __builtin_shufflevector(a, b, (int)(LANE / H % 2 * VL + (LANE ^ H))...);
-#else
-    return __builtin_shuffle(a, b, ivec{(int)(LANE / H % 2 * VL + (LANE ^ H))...});
-#endif
+    return pick(a, b, std::index_sequence<LANE / H % 2 * VL + (LANE ^ H)...>{});
 }
 
 // In each lane what `join` makes of all that lie a multiple of EACH lanes apart
