@@ -148,7 +148,7 @@ inline void fetch(const KV* later) {
 
 // Of keys `padded` apart, scores [keys, lanes_of(G)] of q [G, padded], arranged as KV; there is room for up to a vector
 // beyond. Fetches as much from `later` on.
-template <class KV, int G, Fetch FETCH>
+template <Fetch FETCH, int G, class KV>
 __attribute__((noinline)) void score_keys(
     const float* q, const KV* at, const KV* later, int64_t keys, int64_t padded, float* scores) {
     constexpr int LANES = lanes_of(G), KEYS = VL / LANES, WIDE = MANY_REGISTERS && G < 4 ? 4 : 2;
@@ -201,7 +201,7 @@ void weigh(float* scores, int64_t keys, float cap_scale, const void* later, floa
 }
 
 // out [G, padded], arranged as KV, += weights · values
-template <class KV, int G, Fetch FETCH>
+template <Fetch FETCH, int G, class KV>
 __attribute__((noinline)) void sum_values(
     const float* weights, const KV* at, const KV* later, int64_t keys, int64_t padded, float* out) {
     constexpr int LANES = lanes_of(G), WIDE = G == 4 && !MANY_REGISTERS ? 2 : 4;
@@ -250,34 +250,36 @@ void attend_piece(const Attention& a, const Span& at, const Span& next, DecodeSp
         if (is_arranged<KV>(size)) arrange(scaled, size);
     }
 
+    auto per_heads = [&](auto&& body) {
+        for (int64_t h = 0; h < group; h += HEADS) with_heads(group - h, [&](auto count) { body(count, h); });
+    };
     // a head size that is no whole number of vectors goes through padded copies
-    auto copied = [&](const KV* from, const KV* later, int64_t count) {
+    auto copied = [&](const KV* from, const KV* later, int64_t count) -> const float* {
         for (int64_t i = 0; i < count; i++) {
             prefetch(later + i * size, size * (int64_t)sizeof(KV));
             widen(from + i * size, size, padded, space.staged + i * padded);
         }
         return space.staged;
     };
-    auto per_heads = [&](auto&& body) {
-        for (int64_t h = 0; h < group; h += HEADS) with_heads(group - h, [&](auto count) { body(count, h); });
-    };
-    // body(a run, where it begins, what is fetched meanwhile)
+    // body(a run, where its numbers are, what is fetched meanwhile, where to, query heads, the first of them)
     auto over_runs = [&](const KV** places, auto&& body) {
         for (int64_t r = 0; r < runs; r++) {
+            const Run& run = space.runs[r];
+            const KV *from = places[r], *later = places[r + ahead];
             prefetch(places[r + ahead + PAGES_AHEAD], 1);
-            body(space.runs[r], places[r], places[r + ahead]);
+            const float* copies = whole ? nullptr : copied(from, later, run.keys);
+            per_heads([&](auto heads, int64_t h) {
+                if (!whole) body(run, copies, copies, std::integral_constant<Fetch, NOTHING>{}, heads, h);
+                else if (shared) body(run, from, later, std::integral_constant<Fetch, INTO_FIRST_CACHE>{}, heads, h);
+                else body(run, from, later, std::integral_constant<Fetch, INTO_SECOND_CACHE>{}, heads, h);
+            });
         }
     };
-    over_runs(space.places, [&](const Run& run, const KV* from, const KV* later) {
-        const float* copies = whole ? nullptr : copied(from, later, run.keys);
-        per_heads([&](auto heads, int64_t h) {
-            constexpr int G = decltype(heads)::value;
-            const float* of_heads = space.q + (run.kv_head * group + h) * padded;
-            float* scores = space.scores_of(run.kv_head, group, h) + run.first * lanes_of(G);
-            if (!whole) score_keys<float, G, NOTHING>(of_heads, copies, nullptr, run.keys, padded, scores);
-            else if (shared) score_keys<KV, G, INTO_FIRST_CACHE>(of_heads, from, later, run.keys, padded, scores);
-            else score_keys<KV, G, INTO_SECOND_CACHE>(of_heads, from, later, run.keys, padded, scores);
-        });
+    over_runs(space.places, [&](const Run& run, auto* from, auto* later, auto into, auto heads, int64_t h) {
+        constexpr int G = decltype(heads)::value;
+        const float* of_heads = space.q + (run.kv_head * group + h) * padded;
+        float* scores = space.scores_of(run.kv_head, group, h) + run.first * lanes_of(G);
+        score_keys<decltype(into)::value, G>(of_heads, from, later, run.keys, padded, scores);
     });
     for (int64_t k = 0; k < at.heads; k++) {
         float *maximum = partial + k * stride, *values = maximum + round_up(2 * group, VL);
@@ -288,16 +290,11 @@ void attend_piece(const Attention& a, const Span& at, const Span& next, DecodeSp
         });
         for (int64_t d = 0; d < group * padded; d += VL) store(values + d, vec{});
     }
-    over_runs(space.places + runs, [&](const Run& run, const KV* from, const KV* later) {
-        const float* copies = whole ? nullptr : copied(from, later, run.keys);
-        per_heads([&](auto heads, int64_t h) {
-            constexpr int G = decltype(heads)::value;
-            const float* weights = space.scores_of(run.kv_head, group, h) + run.first * lanes_of(G);
-            float* out = partial + run.kv_head * stride + round_up(2 * group, VL) + h * padded;
-            if (!whole) sum_values<float, G, NOTHING>(weights, copies, nullptr, run.keys, padded, out);
-            else if (shared) sum_values<KV, G, INTO_FIRST_CACHE>(weights, from, later, run.keys, padded, out);
-            else sum_values<KV, G, INTO_SECOND_CACHE>(weights, from, later, run.keys, padded, out);
-        });
+    over_runs(space.places + runs, [&](const Run& run, auto* from, auto* later, auto into, auto heads, int64_t h) {
+        constexpr int G = decltype(heads)::value;
+        const float* weights = space.scores_of(run.kv_head, group, h) + run.first * lanes_of(G);
+        float* out = partial + run.kv_head * stride + round_up(2 * group, VL) + h * padded;
+        sum_values<decltype(into)::value, G>(weights, from, later, run.keys, padded, out);
     });
 }
 
