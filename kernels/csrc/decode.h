@@ -15,7 +15,9 @@ constexpr int64_t LONG_TURN = 64;   // keys of a kv head that stay in the first 
 constexpr int64_t SHORT_TURN = 16;  // where nothing is read twice: a usual block, so that memory is read in its order
 constexpr int64_t FETCHED = 16 << 10;  // bytes that are on the way
 constexpr int64_t MOST_AHEAD = 32;     // runs, the same
-constexpr int64_t PAGES_AHEAD = 6;     // runs beyond: where their pages lie is looked up, for which a fetch would wait
+constexpr int64_t MEMORY_PAGE = 4096;  // bytes
+constexpr int64_t MOST_BESIDE = 8;     // pages that are fetched side by side
+constexpr int64_t MOST_APART = 8;      // runs, where a page has more
 
 constexpr int lanes_of(int heads) { return heads == 3 ? 4 : heads; }
 
@@ -43,7 +45,7 @@ struct DecodeSpace {
 
     // of a kv head in a piece: they end where a turn does and where a block does
     static int64_t most_runs(int64_t block_size) { return PIECE / SHORT_TURN + PIECE / block_size + 2; }
-    static int64_t most_places(int64_t block_size) { return 3 * most_runs(block_size) + MOST_AHEAD + PAGES_AHEAD; }
+    static int64_t most_places(int64_t block_size) { return 3 * most_runs(block_size) + std::max(MOST_AHEAD, 2 * MOST_BESIDE * MOST_APART); }
 
     static size_t bytes(const Attention& a, int64_t heads, int64_t padded) {
         return Arena::bytes_for<const KV*>(heads * most_places(a.block_size)) +
@@ -134,25 +136,50 @@ inline void load_part(const KV* from, vec* to) {
     else for (int w = 0; w < W; w += 2) load_two(from + w * VL, to + w);
 }
 
-// What is fetched while a run is computed, and where to: what all sequences share is in the second cache already
-enum Fetch { NOTHING, INTO_FIRST_CACHE, INTO_SECOND_CACHE };
+// What is fetched while a run is computed: for each line that is read, one that is read later.
 
-template <Fetch FETCH, int W, class KV>
-inline void fetch(const KV* later) {
-    if constexpr (FETCH == NOTHING) return;
+struct Nothing {};
+
+// The same line of a later run, so many bytes from here, into the first cache: what sequences share is in the second one.
+struct Further {
+    int64_t bytes;
+};
+
+// Lines of 2**shift later runs in turn, into the second cache. A run fetches a part of each, those after it the rest. The
+// runs lie in different pages of memory, so that these are looked up, and their reading begins, at the same time: a
+// processor reads ahead in several pages at once.
+template <class KV>
+struct SideBySide {
+    const KV* const* places;  // of the first of these runs; those of the others come `apart` later each
+    int64_t row;              // the first key of the part
+    int64_t apart, shift;
+};
+
+// `from`: W vectors of a run's key number i, from d on
+template <int W, class KV>
+inline void fetch(Nothing, const KV*, int64_t, int64_t, int64_t) {}
+
+template <int W, class KV>
+inline void fetch(Further later, const KV* from, int64_t, int64_t, int64_t) {
 #pragma GCC unroll 8
     for (size_t at = 0; at < W * VL * sizeof(KV); at += 64) {
-        __builtin_prefetch((const char*)later + at, 0, FETCH == INTO_FIRST_CACHE ? 3 : 2);
+        __builtin_prefetch((const char*)from + later.bytes + at, 0, 3);
     }
 }
 
+template <int W, class KV>
+inline void fetch(const SideBySide<KV>* later, const KV*, int64_t i, int64_t padded, int64_t d) {
+    const int64_t which = i & ((1 << later->shift) - 1), row = later->row + (i >> later->shift);
+    prefetch(later->places[which * later->apart] + row * padded + d, W * VL * (int64_t)sizeof(KV));
+}
+
 // Of keys `padded` apart, scores [keys, lanes_of(G)] of q [G, padded], arranged as KV; there is room for up to a vector
-// beyond. Fetches as much from `later` on.
-template <Fetch FETCH, int G, class KV>
+// beyond
+template <int G, class KV, class Later>
 __attribute__((noinline)) void score_keys(
-    const float* q, const KV* at, const KV* later, int64_t keys, int64_t padded, float* scores) {
+    const float* q, const KV* at, Later later, int64_t keys, int64_t padded, float* scores) {
     constexpr int LANES = lanes_of(G), KEYS = VL / LANES, WIDE = MANY_REGISTERS && G < 4 ? 4 : 2;
-    for (; keys > 0; keys -= KEYS, scores += VL) {
+    for (int64_t i = 0; i < keys; i += KEYS, at += KEYS * padded, scores += VL) {
         vec sums[VL] = {};
         over_parts<WIDE>(padded, [&](auto width, int64_t d) __attribute__((always_inline)) {
             constexpr int W = decltype(width)::value;
@@ -163,10 +190,11 @@ __attribute__((noinline)) void score_keys(
             }
 #pragma GCC unroll 16
             for (int b = 0; b < KEYS; b++) {
-                const int64_t key = b < keys ? b : keys - 1;
-                fetch<FETCH, W>(later + b * padded + d);
+                const int64_t key = b < keys - i ? b : keys - i - 1;
+                const KV* from = at + key * padded + d;
+                fetch<W>(later, from, i + b, padded, d);
                 vec k[W];
-                load_part<W>(at + key * padded + d, k);
+                load_part<W>(from, k);
 #pragma GCC unroll 4
                 for (int h = 0; h < G; h++) {
                     for (int w = 0; w < W; w++) sums[b * LANES + h] += k[w] * q_part[h][w];
@@ -174,7 +202,6 @@ __attribute__((noinline)) void score_keys(
             }
         });
         store(scores, row_sums<G, LANES>(sums));
-        at += KEYS * padded, later += KEYS * padded;
     }
 }
 
@@ -201,9 +228,9 @@ void weigh(float* scores, int64_t keys, float cap_scale, const void* later, floa
 }
 
 // out [G, padded], arranged as KV, += weights · values
-template <Fetch FETCH, int G, class KV>
+template <int G, class KV, class Later>
 __attribute__((noinline)) void sum_values(
-    const float* weights, const KV* at, const KV* later, int64_t keys, int64_t padded, float* out) {
+    const float* weights, const KV* at, Later later, int64_t keys, int64_t padded, float* out) {
     constexpr int LANES = lanes_of(G), WIDE = G == 4 && !MANY_REGISTERS ? 2 : 4;
     over_parts<WIDE>(padded, [&](auto width, int64_t d) __attribute__((always_inline)) {
         constexpr int W = decltype(width)::value;
@@ -214,9 +241,10 @@ __attribute__((noinline)) void sum_values(
             for (int w = 0; w < W; w++) sums[h][w] = load(out + h * padded + d + w * VL);
         }
         for (int64_t i = 0; i < keys; i++) {
-            fetch<FETCH, W>(later + i * padded + d);
+            const KV* from = at + i * padded + d;
+            fetch<W>(later, from, i, padded, d);
             vec v[W], weight[G];
-            load_part<W>(at + i * padded + d, v);
+            load_part<W>(from, v);
 #pragma GCC unroll 4
             for (int h = 0; h < G; h++) weight[h] = splat(weights[i * LANES + h]);
 #pragma GCC unroll 4
@@ -239,9 +267,13 @@ void attend_piece(const Attention& a, const Span& at, const Span& next, DecodeSp
     const int64_t group = a.group(), size = a.head_size, padded = round_up(size, VL), keys = at.keys();
     const int64_t stride = partial_size(group, padded);
     const bool whole = size == padded, shared = at.turn == LONG_TURN;
-    const int64_t run_bytes = std::min(at.turn, a.block_size) * size * (int64_t)sizeof(KV);
-    const int64_t ahead = std::clamp<int64_t>(FETCHED / run_bytes, 1, MOST_AHEAD);
-    const int64_t runs = space.find(a, at, next, ahead + PAGES_AHEAD);
+    const int64_t run_keys = std::min(at.turn, a.block_size), run_bytes = run_keys * size * (int64_t)sizeof(KV);
+    SideBySide<KV> beside{nullptr, 0, std::clamp<int64_t>(MEMORY_PAGE / run_bytes, 1, MOST_APART), 0};
+    while (2 << beside.shift <= std::min<int64_t>(run_keys, MOST_BESIDE)) beside.shift++;
+    const bool in_order = shared || run_keys < 4;
+    const int64_t together = in_order ? 1 : beside.apart << beside.shift;  // runs that are fetched at the same time
+    const int64_t ahead = in_order ? std::clamp<int64_t>(FETCHED / run_bytes, 1, MOST_AHEAD) : together;
+    const int64_t runs = space.find(a, at, next, ahead + together);
     const float* q = a.q_THD + a.query_starts[at.sequence] * a.q_stride_T + at.kv_head * group * a.q_stride_H;
     for (int64_t h = 0; h < at.heads * group; h++) {
         float* scaled = space.q + h * padded;
@@ -261,25 +293,28 @@ void attend_piece(const Attention& a, const Span& at, const Span& next, DecodeSp
         }
         return space.staged;
     };
-    // body(a run, where its numbers are, what is fetched meanwhile, where to, query heads, the first of them)
+    // body(a run, where its numbers are, what is fetched meanwhile, query heads, the first of them)
+    int64_t nth = 0;  // run of as many as are fetched together
     auto over_runs = [&](const KV** places, auto&& body) {
         for (int64_t r = 0; r < runs; r++) {
             const Run& run = space.runs[r];
             const KV *from = places[r], *later = places[r + ahead];
-            prefetch(places[r + ahead + PAGES_AHEAD], 1);
+            beside.places = places + r + ahead - nth + (nth >> beside.shift);
+            beside.row = (nth & ((1 << beside.shift) - 1)) * (run_keys >> beside.shift);
+            if (++nth == together) nth = 0;
             const float* copies = whole ? nullptr : copied(from, later, run.keys);
             per_heads([&](auto heads, int64_t h) {
-                if (!whole) body(run, copies, copies, std::integral_constant<Fetch, NOTHING>{}, heads, h);
-                else if (shared) body(run, from, later, std::integral_constant<Fetch, INTO_FIRST_CACHE>{}, heads, h);
-                else body(run, from, later, std::integral_constant<Fetch, INTO_SECOND_CACHE>{}, heads, h);
+                if (!whole) body(run, copies, Nothing{}, heads, h);
+                else if (in_order) body(run, from, Further{(const char*)later - (const char*)from}, heads, h);
+                else body(run, from, (const SideBySide<KV>*)&beside, heads, h);
             });
         }
     };
-    over_runs(space.places, [&](const Run& run, auto* from, auto* later, auto into, auto heads, int64_t h) {
+    over_runs(space.places, [&](const Run& run, auto* from, auto later, auto heads, int64_t h) {
         constexpr int G = decltype(heads)::value;
         const float* of_heads = space.q + (run.kv_head * group + h) * padded;
         float* scores = space.scores_of(run.kv_head, group, h) + run.first * lanes_of(G);
-        score_keys<decltype(into)::value, G>(of_heads, from, later, run.keys, padded, scores);
+        score_keys<G>(of_heads, from, later, run.keys, padded, scores);
     });
     for (int64_t k = 0; k < at.heads; k++) {
         float *maximum = partial + k * stride, *values = maximum + round_up(2 * group, VL);
@@ -290,11 +325,11 @@ void attend_piece(const Attention& a, const Span& at, const Span& next, DecodeSp
         });
         for (int64_t d = 0; d < group * padded; d += VL) store(values + d, vec{});
     }
-    over_runs(space.places + runs, [&](const Run& run, auto* from, auto* later, auto into, auto heads, int64_t h) {
+    over_runs(space.places + runs, [&](const Run& run, auto* from, auto later, auto heads, int64_t h) {
         constexpr int G = decltype(heads)::value;
         const float* weights = space.scores_of(run.kv_head, group, h) + run.first * lanes_of(G);
         float* out = partial + run.kv_head * stride + round_up(2 * group, VL) + h * padded;
-        sum_values<decltype(into)::value, G>(weights, from, later, run.keys, padded, out);
+        sum_values<G>(weights, from, later, run.keys, padded, out);
     });
 }
 

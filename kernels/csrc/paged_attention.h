@@ -20,7 +20,7 @@ struct DecodePiece {
     int64_t unit, number;
 };
 
-constexpr int64_t TASKS_A_THREAD = 8;    // of decodes, at least, where there are so many pieces
+constexpr int64_t PIECES_A_THREAD = 8;   // of decodes, at least, where there are so many
 constexpr int64_t MOST_TOGETHER = 16;    // query heads of a piece, whose scores stay in the nearest caches
 
 struct Tasks {
@@ -35,7 +35,7 @@ struct Tasks {
 
     void list(const Attention& a, int threads) {
         tiles.clear();
-        list_decodes(a, TASKS_A_THREAD * threads);
+        list_decodes(a, threads);
         int64_t prompt_queries = 0;
         for (int64_t s = 0; s < a.num_sequences; s++) prompt_queries += is_decode(a, s) ? 0 : a.queries(s);
         if (prompt_queries == 0) return;
@@ -50,9 +50,9 @@ struct Tasks {
         });
     }
 
-    // As `wanted` tasks or more. Pieces of sequences that begin in the same block come one after another, while the
-    // second cache holds what they share; others read memory about in its order.
-    void list_decodes(const Attention& a, int64_t wanted) {
+    // Pieces of sequences that begin in the same block come one after another, while the second cache holds what they
+    // share; others read memory about in its order.
+    void list_decodes(const Attention& a, int64_t threads) {
         decodes.clear();
         units.clear();
         pieces.clear();
@@ -65,7 +65,7 @@ struct Tasks {
             count += pieces_of(a, s);
         }
         heads = std::clamp<int64_t>(MOST_TOGETHER / a.group(), 1, a.kv_heads);
-        if (count * a.kv_heads < wanted * heads) heads = 1;
+        if (count * a.kv_heads < PIECES_A_THREAD * threads * heads) heads = 1;
         const int64_t total = (int64_t)decodes.size();
         for (int64_t i = 0, end; i < total; i = end) {
             for (end = i + 1; end < total && first_block(a, decodes[end]) == first_block(a, decodes[i]);) end++;
@@ -73,8 +73,9 @@ struct Tasks {
             for (int64_t j = i; j < end; j++) list_units(a, decodes[j], end - i > 1 ? LONG_TURN : SHORT_TURN);
             list_pieces(before, ((int64_t)units.size() - before) / (end - i));
         }
-        const int64_t listed = (int64_t)pieces.size(), length = std::max<int64_t>(1, listed / wanted);
-        for (int64_t at = 0; at < listed; at += length) starts.push_back(at);
+        // long tasks first, for memory is read ahead within a task, and short ones at the end: no thread waits long there
+        const int64_t listed = (int64_t)pieces.size();
+        for (int64_t at = 0; at < listed; at += std::max<int64_t>(1, (listed - at) / (2 * threads))) starts.push_back(at);
         starts.push_back(listed);
     }
 
