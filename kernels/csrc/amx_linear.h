@@ -7,8 +7,8 @@
 // product at the very most, and mostly below 2^-26. A tile's instruction adds up the products of 32 input features by
 // itself, and pieces of panels have sums of their own: little is rounded off at the size of the result.
 //
-// Rows of x are cut into tiles of planes once a call. Pieces of panels are taken apart as they come: the next one between
-// the products of this one, which take no vector unit.
+// Every thread cuts the rows of x into tiles of planes for itself, which takes less time than to get them from another core.
+// Pieces of panels are taken apart as they come: the next one between the products of this one, which take no vector unit.
 //
 // N rows · I input features · O output features
 #pragma once
@@ -24,8 +24,7 @@ namespace {
 
 constexpr int64_t CHUNK = 32;             // input features of a tile of bfloat16, in pairs
 constexpr int64_t ROWS_BYTES = 1 << 20;   // of a block of rows
-// A processor goes on by itself to fetch what is read in order, to the end of a page: the next one is begun for it
-constexpr int64_t PAGE = 4096, BEGINNING = 512;
+constexpr int64_t PAGE = 4096;
 
 inline int64_t chunks_of(int64_t in_features) { return (in_features + CHUNK - 1) / CHUNK; }
 
@@ -120,25 +119,22 @@ struct Planes<InPairs> {
     }
 };
 
-// a row of x as its tiles have it, chunk after chunk, the planes of each a tile apart; zeros to the chunk's end
+// up to CHUNK numbers of a row of x, as tiles have it: planes are a tile apart, and end with zeros
 template <int X_PLANES>
-inline void cut_row(const Cut& cut, const float* x, int64_t size, char* to) {
-    for (int64_t i = 0; i < size; i += CHUNK, to += X_PLANES * TILE_BYTES) {
-        vec two[2] = {};
-        if (size - i >= CHUNK) two[0] = load(x + i), two[1] = load(x + i + VL);
-        else memcpy(two, x + i, (size - i) * sizeof(float));
-        if constexpr (X_PLANES == 1) {
-            for (int v = 0; v < 2; v++, to += LINE / 2) {
-                const auto rounded = _mm512_cvtneps_pbh(two[v]);
-                memcpy(to, &rounded, sizeof rounded);
-            }
-            to -= LINE;
-        } else {
-            const ivec even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
-            const vec first = _mm512_permutex2var_ps(two[0], (__m512i)even, two[1]);
-            const vec second = _mm512_permutex2var_ps(two[0], (__m512i)(even + 1), two[1]);
-            put_planes<X_PLANES>(cut, first, second, to, TILE_BYTES);
+INLINE void cut_chunk(const Cut& cut, const float* x, int64_t size, char* to) {
+    vec two[2] = {};
+    if (size >= CHUNK) two[0] = load(x), two[1] = load(x + VL);
+    else memcpy(two, x, size * sizeof(float));
+    if constexpr (X_PLANES == 1) {
+        for (int v = 0; v < 2; v++, to += LINE / 2) {
+            const auto rounded = _mm512_cvtneps_pbh(two[v]);
+            memcpy(to, &rounded, sizeof rounded);
         }
+    } else {
+        const ivec even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+        const vec first = _mm512_permutex2var_ps(two[0], (__m512i)even, two[1]);
+        const vec second = _mm512_permutex2var_ps(two[0], (__m512i)(even + 1), two[1]);
+        put_planes<X_PLANES>(cut, first, second, to, TILE_BYTES);
     }
 }
 
@@ -147,12 +143,18 @@ inline int64_t row_tile_bytes(int64_t in_features) {  // of 16 rows
     return chunks_of(in_features) * Planes<Kept>::X_PLANES * TILE_BYTES;
 }
 
+// tile by tile of 16 rows, and chunk by chunk: what is written lies side by side
 template <class Kept>
-inline void cut_rows(const float* x_NI, int64_t stride, int64_t first, int64_t last, int64_t in_features, char* tiles) {
+inline void cut_rows(const float* x_NI, int64_t stride, int64_t rows, int64_t in_features, char* to) {
     const Cut cut;
-    for (int64_t n = first; n < last; n++) {
-        char* to = tiles + n / TILE_ROWS * row_tile_bytes<Kept>(in_features) + n % TILE_ROWS * LINE;
-        cut_row<Planes<Kept>::X_PLANES>(cut, x_NI + n * stride, in_features, to);
+    for (int64_t n = 0; n < rows; n += TILE_ROWS) {
+        const int64_t count = std::min(TILE_ROWS, rows - n);
+        for (int64_t i = 0; i < in_features; i += CHUNK, to += Planes<Kept>::X_PLANES * TILE_BYTES) {
+            const float* from = x_NI + n * stride + i;
+            for (int64_t r = 0; r < count; r++) {
+                cut_chunk<Planes<Kept>::X_PLANES>(cut, from + r * stride, in_features - i, to + r * LINE);
+            }
+        }
     }
 }
 
@@ -162,6 +164,12 @@ template <class Kept, class Out>
 struct PanelWorker {
     using P = Planes<Kept>;
     static constexpr int64_t X_BYTES = P::X_PLANES * TILE_BYTES;  // of a chunk
+    // What is fetched of a panel: for each pair a line of each of some pages, that begin one page or so many ahead. Several
+    // are looked up, and their reading begins, at the same time; but bfloat16 is taken apart so fast that a page is enough.
+    static constexpr uint64_t LINES = std::max<int64_t>(1, P::PAIR / LINE);  // of a pair
+    static constexpr uint64_t PAGES = P::W_PLANES > 1 ? LINES : 1, SIDE = PAGES * PAGE;
+    // of a page, where many rows leave time: a processor goes on by itself to its end
+    static constexpr uint64_t BEGINNING = 8;
     static constexpr int64_t MOST = 24;                           // chunks whose products registers add up, from the first
     static constexpr int64_t FEW = 2;                             // chunks of a piece where it is not MOST, a part of them
     static constexpr int64_t PLANE_BYTES = MOST * PANEL_TILES;
@@ -185,7 +193,8 @@ struct PanelWorker {
     struct Between {
         const char* panel;
         int64_t at, end, step;  // input features that are taken apart, and how many with every call: pairs
-        int64_t fetched;        // bytes of the next page
+        const char* beyond;     // where the next panel is, less this one's bytes
+        uint64_t bytes, lines;  // of a panel; of a page, that are fetched
         char* planes;
         Cut cut;
         const float* begin;
@@ -193,10 +202,17 @@ struct PanelWorker {
         Sums& sums;
         int64_t row = 0;  // of the sums, that is put next
 
+        INLINE void fetch() {
+            const uint64_t from = (uint64_t)at / 2 * P::PAIR, line = from % SIDE / (PAGES * LINE);
+            if (P::W_PLANES == 1 && line >= lines) return;
+            for (uint64_t i = 0; i < LINES; i++) {
+                const uint64_t later = from / SIDE * SIDE + SIDE + i % PAGES * PAGE + (line + i / PAGES) * LINE;
+                __builtin_prefetch((later < bytes ? panel : beyond) + later, 0, 2);
+            }
+        }
         INLINE void take_apart() {
             for (const int64_t stop = std::min(end, at + step); at < stop; at += 2, planes += PANEL_LINE) {
-                const char* from = panel + at / 2 * P::PAIR;
-                if ((int64_t)((uintptr_t)from % PAGE) < fetched) prefetch(from + PAGE, P::PAIR);
+                fetch();
                 for (int p = 0; p < P::W_PLANES; p++) {
                     for (int64_t i = 0; i < PANEL_LINE; i += LINE) {
                         __builtin_prefetch(planes + p * PLANE_BYTES + STORED_NEXT + i, 1, 3);
@@ -227,8 +243,10 @@ struct PanelWorker {
     int64_t out_row = 0;
     const int64_t chunks = chunks_of(l.in_features);
     const int64_t most = l.rows > GROUP_ROWS ? MOST : FEW;  // one group alone uses planes once: the first cache holds them
+    const uint64_t panel_bytes = P::panel(l.panels, l.in_features, 1) - P::panel(l.panels, l.in_features, 0);
     Piece now, next;  // what is multiplied, and what is taken apart meanwhile
     int64_t at = 0;   // where that has come to: an input feature
+    const char* beyond = nullptr;  // see Between
     int planes_turn = 0, sums_turn = 0;
     alignas(64) float begin[PANEL];
     Sums sums[2];
@@ -236,8 +254,9 @@ struct PanelWorker {
 
     PanelWorker(const LinearOf<float, Out>& l, const char* x_tiles, float* held) : l(l), x_tiles(x_tiles), held(held) {}
 
-    // what comes after the piece of now
-    void prepare(int64_t number, int64_t chunk) {
+    // what comes after the piece of now; `following` is the panel after that
+    void prepare(int64_t number, int64_t chunk, int64_t following) {
+        beyond = P::panel(l.panels, l.in_features, following < 0 ? number : following) - panel_bytes;
         next = {P::panel(l.panels, l.in_features, number), number, chunk, std::min(most, chunks - chunk)};
         at = chunk * CHUNK;
     }
@@ -281,8 +300,9 @@ struct PanelWorker {
     bool is_summed(int64_t chunk) const { return chunk % MOST == 0 || chunk == chunks; }
     Between between(int64_t step) {
         const int64_t whole = std::min(next.end(), l.in_features / 2 * 2);  // pairs
-        const int64_t fetched = most == FEW ? PAGE : BEGINNING;
-        return {next.panel, at, whole, step, fetched, next_planes(), {}, begin, l.output, sums[sums_turn ^ 1]};
+        const uint64_t lines = most == FEW ? PAGE / LINE : BEGINNING;
+        return {
+            next.panel, at, whole, step, beyond, panel_bytes, lines, next_planes(), {}, begin, l.output, sums[sums_turn ^ 1]};
     }
     // All rows times the panels that `take` gives, until it gives -1. Results are those of rows from `first_row` on
     template <class Take>
@@ -291,14 +311,15 @@ struct PanelWorker {
         if (number < 0) return;
         TileRegisters registers(l.rows);
         out_row = first_row;
-        prepare(number, 0);
+        prepare(number, 0, number);
         while (number >= 0) {
             const int64_t following = take();
+            const int64_t after = std::min(2 * following - number, l.panel_count() - 1);  // probably
             for (int64_t chunk = 0; chunk < chunks;) {
                 advance();
                 chunk += now.chunks;
-                if (chunk < chunks) prepare(number, chunk);
-                else if (following >= 0) prepare(following, 0);
+                if (chunk < chunks) prepare(number, chunk, following);
+                else if (following >= 0) prepare(following, 0, after);
                 multiply();
             }
             number = following;
@@ -344,49 +365,34 @@ struct PanelWorker {
     }
 };
 
-// Of a block of rows: tiles that somebody cuts, and that are cut; panels that somebody multiplies, and that are multiplied
-struct alignas(LINE) BlockProgress {
-    int64_t taken_tiles, tiles, taken_panels, panels;
-};
-
-// All rows times all panels; throws std::bad_alloc, before any thread starts. Rows are cut block by block: what is cut is
-// multiplied while a cache holds it. Threads go from block to block without meeting: who finds no panel left cuts rows of
-// the next one, where those of the block before the last were.
+// All rows times all panels; throws std::bad_alloc, before any thread starts. Rows are taken block by block, so that the
+// second cache holds what they are cut into. Threads go from block to block without meeting.
 template <class Kept, class Out>
 inline void multiply_tiles(const LinearOf<float, Out>& l, int threads) {
     if (l.rows == 0) return;
+    struct alignas(LINE) Taken {
+        int64_t panels;
+    };
     thread_local Arena arena;
     const int64_t tile_bytes = row_tile_bytes<Kept>(l.in_features), panels = l.panel_count();
     const GroupBlocks blocks(l.rows, 2 * tile_bytes, ROWS_BYTES);
-    const int64_t most_rows = blocks.most_rows(), block_bytes = most_rows / TILE_ROWS * tile_bytes;
-    const int64_t x_bytes = std::min<int64_t>(2, blocks.count) * block_bytes;
+    const int64_t x_bytes = blocks.most_rows() / TILE_ROWS * tile_bytes;
+    const int64_t sums = blocks.most_rows() * PANEL;
     arena.reserve(
-        x_bytes + Arena::bytes_for<BlockProgress>(blocks.count) + threads * Arena::bytes_for<float>(most_rows * PANEL));
-    char* const x_tiles = arena.take<char>(x_bytes);
-    BlockProgress* const progress = arena.take<BlockProgress>(blocks.count);
-    float* const held = arena.take<float>(threads * most_rows * PANEL);
-    memset(progress, 0, blocks.count * sizeof(BlockProgress));
+        Arena::bytes_for<Taken>(blocks.count) +
+        threads * (Arena::bytes_for<char>(x_bytes) + Arena::bytes_for<float>(sums)));
+    Taken* const taken = arena.take<Taken>(blocks.count);
+    memset(taken, 0, blocks.count * sizeof(Taken));
+    char* const x_tiles = arena.take<char>(threads * x_bytes);
+    float* const held = arena.take<float>(threads * sums);
     auto work = [&](int thread) {
+        char* const tiles = x_tiles + thread * x_bytes;
         for (int64_t block = 0; block < blocks.count; block++) {
-            BlockProgress& here = progress[block];
-            char* const to = x_tiles + block % 2 * block_bytes;
             LinearOf<float, Out> part = l;
             part.x_NI += blocks.first(block) * l.stride_N, part.rows = blocks.last(block) - blocks.first(block);
-            if (block > 1) wait_for(progress[block - 2].panels, panels);
-            const int64_t tiles = (part.rows + TILE_ROWS - 1) / TILE_ROWS;
-            for (int64_t tile; (tile = take(here.taken_tiles, tiles)) >= 0; count(here.tiles, 1)) {
-                const int64_t first = tile * TILE_ROWS, last = std::min(part.rows, first + TILE_ROWS);
-                cut_rows<Kept>(part.x_NI, part.stride_N, first, last, part.in_features, to);
-            }
-            wait_for(here.tiles, tiles);
-            PanelWorker<Kept, Out> worker(part, to, held + thread * most_rows * PANEL);
-            int64_t own = 0;
-            worker.run(blocks.first(block), [&] {
-                const int64_t number = take(here.taken_panels, panels);
-                own += number >= 0;
-                return number;
-            });
-            count(here.panels, own);
+            cut_rows<Kept>(part.x_NI, part.stride_N, part.rows, part.in_features, tiles);
+            PanelWorker<Kept, Out> worker(part, tiles, held + thread * sums);
+            worker.run(blocks.first(block), [&] { return take(taken[block].panels, panels); });
         }
     };
     on_threads(panels < threads ? (int)panels : threads, work);
@@ -395,7 +401,7 @@ inline void multiply_tiles(const LinearOf<float, Out>& l, int threads) {
 // up to a tile of rows times a panel, on this thread; `space` is for the tile
 template <class Kept, class Out>
 inline void multiply_tiles_of_one(const LinearOf<float, Out>& l, int64_t number, char* space) {
-    cut_rows<Kept>(l.x_NI, l.stride_N, 0, l.rows, l.in_features, space);
+    cut_rows<Kept>(l.x_NI, l.stride_N, l.rows, l.in_features, space);
     float held[TILE_ROWS * PANEL];
     PanelWorker<Kept, Out> worker(l, space, held);
     worker.run(0, [&] { return std::exchange(number, -1); });

@@ -8,8 +8,6 @@
 #include <cstdint>
 #include <new>
 
-#include <sched.h>
-
 extern "C" void GOMP_parallel(void (*body)(void*), void* data, unsigned num_threads, unsigned flags);
 
 namespace {
@@ -47,12 +45,6 @@ void for_tasks(int threads, int64_t tasks, Body&& body) {
         for (int64_t task; (task = take(taken, tasks)) >= 0;) body(thread, task);
     };
     on_threads(tasks < threads ? (int)tasks : threads, work);
-}
-
-// Among threads of a job: what is written before a count is seen after a wait for it
-inline void count(int64_t& counter, int64_t more) { __atomic_fetch_add(&counter, more, __ATOMIC_RELEASE); }
-inline void wait_for(const int64_t& counter, int64_t least) {
-    while (__atomic_load_n(&counter, __ATOMIC_ACQUIRE) < least) sched_yield();
 }
 
 // body(first, last) over ranges of 0 .. n - 1, with no more threads than there are pieces of `grain`
