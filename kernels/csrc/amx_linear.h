@@ -280,9 +280,10 @@ struct PanelWorker {
 
     // the piece of now times all rows
     void multiply() {
-        const int64_t groups = (l.rows + GROUP_ROWS - 1) / GROUP_ROWS, calls = groups * now.chunks * CALLS;
-        const int64_t step = 2 * ((next.chunks * (CHUNK / 2) + calls - 1) / calls);
         for (int64_t row = 0; row < l.rows; row += GROUP_ROWS) {
+            const int64_t groups = (l.rows - row + GROUP_ROWS - 1) / GROUP_ROWS, calls = groups * now.chunks * CALLS;
+            const bool evenly = P::W_PLANES > 1 && groups > 1;  // where there is much to do
+            const int64_t pairs = (next.end() - at) / 2, step = 2 * ((pairs + (evenly ? calls / 2 : calls - 1)) / calls);
             const char* x = x_tiles + row / TILE_ROWS * row_tile_bytes<Kept>(l.in_features) + now.chunk * X_BYTES;
             const int64_t count = std::min(GROUP_ROWS, l.rows - row);
             if (count > TILE_ROWS) multiply_group<2>(x, step);
