@@ -164,12 +164,11 @@ template <class Kept, class Out>
 struct PanelWorker {
     using P = Planes<Kept>;
     static constexpr int64_t X_BYTES = P::X_PLANES * TILE_BYTES;  // of a chunk
-    // What is fetched of a panel: for each pair a line of each of some pages, that begin one page or so many ahead. Several
-    // are looked up, and their reading begins, at the same time; but bfloat16 is taken apart so fast that a page is enough.
-    static constexpr uint64_t LINES = std::max<int64_t>(1, P::PAIR / LINE);  // of a pair
-    static constexpr uint64_t PAGES = P::W_PLANES > 1 ? LINES : 1, SIDE = PAGES * PAGE;
-    // of a page, where many rows leave time: a processor goes on by itself to its end
-    static constexpr uint64_t BEGINNING = 8;
+    // A pair fetches as many lines as it has, of the next PAGES pages of the panel in turn: several are looked up, and their
+    // reading begins, at the same time. For bfloat16, which is taken apart at once, one is enough, and where there are many
+    // rows its BEGINNING in lines: a processor goes on by itself to the end of a page.
+    static constexpr uint64_t LINES = std::max<int64_t>(1, P::PAIR / LINE);
+    static constexpr uint64_t PAGES = P::W_PLANES > 1 ? LINES : 1, SIDE = PAGES * PAGE, BEGINNING = 8;
     static constexpr int64_t MOST = 24;                           // chunks whose products registers add up, from the first
     static constexpr int64_t FEW = 2;                             // chunks of a piece where it is not MOST, a part of them
     static constexpr int64_t PLANE_BYTES = MOST * PANEL_TILES;
@@ -193,7 +192,7 @@ struct PanelWorker {
     struct Between {
         const char* panel;
         int64_t at, end, step;  // input features that are taken apart, and how many with every call: pairs
-        const char* beyond;     // where the next panel is, less this one's bytes
+        const char* beyond;     // the next panel, less the bytes of one
         uint64_t bytes, lines;  // of a panel; of a page, that are fetched
         char* planes;
         Cut cut;
@@ -282,7 +281,7 @@ struct PanelWorker {
     void multiply() {
         for (int64_t row = 0; row < l.rows; row += GROUP_ROWS) {
             const int64_t groups = (l.rows - row + GROUP_ROWS - 1) / GROUP_ROWS, calls = groups * now.chunks * CALLS;
-            const bool evenly = P::W_PLANES > 1 && groups > 1;  // where there is much to do
+            const bool evenly = P::W_PLANES > 1 && groups > 1;  // what takes long; the last group leaves nothing
             const int64_t pairs = (next.end() - at) / 2, step = 2 * ((pairs + (evenly ? calls / 2 : calls - 1)) / calls);
             const char* x = x_tiles + row / TILE_ROWS * row_tile_bytes<Kept>(l.in_features) + now.chunk * X_BYTES;
             const int64_t count = std::min(GROUP_ROWS, l.rows - row);

@@ -45,7 +45,9 @@ struct DecodeSpace {
 
     // of a kv head in a piece: they end where a turn does and where a block does
     static int64_t most_runs(int64_t block_size) { return PIECE / SHORT_TURN + PIECE / block_size + 2; }
-    static int64_t most_places(int64_t block_size) { return 3 * most_runs(block_size) + std::max(MOST_AHEAD, 2 * MOST_BESIDE * MOST_APART); }
+    static int64_t most_places(int64_t block_size) {
+        return 3 * most_runs(block_size) + std::max(MOST_AHEAD + 1, 2 * MOST_BESIDE * MOST_APART);
+    }
 
     static size_t bytes(const Attention& a, int64_t heads, int64_t padded) {
         return Arena::bytes_for<const KV*>(heads * most_places(a.block_size)) +
