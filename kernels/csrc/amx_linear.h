@@ -24,7 +24,6 @@ namespace {
 
 constexpr int64_t CHUNK = 32;             // input features of a tile of bfloat16, in pairs
 constexpr int64_t ROWS_BYTES = 1 << 20;   // of a block of rows
-constexpr int64_t PAGE = 4096;
 
 inline int64_t chunks_of(int64_t in_features) { return (in_features + CHUNK - 1) / CHUNK; }
 
@@ -178,6 +177,7 @@ struct PanelWorker {
 
     struct Piece {  // of a panel
         const char* panel = nullptr;
+        const char* beyond = nullptr;  // the panel that is probably next, less the bytes of one
         int64_t number = 0, chunk = 0, chunks = 0;  // the first of its chunks, and how many
 
         int64_t end() const { return (chunk + chunks) * CHUNK; }  // of its input features
@@ -192,7 +192,7 @@ struct PanelWorker {
     struct Between {
         const char* panel;
         int64_t at, end, step;  // input features that are taken apart, and how many with every call: pairs
-        const char* beyond;     // the next panel, less the bytes of one
+        const char* beyond;     // as in Piece
         uint64_t bytes, lines;  // of a panel; of a page, that are fetched
         char* planes;
         Cut cut;
@@ -245,7 +245,6 @@ struct PanelWorker {
     const uint64_t panel_bytes = P::panel(l.panels, l.in_features, 1) - P::panel(l.panels, l.in_features, 0);
     Piece now, next;  // what is multiplied, and what is taken apart meanwhile
     int64_t at = 0;   // where that has come to: an input feature
-    const char* beyond = nullptr;  // see Between
     int planes_turn = 0, sums_turn = 0;
     alignas(64) float begin[PANEL];
     Sums sums[2];
@@ -255,8 +254,8 @@ struct PanelWorker {
 
     // what comes after the piece of now; `following` is the panel after that
     void prepare(int64_t number, int64_t chunk, int64_t following) {
-        beyond = P::panel(l.panels, l.in_features, following < 0 ? number : following) - panel_bytes;
-        next = {P::panel(l.panels, l.in_features, number), number, chunk, std::min(most, chunks - chunk)};
+        const char* beyond = P::panel(l.panels, l.in_features, following < 0 ? number : following) - panel_bytes;
+        next = {P::panel(l.panels, l.in_features, number), beyond, number, chunk, std::min(most, chunks - chunk)};
         at = chunk * CHUNK;
     }
     void advance() {
@@ -273,7 +272,7 @@ struct PanelWorker {
         }
         planes_turn ^= 1;
         now = next;
-        next = {};
+        next = {}, at = 0;
     }
     char* next_planes() { return planes[planes_turn ^ 1] + (at - next.chunk * CHUNK) / 2 * PANEL_LINE; }
 
@@ -302,7 +301,7 @@ struct PanelWorker {
         const int64_t whole = std::min(next.end(), l.in_features / 2 * 2);  // pairs
         const uint64_t lines = most == FEW ? PAGE / LINE : BEGINNING;
         return {
-            next.panel, at, whole, step, beyond, panel_bytes, lines, next_planes(), {}, begin, l.output, sums[sums_turn ^ 1]};
+            next.panel, at, whole, step, next.beyond, panel_bytes, lines, next_planes(), {}, begin, l.output, sums[sums_turn ^ 1]};
     }
     // All rows times the panels that `take` gives, until it gives -1. Results are those of rows from `first_row` on
     template <class Take>

@@ -64,6 +64,8 @@ inline void widen(const KV* from, int64_t count, int64_t padded, float* to) {
     for (; d < padded; d++) to[d] = 0;
 }
 
+constexpr int64_t PAGE = 4096;  // bytes of memory that are looked up together
+
 // into the second cache
 inline void prefetch(const void* from, int64_t bytes) {
     for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch((const char*)from + at, 0, 2);

@@ -15,7 +15,6 @@ constexpr int64_t LONG_TURN = 64;   // keys of a kv head that stay in the first 
 constexpr int64_t SHORT_TURN = 16;  // where nothing is read twice: a usual block, so that memory is read in its order
 constexpr int64_t FETCHED = 16 << 10;  // bytes that are on the way
 constexpr int64_t MOST_AHEAD = 32;     // runs, the same
-constexpr int64_t MEMORY_PAGE = 4096;  // bytes
 constexpr int64_t MOST_BESIDE = 8;     // pages that are fetched side by side
 constexpr int64_t MOST_APART = 8;      // runs, where a page has more
 
@@ -270,7 +269,7 @@ void attend_piece(const Attention& a, const Span& at, const Span& next, DecodeSp
     const int64_t stride = partial_size(group, padded);
     const bool whole = size == padded, shared = at.turn == LONG_TURN;
     const int64_t run_keys = std::min(at.turn, a.block_size), run_bytes = run_keys * size * (int64_t)sizeof(KV);
-    SideBySide<KV> beside{nullptr, 0, std::clamp<int64_t>(MEMORY_PAGE / run_bytes, 1, MOST_APART), 0};
+    SideBySide<KV> beside{nullptr, 0, std::clamp<int64_t>(PAGE / run_bytes, 1, MOST_APART), 0};
     while (2 << beside.shift <= std::min<int64_t>(run_keys, MOST_BESIDE)) beside.shift++;
     const bool in_order = shared || run_keys < 4;
     const int64_t together = in_order ? 1 : beside.apart << beside.shift;  // runs that are fetched at the same time

@@ -131,7 +131,7 @@ OP(copy_blocks)(
 OP(populate)(char* const* tensors, int64_t count, int64_t first, int64_t last, int threads) {
 #if defined(MADV_POPULATE_WRITE)
     for_tasks(threads, count, [&](int, int64_t i) {
-        const uintptr_t page = 4096, from = (uintptr_t)(tensors[i] + first) / page * page;
+        const uintptr_t from = (uintptr_t)(tensors[i] + first) / PAGE * PAGE;
         madvise((void*)from, (uintptr_t)(tensors[i] + last) - from, MADV_POPULATE_WRITE);
     });
 #endif
