@@ -25,12 +25,13 @@ def take_turns(
     budget_s: float,
     before: Callable[[str], None] = lambda name: None,
     least: int = 1,
+    uncounted: int = 1,
 ) -> dict[str, list[T]]:
     """Things that are compared take turns, so that a slow moment of the machine meets all of them: what calls gave.
 
-    Each gets five turns: of as many calls as fit into its share of `budget_s`, or of `least`. A turn begins with a call
-    that does not count: the others have taken its data out of the caches, and of what is short the next few calls
-    still pay for that.
+    Each gets five turns: of as many calls as fit into its share of `budget_s`, or of `least`. A turn begins with
+    `uncounted` calls: the others have taken its data out of the caches. Let that be as many as have data of their own,
+    or some are measured with it near and some with it far.
     `before` is called with the name of what is next; its time does not count.
     """
     for name, work in works.items():
@@ -41,7 +42,8 @@ def take_turns(
         for name, work in works.items():
             before(name)
             if len(works) > 1:
-                work()
+                for _ in range(uncounted):
+                    work()
             given[name] += _turn(work, budget_s / TURNS / len(works), least)
     return given
 
@@ -59,10 +61,11 @@ def time_in_turn(
     budget_s: float = 0.2,
     before: Callable[[str], None] = lambda name: None,
     least: int = 1,
+    uncounted: int = 1,
 ) -> dict[str, Timing]:
     """How long each takes; see `take_turns`."""
     timed = {name: partial(_seconds, work) for name, work in works.items()}
-    samples = take_turns(timed, budget_s, before, least)
+    samples = take_turns(timed, budget_s, before, least, uncounted)
     return {name: Timing(min(times), percentile(times, 0.5), len(times)) for name, times in samples.items()}
 
 

@@ -36,6 +36,10 @@ def test_compared_things_take_turns():
     assert "".join(calls) == "ab" + "aabb" * 5
     assert "".join(chosen) == "ab" * 6
     assert all(0 <= timing.min_s <= timing.median_s for timing in timings.values())
+    calls.clear()
+    timings = time_in_turn(works, budget_s=0.0, least=2, uncounted=3)
+    assert timings["a"].samples == timings["b"].samples == 10
+    assert "".join(calls) == "ab" + ("a" * 5 + "b" * 5) * 5
 
 
 def test_samples_go_on_until_the_budget_is_spent():

@@ -60,11 +60,29 @@ def read_at(bytes_per_s, monkeypatch):
 
 def test_the_limit_is_the_median_of_the_fastest_reading(monkeypatch):
     medians = {"sum": 3.0, "dot": 2.0, "matrix times vector": 4.0}
-    timed = lambda works, *rest, least: {name: Timing(0.5, medians.get(name, 9.0), 1) for name in works}  # noqa: E731
+    timed = lambda works, *rest, **also: {name: Timing(0.5, medians.get(name, 9.0), 1) for name in works}  # noqa: E731
     monkeypatch.setattr(kernels, "time_in_turn", timed)
     found = list(measure(SMALL, make_machine(), [Case("x", "", 6000, 0, lambda: lambda: None)]))
     assert [one.limit_s for one in found] == [pytest.approx(2.0 * 6000 / 8192)] * len(ops.backends("cpu"))
     assert all(one.median_s == 9.0 for one in found)
+
+
+def test_what_has_the_data_of_many_layers_is_measured_over_all_of_them_after_a_round_that_does_not_count(monkeypatch):
+    called = []
+
+    def make():
+        made = len(called)
+        called.append(0)
+
+        def work():
+            called[made] += 1
+
+        return work
+
+    monkeypatch.setattr(kernels, "_BUDGET_S", 0.0)
+    found = list(measure(SMALL, make_machine(), [Case("x", "", 4096, 0, make, turns=7)]))
+    assert [one.samples for one in found] == [5 * 7] * len(called)
+    assert called == [1 + 5 * (7 + 7)] * len(called)
 
 
 def test_arithmetic_is_held_to_the_rate_of_its_type(monkeypatch):
