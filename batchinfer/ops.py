@@ -15,6 +15,7 @@ from dataclasses import fields
 from types import ModuleType
 from typing import Literal, NamedTuple
 
+import numpy.typing as npt
 import torch
 from batchinfer_kernels import cpu, reference
 from batchinfer_kernels.reference.block_matrix import BLOCK, BlockMatrix, stacked_blocks
@@ -140,13 +141,13 @@ class ScoreRule(NamedTuple):
 
 
 def step_index(
-    slots_T: Tensor, block_tables_SB: Tensor, query_starts: list[int], lengths: list[int], kv_N2KBD: Tensor
+    slots_T: Tensor, block_tables_SB: Tensor, query_starts_X: npt.ArrayLike, lengths_S: npt.ArrayLike, kv_N2KBD: Tensor
 ) -> StepIndex:
     """What `rope_kv_write` and `paged_attention` of every layer share in one step; see layers.attention.StepInputs.
 
-    `kv_N2KBD` is any layer's cache: its shape counts, not its content.
+    `query_starts_X` and `lengths_S` are on the host. `kv_N2KBD` is any layer's cache: its shape counts, not its data.
     """
-    made: StepIndex = _backend(slots_T).step_index(slots_T, block_tables_SB, query_starts, lengths, kv_N2KBD)
+    made: StepIndex = _backend(slots_T).step_index(slots_T, block_tables_SB, query_starts_X, lengths_S, kv_N2KBD)
     return made
 
 

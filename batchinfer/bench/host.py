@@ -213,7 +213,8 @@ class _NoArithmetic(Decoder):
         self.called = self.answered = 0.0
 
     def forward(self, inputs: StepInputs, caches: Sequence[Tensor]) -> Tensor:
-        ops.step_index(inputs.slots_T, inputs.block_tables_SB, inputs.query_starts, inputs.lengths, caches[0])
+        starts_X, lengths_S = inputs.query_starts_X, inputs.lengths_S
+        ops.step_index(inputs.slots_T, inputs.block_tables_SB, starts_X, lengths_S, caches[0])
         self.called = perf_counter()
         return self._logits_NV[: len(inputs.output_rows_N)]
 

@@ -41,9 +41,8 @@ def take_turns(
     for _ in range(TURNS):
         for name, work in works.items():
             before(name)
-            if len(works) > 1:
-                for _ in range(uncounted):
-                    work()
+            for _ in range(uncounted if len(works) > 1 else 0):
+                work()
             given[name] += _turn(work, budget_s / TURNS / len(works), least)
     return given
 

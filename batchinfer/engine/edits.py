@@ -101,6 +101,8 @@ class LogitEdits:
 
     def _compile(self, request: Request) -> _Entries | None:
         params = request.params
+        if not (params.logit_bias or params.allowed_token_ids or params.min_tokens or request.bad_words):
+            return None
         bias = params.logit_bias or {}
         single = {word[0] for word in request.bad_words if len(word) == 1}
         stops = request.stop_ids if params.min_tokens else frozenset()

@@ -88,13 +88,14 @@ class ModelRunner:
         samples_S = np.array(plan.samples, dtype=np.int64)
         tokens_T = np.array(plan.tokens, dtype=np.int64)
         read_rows = self.reader.rows(plan, counts_S.cumsum() - counts_S) if plan.reads else None
-        if max(plan.samples) > 1:
+        if samples_S.max() > 1:
             seats_S, starts_S, counts_S, samples_S = _apart(seats_S, starts_S, counts_S, samples_S)
         sampling_S = samples_S > 0
         ends_S = starts_S + counts_S
-        stops_S = counts_S.cumsum()
+        starts_X = np.zeros(len(counts_S) + 1, dtype=np.int64)
+        stops_S = np.cumsum(counts_S, out=starts_X[1:])
         self._check(tokens_T, int(stops_S[-1]), int(ends_S.max()))
-        positions_T = np.arange(len(tokens_T)) + np.repeat(starts_S - (stops_S - counts_S), counts_S)
+        positions_T = np.arange(len(tokens_T)) + np.repeat(starts_S - starts_X[:-1], counts_S)
         size = self.cache.block_size
         blocks_T = self._tables_SB[np.repeat(seats_S, counts_S), positions_T // size].astype(np.int64)
         self.cache.use(int(blocks_T.max()) + 1)
@@ -106,8 +107,8 @@ class ModelRunner:
             positions_T=self._to_device(positions_T),
             slots_T=self._to_device(blocks_T * size + positions_T % size),
             block_tables_SB=self._to_device(self._tables_SB[seats_S, : -(-int(ends_S.max()) // size)]),
-            query_starts=[0, *stops_S.tolist()],
-            lengths=ends_S.tolist(),
+            query_starts_X=starts_X,
+            lengths_S=ends_S,
             output_rows_N=self._to_device(rows_N),
         )
         return inputs, _Sampled(seats_S[sampling_S], ends_S[sampling_S])
@@ -118,6 +119,8 @@ class ModelRunner:
         failed: dict[int, str | RowError] = {}
         ended: set[int] = set()
         size = max(1, _LOGITS_BYTES // (4 * self.decoder.config.vocab_size))
+        if 0 < len(hidden_NE) <= size:
+            return self._sample_rows(hidden_NE, *sampled)
         for start in range(0, len(hidden_NE), size):
             rows = slice(start, start + size)
             result = self._sample_rows(hidden_NE[rows], sampled.seats_N[rows], sampled.positions_N[rows])

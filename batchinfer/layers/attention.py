@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -20,10 +22,10 @@ from batchinfer.layers.norm import RMSNorm
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """One step's flat batch. All tensors on the decoder's device; the lists are on the host, so nothing ever syncs.
+    """One step's flat batch. All tensors on the decoder's device; the arrays are on the host, so nothing ever syncs.
 
-    Sequence s owns tokens query_starts[s] .. query_starts[s + 1] - 1: the last ones of its context, which has
-    lengths[s] tokens, these included. Its context's position p lies in slot p % block_size of block
+    Sequence s owns tokens query_starts_X[s] .. query_starts_X[s + 1] - 1: the last ones of its context, which has
+    lengths_S[s] tokens, these included. Its context's position p lies in slot p % block_size of block
     block_tables[s, p // block_size]. Every sequence has at least one token here. Entries of a table beyond the
     context are never used, and may be anything.
     """
@@ -31,9 +33,9 @@ class StepInputs:
     tokens_T: Tensor  # int64
     positions_T: Tensor  # int64
     slots_T: Tensor  # int64, block * block_size + offset: where the token's key and value go
-    block_tables_SB: Tensor  # int32, B ≥ ceil(max(lengths) / block_size)
-    query_starts: list[int]  # [S + 1], from 0 to T
-    lengths: list[int]  # [S]
+    block_tables_SB: Tensor  # int32, B ≥ ceil(max(lengths_S) / block_size)
+    query_starts_X: npt.NDArray[np.int64]  # [S + 1], from 0 to T
+    lengths_S: npt.NDArray[np.int64]
     output_rows_N: Tensor  # int64, indices into T: the rows whose hidden states come out
 
 

@@ -40,7 +40,7 @@ class Echo(torch.nn.Module):
 
     def forward(self, inputs, cache):
         self.seen.append(inputs)
-        if self.fail is not None and len(self.seen) % 7 == 4 and len(inputs.lengths) > 1:
+        if self.fail is not None and len(self.seen) % 7 == 4 and len(inputs.lengths_S) > 1:
             raise self.fail
         return (inputs.tokens_T * 31 + inputs.positions_T)[inputs.output_rows_N, None]
 
@@ -99,9 +99,9 @@ def test_inputs_equal_plain_loops():
         assert inputs.tokens_T.tolist() == [token for *_, token in flat]
         assert inputs.positions_T.tolist() == [position for _, position, _ in flat]
         assert inputs.slots_T.tolist() == [tables[s][p // size] * size + p % size for s, p, _ in flat]
-        assert inputs.lengths == [start + len(tokens) for _, start, tokens, _ in work]
+        assert inputs.lengths_S.tolist() == [start + len(tokens) for _, start, tokens, _ in work]
         counts = [len(tokens) for _, _, tokens, _ in work]
-        assert inputs.query_starts == [sum(counts[:i]) for i in range(len(work) + 1)]
+        assert inputs.query_starts_X.tolist() == [sum(counts[:i]) for i in range(len(work) + 1)]
         ends = [sum(counts[: i + 1]) - 1 for i in range(len(work))]
         rows = [end for end, (*_, samples) in zip(ends, work, strict=True) if samples]
         assert inputs.output_rows_N.tolist() == rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 
@@ -135,8 +136,8 @@ class Paged:
             positions_T=torch.cat(positions),
             slots_T=torch.cat(slots),
             block_tables_SB=self.tables[rows],
-            query_starts=starts,
-            lengths=lengths,
+            query_starts_X=np.array(starts),
+            lengths_S=np.array(lengths),
             output_rows_N=torch.arange(starts[-1]),
         )
         return self.decoder.logits(self.decoder(inputs, self.cache))

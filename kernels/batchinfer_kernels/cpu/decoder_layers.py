@@ -130,7 +130,7 @@ class DecoderLayers:
             kv_N2KBD.shape[3],
             index.slots_T.data_ptr(),
             tables,
-            index.int32_tables_SB.shape[1],
+            index.tables_SB.shape[1],
             query_starts,
             lengths,
             len(index.lengths_S),

@@ -39,7 +39,7 @@ def paged_attention(
         kv_N2KBD.data_ptr(),
         kv_type,
         tables,
-        index.int32_tables_SB.shape[1],
+        index.tables_SB.shape[1],
         query_starts,
         lengths,
         len(index.lengths_S),

@@ -22,7 +22,7 @@ def rope_kv_write(
     if cos_sin is not None:
         _turn(q_THD, *cos_sin)
         _turn(k_TKD, *cos_sin)
-    blocks_T, offsets_T = index.write_T
+    blocks_T, offsets_T = index.places()
     for number, new_TKD in enumerate((k_TKD, v_TKD)):
         kv_N2KBD[blocks_T, number, :, offsets_T] = new_TKD.to(kv_N2KBD.dtype)
 

@@ -38,18 +38,25 @@ class Bucket:
 
 @dataclass(slots=True)
 class StepIndex:
-    """What layers with equal windows, head counts and dtype share is made by the first of them."""
+    """What layers share is made by the first that needs it: buckets where windows, head counts and dtype are equal."""
 
-    write_T: tuple[Tensor, Tensor]  # int64 block and offset of each token's slot
-    tables_SB: Ints
+    slots_T: Tensor  # int64
+    tables_SB: npt.NDArray[np.int32]
     query_starts_X: Ints  # [S + 1]
     lengths_S: Ints
     num_kv_heads: int
     block_size: int
     head_size: int
     device: torch.device
+    _places_T: tuple[Tensor, Tensor] | None = None
     _buckets: dict[tuple[int | None, int, torch.dtype], list[Bucket]] = field(default_factory=dict)
     _workspaces: dict[int, Tensor] = field(default_factory=dict)
+
+    def places(self) -> tuple[Tensor, Tensor]:
+        """int64 block and offset of each token's slot."""
+        if self._places_T is None:
+            self._places_T = self.slots_T // self.block_size, self.slots_T % self.block_size
+        return self._places_T
 
     def buckets(self, window: int | None, group: int, dtype: torch.dtype) -> list[Bucket]:
         """`group` query heads share a kv head; `dtype` is that of the scores."""
@@ -69,14 +76,14 @@ class StepIndex:
 
 
 def step_index(
-    slots_T: Tensor, block_tables_SB: Tensor, query_starts: list[int], lengths: list[int], kv_N2KBD: Tensor
+    slots_T: Tensor, block_tables_SB: Tensor, query_starts_X: npt.ArrayLike, lengths_S: npt.ArrayLike, kv_N2KBD: Tensor
 ) -> StepIndex:
     num_kv_heads, block_size, head_size = kv_N2KBD.shape[2:]
     return StepIndex(
-        write_T=(slots_T // block_size, slots_T % block_size),
-        tables_SB=block_tables_SB.cpu().numpy().astype(np.int64),
-        query_starts_X=np.asarray(query_starts, dtype=np.int64),
-        lengths_S=np.asarray(lengths, dtype=np.int64),
+        slots_T=slots_T,
+        tables_SB=block_tables_SB.cpu().numpy(),
+        query_starts_X=np.asarray(query_starts_X, dtype=np.int64),
+        lengths_S=np.asarray(lengths_S, dtype=np.int64),
         num_kv_heads=num_kv_heads,
         block_size=block_size,
         head_size=head_size,
@@ -143,7 +150,7 @@ def _bucket(index: StepIndex, tiles: _Tiles, window: int | None, group: int, dty
     row_IQ = tiles.row[:, None] + query_IQ
     wanted_IL = tiles.start[:, None] + np.arange(num_slots)
     position_IL = np.minimum(wanted_IL, tiles.end[:, None] - 1)
-    block_IL = index.tables_SB[tiles.sequence[:, None], position_IL // index.block_size]
+    block_IL = index.tables_SB[tiles.sequence[:, None], position_IL // index.block_size].astype(np.int64)
     head_K1 = np.arange(index.num_kv_heads)[:, None]
     keys_IKL = (block_IL[:, None, :] * 2 * index.num_kv_heads + head_K1) * index.block_size
     keys_IKL += (position_IL % index.block_size)[:, None, :]
