@@ -1,113 +1,208 @@
-"""What a step needs of the sequences that only decode, by seat.
+"""The sequences that decode, side by side: a step takes in a token for each of them without a look at any.
 
-A sequence is a dozen objects; at thousands of sequences a step that visits them all waits for memory at each. Most only
-add a token in a block that they have: for these the next position, the last token and the place to put the new one are
-here, side by side. `Scheduler` visits the sequence itself when it needs a block or comes to its end.
+A sequence is a dozen objects; at thousands of sequences a step that visits them all waits for memory at each. Here each
+has a lane, and what a step needs is one list per fact: the tokens that a step samples, in the order of the lanes, are
+the next step's inputs as they are. Of some steps these are kept, and a sequence gets its own from there when it is
+visited: when it comes to the end of its blocks or of its answer, which is known in advance, or when it leaves.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Items
+from operator import itemgetter
+from typing import Any
 
+from batchinfer.engine.plan import StepResult
 from batchinfer.engine.sequence import Sequence
-from batchinfer.request import StopCheck, TokenLogprob
+from batchinfer.request import FinishReason, StopCheck
+
+_REMEMBERED = 64  # steps whose tokens are kept: a sequence is visited before it lacks more
 
 
 class Decoding:
-    """Lists by seat. A sequence is in them from `enter`, after its first token, until `leave`."""
+    """Lists by lane, for running sequences of which all but the last token is computed. `others` have no lane.
 
-    def __init__(self, max_num_seqs: int) -> None:
-        self.positions = [0] * max_num_seqs  # of the last known token, which the next step computes
-        self.last = [0] * max_num_seqs  # that token
-        self._until = [0] * max_num_seqs  # while the position is below, a step adds a token and does nothing else
-        self._tokens: list[list[int]] = [[] for _ in range(max_num_seqs)]
-        self._sequences: dict[int, Sequence] = {}
-        self._checks: dict[int, StopCheck] = {}
-        self._stop_sets: Counter[frozenset[int]] = Counter()  # of those here; mostly one, which they share
-        self._stop_ids: set[int] = set()  # all of these, and some of `_stale_sets` that have left
-        self._stale_sets = 0
+    Whoever leaves is replaced by the last. Until it is settled, a sequence's `tokens` lack those of the last few steps.
+    """
 
-    def enter(self, sequence: Sequence, block_size: int) -> None:
-        """All but its last token is computed. Once more whenever it has been visited."""
-        seat = sequence.seat
-        self.positions[seat] = len(sequence.tokens) - 1
-        self.last[seat] = sequence.tokens[-1]
-        self._until[seat] = min(len(sequence.blocks) * block_size - 1, sequence.limit - 2)
-        if seat in self._sequences:
-            return
-        self._sequences[seat] = sequence
-        self._tokens[seat] = sequence.tokens
-        request = sequence.request
-        if request.stop_check is not None:
-            self._checks[seat] = request.stop_check
-        self._stop_sets[request.stop_ids] += 1
-        if self._stop_sets[request.stop_ids] == 1:
-            self._stop_ids.update(request.stop_ids)
+    def __init__(self, block_size: int) -> None:
+        self.others: dict[int, Sequence] = {}  # by seat, in order of admission
+        self.seats: list[int] = []
+        self.positions: list[int] = []  # of the last known token, which the next step computes
+        self.last: list[int] = []  # that token
+        self._sequences: list[Sequence] = []
+        self._settled: list[int] = []  # the number of steps when its own tokens were complete
+        self._due: list[int] = []  # the number of steps before the one that visits it
+        self._lanes: dict[int, int] = {}  # by seat
+        self._block_size = block_size
+        self._steps = 0  # taken in
+        self._tokens: list[list[int]] = []  # of the last of these
+        self._calendar: dict[int, list[Sequence]] = {}  # by number of steps: whom the next may have to visit
+        self._ending: list[Sequence] = []  # those whose answer the step to be taken in ends
+        self._stops = _Stops()
+
+    def gather(self) -> None:
+        """Whoever decodes gets a lane."""
+        for sequence in list(self.others.values()):
+            if sequence.decodes:
+                del self.others[sequence.seat]
+                self._enter(sequence)
+
+    def scatter(self, running: Mapping[int, Sequence]) -> None:
+        """Nobody has a lane any more."""
+        for seat in self.seats[::-1]:
+            self.leave(seat)
+        self.others = dict(running)
+        self._calendar.clear()
 
     def leave(self, seat: int) -> None:
-        """Its sequence gives the seat up, whether it is here or not."""
-        sequence = self._sequences.pop(seat, None)
-        if sequence is None:
+        """Its sequence gives the seat up."""
+        if self.others.pop(seat, None) is not None:
             return
-        self._until[seat] = 0
-        self._checks.pop(seat, None)
-        stop_ids = sequence.request.stop_ids
-        self._stop_sets[stop_ids] -= 1
-        if not self._stop_sets[stop_ids]:
-            del self._stop_sets[stop_ids]
-            self._stale_sets += 1
-            if self._stale_sets > len(self._stop_sets):
-                self._stop_ids = set().union(*self._stop_sets)
-                self._stale_sets = 0
+        lane = self._lanes.pop(seat)
+        self._settle(lane)
+        self._stops.remove(self._sequences[lane])
+        end = len(self.seats) - 1
+        if lane < end:
+            self._settle(end)  # the lane that it moves to has another's tokens
+            self._lanes[self.seats[end]] = lane
+        lists: list[list[Any]] = [self.seats, self.positions, self.last, self._sequences, self._settled, self._due]
+        for facts in lists:
+            facts[lane] = facts[end]
+            del facts[end]
 
-    def adds_one(self, seat: int) -> bool:
-        """Whether the next step adds a token to it and does nothing else."""
-        return self.positions[seat] < self._until[seat]
+    def settle(self, seat: int) -> None:
+        """Bring the tokens of its sequence up to date, whether it is here or not."""
+        lane = self._lanes.get(seat)
+        if lane is not None:
+            self._settle(lane)
 
-    def split(self, seats: Iterable[int]) -> tuple[list[int], list[int]]:
-        """Those to which the next step adds a token and does nothing else, and the others."""
-        positions, until = self.positions, self._until
-        adding: list[int] = []
-        others: list[int] = []
-        for seat in seats:
-            (adding if positions[seat] < until[seat] else others).append(seat)
-        return adding, others
+    def visits(self) -> Iterator[Sequence]:
+        """Those who have filled their blocks, or whose answer ends with this step, settled; and some who come early.
 
-    def take(self, seats: Items[int], tokens: Items[int], logprobs: Items[TokenLogprob | None] | None) -> set[int]:
-        """Take in a token for each of `seats`, which `split` gave; the places of those that stop with it.
-
-        `tokens` and `logprobs` may go on after that.
+        Each waits for its next visit from when the one after it is asked for.
         """
-        positions, last, stop_ids = self.positions, self.last, self._stop_ids
-        # a loop in C: it reaches for the next lists while it waits for one
-        deque(map(list.append, map(self._tokens.__getitem__, seats), tokens), maxlen=0)
-        stopped: set[int] = set()
-        for place, (seat, token) in enumerate(zip(seats, tokens, strict=False)):
-            last[seat] = token
-            positions[seat] += 1
-            if token in stop_ids and token in self._sequences[seat].request.stop_ids:
-                stopped.add(place)
-        if self._checks:
-            checks = map(self._checks.get, seats)
-            stopped.update(place for place, check in enumerate(checks) if check is not None and check(tokens[place]))
-        if logprobs is not None:
-            for seat, logprob in zip(seats, logprobs, strict=False):
-                if logprob is not None:
-                    self._sequences[seat].add_logprob(logprob)
-        return stopped
+        self._ending.clear()
+        for sequence in self._calendar.pop(self._steps, ()):
+            lane = self._lanes.get(sequence.seat)
+            if lane is None or self._sequences[lane] is not sequence or self._due[lane] != self._steps:
+                continue  # it has left since then
+            self._settle(lane)
+            if len(sequence.tokens) + 1 == sequence.limit:
+                self._ending.append(sequence)
+            yield sequence
+            if sequence.seat >= 0:
+                self._wait(sequence, self._lanes[sequence.seat], self._steps + 1)
 
-    def check_integrity(self, running: Mapping[int, Sequence], block_size: int) -> None:
-        """Assert that what is here is what the running sequences that decode are."""
-        assert self._sequences == {seat: sequence for seat, sequence in running.items() if sequence.decodes}
-        assert self._stop_sets == Counter(sequence.request.stop_ids for sequence in self._sequences.values())
-        assert all(self._stop_ids.issuperset(stop_ids) for stop_ids in self._stop_sets)
-        for seat in set(range(len(self._until))) - self._sequences.keys():
-            assert not self._until[seat], "an empty seat decodes"
-        for seat, sequence in self._sequences.items():
-            assert self._tokens[seat] is sequence.tokens, "another's tokens"
-            assert self.positions[seat] == sequence.num_computed, "at another position"
-            assert self.last[seat] == sequence.tokens[-1], "another last token"
-            assert self._until[seat] < len(sequence.blocks) * block_size, "it decodes beyond its blocks"
-            assert self._checks.get(seat) is sequence.request.stop_check, "another's stop check"
+    def take(self, result: StepResult) -> dict[int, FinishReason]:
+        """Take in a token for each lane: the first of the result. The lanes whose answers end with it, and why."""
+        self.last = list(result.tokens[: len(self.seats)])
+        self.positions = [position + 1 for position in self.positions]
+        self._steps += 1
+        self._tokens.append(self.last)
+        del self._tokens[:-_REMEMBERED]
+        if result.logprobs is not None:
+            for sequence, logprob in zip(self._sequences, result.logprobs, strict=False):
+                if logprob is not None:
+                    sequence.add_logprob(logprob)
+        ended: dict[int, FinishReason] = {
+            self._lanes[one.seat]: "length" for one in self._ending if one.seat in self._lanes
+        }
+        ended |= dict.fromkeys(self._stops.by_ids(self.last, self._sequences), "stop")
+        for seat, check in self._stops.checks.items():
+            lane = self._lanes[seat]
+            if ended.get(lane) != "stop" and check(self.last[lane]):
+                ended[lane] = "stop"
+        return ended | {row: "stop" for row in result.ended if row < len(self.seats)}
+
+    def known(self, sequence: Sequence) -> list[int]:
+        """Its tokens, up to date, whether it is here or not; it stays as it is."""
+        lane = self._lanes.get(sequence.seat)
+        if lane is None:
+            return sequence.tokens
+        missing = self._steps - self._settled[lane]
+        return sequence.tokens + [tokens[lane] for tokens in self._tokens[len(self._tokens) - missing :]]
+
+    def check_integrity(self, running: Mapping[int, Sequence]) -> None:
+        """Assert that what is here is what these running sequences are."""
+        assert running.keys() == self._lanes.keys() ^ self.others.keys(), "somebody has two places, or none"
+        assert all(running[seat] is sequence for seat, sequence in self.others.items()), "in another's place"
+        assert len(self._lanes) == len(self.seats) == len(self._due), "lanes lost or doubled"
+        for lane, (seat, sequence) in enumerate(zip(self.seats, self._sequences, strict=True)):
+            assert running.get(seat) is sequence and self._lanes[seat] == lane, "in another's lane"
+            known = self.known(sequence)
+            assert sequence.decodes and self.positions[lane] == len(known) - 1, "at another position"
+            assert self.last[lane] == known[-1], "another last token"
+            assert self._steps - self._settled[lane] <= len(self._tokens), "tokens forgotten"
+            assert sequence in self._calendar[self._due[lane]], "nobody will visit it"
+            end = self.positions[lane] + self._due[lane] - self._steps
+            assert end <= max(self.positions[lane], len(sequence.blocks) * self._block_size), "beyond its blocks"
+        self._stops.check_integrity(self._sequences)
+
+    def _enter(self, sequence: Sequence) -> None:
+        self._lanes[sequence.seat] = len(self.seats)
+        self.seats.append(sequence.seat)
+        self.positions.append(len(sequence.tokens) - 1)
+        self.last.append(sequence.tokens[-1])
+        self._sequences.append(sequence)
+        self._settled.append(self._steps)
+        self._due.append(self._steps)
+        self._stops.add(sequence)
+        self._wait(sequence, len(self.seats) - 1, self._steps)
+
+    def _settle(self, lane: int) -> None:
+        missing = self._steps - self._settled[lane]
+        if missing:
+            self._sequences[lane].tokens.extend(map(itemgetter(lane), self._tokens[-missing:]))
+            self._settled[lane] = self._steps
+
+    def _wait(self, sequence: Sequence, lane: int, earliest: int) -> None:
+        """Until the step that has no slot for its last known token, or that ends its answer."""
+        end = min(len(sequence.blocks) * self._block_size, sequence.limit - 2)
+        due = max(earliest, self._steps + min(end - self.positions[lane], _REMEMBERED))
+        self._due[lane] = due
+        self._calendar.setdefault(due, []).append(sequence)
+
+
+class _Stops:
+    """What ends the answers of some sequences."""
+
+    def __init__(self) -> None:
+        self.checks: dict[int, StopCheck] = {}  # by seat
+        self._sets: Counter[frozenset[int]] = Counter()  # stop ids; mostly one set, which all share
+        self._ids: set[int] = set()  # all of these, and some of `_stale` sets that have left
+        self._stale = 0
+
+    def add(self, sequence: Sequence) -> None:
+        request = sequence.request
+        if request.stop_check is not None:
+            self.checks[sequence.seat] = request.stop_check
+        self._sets[request.stop_ids] += 1
+        if self._sets[request.stop_ids] == 1:
+            self._ids.update(request.stop_ids)
+
+    def remove(self, sequence: Sequence) -> None:
+        self.checks.pop(sequence.seat, None)
+        stop_ids = sequence.request.stop_ids
+        self._sets[stop_ids] -= 1
+        if not self._sets[stop_ids]:
+            del self._sets[stop_ids]
+            self._stale += 1
+            if self._stale > len(self._sets):
+                self._ids = set().union(*self._sets)
+                self._stale = 0
+
+    def by_ids(self, tokens: Items[int], sequences: Items[Sequence]) -> set[int]:
+        """The places of those whose token is a stop id of theirs."""
+        ids = self._ids
+        found = [place for place, token in enumerate(tokens) if token in ids]
+        return {place for place in found if tokens[place] in sequences[place].request.stop_ids}
+
+    def check_integrity(self, sequences: Items[Sequence]) -> None:
+        """Assert that it is of these."""
+        assert self._sets == Counter(sequence.request.stop_ids for sequence in sequences), "another's stop ids"
+        assert all(self._ids.issuperset(stop_ids) for stop_ids in self._sets), "stop ids forgotten"
+        checks = {one.seat: one.request.stop_check for one in sequences if one.request.stop_check is not None}
+        assert self.checks == checks, "another's stop check"

@@ -8,7 +8,7 @@ from batchinfer.engine.sequence import Sequence
 
 
 class Making:
-    """`decoding` are the seats to which the step adds a token and does nothing else: the plan begins with them.
+    """`decoding` are the seats of those that decode, by lane: the plan begins with them.
 
     Then lists as in `StepPlan`, and the sequences that they are about. `drafts` are in their order. Places count from
     the first of these sequences.
@@ -58,7 +58,7 @@ class Making:
     def grow(self, sequence: Sequence, first: int) -> None:
         """Its blocks from number `first` on, if there are any, are new."""
         if len(sequence.blocks) > first:
-            added = tuple(block.index for block in sequence.blocks[first:])
+            added = tuple([block.index for block in sequence.blocks[first:]])
             self.grown.append(Grown(sequence.seat, first, added))
 
     def add_draft(self, place: int, draft: list[int]) -> None:
@@ -73,17 +73,17 @@ class Making:
         self.drafts.append(draft)
 
     def plan(self, step: int, decoding: Decoding) -> StepPlan:
-        seats = self.decoding
+        seats = self.decoding = decoding.seats.copy()
         ones = [1] * len(seats)
         return StepPlan(
             step=step,
             joins=tuple(self.joins),
             grown=tuple(self.grown),
             seats=seats + self.seats,
-            starts=[decoding.positions[seat] for seat in seats] + self.starts,
+            starts=decoding.positions + self.starts,
             counts=ones + self.counts,
             samples=ones + self.samples,
-            tokens=[decoding.last[seat] for seat in seats] + self.tokens,
+            tokens=decoding.last + self.tokens,
             reads=tuple(read._replace(place=len(seats) + read.place) for read in self.reads),
             copies=tuple(self.copies),
         )

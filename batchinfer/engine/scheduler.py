@@ -42,7 +42,7 @@ class Scheduler:
         self._promised = 0  # sum of `promised` over the running sequences
         self._queued_tokens = 0  # known tokens of the waiting sequences
         self._speculation = Speculation(speculative_tokens)
-        self._decoding = Decoding(max_num_seqs)
+        self._decoding = Decoding(pool.block_size)
         self._making = Making([])
         self._finished: list[Finished] = []
 
@@ -61,7 +61,7 @@ class Scheduler:
         """Forget a request wherever it is; False if it is not here. Call between steps."""
         for sequence in self.running.values():
             if sequence.request.request_id == request_id:
-                self._leave(sequence)
+                self._leave(sequence, sound=True)
                 return True
         for sequence in self.waiting:
             if sequence.request.request_id == request_id:
@@ -82,6 +82,10 @@ class Scheduler:
         capacity = len(self.pool.blocks) * self.pool.block_size
         return len(self.waiting) < len(self._seats) and self._queued_tokens < capacity
 
+    def settle(self, sequence: Sequence) -> None:
+        """Bring the tokens of a running sequence up to date: else they may lack the last few."""
+        self._decoding.settle(sequence.seat)
+
     def take_finished(self) -> list[Finished]:
         """What ended since the last call."""
         finished, self._finished = self._finished, []
@@ -91,25 +95,20 @@ class Scheduler:
 
     def schedule(self) -> StepPlan:
         """Decide the next step. An empty plan means that nothing can run."""
-        decoding: list[int] = []
-        others = list(self.running)
-        if not self._speculation.most or len(others) >= MAX_ROWS:  # else each may get a draft
-            decoding, others = self._decoding.split(others)
-        making = self._making = Making(decoding)
-        budget = self.max_step_tokens - len(decoding)
+        if self._speculation.most and len(self.running) < MAX_ROWS:  # each may get a draft
+            self._decoding.scatter(self.running)
+        else:
+            self._decoding.gather()
+        making = self._making = Making(self._decoding.seats)
+        budget = self.max_step_tokens - len(self._decoding.seats)
         preemptions = self.stats.preemptions
-        for seat in others:
-            sequence = self.running.get(seat)
-            if sequence is None or budget <= 0:
-                continue
-            if self._decoding.adds_one(seat):
-                making.add(sequence, len(sequence.tokens) - 1, 1, 1)
-                making.tokens.append(sequence.tokens[-1])
-                budget -= 1
-            else:
+        for sequence in self._decoding.visits():
+            self._visit(sequence, making)
+        for sequence in list(self._decoding.others.values()):
+            if sequence.seat >= 0 and budget > 0:
                 budget -= self._advance(sequence, budget, making)
         if self.stats.preemptions > preemptions:
-            making.decoding = [seat for seat in decoding if seat in self.running]
+            making.grown = [grown for grown in making.grown if grown.seat in self.running]
         self._admit(budget, making)
         if making.num_tokens < MAX_ROWS:
             self._speculate(making)
@@ -136,25 +135,21 @@ class Scheduler:
                 sequence.computed(count)
                 if sequence.num_computed == sequence.limit and sequence.seat >= 0:
                     self._finish(sequence, "length")
-            if samples and sequence.seat >= 0:
-                self._decoding.enter(sequence, self.pool.block_size)
             row += samples
         self.stats.generated_tokens += row
         self._careful = min(self._max_num_seqs, self._careful * 2)
 
     def _take_decoded(self, seats: list[int], result: StepResult, failed: dict[int, str | RowError]) -> None:
-        """Take in the first rows of the result: one for each of these seats, whose sequences are not at their limit."""
-        ended = self._decoding.take(seats, result.tokens, result.logprobs)
-        ended.update(row for row in result.ended if row < len(seats))
-        ended.update(row for row in failed if row < len(seats))
-        for row in sorted(ended):
+        """Take in the first rows of the result: one for each of these seats, by lane."""
+        ended = self._decoding.take(result)
+        for row in sorted({*ended, *(row for row in failed if row < len(seats))}):
             sequence = self.running[seats[row]]
-            failure = failed.get(row)
-            if failure is None:
-                self._finish(sequence, "stop")
-            else:
+            if row in failed:
+                self.settle(sequence)
                 del sequence.tokens[-1]  # which has no meaning
-                self._fail_row(sequence, failure)
+                self._fail_row(sequence, failed[row])
+            else:
+                self._finish(sequence, ended[row])
 
     def _take_sampled(
         self, sequence: Sequence, row: int, result: StepResult, failed: dict[int, str | RowError]
@@ -233,12 +228,20 @@ class Scheduler:
         assert sorted(seats + self._seats) == list(range(self._max_num_seqs)), "seats lost or doubled"
         assert self._queued_tokens == sum(len(sequence.tokens) for sequence in self.waiting), "the queue is miscounted"
         assert self._promised == sum(sequence.promised for sequence in self.running.values()), "promises"
-        self._decoding.check_integrity(self.running, self.pool.block_size)
+        self._decoding.check_integrity(self.running)
         for sequence in self.running.values():
-            sequence.check_integrity(self.pool.block_size)
+            sequence.check_integrity(self._decoding.known(sequence), self.pool.block_size)
         assert all(not sequence.blocks and sequence.seat < 0 for sequence in self.waiting), "waiting with blocks"
 
     # -- growing ------------------------------------------------------------------------------------------------
+
+    def _visit(self, sequence: Sequence, making: Making) -> None:
+        """Where one that decodes has filled its blocks: another one, and others may find what they hold."""
+        known, first = len(sequence.tokens), len(sequence.blocks)
+        if known > first * self.pool.block_size:
+            self._index_full_blocks(sequence, known - 1)
+            if self._grow(sequence, known):
+                making.grow(sequence, first)
 
     def _advance(self, sequence: Sequence, budget: int, making: Making) -> int:
         """Plan the next tokens of a running sequence; how many. Zero if it has to wait or had to leave."""
@@ -267,8 +270,7 @@ class Scheduler:
         making.grow(sequence, first)
         if count == 0:
             return 0
-        if end // size > sequence.num_indexed and self.pool.enable_prefix_caching:
-            self._index_full_blocks(sequence, end // size)
+        self._index_full_blocks(sequence, end)  # now, so that a sequence later in the same step may share them
         making.add(sequence, start, count, int(end == known))
         making.tokens.extend(sequence.tokens[start:end])
         if end == known == len(sequence.blocks) * size and known + 1 < sequence.limit:
@@ -361,14 +363,16 @@ class Scheduler:
         """Indexed blocks that continue `sequence`."""
         return self.pool.follow(sequence.chain, sequence.tokens, sequence.num_computed, sequence.reusable)
 
-    def _index_full_blocks(self, sequence: Sequence, full: int) -> None:
-        """Index at allocation: this step computes these blocks, so a sequence later in the same step may share them."""
+    def _index_full_blocks(self, sequence: Sequence, end: int) -> None:
+        """Its tokens before `end` are computed, or will be in this step."""
         size = self.pool.block_size
-        for number in range(sequence.num_indexed, full):
+        if end < (sequence.num_indexed + 1) * size or not self.pool.enable_prefix_caching:
+            return
+        for number in range(sequence.num_indexed, end // size):
             tokens = sequence.tokens[number * size : (number + 1) * size]
             prompt = number * size < sequence.num_prompt  # none begins as another's answer and then differs
             sequence.chain = self.pool.index(sequence.blocks[number], sequence.chain, tokens, remember=prompt)
-        sequence.num_indexed = full
+        sequence.num_indexed = end // size
 
     # -- coming and going ---------------------------------------------------------------------------------------
 
@@ -384,7 +388,7 @@ class Scheduler:
             sequence.seat = self._seats.pop()
             sequence.promised = promised
             self._promised += promised
-            self.running[sequence.seat] = sequence
+            self.running[sequence.seat] = self._decoding.others[sequence.seat] = sequence
             making.joins.append(Join(sequence.seat, sequence.request, tuple(sequence.output)))
             taken = self._advance(sequence, budget, making)
             if taken == 0:
@@ -408,14 +412,14 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the head of the queue; what it computed stays in the cache for as long as memory allows."""
-        self._leave(sequence)
+        self._leave(sequence, sound=True)
         sequence.proven = False
         self.waiting.appendleft(sequence)
         self._queued_tokens += len(sequence.tokens)
         self.stats.preemptions += 1
 
     def _finish(self, sequence: Sequence, reason: FinishReason, error: RowError | None = None) -> None:
-        self._leave(sequence)
+        self._leave(sequence, sound=error is None)
         if error is None and sequence.request.max_tokens:
             self.expected.observe(sequence.num_output)
         rows = sequence.rows
@@ -426,13 +430,16 @@ class Scheduler:
         )
         self._finished.append(answer)
 
-    def _leave(self, sequence: Sequence) -> None:
+    def _leave(self, sequence: Sequence, sound: bool) -> None:
+        """sound: others may find what it has computed."""
+        self._decoding.leave(sequence.seat)
+        if sound:
+            self._index_full_blocks(sequence, sequence.num_computed)
         del self.running[sequence.seat]
         self.pool.release(sequence.blocks)
         self._promised -= sequence.promised
         self._seats.append(sequence.seat)
         self._speculation.forget(sequence.seat)
-        self._decoding.leave(sequence.seat)
         sequence.leave()
 
 

@@ -48,7 +48,8 @@ class Sequence:
     nothing knows at once all that it needs: no token after the last row that it reads. `chain` is the uid of the
     content of the first `num_indexed` blocks. `promised` counts blocks that admission set aside for it and that it has
     not taken yet. `proven` says that a step with it has succeeded since it took its seat. `num_cached` prompt tokens
-    were found in the cache. Once it `decodes`, all but the last known token is computed.
+    were found in the cache. Once it `decodes`, all but the last known token is computed, and `tokens` may lack the last
+    few: see `Scheduler.settle`.
     """
 
     __slots__ = (
@@ -140,17 +141,17 @@ class Sequence:
         self.chain = ROOT
         self.promised = 0
 
-    def check_integrity(self, size: int) -> None:
-        """Assert that a running sequence's counts agree with its blocks of `size` tokens."""
-        known = len(self.tokens)
-        assert self.num_computed < known, "nothing left to compute"
-        assert self.num_computed <= len(self.blocks) * size, "computed beyond its blocks"
-        assert self.num_indexed * size <= self.num_computed, "indexed before it is computed"
+    def check_integrity(self, tokens: list[int], size: int) -> None:
+        """Assert that a running sequence's counts agree with its blocks of `size` tokens. `tokens` are up to date."""
+        computed = len(tokens) - 1 if self.decodes else self.num_computed
+        assert computed < len(tokens), "nothing left to compute"
+        assert computed <= len(self.blocks) * size, "computed beyond its blocks"
+        assert self.num_indexed * size <= computed, "indexed before it is computed"
         for number, block in enumerate(self.blocks):
             if block.key is not None:
                 assert number < self.num_indexed, "a block that is not full is indexed"
-                assert block.key.endswith(array("I", self.tokens[number * size : (number + 1) * size]).tobytes()), (
+                assert block.key.endswith(array("I", tokens[number * size : (number + 1) * size]).tobytes()), (
                     "indexed as others"
                 )
         rows = self.rows
-        assert rows is None or not rows.left or rows.at >= self.num_computed, "rows passed without being read"
+        assert rows is None or not rows.left or rows.at >= computed, "rows passed without being read"

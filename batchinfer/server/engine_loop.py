@@ -174,8 +174,10 @@ class EngineLoop:
         now = time.monotonic()
         for sequence in self._engine.scheduler.running.values():
             live = self._live[sequence.request.request_id]
+            if live.stream:
+                self._engine.scheduler.settle(sequence)
             count, seen = sequence.num_output, live.seen
-            if count == seen:  # its prompt is still being computed
+            if count == seen:  # its prompt is still being computed, or nobody waits for its tokens
                 continue
             live.seen = count
             live.first_token_s = live.first_token_s or now

@@ -65,8 +65,7 @@ class CheckingRunner:
         for seat, start, count in zip(plan.seats, plan.starts, plan.counts, strict=True):
             tokens, at = plan.tokens[at : at + count], at + count
             known = self._known[seat]
-            if start == len(known):
-                known.extend(tokens)
+            known.extend(tokens[len(known) - start :])  # after a preemption it knew the first, and now has a draft
             assert known[start : start + count] == tokens, "wrong tokens in the plan"
             for position in range(start, start + count):
                 self._slots[self._slot(seat, position)] = tuple(known[: position + 1])

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 
+from batchinfer.engine import scheduler
 from batchinfer.engine.blocks import BlockPool
 from batchinfer.engine.engine import Engine
 from batchinfer.engine.expected import ExpectedLength
 from batchinfer.engine.plan import StepPlan, StepResult
 from batchinfer.engine.scheduler import Scheduler
 from batchinfer.request import Finished, Request, SamplingParams, TokenLogprob
-from tests.engine.checking import make_engine, make_reading, make_request, naive
+from tests.engine.checking import REPEATS, make_engine, make_reading, make_request, naive
 from tests.engine.test_engine import run_all
 
 GREEDY = SamplingParams(temperature=0)
@@ -113,6 +116,79 @@ def test_who_only_decodes_can_be_preempted() -> None:
     assert engine.stats.preemptions > 0
     for one in requests:
         assert found[one.request_id].token_ids == naive(one)
+
+
+def lengths_apart(count: int) -> list[Request]:
+    """Answers of 1 to some 300 tokens, in any order."""
+    return [make_request(number, [1 + number % 40, 2], 1 + 37 * number % 301) for number in range(count)]
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 512])
+def test_who_leaves_takes_its_tokens_along(block_size: int) -> None:
+    """Whoever moves into the gap as well, however many steps neither has been visited."""
+    requests = lengths_apart(40)
+    engine, _ = make_engine(20_000 // block_size, block_size)
+    for one in requests:
+        engine.add(one)
+    found = {}
+    while engine.has_work:
+        found.update({answer.request.request_id: answer.token_ids for answer in engine.step()})
+    assert found == {one.request_id: naive(one) for one in requests}
+
+
+def test_lanes_come_and_go_with_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With few sequences each may get a draft; with many they decode side by side."""
+    monkeypatch.setattr(scheduler, "MAX_ROWS", 4)
+    requests = [replace(one, prompt=[REPEATS, 3] if one.request_id % 2 else one.prompt) for one in lengths_apart(40)]
+    engine, _ = make_engine(1000, speculative_tokens=3)
+    side_by_side = set()
+    found = {}
+    for number, one in enumerate(requests):
+        engine.add(one)
+        for _ in range(60 if number % 8 == 7 else 2):
+            found.update({answer.request.request_id: answer.token_ids for answer in engine.step()})
+            engine.scheduler.check_integrity()
+            side_by_side.add(bool(engine.scheduler._decoding.seats))
+    found |= {number: answer.token_ids for number, answer in run_all(engine, []).items()}
+    assert found == {one.request_id: naive(one) for one in requests}
+    assert side_by_side == {True, False} and engine.stats.accepted_tokens > 0
+
+
+def test_an_answer_is_found_again_up_to_its_last_computed_block() -> None:
+    """By a longer conversation, whichever way it ended."""
+    for length in range(1, 14):
+        engine, _ = make_engine(50)
+        first = make_request(0, [1, 2, 3], length)
+        answer = run_all(engine, [first])[0].token_ids
+        run_all(engine, [make_request(1, [*first.prompt, *answer, 49, 49, 49, 49, 49], 1)])
+        assert engine.stats.prompt_tokens_reused == (3 + len(answer) - 1) // 4 * 4, answer
+
+
+@pytest.mark.parametrize("block_size", [1, 4])
+def test_who_has_been_visited_can_be_preempted(block_size: int) -> None:
+    """Visits are in any order, so an older one may take away the block, or the last step, of one that had its visit."""
+    shuffle = random.Random(block_size).shuffle
+    requests = [make_request(number, [1 + number, 2, 3], 2 + number % 11) for number in range(150)]
+    engine, runner = make_engine(24 // block_size, block_size)
+    engine.scheduler.expected = ExpectedLength(quantile=0.0, enough=1)
+    engine.scheduler.expected.observe(1)
+    run = runner.run
+
+    def only_who_runs_grows(plan: StepPlan) -> StepResult:
+        assert {grown.seat for grown in plan.grown} <= engine.scheduler.running.keys()
+        return run(plan)
+
+    runner.run = only_who_runs_grows
+    for one in requests:
+        engine.add(one)
+    found = {}
+    while engine.has_work:
+        for due in engine.scheduler._decoding._calendar.values():
+            shuffle(due)
+        found.update({answer.request.request_id: answer.token_ids for answer in engine.step()})
+        engine.scheduler.check_integrity()
+    assert found == {one.request_id: naive(one) for one in requests}
+    assert engine.stats.preemptions > 20
 
 
 def test_a_reading_fails_beside_one_who_decodes() -> None:

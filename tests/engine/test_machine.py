@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from batchinfer.engine import scheduler
 from batchinfer.request import Finished, Request
 from tests.engine.checking import REPEATS, make_engine, make_reading, make_request, naive, naive_reading
 
@@ -93,7 +96,23 @@ class PlainMachine(EngineMachine):
     speculative_tokens = 0
 
 
-for machine in (EngineMachine, PlainMachine):
+class MixedMachine(EngineMachine):
+    """Drafts for two sequences, and none where more are running."""
+
+    def __init__(self) -> None:
+        self.most = patch.object(scheduler, "MAX_ROWS", 3)
+        self.most.start()
+        super().__init__()
+
+    def teardown(self) -> None:
+        try:
+            super().teardown()
+        finally:
+            self.most.stop()
+
+
+for machine in (EngineMachine, PlainMachine, MixedMachine):
     machine.TestCase.settings = settings(max_examples=100, stateful_step_count=25, deadline=None)
 TestEngineMachine = EngineMachine.TestCase
 TestPlainMachine = PlainMachine.TestCase
+TestMixedMachine = MixedMachine.TestCase

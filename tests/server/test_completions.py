@@ -7,6 +7,7 @@ import math
 import pytest
 
 from tests.server.alike import alike
+from tests.server.conftest import Endpoint, fake_llm
 
 COMPLETIONS = "/v1/completions"
 
@@ -62,6 +63,20 @@ def test_stop_of_every_form(fake, stop):
         COMPLETIONS, prompt="a long answer", max_tokens=200, temperature=0, ignore_eos=True, stop=stop
     )
     assert "".join(event["choices"][0]["text"] for event in streamed) == text[:first]
+
+
+@pytest.mark.parametrize("logprobs", [None, 1])
+def test_a_token_is_streamed_in_its_step(logprobs):
+    """Also of sequences that no step visits, as those that decode without drafts."""
+    endpoint = Endpoint(fake_llm(answer_tokens=60, step_s=0.01, speculative_tokens=0, max_model_len=512))
+    try:
+        asked = {"prompt": "x", "max_tokens": 40, "temperature": 0, "ignore_eos": True, "logprobs": logprobs}
+        events = endpoint.stream(COMPLETIONS, **asked)
+        pieces = [choice for event in events for choice in event["choices"] if choice["text"]]
+        assert "".join(piece["text"] for piece in pieces) == texts(endpoint.completion(**asked))[0]
+        assert len(pieces) > 30 and (logprobs is None or all(len(one["logprobs"]["tokens"]) for one in pieces))
+    finally:
+        endpoint.close()
 
 
 def test_default_is_16_tokens(fake):
