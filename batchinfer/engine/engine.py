@@ -51,7 +51,7 @@ class Engine:
 
     def expected_tokens(self, request: Request) -> int:
         """How many tokens its answer will probably have."""
-        return self.scheduler.expected_tokens(request)
+        return self.scheduler.expected.of(request)
 
     @property
     def wants_more(self) -> bool:

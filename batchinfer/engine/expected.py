@@ -5,6 +5,8 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections import deque
 
+from batchinfer.request import Request
+
 _PRIOR_TOKENS = 256
 
 
@@ -27,6 +29,12 @@ class ExpectedLength:
             del self._sorted[bisect_left(self._sorted, self._recent[0])]
         self._recent.append(length)
         insort(self._sorted, length)
+
+    def of(self, request: Request) -> int:
+        """How many tokens its answer will probably have; exact where nothing can end it early."""
+        if not request.stop_ids and request.stop_check is None:
+            return request.max_tokens
+        return self.tokens(request.max_tokens)
 
     def tokens(self, max_tokens: int) -> int:
         """Expected output length, in tokens, of a request that may produce `max_tokens`."""

@@ -70,12 +70,6 @@ class Scheduler:
                 return True
         return False
 
-    def expected_tokens(self, request: Request) -> int:
-        """How many tokens its answer will probably have; exact where nothing can end it early."""
-        if not request.stop_ids and request.stop_check is None:
-            return request.max_tokens
-        return self.expected.tokens(request.max_tokens)
-
     @property
     def wants_more(self) -> bool:
         """Whether the next step may seat more than what waits, which has free seats and does not yet fill the cache."""
@@ -245,6 +239,13 @@ class Scheduler:
 
     def _advance(self, sequence: Sequence, budget: int, making: Making) -> int:
         """Plan the next tokens of a running sequence; how many. Zero if it has to wait or had to leave."""
+        if sequence.decodes:
+            self._visit(sequence, making)
+            if sequence.seat < 0:
+                return 0
+            making.add(sequence, len(sequence.tokens) - 1, 1, 1)
+            making.tokens.append(sequence.tokens[-1])
+            return 1
         size = self.pool.block_size
         start = sequence.num_computed
         known = len(sequence.tokens)
@@ -273,8 +274,6 @@ class Scheduler:
         self._index_full_blocks(sequence, end)  # now, so that a sequence later in the same step may share them
         making.add(sequence, start, count, int(end == known))
         making.tokens.extend(sequence.tokens[start:end])
-        if end == known == len(sequence.blocks) * size and known + 1 < sequence.limit:
-            self._slots(sequence, 1, making)  # now, if it can be had, so that the next step need not see to it
         if start < sequence.num_prompt:
             self._read_prompt(sequence, end, making)
             self.stats.prompt_tokens_computed += min(end, sequence.num_prompt) - start
@@ -403,7 +402,7 @@ class Scheduler:
         size = self.pool.block_size
         hits = self._hits(sequence)
         left = sequence.limit - len(sequence.tokens)
-        expected = max(min(1, left), min(left, self.expected_tokens(sequence.request) - sequence.num_output))
+        expected = max(min(1, left), min(left, self.expected.of(sequence.request) - sequence.num_output))
         needed = -(-(len(sequence.tokens) + expected) // size)
         fresh = needed - len(hits) + sum(block.refs == 0 for block in hits)
         if self.running and (fresh > available or self._better_next_step(sequence, hits)):
