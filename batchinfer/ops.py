@@ -141,13 +141,21 @@ class ScoreRule(NamedTuple):
 
 
 def step_index(
-    slots_T: Tensor, block_tables_SB: Tensor, query_starts_X: npt.ArrayLike, lengths_S: npt.ArrayLike, kv_N2KBD: Tensor
+    slots_T: Tensor,
+    block_tables_SB: Tensor,
+    query_starts_X: npt.ArrayLike,
+    lengths_S: npt.ArrayLike,
+    kv_N2KBD: Tensor,
+    prompt_S: npt.ArrayLike | None = None,
 ) -> StepIndex:
     """What `rope_kv_write` and `paged_attention` of every layer share in one step; see layers.attention.StepInputs.
 
-    `query_starts_X` and `lengths_S` are on the host. `kv_N2KBD` is any layer's cache: its shape counts, not its data.
+    `query_starts_X`, `lengths_S` and `prompt_S` (default: of more than one token) are on the host. `kv_N2KBD` is any
+    layer's cache: its shape counts, not its data.
     """
-    made: StepIndex = _backend(slots_T).step_index(slots_T, block_tables_SB, query_starts_X, lengths_S, kv_N2KBD)
+    made: StepIndex = _backend(slots_T).step_index(
+        slots_T, block_tables_SB, query_starts_X, lengths_S, kv_N2KBD, prompt_S
+    )
     return made
 
 

@@ -213,8 +213,8 @@ class _NoArithmetic(Decoder):
         self.called = self.answered = 0.0
 
     def forward(self, inputs: StepInputs, caches: Sequence[Tensor]) -> Tensor:
-        starts_X, lengths_S = inputs.query_starts_X, inputs.lengths_S
-        ops.step_index(inputs.slots_T, inputs.block_tables_SB, starts_X, lengths_S, caches[0])
+        facts = inputs.query_starts_X, inputs.lengths_S, caches[0], inputs.prompt_S
+        ops.step_index(inputs.slots_T, inputs.block_tables_SB, *facts)
         self.called = perf_counter()
         return self._logits_NV[: len(inputs.output_rows_N)]
 

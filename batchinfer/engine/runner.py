@@ -59,6 +59,7 @@ class ModelRunner:
         self.sampler = Sampler(max_num_seqs, decoder.config.vocab_size)
         self.reader = PromptReader(decoder)
         self._device = weight.device
+        self._prompt_tokens = np.zeros(max_num_seqs, dtype=np.int64)  # by seat
         self._tables_SB = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int32)
 
     @torch.inference_mode()
@@ -67,6 +68,7 @@ class ModelRunner:
         for join in plan.joins:
             self.sampler.join(join)
             self.reader.join(join)
+            self._prompt_tokens[join.seat] = len(join.request.prompt)
         for seat, first, blocks in plan.grown:
             self._tables_SB[seat, first : first + len(blocks)] = blocks
         if not plan.seats:
@@ -88,8 +90,10 @@ class ModelRunner:
         samples_S = np.array(plan.samples, dtype=np.int64)
         tokens_T = np.array(plan.tokens, dtype=np.int64)
         read_rows = self.reader.rows(plan, counts_S.cumsum() - counts_S) if plan.reads else None
-        if samples_S.max() > 1:
-            seats_S, starts_S, counts_S, samples_S = _apart(seats_S, starts_S, counts_S, samples_S)
+        ends_S = self._prompt_tokens[seats_S]
+        if ((counts_S > 1) & (starts_S + counts_S > ends_S)).any():
+            seats_S, starts_S, counts_S, samples_S = _apart(ends_S, seats_S, starts_S, counts_S, samples_S)
+        prompt_S = starts_S < self._prompt_tokens[seats_S]
         sampling_S = samples_S > 0
         ends_S = starts_S + counts_S
         starts_X = np.zeros(len(counts_S) + 1, dtype=np.int64)
@@ -109,6 +113,7 @@ class ModelRunner:
             block_tables_SB=self._to_device(self._tables_SB[seats_S, : -(-int(ends_S.max()) // size)]),
             query_starts_X=starts_X,
             lengths_S=ends_S,
+            prompt_S=prompt_S,
             output_rows_N=self._to_device(rows_N),
         )
         return inputs, _Sampled(seats_S[sampling_S], ends_S[sampling_S])
@@ -152,17 +157,23 @@ class ModelRunner:
         return torch.from_numpy(values).to(self._device, non_blocking=True)
 
 
-def _apart(seats_S: Ints, starts_S: Ints, counts_S: Ints, samples_S: Ints) -> tuple[Ints, Ints, Ints, Ints]:
-    """Each token of a sequence with a draft as a sequence of its own: computed exactly as it would be without one.
+def _apart(
+    prompts_S: Ints, seats_S: Ints, starts_S: Ints, counts_S: Ints, samples_S: Ints
+) -> tuple[Ints, Ints, Ints, Ints]:
+    """Each token after a prompt, of which `prompts_S` are the lengths, as a sequence of its own: computed as one that
+    decodes, with a draft's tokens as without one, and after a preemption as before it.
 
     They share a block table; all of a step's keys are written before any is read, and a length hides what comes after.
     """
-    parts_S = np.where(samples_S > 1, counts_S, 1)
-    within = np.arange(parts_S.sum()) - np.repeat(parts_S.cumsum() - parts_S, parts_S)
-    counts = np.repeat(np.where(samples_S > 1, 1, counts_S), parts_S)
+    inside_S = np.clip(prompts_S - starts_S, 0, counts_S)
+    parts_S = (inside_S > 0) + counts_S - inside_S
+    owners_P = np.repeat(np.arange(len(parts_S)), parts_S)
+    part_P = np.arange(len(owners_P)) - np.repeat(parts_S.cumsum() - parts_S, parts_S)  # of its sequence's
+    inside_P = inside_S[owners_P]
+    whole_P = (inside_P > 0) & (part_P == 0)
     return (
-        np.repeat(seats_S, parts_S),
-        np.repeat(starts_S, parts_S) + within,
-        counts,
-        np.repeat(np.minimum(samples_S, 1), parts_S),
+        seats_S[owners_P],
+        starts_S[owners_P] + np.where(whole_P, 0, part_P + np.maximum(inside_P - 1, 0)),
+        np.where(whole_P, inside_P, 1),
+        (parts_S[owners_P] - part_P <= samples_S[owners_P]).astype(np.int64),
     )

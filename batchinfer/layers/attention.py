@@ -36,6 +36,7 @@ class StepInputs:
     block_tables_SB: Tensor  # int32, B ≥ ceil(max(lengths_S) / block_size)
     query_starts_X: npt.NDArray[np.int64]  # [S + 1], from 0 to T
     lengths_S: npt.NDArray[np.int64]
+    prompt_S: npt.NDArray[np.bool_]  # a part of a prompt, however short: computed alike however the prompt is cut
     output_rows_N: Tensor  # int64, indices into T: the rows whose hidden states come out
 
 

@@ -109,8 +109,8 @@ class Decoder(nn.Module):
 
     def forward(self, inputs: StepInputs, caches: Sequence[Tensor]) -> Tensor:
         """Computes the step's tokens, writes their keys and values into `caches` (one a layer). hidden_NE."""
-        starts_X, lengths_S = inputs.query_starts_X, inputs.lengths_S
-        index = ops.step_index(inputs.slots_T, inputs.block_tables_SB, starts_X, lengths_S, caches[0])
+        facts = inputs.query_starts_X, inputs.lengths_S, caches[0], inputs.prompt_S
+        index = ops.step_index(inputs.slots_T, inputs.block_tables_SB, *facts)
         turns = [rotary.cos_sin(inputs.positions_T) for rotary in self.rotaries]
         x_TE = self.embedding(inputs.tokens_T)
         rows_N = inputs.output_rows_N

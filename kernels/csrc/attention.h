@@ -23,6 +23,7 @@ struct Attention {
     int64_t table_stride;
     const int64_t* query_starts;  // [S + 1]
     const int64_t* lengths;       // [S]
+    const bool* prompts;          // [S]
     int64_t num_sequences, heads, kv_heads, head_size, block_size;
     float scale;
     int64_t window;  // 0: none
@@ -30,6 +31,8 @@ struct Attention {
 
     int64_t group() const { return heads / kv_heads; }
     int64_t queries(int64_t sequence) const { return query_starts[sequence + 1] - query_starts[sequence]; }
+    // the results of a prompt do not depend on how it is cut, even into single queries
+    bool is_decode(int64_t sequence) const { return queries(sequence) == 1 && !prompts[sequence]; }
     // to the power of two's exponent: of q · k, and after the cap
     float score_scale() const { return soft_cap > 0 ? scale / soft_cap : scale * LOG2_E; }
     float cap_scale() const { return soft_cap * LOG2_E; }

@@ -47,6 +47,7 @@ struct Step {
     const int32_t* tables;
     int64_t table_stride;
     const int64_t *query_starts, *lengths;
+    const bool* prompts;
     int64_t num_sequences;
     const int64_t* rows_N;  // of T
     int64_t outputs;        // N
@@ -113,8 +114,8 @@ struct LayersRun {
             (int)s.kv_type, s.slots_T, rows, m.kv_heads, s.block_size, D, threads);
         check(CALL(paged_attention)(
             qkv, qkv_size, D, attended, cache, (int)s.kv_type, s.tables, s.table_stride, s.query_starts,
-            s.lengths, s.num_sequences, m.heads, m.kv_heads, D, s.block_size, m.scale, layer.window, m.soft_cap,
-            threads));
+            s.lengths, s.prompts, s.num_sequences, m.heads, m.kv_heads, D, s.block_size, m.scale, layer.window,
+            m.soft_cap, threads));
     }
 
     // The branch before is added to the residual: its norm, or without one the sum itself, and from row to row how far

@@ -67,10 +67,10 @@ void write_slots(
 OP(paged_attention)(
     const float* q_THD, int64_t q_stride_T, int64_t q_stride_H, float* out_THD, const void* kv_N2KBD, int kv_type,
     const int32_t* tables_SX, int64_t table_stride, const int64_t* query_starts, const int64_t* lengths,
-    int64_t num_sequences, int64_t heads, int64_t kv_heads, int64_t head_size, int64_t block_size, float scale,
-    int64_t window, float soft_cap, int threads) {
+    const bool* prompts, int64_t num_sequences, int64_t heads, int64_t kv_heads, int64_t head_size, int64_t block_size,
+    float scale, int64_t window, float soft_cap, int threads) {
     const Attention a{q_THD, q_stride_T, q_stride_H, out_THD, kv_N2KBD, tables_SX, table_stride, query_starts,
-                      lengths, num_sequences, heads, kv_heads, head_size, block_size, scale, window, soft_cap};
+                      lengths, prompts, num_sequences, heads, kv_heads, head_size, block_size, scale, window, soft_cap};
     try {
         if (kv_type == FLOAT32) attend<float>(a, threads);
         else if (kv_type == BFLOAT16) attend<bf16>(a, threads);

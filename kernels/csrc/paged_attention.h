@@ -37,7 +37,7 @@ struct Tasks {
         tiles.clear();
         list_decodes(a, threads);
         int64_t prompt_queries = 0;
-        for (int64_t s = 0; s < a.num_sequences; s++) prompt_queries += is_decode(a, s) ? 0 : a.queries(s);
+        for (int64_t s = 0; s < a.num_sequences; s++) prompt_queries += a.is_decode(s) ? 0 : a.queries(s);
         if (prompt_queries == 0) return;
         // smaller tiles where there would be too few: no row's result changes by it
         tile_queries = std::max<int64_t>(1, ROWS / a.group());
@@ -60,7 +60,7 @@ struct Tasks {
         partial_floats = 0;
         int64_t count = 0;  // of a kv head
         for (int64_t s = 0; s < a.num_sequences; s++) {
-            if (!is_decode(a, s)) continue;
+            if (!a.is_decode(s)) continue;
             decodes.push_back(s);
             count += pieces_of(a, s);
         }
@@ -105,8 +105,6 @@ struct Tasks {
         }
     }
 
-    static bool is_decode(const Attention& a, int64_t s) { return a.queries(s) == 1; }
-
     static int64_t pieces_of(const Attention& a, int64_t s) {
         const int64_t last = a.lengths[s] - 1;
         return last / PIECE - a.first_seen(last) / PIECE + 1;
@@ -122,8 +120,8 @@ struct Tasks {
     static int64_t first_block(const Attention& a, int64_t s) { return a.tables[s * a.table_stride]; }
 
     void list_prompt(const Attention& a, int64_t s) {
+        if (a.is_decode(s)) return;
         const int64_t queries = a.queries(s);
-        if (queries == 1) return;
         for (int64_t first = 0; first < queries; first += tile_queries) {
             const int64_t count = std::min(tile_queries, queries - first);
             for (int64_t k = 0; k < a.kv_heads; k++) tiles.push_back({s, k, first, count});

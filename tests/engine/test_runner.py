@@ -77,13 +77,15 @@ def test_inputs_equal_plain_loops():
     runner = ModelRunner(decoder, 400, size, seats, 60)
     tables = {seat: [] for seat in range(seats)}
     computed = dict.fromkeys(range(seats), 0)
+    prompts = {}
     blocks = iter(generator.permutation(400).tolist())
     for _ in range(25):
         joins, grown, work = [], [], []
         for seat in generator.permutation(seats)[: generator.integers(1, seats + 1)].tolist():
             count = int(generator.choice([1, 1, 2, 7]))
             if computed[seat] == 0 or computed[seat] + count > 60:
-                joins.append(Join(seat, greedy([1, 2]), ()))
+                prompts[seat] = int(generator.integers(1, 60))
+                joins.append(Join(seat, greedy([1] * prompts[seat]), ()))
                 tables[seat], computed[seat] = [], 0
             needed = -(-(computed[seat] + count) // size) - len(tables[seat])
             if needed > 0:
@@ -99,14 +101,23 @@ def test_inputs_equal_plain_loops():
         assert inputs.tokens_T.tolist() == [token for *_, token in flat]
         assert inputs.positions_T.tolist() == [position for _, position, _ in flat]
         assert inputs.slots_T.tolist() == [tables[s][p // size] * size + p % size for s, p, _ in flat]
-        assert inputs.lengths_S.tolist() == [start + len(tokens) for _, start, tokens, _ in work]
-        counts = [len(tokens) for _, _, tokens, _ in work]
-        assert inputs.query_starts_X.tolist() == [sum(counts[:i]) for i in range(len(work) + 1)]
-        ends = [sum(counts[: i + 1]) - 1 for i in range(len(work))]
-        rows = [end for end, (*_, samples) in zip(ends, work, strict=True) if samples]
+        parts, rows = (
+            [],
+            [],
+        )  # a prompt's tokens together, others each alone: (seat, first position, one after the last)
+        for seat, start, tokens, samples in work:
+            end = start + len(tokens)
+            inside = min(end, max(start, prompts[seat]))
+            parts += [(seat, start, inside)] * (inside > start) + [(seat, p, p + 1) for p in range(inside, end)]
+            if samples:
+                rows.append(sum(last - first for _, first, last in parts) - 1)
+        assert inputs.lengths_S.tolist() == [last for *_, last in parts]
+        counts = [last - first for _, first, last in parts]
+        assert inputs.query_starts_X.tolist() == [sum(counts[:i]) for i in range(len(parts) + 1)]
+        assert inputs.prompt_S.tolist() == [first < prompts[seat] for seat, first, _ in parts]
         assert inputs.output_rows_N.tolist() == rows
-        for row, (seat, *_) in zip(inputs.block_tables_SB.tolist(), work, strict=True):
-            used = -(-computed[seat] // size)
+        for row, (seat, _, last) in zip(inputs.block_tables_SB.tolist(), parts, strict=True):
+            used = -(-last // size)
             assert row[:used] == tables[seat][:used]
         dtypes = (inputs.tokens_T, inputs.positions_T, inputs.slots_T, inputs.output_rows_N)
         assert {one.dtype for one in dtypes} == {torch.int64} and inputs.block_tables_SB.dtype == torch.int32
@@ -260,6 +271,23 @@ def test_batched_chunked_preempted_and_cached_equal_alone(tiny_llama, expected, 
         if wanted is not None:
             assert [one.token_id for one in answer.logprobs] == answer.token_ids
             assert all(len(one.top) == wanted and one.logprob <= 0 for one in answer.logprobs)
+
+
+@pytest.mark.parametrize(("num_blocks", "budget"), [(400, 1000), (400, 7), (18, 24)])
+@pytest.mark.parametrize("caching", [True, False])
+def test_logits_are_the_same_bits_however_prompts_are_cut(tiny_llama, caching, num_blocks, budget):
+    """In steps, by what is found in the cache, and by a preemption: a prompt's last token may be computed alone."""
+    if isinstance(tiny_llama.head.matrix, torch.Tensor):
+        pytest.skip("plain torch")
+    shared = list(range(3, 40))
+    prompts = [shared[: 1 + 7 * number % 37] + [number % 5] * (number % 3) for number in range(1, 40)]
+    params = SamplingParams(temperature=0.0, logprobs=3)
+    requests = [Request(n, one, params, 4 + n % 20, stop_ids=frozenset({2})) for n, one in enumerate(prompts)]
+    whole = answers_of(make_engine(tiny_llama, 400, caching=False, seats=40), requests)
+    engine = make_engine(tiny_llama, num_blocks, caching=caching, budget=budget)
+    answers = answers_of(engine, requests)
+    assert (engine.stats.preemptions > 0) == (num_blocks == 18)
+    assert {n: one.logprobs for n, one in answers.items()} == {n: one.logprobs for n, one in whole.items()}
 
 
 @pytest.mark.skipif(cpu.problem() is not None, reason=str(cpu.problem()))

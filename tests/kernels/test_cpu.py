@@ -73,13 +73,14 @@ def test_queries_may_be_a_view_of_fused_heads():
     assert torch.equal(batch.write_and_attend(), expected)
 
 
-def test_a_chunk_gives_what_the_whole_prompt_gives():
+@pytest.mark.parametrize(("first", "last"), [(200, 300), (299, 300), (0, 1), (131, 132), (3, 5)])
+def test_a_chunk_gives_what_the_whole_prompt_gives(first, last):
     case = ATTENTION["long-chunk"]
     batch = Batch(case, torch.float32)
     whole = batch.write_and_attend()[:300]
-    slots, tables, rule = batch.slots[200:300], batch.tables[:1], ops.ScoreRule(case.scale)
-    index = ops.step_index(slots, tables, [0, 100], [310], batch.cache)
-    assert torch.equal(ops.paged_attention(batch.q[200:300], batch.cache, index, rule), whole[200:])
+    slots, tables, rule = batch.slots[first:last], batch.tables[:1], ops.ScoreRule(case.scale)
+    index = ops.step_index(slots, tables, [0, last - first], [10 + last], batch.cache, [True])
+    assert torch.equal(ops.paged_attention(batch.q[first:last], batch.cache, index, rule), whole[first:last])
 
 
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -138,6 +138,7 @@ class Paged:
             block_tables_SB=self.tables[rows],
             query_starts_X=np.array(starts),
             lengths_S=np.array(lengths),
+            prompt_S=np.diff(starts) > 1,
             output_rows_N=torch.arange(starts[-1]),
         )
         return self.decoder.logits(self.decoder(inputs, self.cache))

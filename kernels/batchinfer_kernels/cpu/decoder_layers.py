@@ -70,6 +70,7 @@ class _Step(ctypes.Structure):
         ("table_stride", _INT64),
         ("query_starts", _POINTER),
         ("lengths", _POINTER),
+        ("prompts", _POINTER),
         ("num_sequences", _INT64),
         ("rows_N", _POINTER),
         ("outputs", _INT64),
@@ -117,7 +118,7 @@ class DecoderLayers:
             return None
         if not all(x.is_contiguous() for x in (x_TE, rows_N, *turns, *caches)):
             return None
-        tables, query_starts, lengths = index.addresses
+        tables, query_starts, lengths, prompts = index.addresses
         out_NE = torch.empty(len(rows_N), x_TE.shape[1])
         residual_NE = torch.empty_like(out_NE)
         step = _Step(
@@ -133,6 +134,7 @@ class DecoderLayers:
             index.tables_SB.shape[1],
             query_starts,
             lengths,
+            prompts,
             len(index.lengths_S),
             rows_N.data_ptr(),
             len(rows_N),

@@ -18,7 +18,7 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _PATH = Path(__file__).with_name("_ops.so")
 _SIGNATURES = {  # p pointer, n int64, i int, f float
-    "paged_attention": "pnnppipnppnnnnnfnfi",
+    "paged_attention": "pnnppipnpppnnnnnfnfi",
     "rms_norm": "pnnnnppnffpni",
     "rope_kv_write": "pnnnpnnpnnppnpipnnnni",
     "copy_blocks": "pnnppni",

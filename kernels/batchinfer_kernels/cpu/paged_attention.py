@@ -30,7 +30,7 @@ def paged_attention(
         return reference.paged_attention(q_THD, kv_N2KBD, index, scale, window, soft_cap)
     tokens, heads, size = q_THD.shape
     out_THD = torch.empty(tokens, heads, size)
-    tables, query_starts, lengths = index.addresses
+    tables, query_starts, lengths, prompts = index.addresses
     status = functions().paged_attention(
         q_THD.data_ptr(),
         stride_T,
@@ -42,6 +42,7 @@ def paged_attention(
         index.tables_SB.shape[1],
         query_starts,
         lengths,
+        prompts,
         len(index.lengths_S),
         heads,
         index.num_kv_heads,

@@ -15,15 +15,22 @@ from batchinfer_kernels.reference.step_index import StepIndex
 class CPUStepIndex(StepIndex):
     """Serves the reference's ops as well: they take what C++ does not know. All arrays are contiguous."""
 
-    addresses: tuple[int, int, int]  # of tables_SB, query_starts_X and lengths_S
+    prompt_S: npt.NDArray[np.bool_]
+    addresses: tuple[int, int, int, int]  # of tables_SB, query_starts_X, lengths_S and prompt_S
 
 
 def step_index(
-    slots_T: Tensor, block_tables_SB: Tensor, query_starts_X: npt.ArrayLike, lengths_S: npt.ArrayLike, kv_N2KBD: Tensor
+    slots_T: Tensor,
+    block_tables_SB: Tensor,
+    query_starts_X: npt.ArrayLike,
+    lengths_S: npt.ArrayLike,
+    kv_N2KBD: Tensor,
+    prompt_S: npt.ArrayLike | None = None,
 ) -> CPUStepIndex:
     num_kv_heads, block_size, head_size = kv_N2KBD.shape[2:]
     tables_SB = np.ascontiguousarray(block_tables_SB.numpy(), dtype=np.int32)
     starts_X, ends_S = (np.ascontiguousarray(x, dtype=np.int64) for x in (query_starts_X, lengths_S))
+    prompts_S = np.ascontiguousarray(np.diff(starts_X) > 1 if prompt_S is None else prompt_S, dtype=np.bool_)
     return CPUStepIndex(
         slots_T=slots_T.contiguous(),
         tables_SB=tables_SB,
@@ -33,5 +40,6 @@ def step_index(
         block_size=block_size,
         head_size=head_size,
         device=slots_T.device,
-        addresses=(tables_SB.ctypes.data, starts_X.ctypes.data, ends_S.ctypes.data),
+        prompt_S=prompts_S,
+        addresses=(tables_SB.ctypes.data, starts_X.ctypes.data, ends_S.ctypes.data, prompts_S.ctypes.data),
     )

@@ -76,8 +76,14 @@ class StepIndex:
 
 
 def step_index(
-    slots_T: Tensor, block_tables_SB: Tensor, query_starts_X: npt.ArrayLike, lengths_S: npt.ArrayLike, kv_N2KBD: Tensor
+    slots_T: Tensor,
+    block_tables_SB: Tensor,
+    query_starts_X: npt.ArrayLike,
+    lengths_S: npt.ArrayLike,
+    kv_N2KBD: Tensor,
+    prompt_S: npt.ArrayLike | None = None,
 ) -> StepIndex:
+    """`prompt_S` makes no difference here: results depend on how a prompt is cut in any case."""
     num_kv_heads, block_size, head_size = kv_N2KBD.shape[2:]
     return StepIndex(
         slots_T=slots_T,
