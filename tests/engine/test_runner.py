@@ -101,10 +101,8 @@ def test_inputs_equal_plain_loops():
         assert inputs.tokens_T.tolist() == [token for *_, token in flat]
         assert inputs.positions_T.tolist() == [position for _, position, _ in flat]
         assert inputs.slots_T.tolist() == [tables[s][p // size] * size + p % size for s, p, _ in flat]
-        parts, rows = (
-            [],
-            [],
-        )  # a prompt's tokens together, others each alone: (seat, first position, one after the last)
+        parts = []  # a prompt's tokens together, others each alone: (seat, first position, end)
+        rows = []
         for seat, start, tokens, samples in work:
             end = start + len(tokens)
             inside = min(end, max(start, prompts[seat]))
