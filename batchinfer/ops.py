@@ -56,6 +56,7 @@ __all__ = [
     "populate",
     "rms_norm",
     "rope_kv_write",
+    "rows_are_exact",
     "screen",
     "silu_mul",
     "stacked_blocks",
@@ -107,6 +108,11 @@ def use_reference(device: str, wanted: bool = True) -> None:
         _BACKENDS[device] = reference
     else:
         _choose(device)
+
+
+def rows_are_exact(device: str) -> bool:
+    """Whether a row's result does not depend on the rows beside it, to the last bit."""
+    return (_BACKENDS.get(device) or _choose(device)) is cpu
 
 
 @contextmanager

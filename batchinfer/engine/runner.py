@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from batchinfer import ops
 from batchinfer.engine.cache import KVCache
 from batchinfer.engine.plan import StepPlan, StepResult
 from batchinfer.engine.reader import PromptReader
@@ -91,6 +92,8 @@ class ModelRunner:
         tokens_T = np.array(plan.tokens, dtype=np.int64)
         read_rows = self.reader.rows(plan, counts_S.cumsum() - counts_S) if plan.reads else None
         ends_S = self._prompt_tokens[seats_S]
+        if not ops.rows_are_exact(self._device.type):  # then drafts alone are worth the time
+            ends_S = np.where(samples_S > 1, starts_S, starts_S + counts_S)
         if ((counts_S > 1) & (starts_S + counts_S > ends_S)).any():
             seats_S, starts_S, counts_S, samples_S = _apart(ends_S, seats_S, starts_S, counts_S, samples_S)
         prompt_S = starts_S < self._prompt_tokens[seats_S]
