@@ -52,6 +52,8 @@ class Decoding:
 
     def scatter(self, running: Mapping[int, Sequence]) -> None:
         """Nobody has a lane any more."""
+        if not self.seats:
+            return
         for seat in self.seats[::-1]:
             self.leave(seat)
         self.others = dict(running)

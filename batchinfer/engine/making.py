@@ -8,7 +8,7 @@ from batchinfer.engine.sequence import Sequence
 
 
 class Making:
-    """`decoding` are the seats of those that decode, by lane: the plan begins with them.
+    """`decoding` are the seats of those that decode, by lane: the plan begins with them. Until `plan` they may leave.
 
     Then lists as in `StepPlan`, and the sequences that they are about. `drafts` are in their order. Places count from
     the first of these sequences.

@@ -60,7 +60,6 @@ class ModelRunner:
         self.sampler = Sampler(max_num_seqs, decoder.config.vocab_size)
         self.reader = PromptReader(decoder)
         self._device = weight.device
-        self._prompt_tokens = np.zeros(max_num_seqs, dtype=np.int64)  # by seat
         self._tables_SB = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int32)
 
     @torch.inference_mode()
@@ -69,7 +68,6 @@ class ModelRunner:
         for join in plan.joins:
             self.sampler.join(join)
             self.reader.join(join)
-            self._prompt_tokens[join.seat] = len(join.request.prompt)
         for seat, first, blocks in plan.grown:
             self._tables_SB[seat, first : first + len(blocks)] = blocks
         if not plan.seats:
@@ -91,12 +89,11 @@ class ModelRunner:
         samples_S = np.array(plan.samples, dtype=np.int64)
         tokens_T = np.array(plan.tokens, dtype=np.int64)
         read_rows = self.reader.rows(plan, counts_S.cumsum() - counts_S) if plan.reads else None
-        ends_S = self._prompt_tokens[seats_S]
+        together_S = self.sampler.prompt_tokens[seats_S]  # one chunk up to there
         if not ops.rows_are_exact(self._device.type):  # then drafts alone are worth the time
-            ends_S = np.where(samples_S > 1, starts_S, starts_S + counts_S)
-        if ((counts_S > 1) & (starts_S + counts_S > ends_S)).any():
-            seats_S, starts_S, counts_S, samples_S = _apart(ends_S, seats_S, starts_S, counts_S, samples_S)
-        prompt_S = starts_S < self._prompt_tokens[seats_S]
+            together_S = np.where(samples_S > 1, starts_S, starts_S + counts_S)
+        if ((counts_S > 1) & (starts_S + counts_S > together_S)).any():
+            seats_S, starts_S, counts_S, samples_S = _apart(together_S, seats_S, starts_S, counts_S, samples_S)
         sampling_S = samples_S > 0
         ends_S = starts_S + counts_S
         starts_X = np.zeros(len(counts_S) + 1, dtype=np.int64)
@@ -116,7 +113,7 @@ class ModelRunner:
             block_tables_SB=self._to_device(self._tables_SB[seats_S, : -(-int(ends_S.max()) // size)]),
             query_starts_X=starts_X,
             lengths_S=ends_S,
-            prompt_S=prompt_S,
+            prompt_S=starts_S < self.sampler.prompt_tokens[seats_S],
             output_rows_N=self._to_device(rows_N),
         )
         return inputs, _Sampled(seats_S[sampling_S], ends_S[sampling_S])
@@ -161,14 +158,14 @@ class ModelRunner:
 
 
 def _apart(
-    prompts_S: Ints, seats_S: Ints, starts_S: Ints, counts_S: Ints, samples_S: Ints
+    together_S: Ints, seats_S: Ints, starts_S: Ints, counts_S: Ints, samples_S: Ints
 ) -> tuple[Ints, Ints, Ints, Ints]:
-    """Each token after a prompt, of which `prompts_S` are the lengths, as a sequence of its own: computed as one that
+    """Each token from position `together_S` on, where a prompt ends, as a sequence of its own: computed as one that
     decodes, with a draft's tokens as without one, and after a preemption as before it.
 
     They share a block table; all of a step's keys are written before any is read, and a length hides what comes after.
     """
-    inside_S = np.clip(prompts_S - starts_S, 0, counts_S)
+    inside_S = np.clip(together_S - starts_S, 0, counts_S)
     parts_S = (inside_S > 0) + counts_S - inside_S
     owners_P = np.repeat(np.arange(len(parts_S)), parts_S)
     part_P = np.arange(len(owners_P)) - np.repeat(parts_S.cumsum() - parts_S, parts_S)  # of its sequence's

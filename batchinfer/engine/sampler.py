@@ -82,6 +82,11 @@ class Sampler:
         self._constraints = Constraints(vocab_size)
         self._refusals: dict[int, str] = {}
 
+    @property
+    def prompt_tokens(self) -> Ints:
+        """Lengths of prompts, by seat."""
+        return self._seats.prompt_tokens
+
     def join(self, join: Join) -> None:
         """Take in a sequence's parameters. Those that do not suit this model make its first sample fail."""
         seat, request, output = join

@@ -128,12 +128,8 @@ def test_who_leaves_takes_its_tokens_along(block_size: int) -> None:
     """Whoever moves into the gap as well, however many steps neither has been visited."""
     requests = lengths_apart(40)
     engine, _ = make_engine(20_000 // block_size, block_size)
-    for one in requests:
-        engine.add(one)
-    found = {}
-    while engine.has_work:
-        found.update({answer.request.request_id: answer.token_ids for answer in engine.step()})
-    assert found == {one.request_id: naive(one) for one in requests}
+    found = run_all(engine, requests)
+    assert {number: answer.token_ids for number, answer in found.items()} == {n.request_id: naive(n) for n in requests}
 
 
 def test_lanes_come_and_go_with_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,18 +172,13 @@ def test_who_has_been_visited_can_be_preempted(block_size: int) -> None:
 
     def only_who_runs_grows(plan: StepPlan) -> StepResult:
         assert {grown.seat for grown in plan.grown} <= engine.scheduler.running.keys()
+        for due in engine.scheduler._decoding._calendar.values():
+            shuffle(due)
         return run(plan)
 
     runner.run = only_who_runs_grows
-    for one in requests:
-        engine.add(one)
-    found = {}
-    while engine.has_work:
-        for due in engine.scheduler._decoding._calendar.values():
-            shuffle(due)
-        found.update({answer.request.request_id: answer.token_ids for answer in engine.step()})
-        engine.scheduler.check_integrity()
-    assert found == {one.request_id: naive(one) for one in requests}
+    found = run_all(engine, requests)
+    assert {number: answer.token_ids for number, answer in found.items()} == {n.request_id: naive(n) for n in requests}
     assert engine.stats.preemptions > 20
 
 
