@@ -313,7 +313,7 @@ struct PanelWorker {
         prepare(number, 0, number);
         while (number >= 0) {
             const int64_t following = take();
-            const int64_t after = std::min(2 * following - number, l.panel_count() - 1);  // probably
+            const int64_t after = std::clamp<int64_t>(2 * following - number, 0, l.panel_count() - 1);  // probably
             for (int64_t chunk = 0; chunk < chunks;) {
                 advance();
                 chunk += now.chunks;
@@ -365,36 +365,48 @@ struct PanelWorker {
 };
 
 // All rows times all panels; throws std::bad_alloc, before any thread starts. Rows are taken block by block, so that the
-// second cache holds what they are cut into. Threads go from block to block without meeting.
+// second cache holds what they are cut into, and a thread has its own blocks where there are as many: they lie together,
+// in what it reads and in what it writes, and are cut once. Threads do not meet.
 template <class Kept, class Out>
 inline void multiply_tiles(const LinearOf<float, Out>& l, int threads) {
     if (l.rows == 0) return;
-    struct alignas(LINE) Taken {
-        int64_t panels;
-    };
+    using Worker = PanelWorker<Kept, Out>;
+    constexpr int64_t WORTH_CUTTING = 32 / Worker::CALLS;  // panels that take twice as long as to cut the rows for them
     thread_local Arena arena;
     const int64_t tile_bytes = row_tile_bytes<Kept>(l.in_features), panels = l.panel_count();
     const GroupBlocks blocks(l.rows, 2 * tile_bytes, ROWS_BYTES);
     const int64_t x_bytes = blocks.most_rows() / TILE_ROWS * tile_bytes;
     const int64_t sums = blocks.most_rows() * PANEL;
-    arena.reserve(
-        Arena::bytes_for<Taken>(blocks.count) +
-        threads * (Arena::bytes_for<char>(x_bytes) + Arena::bytes_for<float>(sums)));
-    Taken* const taken = arena.take<Taken>(blocks.count);
-    memset(taken, 0, blocks.count * sizeof(Taken));
+    arena.reserve(threads * (Arena::bytes_for<char>(x_bytes) + Arena::bytes_for<float>(sums)));
     char* const x_tiles = arena.take<char>(threads * x_bytes);
     float* const held = arena.take<float>(threads * sums);
+    threads = (int)std::min<int64_t>(threads, blocks.count * panels);
+    Shares shares(threads, blocks.count * panels);
     auto work = [&](int thread) {
         char* const tiles = x_tiles + thread * x_bytes;
-        for (int64_t block = 0; block < blocks.count; block++) {
-            LinearOf<float, Out> part = l;
-            part.x_NI += blocks.first(block) * l.stride_N, part.rows = blocks.last(block) - blocks.first(block);
-            cut_rows<Kept>(part.x_NI, part.stride_N, part.rows, part.in_features, tiles);
-            PanelWorker<Kept, Out> worker(part, tiles, held + thread * sums);
-            worker.run(blocks.first(block), [&] { return take(taken[block].panels, panels); });
+        LinearOf<float, Out> part = l;
+        int64_t cut = -1;  // the block whose rows they are
+        for (int i = 0; i < shares.count; i++) {
+            const int share = (thread + i) % shares.count;
+            for (Shares::Range left; (left = shares.left(share)).size() > 0;) {
+                const bool own = i == 0 || left.first == shares.all(share).first;  // or nobody's yet
+                const int64_t block = (own ? left.first : left.end - 1) / panels, first = block * panels;
+                if (block != cut) {
+                    if (!own && left.size() < WORTH_CUTTING) break;
+                    cut = block;
+                    part.x_NI = l.x_NI + blocks.first(block) * l.stride_N;
+                    part.rows = blocks.last(block) - blocks.first(block);
+                    cut_rows<Kept>(part.x_NI, part.stride_N, part.rows, part.in_features, tiles);
+                }
+                Worker worker(part, tiles, held + thread * sums);
+                worker.run(blocks.first(block), [&] {
+                    const int64_t task = own ? shares.take_first(share, first + panels) : shares.take_last(share, first);
+                    return task < 0 ? -1 : task - first;
+                });
+            }
         }
     };
-    on_threads(panels < threads ? (int)panels : threads, work);
+    on_threads(threads, work);
 }
 
 // up to a tile of rows times a panel, on this thread; `space` is for the tile

@@ -77,11 +77,11 @@ inline void multiply_quantized_tiles(const QuantizedLinear& l, int threads) {
     for_ranges(threads, l.rows, (1 << 14) / l.in_features, [&](int64_t first, int64_t last) {
         for (int64_t n = first; n < last; n++) rows.quantize(l, stride, n);
     });
-    auto multiply = [&](int64_t task) {
+    for_shares(threads, blocks.count * panels, [&](int64_t task, int64_t then) {
         TileRegisters registers(l.rows);
         const int64_t number = task % panels, first = blocks.first(task / panels), last = blocks.last(task / panels);
         const int8_t* panel = l.panels + number * panel_bytes;
-        const char* next = (const char*)panel + threads * panel_bytes;
+        const char* next = (const char*)l.panels + then % panels * panel_bytes;
         const int64_t next_bytes = PANEL_TILES * GROUP_ROWS / (last - first + GROUP_ROWS - 1);
         float begin[PANEL], scales[PANEL];
         l.output.begin(number, begin);
@@ -103,8 +103,7 @@ inline void multiply_quantized_tiles(const QuantizedLinear& l, int threads) {
             }
             l.output.put(row, count, number, totals);
         }
-    };
-    for_tasks(threads, blocks.count * panels, [&](int, int64_t task) { multiply(task); });
+    });
 }
 
 }  // namespace

@@ -101,9 +101,8 @@ struct Blocks {
 // body(block, panel, the panel that this thread will probably need next)
 template <class Body>
 inline void for_panels(int threads, const Blocks& blocks, int64_t panels, Body&& body) {
-    for_tasks(threads, blocks.count * panels, [&](int, int64_t task) {
-        const int64_t number = task % panels;
-        body(blocks[task / panels], number, std::min(number + threads, panels - 1));
+    for_shares(threads, blocks.count * panels, [&](int64_t task, int64_t next) {
+        body(blocks[task / panels], task % panels, next % panels);
     });
 }
 

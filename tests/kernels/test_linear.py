@@ -71,6 +71,25 @@ def test_a_row_s_result_depends_on_nothing_else(backend, to):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("to", [None, torch.bfloat16, torch.int8], ids=str)
+def test_threads_do_all_of_the_work_however_many_they_are(to):
+    """Also where there are more of them than cores, so that some come when others have begun with their share."""
+    x, weight, bias = linear_inputs((1500, 576, 200), torch.float32)
+    packed = ops.pack_linear(weight, to)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = ops.linear(x, packed, bias)
+        for threads in (2, 3, 5, 70) * 3:
+            torch.set_num_threads(threads)
+            together = ops.linear(x, packed, bias)
+            torch.testing.assert_close(together, alone, atol=TOLERANCE[torch.float32], rtol=TOLERANCE[torch.float32])
+            few = ops.linear(x[:3], packed, bias)
+            torch.testing.assert_close(few, alone[:3], atol=TOLERANCE[torch.float32], rtol=TOLERANCE[torch.float32])
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_rows_may_be_strided(backend):
     x, weight, _ = linear_inputs((5, 40, 9), torch.float32)
     packed = ops.pack_linear(weight)
