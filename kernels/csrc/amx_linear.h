@@ -56,7 +56,8 @@ INLINE void put_planes(const Cut& cut, vec first, vec second, char* to, int64_t 
     store((float*)(to + apart), bits_as<vec>(a >> 16 | b));
     if constexpr (PLANES == 2) return;
     first -= bits_as<vec>(a), second -= bits_as<vec>(b);
-    store((float*)(to + 2 * apart), bits_as<vec>(bits_as<uvec>(first) >> 16 | bits_as<uvec>(second)));
+    // eight bits are left of each, but more than that of numbers whose third part is not normal any more
+    store((float*)(to + 2 * apart), bits_as<vec>(bits_as<uvec>(first) >> 16 | (bits_as<uvec>(second) & high)));
 }
 
 // How a kept matrix is taken apart: X_PLANES of x by W_PLANES of weights. `put_pair` writes a panel's input features k and

@@ -45,6 +45,16 @@ def test_float32_has_all_its_bits(kept):
     assert missed.max() < 2.0**-22 and missed.mean() < 2.0**-25
 
 
+@pytest.mark.parametrize("size", [1e-25, 1e-30, 1e-33, 1e-35, 1e-38, 1e-42])
+def test_the_smallest_numbers_leave_those_beside_them_alone(size):
+    """Where a float32 number is cut into parts, those of the smallest are not normal: of x, then of the weights."""
+    x, weight, _ = linear_inputs((40, 64, 96), torch.float32)
+    for some in (x[:, 1::2], weight[1::2]):
+        some *= size
+        got = ops.linear(x, ops.pack_linear(weight), None)
+        torch.testing.assert_close(got.double(), x.double() @ weight.double().T, atol=2e-5, rtol=2e-5)
+
+
 def test_16_bit_weights_take_half_the_memory(backend):
     if backend == "reference":
         pytest.skip("keeps the matrix as it is")
