@@ -195,12 +195,15 @@ def rope_kv_write(
     _backend(q_THD).rope_kv_write(q_THD, k_TKD, v_TKD, cos_sin, kv_N2KBD, index)
 
 
-def paged_attention(q_THD: Tensor, kv_N2KBD: Tensor, index: StepIndex, rule: ScoreRule) -> Tensor:
+def paged_attention(
+    q_THD: Tensor, kv_N2KBD: Tensor, index: StepIndex, rule: ScoreRule, out_THD: Tensor | None = None
+) -> Tensor:
     """Attention of each token over its sequence's cached context, itself included (so write first). out_THD.
 
     Query head h reads kv head h // (H / K). Slots beyond a sequence's length never influence it, NaN included.
+    Where `out_THD` is given, contiguous and of q's shape and dtype, the result is written there.
     """
-    out: Tensor = _backend(q_THD).paged_attention(q_THD, kv_N2KBD, index, *rule)
+    out: Tensor = _backend(q_THD).paged_attention(q_THD, kv_N2KBD, index, *rule, out_THD)
     return out
 
 

@@ -204,6 +204,7 @@ def _attention(shapes: Shapes, queries: int, context: int, sequences: int, dtype
     """`queries` last tokens of each of `sequences` contexts; a token sees itself and what is before it.
 
     Each call has the KV of the next one of `layers`, as in a step, where a cache keeps none of it for the next step.
+    All write to the same memory, as a step's layers do.
     """
     tokens = queries * sequences
     heads, size = shapes.heads, shapes.head_size
@@ -216,12 +217,12 @@ def _attention(shapes: Shapes, queries: int, context: int, sequences: int, dtype
         tables_SB = order.view(sequences, blocks).to(torch.int32)
         cache_shape = (len(order), 2, shapes.kv_heads, _BLOCK_SIZE, size)
         caches = [torch.rand(cache_shape).to(dtype) for _ in range(layers)]
-        q_THD = torch.rand(tokens, heads, size)
+        q_THD, out_THD = torch.rand(tokens, heads, size), torch.empty(tokens, heads, size)
         starts = list(range(0, tokens + 1, queries))
         index = ops.step_index(torch.arange(tokens), tables_SB, starts, [context] * sequences, caches[0])
         rule = ops.ScoreRule(size**-0.5)
         following = itertools.cycle(caches)
-        return lambda: ops.paged_attention(q_THD, next(following), index, rule)
+        return lambda: ops.paged_attention(q_THD, next(following), index, rule, out_THD)
 
     what = f"{sequences} decodes x {context}" if queries == 1 else f"prompt of {queries}"
     what += f", {layers} layers in turn" if layers > 1 else ""

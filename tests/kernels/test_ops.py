@@ -163,10 +163,10 @@ class Batch:
         ops.rope_kv_write(self.q, self.new(self.keys), self.new(self.values), None, self.cache, index)
         return index
 
-    def write_and_attend(self):
+    def write_and_attend(self, out=None):
         index = self.write()
         rule = ops.ScoreRule(self.case.scale, self.case.window, self.case.soft_cap)
-        return ops.paged_attention(self.q, self.cache, index, rule)
+        return ops.paged_attention(self.q, self.cache, index, rule, out)
 
     def expected(self):
         parts = []
@@ -197,6 +197,15 @@ def test_paged_attention(name, dtype):
 def test_paged_attention_over_a_16_bit_cache(name, cache_dtype):
     batch = Batch(ATTENTION[name], torch.float32, cache_dtype)
     _close(batch.write_and_attend(), _expected_attention(name, torch.float32, cache_dtype), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["mixed", "equal-decodes"])
+def test_paged_attention_writes_where_it_is_told(name, dtype):
+    expected = Batch(ATTENTION[name], dtype).write_and_attend()
+    out = torch.full_like(expected, float("nan"))
+    assert Batch(ATTENTION[name], dtype).write_and_attend(out) is out
+    assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("name", ["mixed", "block-size-7"])

@@ -21,15 +21,17 @@ def paged_attention(
     scale: float,
     window: int | None,
     soft_cap: float | None,
+    out_THD: Tensor | None = None,
 ) -> Tensor:
     kv_type = TYPES.get(kv_N2KBD.dtype)
     stride_T, stride_H, stride_D = q_THD.stride()
     known = q_THD.dtype == torch.float32 and kv_type is not None
     dense = stride_D == 1 and kv_N2KBD.is_contiguous()
     if not (known and dense and isinstance(index, CPUStepIndex)):
-        return reference.paged_attention(q_THD, kv_N2KBD, index, scale, window, soft_cap)
+        return reference.paged_attention(q_THD, kv_N2KBD, index, scale, window, soft_cap, out_THD)
     tokens, heads, size = q_THD.shape
-    out_THD = torch.empty(tokens, heads, size)
+    if out_THD is None:
+        out_THD = torch.empty(tokens, heads, size)
     tables, query_starts, lengths, prompts = index.addresses
     status = functions().paged_attention(
         q_THD.data_ptr(),

@@ -20,11 +20,13 @@ def paged_attention(
     scale: float,
     window: int | None,
     soft_cap: float | None,
+    out_THD: Tensor | None = None,
 ) -> Tensor:
     heads, size = q_THD.shape[1:]
     kv_heads = kv_N2KBD.shape[2]
     group = heads // kv_heads
-    out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
+    if out_THD is None:
+        out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
     for bucket in index.buckets(window, group, q_THD.dtype):
         q_MHD = q_THD if bucket.queries_M is None else q_THD.index_select(0, bucket.queries_M)
         q_IQKGD = q_MHD.reshape(-1, bucket.num_queries, kv_heads, group, size)
@@ -33,7 +35,7 @@ def paged_attention(
         o_IKGQD = o_IKXD.reshape(-1, kv_heads, group, bucket.num_queries, size)
         o_MHD = o_IKGQD.permute(0, 3, 1, 2, 4).reshape(q_MHD.shape)
         if bucket.queries_M is None:
-            return o_MHD
+            return out_THD.copy_(o_MHD)
         # a padded query repeats a real one, so rows written twice get the same values
         out_THD.index_copy_(0, bucket.queries_M, o_MHD)
     return out_THD
