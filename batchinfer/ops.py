@@ -87,6 +87,10 @@ _BACKENDS: dict[str, ModuleType] = {}  # device type → its kernels, from its f
 
 def _backend(x: Tensor | BlockMatrix) -> ModuleType:
     device = "cpu" if x.is_cpu else x.device.type  # the longer way takes a tenth of a short op
+    return _backend_of(device)
+
+
+def _backend_of(device: str) -> ModuleType:
     return _BACKENDS.get(device) or _choose(device)
 
 
@@ -112,7 +116,7 @@ def use_reference(device: str, wanted: bool = True) -> None:
 
 def rows_are_exact(device: str) -> bool:
     """Whether a row's result does not depend on the rows beside it, to the last bit."""
-    return (_BACKENDS.get(device) or _choose(device)) is cpu
+    return _backend_of(device) is cpu
 
 
 @contextmanager
@@ -294,8 +298,7 @@ def packed_rows(matrix_OI: Packed, rows_N: Tensor) -> Tensor:
 
 def decoder_layers(facts: DecoderFacts, device: str) -> DecoderLayers | None:
     """The layers as `compute_layers` takes them, once their matrices are packed; None if the device cannot."""
-    backend = _BACKENDS.get(device) or _choose(device)
-    return cpu.decoder_layers(facts) if backend is cpu else None
+    return cpu.decoder_layers(facts) if _backend_of(device) is cpu else None
 
 
 def compute_layers(

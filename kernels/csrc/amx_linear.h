@@ -7,7 +7,8 @@
 // product at the very most, and mostly below 2^-26. A tile's instruction adds up the products of 32 input features by
 // itself, and pieces of panels have sums of their own: little is rounded off at the size of the result.
 //
-// Every thread cuts the rows of x into tiles of planes for itself, which takes less time than to get them from another core.
+// Every thread cuts the rows of x that it multiplies into tiles of planes for itself, which takes less time than to get them
+// from another core.
 // Pieces of panels are taken apart as they come: the next one between the products of this one, which take no vector unit.
 //
 // N rows · I input features · O output features
@@ -378,10 +379,10 @@ inline void multiply_tiles(const LinearOf<float, Out>& l, int threads) {
     const GroupBlocks blocks(l.rows, 2 * tile_bytes, ROWS_BYTES);
     const int64_t x_bytes = blocks.most_rows() / TILE_ROWS * tile_bytes;
     const int64_t sums = blocks.most_rows() * PANEL;
+    threads = (int)std::min<int64_t>(threads, blocks.count * panels);
     arena.reserve(threads * (Arena::bytes_for<char>(x_bytes) + Arena::bytes_for<float>(sums)));
     char* const x_tiles = arena.take<char>(threads * x_bytes);
     float* const held = arena.take<float>(threads * sums);
-    threads = (int)std::min<int64_t>(threads, blocks.count * panels);
     Shares shares(threads, blocks.count * panels);
     auto work = [&](int thread) {
         char* const tiles = x_tiles + thread * x_bytes;
@@ -392,8 +393,8 @@ inline void multiply_tiles(const LinearOf<float, Out>& l, int threads) {
             for (Shares::Range left; (left = shares.left(share)).size() > 0;) {
                 const bool own = i == 0 || left.first == shares.all(share).first;  // or nobody's yet
                 const int64_t block = (own ? left.first : left.end - 1) / panels, first = block * panels;
+                if (!own && block != cut && left.size() < WORTH_CUTTING) break;
                 if (block != cut) {
-                    if (!own && left.size() < WORTH_CUTTING) break;
                     cut = block;
                     part.x_NI = l.x_NI + blocks.first(block) * l.stride_N;
                     part.rows = blocks.last(block) - blocks.first(block);

@@ -4,6 +4,7 @@
 // the name is found in torch's when the library is loaded, whichever compiler built it.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <new>
@@ -96,9 +97,9 @@ void for_shares(int threads, int64_t tasks, Body&& body) {
     Shares shares(threads, tasks);
     auto work = [&](int thread) {
         const int own = thread % shares.count;
-        for (int64_t task; (task = shares.take_first(own, tasks)) >= 0;) body(task, task + 1 < tasks ? task + 1 : task);
+        for (int64_t task; (task = shares.take_first(own, tasks)) >= 0;) body(task, std::min(task + 1, tasks - 1));
         for (int other = 0; other < shares.count; other++) {
-            for (int64_t task; (task = shares.take_last(other, 0)) >= 0;) body(task, task > 0 ? task - 1 : task);
+            for (int64_t task; (task = shares.take_last(other, 0)) >= 0;) body(task, std::max<int64_t>(task - 1, 0));
         }
     };
     on_threads(threads, work);

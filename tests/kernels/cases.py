@@ -121,3 +121,13 @@ def make_blocks(in_features, out_features, bits, with_mins, seed=0):
     scales[-1, -1] = 3e-7
     mins = torch.randn(scales.shape, generator=generator).half() if with_mins else None
     return ops.BlockMatrix(values, scales, mins, bits)
+
+
+def on_threads(count, call):
+    """What `call` returns with so many threads of torch's pool."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        return call()
+    finally:
+        torch.set_num_threads(before)

@@ -11,19 +11,10 @@ from batchinfer_kernels import cpu
 from batchinfer_kernels.cpu import library
 
 from batchinfer import ops
-from tests.kernels.cases import ATTENTION
+from tests.kernels.cases import ATTENTION, on_threads
 from tests.kernels.test_ops import Batch
 
 pytestmark = pytest.mark.usefixtures("compiled")
-
-
-def on_threads(count, call):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        return call()
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", ["mixed-sizes", "window-pieces", "pieces", "many-decodes", "many-padded"])

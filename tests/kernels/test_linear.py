@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from batchinfer import ops
-from tests.kernels.cases import LINEAR_SHAPES, TOLERANCE, linear_inputs
+from tests.kernels.cases import LINEAR_SHAPES, TOLERANCE, linear_inputs, on_threads
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -73,12 +73,11 @@ def test_a_row_s_result_depends_on_nothing_else(backend, to):
         x, weight, bias = linear_inputs(shape, torch.float32)
         packed = ops.pack_linear(weight, to)
         together = ops.linear(x, packed, bias)
-        before = torch.get_num_threads()
-        for threads, rows in ((1, 1), (3, 13), (2, 29), (before, 7)):
-            torch.set_num_threads(threads)
+        for threads, rows in ((1, 1), (3, 13), (2, 29), (torch.get_num_threads(), 7)):
             for start in range(0, len(x), rows):
-                assert torch.equal(ops.linear(x[start : start + rows], packed, bias), together[start : start + rows])
-        torch.set_num_threads(before)
+                part = slice(start, start + rows)
+                got = on_threads(threads, lambda x=x[part], packed=packed, bias=bias: ops.linear(x, packed, bias))
+                assert torch.equal(got, together[part])
 
 
 @pytest.mark.parametrize("to", [None, torch.bfloat16, torch.int8], ids=str)
@@ -86,18 +85,12 @@ def test_threads_do_all_of_the_work_however_many_they_are(to):
     """Also where there are more of them than cores, so that some come when others have begun with their share."""
     x, weight, bias = linear_inputs((1500, 576, 200), torch.float32)
     packed = ops.pack_linear(weight, to)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        alone = ops.linear(x, packed, bias)
-        for threads in (2, 3, 5, 70) * 3:
-            torch.set_num_threads(threads)
-            together = ops.linear(x, packed, bias)
-            torch.testing.assert_close(together, alone, atol=TOLERANCE[torch.float32], rtol=TOLERANCE[torch.float32])
-            few = ops.linear(x[:3], packed, bias)
-            torch.testing.assert_close(few, alone[:3], atol=TOLERANCE[torch.float32], rtol=TOLERANCE[torch.float32])
-    finally:
-        torch.set_num_threads(before)
+    error = TOLERANCE[torch.float32]
+    alone = on_threads(1, lambda: ops.linear(x, packed, bias))
+    for threads in (2, 3, 5, 70) * 3:
+        together, few = on_threads(threads, lambda: (ops.linear(x, packed, bias), ops.linear(x[:3], packed, bias)))
+        torch.testing.assert_close(together, alone, atol=error, rtol=error)
+        torch.testing.assert_close(few, alone[:3], atol=error, rtol=error)
 
 
 def test_rows_may_be_strided(backend):

@@ -10,7 +10,7 @@ import torch
 from batchinfer_kernels.cpu.linear_argmax import make_screen
 
 from batchinfer import ops
-from tests.kernels.cases import BLOCK_KINDS, BLOCK_SHAPES, LINEAR_SHAPES, linear_inputs, make_blocks
+from tests.kernels.cases import BLOCK_KINDS, BLOCK_SHAPES, LINEAR_SHAPES, linear_inputs, make_blocks, on_threads
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -74,14 +74,11 @@ def test_a_row_s_result_depends_on_nothing_else():
     x, weight, _ = linear_inputs((61, 576, 3000), torch.float32)
     screen = make_screen(ops.pack_linear(weight))
     values, ids = ops.linear_argmax(x, screen)
-    before = torch.get_num_threads()
     for threads, rows in ((1, 1), (3, 13), (2, 29)):
-        torch.set_num_threads(threads)
         for start in range(0, len(x), rows):
             part = slice(start, start + rows)
-            got = ops.linear_argmax(x[part], screen)
+            got = on_threads(threads, lambda part=part: ops.linear_argmax(x[part], screen))
             assert torch.equal(got[0], values[part]) and torch.equal(got[1], ids[part])
-    torch.set_num_threads(before)
 
 
 def test_rows_may_be_strided():

@@ -25,8 +25,7 @@ def paged_attention(
     heads, size = q_THD.shape[1:]
     kv_heads = kv_N2KBD.shape[2]
     group = heads // kv_heads
-    if out_THD is None:
-        out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
+    whole_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device) if out_THD is None else out_THD
     for bucket in index.buckets(window, group, q_THD.dtype):
         q_MHD = q_THD if bucket.queries_M is None else q_THD.index_select(0, bucket.queries_M)
         q_IQKGD = q_MHD.reshape(-1, bucket.num_queries, kv_heads, group, size)
@@ -35,10 +34,10 @@ def paged_attention(
         o_IKGQD = o_IKXD.reshape(-1, kv_heads, group, bucket.num_queries, size)
         o_MHD = o_IKGQD.permute(0, 3, 1, 2, 4).reshape(q_MHD.shape)
         if bucket.queries_M is None:
-            return out_THD.copy_(o_MHD)
+            return o_MHD if out_THD is None else out_THD.copy_(o_MHD)
         # a padded query repeats a real one, so rows written twice get the same values
-        out_THD.index_copy_(0, bucket.queries_M, o_MHD)
-    return out_THD
+        whole_THD.index_copy_(0, bucket.queries_M, o_MHD)
+    return whole_THD
 
 
 def _attend(
