@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from batchinfer.engine.blocks import BlockPool
 from batchinfer.engine.engine import Runner
@@ -20,6 +21,9 @@ from batchinfer.request import SamplingParams
 from batchinfer.spec import EngineSpec, FakeSpec
 from batchinfer.text.chat import ChatTemplate
 from batchinfer.text.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from batchinfer.layers.rotary import RopeConfig
 
 FAKE_CONTEXT_TOKENS = 32768
 _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -108,8 +112,20 @@ def _model_runner(engine: EngineSpec, path: Path) -> tuple[Runner, BlockPool, in
         kv_cache_tokens=num_blocks * engine.block_size,
         threads=torch.get_num_threads(),
     )
+    _tell_of_longrope(decoder.config.ropes, context)
     pool = BlockPool(num_blocks, engine.block_size, engine.enable_prefix_caching)
     return runner, pool, context, decoder.config.vocab_size
+
+
+def _tell_of_longrope(ropes: Sequence[RopeConfig], context_tokens: int) -> None:
+    """Log that sequences of every length are computed with the factors for long ones, and how to change that."""
+    for rope in ropes:
+        original = rope.scaling.get("original_max_position_embeddings", context_tokens)
+        if rope.kind == "longrope" and context_tokens > original:
+            log.info(
+                "longrope: sequences of every length are computed with the factors for long contexts, so that a row's "
+                f"tokens do not depend on its neighbours; engine.max_model_len: {original} takes the short factors"
+            )
 
 
 def use_threads(count: int | None) -> None:

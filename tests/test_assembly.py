@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from batchinfer.assembly import _defaults, _generation_config, quota_threads
+from batchinfer.assembly import _defaults, _generation_config, _model_runner, quota_threads
 from batchinfer.errors import ModelError
 from batchinfer.io.fetch import ModelFiles
+from batchinfer.spec import EngineSpec
+from tests.models.tiny import build
 
 
 @pytest.mark.parametrize(
@@ -47,3 +49,10 @@ def test_sampling_defaults_of_the_model(tmp_path: Path) -> None:
     config.write_text("{")
     with pytest.raises(ModelError, match="not JSON"):
         _generation_config(tmp_path)
+
+
+def test_longrope_says_once_which_factors_it_takes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    build("phi3-longrope", tmp_path)
+    for context, said in ((None, 1), (32, 0)):
+        _model_runner(EngineSpec(kv_cache_tokens=256, max_model_len=context), tmp_path)
+        assert capfd.readouterr().err.count("longrope: ") == said

@@ -12,7 +12,8 @@ from batchinfer.errors import ModelError
 from batchinfer.layers.attention import AttentionConfig
 from batchinfer.layers.mlp import ACTIVATIONS, MLPConfig
 from batchinfer.layers.rotary import SCALINGS, RopeConfig
-from batchinfer.models.families import Family, HFConfig, family_of
+from batchinfer.models.families import Family, HFConfig, architecture_of, family_of
+from batchinfer.models.file_kind import said
 from batchinfer.models.gguf import GGUFFile
 
 
@@ -65,7 +66,7 @@ def load_config(path: Path) -> ModelConfig:
     except FileNotFoundError:
         raise ModelError(f"{path} holds no config.json: not a Hugging Face model directory") from None
     except ValueError as error:
-        raise ModelError(f"{file} is not JSON: {error}") from None
+        raise ModelError(f"{file} {said(file, f'is not JSON: {error}')}") from None
     if not isinstance(values, dict):
         raise ModelError(f"{file} holds no JSON object")
     return parse_config(values, str(file))
@@ -73,17 +74,14 @@ def load_config(path: Path) -> ModelConfig:
 
 def parse_config(values: HFConfig, where: str) -> ModelConfig:
     """From config.json's content; `where` names it in errors. Raises ModelError."""
-    architectures = values.get("architectures")
-    if not isinstance(architectures, list) or len(architectures) != 1:
-        raise ModelError(f"{where}: 'architectures' must name one architecture, got {architectures!r}")
-    family = family_of(str(architectures[0]))
-    if values.get("quantization_config"):
-        raise ModelError(f"{where}: quantized checkpoints are not supported; use the unquantized model, or a GGUF file")
+    architecture = architecture_of(values, where)
+    family = family_of(architecture)
+    _refuse_quantized(values, where)
     text = values["text_config"] if family.text_config and isinstance(values.get("text_config"), dict) else values
     facts = _Facts({**family.defaults, **text}, where)
     ropes, rope_of = _ropes(facts, family)
     return ModelConfig(
-        architecture=str(architectures[0]),
+        architecture=architecture,
         family=family,
         vocab_size=facts.size("vocab_size"),
         hidden_size=facts.size("hidden_size"),
@@ -95,6 +93,21 @@ def parse_config(values: HFConfig, where: str) -> ModelConfig:
         layers=_layers(facts, family, rope_of),
         ropes=ropes,
         multipliers=_multipliers(facts, family),
+    )
+
+
+def _refuse_quantized(values: HFConfig, where: str) -> None:
+    """Raises ModelError that names the format. MLX alone writes `quantization`, which has no method's name."""
+    mlx = values.get("quantization")
+    written = mlx or values.get("quantization_config")
+    if not written:
+        return
+    facts = written if isinstance(written, dict) else {}
+    method = "MLX" if mlx else facts.get("quant_method") or "an unnamed method"
+    bits = f", {facts['bits']} bits" if "bits" in facts else ""
+    raise ModelError(
+        f"{where}: the checkpoint is quantized ({method}{bits}), which is not supported; use the unquantized model, or "
+        "a GGUF file"
     )
 
 

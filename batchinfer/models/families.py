@@ -169,10 +169,53 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+# model_type of config.json → the architecture that it is generated with; directories often lack `architectures`
+MODEL_TYPES = {
+    "llama": "LlamaForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "gemma3": "Gemma3ForConditionalGeneration",
+    "phi3": "Phi3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "granite": "GraniteForCausalLM",
+}
+
+
+def architecture_of(values: HFConfig, where: str) -> str:
+    """Return the architecture that config.json names: by `architectures`, else by `model_type`.
+
+    A base class such as LlamaModel counts as no name. `where` names the file in errors. Raises ModelError where neither
+    key names one that is supported.
+    """
+    named = values.get("architectures") or []
+    if not isinstance(named, list):
+        raise ModelError(f"{where}: 'architectures' must be a list of names, got {named!r}")
+    found = next((str(name) for name in named if name in FAMILIES), None)
+    bare = all(str(name).endswith("Model") for name in named)
+    if found is None and bare:
+        found = MODEL_TYPES.get(str(values.get("model_type")))
+    if found is not None:
+        return found
+    if not named:
+        known = ", ".join(sorted(MODEL_TYPES))
+        raise ModelError(
+            f"{where}: names no architecture, and model_type {values.get('model_type')!r} is not supported; "
+            f"supported are {known}"
+        )
+    raise ModelError(f"{where}: {_unsupported(str(named[0]))}")
+
+
+def _unsupported(architecture: str) -> str:
+    return f"architecture {architecture!r} is not supported; supported are {', '.join(sorted(FAMILIES))}"
+
+
 def family_of(architecture: str) -> Family:
     """Raises ModelError with the list of known architectures."""
     family = FAMILIES.get(architecture)
     if family is None:
-        known = ", ".join(sorted(FAMILIES))
-        raise ModelError(f"architecture {architecture!r} is not supported; supported are {known}")
+        raise ModelError(_unsupported(architecture))
     return family

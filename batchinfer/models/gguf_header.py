@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 from weakref import WeakValueDictionary
 
 from batchinfer.errors import ModelError
+from batchinfer.models.file_kind import said
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -68,7 +69,7 @@ def read_header(path: Path) -> GGUFHeader:
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:  # mmap of an empty file, and every damage that _Reader finds
-        raise ModelError(f"{path}: not a usable GGUF file: {error}") from None
+        raise ModelError(f"{path} {said(path, f'is not a usable GGUF file: {error}')}") from None
 
 
 def _mapped(path: Path, file: BinaryIO) -> GGUFHeader:

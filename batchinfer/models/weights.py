@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -15,13 +15,17 @@ from torch import Tensor
 from batchinfer import ops
 from batchinfer.errors import ModelError, suggest
 from batchinfer.layers.linear import Linear, StackedLinear
+from batchinfer.log import log
 from batchinfer.models.config import ModelConfig, load_config, parse_config
 from batchinfer.models.decoder import Decoder, Rounding
+from batchinfer.models.file_kind import said
 from batchinfer.models.gguf import GGUFFile
 
 NOT_ROUNDED = Rounding()
 _ONE_FILE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_EMBEDDING = "embed_tokens.weight"  # after the prefix of the text model
+_HEAD = "lm_head.weight"
 _NEVER_NEEDED = ".rotary_emb.inv_freq"  # old Llama files hold what follows from the config
 
 
@@ -47,6 +51,8 @@ def load_decoder(
     else:
         config = _shortened(load_config(path), max_model_len)
         shapes = _safetensors_shapes(path)
+        if config.tied and _own_head(path, shapes, _prefix(config, shapes)):
+            config = replace(config, tied=False)
         decoder = _empty(config, dtype, device)
         filler = _Filler(decoder, _prefix(config, shapes), path)
         filler.check(shapes)
@@ -77,9 +83,29 @@ def _empty(config: ModelConfig, dtype: torch.dtype, device: torch.device | str) 
         torch.set_default_dtype(before)
 
 
-def _prefix(config: ModelConfig, names: Iterable[str]) -> str:
+def _prefix(config: ModelConfig, names: Collection[str]) -> str:
+    """What the names of the text model's weights begin with: nothing in a file that was saved from the base class."""
     prefixes = config.family.prefixes
-    return next((p for p in prefixes if any(name.startswith(p) for name in names)), prefixes[0])
+    bare = "" if _EMBEDDING in names else prefixes[0]
+    return next((p for p in prefixes if any(name.startswith(p) for name in names)), bare)
+
+
+def _own_head(path: Path, shapes: Mapping[str, tuple[Path, tuple[int, ...]]], prefix: str) -> bool:
+    """True if the files hold an LM head that is not the embedding, although the configuration ties the two.
+
+    The file is right then: training went on after somebody untied them, or a merge did not keep them equal.
+    """
+    embedding, head = shapes.get(f"{prefix}{_EMBEDDING}"), shapes.get(_HEAD)
+    if embedding is None or head is None or embedding[1] != head[1]:
+        return False
+    with _open(embedding[0]) as first, _open(head[0]) as second:
+        if torch.equal(first.get_tensor(f"{prefix}{_EMBEDDING}"), second.get_tensor(_HEAD)):
+            return False
+    log.warning(
+        "tie_word_embeddings is true, but the file's lm_head.weight is not the embedding: the file's head is used",
+        model=str(path),
+    )
+    return True
 
 
 class _Place(NamedTuple):
@@ -93,13 +119,13 @@ class _Place(NamedTuple):
 def _places(decoder: Decoder, prefix: str) -> dict[str, _Place]:
     """Hugging Face's name of every weight → where it belongs."""
     family = decoder.config.family
-    name = f"{prefix}embed_tokens.weight"
+    name = f"{prefix}{_EMBEDDING}"
     places = {
         name: _Place(decoder.embedding.weight, decoder.embedding, (name,)),
         f"{prefix}norm.weight": _Place(decoder.norm.weight),
     }
     if decoder.head is not None:
-        places["lm_head.weight"] = _Place(decoder.head.weight, decoder.head, ("lm_head.weight",))
+        places[_HEAD] = _Place(decoder.head.weight, decoder.head, (_HEAD,))
     for ours, parameter in decoder.layers.named_parameters():
         layer, _, path = ours.partition(".")
         module, _, kind = path.rpartition(".")
@@ -135,7 +161,7 @@ class _Filler:
         self._blocks: dict[str, ops.BlockMatrix] = {}  # of matrices whose other parts are not there yet
         self._architecture = decoder.config.architecture
         self._ignored = decoder.config.family.ignored
-        # files of models with tied embeddings may hold the matrix twice
+        # files of models with tied embeddings may hold the matrix twice (see _own_head)
         self._tied: Tensor | None = decoder.embedding.weight if decoder.head is None else None
 
     def check(self, shapes: dict[str, tuple[Path, tuple[int, ...]]]) -> None:
@@ -146,10 +172,9 @@ class _Filler:
 
     def fill(self, weights: Iterable[tuple[str, Path, Tensor | ops.BlockMatrix]]) -> None:
         done = set()
-        second: tuple[Path, Tensor] | None = None
         for name, file, weight in weights:
             target = self._target(name, file, tuple(weight.shape))
-            if target is None:
+            if target is None or (name == _HEAD and self._tied is not None):
                 continue
             if isinstance(weight, ops.BlockMatrix):
                 self._put_blocks(name, weight)
@@ -157,18 +182,11 @@ class _Filler:
                 continue
             if not weight.dtype.is_floating_point:
                 raise ModelError(f"{file}: {name} holds {weight.dtype}, not floating-point numbers")
-            if name == "lm_head.weight" and self._tied is not None:
-                second = (file, weight)  # compared at the end: the embedding may come after it
-                continue
             target.copy_(weight)
             done.add(name)
         self._complain_of_missing(done)
         for name, blocks in self._blocks.items():  # what the other parts of a stack do not go with
             self._places[name].rows.copy_(blocks.float())
-        if second is not None and self._tied is not None:
-            file, head = second
-            if not torch.equal(head.to(self._tied), self._tied):
-                raise ModelError(f"{file}: lm_head.weight is not the embedding, but tie_word_embeddings says so")
 
     def _put_blocks(self, name: str, blocks: ops.BlockMatrix) -> None:
         """A matrix is kept in blocks where all that it is stacked of came in blocks, of one kind."""
@@ -186,7 +204,7 @@ class _Filler:
         """None: not needed. Raises ModelError for a weight that has no place, or another shape than its place."""
         place = self._places.get(name)
         target = None if place is None else place.rows
-        if name == "lm_head.weight" and self._tied is not None:
+        if name == _HEAD and self._tied is not None:
             target = self._tied
         if target is None:
             if name.startswith(self._ignored) or name.endswith(_NEVER_NEEDED):
@@ -223,7 +241,9 @@ def _safetensors_files(path: Path) -> list[Path]:
             weight_map = json.loads((path / _INDEX).read_text(encoding="utf-8"))["weight_map"]
             names = sorted({str(name) for name in weight_map.values()})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{path / _INDEX} is not a safetensors index: {error!r}") from None
+            raise ModelError(
+                f"{path / _INDEX} {said(path / _INDEX, f'is not a safetensors index: {error!r}')}"
+            ) from None
     elif (path / _ONE_FILE).exists():
         names = [_ONE_FILE]
     else:
@@ -240,7 +260,8 @@ def _open(file: Path) -> safe_open:
     try:
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file} is not a whole safetensors file: {error}; download it again") from None
+        otherwise = f"is not a whole safetensors file: {error}; download it again"
+        raise ModelError(f"{file} {said(file, otherwise)}") from None
 
 
 def _read_safetensors(files: list[Path]) -> Iterator[tuple[str, Path, Tensor]]:

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, pre_tokenizers
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers.models import BPE
 
 from batchinfer.errors import ModelError
 from batchinfer.models.gguf_header import GGUFHeader, read_header
 from batchinfer.text.fast import FastTokenizer, TokenizerFacts, set_framing
-
-_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
+from batchinfer.text.spm import CONTROL, UNKNOWN, USER_DEFINED, Pieces, SpaceRules, bpe_tokenizer
 
 _CONTRACTIONS = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
 _TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -135,39 +133,11 @@ def _halves(path: Path, merge: str) -> tuple[str, str]:
 
 
 def _sentencepiece(header: GGUFHeader, tokens: list[str], types: list[int]) -> RustTokenizer:
-    """BPE in the order of the scores, over the whole text with ▁ for spaces, bytes for what the vocabulary lacks."""
     scores = header.need("tokenizer.ggml.scores")
     if len(scores) < len(tokens):
         raise ModelError(f"{header.path}: {len(tokens)} tokens but {len(scores)} scores")
-    vocab = {token: i for i, token in enumerate(tokens)}
-    unknown = next((token for token, kind in zip(tokens, types, strict=False) if kind == _UNKNOWN), None)
-    merges = _merges(tokens, types, scores)
-    rust = RustTokenizer(BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    prefix = header.metadata.get("tokenizer.ggml.add_space_prefix", True)
-    steps = [normalizers.Prepend("▁")] if prefix else []
-    rust.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
-    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
-    rust.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
-    return rust
-
-
-def _merges(tokens: list[str], types: list[int], scores: list[float]) -> list[tuple[str, str]]:
-    """Every pair of tokens that spells a third, best score of the third first.
-
-    Tokens that are split off before (control, user-defined) and byte tokens are no result of a merge.
-    """
-    vocab = {token for token, kind in zip(tokens, types, strict=False) if kind not in (_CONTROL, _UNKNOWN, _BYTE)}
-    ranked: list[tuple[float, tuple[str, str]]] = []
-    for token, kind, score in zip(tokens, types, scores, strict=False):
-        if kind in (_CONTROL, _UNKNOWN, _BYTE, _USER_DEFINED):
-            continue
-        ranked.extend(
-            (-score, (token[:cut], token[cut:]))
-            for cut in range(len(token) - 1, 0, -1)
-            if token[:cut] in vocab and token[cut:] in vocab
-        )
-    ranked.sort(key=itemgetter(0))  # stable: of one token the split with the longest first half comes first
-    return [pair for _, pair in ranked]
+    rules = SpaceRules(prefix=header.metadata.get("tokenizer.ggml.add_space_prefix", True))
+    return bpe_tokenizer(Pieces(tokens, types, scores), rules)
 
 
 def _add_tokens(header: GGUFHeader, rust: RustTokenizer, tokens: list[str], types: list[int]) -> None:
@@ -178,9 +148,9 @@ def _add_tokens(header: GGUFHeader, rust: RustTokenizer, tokens: list[str], type
     special, plain = [], []
     for token, kind in zip(tokens, types, strict=False):
         rstrip = strips and token not in ("<unk>", "<s>", "<|endoftext|>")
-        if kind in (_CONTROL, _UNKNOWN) or token in _END_NAMES:
+        if kind in (CONTROL, UNKNOWN) or token in _END_NAMES:
             special.append(AddedToken(token, special=True, normalized=False, rstrip=rstrip))
-        elif kind == _USER_DEFINED:
+        elif kind == USER_DEFINED:
             plain.append(AddedToken(token, special=False, normalized=False, rstrip=rstrip))
     rust.add_special_tokens(special)
     rust.add_tokens(plain)

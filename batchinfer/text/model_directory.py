@@ -1,15 +1,16 @@
-"""The tokenizer of a model directory in Hugging Face's layout, as transformers 5 would configure it.
+"""The tokenizer of a model directory: tokenizer.json, sentencepiece's tokenizer.model, or Mistral's tekken.json.
 
-Where there is a tokenizer.json it alone says which tokens are put around a text (add_bos_token in
-tokenizer_config.json is for the others). transformers itself is asked only where there is none.
+Where there is a tokenizer.json it alone says how text is normalized and which tokens are put around it, whatever class
+tokenizer_config.json names: transformers 5 builds some classes anew and drops the file's normalizer (LlamaTokenizer),
+or makes a token special that the file does not (Gemma's <mask>). transformers is asked only for a vocab.json.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 from collections.abc import Mapping
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,35 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as RustTokenizer
 
 from batchinfer.errors import ModelError
+from batchinfer.models.file_kind import said
 from batchinfer.text.fast import FastTokenizer, TokenizerFacts
+from batchinfer.text.sentencepiece_model import build, read_model
+from batchinfer.text.tekken import NAMED, load_tekken
 
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "tekken.json")
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 def load_directory(path: Path) -> FastTokenizer:
     """Raises ModelError for files that are missing or damaged, or that need a package that is not installed."""
     config = _read_json(path / "tokenizer_config.json")
-    named = _special_tokens({**_read_json(path / "special_tokens_map.json"), **config})
-    file = path / "tokenizer.json"
-    rust = _read_rust(file) if file.is_file() else _convert(path)
+    rust, own = _vocabulary(path, config)
+    named = {**own, **_special_tokens({**_read_json(path / "special_tokens_map.json"), **config})}
     _add_tokens(path, rust, config, named)
     template = _read_chat_template(path, config)
     return FastTokenizer(rust, TokenizerFacts(_digest(path, rust), _eos_ids(path, rust, named), named, template))
+
+
+def _vocabulary(path: Path, config: Mapping[str, Any]) -> tuple[RustTokenizer, Mapping[str, str]]:
+    """The tokenizer of the first file there is, and the special tokens that it names itself."""
+    if (path / "tokenizer.json").is_file():
+        return _read_rust(path / "tokenizer.json"), {}
+    if (path / "tokenizer.model").is_file():
+        model = read_model(path / "tokenizer.model")
+        return build(model, config), model.named
+    if (path / "tekken.json").is_file():
+        return load_tekken(path / "tekken.json"), NAMED
+    return _convert(path), {}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -40,7 +56,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(_read_text(path))
     except ValueError as error:
-        raise ModelError(f"{path}: not JSON: {error}") from None
+        raise ModelError(f"{path} {said(path, f'is not JSON: {error}')}") from None
     if not isinstance(values, dict):
         raise ModelError(f"{path}: must hold a JSON object")
     return values
@@ -69,27 +85,24 @@ def _read_rust(path: Path) -> RustTokenizer:
     try:
         return RustTokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception for everything
-        raise ModelError(f"{path}: not a usable tokenizer: {error}") from None
+        raise ModelError(f"{path} {said(path, f'is not a usable tokenizer: {error}')}") from None
 
 
 def _convert(path: Path) -> RustTokenizer:
-    """Vocabularies that only transformers can read: sentencepiece models, vocab.json with merges.txt."""
-    needed = [] if not (path / "tokenizer.model").is_file() else ["sentencepiece", "google.protobuf"]
+    """A vocabulary that only transformers can read: vocab.json with merges.txt."""
     try:
         from transformers import AutoTokenizer
-
-        for package in needed:
-            importlib.import_module(package)
     except ImportError as error:
         raise ModelError(
-            f"{path}: has no tokenizer.json, and converting its tokenizer needs more packages ({error}): "
-            "pip install 'batchinfer[transformers]'"
+            f"{path}: has no tokenizer.json, tokenizer.model or tekken.json, and converting its tokenizer needs one "
+            f"more package ({error}): pip install transformers"
         ) from None
     try:
         found = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except Exception as error:
         raise ModelError(
-            f"{path}: has no tokenizer.json, and transformers cannot load its tokenizer: {' '.join(str(error).split())}"
+            f"{path}: has no tokenizer.json, tokenizer.model or tekken.json, and transformers cannot load its "
+            f"tokenizer: {' '.join(str(error).split())}"
         ) from None
     if not getattr(found, "is_fast", False):
         raise ModelError(
@@ -102,6 +115,7 @@ def _convert(path: Path) -> RustTokenizer:
 def _add_tokens(path: Path, rust: RustTokenizer, config: Mapping[str, Any], named: Mapping[str, str]) -> None:
     """Tokens that tokenizer_config.json has and tokenizer.json lacks or has otherwise; named ones are special."""
     present = {token.content: token for token in rust.get_added_tokens_decoder().values()}
+    source = "tokenizer_config.json" if "added_tokens_decoder" in config else "added_tokens.json"
     for token_id, token in _config_tokens(path, config):
         if repr(present.get(token.content)) == repr(token):
             continue
@@ -109,7 +123,7 @@ def _add_tokens(path: Path, rust: RustTokenizer, config: Mapping[str, Any], name
         present[token.content] = token
         if rust.token_to_id(token.content) != token_id:
             raise ModelError(
-                f"{path}: token {token.content!r} is {token_id} in tokenizer_config.json but "
+                f"{path}: token {token.content!r} is {token_id} in {source} but "
                 f"{rust.token_to_id(token.content)} in the vocabulary"
             )
     for text in named.values():
@@ -120,12 +134,28 @@ def _add_tokens(path: Path, rust: RustTokenizer, config: Mapping[str, Any], name
 
 
 def _config_tokens(path: Path, config: Mapping[str, Any]) -> list[tuple[int, AddedToken]]:
-    """(id, token) of added_tokens_decoder, by id."""
+    """(id, token) of added_tokens_decoder, else of the older added_tokens.json, by id."""
+    if "added_tokens_decoder" not in config:
+        return _older_tokens(path / "added_tokens.json", config)
     try:
-        entries = sorted((int(token_id), entry) for token_id, entry in config.get("added_tokens_decoder", {}).items())
+        entries = sorted((int(token_id), entry) for token_id, entry in config["added_tokens_decoder"].items())
         return [(token_id, _added_token(**entry)) for token_id, entry in entries]
     except (AttributeError, TypeError, ValueError) as error:
         raise ModelError(f"{path / 'tokenizer_config.json'}: added_tokens_decoder is damaged: {error}") from None
+
+
+def _older_tokens(file: Path, config: Mapping[str, Any]) -> list[tuple[int, AddedToken]]:
+    """(id, token) of a file that maps text to id; those that the configuration names are special."""
+    named = set(_special_tokens(config).values())
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        listed = config.get(key)
+        named.update(text for text in map(_content, listed if isinstance(listed, list) else ()) if text is not None)
+    found = []
+    for text, token_id in _read_json(file).items():
+        if type(token_id) is not int:
+            raise ModelError(f"{file}: token {text!r} has the id {token_id!r}, which is not a whole number")
+        found.append((token_id, _added_token(text, special=text in named)))
+    return sorted(found, key=itemgetter(0))
 
 
 def _added_token(content: str, special: bool = False, normalized: bool | None = None, **flags: bool) -> AddedToken:
@@ -160,10 +190,10 @@ def _eos_ids(path: Path, rust: RustTokenizer, named: Mapping[str, str]) -> froze
 def _digest(path: Path, rust: RustTokenizer) -> str:
     """Of the files where there is a tokenizer.json: the library's own text changes with its version."""
     digest = hashlib.sha256()
-    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-    if not (path / names[0]).is_file():
+    vocabulary = next((name for name in _VOCABULARIES if (path / name).is_file()), None)
+    if vocabulary is None:
         digest.update(rust.to_str().encode())
-    for name in names:
+    for name in (vocabulary or "", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
         if (path / name).is_file():
             digest.update(name.encode() + b"\0" + (path / name).read_bytes())
     return digest.hexdigest()

@@ -163,6 +163,14 @@ def _byte_alphabet() -> dict[str, int]:
 BYTE_ALPHABET = _byte_alphabet()
 
 
+_CHARACTERS = {byte: char for char, byte in BYTE_ALPHABET.items()}
+
+
+def byte_level_text(data: bytes) -> str:
+    """Return the token of a byte-level vocabulary that these bytes are."""
+    return "".join(_CHARACTERS[byte] for byte in data)
+
+
 def byte_level_bytes(token: str) -> bytes:
     """The bytes of a token of a byte-level vocabulary; an added token with other characters stands for itself."""
     try:

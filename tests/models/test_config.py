@@ -8,7 +8,7 @@ import pytest
 
 from batchinfer.errors import ModelError
 from batchinfer.models.config import LayerConfig, load_config, parse_config
-from batchinfer.models.families import FAMILIES
+from batchinfer.models.families import FAMILIES, MODEL_TYPES, architecture_of
 from tests.models.tiny import LLAMA3, LONGROPE, YARN
 
 LLAMA = {
@@ -102,6 +102,19 @@ def test_qwen_has_no_window_unless_it_is_switched_on():
     assert all(layer.window is None for layer in _parse(architectures=["Qwen2ForCausalLM"], sliding_window=8).layers)
 
 
+@pytest.mark.parametrize("named", [{"architectures": None}, {"architectures": []}, {"architectures": ["LlamaModel"]}])
+def test_an_architecture_that_is_not_named_follows_from_the_model_type(named):
+    assert _parse(**named, model_type="llama") == _parse()
+
+
+def test_of_several_architectures_the_first_that_is_known_counts():
+    assert _parse(architectures=["X", "LlamaForCausalLM"]) == _parse()
+
+
+def test_every_family_has_a_model_type():
+    assert {architecture_of({"model_type": kind}, "") for kind in MODEL_TYPES} == FAMILIES.keys()
+
+
 def test_kv_shape():
     assert _parse(num_key_value_heads=2).kv_shape == (4, 2, 8)
 
@@ -110,8 +123,11 @@ def test_kv_shape():
     ("changes", "said"),
     [
         ({"architectures": ["MambaForCausalLM"]}, ["MambaForCausalLM", *FAMILIES]),
-        ({"architectures": None}, ["architectures"]),
-        ({"architectures": ["LlamaForCausalLM", "X"]}, ["architectures"]),
+        ({"architectures": None}, ["config.json", "names no architecture", "model_type None", "qwen3"]),
+        ({"architectures": [], "model_type": "mamba"}, ["names no architecture", "'mamba'", "qwen3"]),
+        ({"architectures": ["MambaModel"], "model_type": "mamba"}, ["MambaModel", *FAMILIES]),
+        ({"architectures": ["LlamaForSequenceClassification"], "model_type": "llama"}, ["SequenceClassification"]),
+        ({"architectures": "LlamaForCausalLM"}, ["architectures", "list"]),
         ({"vocab_size": None}, ["vocab_size", "missing"]),
         ({"hidden_size": "32"}, ["hidden_size", "positive integer", "'32'"]),
         ({"num_hidden_layers": 0}, ["num_hidden_layers", "positive integer"]),
@@ -123,7 +139,10 @@ def test_kv_shape():
         ({"rope_scaling": [1]}, ["rope_scaling", "object"]),
         ({"rope_scaling": {**LONGROPE, "short_factor": [1.0]}}, ["short_factor", "3 numbers", "1"]),
         ({"head_dim": 5}, ["pairs", "5"]),
-        ({"quantization_config": {"bits": 4}}, ["quantized"]),
+        ({"quantization_config": {"bits": 4}}, ["quantized", "4 bits"]),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ["quantized (gptq, 4 bits)"]),
+        ({"quantization": {"group_size": 64, "bits": 4}}, ["quantized (MLX, 4 bits)"]),
+        ({key: {"group_size": 64, "bits": 8} for key in ("quantization", "quantization_config")}, ["(MLX, 8 bits)"]),
         ({"architectures": ["Gemma3ForCausalLM"], "use_bidirectional_attention": True}, ["bidirectional"]),
         ({"architectures": ["Gemma2ForCausalLM"], "layer_types": ["full_attention"]}, ["layer_types", "4"]),
         ({"architectures": ["Gemma2ForCausalLM"], "layer_types": 7}, ["window"]),

@@ -92,13 +92,52 @@ def test_tied_weights_are_one_matrix(tmp_path):
     assert norms + matrices == whole
 
 
-def test_a_tied_head_may_be_in_the_file_if_it_is_the_embedding(tmp_path):
+def test_a_tied_head_in_the_file_that_is_the_embedding_changes_nothing(tmp_path):
     build("llama-tied", tmp_path)
     before = _logits(tmp_path)
     _rewrite(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     assert torch.equal(_logits(tmp_path), before)
-    _rewrite(tmp_path, lambda t: t["lm_head.weight"].add_(0.5))
-    with pytest.raises(ModelError, match=r"model\.safetensors: lm_head\.weight is not the embedding"):
+    assert load_decoder(tmp_path, torch.float32).head is None
+
+
+def test_a_tied_model_whose_file_has_another_head_uses_the_file_s(tmp_path, capfd):
+    build("llama-tied", tmp_path)
+    _rewrite(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].flip(0).contiguous()}))
+    found = _logits(tmp_path)
+    assert "tie_word_embeddings" in capfd.readouterr().err
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    assert torch.equal(found, _logits(tmp_path))
+
+
+def test_weights_without_the_model_prefix(tmp_path):
+    """As a base class saves them, and with a head beside them."""
+    build("llama", tmp_path)
+    expected = _logits(tmp_path)
+
+    def bare(tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+    _rewrite(tmp_path, bare)
+    assert torch.equal(_logits(tmp_path), expected)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 132\n", "a Git LFS pointer.*git lfs pull"),
+        (b"\n<!DOCTYPE html><html><body>Log in</body></html>", "a web page"),
+        (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "a web page"),
+        (b"", "empty"),
+        (b"PK\x03\x04" + bytes(60), "a ZIP archive"),
+    ],
+)
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_file_that_holds_something_else_is_said_to(content, expected, name, tmp_path):
+    build("llama", tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ModelError, match=f"{name} is {expected}"):
         load_decoder(tmp_path, torch.float32)
 
 
@@ -177,7 +216,7 @@ def test_files_that_are_not_there_or_not_whole(tmp_path):
     model.save_pretrained(tmp_path / "many", max_shard_size="20KB")
     shard = sorted((tmp_path / "many").glob("*.safetensors"))[1]
     content = shard.read_bytes()
-    for cut in (b"", content[:4], content[:-10], b"\xff" * 100):
+    for cut in (content[:4], content[:-10], b"\xff" * 100):
         shard.write_bytes(cut)
         with pytest.raises(ModelError, match=f"{shard.name} is not a whole safetensors file"):
             load_decoder(tmp_path / "many", torch.float32)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import builtins
 import json
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -245,7 +244,7 @@ def test_what_is_no_tokenizer(tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "missing")
     folder = save(tmp_path / "m", byte_level())
     (folder / "tokenizer.json").write_text('{"version": 1}')
-    with pytest.raises(ModelError, match=r"tokenizer\.json: not a usable tokenizer"):
+    with pytest.raises(ModelError, match=r"tokenizer\.json is not a usable tokenizer"):
         load_tokenizer(folder)
     save(tmp_path / "m", byte_level())
     (folder / "tokenizer_config.json").write_text("[1]")
@@ -270,14 +269,7 @@ def test_vocab_and_merges_go_through_transformers(tmp_path: Path, monkeypatch: p
         return real_import(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without_transformers)
-    with pytest.raises(ModelError, match=r"has no tokenizer\.json.*pip install 'batchinfer\[transformers\]'"):
-        load_tokenizer(tmp_path)
-
-
-def test_a_sentencepiece_model_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "tokenizer.model").write_bytes(b"")
-    monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    with pytest.raises(ModelError, match=r"sentencepiece.*pip install 'batchinfer\[transformers\]'"):
+    with pytest.raises(ModelError, match=r"has no tokenizer\.json.*pip install transformers"):
         load_tokenizer(tmp_path)
 
 

@@ -1,0 +1,94 @@
+"""Sentencepiece vocabularies as tokenizers of the `tokenizers` library, with the same ids.
+
+Source: Kudo and Richardson 2018, and src/bpe_model.cc of google/sentencepiece: the pair of neighbours that spells the
+piece with the best score is merged first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+
+from tokenizers import Regex, decoders, normalizers
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers.models import BPE, Unigram
+
+UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6
+
+
+@dataclass(frozen=True)
+class SpaceRules:
+    """What happens to white space before a text is split into pieces.
+
+    prefix: a space is put before the text and before what follows a special token in it, as llama.cpp does, and as
+    sentencepiece does with the texts between them. collapse: runs of spaces become one, and those at the ends go.
+    """
+
+    prefix: bool = True
+    collapse: bool = False
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A vocabulary by id: the text, type and score (a log probability, or minus a rank) of every piece."""
+
+    texts: Sequence[str]
+    types: Sequence[int]
+    scores: Sequence[float]
+
+    @property
+    def unknown(self) -> int | None:
+        return next((number for number, kind in enumerate(self.types) if kind == UNKNOWN), None)
+
+
+def bpe_tokenizer(pieces: Pieces, rules: SpaceRules, charsmap: bytes = b"") -> RustTokenizer:
+    """Return BPE in the order of the scores, with ▁ for spaces and bytes for what the vocabulary lacks.
+
+    charsmap: sentencepiece's compiled table of normalization, empty for none.
+    """
+    vocab = {text: number for number, text in enumerate(pieces.texts)}
+    unknown = None if pieces.unknown is None else pieces.texts[pieces.unknown]
+    model = BPE(vocab, _merges(pieces), unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    return _framed(RustTokenizer(model), rules, charsmap)
+
+
+def unigram_tokenizer(pieces: Pieces, rules: SpaceRules, charsmap: bytes, byte_fallback: bool) -> RustTokenizer:
+    """Return the most likely segmentation by the scores."""
+    scored = list(zip(pieces.texts, pieces.scores, strict=True))
+    model = Unigram(scored, unk_id=pieces.unknown, byte_fallback=byte_fallback)
+    return _framed(RustTokenizer(model), rules, charsmap)
+
+
+def _framed(rust: RustTokenizer, rules: SpaceRules, charsmap: bytes) -> RustTokenizer:
+    """Add what stands before and after the model: normalization, the spaces' own sign, and back."""
+    steps: list[normalizers.Normalizer] = [normalizers.Precompiled(charsmap)] if charsmap else []
+    if rules.collapse:
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    if rules.prefix:
+        steps.append(normalizers.Prepend("▁"))
+    rust.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    strip = [decoders.Strip(" ", 1, 0)] if rules.prefix else []
+    rust.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    return rust
+
+
+def _merges(pieces: Pieces) -> list[tuple[str, str]]:
+    """Every pair of pieces that spells a third, best score of the third first.
+
+    Pieces that are split off before (control, user-defined) and byte pieces are no result of a merge.
+    """
+    parts = {
+        text for text, kind in zip(pieces.texts, pieces.types, strict=False) if kind not in (CONTROL, UNKNOWN, BYTE)
+    }
+    ranked: list[tuple[float, tuple[str, str]]] = []
+    for text, kind, score in zip(pieces.texts, pieces.types, pieces.scores, strict=False):
+        if kind in (CONTROL, UNKNOWN, BYTE, USER_DEFINED):
+            continue
+        ranked.extend(
+            (-score, (text[:cut], text[cut:]))
+            for cut in range(len(text) - 1, 0, -1)
+            if text[:cut] in parts and text[cut:] in parts
+        )
+    ranked.sort(key=itemgetter(0))  # stable: of one piece the split with the longest first half comes first
+    return [pair for _, pair in ranked]

@@ -1,0 +1,77 @@
+"""Mistral's `tekken.json` as a tokenizer: bytes merged by rank, special tokens before all others.
+
+Source: the fields of the file as mistral-common reads them (mistral_common/tokens/tokenizers/tekken.py).
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, decoders, pre_tokenizers
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers.models import BPE
+
+from batchinfer.errors import ModelError
+from batchinfer.models.file_kind import said
+from batchinfer.text.fast import set_framing
+from batchinfer.text.pieces import byte_level_text
+
+NAMED = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+# of files before version 7, which do not list them
+_FIRST = (
+    *("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]"),
+    *("[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]"),
+    *("[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]"),
+)
+
+
+def load_tekken(path: Path) -> RustTokenizer:
+    """Raises ModelError for a file that is not a tekken vocabulary."""
+    try:
+        values = json.loads(path.read_bytes())
+        return _build(values)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path} {said(path, f'is not a tekken vocabulary: {error!r}')}") from None
+
+
+def _build(values: dict[str, Any]) -> RustTokenizer:
+    config = values["config"]
+    num_special = int(config["default_num_special_tokens"])
+    ranked = sorted(values["vocab"], key=itemgetter("rank"))[: int(config["default_vocab_size"]) - num_special]
+    tokens = [base64.b64decode(entry["token_bytes"]) for entry in ranked]
+    special = _special(values.get("special_tokens"), num_special)
+    vocab = {text: number for number, text in enumerate(special)}
+    vocab |= {byte_level_text(token): num_special + rank for rank, token in enumerate(tokens)}
+    merges = [(byte_level_text(first), byte_level_text(second)) for first, second in _merges(tokens)]
+    rust = RustTokenizer(BPE(vocab, merges, ignore_merges=True))
+    rust.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(config["pattern"]), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    rust.decoder = decoders.ByteLevel()
+    rust.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+    set_framing(rust, NAMED["bos_token"], None)
+    return rust
+
+
+def _special(listed: list[dict[str, Any]] | None, count: int) -> list[str]:
+    """The special tokens by id; ids that the file names no token for get names of their own."""
+    named = {int(entry["rank"]): str(entry["token_str"]) for entry in listed or ()} or dict(enumerate(_FIRST))
+    return [named.get(number, f"<SPECIAL_{number}>") for number in range(count)]
+
+
+def _merges(tokens: list[bytes]) -> list[tuple[bytes, bytes]]:
+    """Every pair of tokens that spells a third, in the order of the third's rank."""
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    pairs: list[tuple[bytes, bytes]] = []
+    for token in tokens:
+        cuts = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
+        found = [pair for pair in cuts if pair[0] in ranks and pair[1] in ranks]
+        pairs += sorted(found, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+    return pairs

@@ -1,0 +1,192 @@
+"""Directories whose tokenizer is a tokenizer.model or a tekken.json, or has older files beside tokenizer.json."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
+
+from batchinfer.errors import ModelError
+from batchinfer.text.pieces import byte_level_bytes
+from batchinfer.text.tokenizer import load_tokenizer
+
+from .test_tokenizer import byte_level, save
+from .texts import HOSTILE, synthetic_texts
+
+SPECIAL = ("<s>", "</s>", "<unk>", "<turn>")
+PLAIN = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "bpe", "byte_fallback": True, "split_digits": True, **PLAIN},
+    "nfkc": {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "nmt_nfkc"},
+    "no prefix": {
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "add_dummy_prefix": False,
+        "user_defined_symbols": ["<mask>", "<think>"],
+        "control_symbols": ["<turn>"],
+        **PLAIN,
+    },
+    "unigram": {"model_type": "unigram", "character_coverage": 1.0},
+}
+
+
+def train(folder: Path, **options: Any) -> sentencepiece.SentencePieceProcessor:
+    """Write a small tokenizer.model; return sentencepiece's own reading of it."""
+    corpus = folder / "corpus.txt"
+    corpus.write_text("\n".join(text.replace("\n", " ") for text in synthetic_texts(200)))
+    options = {"vocab_size": 500, "hard_vocab_limit": False, "character_coverage": 0.99, **options}
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus), model_prefix=str(folder / "tokenizer"), minloglevel=2, **options
+    )
+    return sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sentencepiece_model_alone_gives_sentencepiece_s_ids(kind: str, tmp_path: Path) -> None:
+    theirs = train(tmp_path, **KINDS[kind])
+    ours = load_tokenizer(tmp_path)
+    texts = [text for text in (*synthetic_texts(120), *HOSTILE) if not any(token in text for token in SPECIAL)]
+    ids = [theirs.encode(text) for text in texts]
+    assert ours.encode_batch(texts, False) == ids
+    whole = [(one, text) for one, text in zip(ids, texts, strict=True) if theirs.unk_id() not in one]
+    assert ours.decode_batch([one for one, _ in whole], True) == [theirs.decode(one) for one, _ in whole]
+    assert ours.encode_batch(["a"], True) == [[theirs.bos_id(), *theirs.encode("a")]]
+    assert (ours.bos_id, ours.eos_ids) == (1, {2})
+    assert ours.special_tokens == {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+
+
+def test_control_pieces_are_special_and_user_defined_ones_text(tmp_path: Path) -> None:
+    theirs = train(tmp_path, **KINDS["no prefix"])
+    ours = load_tokenizer(tmp_path)
+    turn, mask = theirs.piece_to_id("<turn>"), theirs.piece_to_id("<mask>")
+    [ids] = ours.encode_batch(["<turn>is<mask>"], False)
+    assert ids == [turn, *theirs.encode("is"), mask]
+    assert ours.decode_batch([ids], True) == ["is<mask>"]
+
+
+def test_what_the_configuration_says_of_a_sentencepiece_model_counts(tmp_path: Path) -> None:
+    train(tmp_path, **KINDS["no prefix"])
+    first = load_tokenizer(tmp_path)
+    config = {"add_bos_token": False, "eos_token": "<turn>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours = load_tokenizer(tmp_path)
+    assert ours.encode_batch(["a"], True) == ours.encode_batch(["a"], False)
+    assert ours.special_tokens["eos_token"] == "<turn>" and ours.special_tokens["bos_token"] == "<s>"
+    assert ours.identity() != first.identity()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is empty"),
+        (b"\x0a\x05\x0a\x01", "is not a sentencepiece model"),
+        (b"\xff" * 40, "is not a sentencepiece model"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "is a Git LFS pointer"),
+        (b"IQ== 0\nIg== 1\n", "is a tiktoken vocabulary.*tokenizer.json"),
+    ],
+)
+def test_what_is_no_sentencepiece_model_is_said_to_be(content: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    with pytest.raises(ModelError, match=f"tokenizer.model {said}"):
+        load_tokenizer(tmp_path)
+
+
+def test_the_normalizer_of_tokenizer_json_stays_whatever_class_is_named(tmp_path: Path) -> None:
+    """transformers 5 drops it for LlamaTokenizer; sentencepiece, from whose model the file was made, does normalize."""
+    theirs = train(tmp_path / "..", **KINDS["nfkc"])
+    made = load_tokenizer(_alone(tmp_path / "model", tmp_path / ".." / "tokenizer.model"))
+    rust: RustTokenizer = made._rust  # type: ignore[attr-defined]
+    folder = save(tmp_path / "json", rust, {"tokenizer_class": "LlamaTokenizer", "legacy": False})
+    texts = ["ﬁne  Ⅷ", "a\u00a0b", "  x  "]
+    assert load_tokenizer(folder).encode_batch(texts, False) == [theirs.encode(text) for text in texts]
+
+
+def _alone(folder: Path, model: Path) -> Path:
+    folder.mkdir()
+    (folder / "tokenizer.model").write_bytes(model.read_bytes())
+    return folder
+
+
+def test_gemma_s_mask_is_text_as_its_file_says(tmp_path: Path) -> None:
+    """transformers 5 makes it special by the class's default, and an answer that holds it loses it."""
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *"ab▁"]
+    rust = RustTokenizer(BPE({token: number for number, token in enumerate(tokens)}, [], unk_token="<unk>"))
+    rust.normalizer = normalizers.Replace(" ", "▁")
+    rust.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    rust.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    rust.add_special_tokens(tokens[:4])
+    rust.add_tokens(["<mask>"])
+    named = {"tokenizer_class": "GemmaTokenizer", "bos_token": "<bos>", "eos_token": "<eos>"}
+    ours = load_tokenizer(save(tmp_path / "m", rust, named))
+    [ids] = ours.encode_batch(["a <mask> b"], False)
+    assert ids == [5, 7, 4, 7, 6]
+    assert ours.decode_batch([ids], True) == ["a <mask> b"]
+    assert 4 not in ours.special_ids and ours.vocab_size == len(tokens)
+
+
+def test_added_tokens_json_beside_tokenizer_json_equals_transformers(tmp_path: Path) -> None:
+    rust = byte_level(400)
+    size = rust.get_vocab_size()
+    config = {"pad_token": "<pad>", "additional_special_tokens": ["<tool>"]}
+    folder = save(tmp_path / "m", rust, config)
+    (folder / "added_tokens.json").write_text(json.dumps({"<tool>": size + 1, "<pad>": size, "::": size + 2}))
+    ours, theirs = load_tokenizer(folder), PreTrainedTokenizerFast.from_pretrained(str(folder))
+    texts = ["a <tool>b", "x::y", "<pad>", *synthetic_texts(10)]
+    ids = theirs(texts)["input_ids"]
+    assert ours.encode_batch(texts, True) == ids
+    assert ours.decode_batch(ids, True) == theirs.batch_decode(ids, skip_special_tokens=True)
+    assert ours.vocab_size == len(theirs) == size + 3
+    (folder / "added_tokens.json").write_text(json.dumps({"<pad>": size + 7}))
+    with pytest.raises(ModelError, match=rf"'<pad>' is {size + 7} in added_tokens\.json but {size}"):
+        load_tokenizer(folder)
+    (folder / "added_tokens.json").write_text('{"<pad>": "x"}')
+    with pytest.raises(ModelError, match=r"added_tokens\.json: token '<pad>' has the id 'x'"):
+        load_tokenizer(folder)
+
+
+def tekken(rust: RustTokenizer, pattern: str, special: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+    """A byte-level vocabulary in the form of tekken.json, its 20 special tokens first."""
+    ordinary = sorted((number, token) for token, number in rust.get_vocab().items() if not token.startswith("<"))
+    entries = [
+        {"rank": rank, "token_bytes": base64.b64encode(byte_level_bytes(token)).decode(), "token_str": None}
+        for rank, (_, token) in enumerate(ordinary)
+    ]
+    size = {"default_vocab_size": len(entries) + 20, "default_num_special_tokens": 20}
+    cut = base64.b64encode(b"is_not").decode()  # beyond the size of the vocabulary, as in Mistral's own files
+    entries.append({"rank": len(entries), "token_bytes": cut, "token_str": "is_not"})
+    values = {"config": {"pattern": pattern, "version": "v3", **size}, "vocab": entries}
+    return values if special is None else {**values, "special_tokens": special}
+
+
+def test_a_tekken_vocabulary_alone(tmp_path: Path) -> None:
+    rust = byte_level(500)
+    pattern = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # byte_level's own
+    (tmp_path / "tekken.json").write_text(json.dumps(tekken(rust, pattern)))
+    ours = load_tokenizer(tmp_path)
+    texts = [text for text in synthetic_texts(60) if "<" not in text]
+    found = ours.encode_batch(texts, False)
+    assert ours.decode_batch(found, False) == texts
+    ordinary = [token for _, token in sorted((n, t) for t, n in rust.get_vocab().items() if not t.startswith("<"))]
+    expected = [[20 + ordinary.index(token) for token in rust.encode(text).tokens] for text in texts]
+    assert found == expected
+    assert ours.encode_batch(["[INST]a[/INST]</s>"], True)[0][:2] == [1, 3]
+    assert (ours.bos_id, ours.eos_ids, ours.vocab_size) == (1, {2}, len(ordinary) + 20)
+
+
+def test_the_special_tokens_that_a_tekken_file_lists(tmp_path: Path) -> None:
+    listed = [{"rank": rank, "token_str": text} for rank, text in enumerate(["<unk>", "<s>", "</s>", "[THINK]"])]
+    (tmp_path / "tekken.json").write_text(json.dumps(tekken(byte_level(400), r"\S+|\s+", listed)))
+    ours = load_tokenizer(tmp_path)
+    assert ours.encode_batch(["[THINK]<SPECIAL_7>"], False) == [[3, 7]]
+    for damaged in ("{}", "[1]", '{"config": {}, "vocab": []}', "<html>"):
+        (tmp_path / "tekken.json").write_text(damaged)
+        with pytest.raises(ModelError, match=r"tekken\.json is (not a tekken vocabulary|a web page)"):
+            load_tokenizer(tmp_path)
