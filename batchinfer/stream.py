@@ -201,7 +201,8 @@ class _Group:
 class Repeats:
     """Equal prompts with equal parameters whose answer chance has no part in run once.
 
-    Holds those in the engine, and recent answers of at most `max_tokens` tokens, prompts included.
+    Holds those in the engine, and recent answers of at most `max_tokens` tokens, prompts included; a number of an
+    embedding counts as one.
     """
 
     def __init__(self, max_tokens: int = 1 << 19) -> None:
@@ -225,7 +226,8 @@ class Repeats:
         if group.key is None:
             return
         del self._running[group.key]
-        size = len(group.prepared.ids) + sum(len(output.token_ids) for output in completion.outputs)
+        answered = (*completion.outputs, *(completion.scores or ()))
+        size = len(group.prepared.ids) + sum(len(one.token_ids) for one in answered) + len(completion.embedding or ())
         self._answers[group.key] = (size, completion)
         self._room -= size
         while self._room < 0:
@@ -244,11 +246,18 @@ def _again(completion: Completion, prepared: Prepared) -> Completion:
 
 
 def _identity(prepared: Prepared) -> Hashable | None:
-    """What decides the answer, if prompt and parameters alone do."""
-    params = prepared.params
+    """All that decides the answer, if prompt and parameters do: what is computed, and how it is shown."""
+    params, read = prepared.params, prepared.read
     if (not params.greedy and params.seed is None) or params.logit_bias is not None:
         return None  # a logit_bias is a mapping: not worth hashing
-    return array("q", prepared.ids).tobytes(), params, prepared.read
+    tails: tuple[bytes, ...] = ()
+    if isinstance(read, Continuations):  # their ids are not those of their texts: spaces of the context may lead them
+        tails = tuple(_packed(one.prompt[one.score_from :]) for one in prepared.requests)
+    return _packed(prepared.ids), params, read, tails
+
+
+def _packed(ids: list[int]) -> bytes:
+    return array("q", ids).tobytes()
 
 
 def _reading(prepared: Prepared, answers: list[Finished]) -> Completion:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import orjson
 import pyarrow as pa
 
 from batchinfer.errors import BadParameters, InvalidInput, RowError, TemplateError
@@ -53,7 +52,7 @@ class RowPrompts:
         self._where = RowFilter(spec.input.where, "input.where") if spec.input.where is not None else None
         self._sampling_column = spec.sampling_column
         self._many = spec.output.samples == "rows" or spec.sampling_values.get("n", 1) > 1
-        self._remembered: dict[bytes, SamplingParams] = {}
+        self._remembered: dict[str, SamplingParams] = {}
         self.columns: dict[str, frozenset[str]] = {"input.columns": frozenset(spec.input.columns or ())}
         if self._where is not None:
             self.columns["input.where"] = self._where.columns
@@ -135,7 +134,7 @@ class RowPrompts:
     def _override(self, value: Any, defaults: SamplingParams) -> SamplingParams | None:
         if value is None:
             return None
-        key = value.encode() if isinstance(value, str) else orjson.dumps(value, default=str)
+        key = repr(value)  # as JSON, values of several types would be one
         if key in self._remembered:
             return self._remembered[key]
         values = parse_json(value, self._sampling_column or "") if isinstance(value, str) else value

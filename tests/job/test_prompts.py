@@ -1,5 +1,6 @@
 """Rows into prompts: what is a row's error, what is the job file's, and openai-batch bodies."""
 
+import math
 from dataclasses import replace
 
 import orjson
@@ -129,6 +130,17 @@ def test_overrides_from_maps_and_structs(tmp_path):
     llm = ScriptedLLM()
     run(job(tmp_path, sampling={"column": "over"}), llm)
     assert llm.seen[0].params.temperature == 0.5 and llm.seen[1].params is None
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0], [1, 3, 0, 2]])
+def test_an_override_is_its_own_rows_whatever_other_rows_ask(tmp_path, order):
+    """What is kept of parsed overrides tells apart values that JSON writes alike: no number is no null."""
+    values = [{"temperature": None}, {"temperature": math.nan}, {"temperature": 0.0}, {"temperature": math.inf}]
+    table = pa.table({"text": list("abcd"), "over": [values[i] for i in order]})
+    pq.write_table(table, tmp_path / "in.parquet")
+    run(job(tmp_path, sampling={"column": "over"}), ScriptedLLM())
+    errors = [row["error_type"] for row in rows_of_output(tmp_path / "out")]
+    assert errors == [[None, "bad_parameters", None, "bad_parameters"][i] for i in order]
 
 
 def test_structured_outputs_of_job_and_rows(tmp_path):
