@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from batchinfer.errors import BadParameters, InvalidInput, RowError, TooLong
 from batchinfer.request import Completion, Pooling, Request, SamplingParams
@@ -28,17 +28,34 @@ _MASK = (1 << 64) - 1
 _READING = SamplingParams(temperature=0.0, max_tokens=0, prompt_logprobs=1)
 
 
+class Truncation(NamedTuple):
+    """How much of a prompt is kept: its last `tokens`, or the `first`; -1: what fits the context beside the answer."""
+
+    tokens: int
+    first: bool = False
+
+    def cut(self, ids: list[int], context: int, answer_tokens: int) -> list[int]:
+        """Raises BadParameters."""
+        if not (self.tokens == -1 or 1 <= self.tokens <= context):
+            problem = f"truncate_prompt_tokens must be -1, or 1 to {context} (the context), got {self.tokens}"
+            raise BadParameters(problem, param="truncate_prompt_tokens")
+        kept = max(1, context - answer_tokens) if self.tokens == -1 else self.tokens
+        return ids[:kept] if self.first else ids[-kept:]
+
+
 @dataclass(frozen=True, slots=True)
 class Framing:
     """What a request says about its prompt beside its content.
 
     special: whether the tokenizer adds its special tokens. variables: of the chat template, over those of the job.
     whole_answer: room for fewer tokens than `max_tokens` asks for is an error; else the answer ends with the context.
+    truncation: of a long prompt, its special tokens included.
     """
 
     special: bool
     variables: Mapping[str, Any] = field(default_factory=dict)
     whole_answer: bool = False
+    truncation: Truncation | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +149,7 @@ class Preparer:
             try:
                 if isinstance(ids, RowError):
                     raise ids
+                ids = self._cut(prompt, ids)
                 results.append(self._prepared(prompt, ids) if prompt.read is None else self._read(prompt, content, ids))
             except RowError as error:
                 known = ids if isinstance(ids, list) else []
@@ -184,6 +202,15 @@ class Preparer:
                 for place, ids in zip(places, encoded, strict=True):
                     results[place] = ids
         return results
+
+    def _cut(self, prompt: Prompt, ids: list[int]) -> list[int]:
+        """What a request's truncation leaves of its prompt. Raises BadParameters."""
+        truncation = None if prompt.framing is None else prompt.framing.truncation
+        if truncation is None:
+            return ids
+        wanted = (prompt.params or self._defaults).max_tokens
+        answer = 0 if prompt.read is not None else 1 if wanted is None else wanted
+        return truncation.cut(ids, self._limits.context, answer)
 
     def _prepared(self, prompt: Prompt, ids: list[int]) -> Prepared:
         params = prompt.params or self._defaults
@@ -322,6 +349,7 @@ def _check_ids(params: SamplingParams, vocab_size: int) -> None:
         "logit_bias": params.logit_bias or (),
         "allowed_token_ids": params.allowed_token_ids or (),
         "stop_token_ids": params.stop_token_ids,
+        "logprob_token_ids": params.logprob_token_ids or (),
     }
     for name, ids in given.items():
         for token in ids:

@@ -22,6 +22,7 @@ StopCheck = Callable[[int], bool]
 """Takes the output token ids one by one, and says whether the last one completed a stop string."""
 
 MAX_LOGPROBS = 20
+MAX_LOGPROB_TOKEN_IDS = 128  # vLLM's limit
 _INT64 = 1 << 63
 
 
@@ -32,6 +33,7 @@ class SamplingParams:
     temperature 0 is greedy. top_k 0 or -1 and top_p 1 mean off. `max_tokens` None means up to the context's end.
     `logprobs` k returns the chosen token's logprob and the k best, from the unmodified log-softmax; `prompt_logprobs`
     k the same for the prompt's tokens. With it `max_tokens` may be 0: nothing is generated.
+    `logprob_token_ids` names the tokens that the answer's logprobs have instead of the best ones, and implies logprobs.
     `structured_outputs` may be given as a mapping: see `StructuredOutputs.of`.
     Raises BadParameters for a value out of range.
     """
@@ -55,13 +57,16 @@ class SamplingParams:
     allowed_token_ids: tuple[int, ...] | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    logprob_token_ids: tuple[int, ...] | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
-        for name in ("stop", "stop_token_ids", "bad_words", "allowed_token_ids"):
+        for name in ("stop", "stop_token_ids", "bad_words", "allowed_token_ids", "logprob_token_ids"):
             _freeze(self, name)
+        if self.logprob_token_ids is not None:
+            _name_logprobs(self, self.logprob_token_ids)
         if self.logit_bias is not None:
             object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
         object.__setattr__(self, "structured_outputs", StructuredOutputs.of(self.structured_outputs))
@@ -137,7 +142,7 @@ def _check_range(name: str, value: Any, kind: type, low: float, high: float) -> 
 def _freeze(params: SamplingParams, name: str) -> None:
     """Lists become tuples, a single stop string a tuple of one; the items' type is checked."""
     value = getattr(params, name)
-    if value is None and name == "allowed_token_ids":
+    if value is None and name in ("allowed_token_ids", "logprob_token_ids"):
         return
     if name == "stop" and isinstance(value, str):
         value = (value,)
@@ -149,6 +154,17 @@ def _freeze(params: SamplingParams, name: str) -> None:
         if not isinstance(entry, item) or isinstance(entry, bool) or entry == "":
             raise BadParameters(f"{name} holds {entry!r}; every item must be {wanted}")
     object.__setattr__(params, name, tuple(value))
+
+
+def _name_logprobs(params: SamplingParams, ids: tuple[int, ...]) -> None:
+    """Each id once. Logprobs of the tokens themselves come with them."""
+    if not 1 <= len(ids) <= MAX_LOGPROB_TOKEN_IDS:
+        raise BadParameters(f"logprob_token_ids must name 1 to {MAX_LOGPROB_TOKEN_IDS} tokens, got {len(ids)}")
+    if params.max_tokens == 0:
+        raise BadParameters("logprob_token_ids is about the tokens of the answer, and max_tokens is 0")
+    object.__setattr__(params, "logprob_token_ids", tuple(dict.fromkeys(ids)))
+    if params.logprobs is None:
+        object.__setattr__(params, "logprobs", 0)
 
 
 def _bias(value: Any) -> dict[int, float]:
@@ -235,9 +251,10 @@ class Request:
 
 
 class TokenLogprob(NamedTuple):
-    """A token's logprob, and the best tokens (as many as were asked for) with theirs, best first.
+    """A token's logprob, and in `top` the best tokens (as many as were asked for) with theirs, best first.
 
     All are gathered from one log-softmax: a token that is the most probable has the logprob of the first in `top`.
+    With `logprob_token_ids`, `top` has those instead, in their order.
     """
 
     token_id: int

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from batchinfer import LLM, Completion, SamplingParams
-from batchinfer.errors import InvalidInput, RowError, TemplateError, TooLong, UsageError
+from batchinfer.errors import BadParameters, InvalidInput, RowError, TemplateError, TooLong, UsageError
 from batchinfer.llm import Prompt
 from batchinfer.spec import FakeSpec
 
@@ -162,3 +162,14 @@ def test_logprobs_and_public_types() -> None:
     assert isinstance(completion, Completion)
     entries = completion.outputs[0].logprobs
     assert entries is not None and [e.token_id for e in entries] == completion.outputs[0].token_ids
+
+
+def test_logprobs_of_named_tokens() -> None:
+    params = SamplingParams(max_tokens=4, logprob_token_ids=[65, 66, 65], ignore_eos=True)
+    assert params.logprob_token_ids == (65, 66) and params.logprobs == 0
+    (completion,) = fake_llm().generate(["hello"], params)
+    assert [[token for token, _ in entry.top] for entry in completion.outputs[0].logprobs or ()] == [[65, 66]] * 4
+    with pytest.raises(BadParameters, match="1 to 128"):
+        SamplingParams(logprob_token_ids=())
+    (wrong,) = fake_llm().generate(["hello"], SamplingParams(logprob_token_ids=[999]))
+    assert "logprob_token_ids names token 999" in str(wrong.error)

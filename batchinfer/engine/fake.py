@@ -68,12 +68,16 @@ class FakeRunner:
         (self._with_logprobs.discard if request.params.logprobs is None else self._with_logprobs.add)(seat)
 
     def _logprobs(self, plan: StepPlan, tokens: list[int]) -> list[TokenLogprob | None]:
-        """Every chosen token is certain: logprob 0."""
+        """Every chosen token is certain: logprob 0. Others that a request names have -100."""
         entries: list[TokenLogprob | None] = []
         sampling = (seat for seat, samples in zip(plan.seats, plan.samples, strict=True) for _ in range(samples))
         for seat, token in zip(sampling, tokens, strict=True):
-            k = self._requests[seat].params.logprobs
-            entries.append(None if k is None else TokenLogprob(token, 0.0, ((token, 0.0),) if k else ()))
+            params = self._requests[seat].params
+            if params.logprobs is None:
+                entries.append(None)
+                continue
+            shown = params.logprob_token_ids or ((token,) if params.logprobs else ())
+            entries.append(TokenLogprob(token, 0.0, tuple((one, 0.0 if one == token else -100.0) for one in shown)))
         return entries
 
     def _read(self, request: Request, read: Read) -> Reading:

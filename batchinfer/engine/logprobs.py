@@ -1,9 +1,11 @@
-"""Log-softmax of logits, gathered where it is wanted: the one tokens' values and the best of each row.
+"""Log-softmax of logits, gathered where it is wanted: the one tokens' values, and the best or the named of each row.
 
-R rows · V vocabulary · K best tokens
+R rows · V vocabulary · K best or named tokens
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +20,18 @@ Ints = npt.NDArray[np.int64]
 NOT_FINITE = "the model's logits are not finite (NaN or infinity); if it recurs, compute in float32 (engine.dtype)"
 
 
-def token_logprobs(logits_RV: Tensor, largest_R: Tensor, tokens_R: Ints, counts_R: Ints) -> list[TokenLogprob]:
-    """For each row the logprob of its token, and the best `counts` ones of the row.
+def token_logprobs(
+    logits_RV: Tensor,
+    largest_R: Tensor,
+    tokens_R: Ints,
+    counts_R: Ints,
+    named_R: Sequence[tuple[int, ...]] = (),
+) -> list[TokenLogprob]:
+    """For each row the logprob of its token, and the best `counts` ones of the row, or those of the tokens it names.
 
-    logits_RV: float32, finite where they are largest (`largest_R`: the maximum of each row). A row's result depends on
-    its logits alone, bit for bit. Both kinds of values come from one sum, so that equal logits have equal logprobs.
+    logits_RV: float32, finite where they are largest (`largest_R`: the maximum of each row). named_R: empty where a row
+    names none, or nobody does. A row's result depends on its logits alone, bit for bit. All values come from one sum,
+    so that equal logits have equal logprobs.
     """
     norm_R1 = log_sum_exp(logits_RV, largest_R)[:, None]
     values_RK, ids_RK = ranked(logits_RV, int(counts_R.max()))
@@ -30,9 +39,15 @@ def token_logprobs(logits_RV: Tensor, largest_R: Tensor, tokens_R: Ints, counts_
     own = (logits_RV.gather(1, tokens_R1).double() - norm_R1)[:, 0].tolist()
     best = (values_RK.double() - norm_R1).tolist()
     ids = ids_RK.tolist()
-    return [
+    entries = [
         TokenLogprob(token, logprob, tuple(zip(row_ids[:count], row_best[:count], strict=True)))
         for token, logprob, row_ids, row_best, count in zip(
             tokens_R.tolist(), own, ids, best, counts_R.tolist(), strict=True
         )
     ]
+    for row, named in enumerate(named_R):
+        if named:
+            ids_K = torch.tensor(named, device=logits_RV.device)
+            values = (logits_RV[row, ids_K].double() - norm_R1[row]).tolist()
+            entries[row] = entries[row]._replace(top=tuple(zip(named, values, strict=True)))
+    return entries

@@ -59,7 +59,7 @@ class _Seats:
         self.top_k[seat] = min(max(params.top_k, 0), _INT64_MAX)
         self.top_p[seat] = params.top_p
         self.min_p[seat] = params.min_p
-        self.num_logprobs[seat] = params.logprobs or 0
+        self.num_logprobs[seat] = 0 if params.logprob_token_ids else params.logprobs or 0
 
     def filters(self, seats_R: Ints, positions_R: Ints) -> Filters:
         return Filters(
@@ -81,6 +81,7 @@ class Sampler:
         self._penalties = Penalties(max_num_seqs, vocab_size)
         self._constraints = Constraints(vocab_size)
         self._refusals: dict[int, str] = {}
+        self._named: dict[int, tuple[int, ...]] = {}  # tokens whose logprobs a seat's request wants
 
     @property
     def prompt_tokens(self) -> Ints:
@@ -94,6 +95,7 @@ class Sampler:
         self._seats.join(seat, request)
         refusal = self._refusal(params)
         self._refusals[seat] = refusal
+        self._named[seat] = params.logprob_token_ids or ()
         edited = self._edits.join(seat, request, output)
         penalised = self._penalties.join(seat, request, output)
         self._seats.flags[seat] = (
@@ -182,16 +184,17 @@ class Sampler:
             return result
         index_R = _index(rows_R, raw_NV)
         raw_RV = raw_NV if len(rows_R) == len(seats) else raw_NV[index_R]
-        counts_R = self._seats.num_logprobs[seats[rows_R]]
-        entries = token_logprobs(raw_RV, largest_N[index_R], tokens[rows_R], counts_R)
+        seats_R = seats[rows_R]
+        counts_R, named_R = self._seats.num_logprobs[seats_R], [self._named[seat] for seat in seats_R.tolist()]
+        entries = token_logprobs(raw_RV, largest_N[index_R], tokens[rows_R], counts_R, named_R)
         for row, entry in zip(rows_R.tolist(), entries, strict=True):
             result[row] = entry
         return result
 
     def _refusal(self, params: SamplingParams) -> str:
         """Why this model cannot honour these parameters; empty if it can."""
-        for name, ids in (("logit_bias", params.logit_bias), ("allowed_token_ids", params.allowed_token_ids)):
-            wrong = [token for token in ids or () if not 0 <= token < self._vocab_size]
+        for name in ("logit_bias", "allowed_token_ids", "logprob_token_ids"):
+            wrong = [token for token in getattr(params, name) or () if not 0 <= token < self._vocab_size]
             if wrong:
                 return f"{name} names token {wrong[0]}, and the model's vocabulary has {self._vocab_size} tokens"
         return ""

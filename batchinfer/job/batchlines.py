@@ -58,7 +58,7 @@ def with_bodies(layout: Layout, rows: list[Row], carried: pa.Table, base: int, m
 def _with_body(layout: Layout, row: Row, base: int, asked: Asked, answers: Answers) -> Row:
     echoes = isinstance(asked.body, CompletionRequest) and bool(asked.body.echo)
     no_place = len(row.samples) > 1 and not (layout.listed or layout.exploded)
-    if not (no_place or echoes or asked.read is not None or asked.use is not None):
+    if not (no_place or echoes or asked.shows_ids or asked.read is not None or asked.use is not None):
         return row
     body = orjson.dumps(_answer(row, base + row.offset, asked, answers)).decode()
     return row._replace(read={**(row.read or {}), BODY: body})
@@ -99,8 +99,8 @@ def _answer(row: Row, number: int, asked: Asked, answers: Answers) -> dict[str, 
     known = read.get("prompts") or [[[], None, None]] * len(asked.contents)
     prompts = [Read(ids, _entries(logprobs), vector) for ids, logprobs, vector in known]
     said = [
-        Said(cast(str, text), cast(FinishReason, reason), tokens, _entries(logprobs))
-        for text, reason, tokens, _, logprobs in row.samples
+        Said(cast(str, text), cast(FinishReason, reason), tokens, ids, _entries(logprobs))
+        for text, reason, tokens, ids, logprobs in row.samples
     ]
     return answers.body(asked, number, PromptTokens(row.prompt_tokens, read.get("cached", 0)), prompts, said)
 

@@ -95,7 +95,8 @@ def _added(spec: JobSpec, listed: bool, exploded: bool) -> list[pa.Field]:
         fields.append(("token_ids", pa.list_(ids) if listed else ids))
     # rows may ask for logprobs of their own through their overrides or bodies
     rows_may_ask = spec.sampling_column is not None or spec.input.format == "openai-batch"
-    if spec.sampling_values.get("logprobs") is not None or rows_may_ask:
+    asked = any(spec.sampling_values.get(name) is not None for name in ("logprobs", "logprob_token_ids"))
+    if asked or rows_may_ask:
         fields.append(("logprobs", pa.string()))
     if spec.sampling_values.get("prompt_logprobs") is not None or rows_may_ask:
         fields.append(("prompt_logprobs", pa.string()))

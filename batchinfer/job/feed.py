@@ -78,6 +78,8 @@ class Feed:
             base = self.plan.bases[chunk]
             for prompt in self.rows.prompts(batch, wanted, inputs.text_json, model):
                 index = base + prompt.offset
+                if prompt.shows_ids:
+                    self.gather.note_ids(index)
                 yield numbered(prompt, self.gather.number(index, prompt.place, prompt.of), mix(seed, index))
 
     def _open(self, chunk: int, batch: RowBatch, inputs: Inputs) -> list[int]:

@@ -11,13 +11,25 @@ from batchinfer.request import Completion
 class Gather:
     """Numbers prompts in one thread and puts completions together in another.
 
-    The one prompt of a row has the row's index. Several get negative numbers, so that no row has them.
+    The one prompt of a row has the row's index. Several get negative numbers, so that no row has them. It also
+    remembers which rows' answers have token ids.
     """
 
     def __init__(self) -> None:
         self._places: dict[int, tuple[int, int]] = {}  # number → row, place
         self._rows: dict[int, list[Completion | None]] = {}
         self._next = -1
+        self._with_ids: set[int] = set()
+
+    def note_ids(self, row: int) -> None:
+        """The row's answer has token ids."""
+        self._with_ids.add(row)
+
+    def shows_ids(self, row: int) -> bool:
+        """Whether that was said of a row, which is then forgotten."""
+        found = row in self._with_ids
+        self._with_ids.discard(row)
+        return found
 
     def number(self, row: int, place: int, of: int) -> int:
         """The index of prompt `place` of `of` of a row; the places of a row are numbered in order."""

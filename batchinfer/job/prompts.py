@@ -29,7 +29,8 @@ _REMEMBERED = 1024  # distinct per-row overrides whose parsed form is kept
 class RowPrompt(NamedTuple):
     """The prompt of the row at `offset` of its span; with an `error`, content is None.
 
-    A row may have several prompts: `place` counts them, `of` says how many they are.
+    A row may have several prompts: `place` counts them, `of` says how many they are. `shows_ids`: its answer has token
+    ids.
     """
 
     offset: int
@@ -40,6 +41,7 @@ class RowPrompt(NamedTuple):
     framing: Framing | None = None
     place: int = 0
     of: int = 1
+    shows_ids: bool = False
 
 
 class RowPrompts:
@@ -119,10 +121,9 @@ class RowPrompts:
     def _requests(self, row: Row, offset: int, model: WireModel) -> list[RowPrompt]:
         if self._reads_body:
             asked = asked_of(row, model)
-            return [
-                RowPrompt(offset, content, asked.params, None, asked.read, asked.framing, place, len(asked.contents))
-                for place, content in enumerate(asked.contents)
-            ]
+            row_prompt = RowPrompt(offset, None, asked.params, None, asked.read, asked.framing, of=len(asked.contents))
+            row_prompt = row_prompt._replace(shows_ids=asked.shows_ids)
+            return [row_prompt._replace(content=content, place=place) for place, content in enumerate(asked.contents)]
         params: SamplingParams | None = None
         content = self._content(row)
         if self._sampling_column is not None:

@@ -53,7 +53,7 @@ class Counts:
 
 
 class Encoder:
-    """Completions into lines; keeps ids and logprobs only where the output has columns for them."""
+    """Completions into lines; keeps ids and logprobs only where the output or a line's answer has a place for them."""
 
     def __init__(self, layout: Layout) -> None:
         self._ids = layout.has("prompt_token_ids")
@@ -61,7 +61,8 @@ class Encoder:
         self._logprobs = layout.has("logprobs") or self._lines
         self._of_prompt = layout.has(_OF_PROMPT)
 
-    def line(self, offset: int, completion: Completion) -> bytes:
+    def line(self, offset: int, completion: Completion, shows_ids: bool = False) -> bytes:
+        """shows_ids: the row is a request whose answer has token ids."""
         prompt = completion.prompt_token_ids
         ids = prompt if self._ids else None
         error = completion.error
@@ -69,8 +70,8 @@ class Encoder:
             param = param_of(error) if self._lines else None
             why = (error.kind, str(error)) if param is None else (error.kind, str(error), param)
             return _dumps((offset, len(prompt), ids, (), why))
-        samples = [self._sample(output) for output in completion.outputs]
-        read = _prompts(completion) if self._lines else self._read(completion)
+        samples = [self._sample(output, shows_ids) for output in completion.outputs]
+        read = _prompts(completion, shows_ids) if self._lines else self._read(completion)
         return encode_row(Row(offset, len(prompt), ids, samples, None, read))
 
     def _read(self, completion: Completion) -> dict[str, Any] | None:
@@ -78,12 +79,12 @@ class Encoder:
             return _read(completion)
         return {_OF_PROMPT: [entry and _plain(entry) for entry in completion.prompt_logprobs]}
 
-    def _sample(self, output: Output) -> Sample:
+    def _sample(self, output: Output, shows_ids: bool) -> Sample:
         ids = output.token_ids
         logprobs = None
         if self._logprobs and output.logprobs is not None:
             logprobs = [_plain(entry) for entry in output.logprobs]
-        return output.text, output.finish_reason, len(ids), ids if self._ids else None, logprobs
+        return output.text, output.finish_reason, len(ids), ids if self._ids or shows_ids else None, logprobs
 
 
 def _read(completion: Completion) -> dict[str, Any] | None:
@@ -101,19 +102,19 @@ def _read(completion: Completion) -> dict[str, Any] | None:
     return {**read, SCORED: sum(len(score.token_ids) for score in scores)}
 
 
-def _prompts(completion: Completion) -> dict[str, Any] | None:
+def _prompts(completion: Completion, shows_ids: bool) -> dict[str, Any] | None:
     """What the answer of an openai-batch line tells of its prompts, if it is anything."""
     read: dict[str, Any] = {"cached": completion.cached_tokens} if completion.cached_tokens else {}
     parts = completion.parts or [completion]
-    if any(part.prompt_logprobs is not None or part.embedding is not None for part in parts):
-        read["prompts"] = [_prompt(part) for part in parts]
+    if shows_ids or any(part.prompt_logprobs is not None or part.embedding is not None for part in parts):
+        read["prompts"] = [_prompt(part, shows_ids) for part in parts]
     return read or None
 
 
-def _prompt(part: Completion) -> list[Any]:
+def _prompt(part: Completion, shows_ids: bool) -> list[Any]:
     entries = part.prompt_logprobs
     if entries is None:
-        return [[], None, part.embedding]
+        return [part.prompt_token_ids if shows_ids else [], None, part.embedding]
     return [part.prompt_token_ids, [entry and _plain(entry) for entry in entries], part.embedding]
 
 

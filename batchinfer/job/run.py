@@ -128,7 +128,8 @@ def run_chunks(work: Work, state: RunState, spool: Spool, window: Window, recove
         for completion in completions:
             chunk = plan.chunk_of(completion.index)
             tally.add(completion)
-            if spool.add(chunk, encoder.line(completion.index - plan.bases[chunk], completion)):
+            shows_ids = feed.gather.shows_ids(completion.index)
+            if spool.add(chunk, encoder.line(completion.index - plan.bases[chunk], completion, shows_ids)):
                 committer.submit(chunk)
             if drain.requested or committer.failed or tally.too_many:
                 break

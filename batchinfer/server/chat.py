@@ -15,5 +15,5 @@ async def prepare(frontend: Frontend, body: ChatRequest) -> Work:
     """Raises ApiError, RowError."""
     asked = ask(body, frontend.model.wire)
     prepared = await frontend.prepare(await frontend.encode(asked), asked)
-    shape = ChatShape(frontend.texts, asked, lambda: f"call_{secrets.token_hex(12)}")
+    shape = ChatShape(frontend.texts, asked, prepared[0].ids, lambda: f"call_{secrets.token_hex(12)}")
     return Work(shape, prepared, live=asked.params.prompt_logprobs is None)

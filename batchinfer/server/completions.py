@@ -12,8 +12,7 @@ from batchinfer.wire.completions import CompletionShape
 async def prepare(frontend: Frontend, body: CompletionRequest) -> Work:
     """Raises ApiError, RowError."""
     asked = ask(body, frontend.model.wire)
-    ids = await frontend.encode(asked)
-    prepared = await frontend.prepare(ids, asked)
+    prepared = await frontend.prepare(await frontend.encode(asked), asked)
     wants_prompt = asked.params.prompt_logprobs is not None
-    shape = CompletionShape(frontend.texts, asked, ids)
+    shape = CompletionShape(frontend.texts, asked, [one.ids for one in prepared])
     return Work(shape, prepared, live=not wants_prompt, nothing=asked.nothing)

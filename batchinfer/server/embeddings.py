@@ -7,6 +7,7 @@ import time
 from starlette.responses import Response
 from starlette.types import Receive
 
+from batchinfer.prompting import Prepared
 from batchinfer.request import Finished
 from batchinfer.scoring import Pooled
 from batchinfer.server.errors import ApiError, JsonResponse
@@ -25,19 +26,18 @@ async def respond(frontend: Frontend, receive: Receive, body: EmbeddingRequest) 
 
     async def begin() -> Response:
         asked = ask(body, frontend.model.wire)
-        ids = await frontend.encode(asked)
-        vectors = await _embed(frontend, ids, asked)
-        reply = {**embeddings(body, vectors, sum(map(len, ids))), "model": name}
+        prepared = await frontend.prepare(await frontend.encode(asked), asked)
+        vectors = await _embed(frontend, prepared, asked)
+        reply = {**embeddings(body, vectors, sum(len(one.ids) for one in prepared)), "model": name}
         frontend.metrics.request_done(time.monotonic() - arrived_s)
         return JsonResponse(reply)
 
     return await answer(frontend, receive, begin)
 
 
-async def _embed(frontend: Frontend, ids: list[list[int]], asked: Asked) -> list[list[float]]:
+async def _embed(frontend: Frontend, prepared: list[Prepared], asked: Asked) -> list[list[float]]:
     read = asked.read
     assert read is not None
-    prepared = await frontend.prepare(ids, asked)
     generation = frontend.open(prepared, False)
     vectors: dict[int, list[float]] = {}
     try:

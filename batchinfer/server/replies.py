@@ -30,6 +30,8 @@ class Shape(Protocol):
     """`object` of a chunk."""
     prefix: str
     """Of ids."""
+    opening: dict[str, Any]
+    """What the first chunk has besides."""
 
     def whole(self, deltas: list[Delta]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """The choices, one for each delta, and further fields of the answer."""
@@ -146,14 +148,18 @@ async def _chunks(
     work: Work, samples: Answering, head: dict[str, Any], body: SamplingBody
 ) -> AsyncGenerator[bytes, None]:
     shape, options = work.shape, body.stream_options
-    always = options is not None and bool(options.continuous_usage_stats)
-    head = {**head, "object": shape.chunk_kind}
+    counted = options is not None and bool(options.include_usage)
+    always = counted and options is not None and bool(options.continuous_usage_stats)
+    head, opening = {**head, "object": shape.chunk_kind}, shape.opening
     async for deltas in samples.batches() if work.live else _at_once(samples):
         now = samples.usage() if always else None
         choices = [choice for delta in deltas for choice in shape.pieces(delta)]
         if choices:
-            yield b"".join([event({**head, "choices": [choice], "usage": now}) for choice in choices])
-    if options is not None and options.include_usage:
+            chunks = [{**head, "choices": [choice], "usage": now} for choice in choices]
+            chunks[0] |= opening
+            opening = {}
+            yield b"".join([event(chunk) for chunk in chunks])
+    if counted:
         yield event({**head, "choices": [], "usage": samples.usage()})
 
 

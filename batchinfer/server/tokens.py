@@ -56,7 +56,10 @@ def _tokenize(frontend: Frontend, body: TokenizeRequest) -> list[int]:
         raise bad_request("give either prompt or messages", "prompt")
     if body.messages is not None:
         model = frontend.model
-        text = model.render(*conversation(body, body.messages, model.wire.chat_template))
+        messages, variables = conversation(body, body.messages, model.wire.chat_template)
+        if body.add_generation_prompt is not None:
+            variables["add_generation_prompt"] = body.add_generation_prompt
+        text = model.render(messages, variables)
         special = body.add_special_tokens is True
     else:
         text, special = body.prompt or "", body.add_special_tokens is not False

@@ -19,16 +19,17 @@ from batchinfer.wire.vectors import embeddings
 
 
 class Said(NamedTuple):
-    """One sample's answer."""
+    """One sample's answer. `ids` where they are shown."""
 
     text: str
     reason: FinishReason
     tokens: int
+    ids: list[int] | None
     logprobs: list[TokenLogprob] | None
 
 
 class Read(NamedTuple):
-    """What is known of one prompt. `ids` where its logprobs are; `vector` where it was embedded."""
+    """What is known of one prompt. `ids` where its logprobs or they are shown; `vector` where it was embedded."""
 
     ids: list[int]
     logprobs: list[TokenLogprob | None] | None
@@ -61,12 +62,12 @@ class Answers:
             vectors = [prompt.vector or [] for prompt in prompts]
             return {**embeddings(asked.body, vectors, counted.all), "model": name}
         shape: ChatShape | CompletionShape
+        ids = [prompt.ids or _ids(content) for prompt, content in zip(prompts, asked.contents, strict=True)]
         if asked.messages is not None:
             calls = count()
-            shape = ChatShape(self._texts, asked, lambda: f"call_{number:09d}_{next(calls)}")
+            shape = ChatShape(self._texts, asked, ids[0], lambda: f"call_{number:09d}_{next(calls)}")
         else:
-            pairs = zip(prompts, asked.contents, strict=True)
-            shape = CompletionShape(self._texts, asked, [prompt.ids or _ids(content) for prompt, content in pairs])
+            shape = CompletionShape(self._texts, asked, ids)
         choices, more = shape.whole([_delta(asked, prompts, choice, one) for choice, one in enumerate(said)])
         if asked.nothing:
             tokens, cached = 0, 0
@@ -92,7 +93,8 @@ def _delta(asked: Asked, prompts: Sequence[Read], choice: int, said: Said) -> De
         return Delta(choice, "", [], [], "length", True)
     entries = said.logprobs or []
     scored = prompts[choice // asked.params.n].logprobs
-    return Delta(choice, said.text, [entry.token_id for entry in entries], entries, said.reason, True, scored)
+    ids = said.ids if said.ids is not None else [entry.token_id for entry in entries]
+    return Delta(choice, said.text, ids, entries, said.reason, True, scored)
 
 
 def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:

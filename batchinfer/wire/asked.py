@@ -9,7 +9,7 @@ from typing import Any, cast
 from pydantic import ValidationError
 
 from batchinfer.errors import InvalidInput
-from batchinfer.prompting import Content, Framing
+from batchinfer.prompting import Content, Framing, Truncation
 from batchinfer.request import Pooling, SamplingParams
 from batchinfer.scoring import Pooled
 from batchinfer.text.tokenizer import Tokenizer
@@ -62,6 +62,15 @@ class Asked:
     use: ToolUse | None = None
 
     @property
+    def shows_ids(self) -> bool:
+        """Whether the answer has the token ids of prompts and answers, or cannot be written without them."""
+        body = self.body
+        if isinstance(body, EmbeddingRequest):
+            return False
+        echoes = isinstance(body, CompletionRequest) and bool(body.echo)
+        return bool(body.return_token_ids) or (echoes and self.framing.truncation is not None)
+
+    @property
     def messages(self) -> list[dict[str, Any]] | None:
         """Of a chat."""
         return cast(list[dict[str, Any]], self.contents[0]) if isinstance(self.body, ChatRequest) else None
@@ -94,7 +103,7 @@ def _ask_chat(body: ChatRequest, model: WireModel) -> Asked:
     params = chat_params(body, model.defaults, forced, keep_special=use is not None and use.keeps_special)
     messages, variables = conversation(body, body.messages, model.chat_template)
     # a template writes its special tokens itself
-    framing = Framing(body.add_special_tokens is True, variables, whole_answer=True)
+    framing = Framing(body.add_special_tokens is True, variables, whole_answer=True, truncation=_truncation(body))
     return Asked(body, [messages], params, framing, shows_prompt=params.prompt_logprobs is not None, use=use)
 
 
@@ -103,7 +112,7 @@ def _ask_completion(body: CompletionRequest, defaults: SamplingParams) -> Asked:
     contents = _contents(body.prompt, "prompt")
     if len(contents) * params.n > MAX_SAMPLES:
         raise InvalidInput(f"{len(contents)} prompts times n {params.n} are more than {MAX_SAMPLES} samples", param="n")
-    framing = Framing(body.add_special_tokens is not False, {}, whole_answer=True)
+    framing = Framing(body.add_special_tokens is not False, {}, whole_answer=True, truncation=_truncation(body))
     nothing = says_nothing(body, defaults)
     shows = effective(body, "prompt_logprobs", defaults) is not None
     return Asked(body, contents, params, framing, nothing=nothing, shows_prompt=shows)
@@ -114,7 +123,13 @@ def _ask_vectors(body: EmbeddingRequest, model: WireModel) -> Asked:
     if len(contents) > MAX_SAMPLES:
         raise InvalidInput(f"{len(contents)} inputs are more than {MAX_SAMPLES}", param="input")
     read = Pooled(body.pooling or DEFAULT_POOLING, body.normalize is not False, body.dimensions)
-    return Asked(body, contents, model.defaults, Framing(True), read)
+    framing = Framing(body.add_special_tokens is not False, truncation=_truncation(body))
+    return Asked(body, contents, model.defaults, framing, read)
+
+
+def _truncation(body: Body) -> Truncation | None:
+    kept = body.truncate_prompt_tokens
+    return None if kept is None else Truncation(kept, first=body.truncation_side == "right")
 
 
 def _contents(given: Any, name: str) -> list[Content]:

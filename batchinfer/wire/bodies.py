@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from batchinfer.errors import InvalidInput
 
+TruncationSide = Literal["left", "right"]
 TokenIds = list[Annotated[int, Field(ge=0)]]
 
 
@@ -52,10 +53,14 @@ class SamplingBody(_Body):
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     prompt_logprobs: int | None = None
+    logprob_token_ids: list[int] | None = None
+    return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     structured_outputs: dict[str, Any] | None = None
     response_format: dict[str, Any] | None = None
     add_special_tokens: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    truncation_side: TruncationSide | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -96,6 +101,9 @@ class EmbeddingRequest(_Body):
     dimensions: int | None = None
     pooling: Literal["mean", "last", "cls"] | None = None
     normalize: bool | None = None
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    truncation_side: TruncationSide | None = None
     user: str | None = None
 
 
@@ -106,6 +114,7 @@ class TokenizeRequest(_Body):
     prompt: str | None = None
     messages: list[Message] | None = None
     add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
     return_token_strs: bool | None = None
     tools: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None

@@ -12,13 +12,13 @@ from batchinfer.wire.tool_use import NewId, Said, ToolStream, wire_call
 
 
 class ChatShape:
-    """new_id: makes the ids of tool calls."""
+    """ids: of the prompt. new_id: makes the ids of tool calls."""
 
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
     prefix = "chatcmpl"
 
-    def __init__(self, texts: TokenTexts, asked: Asked, new_id: NewId) -> None:
+    def __init__(self, texts: TokenTexts, asked: Asked, ids: list[int], new_id: NewId) -> None:
         body = asked.body
         assert isinstance(body, ChatRequest)
         self._texts = texts
@@ -27,10 +27,12 @@ class ChatShape:
         self._shows_prompt = asked.shows_prompt
         self._use = asked.use
         self._new_id = new_id
+        self._shows_ids = bool(body.return_token_ids)
+        self.opening: dict[str, Any] = {"prompt_token_ids": ids} if self._shows_ids else {}
         self._readers: dict[int, ToolStream] = {}  # of choices that may hold tool calls
 
     def whole(self, deltas: list[Delta]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        more: dict[str, Any] = {}
+        more = dict(self.opening)
         if self._shows_prompt and deltas[0].prompt_logprobs is not None:
             more["prompt_logprobs"] = prompt_logprobs(self._texts, deltas[0].prompt_logprobs)
         return [self._choice(delta) for delta in deltas], more
@@ -43,11 +45,14 @@ class ChatShape:
         if self._use is not None:
             reader = self._readers.setdefault(delta.choice, ToolStream(self._use, self._new_id))
             deltas, called = reader.push(delta.text, delta.reason is not None), reader.called
-        if delta.logprobs and not deltas:
+        shows_ids = self._shows_ids and bool(delta.token_ids)
+        if (delta.logprobs or shows_ids) and not deltas:
             deltas = [{"content": ""}]
         pieces += [self._piece(delta, content) for content in deltas]
         if delta.logprobs:
             pieces[-1]["logprobs"] = self._table(delta)
+        if shows_ids:
+            pieces[-1]["token_ids"] = delta.token_ids
         if delta.reason is not None:
             pieces.append({**self._piece(delta, {}), "finish_reason": _reason(delta, called)})
         return pieces
@@ -58,12 +63,13 @@ class ChatShape:
         if calls:
             message["content"] = text or None
             message["tool_calls"] = [wire_call(call, self._new_id) for call in calls]
-        return {
+        choice = {
             "index": delta.choice,
             "message": message,
             "logprobs": self._table(delta),
             "finish_reason": _reason(delta, bool(calls)),
         }
+        return {**choice, "token_ids": delta.token_ids} if self._shows_ids else choice
 
     def _piece(self, delta: Delta, content: dict[str, Any]) -> dict[str, Any]:
         return {"index": delta.choice, "delta": content, "logprobs": None, "finish_reason": None}

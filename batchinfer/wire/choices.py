@@ -9,7 +9,10 @@ from batchinfer.request import FinishReason, TokenLogprob
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What is new of one choice. `reason` is set in its last one; `first` in its first."""
+    """What is new of one choice. `reason` is set in its last one; `first` in its first.
+
+    `token_ids` are not known where nobody asks for them.
+    """
 
     choice: int
     text: str

@@ -29,7 +29,10 @@ class CompletionShape:
         self._shows_prompt = asked.shows_prompt
         self._ids = ids
         pairs = zip(asked.contents, ids, strict=True) if body.echo else ()
-        self._echoed = [content if isinstance(content, str) else texts.whole(own) for content, own in pairs]
+        uncut = asked.framing.truncation is None
+        self._echoed = [content if uncut and isinstance(content, str) else texts.whole(own) for content, own in pairs]
+        self._shows_ids = bool(body.return_token_ids)
+        self.opening: dict[str, Any] = {}
         self._n = asked.params.n
         self._logprobs: dict[int, CompletionLogprobs] = {}
 
@@ -37,8 +40,8 @@ class CompletionShape:
         return [self._choice(delta) for delta in deltas], {}
 
     def pieces(self, delta: Delta) -> list[dict[str, Any]]:
-        quiet = not delta.text and delta.reason is None and not (delta.logprobs or (delta.first and self._echoed))
-        return [] if quiet else [self._choice(delta)]
+        shown = delta.text or delta.logprobs or (delta.first and self._echoed) or (self._shows_ids and delta.token_ids)
+        return [self._choice(delta)] if shown or delta.reason is not None else []
 
     def _choice(self, delta: Delta) -> dict[str, Any]:
         prompt = delta.choice // self._n
@@ -51,14 +54,18 @@ class CompletionShape:
             "finish_reason": delta.reason,
         }
         if self._count is not None:
-            entries: list[TokenLogprob | None] = list(delta.logprobs)
+            entries: Entries = delta.logprobs
             token_ids = delta.token_ids
             if echoes and delta.prompt_logprobs is not None:
                 token_ids = self._ids[prompt] + token_ids
-                entries = [*delta.prompt_logprobs, *entries]
-            choice["logprobs"] = self._table(delta.choice).of(token_ids, _best(entries, self._count))
+                entries = [*_best(delta.prompt_logprobs, self._count), *entries]
+            choice["logprobs"] = self._table(delta.choice).of(token_ids, entries)
         if self._shows_prompt and delta.prompt_logprobs is not None:
             choice["prompt_logprobs"] = prompt_logprobs(self._texts, delta.prompt_logprobs)
+        if self._shows_ids:
+            choice["token_ids"] = delta.token_ids
+            if delta.first:
+                choice["prompt_token_ids"] = self._ids[prompt]
         return choice
 
     def _table(self, choice: int) -> CompletionLogprobs:

@@ -15,7 +15,7 @@ from batchinfer.wire.bodies import ChatRequest, CompletionRequest, SamplingBody
 _TAKEN_BACK = frozenset(
     {
         *("stop", "stop_token_ids", "bad_words", "logit_bias", "allowed_token_ids"),
-        *("seed", "logprobs", "prompt_logprobs"),
+        *("seed", "logprobs", "prompt_logprobs", "logprob_token_ids"),
     }
 )
 COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions, where neither the request nor the job says how many
@@ -34,7 +34,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
     "length_penalty": (1.0,),
     "early_stopping": (False,),
-    "truncate_prompt_tokens": (),
+    "prompt_logprob_token_ids": (),
     "prompt_embeds": (),
     "logits_processors": ([],),
     "chat_template": (),
@@ -56,6 +56,7 @@ def completion_params(body: CompletionRequest, defaults: SamplingParams) -> Samp
     if defaults.max_tokens is None:
         values.setdefault("max_tokens", COMPLETION_TOKENS)
     logprobs = effective(body, "logprobs", defaults)
+    _check_named(given, logprobs)
     if body.echo and logprobs is not None:
         values["prompt_logprobs"] = max(logprobs, effective(body, "prompt_logprobs", defaults) or 0)
     if says_nothing(body, defaults):  # the engine takes no request for nothing at all: it reads the prompt
@@ -88,6 +89,7 @@ def chat_params(
     if body.max_completion_tokens is not None:  # it replaced max_tokens, and some clients send both
         values["max_tokens"] = body.max_completion_tokens
     values["logprobs"] = _chat_logprobs(body, defaults)
+    _check_named(given, values["logprobs"])
     if values["logprobs"] is None:
         given.without.add("logprobs")
     if forced is not None:
@@ -107,6 +109,15 @@ def _chat_logprobs(body: ChatRequest, defaults: SamplingParams) -> int | None:
             raise BadParameters("top_logprobs goes with logprobs: true", param="top_logprobs")
         return None
     return (body.top_logprobs if "top_logprobs" in said else defaults.logprobs) or 0
+
+
+def _check_named(given: _Given, logprobs: int | None) -> None:
+    """Tokens may be named where logprobs are wanted; those that the defaults name are not, where a body wants none."""
+    if logprobs is not None:
+        return
+    if "logprob_token_ids" in given.values:
+        raise BadParameters("logprob_token_ids goes with logprobs", param="logprob_token_ids")
+    given.without.add("logprob_token_ids")
 
 
 class _Given(NamedTuple):

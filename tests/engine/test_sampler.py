@@ -384,3 +384,32 @@ def test_extreme_values_that_are_allowed_work(params):
 def test_an_empty_step():
     result = Sampler(4, 10).sample(torch.zeros(0, 10), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
     assert result.tokens == [] and result.failed is None
+
+
+def test_named_tokens_have_the_logprobs_of_the_whole_vocabulary():
+    vocab = 300
+    generator = np.random.default_rng(4)
+    logits = torch.from_numpy(generator.normal(0, 4, (5, vocab)).astype(np.float32))
+    named = [(299, 0, 7), None, tuple(range(128)), (5,), None]
+    asked = [SamplingParams(temperature=0.7, logprob_token_ids=one, presence_penalty=1.5) for one in named]
+    asked[4] = SamplingParams(temperature=0.7, logprobs=3)
+    result = Batch([request(params, key=number) for number, params in enumerate(asked)], vocab).step(logits)
+    whole = torch.log_softmax(logits.double(), 1)
+    assert result.logprobs[1] is None and len(result.logprobs[4].top) == 3
+    for row in (0, 2, 3):
+        entry = result.logprobs[row]
+        tokens, values = zip(*entry.top, strict=True)
+        assert tokens == named[row] and values == pytest.approx(whole[row, list(tokens)].tolist(), abs=1e-6)
+        # from one sum with the best ones, bit for bit
+        best = Batch([request(SamplingParams(temperature=0.7, logprobs=20), key=row)], vocab).step(
+            logits[row : row + 1]
+        )
+        ranked = dict(best.logprobs[0].top)
+        assert all(ranked.get(token, value) == value for token, value in entry.top)
+
+
+def test_a_named_token_beyond_the_vocabulary_fails_its_row_alone():
+    asked = [SamplingParams(logprob_token_ids=[11]), SamplingParams(logprob_token_ids=[10])]
+    result = Batch([request(params) for params in asked], 11).step(torch.zeros(2, 11))
+    assert "logprob_token_ids names token 11" in result.failed[0] and set(result.failed) == {0}
+    assert result.logprobs[0] is None and result.logprobs[1].top[0][0] == 10
