@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
+import stat
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -24,6 +26,8 @@ from batchinfer.io.filesystem import Retry, already_exists, bucket_missing, conn
 from batchinfer.spec import StorageSpec
 
 TRANSFER_BYTES = 16 << 20
+_TEMPORARY = ".tmp"
+_OWN = re.compile("batchinfer-[0-9a-f]{32}")  # our temporary files: whatever else lies beside them is not touched
 _STALE_S = 900.0
 # filesystems whose mode="create" is one atomic request; fsspec's generic one looks first and then writes
 _CONDITIONAL = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "memory"})
@@ -175,8 +179,8 @@ class LocalStore(Store):
     @contextlib.contextmanager
     def _temporary(self, name: str) -> Iterator[Path]:
         """A path for a temporary file that is gone afterwards; the parent of `name` exists."""
-        folder = self._root / ".tmp"
-        path = folder / uuid.uuid4().hex
+        folder = self._root / _TEMPORARY
+        path = folder / f"batchinfer-{uuid.uuid4().hex}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (self._root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -193,9 +197,10 @@ class LocalStore(Store):
         if self._swept:
             return
         self._swept = True
-        for path in folder.iterdir():
+        for path in filter(lambda path: _OWN.fullmatch(path.name), folder.iterdir()):
             with contextlib.suppress(FileNotFoundError):
-                if path.stat().st_mtime < time.time() - _STALE_S:
+                status = path.lstat()
+                if stat.S_ISREG(status.st_mode) and status.st_mtime < time.time() - _STALE_S:
                     path.unlink()
 
 

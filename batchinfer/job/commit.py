@@ -53,7 +53,7 @@ class PartWriter:
             form, compression = self.layout.file_format, self.layout.compression
             write_rows(local, table, form, None if compression == "none" else compression, self.layout.text_json)
             sha256, size = _hash(local), local.stat().st_size
-            part = part_name(chunk, sha256, self.layout.suffix)
+            part = part_name(plan, chunk, sha256, self.layout.suffix)
             self.ledger.store.put_file(part, local)
             local.unlink()
         record = CommitRecord(

@@ -14,7 +14,7 @@ from batchinfer.errors import OutputConflict
 from batchinfer.job.columns import Layout
 from batchinfer.spec import FAKE_MODEL, JobSpec
 
-FORMAT_VERSION = "2"  # of the output's layout and of how rows become requests; raise it when either changes
+FORMAT_VERSION = "3"  # of the output's layout and of how rows become requests; raise it when either changes
 ENGINE_DECIDES = {"dtype", "kv_cache_dtype", "max_model_len", "quantization"}  # of the engine's settings
 _SHOWN_CHARS = 120
 

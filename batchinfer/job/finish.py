@@ -1,6 +1,7 @@
 """The end of a job: when every chunk is committed, the manifest, then _SUCCESS, then the sweep of what nobody names.
 
-Any worker that finds all commits does it; doing it twice, or at once, writes the same bytes.
+What is swept carries the plan's mark in its name; whatever else lies there belongs to somebody and stays. Any worker
+that finds all commits does it; doing it twice, or at once, writes the same bytes.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import orjson
 
 from batchinfer.errors import OutputConflict
 from batchinfer.io.storage import Store
-from batchinfer.job.ledger import PARTS, CommitKey, CommitRecord, Ledger
-from batchinfer.job.salvage import SALVAGE
+from batchinfer.job.ledger import PARTS, CommitKey, CommitRecord, Ledger, is_part
+from batchinfer.job.salvage import SALVAGE, is_journal
+from batchinfer.log import log
 
 MANIFEST = "manifest.json"
 SUCCESS = "_SUCCESS"
@@ -51,7 +53,7 @@ def finalise(
     `known`: records that need not be read again. Parts that the last manifest names stay until a new one stands.
     """
     store = ledger.store
-    parts = set(store.find(PARTS))  # before the commits: a part that comes later is none of ours to sweep
+    found = store.find(PARTS)  # before the commits: a part that comes later is none of ours to sweep
     listed = ledger.listed()
     effect = {key.chunk: key for key in listed if key.pass_number <= pass_number}
     if len(effect) < len(ledger.plan.chunks):
@@ -62,13 +64,21 @@ def finalise(
     records = [known.get(key) or read[key] for _, key in sorted(effect.items())]
     data = _manifest(ledger.plan.digest, pass_number, records)
     later = ledger.read_all(key for key in listed if key.pass_number > pass_number)  # of an interrupted retry
-    unnamed = parts - {record.part for record in (*records, *later)}
-    store.delete(list(store.find(SALVAGE)))
+    loose = sorted(found.keys() - {record.part for record in (*records, *later)})
+    unnamed = [name for name in loose if is_part(name, ledger.plan)]
+    if foreign := [name for name in loose if not is_part(name, ledger.plan)]:
+        log.warning(
+            "parts/ holds what this job did not write: readers of the whole folder take it for results",
+            output=store.url,
+            objects=len(foreign),
+            first=foreign[0],
+        )
+    store.delete([name for name in store.find(SALVAGE) if is_journal(name, ledger.plan)])
     if pass_number == 0:
-        store.delete(sorted(unnamed))  # plain readers take all of parts/ once _SUCCESS stands
+        store.delete(unnamed)  # plain readers take all of parts/ once _SUCCESS stands
     store.put(MANIFEST, data)
     store.put(SUCCESS, _hash(data).encode() + b"\n")
-    store.delete(sorted(unnamed) if pass_number else [])
+    store.delete(unnamed if pass_number else [])
     manifest: dict[str, Any] = orjson.loads(data)
     return manifest
 

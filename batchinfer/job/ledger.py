@@ -26,6 +26,7 @@ COMMITS = "commits/"
 PARTS = "parts/"
 JOB = "job.json"
 _COMMIT_NAME = re.compile(r"commits/(\d{6,})(?:\.r([1-9]\d*))?\.json")
+_PART_NAME = re.compile(r"parts/part-(\d{6,})-([0-9a-f]+)-[0-9a-f]{16}\.(?:parquet|jsonl(?:\.gz|\.zst)?)", re.ASCII)
 _READERS = 16  # commit records are small: latency, not bandwidth
 
 
@@ -82,8 +83,14 @@ class CommitRecord:
         return record
 
 
-def part_name(chunk: int, sha256: str, suffix: str) -> str:
-    return f"{PARTS}part-{chunk:06d}-{sha256[:16]}{suffix}"
+def part_name(plan: JobPlan, chunk: int, sha256: str, suffix: str) -> str:
+    return f"{PARTS}part-{chunk:06d}-{plan.mark}-{sha256[:16]}{suffix}"
+
+
+def is_part(name: str, plan: JobPlan) -> bool:
+    """Whether a job of this plan may have written the object: `part_name` gives such names, and nobody else does."""
+    match = _PART_NAME.fullmatch(name)
+    return match is not None and match[2] == plan.mark and f"{int(match[1]):06d}" == match[1]
 
 
 class Ledger:

@@ -25,6 +25,7 @@ from batchinfer.job.columns import Layout
 from batchinfer.spec import JobSpec
 
 PLAN = "plan.json"
+_MARK_CHARS = 8
 CHUNK_BYTES = 32 << 20  # a few chunks are in memory at once: read ahead, made into prompts, built into parts
 _EXPANSION = {"parquet": 4, ".gz": 6, ".zst": 6}  # text against its compressed size, roughly
 
@@ -53,6 +54,11 @@ class JobPlan:
         object.__setattr__(self, "chunks", tuple(spans))
         object.__setattr__(self, "bases", tuple(bases))
         object.__setattr__(self, "digest", prints.digest(self.fingerprint))
+
+    @property
+    def mark(self) -> str:
+        """Hexadecimal, in the name of every object that the job may delete again: what lacks it is not the job's."""
+        return self.digest[:_MARK_CHARS]
 
     @property
     def rows(self) -> int:

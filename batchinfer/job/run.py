@@ -88,7 +88,7 @@ def run_pass(work: Work, state: RunState, todo: Pass, kept: Recover) -> None:
     state.llm = worker.drain.call(lambda: worker.seams.load_llm(work.spec, work.files))
     with ExitStack() as stack:
         spool = stack.enter_context(closing(Spool(worker.spool_dir)))
-        salvage = Salvage(work.ledger.store, spool, worker.shard, work.plan.digest, todo.number)
+        salvage = Salvage(work.ledger.store, spool, worker.shard, work.plan, todo.number)
         salvage.load(set(todo.chunks))
         window = Window(open_rows(work.plan.chunk_rows, work.spec.engine.max_num_seqs))
         quiet = threading.Event()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import threading
 from collections.abc import Iterator
 from itertools import chain
@@ -19,6 +20,7 @@ import zstandard
 
 from batchinfer.errors import InputMissing
 from batchinfer.io.storage import Store
+from batchinfer.job.plan import JobPlan
 from batchinfer.job.results import Row, decode
 from batchinfer.job.shard import Shard
 from batchinfer.job.spool import Spool, explained
@@ -26,16 +28,24 @@ from batchinfer.log import log
 
 SALVAGE = "salvage/"
 _FORMAT = 1
+_NAME = re.compile(r"salvage/\d+-of-\d+-([0-9a-f]+)\.jsonl\.zst", re.ASCII)
+
+
+def is_journal(name: str, plan: JobPlan) -> bool:
+    """Whether a worker of this plan may have written the object."""
+    match = _NAME.fullmatch(name)
+    return match is not None and match[1] == plan.mark
 
 
 class Salvage:
     """Writes this worker's journal and reads all workers': the number of shards may have changed between runs."""
 
-    def __init__(self, store: Store, spool: Spool, shard: Shard, fingerprint: str, pass_number: int) -> None:
+    def __init__(self, store: Store, spool: Spool, shard: Shard, plan: JobPlan, pass_number: int) -> None:
         self._store = store
         self._spool = spool
-        self._name = f"{SALVAGE}{shard.name}.jsonl.zst"
-        self._header = {"format": _FORMAT, "fingerprint": fingerprint, "pass": pass_number}
+        self._plan = plan
+        self._name = f"{SALVAGE}{shard.name}-{plan.mark}.jsonl.zst"
+        self._header = {"format": _FORMAT, "fingerprint": plan.digest, "pass": pass_number}
         self._lock = threading.Lock()
         self._saved_changes = 0
         self._recovered: dict[int, Path] = {}
@@ -60,7 +70,8 @@ class Salvage:
 
     def load(self, wanted: set[int]) -> None:
         """Fetch the journals' rows of the `wanted` chunks into the spool directory."""
-        for number, name in enumerate(self._store.find(SALVAGE)):
+        journals = [name for name in self._store.find(SALVAGE) if is_journal(name, self._plan)]
+        for number, name in enumerate(journals):
             packed, plain = self._spool.scratch(f"journal-{number}.zst"), self._spool.scratch(f"journal-{number}")
             try:
                 self._store.get_file(name, packed)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from batchinfer.job.finish import is_finished
 from batchinfer.job.ledger import CommitRecord, Output
-from batchinfer.job.salvage import SALVAGE
+from batchinfer.job.salvage import SALVAGE, is_journal
 from batchinfer.job.shard import Shard
 
 
@@ -63,7 +63,7 @@ def read_status(output: Output, shards: int = 1) -> Status:
         completion_tokens=sum(record.completion_tokens for record in records),
         scored_tokens=sum(record.scored_tokens for record in records),
         retry_passes=max((key.pass_number for key in keys.values()), default=0),
-        salvage=output.store.find(SALVAGE),
+        salvage={name: size for name, size in output.store.find(SALVAGE).items() if is_journal(name, plan)},
         shards=[_share(worker, len(plan.chunks), keys.keys()) for worker in workers],
     )
 

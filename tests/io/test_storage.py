@@ -110,13 +110,15 @@ class TestLocal:
 
     def test_what_killed_processes_left_is_swept(self, tmp_path):
         (tmp_path / ".tmp").mkdir()
-        for name, age_s in (("old", 10_000), ("young", 0)):
+        old, young = (f"batchinfer-{digit * 32}" for digit in "0a")
+        theirs = ("0" * 32, f"batchinfer-{'0' * 31}", f"{old}.jsonl", f"batchinfer-{'A' * 32}", "notes.txt")
+        for name in (old, young, *theirs):
             path = tmp_path / ".tmp" / name
             path.write_bytes(b"x")
-            os.utime(path, (time.time() - age_s,) * 2)
+            os.utime(path, (time.time() - (0 if name == young else 10_000),) * 2)
         store = Store.open(str(tmp_path), StorageSpec())
         store.put("a", b"x")
-        assert [path.name for path in (tmp_path / ".tmp").iterdir()] == ["young"]
+        assert {path.name for path in (tmp_path / ".tmp").iterdir()} == {young, *theirs}
         assert list(store.find()) == ["a"]
 
     def test_path_that_is_a_file(self, tmp_path):

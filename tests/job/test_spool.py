@@ -4,6 +4,7 @@ import errno
 import pathlib
 import subprocess
 import sys
+from typing import NamedTuple
 
 import pyarrow as pa
 import pytest
@@ -14,6 +15,7 @@ from batchinfer.job.shard import Shard
 from batchinfer.job.spool import Spool
 from tests.job.doubles import MemoryStore, ScriptedLLM, job, run, write_parquet
 
+PLAN = NamedTuple("Plan", [("digest", str), ("mark", str)])("abcdef", "abcdef")
 CARRIED = pa.table({"id": [1, 2, 3]})
 
 
@@ -99,28 +101,36 @@ def test_salvage_brings_rows_back_and_keeps_those_not_yet_opened(tmp_path):
     for chunk in (1, 2, 5):
         first.open(chunk, 9, [line % 0], CARRIED)
         first.add(chunk, line % 4)
-    Salvage(store, first, Shard(0, 2), "print", 0).save()
+    Salvage(store, first, Shard(0, 2), PLAN, 0).save()
     first.close()
 
     second = Spool(tmp_path)
-    salvage = Salvage(store, second, Shard(0, 2), "print", 0)
+    salvage = Salvage(store, second, Shard(0, 2), PLAN, 0)
     salvage.load({1, 2})
     assert rows_of(salvage, 1) == [0, 4] and rows_of(salvage, 1) == [] and rows_of(salvage, 5) == []
     second.open(1, 9, [line % 0], CARRIED)
     salvage.save()  # replaces the journal: chunk 2, not opened yet, must stay in it
-    third = Salvage(store, second, Shard(1, 2), "print", 0)
+    third = Salvage(store, second, Shard(1, 2), PLAN, 0)
     third.load({1, 2})
     assert rows_of(third, 1) == [0] and rows_of(third, 2) == [0, 4]
     second.close()
 
 
-@pytest.mark.parametrize(("fingerprint", "number"), [("other", 0), ("print", 1)])
-def test_a_journal_of_another_job_or_pass_is_ignored(tmp_path, fingerprint, number, capsys):
+@pytest.mark.parametrize(("plan", "number"), [(PLAN._replace(digest="abcdef2"), 0), (PLAN, 1)])
+def test_a_journal_of_another_job_or_pass_is_ignored(tmp_path, plan, number, capsys):
     store, spool = MemoryStore(), Spool(tmp_path)
     spool.open(1, 9, [b'[0,3,null,[["x","stop",1,null,null]],null]'], CARRIED)
-    Salvage(store, spool, Shard(), "print", 0).save()
-    foreign = Salvage(store, spool, Shard(), fingerprint, number)
+    Salvage(store, spool, Shard(), PLAN, 0).save()
+    foreign = Salvage(store, spool, Shard(), plan, number)
     foreign.load({1})
     assert rows_of(foreign, 1) == []
     assert "belongs to another job" in capsys.readouterr().err
+    spool.close()
+
+
+def test_a_journal_without_the_mark_of_the_plan_is_not_read(tmp_path, capsys):
+    store, spool = MemoryStore(), Spool(tmp_path)
+    store.objects = {"salvage/0-of-1-00000000.jsonl.zst": b"theirs", "salvage/notes.txt": b"", "salvage/a/b": b""}
+    Salvage(store, spool, Shard(), PLAN, 0).load({1})
+    assert capsys.readouterr().err == ""
     spool.close()

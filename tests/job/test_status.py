@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from batchinfer.errors import InputMissing, OutputConflict
@@ -44,7 +46,9 @@ def test_shares_of_shards(tmp_path):
 def test_salvage_is_mentioned_until_the_end(tmp_path):
     out = make_output(tmp_path)
     (out / "salvage").mkdir(exist_ok=True)
-    (out / "salvage" / "0-of-1.jsonl.zst").write_bytes(b"12345")
+    mark = json.loads((out / "plan.json").read_bytes())["digest"][:8]
+    (out / "salvage" / f"0-of-1-{mark}.jsonl.zst").write_bytes(b"12345")
+    (out / "salvage" / "0-of-1-00000000.jsonl.zst").write_bytes(b"another job's")
     assert "journals" not in describe(status_of(out))
     (out / "_SUCCESS").unlink()
     assert "1 journals, 5 bytes" in describe(status_of(out))
