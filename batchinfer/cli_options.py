@@ -101,9 +101,11 @@ def located(job: Path) -> Iterator[None]:
 
 def _rehearsal(spec: JobSpec) -> JobSpec:
     """The same job with fake answers: the real output is not touched, a tokenizer on local disk is kept."""
+    from batchinfer.io.filesystem import local_path
     from batchinfer.spec import FAKE_MODEL
 
-    local = spec.model if spec.model != FAKE_MODEL and Path(spec.model).exists() else None
+    path = local_path(spec.model) if spec.model != FAKE_MODEL else None
+    local = spec.model if path is not None and path.exists() else None
     output = spec.output.model_copy(update={"path": spec.output.path.rstrip("/") + "-rehearsal"})
     return spec.model_copy(update={"model": FAKE_MODEL, "tokenizer": spec.tokenizer or local, "output": output})
 

@@ -125,13 +125,13 @@ def serve(options: ServeOptions) -> None:
 
 def _data_dir(spec: JobSpec, port: int) -> Path:
     """One per port, which only one endpoint can have; what an endpoint on any free port keeps goes with it."""
-    from batchinfer.io.fetch import CACHE_DIR
+    from batchinfer.io.fetch import cache_folder
 
     if port == 0:
         folder = tempfile.mkdtemp(prefix="batchinfer-")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         return Path(folder)
-    return Path(spec.storage.cache or CACHE_DIR).expanduser() / f"endpoint-{port}"
+    return cache_folder(spec.storage) / f"endpoint-{port}"
 
 
 def _job_values(spec: JobSpec) -> dict[str, Any]:

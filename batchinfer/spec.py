@@ -31,9 +31,9 @@ class _Section(BaseModel):
 
 
 class InputSpec(_Section):
-    """What to read. Formats follow the file name (.parquet, .jsonl, .jsonl.gz, .jsonl.zst) unless given."""
+    """What to read. Formats follow the file name (.parquet, .jsonl, .json, with .gz or .zst) unless given."""
 
-    path: StringList = Field(description="path, glob or URL, or a list of them")
+    path: StringList = Field(description="path, folder, glob or URL, or a list of them")
     format: Literal["parquet", "jsonl", "openai-batch"] | None = Field(None, description="default: from the file name")
     columns: StringList | None = Field(None, description="input columns that the output carries; default all")
     where: str | None = Field(None, description="Jinja expression over columns; rows where it is false are left out")

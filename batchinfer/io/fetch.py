@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from batchinfer.errors import InputMissing, ModelError
+from batchinfer.errors import InputMissing, ModelError, SpecError
 from batchinfer.io.filesystem import local_path, translate
 from batchinfer.io.source import Source, Sources
 from batchinfer.log import log
 from batchinfer.spec import StorageSpec
 
-CACHE_DIR = Path("~/.cache/batchinfer")
+CACHE_DIR = "~/.cache/batchinfer"
 _SAFETENSORS = ("*.safetensors",)
 _TEXTS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 _WEIGHTS = (*_SAFETENSORS, "*.gguf")
@@ -67,10 +67,18 @@ def fetch_model(model: str, storage: StorageSpec, weights: bool = True, cache_di
     """
     path = local_path(model)
     if path is None:
-        return _from_url(model, storage, weights, (cache_dir or Path(storage.cache or CACHE_DIR)).expanduser())
+        return _from_url(model, storage, weights, cache_dir or cache_folder(storage))
     if not path.exists() and (hub_id := _HUB_ID.fullmatch(model)):
         path = _from_hub(model, hub_id, weights)
     return _local(model, path, weights)
+
+
+def cache_folder(storage: StorageSpec) -> Path:
+    """Where copies of models are kept. Raises SpecError for a URL that is not local."""
+    path = local_path(storage.cache or CACHE_DIR)
+    if path is None:
+        raise SpecError(f"{storage.cache}: must be a directory on this machine", key="storage.cache")
+    return path
 
 
 def _local(model: str, path: Path, weights: bool) -> ModelFiles:
@@ -152,9 +160,11 @@ def _from_hub(model: str, hub_id: re.Match[str], weights: bool) -> Path:
 def _from_url(url: str, storage: StorageSpec, weights: bool, cache_dir: Path) -> ModelFiles:
     sources = Sources(storage)
     try:
-        found = sources.expand(url)
+        found = _listed(url, sources)
     except InputMissing as error:
         raise ModelError(f"{url}: no model there: {error}") from None
+    if not found:
+        raise ModelError(f"{url}: no model there: nothing has this name{sources.tree(url).place}")
     cache = cache_dir / "models"
     if found == [url]:
         if not url.lower().endswith(".gguf"):
@@ -167,6 +177,15 @@ def _from_url(url: str, storage: StorageSpec, weights: bool, cache_dir: Path) ->
     copied = [file for file in files if weights or not _matches(_name(file), _SAFETENSORS)]
     folder = _copy(url, copied, sources, cache)
     return ModelFiles(folder, _identity([str(folder / _name(f)) if f in copied else f for f in files], sources))
+
+
+def _listed(url: str, sources: Sources) -> list[str]:
+    """The file of this name, or the files directly in the folder."""
+    tree = sources.tree(url)
+    path = tree.path(url)
+    if tree.kind(path) != "folder":
+        return [url] if tree.kind(path) else []
+    return [tree.url(f"{path}/{name}") for name in tree.below(path) if "/" not in name]
 
 
 def _copy(url: str, files: list[str], sources: Sources, cache: Path) -> Path:

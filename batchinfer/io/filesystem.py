@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import errno
 import functools
+import os
 import random
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote, unquote
 
 from batchinfer.errors import (
     AccessDenied,
@@ -34,6 +37,7 @@ READ_TIMEOUT_S = 20
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "abfss": "azure", "az": "azure"}
 _S3 = ("s3", "s3a")
+_ESCAPED = re.compile("%(?:2A|3F|5B)", re.IGNORECASE)  # the characters of a glob
 
 # By name, so that no optional package is imported only to name its errors.
 _TRANSIENT = frozenset(
@@ -82,10 +86,39 @@ def protocol_of(url: str) -> str:
 
 
 def local_path(url: str) -> Path | None:
-    """The path that a plain path or a file:// URL names; None for every other URL."""
+    """The path that a plain path or a file: URL names; None for every other URL.
+
+    A URL is percent-decoded (RFC 8089: `file:///a%20b`, `file://localhost/a`, `file:/a`), a plain path means itself.
+    """
+    path = _local(url)
+    return None if path is None else Path(path)
+
+
+def local_pattern(url: str) -> str | None:
+    """The same as a glob: what a URL spells in percent signs stands for itself in it."""
+    return _local(_ESCAPED.sub(lambda match: f"[{match[0]}]", url) if is_file_url(url) else url)
+
+
+def file_url(path: str) -> str:
+    """The URL that `local_path` turns into this path, whatever characters it has."""
+    return f"file://{quote(os.fsencode(os.path.abspath(path)))}"  # noqa: PTH100 - Path would not keep the bytes
+
+
+def is_file_url(url: str) -> bool:
+    """Whether it is percent-encoded."""
+    return url[:6].lower() == "file:/"
+
+
+def _local(url: str) -> str | None:
     if protocol_of(url) not in ("file", "local"):
         return None
-    return Path(url.partition("://")[2] if "://" in url else url).expanduser()
+    path = url.partition("://")[2] if "://" in url else url.partition(":")[2] if is_file_url(url) else url
+    if is_file_url(url):
+        host, slash, rest = path.partition("/")
+        path = unquote(f"/{rest}" if slash and host.lower() == "localhost" else path, errors="surrogateescape")
+    if "\0" in path:
+        raise UsageError(f"{url!r}: no path holds a NUL character")
+    return os.path.expanduser(path)  # noqa: PTH111 - Path's raises for "~a.jsonl", a name like any other
 
 
 def connect(url: str, options: StorageSpec) -> Any:

@@ -16,7 +16,8 @@ import pyarrow as pa
 
 from batchinfer.errors import InputError, SpecError, SpoolError
 from batchinfer.io import jsonl, parquet
-from batchinfer.io.inputs import FileScan, Format, IndexEntry, InputFile, Inputs, RowBatch, Span, unify
+from batchinfer.io.discover import Found, find_files
+from batchinfer.io.inputs import FileScan, IndexEntry, InputFile, Inputs, RowBatch, Span, unify
 from batchinfer.io.source import Source, Sources, Stat
 from batchinfer.spec import InputSpec, StorageSpec
 
@@ -34,55 +35,39 @@ __all__ = [
     "write_rows",
 ]
 
-_SUFFIXES: dict[str, Format] = {
-    ".parquet": "parquet",
-    ".jsonl": "jsonl",
-    ".jsonl.gz": "jsonl",
-    ".jsonl.zst": "jsonl",
-    ".ndjson": "jsonl",
-}
 _SCAN_THREADS = 8
 _WRITE_ROWS = 1000
 
 
 def scan(spec: InputSpec, storage: StorageSpec) -> Inputs:
-    """Expands patterns, counts rows and finds the one schema of all files.
+    """Finds the files, counts their rows and finds the one schema that they share.
 
-    Files keep the order of `spec.path`; those of one pattern are sorted, and none is taken twice. Parquet files are
-    known from their footers; lines are read once from end to end, unless a limit without a filter needs fewer. A file
-    without rows is no error.
-    Raises InputMissing, SpecError (a format that the name does not tell), InputError (schema drift, damaged files).
+    Parquet files are known from their footers; lines are read once from end to end, unless a limit without a filter
+    needs fewer. A file without rows is no error.
+    Raises what `find_files` raises, and InputError (schema drift, damaged files).
     """
     sources = Sources(storage)
-    urls = list(dict.fromkeys(url for pattern in spec.path for url in sources.expand(pattern)))
-    formats = {url: spec.format or _format(url) for url in urls}
+    files = find_files(spec, sources)
     if spec.limit is not None and spec.where is None:
-        return unify(_first_rows(sources, formats, spec.limit))
+        return unify(_first_rows(sources, files, spec.limit))
     with ThreadPoolExecutor(_SCAN_THREADS) as pool:
-        return unify(pool.map(lambda url: _scan_file(sources, url, formats[url], None), urls))
+        return unify(pool.map(lambda file: _scan_file(sources, file, None), files))
 
 
-def _format(url: str) -> Format:
-    name = url.lower().rpartition("/")[2]
-    for suffix, form in _SUFFIXES.items():
-        if name.endswith(suffix):
-            return form
-    known = ", ".join(_SUFFIXES)
-    raise SpecError(f"{url}: its name does not tell the format (known: {known}); set input.format", key="input.path")
-
-
-def _first_rows(sources: Sources, formats: dict[str, Format], limit: int) -> Iterator[FileScan]:
-    for url, form in formats.items():
-        found = _scan_file(sources, url, form, limit)
+def _first_rows(sources: Sources, files: list[Found], limit: int) -> Iterator[FileScan]:
+    for file in files:
+        found = _scan_file(sources, file, limit)
         yield found
         limit -= found.file.rows
         if not limit:
             return
 
 
-def _scan_file(sources: Sources, url: str, form: Format, limit: int | None) -> FileScan:
-    with sources.open(url) as source:
-        return parquet.scan(source, limit) if form == "parquet" else jsonl.scan(source, form, limit)
+def _scan_file(sources: Sources, file: Found, limit: int | None) -> FileScan:
+    with sources.open(file.url) as source:
+        if file.format == "parquet":
+            return parquet.scan(source, limit)
+        return jsonl.scan(source, file.format, limit)
 
 
 def stream(

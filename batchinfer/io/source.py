@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import io
 import os
 from abc import ABC, abstractmethod
@@ -14,7 +13,8 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from batchinfer.errors import InputError, InputMissing
-from batchinfer.io.filesystem import Retry, connect, local_path, protocol_of, translate
+from batchinfer.io.filesystem import Retry, connect, is_file_url, local_path, protocol_of, translate
+from batchinfer.io.trees import LocalTree, RemoteTree, Tree
 from batchinfer.spec import StorageSpec
 
 BLOCK_BYTES = 1 << 20
@@ -192,7 +192,7 @@ class _Seekable(io.RawIOBase):
 
 
 class Sources:
-    """Opens input files and expands patterns; one filesystem per protocol. May be used from several threads."""
+    """Opens files and finds them; one filesystem per protocol. May be used from several threads."""
 
     def __init__(self, options: StorageSpec) -> None:
         self._options = options
@@ -205,48 +205,14 @@ class Sources:
             return LocalSource(url, path)
         return RemoteSource(url, self._filesystem(url), self._retry)
 
-    def expand(self, pattern: str) -> list[str]:
-        """The files that a path, glob or directory names, sorted. A directory stands for the files directly in it."""
-        path = local_path(pattern)
-        found = self._remote(pattern) if path is None else _local(pattern, path)
-        if not found:
-            raise InputMissing(
-                f"nothing matches {pattern}{self._retry.place if path is None else ''}", key="input.path"
-            )
-        return sorted(found)
+    def tree(self, url: str) -> Tree:
+        """The filesystem that a URL is of."""
+        if local_path(url) is not None:
+            return LocalTree(as_urls=is_file_url(url))
+        return RemoteTree(self._filesystem(url), self._retry)
 
     def _filesystem(self, url: str) -> Any:
         protocol = protocol_of(url)
         if protocol not in self._filesystems:
             self._filesystems[protocol] = connect(url, self._options)
         return self._filesystems[protocol]
-
-    def _remote(self, pattern: str) -> list[str]:
-        filesystem = self._filesystem(pattern)
-        path = filesystem._strip_protocol(pattern)
-        if not glob.has_magic(path):
-            info = self._retry(pattern, lambda: filesystem.info(path))
-            if info.get("type") != "directory":
-                return [pattern]
-            path = f"{path.rstrip('/')}/*"
-        found = self._retry(pattern, lambda: filesystem.glob(path, detail=True))
-        files = [name for name, info in found.items() if info.get("type") != "directory"]
-        return [str(filesystem.unstrip_protocol(name)) for name in files if _visible(name)]
-
-
-def _local(pattern: str, path: Path) -> list[str]:
-    prefix = "file://" if pattern.startswith("file://") else ""
-    if path.is_dir():
-        return [f"{prefix}{entry}" for entry in path.iterdir() if entry.is_file() and _visible(entry.name)]
-    if path.exists():  # also a name with brackets in it
-        return [pattern]
-    try:
-        matches = glob.glob(str(path), recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
-    except OSError as error:
-        raise translate(error, pattern) from error
-    return [f"{prefix}{match}" for match in matches if Path(match).is_file() and _visible(match)]
-
-
-def _visible(name: str) -> bool:
-    """Not a marker or a hidden file, such as `_SUCCESS`."""
-    return not name.rpartition("/")[2].startswith((".", "_"))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from batchinfer.errors import BadParameters, InputMissing, SpecError
+from batchinfer.io.discover import find_files
 from batchinfer.io.fetch import ModelFiles, fetch_model
 from batchinfer.io.rows import Inputs, Span, scan, stream
 from batchinfer.io.source import Sources
@@ -130,7 +131,7 @@ def _unchanged(spec: JobSpec, known: JobPlan) -> bool:
     if asked != {name: known.fingerprint.get(name) for name in asked}:
         return False
     sources = Sources(spec.storage)
-    urls = list(dict.fromkeys(url for pattern in spec.input.path for url in sources.expand(pattern)))
+    urls = [file.url for file in find_files(spec.input, sources)]
     files = known.inputs.files
     # the scan ended where the limit was full
     ended_early = spec.input.limit is not None and spec.input.where is None and len(files) < len(urls)
