@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import pyarrow as pa
 
 from batchinfer.errors import InputError, RowError, SpecError, suggest
+from batchinfer.io.source import Stat
 from batchinfer.log import log
 
 Format = Literal["parquet", "jsonl", "openai-batch"]
@@ -27,18 +28,31 @@ class IndexEntry(NamedTuple):
 class InputFile:
     """One file as it was when the job was planned. `rows` is how many of its rows, from the first, the job covers.
 
-    `index` has an entry for every few thousand rows of an uncompressed file of lines, and is empty for all others.
+    `content` says which file it is, wherever it lies and whatever its name; `mark` spares looking at it again (see
+    `Stat`). `index` has an entry for every few thousand rows of an uncompressed file of lines, and is empty for others.
+    `known_as`: its URL when the job was planned, if that was another one.
     """
 
     url: str
     format: Format
     size: int
-    etag: str
+    content: str
     rows: int
     index: tuple[IndexEntry, ...] = ()
+    mark: str = ""
+    known_as: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What the output calls it, on whichever machine it is read."""
+        return self.known_as or self.url
+
+    @property
+    def stat(self) -> Stat:
+        return Stat(self.size, self.mark, self.content)
 
     def to_dict(self) -> dict[str, Any]:
-        values = {name: getattr(self, name) for name in ("url", "format", "size", "etag", "rows")}
+        values = {name: getattr(self, name) for name in ("url", "format", "size", "content", "mark", "rows")}
         return {**values, "index": [list(entry) for entry in self.index]} if self.index else values
 
     @classmethod

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import hashlib
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator
@@ -23,7 +24,7 @@ import zstandard
 from batchinfer.errors import InputError, InvalidInput, RowError
 from batchinfer.io.inputs import Column, FileScan, Format, IndexEntry, InputFile, RowBatch, Span, table_of
 from batchinfer.io.lines import MAX_LINE_BYTES, Line, compressed, read_lines
-from batchinfer.io.source import Source
+from batchinfer.io.source import WHOLE, Source
 
 INDEX_ROWS = 4096
 _MAX_COLUMNS = 10_000
@@ -106,7 +107,8 @@ def scan(source: Source, form: Format, limit: int | None = None) -> FileScan:
     index: list[IndexEntry] = []
     rows = good = 0
     first_error = ""
-    for lines in read_lines(source):
+    whole = hashlib.sha256() if source.local and limit is None else None
+    for lines in read_lines(source, seen=None if whole is None else whole.update):
         for line in lines[: None if limit is None else limit - rows]:
             if seekable and rows and rows % INDEX_ROWS == 0:
                 index.append(IndexEntry(rows, line.offset, line.number))
@@ -120,11 +122,13 @@ def scan(source: Source, form: Format, limit: int | None = None) -> FileScan:
             break
         if len(types.seen) > _MAX_COLUMNS:
             raise InputError(f"{source.url}: more than {_MAX_COLUMNS} different keys: these are not rows of a table")
-    source.check(source.opened, "changed while it was read")
+    content = source.content() if whole is None else WHOLE + whole.hexdigest()
+    source.check(source.opened._replace(content=content), "changed while it was read")
     if rows and not good:
         raise InputError(f"{source.url}: no line is a JSON object; {first_error}")
     columns = _batch_columns(source.url) if form == "openai-batch" else _columns(source.url, types)
-    return FileScan(InputFile(source.url, form, *source.opened, rows, tuple(index)), columns)
+    size, mark, _ = source.opened
+    return FileScan(InputFile(source.url, form, size, content, rows, tuple(index), mark), columns)
 
 
 def _batch_columns(url: str) -> tuple[Column, ...]:

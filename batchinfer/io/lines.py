@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import zstandard
@@ -33,22 +33,31 @@ def compressed(source: Source) -> bool:
     return source.read_at(0, 4).startswith((_GZIP, _ZSTD))
 
 
-def read_lines(source: Source, entry: IndexEntry | None = None) -> Iterator[list[Line]]:
+def read_lines(
+    source: Source, entry: IndexEntry | None = None, seen: Callable[[bytes], None] | None = None
+) -> Iterator[list[Line]]:
     """Lines that are not blank, in lists of a few MB, from the start or from an index entry of an uncompressed file.
 
     What the first bytes say decides about compression, not the name. Offsets mean nothing in a compressed file.
+    `seen` is given every byte of the file as it lies there.
     Raises InputError for UTF-16 and for damaged or truncated compression.
     """
     if entry is not None and entry.offset:
         yield from _split(source.blocks(entry.offset), entry.offset, entry.line)
         return
     head = source.read_at(0, 4)
-    blocks = source.blocks()
+    blocks = source.blocks() if seen is None else _shown(source.blocks(), seen)
     if head.startswith(_GZIP):
         blocks = _decompress(source.url, blocks, "gzip")
     elif head.startswith(_ZSTD):
         blocks = _decompress(source.url, blocks, "zstd")
     yield from _split(_without_mark(source.url, blocks), 0, 1)
+
+
+def _shown(blocks: Iterator[bytes], seen: Callable[[bytes], None]) -> Iterator[bytes]:
+    for block in blocks:
+        seen(block)
+        yield block
 
 
 def _without_mark(url: str, blocks: Iterator[bytes]) -> Iterator[bytes]:

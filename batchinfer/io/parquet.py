@@ -29,7 +29,8 @@ def scan(source: Source, limit: int | None = None) -> FileScan:
     with _open(source) as parquet:
         schema: pa.Schema = parquet.schema_arrow
         rows = int(parquet.metadata.num_rows)
-    source.check(source.opened, "changed while it was read")
+    seen = source.opened._replace(content=source.content())
+    source.check(seen, "changed while it was read")
     rows = rows if limit is None else min(rows, limit)
     names = schema.names
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -37,7 +38,8 @@ def scan(source: Source, limit: int | None = None) -> FileScan:
         raise InputError(f"{source.url}: {f'column {twice[0]!r} is there twice' if twice else 'has no columns'}")
     # nullable, since a cell that cannot be read becomes null
     columns = tuple(Column(field.with_nullable(True), source.url) for field in schema)
-    return FileScan(InputFile(source.url, "parquet", *source.opened, rows), columns, schema.metadata)
+    file = InputFile(source.url, "parquet", seen.size, seen.content, rows, mark=seen.mark)
+    return FileScan(file, columns, schema.metadata)
 
 
 def read(source: Source, schema: pa.Schema, spans: Iterable[Span]) -> Iterator[tuple[Span, RowBatch]]:

@@ -18,7 +18,7 @@ from batchinfer.errors import InputError, SpecError, SpoolError
 from batchinfer.io import jsonl, parquet
 from batchinfer.io.discover import Found, find_files
 from batchinfer.io.inputs import FileScan, IndexEntry, InputFile, Inputs, RowBatch, Span, unify
-from batchinfer.io.source import Source, Sources, Stat
+from batchinfer.io.source import Source, Sources
 from batchinfer.spec import InputSpec, StorageSpec
 
 T = TypeVar("T")
@@ -86,14 +86,14 @@ def _read(inputs: Inputs, spans: Iterable[Span], sources: Sources) -> Iterator[t
     for number, group in itertools.groupby(spans, key=lambda span: span.file):
         file = inputs.files[number]
         with sources.open(file.url) as source:
-            source.check(Stat(file.size, file.etag), "changed since the job was planned", source.opened)
+            source.check(file.stat, "changed since the job was planned", source.opened)
             yield from _read_file(source, file, inputs, group)
 
 
 def _read_file(
     source: Source, file: InputFile, inputs: Inputs, spans: Iterable[Span]
 ) -> Iterator[tuple[Span, RowBatch]]:
-    changed = (Stat(file.size, file.etag), "changed while it was read")
+    changed = (file.stat, "changed while it was read")
     try:
         if file.format == "parquet":
             yield from parquet.read(source, inputs.schema, spans)

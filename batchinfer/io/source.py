@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from stat import S_ISFIFO, S_ISREG
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from batchinfer.errors import InputError, InputMissing
+from batchinfer.errors import InputError, InputMissing, UsageError
 from batchinfer.io.filesystem import Retry, connect, is_file_url, local_path, protocol_of, translate
 from batchinfer.io.trees import LocalTree, RemoteTree, Tree
 from batchinfer.spec import StorageSpec
@@ -24,19 +26,32 @@ _CACHED_BLOCKS = 32
 _ETAGS = ("ETag", "etag", "md5Hash", "generation", "content_md5", "LastModified", "last_modified", "mtime", "created")
 
 
+WHOLE, SAMPLED = "sha256:", "sampled:"  # how the content of a local file begins
+_WHOLE_BYTES = 64 << 20
+_SAMPLES = 64
+_SAMPLE_BYTES = 1 << 20
+_PARQUET_END = b"PAR1"
+
+
 class Stat(NamedTuple):
+    """What a file was. `mark` is cheap to look up and another one whenever the file may have changed: of a local file
+    its inode and times, else the store's ETag. `content` is equal for equal files only, see `Source.content`.
+    """
+
     size: int
-    etag: str
+    mark: str
+    content: str = ""
 
 
 class Source(ABC):
     """One file. Close it; a local file is held open. Raises InputMissing, AccessDenied, StorageError.
 
-    `opened` is what it was when it was opened.
+    `opened` is what it was when it was opened, without `content`. `local`: its content says what it is, not its mark.
     """
 
     url: str
     opened: Stat
+    local: bool
 
     @abstractmethod
     def stat(self) -> Stat:
@@ -54,6 +69,14 @@ class Source(ABC):
     def close(self) -> None:
         """Nothing can be read any more."""
 
+    @abstractmethod
+    def content(self, like: str = "") -> str:
+        """What is in the file, looked at as for `like`, an earlier answer.
+
+        Of a local file, as it is now, the hash of all its bytes, or, beyond 64 MB, of 64 samples of 1 MB and a Parquet
+        file's footer. Of others the store's ETag.
+        """
+
     def blocks(self, offset: int = 0) -> Iterator[bytes]:
         """The content from `offset` to the end: fetched a few MB at a time, given in smaller pieces."""
         while fetched := self.read_at(offset, _SEQUENTIAL_BYTES):
@@ -61,14 +84,21 @@ class Source(ABC):
                 yield fetched[start : start + _PIECE_BYTES]
             offset += len(fetched)
 
+    def same(self, planned: Stat, now: Stat | None = None) -> bool:
+        """Whether it is, or `now` was, the file that was planned: by its mark, or else by its content."""
+        now = now or self.stat()
+        if (now.size, now.mark) == (planned.size, planned.mark):
+            return True
+        if not self.local or not planned.content or now.size != planned.size:
+            return False
+        return self.content(planned.content) == planned.content
+
     def check(self, planned: Stat, when: str, now: Stat | None = None) -> None:
         """Raises InputError if the file is not, or `now` no longer, the one that was planned."""
         now = now or self.stat()
-        if now != planned:
-            raise InputError(
-                f"{self.url}: {when} (it had {planned.size} bytes and mark {planned.etag!r}, now {now.size} and "
-                f"{now.etag!r}): restore it, or start with another output.path"
-            )
+        if not self.same(planned, now):
+            sizes = f"{planned.size} bytes then, {now.size} now" if now.size != planned.size else "to other content"
+            raise InputError(f"{self.url}: {when} ({sizes}): restore it, or start with another output.path")
 
     def __enter__(self) -> Source:
         return self
@@ -78,6 +108,8 @@ class Source(ABC):
 
 
 class LocalSource(Source):
+    local = True
+
     def __init__(self, url: str, path: Path) -> None:
         self.url = url
         self._path = path
@@ -94,13 +126,25 @@ class LocalSource(Source):
             stat = self._path.stat()
         except OSError as error:
             raise translate(error, self.url) from error
-        return Stat(stat.st_size, str(stat.st_mtime_ns))
+        if not S_ISREG(stat.st_mode):
+            raise UsageError(
+                f"{self.url}: is a {_file_type(stat.st_mode)}: a job reads its input more than once, and again when it "
+                "continues. Write the rows to a file, and name that"
+            )
+        # the time of change cannot be set back, as that of modification is by copies that keep it
+        return Stat(stat.st_size, f"{stat.st_ino}-{stat.st_mtime_ns}-{stat.st_ctime_ns}")
 
     def read_at(self, offset: int, length: int) -> bytes:
         try:
             return os.pread(self._descriptor, length, offset)
         except OSError as error:
             raise translate(error, self.url) from error
+
+    def content(self, like: str = "") -> str:
+        with LocalSource(self.url, self._path) as now:  # as `stat`: what has the name
+            if like.startswith(SAMPLED) or (not like and now.opened.size > _WHOLE_BYTES):
+                return SAMPLED + hash_of(_samples(now))
+            return WHOLE + hash_of(now.blocks())
 
     def arrow(self) -> pa.NativeFile:
         return pa.OSFile(str(self._path), "rb")
@@ -111,8 +155,33 @@ class LocalSource(Source):
             self._descriptor = -1
 
 
+def hash_of(pieces: Iterable[bytes]) -> str:
+    whole = hashlib.sha256()
+    for piece in pieces:
+        whole.update(piece)
+    return whole.hexdigest()
+
+
+def _samples(source: Source) -> Iterator[bytes]:
+    """Evenly spaced, the first and the last bytes among them, and the footer, which has all sizes and statistics."""
+    size = source.opened.size
+    last = max(size - _SAMPLE_BYTES, 0)
+    yield size.to_bytes(8, "little")
+    for offset in sorted({last * number // (_SAMPLES - 1) for number in range(_SAMPLES)}):
+        yield source.read_at(offset, _SAMPLE_BYTES)
+    end = source.read_at(size - 8, 8)
+    if end.endswith(_PARQUET_END):
+        yield from source.blocks(max(size - 8 - int.from_bytes(end[:4], "little"), 0))
+
+
+def _file_type(mode: int) -> str:
+    return "pipe" if S_ISFIFO(mode) else "device, socket or directory"
+
+
 class RemoteSource(Source):
     """Every read is one range request with its own retries; nothing stays open between them."""
+
+    local = False
 
     def __init__(self, url: str, filesystem: Any, retry: Retry) -> None:
         self.url = url
@@ -127,6 +196,9 @@ class RemoteSource(Source):
             raise InputMissing(f"{self.url}: not a file of known size")
         mark = next((info[name] for name in _ETAGS if info.get(name) not in (None, "")), "")
         return Stat(int(info["size"]), str(mark).strip('"'))
+
+    def content(self, like: str = "") -> str:
+        return self.opened.mark
 
     def read_at(self, offset: int, length: int) -> bytes:
         end = min(offset + length, self.opened.size)

@@ -18,6 +18,7 @@ import orjson
 import pyarrow as pa
 
 from batchinfer.errors import InputError, InputMissing, OutputConflict, SpecError, suggest
+from batchinfer.io.filesystem import local_path
 from batchinfer.io.rows import InputFile, Inputs, Span
 from batchinfer.io.storage import Store
 from batchinfer.job import fingerprint as prints
@@ -131,20 +132,31 @@ def make_plan(
     return JobPlan(inputs, sizes, taken, parts)
 
 
-def save_plan(plan: JobPlan, store: Store) -> None:
-    """Write plan.json, or agree with the one that is there. Raises OutputConflict that says what differs."""
-    data = plan.to_bytes()
-    if store.put_if_absent(PLAN, data):
-        return
+def save_plan(plan: JobPlan, store: Store) -> JobPlan:
+    """Write plan.json, or agree with the one that is there. Returns the plan that stands, whose files are read here.
+
+    Raises OutputConflict that says what differs.
+    """
+    if store.put_if_absent(PLAN, plan.to_bytes()):
+        return plan
     where = f"{store.url}/{PLAN}"
     theirs = load_plan(store)
-    ours_files, their_files = plan.inputs.files, theirs.inputs.files
-    if plan.fingerprint["input.files"] != theirs.fingerprint.get("input.files"):
-        changed = _first_change(ours_files, their_files)
-        plan = replace(plan, fingerprint={**plan.fingerprint, "input.files": f"{len(ours_files)} files; {changed}"})
-    prints.refuse_difference(plan.fingerprint, theirs.fingerprint, where)
-    if (plan.chunk_rows, plan.taken) != (theirs.chunk_rows, theirs.taken):
+    refuse_other(plan, theirs, where)
+    if plan.taken != theirs.taken:
         raise OutputConflict(f"{where}: covers other row ranges than this job would; use another output.path")
+    pairs = zip(plan.inputs.files, theirs.inputs.files, strict=True)
+    files = tuple(replace(ours, known_as=before.name) for ours, before in pairs)
+    return replace(plan, inputs=replace(plan.inputs, files=files), chunk_rows=theirs.chunk_rows)
+
+
+def refuse_other(ours: JobPlan, theirs: JobPlan, where: str) -> None:
+    """Raises OutputConflict that names every part in which plans differ, and which input file changed."""
+    parts = ours.fingerprint
+    if parts["input.files"] != theirs.fingerprint.get("input.files"):
+        files = ours.inputs.files
+        changed = _first_change(files, theirs.inputs.files)
+        parts = {**parts, "input.files": f"{len(files)} {'file' if len(files) == 1 else 'files'}; {changed}"}
+    prints.refuse_difference(parts, theirs.fingerprint, where)
 
 
 def load_plan(store: Store) -> JobPlan:
@@ -201,18 +213,28 @@ def _rows_per_chunk(file: InputFile, asked: int) -> int:
 def _files_hash(inputs: Inputs) -> str:
     whole = hashlib.sha256()
     for file in inputs.files:
-        whole.update(repr((file.url, file.size, file.etag, file.rows)).encode())
+        whole.update(repr(_identity(file)).encode())
     whole.update(inputs.schema.serialize().to_pybytes())
     rows = sum(file.rows for file in inputs.files)
     return f"{len(inputs.files)} files, {rows} rows, {whole.hexdigest()[:32]}"
 
 
+def _identity(file: InputFile) -> tuple[str, str, int, str, int]:
+    """What makes a file the same one: a local file may have another name or place, on another machine say."""
+    place = file.url if local_path(file.url) is None else ""
+    return place, file.format, file.size, file.content, file.rows
+
+
 def _first_change(ours: tuple[InputFile, ...], theirs: tuple[InputFile, ...]) -> str:
-    known = {file.url: file for file in theirs}
-    for file in ours:
-        before = known.pop(file.url, None)
-        if before is None:
+    here, before = set(map(_identity, ours)), set(map(_identity, theirs))
+    gone = {file.url: file for file in theirs if _identity(file) not in here}
+    for place, file in enumerate(ours):
+        if _identity(file) in before:
+            continue
+        was = gone.get(file.url) or (gone.get(theirs[place].url) if len(ours) == len(theirs) else None)
+        if was is None:
             return f"{file.url} is new"
-        if (before.size, before.etag, before.rows) != (file.size, file.etag, file.rows):
-            return f"{file.url} changed since the output was begun ({before.size} bytes then, {file.size} now)"
-    return f"{next(iter(known))} is gone" if known else "their order or columns changed"
+        sizes = f"{was.size} bytes then, {file.size} now"
+        how = sizes if was.size != file.size else f"{sizes} too, with other content"
+        return f"{file.url} changed since the output was begun ({how})"
+    return f"{next(iter(gone))} is gone" if gone else "their order, number or columns changed"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from batchinfer.errors import BadParameters, InputMissing, SpecError
-from batchinfer.io.discover import find_files
+from batchinfer.io.discover import Found, find_files
 from batchinfer.io.fetch import ModelFiles, fetch_model
-from batchinfer.io.rows import Inputs, Span, scan, stream
+from batchinfer.io.rows import InputFile, Inputs, Span, scan, stream
 from batchinfer.io.source import Sources
 from batchinfer.io.storage import Store
 from batchinfer.job.columns import Layout, output_layout
@@ -59,14 +59,14 @@ def draft_plan(spec: JobSpec, weights: bool = False, known: JobPlan | None = Non
     """
     rows = RowPrompts(spec)
     _check_grammar(spec)
-    rescan = known is None or not _unchanged(spec, known)
-    inputs = scan(spec.input, spec.storage) if known is None or rescan else known.inputs
+    kept = known and _unchanged(spec, known)
+    inputs = kept or scan(spec.input, spec.storage)
     if not any(file.rows for file in inputs.files):
         names = ", ".join(file.url for file in inputs.files[:3])
         raise InputMissing(f"no rows in {names}{' …' if len(inputs.files) > 3 else ''}", key="input.path")
     rows.check(inputs)
     layout = output_layout(spec, inputs)
-    taken = rows_taken(spec, rows, inputs) if known is None or rescan else known.taken
+    taken = known.taken if known is not None and kept is not None else rows_taken(spec, rows, inputs)
     files = None if spec.model == FAKE_MODEL else fetch_model(spec.model, spec.storage, weights)
     identities = {"model": files.identity if files is not None else FAKE_MODEL}
     if spec.tokenizer is not None:
@@ -85,9 +85,9 @@ def prepare(spec: JobSpec, open_store: Callable[[], Store]) -> Work:
             "workers have the same shard; readers still see one result per row",
             output=store.url,
         )
-    save_plan(draft.plan, store)
+    plan = save_plan(draft.plan, store)
     save_spec(spec, store)
-    return Work(spec, draft.plan, draft.layout, draft.rows, Ledger(store, draft.plan), draft.files)
+    return Work(spec, plan, draft.layout, draft.rows, Ledger(store, plan), draft.files)
 
 
 def _check_grammar(spec: JobSpec) -> None:
@@ -125,21 +125,25 @@ def rows_taken(spec: JobSpec, rows: RowPrompts, inputs: Inputs) -> tuple[int, ..
     return tuple(counts)
 
 
-def _unchanged(spec: JobSpec, known: JobPlan) -> bool:
-    """Whether a plan reads the same rows of the same files: then nobody needs to count them again."""
+def _unchanged(spec: JobSpec, known: JobPlan) -> Inputs | None:
+    """The inputs of a plan that reads the same rows of the same files: then nobody needs to count them again."""
     asked = input_parts(spec)
     if asked != {name: known.fingerprint.get(name) for name in asked}:
-        return False
+        return None
     sources = Sources(spec.storage)
-    urls = [file.url for file in find_files(spec.input, sources)]
+    found = find_files(spec.input, sources)
     files = known.inputs.files
     # the scan ended where the limit was full
-    ended_early = spec.input.limit is not None and spec.input.where is None and len(files) < len(urls)
+    ended_early = spec.input.limit is not None and spec.input.where is None and len(files) < len(found)
+    if not ended_early and len(files) != len(found):
+        return None
 
-    def mark(url: str) -> tuple[str, int, str]:
-        with sources.open(url) as source:
-            return (url, *source.stat())
+    def again(file: InputFile, here: Found) -> InputFile | None:
+        with sources.open(here.url) as source:
+            if file.format != here.format or not source.same(file.stat, source.opened):
+                return None
+            return replace(file, url=here.url, mark=source.opened.mark, known_as=file.name)
 
     with ThreadPoolExecutor(_STAT_THREADS) as pool:
-        found = list(pool.map(mark, urls[: len(files)] if ended_early else urls))
-    return found == [(file.url, file.size, file.etag) for file in files]
+        same = [file for file in pool.map(again, files, found) if file is not None]
+    return replace(known.inputs, files=tuple(same)) if len(same) == len(files) else None

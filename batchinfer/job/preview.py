@@ -16,9 +16,8 @@ from batchinfer.io.fetch import ModelFiles, fetch_model
 from batchinfer.io.rows import Span, stream
 from batchinfer.io.storage import Store
 from batchinfer.job.feed import numbered
-from batchinfer.job.fingerprint import refuse_difference
 from batchinfer.job.ledger import Ledger
-from batchinfer.job.plan import PLAN, JobPlan
+from batchinfer.job.plan import PLAN, JobPlan, refuse_other
 from batchinfer.job.prepare import Draft, draft_plan
 from batchinfer.job.prompts import RowPrompt
 from batchinfer.prompting import Limits, Prepared, Preparer
@@ -73,7 +72,7 @@ def preview(spec: JobSpec, sample_rows: int) -> Preview:
     if data is not None:
         try:
             theirs = JobPlan.from_bytes(data, f"{store.url}/{PLAN}")
-            refuse_difference(draft.plan.fingerprint, theirs.fingerprint, f"{store.url}/{PLAN}")
+            refuse_other(draft.plan, theirs, f"{store.url}/{PLAN}")
             committed = len(Ledger(store, theirs).in_effect())
         except OutputConflict as error:
             conflict = error
