@@ -23,7 +23,7 @@ from batchinfer.cli_bench import bench
 from batchinfer.cli_options import Settings, load_job, located, parse_settings, print_text, takes
 from batchinfer.cli_progress import choose_progress, summary
 from batchinfer.cli_serve import ServeOptions, serve
-from batchinfer.errors import EXIT_OK, BatchInferError, UsageError
+from batchinfer.errors import EXIT_OK, BatchInferError, SpecError, UsageError
 from batchinfer.log import log
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def _options(
 
 def _locate(output: str, settings: list[str]) -> tuple[str, StorageSpec]:
     """Where an output lies and how to reach it, from its job file or from its URL and `--set storage.…`."""
-    from batchinfer.spec import StorageSpec
+    from batchinfer.spec import StorageSpec, parse_section
 
     if output.endswith(_JOB_FILES) and "://" not in output:
         spec = load_job(Path(output), settings)
@@ -164,10 +164,11 @@ def _locate(output: str, settings: list[str]) -> tuple[str, StorageSpec]:
     for key in values:
         if key not in known:
             raise UsageError(f"--set {key}: beside an output URL these can be set: {', '.join(sorted(known))}")
+    given = {key.removeprefix("storage."): value for key, value in values.items()}
     try:
-        return output, StorageSpec(**{key.removeprefix("storage."): value for key, value in values.items()})
-    except ValueError as error:
-        raise UsageError(f"--set storage: {error}") from None
+        return output, parse_section(StorageSpec, given, lambda _: "--set storage")
+    except SpecError as error:
+        raise UsageError(str(error)) from None
 
 
 @dataclass(frozen=True)

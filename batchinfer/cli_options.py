@@ -72,6 +72,8 @@ def load_job(job: Path, settings: list[str], limit: int | None = None, rehearse:
 
     values = parse_settings(settings)
     if limit is not None:
+        if "input.limit" in values:
+            raise UsageError("--limit and --set input.limit are the same: give one of them")
         values["input.limit"] = limit
     spec = load_spec(job, values)
     spec = with_cache(spec)
@@ -112,18 +114,28 @@ def _rehearsal(spec: JobSpec) -> JobSpec:
 
 def parse_settings(settings: list[str]) -> dict[str, Any]:
     """`seed=7` → {"seed": 7}. Values are YAML, as in the job file; what is not, as `{{ text }}` alone, is text."""
-    import yaml
-
     values: dict[str, Any] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
-        if not equals or not key.strip():
+        key = key.strip()
+        if not equals or not key:
             raise UsageError(f"--set {setting}: must be KEY=VALUE, for example engine.max_num_seqs=64")
-        try:
-            values[key.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            values[key.strip()] = text
+        if key in values or any(other.startswith(f"{key}.") for other in values):
+            raise UsageError(f"--set {key}: given twice, or after a key below it")
+        values[key] = _setting(key, text)
     return values
+
+
+def _setting(key: str, text: str) -> Any:
+    from batchinfer.yaml_text import NotYaml, read_yaml
+
+    try:
+        document = read_yaml(text, f"--set {key}")
+    except NotYaml:
+        return text
+    # a comment makes no sense here: `#` is a character of the text
+    cut = () in document.comments or (document.value is None and text.lstrip().startswith("#"))
+    return text if cut else document.value
 
 
 def model_spec(model: str, settings: list[str], more: Sequence[str] = ()) -> JobSpec:

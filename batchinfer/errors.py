@@ -171,6 +171,13 @@ RETRYABLE_KINDS = frozenset(error.kind for error in ROW_ERRORS if error.retryabl
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """`"; did you mean 'x'?"` for the nearest known name, or an empty string."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    """`"; did you mean 'x'?"` for the nearest known name, or an empty string. See `plain`."""
+    names = {plain(other): other for other in known}
+    wanted = plain(name)
+    near = [wanted] if wanted in names else difflib.get_close_matches(wanted, names, n=1, cutoff=0.6)
+    return f"; did you mean {names[near[0]]!r}?" if near else ""
+
+
+def plain(name: str) -> str:
+    """A name without case and without what is neither letter nor digit: `maxTokens`, `max-tokens`, `max_tokens`."""
+    return "".join(char for char in name.casefold() if char.isalnum())

@@ -12,19 +12,17 @@ from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
-from pydantic import ValidationError
-
 from batchinfer.assembly import Assembly, assemble
 from batchinfer.engine.blocks import BlockPool
 from batchinfer.engine.engine import Engine, Runner
 from batchinfer.engine.scheduler import Scheduler
 from batchinfer.engine.stats import EngineStats
-from batchinfer.errors import BadParameters, ModelError, SpecError, UsageError, suggest
+from batchinfer.errors import BadParameters, ModelError, SpecError, UsageError
 from batchinfer.io.fetch import ModelFiles, fetch_model
 from batchinfer.prompting import Content, Limits, Preparer, Prompt, mix
 from batchinfer.request import Completion, Pooling, SamplingParams
 from batchinfer.scoring import Continuation, Measure, Pooled, Read, Rolling, continuations
-from batchinfer.spec import FAKE_MODEL, EngineSpec, FakeSpec, JobSpec, StorageSpec
+from batchinfer.spec import FAKE_MODEL, EngineSpec, FakeSpec, JobSpec, StorageSpec, parse_section
 from batchinfer.stream import Stream
 from batchinfer.text.chat import ChatTemplate
 from batchinfer.text.tokenizer import Tokenizer
@@ -246,15 +244,10 @@ def make_engine(pool: BlockPool, runner: Runner, spec: EngineSpec) -> Engine:
 
 
 def _engine_spec(options: dict[str, Any]) -> EngineSpec:
-    known = EngineSpec.model_fields
-    for name in options:
-        if name not in known:
-            raise UsageError(f"LLM: unknown option {name!r}{suggest(name, known)} (known: {', '.join(known)})")
     try:
-        return EngineSpec(**options)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        raise UsageError(f"LLM: {problem['loc'][0]}: {problem['msg']}, got {problem['input']!r}") from None
+        return parse_section(EngineSpec, options, lambda _: "LLM")
+    except SpecError as error:
+        raise UsageError(str(error)) from None
 
 
 def _prompt(index: int, content: Content, params: SamplingParams | None, key: int) -> Prompt:

@@ -6,12 +6,14 @@ A row asks for `n` samples; each sample is one `Request`. Token ids are ints, lo
 from __future__ import annotations
 
 import math
+import re
 from array import array
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 from batchinfer.errors import BadParameters, RowError, suggest
+from batchinfer.numeric import number, whole
 from batchinfer.structured import StructuredOutputs
 
 FinishReason = Literal["stop", "length", "error"]
@@ -23,7 +25,8 @@ StopCheck = Callable[[int], bool]
 
 MAX_LOGPROBS = 20
 MAX_LOGPROB_TOKEN_IDS = 128  # vLLM's limit
-_INT64 = 1 << 63
+_MOST = (1 << 63) - 1
+_TOKEN_ID = re.compile(r"[0-9]{1,18}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +73,11 @@ class SamplingParams:
         if self.logit_bias is not None:
             object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
         object.__setattr__(self, "structured_outputs", StructuredOutputs.of(self.structured_outputs))
-        for name, (kind, low, high) in _RANGES.items():
-            _check_range(name, getattr(self, name), kind, low, high)
+        for name, limits in _RANGES.items():
+            given = getattr(self, name)
+            plain = limits.checked(name, given)
+            if plain is not given:
+                object.__setattr__(self, name, plain)
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
             if not isinstance(getattr(self, name), bool):
                 raise BadParameters(f"{name} must be true or false, got {getattr(self, name)!r}")
@@ -94,7 +100,7 @@ class SamplingParams:
         merged = {name: getattr(base, name) for name in known.difference(without)} if base is not None else {}
         for name, value in values.items():
             if name not in known:
-                raise BadParameters(f"unknown sampling parameter {name!r}{suggest(name, known)}")
+                raise BadParameters(f"unknown sampling parameter {name!r}{suggest(str(name), known)}")
             if value is not None:
                 merged[name] = value
         return cls(**merged)
@@ -109,34 +115,49 @@ class SamplingParams:
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
 
 
-# name → (type, lowest, highest); None in the value is allowed where the default is None
-_RANGES: dict[str, tuple[type, float, float]] = {
-    "n": (int, 1, 1024),
-    "temperature": (float, 0.0, math.inf),
-    "top_p": (float, 0.0, 1.0),
-    "top_k": (int, -1, _INT64),
-    "min_p": (float, 0.0, 1.0),
-    "repetition_penalty": (float, 0.0, math.inf),
-    "presence_penalty": (float, -2.0, 2.0),
-    "frequency_penalty": (float, -2.0, 2.0),
-    "seed": (int, -_INT64, _INT64 - 1),
-    "max_tokens": (int, 0, _INT64),
-    "min_tokens": (int, 0, _INT64),
-    "logprobs": (int, 0, MAX_LOGPROBS),
-    "prompt_logprobs": (int, 0, MAX_LOGPROBS),
+class _Range(NamedTuple):
+    """Which numbers a field takes. `above`: `low` itself is none of them; `optional`: None is allowed."""
+
+    whole: bool
+    low: float
+    high: float
+    above: bool = False
+    optional: bool = False
+
+    def checked(self, name: str, value: Any) -> int | float | None:
+        """`value` as a plain number. Raises BadParameters."""
+        if value is None and self.optional:
+            return None
+        given = whole(value) if self.whole else number(value)
+        if given is None or (self.whole and type(given) is not int):
+            raise BadParameters(f"{name} must be {'an integer' if self.whole else 'a number'}, got {value!r}")
+        if not self.low <= given <= self.high or given == math.inf or (self.above and given == self.low):
+            raise BadParameters(f"{name} must be {self._words(given)}, got {value!r}")
+        return cast(int | float, given)
+
+    def _words(self, given: int | float) -> str:
+        if self.high < _MOST:
+            return f"in {'(' if self.above else '['}{self.low:g}, {self.high:g}]"
+        if given > self.low:
+            return "finite" if self.high == math.inf else f"at most {self.high}"
+        return f"{'above' if self.above else 'at least'} {self.low:g}" if self.low > -_MOST else f"at least {self.low}"
+
+
+_RANGES = {
+    "n": _Range(True, 1, 1024),
+    "temperature": _Range(False, 0, math.inf),
+    "top_p": _Range(False, 0, 1, above=True),
+    "top_k": _Range(True, -1, _MOST),
+    "min_p": _Range(False, 0, 1),
+    "repetition_penalty": _Range(False, 0, math.inf, above=True),
+    "presence_penalty": _Range(False, -2, 2),
+    "frequency_penalty": _Range(False, -2, 2),
+    "seed": _Range(True, -_MOST - 1, _MOST, optional=True),
+    "max_tokens": _Range(True, 0, _MOST, optional=True),
+    "min_tokens": _Range(True, 0, _MOST),
+    "logprobs": _Range(True, 0, MAX_LOGPROBS, optional=True),
+    "prompt_logprobs": _Range(True, 0, MAX_LOGPROBS, optional=True),
 }
-_OPTIONAL = frozenset({"seed", "max_tokens", "logprobs", "prompt_logprobs"})
-_POSITIVE = frozenset({"repetition_penalty", "top_p"})  # zero is out of range as well
-
-
-def _check_range(name: str, value: Any, kind: type, low: float, high: float) -> None:
-    if value is None and name in _OPTIONAL:
-        return
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or (kind is int and not isinstance(value, int)):
-        raise BadParameters(f"{name} must be {'an integer' if kind is int else 'a number'}, got {value!r}")
-    if not low <= value <= high or math.isinf(value) or (name in _POSITIVE and value == 0):
-        raise BadParameters(f"{name} must be between {low:g} and {high:g}, got {value!r}")
 
 
 def _freeze(params: SamplingParams, name: str) -> None:
@@ -146,14 +167,15 @@ def _freeze(params: SamplingParams, name: str) -> None:
         return
     if name == "stop" and isinstance(value, str):
         value = (value,)
-    item = str if name in ("stop", "bad_words") else int
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise BadParameters(f"{name} must be a list, got {value!r}")
-    wanted = "a non-empty string" if item is str else "a token id"
-    for entry in value:
-        if not isinstance(entry, item) or isinstance(entry, bool) or entry == "":
+    texts = name in ("stop", "bad_words")
+    items = tuple(value if texts else map(whole, value))
+    for entry in items:
+        if type(entry) is not (str if texts else int) or entry == "":
+            wanted = "a non-empty string" if texts else "a token id"
             raise BadParameters(f"{name} holds {entry!r}; every item must be {wanted}")
-    object.__setattr__(params, name, tuple(value))
+    object.__setattr__(params, name, items)
 
 
 def _name_logprobs(params: SamplingParams, ids: tuple[int, ...]) -> None:
@@ -168,13 +190,18 @@ def _name_logprobs(params: SamplingParams, ids: tuple[int, ...]) -> None:
 
 
 def _bias(value: Any) -> dict[int, float]:
-    try:
-        bias = {int(token): float(amount) for token, amount in value.items()}
-    except (AttributeError, TypeError, ValueError):
-        raise BadParameters(f"logit_bias must map token ids to numbers, got {value!r}") from None
-    for token, amount in bias.items():
+    """Token ids may be text: JSON has no other keys."""
+    if not isinstance(value, Mapping):
+        raise BadParameters(f"logit_bias must map token ids to numbers, got {value!r}")
+    bias = {}
+    for key, given in value.items():
+        token = int(key) if isinstance(key, str) and _TOKEN_ID.fullmatch(key) else whole(key)
+        amount = number(given)
+        if type(token) is not int or amount is None:
+            raise BadParameters(f"logit_bias must map token ids to numbers, got {key!r}: {given!r}")
         if not -100.0 <= amount <= 100.0:
-            raise BadParameters(f"logit_bias of token {token} must be between -100 and 100, got {amount!r}")
+            raise BadParameters(f"logit_bias of token {token} must be in [-100, 100], got {given!r}")
+        bias[token] = float(amount)
     return bias
 
 

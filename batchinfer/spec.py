@@ -5,29 +5,47 @@ Relative paths in a job file are relative to the working directory, as in a shel
 
 from __future__ import annotations
 
-import dataclasses
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from batchinfer.errors import BadParameters, SpecError, suggest
+from batchinfer.errors import BadParameters, SpecError
+from batchinfer.log import log
+from batchinfer.numeric import whole
 from batchinfer.request import SamplingParams
+from batchinfer.spec_problems import Problem, shown, unknown_keys, wrong_value
+from batchinfer.yaml_text import MAX_BYTES, Document, Place, dotted, read_yaml
 
 FAKE_MODEL = "fake"
+_INT64 = 1 << 63
+ANCHORS = "x-"  # what keys of a job file begin with that hold nothing but anchors
+_TEMPLATES = (("prompt", "template"), ("prompt", "system"), ("prompt", "user"), ("score", "continuation"))
 
 
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
-StringList = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
+def _whole(value: Any) -> Any:
+    value = whole(value)
+    if type(value) is int and not -_INT64 <= value < _INT64:
+        raise ValueError(f"must fit 64 bits, got {value}")
+    return value
+
+
+Section = TypeVar("Section", bound=BaseModel)
+StringList = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+Whole = Annotated[int, BeforeValidator(_whole)]
+"""An integer of 64 bits; 5.0 is one, 5.5, true and "5" are none."""
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    """Values are what they look like: a text is no number, and true is not 1. Lists become tuples: see `StringList`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
 
 
 class InputSpec(_Section):
@@ -37,7 +55,7 @@ class InputSpec(_Section):
     format: Literal["parquet", "jsonl", "openai-batch"] | None = Field(None, description="default: from the file name")
     columns: StringList | None = Field(None, description="input columns that the output carries; default all")
     where: str | None = Field(None, description="Jinja expression over columns; rows where it is false are left out")
-    limit: int | None = Field(None, ge=1, description="stop after this many selected rows")
+    limit: Whole | None = Field(None, ge=1, description="stop after this many selected rows")
 
     @field_validator("path")
     @classmethod
@@ -100,7 +118,7 @@ class OutputSpec(_Section):
     token_ids: bool = Field(False, description="add prompt_token_ids and token_ids")
     samples: Literal["list", "rows"] = Field("list", description="n > 1 as list columns, or one row per sample")
     prefix: str = Field("", description="put before the names of all added columns")
-    chunk_rows: int = Field(1000, ge=1, le=1_000_000, description="rows per part, the unit of commit")
+    chunk_rows: Whole = Field(1000, ge=1, le=1_000_000, description="rows per part, the unit of commit")
 
 
 class EngineSpec(_Section):
@@ -116,16 +134,16 @@ class EngineSpec(_Section):
     quantization: Literal["int8"] | None = Field(
         None, description="int8: the layers' matrices and their inputs in 8 bits, faster and rounded"
     )
-    kv_cache_tokens: int | None = Field(None, ge=32, description="KV cache size in tokens")
-    max_num_seqs: int = Field(256, ge=1, le=65536, description="sequences that run at once")
-    max_step_tokens: int = Field(2048, ge=1, description="tokens of one step; longer prompts are computed in chunks")
-    speculative_tokens: int = Field(
+    kv_cache_tokens: Whole | None = Field(None, ge=32, description="KV cache size in tokens")
+    max_num_seqs: Whole = Field(256, ge=1, le=65536, description="sequences that run at once")
+    max_step_tokens: Whole = Field(2048, ge=1, description="tokens of one step; longer prompts are computed in chunks")
+    speculative_tokens: Whole = Field(
         4, ge=0, le=16, description="tokens proposed per sequence and step from its own text; 0: none"
     )
-    max_model_len: int | None = Field(None, ge=1, description="context limit; default the model's")
+    max_model_len: Whole | None = Field(None, ge=1, description="context limit; default the model's")
     enable_prefix_caching: bool = Field(True, description="reuse KV blocks of equal prefixes")
-    block_size: int = Field(16, ge=1, le=1024, description="tokens per KV block")
-    num_threads: int | None = Field(
+    block_size: Whole = Field(16, ge=1, le=1024, description="tokens per KV block")
+    num_threads: Whole | None = Field(
         None, ge=1, description="CPU threads of the model; default: cores, within the container's quota"
     )
 
@@ -150,16 +168,13 @@ class ErrorsSpec(_Section):
 
     @field_validator("max", mode="before")
     @classmethod
-    def _percent(cls, value: Any) -> Any:
+    def _rows_or_share(cls, value: Any) -> Any:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", value) if isinstance(value, str) else None
-        return float(match[1]) / 100 if match else value
-
-    @field_validator("max")
-    @classmethod
-    def _in_range(cls, value: int | float | None) -> int | float | None:
-        if value is not None and (value < 0 or (isinstance(value, float) and value > 1)):
-            raise ValueError("must be a whole number of rows, a share between 0 and 1, or a percentage")
-        return value
+        most = float(match[1]) / 100 if match else value
+        right = type(most) in (int, float) and 0 <= most <= (1 if type(most) is float else _INT64)
+        if not right and value is not None:
+            raise ValueError("must be a whole number of rows, a share in [0.0, 1.0], or a percentage")
+        return most
 
 
 class FakeSpec(_Section):
@@ -168,13 +183,13 @@ class FakeSpec(_Section):
     answer_tokens: int | tuple[int, int] = Field(40, description="answer length, or [shortest, longest]")
     step_s: float = Field(0.0, ge=0, description="time that every step takes, seconds")
 
-    @field_validator("answer_tokens")
+    @field_validator("answer_tokens", mode="before")
     @classmethod
-    def _positive(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
-        low, high = value if isinstance(value, tuple) else (value, value)
-        if not 1 <= low <= high:
-            raise ValueError("must be a positive number, or [shortest, longest]")
-        return value
+    def _length_or_two(cls, value: Any) -> Any:
+        lengths = [whole(length) for length in value] if isinstance(value, list | tuple) else [whole(value)] * 2
+        if len(lengths) != 2 or any(type(length) is not int for length in lengths) or not 1 <= lengths[0] <= lengths[1]:
+            raise ValueError("must be a positive integer, or [shortest, longest]")
+        return tuple(lengths) if isinstance(value, list | tuple) else lengths[0]
 
 
 class JobSpec(_Section):
@@ -185,7 +200,7 @@ class JobSpec(_Section):
     task: Literal["generate", "score", "choose", "embed"] = Field(
         "generate", description="answer prompts, or read them: logprobs of texts, the best of choices, vectors"
     )
-    seed: int = Field(0, description="seed of the job's random numbers")
+    seed: Whole = Field(0, description="seed of the job's random numbers")
     input: InputSpec
     prompt: PromptSpec | None = Field(None, description="not for openai-batch input, whose lines are requests")
     sampling: dict[str, Any] = Field({}, description="sampling parameters; the model's own defaults come first")
@@ -200,10 +215,6 @@ class JobSpec(_Section):
     @field_validator("sampling")
     @classmethod
     def _sampling(cls, value: dict[str, Any]) -> dict[str, Any]:
-        known = {f.name for f in dataclasses.fields(SamplingParams)} | {"column"}
-        for name in value:
-            if name not in known:
-                raise ValueError(f"unknown sampling parameter {name!r}{suggest(name, known)}")
         if not isinstance(value.get("column", ""), str):
             raise ValueError(f"column must be a column name, got {value['column']!r}")
         try:
@@ -226,113 +237,111 @@ def load_spec(path: str | Path, overrides: dict[str, Any] | None = None) -> JobS
 
     Raises SpecError with file, line and key of everything that is wrong in it.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
-    except OSError as error:
-        raise SpecError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SpecError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise SpecError(f"{path}: a job file is a mapping with model, input, prompt and output")
+    document = _read(path)
+    if not isinstance(document.value, dict):
+        what = "is empty" if document.value is None else f"holds {shown(document.value)}"
+        raise SpecError(f"{path}: {what}; a job file is a mapping with model, input, prompt and output")
+    for place in _TEMPLATES:
+        comment = document.comments.get(place)
+        if comment is not None:
+            line = f"{path}:{document.line(place)}: {dotted(place)}"
+            log.warning(f"{line}: ends before {comment!r}, which is a comment; quote the text if it belongs to it")
+    # anchors may stand below keys of their own
+    values = {key: value for key, value in document.value.items() if not key.startswith(ANCHORS)}
+    settings = {}
     for key, value in (overrides or {}).items():
-        _assign(values, key, value)
-    return parse_spec(values, str(path), node)
+        settings[_assign(values, key, value)] = key
+
+    def where(place: Place) -> str:
+        setting = next((settings[place[:n]] for n in range(len(place), 0, -1) if place[:n] in settings), None)
+        return f"{path}:{document.line(place)}" if setting is None else f"--set {setting}"
+
+    return parse_spec(values, str(path), where)
 
 
-def parse_spec(values: dict[str, Any], source: str = "job", node: yaml.Node | None = None) -> JobSpec:
-    """Validate plain values; `source` and `node` say where they stand in a file."""
-    try:
-        spec = JobSpec.model_validate(values)
-    except ValidationError as error:
-        raise SpecError("\n".join(_problem(problem, source, node) for problem in error.errors())) from None
-    batch = spec.input.format == "openai-batch"
-    if spec.prompt is None and not batch:
-        raise SpecError(f"{source}: prompt: missing; give template, user, messages or column")
-    if spec.prompt is not None and batch:
-        line = _line(node, ("prompt",))
-        raise SpecError(f"{source}{line}: prompt: openai-batch lines are requests already; leave it out")
-    problem = _task_problem(spec)
+def parse_spec(values: dict[str, Any], source: str = "job", where: Callable[[Place], str] | None = None) -> JobSpec:
+    """Validate plain values. `where` says where one stands; without it all stand in `source`. Raises SpecError."""
+    at = where or (lambda _: source)
+    # a section whose lines are all comments is null
+    given = {key: value for key, value in values.items() if value is not None or key not in JobSpec.model_fields}
+    spec = parse_section(JobSpec, given, at)
+    problem = _mismatch(spec)
     if problem is not None:
-        key, text = problem
-        raise SpecError(f"{source}{_line(node, tuple(key.split('.')))}: {key}: {text}")
-    if spec.output.format == "openai-batch" and not batch:
-        line = _line(node, ("output", "format"))
-        raise SpecError(f"{source}{line}: output.format: openai-batch goes with openai-batch input")
+        raise SpecError(_listed([problem], at))
     return spec
 
 
-def _task_problem(spec: JobSpec) -> tuple[str, str] | None:
+def parse_section(kind: type[Section], values: dict[str, Any], at: Callable[[Place], str]) -> Section:
+    """Raises SpecError with one line for everything that is wrong, each of which begins with what `at` says."""
+    problems = list(unknown_keys(kind, values))
+    if problems:
+        raise SpecError(_listed(problems, at))
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise SpecError(_listed([wrong_value(kind, problem, values) for problem in error.errors()], at)) from None
+
+
+def _listed(problems: list[Problem], at: Callable[[Place], str]) -> str:
+    return "\n".join(f"{at(place)}: {dotted(place) or 'job'}: {text}" for place, text in problems)
+
+
+def _mismatch(spec: JobSpec) -> Problem | None:
+    """A key that does not go with another, and why."""
+    batch = spec.input.format == "openai-batch"
+    if spec.prompt is None and not batch:
+        return ("prompt",), "missing; give template, user, messages or column"
+    if spec.prompt is not None and batch:
+        return ("prompt",), "openai-batch lines are requests already; leave it out"
+    if spec.output.format == "openai-batch" and not batch:
+        return ("output", "format"), "openai-batch goes with openai-batch input"
+    return _task_problem(spec)
+
+
+def _task_problem(spec: JobSpec) -> Problem | None:
     """A key that does not go with the task, and why."""
     task, score = spec.task, spec.score
     for section, tasks in (("sampling", ("generate",)), ("score", ("score", "choose")), ("embed", ("embed",))):
         if task not in tasks and getattr(spec, section) != JobSpec.model_fields[section].default:
-            return section, f"does not go with task {task}"
+            return (section,), f"does not go with task {task}"
     if task != "generate" and spec.input.format == "openai-batch":
-        return "task", f"{task} does not go with openai-batch input, whose lines ask for answers"
+        return ("task",), f"{task} does not go with openai-batch input, whose lines ask for answers"
     if task != "generate" and spec.output.samples == "rows":
-        return "output.samples", f"does not go with task {task}"
+        return ("output", "samples"), f"does not go with task {task}"
     ways = [name for name in ("choices", "choices_column") if getattr(score, name) is not None]
     if task == "choose" and (len(ways) != 1 or score.continuation is not None):
-        return "score", "task choose needs exactly one of choices, choices_column, and no continuation"
+        return ("score",), "task choose needs exactly one of choices, choices_column, and no continuation"
     ways += ["measure"] if score.measure != "sum" else []
     if task == "score" and ways:
-        return f"score.{ways[0]}", "goes with task choose"
+        return ("score", ways[0]), "goes with task choose"
     return None
 
 
 def locate(path: str | Path, key: str) -> str:
     """`"job.yaml:12"`: where a dotted key, or the deepest part of it that is there, stands in a job file."""
-    node = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    return f"{path}{_line(node, tuple(key.split('.')))}"
+    try:
+        return f"{path}:{_read(path).line(key.split('.'))}"
+    except SpecError:  # it was read a moment ago: a pipe, or changed since
+        return str(path)
 
 
-def _assign(values: dict[str, Any], key: str, value: Any) -> None:
-    *parents, last = key.split(".")
+def _read(path: str | Path) -> Document:
+    try:
+        with Path(path).open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read: {error.strerror}") from None
+    return read_yaml(data, str(path))
+
+
+def _assign(values: dict[str, Any], key: str, value: Any) -> Place:
+    *parents, last = place = tuple(key.split("."))
     for name in parents:
-        child = values.setdefault(name, {})
+        child = values.get(name)
+        if child is None:
+            child = values[name] = {}
         if not isinstance(child, dict):
             raise SpecError(f"--set {key}: {name} is not a section")
         values = child
     values[last] = value
-
-
-def _problem(problem: Any, source: str, node: yaml.Node | None) -> str:
-    # pydantic adds the union branch to the location ("int", "tuple[int,int]"): no key of ours has such a name
-    path = tuple(part for part in problem["loc"] if isinstance(part, int) or re.fullmatch(r"[a-z_]+", part))
-    if problem["type"] == "extra_forbidden":
-        known = _fields_at(path[:-1])
-        text = f"unknown key{suggest(str(path[-1]), known)} (known: {', '.join(known)})"
-    elif problem["type"] == "missing":
-        text = "missing"
-    else:
-        text = problem["msg"].removeprefix("Value error, ")
-        text = text if problem["type"] == "value_error" else f"{text}, got {problem['input']!r}"
-    return f"{source}{_line(node, path)}: {'.'.join(str(part) for part in path) or 'job'}: {text}"
-
-
-def _fields_at(path: tuple[int | str, ...]) -> list[str]:
-    model: type[BaseModel] = JobSpec
-    for part in path:
-        annotation = str(model.model_fields[str(part)].annotation)
-        model = next((s for s in _Section.__subclasses__() if s.__name__ in annotation), model)
-    return list(model.model_fields)
-
-
-def _line(node: yaml.Node | None, path: tuple[int | str, ...]) -> str:
-    """`":12"`, the line of the deepest key of `path` that the file has; empty without a file."""
-    if node is None:
-        return ""
-    line = node.start_mark.line
-    for part in path:
-        if isinstance(node, yaml.MappingNode):
-            pair = next(((key, value) for key, value in node.value if key.value == part), None)
-            if pair is None:
-                break
-            line, node = pair[0].start_mark.line, pair[1]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-            node = node.value[part]
-            line = node.start_mark.line
-    return f":{line + 1}"
+    return place

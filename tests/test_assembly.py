@@ -44,7 +44,7 @@ def test_sampling_defaults_of_the_model(tmp_path: Path) -> None:
     config.write_text(json.dumps({"temperature": 0.6, "do_sample": False}))
     assert _defaults(_generation_config(tmp_path), files).greedy
     config.write_text(json.dumps({"top_p": 7}))
-    with pytest.raises(ModelError, match=r"generation_config.json: top_p must be between"):
+    with pytest.raises(ModelError, match=r"generation_config.json: top_p must be in"):
         _defaults(_generation_config(tmp_path), files)
     config.write_text("{")
     with pytest.raises(ModelError, match="not JSON"):

@@ -81,5 +81,5 @@ def test_a_job_file_takes_it_and_names_the_line():
     job = {"model": "fake", "input": {"path": "x"}, "prompt": {"column": "c"}, "output": {"path": "o"}}
     spec = parse_spec({**job, "sampling": {"structured_outputs": {"choice": ["a"]}}})
     assert spec.sampling_values["structured_outputs"] == {"choice": ["a"]}
-    with pytest.raises(SpecError, match="sampling: structured_outputs: unknown key 'chioce'; did you mean 'choice'"):
+    with pytest.raises(SpecError, match=r"sampling\.structured_outputs: unknown key 'chioce'; did you mean 'choice'"):
         parse_spec({**job, "sampling": {"structured_outputs": {"chioce": ["a"]}}})

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from batchinfer.errors import InvalidInput
+from batchinfer.numeric import whole
 
 TruncationSide = Literal["left", "right"]
+Whole = Annotated[int, BeforeValidator(whole)]  # 5.0 is one: JSON has but one kind of number
 TokenIds = list[Annotated[int, Field(ge=0)]]
 
 
@@ -32,34 +34,34 @@ class SamplingBody(_Body):
     """What completions and chat have in common. The names and meanings of sampling fields are vLLM's."""
 
     model: str | None = None
-    max_tokens: int | None = None
-    min_tokens: int | None = None
-    n: int | None = None
-    best_of: int | None = None
+    max_tokens: Whole | None = None
+    min_tokens: Whole | None = None
+    n: Whole | None = None
+    best_of: Whole | None = None
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: Whole | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
-    seed: int | None = None
+    seed: Whole | None = None
     stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: list[Whole] | None = None
     ignore_eos: bool | None = None
     bad_words: list[str] | None = None
-    allowed_token_ids: list[int] | None = None
+    allowed_token_ids: list[Whole] | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
-    prompt_logprobs: int | None = None
-    logprob_token_ids: list[int] | None = None
+    prompt_logprobs: Whole | None = None
+    logprob_token_ids: list[Whole] | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     structured_outputs: dict[str, Any] | None = None
     response_format: dict[str, Any] | None = None
     add_special_tokens: bool | None = None
-    truncate_prompt_tokens: int | None = None
+    truncate_prompt_tokens: Whole | None = None
     truncation_side: TruncationSide | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -69,7 +71,7 @@ class SamplingBody(_Body):
 class CompletionRequest(SamplingBody):
     prompt: str | TokenIds | list[str] | list[TokenIds]
     echo: bool | None = None
-    logprobs: int | None = None
+    logprobs: Whole | None = None
     suffix: str | None = None
 
 
@@ -83,9 +85,9 @@ class Message(_Body):
 
 class ChatRequest(SamplingBody):
     messages: list[Message]
-    max_completion_tokens: int | None = None
+    max_completion_tokens: Whole | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Whole | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -98,11 +100,11 @@ class EmbeddingRequest(_Body):
     input: str | TokenIds | list[str] | list[TokenIds]
     model: str | None = None
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: int | None = None
+    dimensions: Whole | None = None
     pooling: Literal["mean", "last", "cls"] | None = None
     normalize: bool | None = None
     add_special_tokens: bool | None = None
-    truncate_prompt_tokens: int | None = None
+    truncate_prompt_tokens: Whole | None = None
     truncation_side: TruncationSide | None = None
     user: str | None = None
 

@@ -63,7 +63,7 @@ def test_what_bfloat16_rounds(model: Path, dtype, quantization, layers, ends) ->
 
 
 def test_another_kind_is_refused() -> None:
-    with pytest.raises(UsageError, match="quantization: Input should be 'int8', got 'int4'"):
+    with pytest.raises(UsageError, match="quantization: must be one of int8, got 'int4'"):
         LLM("fake", quantization="int4")
 
 

@@ -197,7 +197,7 @@ def test_mistakes_are_found_before_anything_runs(rows):
 @pytest.mark.parametrize(
     ("values", "problem"),
     [
-        ({"task": "rate"}, "task: Input should be 'generate', 'score', 'choose' or 'embed'"),
+        ({"task": "rate"}, "task: must be one of generate, score, choose, embed, got 'rate'"),
         ({"task": "score", "sampling": {"temperature": 0}}, "sampling: does not go with task score"),
         ({"score": {"continuation": "x"}}, "score: does not go with task generate"),
         ({"task": "score", "embed": {"pooling": "cls"}}, "embed: does not go with task score"),

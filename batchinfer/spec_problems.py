@@ -1,0 +1,216 @@
+"""What is wrong with a job's values, in words: the key, what it takes, what it got, and what was perhaps meant."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from annotated_types import Ge, Le
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from batchinfer.errors import plain, suggest
+from batchinfer.request import SamplingParams
+from batchinfer.yaml_text import Place
+
+Problem = tuple[Place, str]
+"""A key, and what is wrong with it."""
+
+SAMPLING = "sampling"  # the section whose keys are not fields of a model
+_SAMPLING_KEYS = (*(field.name for field in dataclasses.fields(SamplingParams)), "column")
+_SHOWN = 60  # characters
+
+# what other tools call our keys and values
+_OTHER_NAMES = {
+    "maxnewtokens": "sampling.max_tokens",
+    "maxcompletiontokens": "sampling.max_tokens",
+    "maxlength": "sampling.max_tokens",
+    "numreturnsequences": "sampling.n",
+    "stopsequences": "sampling.stop",
+    "repetition": "sampling.repetition_penalty",
+    "responseformat": "sampling.structured_outputs",
+    "batchsize": "engine.max_num_seqs",
+    "maxbatchsize": "engine.max_num_seqs",
+    "maxnumbatchedtokens": "engine.max_step_tokens",
+    "maxlen": "engine.max_model_len",
+    "contextlength": "engine.max_model_len",
+    "threads": "engine.num_threads",
+    "torchdtype": "engine.dtype",
+    "endpointurl": "storage.endpoint",
+    "batchrows": "output.chunk_rows",
+}
+_OTHER_VALUES = {
+    "fp16": "float16",
+    "f16": "float16",
+    "half": "float16",
+    "bf16": "bfloat16",
+    "fp32": "float32",
+    "f32": "float32",
+    "float": "float32",
+    "gz": "gzip",
+    "zst": "zstd",
+    "ndjson": "jsonl",
+    "json": "jsonl",
+    "openai": "openai-batch",
+    "avg": "mean",
+    "average": "mean",
+}
+_BOOLEANS = {"yes": "true", "y": "true", "on": "true", "no": "false", "n": "false", "off": "false"}
+
+
+def unknown_keys(model: type[BaseModel], values: Mapping[Any, Any], place: Place = ()) -> Iterator[Problem]:
+    """Keys that no field has, at every level that has fields."""
+    known = _keys(model, place)
+    for key, value in values.items():
+        here = (*place, key if isinstance(key, str) else repr(key))
+        if key not in known:
+            near = _meant(model, here, known)
+            yield here, f"unknown key{near} (known: {', '.join(known)})"
+        elif isinstance(value, Mapping) and (_section(model, here) is not None or here == (SAMPLING,)):
+            yield from unknown_keys(model, value, here)
+
+
+def _meant(model: type[BaseModel], place: Place, known: list[str]) -> str:
+    """`"; did you mean 'x'?"`: a key beside it, or one of another section."""
+    *parents, key = map(str, place)
+    name = plain(key)
+    everywhere = [".".join(found) for found in _all_keys(model)]
+    beside = {plain(other): other for other in known}
+    elsewhere = {plain(other.rpartition(".")[2]): other for other in reversed(everywhere)}
+    whole_path = {plain(other): other for other in everywhere}  # engine.maxNumSeqs as one key
+    exact = beside.get(name) or whole_path.get(name) or elsewhere.get(name) or _OTHER_NAMES.get(name)
+    if exact is None and ":" in key and plain(key.partition(":")[0]) in beside:
+        return "; a colon and a space end a key"
+    if exact is None:
+        close = difflib.get_close_matches(name, beside, 1, 0.6)
+        exact = beside[close[0]] if close else None
+    if exact is None:
+        close = difflib.get_close_matches(name, elsewhere, 1, 0.8)
+        exact = elsewhere[close[0]] if close else None
+    if exact is None:
+        return ""
+    section, _, last = exact.rpartition(".")
+    if section and section == ".".join(parents):
+        exact = last
+    nested = f", which is {last!r} below {section!r}" if section and "." in key else ""
+    return f"; did you mean {exact!r}{nested}?"
+
+
+def _all_keys(model: type[BaseModel]) -> Iterator[tuple[str, ...]]:
+    for name in model.model_fields:
+        yield (name,)
+        if name == SAMPLING or _section(model, (name,)) is not None:
+            yield from ((name, key) for key in _keys(model, (name,)))
+
+
+def _keys(model: type[BaseModel], place: Place) -> list[str]:
+    if place == (SAMPLING,):
+        return list(_SAMPLING_KEYS)
+    section = _section(model, place)
+    return list(section.model_fields) if section is not None else []
+
+
+def _section(model: type[BaseModel], place: Place) -> type[BaseModel] | None:
+    """The model of a section; of the job itself if `place` is empty."""
+    found: type[BaseModel] | None = model
+    for part in place:
+        info = found.model_fields.get(str(part)) if found is not None else None
+        options = _options(info.annotation) if info is not None else []
+        found = next((one for one in options if isinstance(one, type) and issubclass(one, BaseModel)), None)
+    return found
+
+
+def wrong_value(model: type[BaseModel], problem: Any, values: Mapping[str, Any]) -> Problem:
+    """One of pydantic's errors. Of its place only what `values` have counts: it adds names of union branches."""
+    place: Place = ()
+    section: type[BaseModel] | None = model
+    info: FieldInfo | None = None
+    value: Any = values
+    for part in problem["loc"]:
+        if section is not None:
+            place, info = (*place, part), section.model_fields[str(part)]
+            section = _section(model, place)
+        elif not isinstance(value, list | tuple) or not isinstance(part, int) or not part < len(value):
+            break
+        else:
+            place = (*place, part)
+        value = value.get(part) if isinstance(value, Mapping) else value[part]
+    kind, message = problem["type"], problem["msg"].removeprefix("Value error, ")
+    if kind == "missing":
+        return place, "missing"
+    if kind == "value_error":
+        return _of_parameter(message) if place == (SAMPLING,) else (place, message)
+    item = isinstance(place[-1], int) if place else False
+    wanted = "text" if item else _wanted(info, section)
+    return place, f"must be {wanted}, got {shown(problem['input'])}{_hint(wanted, info, problem['input'])}"
+
+
+def _of_parameter(message: str) -> Problem:
+    """`max_tokens must be …`, `structured_outputs.json is …`: with the parameter as the key."""
+    match = re.match(r"([a-z_]+(?:\.[a-z_]+)*):? ", message)
+    if match is None or match[1].partition(".")[0] not in _SAMPLING_KEYS:
+        return (SAMPLING,), message
+    return (SAMPLING, *match[1].split(".")), message[match.end() :]
+
+
+def _wanted(info: FieldInfo | None, section: type[BaseModel] | None) -> str:
+    if section is not None:
+        return f"a mapping with {', '.join(section.model_fields)}"
+    assert info is not None
+    options = _options(info.annotation)
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "text", dict: "a mapping"}
+    for option in options:
+        if get_origin(option) is Literal:
+            return "one of " + ", ".join(map(str, get_args(option)))
+        if get_origin(option) is tuple:
+            return "text, or a list of texts"
+    wanted = " or ".join(dict.fromkeys(names[get_origin(option) or option] for option in options))
+    return wanted + _bounds(info.metadata)
+
+
+def _bounds(metadata: Iterable[Any]) -> str:
+    low = next((one.ge for one in metadata if isinstance(one, Ge)), None)
+    high = next((one.le for one in metadata if isinstance(one, Le)), None)
+    if low is not None and high is not None:
+        return f" in [{low}, {high}]"
+    return f", at least {low}" if low is not None else ""
+
+
+def _options(annotation: Any) -> list[Any]:
+    """The types of a union, less None and what is added to them."""
+    origin = get_origin(annotation)
+    if origin in (Union, UnionType):
+        return [one for part in get_args(annotation) if part is not type(None) for one in _options(part)]
+    return _options(get_args(annotation)[0]) if origin is Annotated else [annotation]
+
+
+def _hint(wanted: str, info: FieldInfo | None, value: Any) -> str:
+    if wanted.startswith("text"):
+        return "; in quotes it is text" if not isinstance(value, list | tuple) and value is not None else ""
+    if not isinstance(value, str):
+        return ""
+    said = value.strip().casefold()
+    if wanted == "true or false":
+        return f"; write {_BOOLEANS[said]}" if said in _BOOLEANS else ""
+    if wanted.startswith("one of "):
+        allowed = wanted.removeprefix("one of ").split(", ")
+        other = _OTHER_VALUES.get(said, "")
+        return f"; did you mean {other!r}?" if other in allowed else suggest(said, allowed)
+    number = re.fullmatch(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?", said)
+    return "; it is a number without quotes" if number and ("integer" in wanted or "number" in wanted) else ""
+
+
+def shown(value: Any) -> str:
+    """A value as a job file has it; of what is long, what it is."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, Mapping):
+        return "a mapping" if value else "an empty mapping"
+    if isinstance(value, list | tuple):
+        return "a list" if value else "an empty list"
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"

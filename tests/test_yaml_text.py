@@ -1,0 +1,266 @@
+"""YAML 1.2's core schema with lines: values, keys, what is refused, and that nothing but SpecError comes out."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from batchinfer.errors import SpecError
+from batchinfer.yaml_text import MAX_BYTES, NotYaml, read_yaml
+
+CORE = {
+    "1e-3": 0.001,
+    "1E5": 1e5,
+    ".5": 0.5,
+    "5.": 5.0,
+    "-.5e+1": -5.0,
+    "+1": 1,
+    "012": 12,
+    "0o17": 15,
+    "0x1F": 31,
+    "-.inf": -math.inf,
+    ".INF": math.inf,
+    "true": True,
+    "FALSE": False,
+    "~": None,
+    "Null": None,
+    "": None,
+    "!!str 5": "5",
+    "!!float 5": 5.0,
+    "'5'": "5",
+}
+TEXTS = ["yes", "No", "on", "OFF", "y", "n", "1_000", "12:30:45", "2024-01-01", "0b11", "1e", ".", "tRUE", "-0x1", "="]
+
+
+@pytest.mark.parametrize(("written", "value"), CORE.items())
+def test_core_schema(written, value):
+    for text in (f"a: {written}", f"a: {{b: [{written}]}}"):
+        if not (written == "" and "{" in text):
+            got = read_yaml(text, "j").value["a"]
+            got = got["b"][0] if isinstance(got, dict) else got
+            assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_what_only_yaml_1_1_converts_is_text(text):
+    assert read_yaml(f"{text}: [{text}, '{text}']", "j").value == {text: [text, text]}
+
+
+def test_not_a_number():
+    assert math.isnan(read_yaml("a: .nan", "j").value["a"])
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    )
+)
+@settings(max_examples=150, deadline=None)
+@example({"😀": "\u2028"})
+@example({"a": "\ud83d"})
+def test_json_is_yaml(value):
+    """Also with tabs, and with characters beyond 16 bits as two escapes."""
+    text = json.dumps(value, indent="\t")
+    try:
+        expected = json.loads(text.encode().decode())
+        json.dumps(expected, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # half a character
+        with pytest.raises(SpecError):
+            read_yaml(text, "j")
+        return
+    for name in ("NaN", "Infinity"):  # JSON's own texts of these are text in YAML
+        if name in text:
+            return
+    got = read_yaml(text, "j").value
+    assert got == expected and repr(got) == repr(expected)
+
+
+def test_keys_are_text_as_it_is_written():
+    assert list(read_yaml("1: a\non: b\n~: c\n'': d\n1.50: e", "j").value) == ["1", "on", "~", "", "1.50"]
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "lines"),
+    [
+        ("a: 1\nb: 2\na: 3", "a", (3, 1)),
+        ("a:\n  b: 1\n\n  b: 2", "a.b", (4, 2)),
+        ("a:\n- {x: 1}\n- {x: 1, 'x': 2}", "a.1.x", (3, 3)),
+        ('1: 1\n"1": 2', "1", (2, 1)),
+        ("a: &a {b: 1}\nc:\n  <<: *a\n  <<: *a", "c.'<<'", (4, 3)),
+        ("a: {b: {c: {d: 1,\n d: 2}}}", "a.b.c.d", (2, 1)),
+    ],
+)
+def test_a_key_given_twice(text, key, lines):
+    with pytest.raises(SpecError) as caught:
+        read_yaml(text, "job.yaml")
+    assert str(caught.value) == f"job.yaml:{lines[0]}: {key}: given twice; it stands on line {lines[1]} already"
+
+
+def test_anchors_and_merge_keys():
+    text = "x-a: &a {k: 1, j: [2]}\nb: {<<: *a, k: 5}\nc:\n  <<: [{z: 1, k: 9}, *a]\nd: *a"
+    document = read_yaml(text, "j")
+    assert document.value["b"] == {"k": 5, "j": [2]}
+    assert document.value["c"] == {"z": 1, "k": 9, "j": [2]}
+    assert document.value["d"] == document.value["x-a"] and document.value["d"] is not document.value["x-a"]
+    assert [document.line(path) for path in (("b", "k"), ("b", "j"), ("c", "z"), ("c", "q"), ())] == [2, 1, 4, 3, 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: &a [*a]", "a.0: an alias stands for something that holds"),
+        ("a: &a {b: {<<: *a}}", "an alias stands for something that holds"),
+        ("a: *b", "no anchor"),
+        ("a:\n- <<: 5", ":2: a.0: << takes"),
+        ("a:\n  b: !!python/object:os.system x", ":2: a.b: the tag !!python/object:os.system"),
+        ("a: !!binary aGk=", "the tag !!binary"),
+        ("a: !!set {b}", "the tag !!set"),
+        ("a: !!int x", "does not go with it"),
+        ("a: !env HOME", "the tag !env"),
+        ("a: 1\n---\nb: 1", ":2: not YAML: but found another document"),
+        ("a:\n\t- 1", ":2: .*indent with spaces"),
+        ("a: 1\n? [a, b]\n: 1", ":2: a key must be text, and \\[a, b\\] is a list"),
+        ("a: {b: 1}\n? {c: d}\n: 1", ":2: a key must be text"),
+        ("a: 1\nb: " + "9" * 5000, ":2: b: a number of 5,000 digits"),
+        ('a: "\\ud800"', "half of a character"),
+        ('a: "\\U99999999"', "not YAML"),
+        ("a: 'x\nb: 2", ":1: .*quotation mark that opens here is not closed"),
+        ("a: 1\nb: x: y", ":2: .*a colon and a space must be in quotes"),
+        ('a: "C:\\data"', "begins an escape"),
+        ("a: \x07", ":1: .*U\\+0007"),
+        ("[" * 3000, "nested too deeply"),
+        ("a: " + "[" * 150 + "]" * 150, "nested more than 100 deep"),
+    ],
+)
+def test_what_is_refused(text, message):
+    with pytest.raises(SpecError, match=message):
+        read_yaml(text, "j")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{{ text }}",
+        "{{text}} and more",
+        "Question: {{ text }}",
+        "{% if a %}b{% endif %}",
+        "{# note #} x",
+        "[{{ a }}, b]",
+        "'it's {{ text }}'",
+        "{user: Hi {{ text }}}",
+        "{{ row['a b'] }}",
+    ],
+)
+def test_an_unquoted_template(line):
+    with pytest.raises(NotYaml, match=r"^j:3: .*text with \{\{ … \}\} must be in quotes"):
+        read_yaml(f"a: 1\nprompt:\n  user: {line}\n  system: x\nb: 2", "j")
+
+
+@pytest.mark.parametrize("path", ["*.jsonl", "**/*.parquet", "[*.jsonl]", "@x", "`x`", "%x", "&.x"])
+def test_an_unquoted_pattern(path):
+    with pytest.raises(NotYaml, match=r"^j:2: .*must be in quotes"):
+        read_yaml(f"input:\n  path: {path}\n", "j")
+
+
+def test_comments_that_end_an_unquoted_text():
+    document = read_yaml("a: be brief # really\nb: 'x' # y\nc: [p # q\n]\nd: # e\n  5", "j")
+    assert document.comments == {("a",): "# really", ("c", 0): "# q"}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"\xef\xbb\xbfa: 1\nb: \xff", ":2: not UTF-8: byte 0xff"),
+        ("a: 1".encode("utf-16"), "UTF-16"),
+        ("a: 1\n".encode("utf-16-le"), ":1: .*zero bytes"),
+        (b"PAR1\n\x00\x01", ":2: .*zero bytes"),
+        (b"a: " + b"x" * MAX_BYTES, "bytes"),
+    ],
+)
+def test_files_that_are_not_text(data, message):
+    with pytest.raises(NotYaml, match=f"^j.*{message}"):
+        read_yaml(data, "j")
+
+
+def test_byte_order_mark_and_line_ends():
+    document = read_yaml(b"\xef\xbb\xbfa: 1\r\nb:\r\n  c: 2\r\n", "j")
+    assert document.value == {"a": 1, "b": {"c": 2}} and document.line(("b", "c")) == 3
+
+
+@pytest.mark.parametrize("kind", ["lists", "merges"])
+def test_aliases_do_not_multiply_without_end(kind):
+    lines = ["a0: &a0 {k: 1}"]
+    for level in range(1, 30):
+        many = ", ".join([f"*a{level - 1}"] * 9)
+        lines.append(f"a{level}: &a{level} " + (f"[{many}]" if kind == "lists" else f"{{<<: [{many}]}}"))
+    with pytest.raises(SpecError, match="more than 100,000 values"):
+        read_yaml("\n".join(lines), "j")
+
+
+PIECES = st.sampled_from(
+    (
+        *(
+            "a",
+            "b: ",
+            ": ",
+            "- ",
+            "\n",
+            "  ",
+            "{",
+            "}",
+            "[",
+            "]",
+            ", ",
+            "{{ x }}",
+            "*a",
+            "&a ",
+            "<<: *a",
+            "!!int ",
+            "'",
+        ),
+        *(
+            '"',
+            "# c",
+            "|\n",
+            "? ",
+            "---\n",
+            "...",
+            "\t",
+            "1e3",
+            "~",
+            "%",
+            "@",
+            "\\u12",
+            "é",
+            "\r",
+            "\x85",
+            "\ud800",
+            "\0",
+        ),
+    )
+)
+
+
+@given(st.lists(PIECES, max_size=25).map("".join) | st.text(max_size=60))
+@settings(max_examples=400, deadline=None)
+def test_any_text_is_read_or_refused(text):
+    try:
+        document = read_yaml(text, "j")
+    except SpecError as error:
+        assert str(error).startswith("j:")
+    else:
+        json.dumps(document.value, ensure_ascii=False).encode()
+
+
+@given(st.binary(max_size=60))
+@settings(max_examples=100, deadline=None)
+def test_any_bytes_are_read_or_refused(data):
+    try:
+        read_yaml(data, "j")
+    except SpecError as error:
+        assert str(error).startswith("j:")
