@@ -57,7 +57,7 @@ def test_not_a_number():
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=20), inner),
     )
 )
 @settings(max_examples=150, deadline=None)
