@@ -18,6 +18,7 @@ from batchinfer.job.plan import load_plan
 from batchinfer.job.readback import read_part
 from batchinfer.spec import StorageSpec
 from batchinfer.text.chat import RowFilter
+from batchinfer.wire.answers import tokens_of
 
 _ADDED = ("row", "status", "error_type", "prompt_tokens", "completion_tokens", "sample")
 
@@ -98,8 +99,7 @@ class _Reader:
     def _batch_line(self, row: dict[str, Any]) -> _PartRow:
         """A response line of OpenAI's batch format; its id carries the row's index in the job."""
         number = int(row["id"].rpartition("_")[2]) - self.chunk.base + self.chunk.start
-        usage, error = row["response"]["body"]["usage"], row["error"]
-        tokens = usage["prompt_tokens"], usage.get("completion_tokens", 0)
+        tokens, error = tokens_of(row["response"]["body"]["usage"]), row["error"]
         carried = {"custom_id": row["custom_id"]}
         return _PartRow(number, 0, error is None, error and error["code"], *tokens, carried)
 

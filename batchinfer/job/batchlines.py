@@ -17,8 +17,8 @@ from batchinfer.job.columns import BODY, Layout
 from batchinfer.job.prompts import asked_of
 from batchinfer.job.results import Row
 from batchinfer.request import FinishReason, TokenLogprob
-from batchinfer.wire.answers import Answers, PromptTokens, Read, Said, problem
-from batchinfer.wire.asked import Asked, WireModel
+from batchinfer.wire.answers import Answers, PromptTokens, Read, Said, problem, tokens_of
+from batchinfer.wire.asked import Asked, WireModel, field_of
 from batchinfer.wire.bodies import CompletionRequest
 
 _ID = "batch_req_"
@@ -70,14 +70,14 @@ def rows_of_lines(lines: Iterable[dict[str, Any]], base: int) -> list[Row]:
     for line in lines:
         offset = int(line["id"].removeprefix(_ID)) - base
         body, failed = line["response"]["body"], line["error"]
-        usage = body["usage"]
+        prompt_tokens, answer_tokens = tokens_of(body["usage"])
         if failed is not None:
             param = body["error"]["param"]
             why = [failed["code"], failed["message"], *([] if param is None else [param])]
-            rows.append(Row(offset, usage["prompt_tokens"], None, [], why))
+            rows.append(Row(offset, prompt_tokens, None, [], why))
             continue
-        counted = ("", "stop", usage.get("completion_tokens", 0), None, None)
-        rows.append(Row(offset, usage["prompt_tokens"], None, [counted], None, {"response": line["response"]}))
+        sample = ("", "stop", answer_tokens, None, None)
+        rows.append(Row(offset, prompt_tokens, None, [sample], None, {"response": line["response"]}))
     return sorted(rows, key=lambda row: row.offset)
 
 
@@ -88,7 +88,8 @@ def _response(row: Row, number: int, line: dict[str, Any], answers: Answers, mod
         return kept
     if row.error is not None:
         kind, message, *param = row.error
-        status, body = problem(kind, message, param[0] if param else None, row.prompt_tokens)
+        named = field_of(line["url"], param[0] if param else None)
+        status, body = problem(kind, message, named, row.prompt_tokens)
     else:
         status, body = 200, _answer(row, number, asked_of(line, model), answers)
     return {"status_code": status, "request_id": f"req_{number:09d}", "body": body}

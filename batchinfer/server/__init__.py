@@ -10,8 +10,9 @@ Two threads share the work, and each owns its state alone:
   hands events to the generation that waits for them. HTTP never waits for a step.
 
 One request's way: `gate` (key, size, draining) → `wire.bodies` → `wire.asked` → `frontend.prepare` → engine thread →
-`samples` (incremental text, stop strings, UTF-8 across tokens) → the choices of `wire.completions` or `wire.chat` →
-JSON, or server-sent events in `stream`. A client that goes away closes its generation, which aborts its sequences.
+`samples` (incremental text, stop strings, UTF-8 across tokens) → a reply (`choices`: those of `wire.completions` or
+`wire.chat`; `events`: named ones) → JSON, or server-sent events in `stream`. A client that goes away closes its
+generation, which aborts its sequences.
 
 What fails: a wrong request is a 400 before the engine sees it; an engine that gives up answers 500 to all, and /health
 says why; on shutdown the gate answers 503, and open generations finish or end with an error event.

@@ -15,12 +15,13 @@ from starlette.responses import Response
 
 from batchinfer import __version__
 from batchinfer.errors import RowError
-from batchinfer.server import chat, completions, embeddings, tokens
+from batchinfer.server import chat, completions, embeddings, responses, tokens
 from batchinfer.server.errors import ApiError, JsonResponse, internal_error, of_row
 from batchinfer.server.frontend import Frontend
 from batchinfer.server.gate import Gate
 from batchinfer.server.replies import check_model, respond
 from batchinfer.wire.bodies import ChatRequest, CompletionRequest, EmbeddingRequest, ErrorBody, of_validation
+from batchinfer.wire.responses import ResponseRequest
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "What is wrong with the request"},
@@ -121,11 +122,15 @@ def _answer_routes(frontend: Frontend) -> APIRouter:
 
     @router.post("/completions", responses=_STREAM)
     async def completion(body: CompletionRequest, request: Request) -> Response:
-        return await respond(frontend, request.receive, body, lambda: completions.prepare(frontend, body))
+        return await respond(frontend, request.receive, body, lambda name: completions.prepare(frontend, body, name))
 
     @router.post("/chat/completions", responses=_STREAM)
     async def chat_completion(body: ChatRequest, request: Request) -> Response:
-        return await respond(frontend, request.receive, body, lambda: chat.prepare(frontend, body))
+        return await respond(frontend, request.receive, body, lambda name: chat.prepare(frontend, body, name))
+
+    @router.post("/responses", responses=_STREAM)
+    async def response(body: ResponseRequest, request: Request) -> Response:
+        return await respond(frontend, request.receive, body, lambda name: responses.prepare(frontend, body, name))
 
     @router.post("/embeddings")
     async def embedding(body: EmbeddingRequest, request: Request) -> Response:
@@ -134,31 +139,31 @@ def _answer_routes(frontend: Frontend) -> APIRouter:
     return router
 
 
-async def _api_error(_: Request, error: Exception) -> Response:
+async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return error.response()
+    return error.response(request.url.path)
 
 
-async def _row_error(_: Request, error: Exception) -> Response:
+async def _row_error(request: Request, error: Exception) -> Response:
     """Of what a body asks for."""
     assert isinstance(error, RowError)
-    return of_row(error).response()
+    return of_row(error).response(request.url.path)
 
 
-async def _bug(_: Request, error: Exception) -> Response:
+async def _bug(request: Request, error: Exception) -> Response:
     """The gate logs it: it is raised again."""
-    return internal_error(error).response()
+    return internal_error(error).response(request.url.path)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     """Of the router: no such path, another method."""
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail}"
-    answer = ApiError(error.status_code, message).response()
+    answer = ApiError(error.status_code, message).response(request.url.path)
     answer.headers.update(error.headers or {})
     return answer
 
 
-async def _validation_error(_: Request, error: Exception) -> Response:
+async def _validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return of_row(of_validation(error.errors())).response()
+    return of_row(of_validation(error.errors())).response(request.url.path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 
+from batchinfer.server.choices import Choices
 from batchinfer.server.frontend import Frontend
 from batchinfer.server.replies import Work
 from batchinfer.wire.asked import ask
@@ -11,9 +12,9 @@ from batchinfer.wire.bodies import ChatRequest
 from batchinfer.wire.chat import ChatShape
 
 
-async def prepare(frontend: Frontend, body: ChatRequest) -> Work:
+async def prepare(frontend: Frontend, body: ChatRequest, name: str) -> Work:
     """Raises ApiError, RowError."""
     asked = ask(body, frontend.model.wire)
     prepared = await frontend.prepare(await frontend.encode(asked), asked)
     shape = ChatShape(frontend.texts, asked, prepared[0].ids, lambda: f"call_{secrets.token_hex(12)}")
-    return Work(shape, prepared, live=asked.params.prompt_logprobs is None)
+    return Work(Choices(shape, name, body), prepared, live=asked.params.prompt_logprobs is None)

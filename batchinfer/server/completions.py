@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from batchinfer.server.choices import Choices
 from batchinfer.server.frontend import Frontend
 from batchinfer.server.replies import Work
 from batchinfer.wire.asked import ask
@@ -9,10 +10,10 @@ from batchinfer.wire.bodies import CompletionRequest
 from batchinfer.wire.completions import CompletionShape
 
 
-async def prepare(frontend: Frontend, body: CompletionRequest) -> Work:
+async def prepare(frontend: Frontend, body: CompletionRequest, name: str) -> Work:
     """Raises ApiError, RowError."""
     asked = ask(body, frontend.model.wire)
     prepared = await frontend.prepare(await frontend.encode(asked), asked)
     wants_prompt = asked.params.prompt_logprobs is not None
     shape = CompletionShape(frontend.texts, asked, [one.ids for one in prepared])
-    return Work(shape, prepared, live=not wants_prompt, nothing=asked.nothing)
+    return Work(Choices(shape, name, body), prepared, live=not wants_prompt, nothing=asked.nothing)

@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from batchinfer.errors import DeadlineExceeded, EngineFailure, RowError, TooLong
 from batchinfer.log import log
+from batchinfer.wire.asked import field_of
 from batchinfer.wire.params import param_of
 
 CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
@@ -39,14 +40,16 @@ class ApiError(Exception):
     def type(self) -> str:
         return _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
 
-    def body(self) -> dict[str, Any]:
-        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+    def body(self, path: str = "") -> dict[str, Any]:
+        """As the route at `path` writes errors."""
+        param = field_of(path, self.param)
+        return {"error": {"message": self.message, "type": self.type, "param": param, "code": self.code}}
 
-    def response(self) -> Response:
+    def response(self, path: str = "") -> Response:
         headers = {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
-        return JsonResponse(self.body(), self.status, headers)
+        return JsonResponse(self.body(path), self.status, headers)
 
 
 class JsonResponse(Response):

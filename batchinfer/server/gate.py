@@ -62,7 +62,7 @@ class Gate:
         except Exception as error:
             known = as_api_error(error)
             if not answer.started:
-                await known.response()(scope, receive, answer)
+                await known.response(scope["path"])(scope, receive, answer)
         finally:
             self.in_flight -= counts
             if counts:

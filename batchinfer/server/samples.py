@@ -5,15 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from typing import Any
 
 from batchinfer.prompting import Prepared
 from batchinfer.request import Request
 from batchinfer.server.engine_loop import Event
 from batchinfer.server.frontend import Frontend, Generation
 from batchinfer.server.text_stream import TextStream
-from batchinfer.wire.answers import usage
-from batchinfer.wire.choices import Delta
+from batchinfer.wire.choices import Delta, Used
 
 
 class _Sample:
@@ -63,8 +61,8 @@ class Samples:
         """Abort what still runs."""
         self._frontend.close(self._generation)
 
-    def usage(self) -> dict[str, Any]:
-        return usage(self.prompt_tokens, self.completion_tokens, self.cached_tokens)
+    def used(self) -> Used:
+        return Used(self.prompt_tokens, self.completion_tokens, self.cached_tokens)
 
     def _delta(self, event: Event) -> Delta:
         sample = self._by_id[event.request_id]

@@ -4,19 +4,40 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from batchinfer.server.errors import as_api_error, dump
+from batchinfer.server.errors import ApiError, as_api_error, dump
 from batchinfer.server.metrics import Metrics
+from batchinfer.wire.choices import Delta, Used
 
 T = TypeVar("T")
 
 CLIENT_GONE = 499  # as nginx counts it; nobody receives it
 _HEAD = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-_DONE = b"data: [DONE]\n\n"
+
+
+class Reply(Protocol):
+    """How an answer is written: whole, or as it comes, in server-sent events."""
+
+    done: bytes
+    """What ends a stream, whatever its end is."""
+
+    def whole(self, deltas: list[Delta], used: Used) -> dict[str, Any]: ...
+
+    def more(self, deltas: list[Delta], used: Used) -> bytes:
+        """Events; none where there is nothing to show yet."""
+        ...
+
+    def end(self, used: Used) -> bytes:
+        """The last events of an answer that is complete."""
+        ...
+
+    def failure(self, error: ApiError) -> bytes:
+        """The last events of one that breaks off."""
+        ...
 
 
 class ClientGone(Exception):
@@ -43,23 +64,30 @@ async def _disconnect(receive: Receive) -> None:
         pass
 
 
-def event(value: Any) -> bytes:
-    return b"data: " + dump(value) + b"\n\n"
+def event(value: Any, name: str = "") -> bytes:
+    """One server-sent event, which may have a name."""
+    return (b"event: " + name.encode() + b"\n" if name else b"") + b"data: " + dump(value) + b"\n\n"
 
 
 class EventStream(Response):
-    """Server-sent events: what `chunks` yields, `[DONE]`; an error of its own becomes an error event before that.
+    """Server-sent events: what `chunks` yields, and what ends a `reply`; an error becomes an event before that.
 
     first: what was already taken from `chunks`. close: called once at the end, whatever the end is.
     """
 
     def __init__(
-        self, first: bytes, chunks: AsyncGenerator[bytes, None], close: Callable[[], None], metrics: Metrics
+        self,
+        first: bytes,
+        chunks: AsyncGenerator[bytes, None],
+        reply: Reply,
+        close: Callable[[], None],
+        metrics: Metrics,
     ) -> None:
         super().__init__(status_code=200)
         self.raw_headers = list(_HEAD)
         self._first = first
         self._chunks = chunks
+        self._reply = reply
         self._close = close
         self._metrics = metrics
 
@@ -83,5 +111,5 @@ class EventStream(Response):
         except Exception as error:
             known = as_api_error(error)
             self._metrics.error(known.status)
-            await send({"type": "http.response.body", "body": event(known.body()), "more_body": True})
-        await send({"type": "http.response.body", "body": _DONE, "more_body": False})
+            await send({"type": "http.response.body", "body": self._reply.failure(known), "more_body": True})
+        await send({"type": "http.response.body", "body": self._reply.done, "more_body": False})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -10,10 +10,12 @@ from batchinfer.errors import RETRYABLE_KINDS
 from batchinfer.prompting import Content
 from batchinfer.request import FinishReason, TokenLogprob
 from batchinfer.wire.asked import Asked, WireModel
-from batchinfer.wire.bodies import EmbeddingRequest
+from batchinfer.wire.bodies import CompletionRequest, EmbeddingRequest
 from batchinfer.wire.chat import ChatShape
-from batchinfer.wire.choices import Delta
+from batchinfer.wire.choices import Delta, Used, usage
 from batchinfer.wire.completions import CompletionShape
+from batchinfer.wire.response_answer import Head, ResponseAnswer
+from batchinfer.wire.responses import ResponseRequest
 from batchinfer.wire.token_texts import TokenTexts
 from batchinfer.wire.vectors import embeddings
 
@@ -61,25 +63,27 @@ class Answers:
         if isinstance(asked.body, EmbeddingRequest):
             vectors = [prompt.vector or [] for prompt in prompts]
             return {**embeddings(asked.body, vectors, counted.all), "model": name}
-        shape: ChatShape | CompletionShape
+        deltas = [_delta(asked, prompts, choice, one) for choice, one in enumerate(said)]
+        used = Used(counted.all, sum(one.tokens for one in said), counted.cached)
+        calls = count()
+        if isinstance(asked.body, ResponseRequest):
+            head = Head(f"resp_{number:09d}", 0, name)
+            answer = ResponseAnswer(self._texts, asked, head, lambda prefix: f"{prefix}_{number:09d}_{next(calls)}")
+            return answer.whole(deltas[0], used)
         ids = [prompt.ids or _ids(content) for prompt, content in zip(prompts, asked.contents, strict=True)]
-        if asked.messages is not None:
-            calls = count()
-            shape = ChatShape(self._texts, asked, ids[0], lambda: f"call_{number:09d}_{next(calls)}")
-        else:
+        shape: ChatShape | CompletionShape
+        if isinstance(asked.body, CompletionRequest):
             shape = CompletionShape(self._texts, asked, ids)
-        choices, more = shape.whole([_delta(asked, prompts, choice, one) for choice, one in enumerate(said)])
-        if asked.nothing:
-            tokens, cached = 0, 0
         else:
-            tokens, cached = sum(one.tokens for one in said), counted.cached
+            shape = ChatShape(self._texts, asked, ids[0], lambda: f"call_{number:09d}_{next(calls)}")
+        choices, more = shape.whole(deltas)
         return {
             "id": f"{shape.prefix}-{number:09d}",
             "object": shape.kind,
             "created": 0,
             "model": name,
             "choices": choices,
-            "usage": usage(counted.all, tokens, cached),
+            "usage": usage(Used(counted.all, 0, 0) if asked.nothing else used),
             **more,
         }
 
@@ -97,16 +101,14 @@ def _delta(asked: Asked, prompts: Sequence[Read], choice: int, said: Said) -> De
     return Delta(choice, said.text, ids, entries, said.reason, True, scored)
 
 
-def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": cached_tokens},
-    }
+def tokens_of(usage: Mapping[str, Any]) -> tuple[int, int]:
+    """Tokens of prompts and of answers, from the `usage` of any route's answer."""
+    if "input_tokens" in usage:
+        return usage["input_tokens"], usage["output_tokens"]
+    return usage["prompt_tokens"], usage.get("completion_tokens", 0)
 
 
 def problem(kind: str, message: str, param: str | None, prompt_tokens: int) -> tuple[int, dict[str, Any]]:
     """Status and body of an answer to a request that failed."""
     error = {"message": message, "type": kind, "param": param, "code": kind}
-    return 500 if kind in RETRYABLE_KINDS else 400, {"error": error, "usage": usage(prompt_tokens, 0, 0)}
+    return 500 if kind in RETRYABLE_KINDS else 400, {"error": error, "usage": usage(Used(prompt_tokens, 0, 0))}

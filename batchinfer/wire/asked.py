@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from pydantic import ValidationError
@@ -16,15 +16,25 @@ from batchinfer.text.tokenizer import Tokenizer
 from batchinfer.wire.bodies import ChatRequest, CompletionRequest, EmbeddingRequest, of_validation
 from batchinfer.wire.chat_prompt import conversation
 from batchinfer.wire.params import chat_params, completion_params, effective, says_nothing
+from batchinfer.wire.responses import DIALECT as RESPONSE_DIALECT
+from batchinfer.wire.responses import ResponseRequest
+from batchinfer.wire.responses import as_chat as response_as_chat
 from batchinfer.wire.tool_use import ToolUse, tool_use
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
-ROUTES = (CHAT, COMPLETIONS, EMBEDDINGS)
+RESPONSES = "/v1/responses"
+ROUTES = (CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES)
 DEFAULT_POOLING: Pooling = "mean"
 MAX_SAMPLES = 16384  # of one request: prompts times n
 
-Body = ChatRequest | CompletionRequest | EmbeddingRequest
-_BODIES: dict[str, type[Body]] = {CHAT: ChatRequest, COMPLETIONS: CompletionRequest, EMBEDDINGS: EmbeddingRequest}
+Body = ChatRequest | CompletionRequest | EmbeddingRequest | ResponseRequest
+_BODIES: dict[str, type[Body]] = {
+    CHAT: ChatRequest,
+    COMPLETIONS: CompletionRequest,
+    EMBEDDINGS: EmbeddingRequest,
+    RESPONSES: ResponseRequest,
+}
+_NAMES = {RESPONSES: RESPONSE_DIALECT.names}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +82,15 @@ class Asked:
 
     @property
     def messages(self) -> list[dict[str, Any]] | None:
-        """Of a chat."""
-        return cast(list[dict[str, Any]], self.contents[0]) if isinstance(self.body, ChatRequest) else None
+        """Of a chat, in whatever words it was asked for."""
+        if isinstance(self.body, CompletionRequest | EmbeddingRequest):
+            return None
+        return cast(list[dict[str, Any]], self.contents[0])
 
 
 def parse(url: Any, body: Any) -> Body:
     """The body of a request line. Raises InvalidInput."""
-    # some write their server's address before it; a chat's url ends as a completion's does, and so comes first
-    found = next((route for route in ROUTES if isinstance(url, str) and url.endswith(route.removeprefix("/v1"))), None)
+    found = _route(url)
     if found is None:
         raise InvalidInput(f"url {url!r} is not supported: {', '.join(ROUTES)} are")
     if not isinstance(body, Mapping):
@@ -90,8 +101,20 @@ def parse(url: Any, body: Any) -> Body:
         raise of_validation(error.errors()) from None
 
 
+def _route(url: Any) -> str | None:
+    """Some write their server's address before it; a chat's url ends as a completion's does, and so comes first."""
+    return next((route for route in ROUTES if isinstance(url, str) and url.endswith(route.removeprefix("/v1"))), None)
+
+
+def field_of(url: Any, param: str | None) -> str | None:
+    """What a route calls the field that an error is about."""
+    return param if param is None else _NAMES.get(_route(url) or "", {}).get(param, param)
+
+
 def ask(body: Body, model: WireModel) -> Asked:
     """Raises BadParameters, InvalidInput."""
+    if isinstance(body, ResponseRequest):
+        return replace(_ask_chat(response_as_chat(body), model), body=body)
     if isinstance(body, ChatRequest):
         return _ask_chat(body, model)
     return _ask_completion(body, model.defaults) if isinstance(body, CompletionRequest) else _ask_vectors(body, model)

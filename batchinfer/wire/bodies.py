@@ -15,7 +15,7 @@ Whole = Annotated[int, BeforeValidator(whole)]  # 5.0 is one: JSON has but one k
 TokenIds = list[Annotated[int, Field(ge=0)]]
 
 
-class _Body(BaseModel):
+class RequestBody(BaseModel):
     """Numbers are numbers and texts are texts: nothing is converted.
 
     null asks for nothing where a field can ask for something (stop, logprobs, response_format, …), whatever the
@@ -25,12 +25,12 @@ class _Body(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=())
 
 
-class StreamOptions(_Body):
+class StreamOptions(RequestBody):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
 
 
-class SamplingBody(_Body):
+class SamplingBody(RequestBody):
     """What completions and chat have in common. The names and meanings of sampling fields are vLLM's."""
 
     model: str | None = None
@@ -75,7 +75,7 @@ class CompletionRequest(SamplingBody):
     suffix: str | None = None
 
 
-class Message(_Body):
+class Message(RequestBody):
     """One message of a chat; `content` is text or a list of parts of type text."""
 
     role: str
@@ -96,7 +96,7 @@ class ChatRequest(SamplingBody):
     reasoning_effort: str | None = None
 
 
-class EmbeddingRequest(_Body):
+class EmbeddingRequest(RequestBody):
     input: str | TokenIds | list[str] | list[TokenIds]
     model: str | None = None
     encoding_format: Literal["float", "base64"] | None = None
@@ -109,7 +109,7 @@ class EmbeddingRequest(_Body):
     user: str | None = None
 
 
-class TokenizeRequest(_Body):
+class TokenizeRequest(RequestBody):
     """`prompt`, or `messages` through the chat template."""
 
     model: str | None = None
@@ -122,7 +122,7 @@ class TokenizeRequest(_Body):
     chat_template_kwargs: dict[str, Any] | None = None
 
 
-class DetokenizeRequest(_Body):
+class DetokenizeRequest(RequestBody):
     model: str | None = None
     tokens: TokenIds
 

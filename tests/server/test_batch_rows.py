@@ -17,11 +17,14 @@ from tests.server.batch_lines import content, parsed
 from tests.server.conftest import Endpoint, referring_tool
 
 CHAT, TEXT, VECTORS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
+RESPONSES = "/v1/responses"
 HI = [{"role": "user", "content": "hi"}]
 SHORT = {"max_tokens": 5, "temperature": 0}
 LONG = {"max_tokens": 90, "temperature": 0}
 PICK = referring_tool("pick")
 NAMED = {"type": "function", "function": {"name": "pick"}}
+FLAT = {"type": "function", "name": "pick", "parameters": PICK["function"]["parameters"]}
+FORCED = {"tools": [FLAT], "tool_choice": "required", "parallel_tool_calls": False}
 
 BODIES = {
     CHAT: [
@@ -107,6 +110,18 @@ BODIES = {
         {"input": "x" * 600},
         {"input": [999]},
     ],
+    RESPONSES: [
+        {"input": "hi", "max_output_tokens": 5, "temperature": 0},
+        {"input": [{"role": "user", "content": "hi"}], "instructions": "Be.", "max_output_tokens": 5, "temperature": 0},
+        {"input": "hi", "max_output_tokens": 3, "temperature": 0, "top_logprobs": 2, "truncate_prompt_tokens": 4},
+        {"input": "hi", **FORCED, "max_output_tokens": 90, "temperature": 0},
+        {"input": "hi", "max_output_tokens": 0},
+        {"input": "hi", "max_output_tokens": 4000},
+        {"input": "x" * 600},
+        {"input": "hi", "previous_response_id": "resp_1"},
+        {"input": []},
+        {},
+    ],
 }
 
 
@@ -161,9 +176,13 @@ def batches(endpoint, tmp_path_factory):
 
 def plain(body):
     """Less what differs from one call to the next: ids, times, and how much the cache held."""
-    body = {name: value for name, value in body.items() if name not in ("id", "created")}
-    if "prompt_tokens_details" in body.get("usage", {}):
-        assert 0 <= body["usage"]["prompt_tokens_details"].pop("cached_tokens") <= body["usage"]["prompt_tokens"]
+    body = {name: value for name, value in body.items() if name not in ("id", "created", "created_at")}
+    for kind in ("prompt", "input"):
+        if f"{kind}_tokens_details" in body.get("usage", {}):
+            cached = body["usage"][f"{kind}_tokens_details"].pop("cached_tokens")
+            assert 0 <= cached <= body["usage"][f"{kind}_tokens"]
+    for item in body.get("output", ()):
+        assert item.pop("id") and (item["type"] == "message" or item.pop("call_id").startswith("call_"))
     for item in body.get("data", ()):
         if isinstance(vector := item["embedding"], str):
             item["embedding"] = {"base64": array("f", base64.b64decode(vector)).tolist()}

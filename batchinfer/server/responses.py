@@ -1,0 +1,25 @@
+"""/v1/responses: a chat in other words, and its answer as items. Nothing is stored: every request has all it needs."""
+
+from __future__ import annotations
+
+import secrets
+import time
+
+from batchinfer.server.events import Events
+from batchinfer.server.frontend import Frontend
+from batchinfer.server.replies import Work
+from batchinfer.wire.asked import ask
+from batchinfer.wire.response_answer import Head, ResponseAnswer
+from batchinfer.wire.responses import ResponseRequest
+
+
+async def prepare(frontend: Frontend, body: ResponseRequest, name: str) -> Work:
+    """Raises ApiError, RowError."""
+    asked = ask(body, frontend.model.wire)
+    prepared = await frontend.prepare(await frontend.encode(asked), asked)
+    answer = ResponseAnswer(frontend.texts, asked, Head(new_id("resp"), int(time.time()), name), new_id)
+    return Work(Events(answer), prepared)
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}_{secrets.token_hex(12)}"

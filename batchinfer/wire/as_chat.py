@@ -1,0 +1,88 @@
+"""What /v1/responses and /v1/messages have in common: they ask for a chat in words of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from batchinfer.errors import BadParameters, InvalidInput
+from batchinfer.wire.bodies import ChatRequest, SamplingBody, of_validation
+
+_CHANGES = "it would change the result"
+
+Refused = Mapping[str, tuple[tuple[Any, ...], str]]
+"""Field → the values that ask for nothing (null never does), and why no other is taken, or what to use."""
+
+# answers of these routes have one sample, and no place for the rest
+_NO_PLACE: Refused = {
+    "n": ((1,), "an answer has one sample"),
+    "best_of": ((1,), "an answer has one sample"),
+    **dict.fromkeys(("prompt_logprobs", "logprob_token_ids"), ((), "an answer has no place for it")),
+    **dict.fromkeys(("return_token_ids", "return_tokens_as_token_ids"), ((False,), "an answer has no place for it")),
+}
+
+
+def changing(*names: str, neutral: tuple[Any, ...] = ()) -> Refused:
+    """Fields that would change the result, and are not supported."""
+    return dict.fromkeys(names, (neutral, _CHANGES))
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """A route's words. `names`: a chat's field → what it is called here."""
+
+    names: Mapping[str, str]
+    refused: Refused
+
+    def chat(self, body: SamplingBody, said: Mapping[str, Any]) -> ChatRequest:
+        """`said` is the body in a chat's words; sampling fields that it does not name are passed on as they are.
+
+        Raises BadParameters, InvalidInput.
+        """
+        given = {name: getattr(body, name) for name in body.model_fields_set}
+        for name, (neutral, why) in {**_NO_PLACE, **self.refused}.items():
+            value = given.get(name)
+            if value is not None and value not in neutral:
+                raise BadParameters(f"{name} is not supported here: {why}", param=name)
+        passed = {name: value for name, value in given.items() if name not in type(body).__annotations__}
+        alone = {"n": 1, "prompt_logprobs": None}  # whatever the defaults ask for
+        try:
+            return ChatRequest.model_validate({**passed, **alone, **said})
+        except ValidationError as error:
+            raise of_validation(error.errors()) from None
+
+
+def text_parts(content: Any, kinds: Mapping[str, str], place: str, param: str) -> list[dict[str, Any]]:
+    """Content as a list of a chat's text parts. kinds: type of a part → where its text is. Raises InvalidInput."""
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    if not isinstance(content, list):
+        raise InvalidInput(f"{place} must be text or a list, got {type(content).__name__}", param=param)
+    parts = []
+    for number, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        text = part.get(kinds[kind]) if isinstance(part, Mapping) and isinstance(kind, str) and kind in kinds else None
+        if not isinstance(text, str):
+            raise InvalidInput(f"{place}[{number}]: {kind!r} is not supported; only text is", param=param)
+        parts.append({"type": "text", "text": text})
+    return parts
+
+
+def plain(parts: list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+    """Content of a chat's message: one text as it is."""
+    return parts[0]["text"] if len(parts) == 1 else parts
+
+
+def function(name: Any, description: Any, parameters: Any, place: str) -> dict[str, Any]:
+    """A chat's tool. Raises BadParameters."""
+    if not isinstance(name, str) or not name:
+        raise BadParameters(f"{place} needs a name", param="tools")
+    if not isinstance(parameters, Mapping | None):
+        raise BadParameters(f"{place}: the schema of {name!r} must be an object", param="tools")
+    made: dict[str, Any] = {"name": name}
+    if description is not None:
+        made["description"] = description
+    return {"type": "function", "function": {**made, "parameters": parameters or {"type": "object", "properties": {}}}}

@@ -1,0 +1,151 @@
+"""/v1/responses as a chat: https://platform.openai.com/docs/api-reference/responses. Nothing is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from batchinfer.errors import BadParameters, InvalidInput
+from batchinfer.wire.as_chat import Dialect, changing, function, plain, text_parts
+from batchinfer.wire.bodies import ChatRequest, SamplingBody
+
+DIALECT = Dialect(
+    names={
+        "messages": "input",
+        "prompt": "input",
+        "max_tokens": "max_output_tokens",
+        "logprobs": "top_logprobs",
+        "response_format": "text",
+        "verbosity": "text",
+    },
+    refused={
+        **dict.fromkeys(("previous_response_id", "conversation"), ((), "nothing is stored, send all items as input")),
+        "background": ((False,), "nothing is stored"),
+        **changing("prompt", "moderation"),
+        **changing("truncation", neutral=("disabled",)),
+        **changing("context_management", neutral=([],)),
+        **dict.fromkeys(("max_tokens", "max_completion_tokens"), ((), "use max_output_tokens")),
+        "messages": ((), "use input"),
+        "response_format": ((), "use text.format"),
+        "logprobs": ((False,), "use top_logprobs"),
+    },
+)
+_ROLES = ("user", "assistant", "system", "developer")
+_PARTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
+LOGPROBS = "message.output_text.logprobs"
+
+
+class ResponseRequest(SamplingBody):
+    """`store`, and what else changes nothing in an answer, is accepted."""
+
+    input: str | list[dict[str, Any]]
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+    include: list[str] | None = None
+    text: dict[str, Any] | None = None
+    reasoning: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    top_logprobs: int | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+
+
+def as_chat(body: ResponseRequest) -> ChatRequest:
+    """Raises BadParameters, InvalidInput."""
+    if body.max_output_tokens is not None and body.max_output_tokens < 1:
+        problem = f"max_output_tokens must be at least 1, got {body.max_output_tokens}"
+        raise BadParameters(problem, param="max_output_tokens")
+    wants_logprobs = bool(body.top_logprobs) or LOGPROBS in (body.include or ())
+    effort = (body.reasoning or {}).get("effort")
+    text = body.text or {}
+    said = {
+        "messages": _messages(body),
+        "max_tokens": body.max_output_tokens,
+        "logprobs": wants_logprobs,
+        "top_logprobs": body.top_logprobs if wants_logprobs else None,
+        "tools": [_tool(tool, f"tools[{number}]") for number, tool in enumerate(body.tools or ())] or None,
+        "tool_choice": _choice(body.tool_choice),
+        "parallel_tool_calls": body.parallel_tool_calls,
+        "reasoning_effort": effort,
+        "verbosity": text.get("verbosity"),
+    }
+    if text.get("format") is not None:
+        said["response_format"] = _format(text["format"])
+    return DIALECT.chat(body, said)
+
+
+def _messages(body: ResponseRequest) -> list[dict[str, Any]]:
+    given = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else body.input
+    if not body.input:
+        raise InvalidInput("input is empty", param="input")
+    messages: list[dict[str, Any]] = []
+    if body.instructions:
+        messages.append({"role": "system", "content": body.instructions})
+    for number, item in enumerate(given):
+        _add_item(messages, item, f"input[{number}]")
+    return messages
+
+
+def _add_item(messages: list[dict[str, Any]], item: Mapping[str, Any], place: str) -> None:
+    kind = item.get("type") or "message"
+    if kind == "message":
+        _add_message(messages, item, place)
+    elif kind == "function_call":
+        function = {"name": item.get("name"), "arguments": item.get("arguments")}
+        if not all(isinstance(value, str) for value in (item.get("call_id"), *function.values())):
+            raise InvalidInput(f"{place}: a function_call has call_id, name and arguments, all text", param="input")
+        if not (messages and messages[-1]["role"] == "assistant"):  # what a model says and calls is one turn
+            messages.append({"role": "assistant", "content": None})
+        call = {"id": item["call_id"], "type": "function", "function": function}
+        messages[-1].setdefault("tool_calls", []).append(call)
+    elif kind == "function_call_output":
+        if not isinstance(item.get("call_id"), str):
+            raise InvalidInput(f"{place}: a function_call_output has the call_id of its call", param="input")
+        content = plain(text_parts(item.get("output"), _PARTS, f"{place}.output", "input"))
+        messages.append({"role": "tool", "tool_call_id": item["call_id"], "content": content})
+    elif kind != "reasoning":  # of an earlier turn, which models are not shown again
+        raise InvalidInput(f"{place}: an item of type {kind!r} is not supported", param="input")
+
+
+def _add_message(messages: list[dict[str, Any]], item: Mapping[str, Any], place: str) -> None:
+    role = item.get("role")
+    if role not in _ROLES:
+        raise InvalidInput(f"{place}: role must be one of {', '.join(_ROLES)}, got {role!r}", param="input")
+    parts = text_parts(item.get("content"), _PARTS, f"{place}.content", "input")
+    if role in ("system", "developer"):
+        role = "system"  # the newer name of the same
+        if len(messages) == 1 and messages[0]["role"] == "system":  # many templates take one, at the beginning
+            before = text_parts(messages[0]["content"], _PARTS, place, "input")
+            parts = [{"type": "text", "text": "\n\n".join(part["text"] for part in (*before, *parts))}]
+            messages.clear()
+    messages.append({"role": role, "content": plain(parts)})
+
+
+def _tool(tool: Mapping[str, Any], place: str) -> dict[str, Any]:
+    if tool.get("type") != "function":
+        problem = f"{place}: a tool of type {tool.get('type')!r} is not supported; functions are"
+        raise BadParameters(problem, param="tools")
+    return function(tool.get("name"), tool.get("description"), tool.get("parameters"), place)
+
+
+def _choice(choice: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
+    if not isinstance(choice, dict):
+        return choice
+    if choice.get("type") != "function":
+        problem = (
+            f"tool_choice of type {choice.get('type')!r} is not supported; auto, none, required and a function are"
+        )
+        raise BadParameters(problem, param="tool_choice")
+    return {"type": "function", "function": {"name": choice.get("name")}}
+
+
+def _format(form: Any) -> dict[str, Any]:
+    kind = form.get("type") if isinstance(form, Mapping) else None
+    if kind in ("text", "json_object"):
+        return {"type": kind}
+    if kind != "json_schema" or not isinstance(form.get("schema"), Mapping):
+        problem = "text.format must be of type text, json_object, or json_schema with a schema"
+        raise BadParameters(problem, param="text")
+    return {"type": kind, "json_schema": {"name": form.get("name"), "schema": form["schema"]}}
