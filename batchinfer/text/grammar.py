@@ -22,6 +22,7 @@ from batchinfer.errors import BadParameters, InvalidInput
 from batchinfer.request import Constraint, Matcher
 from batchinfer.structured import StructuredOutputs
 from batchinfer.text.grammar_trial import TOO_LARGE, TOO_SLOW, Trials, Vocabulary
+from batchinfer.text.schema_numbers import inexact_number, inexact_number_of_grammar
 from batchinfer.text.tokenizer import ByteTokenizer, Tokenizer
 
 if TYPE_CHECKING:
@@ -211,9 +212,10 @@ def _token_table(table: _TokenTable) -> llguidance.LLTokenizer:
 
 
 def _source(wanted: StructuredOutputs) -> str:
-    """The constraint as the library takes it. Raises BadParameters for what is no schema."""
+    """The constraint as the library takes it. Raises BadParameters for what is no schema, or would be another one."""
     build: type[llguidance.LLMatcher] = _library().LLMatcher
     value = wanted.value
+    _check_numbers(wanted)
     if isinstance(value, tuple):
         # one terminal: as rules, thousands of choices would be thousands of items of the parser
         return build.grammar_from_lark("start: CHOICE\nCHOICE: " + " | ".join(map(_quoted, value)))
@@ -225,6 +227,16 @@ def _source(wanted: StructuredOutputs) -> str:
         return build.grammar_from_json_schema(value or '{"type":"object"}', overrides=cast(Any, _JSON_OPTIONS))
     except ValueError as error:
         raise _refusal(wanted, str(error)) from None
+
+
+def _check_numbers(wanted: StructuredOutputs) -> None:
+    value, inexact = wanted.value, ""
+    if wanted.kind == "json" and isinstance(value, str):
+        inexact = inexact_number(json.loads(value))
+    elif wanted.kind == "grammar" and isinstance(value, str):
+        inexact = inexact_number_of_grammar(value)
+    if inexact:
+        raise _refusal(wanted, f"{inexact} is too large to be exact: use integers up to 2**53, or a pattern of digits")
 
 
 def _quoted(text: str) -> str:

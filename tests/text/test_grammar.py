@@ -52,6 +52,56 @@ def follow(constraint: Constraint, text: bytes) -> Matcher:
     return matcher
 
 
+_WHOLE = 1 << 53  # up to here every integer is a float64, which is how the library reads numbers
+_NEAR = [*range(_WHOLE - 3, _WHOLE + 6), 10**17 - 1, 10**17, 10**17 + 1, (1 << 63) - 1, 1 << 64]
+_MEANING = {
+    "minimum": lambda value, bound: value >= bound,
+    "maximum": lambda value, bound: value <= bound,
+    "exclusiveMinimum": lambda value, bound: value > bound,
+    "exclusiveMaximum": lambda value, bound: value < bound,
+    "const": lambda value, bound: value == bound,
+    "enum": lambda value, bound: value == bound,
+}
+
+
+@pytest.mark.parametrize("key", _MEANING)
+def test_large_integers_of_a_schema_are_exact_or_refused(key):
+    grammars, held = byte_grammars(), 0
+    for bound in [sign * number for number in _NEAR for sign in (1, -1)]:
+        schema = {"type": "integer", key: [bound] if key == "enum" else bound}
+        try:
+            constraint = compiled(grammars, json=schema)
+        except BadParameters as error:
+            assert abs(bound) >= _WHOLE, error
+            continue
+        held += 1
+        for value in {bound, bound - 1, bound + 1, bound - 2, bound + 2}:
+            matcher = constraint.matcher([*str(value).encode()])
+            follows = not matcher.error and EOS in allowed(constraint, [matcher])[0]
+            assert follows is _MEANING[key](value, bound), (schema, value)
+    assert held >= 6
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"json": {"type": "object", "properties": {"id": {"type": "integer", "minimum": _WHOLE + 1}}}},
+        {"json": {"$defs": {"id": {"anyOf": [{"const": {"a": [1, _WHOLE + 1]}}]}}, "$ref": "#/$defs/id"}},
+        {"json": {"type": "integer", "maximum": 10**30}},
+        {"json": {"type": "integer", "maximum": 1e20}},
+        {"json": {"type": "integer", "multipleOf": _WHOLE + 1}},
+        {"json": '{"enum": [18446744073709551616]}'},
+        {"grammar": 'start: "a" %json {"const": 9007199254740993}'},
+    ],
+    ids=str,
+)
+def test_what_is_not_exact_is_named(given):
+    with pytest.raises(BadParameters, match=r"(const|enum|minimum|maximum|multipleOf) \S+ is too large to be exact"):
+        compiled(byte_grammars(), **given)
+    named = {"json": {"type": "object", "properties": {"const": {"const": 1}, "minimum": {"type": "string"}}}}
+    compiled(byte_grammars(), **named)
+
+
 def test_masks_follow_the_grammar_and_the_end_is_allowed_where_it_may_end():
     constraint = compiled(byte_grammars(), regex="ab[0-9]{1,2}")
     assert allowed(constraint, [constraint.matcher([])]) == [{ord("a")}]

@@ -1,0 +1,63 @@
+"""Numbers of a JSON schema that the grammar library cannot hold: it reads bounds and constants as float64.
+
+9007199254740993 (2**53 + 1) would silently become 9007199254740992, and an answer the wrong number.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+_WHOLE = 1 << 53  # up to here every integer is a float64, and so is the next one
+_SIGNED = 1 << 63
+_BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+_EMBEDDED = "%json"  # a schema in a grammar
+
+
+def inexact_number(schema: Any) -> str:
+    """The first number of a schema that would be another one, with its key; empty if there is none."""
+    for part in _within(schema):
+        for key, value in part.items() if isinstance(part, dict) else ():
+            numbers = [value] if key in _BOUNDS else _within(value) if key in ("const", "enum") else ()
+            for number in numbers:
+                if _is_whole(key, number) and not _exact(key, int(number)):
+                    return f"{key} {number}"
+    return ""
+
+
+def inexact_number_of_grammar(grammar: str) -> str:
+    """The same for the schemas within a grammar. What is no JSON is left to the library."""
+    decoder = json.JSONDecoder()
+    for text in grammar.split(_EMBEDDED)[1:]:
+        try:
+            schema, _ = decoder.raw_decode(text.lstrip())
+        except (ValueError, RecursionError):
+            continue
+        found = inexact_number(schema)
+        if found:
+            return found
+    return ""
+
+
+def _is_whole(key: str, value: Any) -> bool:
+    """Whether it is an integer; a bound may be written as 1e20. A constant that is a float is held as one."""
+    return type(value) is int or (type(value) is float and key in _BOUNDS and value.is_integer())
+
+
+def _exact(key: str, number: int) -> bool:
+    if key.startswith("exclusive") or key == "multipleOf":
+        return abs(number) < _WHOLE
+    if key == "maximum" and number == _SIGNED - 1:  # the library's own largest
+        return True
+    return abs(number) < _SIGNED and int(float(number)) == number
+
+
+def _within(value: Any) -> Iterator[Any]:
+    """A JSON value, and all that it holds."""
+    left = [value]
+    while left:
+        one = left.pop()
+        yield one
+        if isinstance(one, list | dict):
+            left += one.values() if isinstance(one, dict) else one
