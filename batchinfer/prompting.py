@@ -162,11 +162,11 @@ class Preparer:
             return prompt.error
         content, framing = prompt.content, prompt.framing
         if isinstance(content, str):
-            empty = not content and not isinstance(prompt.read, Continuations)
-            special = framing is None or framing.special
-            return (content, special) if not empty else InvalidInput("the prompt is empty")
-        if not isinstance(content, list) or not content:
-            return InvalidInput("the prompt is empty" if content == [] else "a prompt is text, token ids or messages")
+            return content, framing is None or framing.special
+        if content == []:
+            return InvalidInput("the prompt is empty", param="prompt")
+        if not isinstance(content, list):
+            return InvalidInput("a prompt is text, token ids or messages")
         if all(isinstance(message, dict) for message in content):
             return self._render(content, framing or Framing(False))
         if all(isinstance(token, int) and not isinstance(token, bool) for token in content):
@@ -257,6 +257,8 @@ class Preparer:
             request = self._request(ids, pooling=read.pooling)
             return Prepared(prompt.index, ids, _READING, [request], None, read)
         if isinstance(read, Rolling):
+            if not ids:
+                raise InvalidInput("the text is empty", param="prompt")
             parts = list(windows(ids, self._prefix_id(), self._limits.context))
         else:
             tails = self._continuations(content, len(ids), read)
@@ -272,7 +274,7 @@ class Preparer:
         """Raises TooLong or InvalidInput. `more`: tokens that the context must hold besides, or need not hold (-1)."""
         limits = self._limits
         if not ids:
-            raise InvalidInput("the prompt has no tokens")
+            raise InvalidInput("the prompt is empty: it has no tokens", param="prompt")
         if len(ids) + more > limits.context:
             room = ", with room for an answer" if more > 0 else ""
             raise TooLong(f"the prompt has {len(ids)} tokens and the context {limits.context}{room}")

@@ -178,12 +178,9 @@ class Stream:
     def _cut(self, prepared: Prepared, answer: Finished, text: str) -> str:
         if prepared.stop is None or answer.finish_reason != "stop" or answer.token_ids[-1] in answer.request.stop_ids:
             return text
-        after = 0
-        early = prepared.params.min_tokens - 1  # a stop string that these tokens complete does not count
-        if early > 0:
-            skip = prepared.params.skip_special_tokens
-            after = len(self._tokenizer.decode_batch([answer.token_ids[:early]], skip_special_tokens=skip)[0])
-        return prepared.stop.cut(text, after)
+        early = answer.token_ids[: prepared.params.min_tokens]  # a stop string that these complete does not count
+        pieces = self._tokenizer.pieces(prepared.params.skip_special_tokens)
+        return prepared.stop.cut(text, sum(len(pieces.push(token)) for token in early))
 
 
 class _Group:

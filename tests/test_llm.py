@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -92,12 +93,16 @@ def test_stop_strings_cut_the_text() -> None:
         assert output.finish_reason == "stop"
         assert output.text == whole[: end + 2 * include]
         assert len(output.token_ids) == end + 2
-    # a stop string that is complete before min_tokens neither ends the answer nor cuts its text
-    later = whole[end + 6]
-    params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, stop=(stop, later), min_tokens=end + 5)
-    output = llm.generate(["stop me"], params)[0].outputs[0]
-    wanted = min(whole.index(later, end + 4), whole.find(stop, end + 3) % 1000)
-    assert output.text == whole[:wanted] and len(output.text) >= end + 4
+    # a stop string that is complete after min_tokens tokens neither ends the answer nor cuts its text
+    for min_tokens in (end + 1, end + 2, end + 5):
+        later = whole[end + 6]
+        params = replace(greedy, stop=(stop, later), min_tokens=min_tokens)
+        output = llm.generate(["stop me"], params)[0].outputs[0]
+        ends = [place + len(one) for one in (stop, later) for place in range(30) if whole.startswith(one, place)]
+        last = min(place for place in ends if place > min_tokens)
+        assert (
+            len(output.token_ids) == last and output.text == whole[: last - (2 if whole[:last].endswith(stop) else 1)]
+        )
 
 
 def test_stream_takes_an_endless_iterator_and_closes() -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import orjson
 
 from batchinfer.errors import InvalidInput
-from batchinfer.text.messages import text_of
+from batchinfer.text.messages import read_messages
 
 
 def parse_json(text: str, what: str) -> Any:
@@ -20,33 +19,12 @@ def parse_json(text: str, what: str) -> Any:
 
 
 def chat_messages(value: Any, what: str) -> list[dict[str, Any]]:
-    """Messages as chat templates take them: content parts of type text joined, absent keys left out.
-
-    `value` is a list of mappings, or its JSON text. Raises InvalidInput that names the message.
-    """
+    """Messages of a row: a list of mappings, or its JSON text. Raises InvalidInput that names the message."""
     if isinstance(value, str):
         value = parse_json(value, what)
     if value is None:
         raise InvalidInput(f"{what} is null")
-    if not isinstance(value, list) or not value:
-        raise InvalidInput(f"{what} must be a non-empty list of messages")
-    return [_message(message, f"{what}, message {number}") for number, message in enumerate(value, 1)]
-
-
-def _message(message: Any, what: str) -> dict[str, Any]:
-    if not isinstance(message, Mapping):
-        raise InvalidInput(f"{what}: must be a mapping with role and content")
-    kept = {name: value for name, value in message.items() if value is not None}
-    if not isinstance(kept.get("role"), str):
-        raise InvalidInput(f"{what}: has no role")
-    content = kept.get("content")
-    if isinstance(content, list):
-        kept["content"] = "".join(text_of(part, what) for part in content)
-    elif content is None and (kept.get("tool_calls") or kept.get("function_call")):
-        kept["content"] = None
-    elif not isinstance(content, str):
-        raise InvalidInput(f"{what}: content must be text, got {'null' if content is None else type(content).__name__}")
-    return kept
+    return read_messages(value, f"{what}: ")
 
 
 def ready_prompt(value: Any, what: str) -> str | list[int]:
@@ -54,8 +32,6 @@ def ready_prompt(value: Any, what: str) -> str | list[int]:
     if value is None:
         raise InvalidInput(f"{what} is null")
     if isinstance(value, str):
-        if not value.strip():
-            raise InvalidInput(f"{what}: the prompt is empty")
         return value
     if isinstance(value, list) and all(type(token) is int for token in value):
         if not value:

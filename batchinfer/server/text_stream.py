@@ -21,7 +21,7 @@ class TextStream:
         self._stop = params.stop
         self._stop_ids = request.stop_ids
         self._keeps_stop = params.include_stop_str_in_output
-        self._early = params.min_tokens - 1  # a stop string that these tokens complete does not count
+        self._early = params.min_tokens  # a stop string that these tokens complete does not count
         self._tokens = 0
         self._shown = 0  # characters
         self._held = ""
@@ -50,7 +50,7 @@ class TextStream:
         self._tokens += len(token_ids)
         if 0 < before <= len(token_ids):
             self._held += "".join([push(token) for token in token_ids[:before]])
-            self._after = self._shown + len(self._held) + len(self._pieces.pending)
+            self._after = self._shown + len(self._held)
             token_ids = token_ids[before:]
         self._held += "".join([push(token) for token in token_ids])
 

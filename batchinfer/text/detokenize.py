@@ -30,7 +30,7 @@ class StopStrings:
     def checker(self, min_tokens: int = 0) -> StopCheck:
         """A check for one sequence. Its cost per token does not grow with the sequence.
 
-        A stop string that is complete before output token number `min_tokens` does not count.
+        A stop string that is complete after `min_tokens` tokens or fewer does not count, as in vLLM.
         """
         return _Checker(self._places.start, min_tokens)
 
@@ -119,7 +119,7 @@ class _Checker:
 
     def __init__(self, start: _Place, min_tokens: int) -> None:
         self._place = start
-        self._early = min_tokens - 1  # tokens to come that no stop string may end with
+        self._early = min_tokens  # tokens to come that no stop string may end with
 
     def __call__(self, token_id: int) -> bool:
         self._place = place = self._place[token_id]

@@ -34,40 +34,65 @@ def content_forms(render: Callable[[list[dict[str, Any]]], str]) -> ContentForms
     return ContentForms(shows(_PROBE) or not parts, parts)
 
 
-def shape_messages(messages: Any, forms: ContentForms) -> list[dict[str, Any]]:
-    """Messages for one template: content in a form that it takes, absent keys left out, a call's arguments as mapping.
+def read_messages(messages: Any, place: str = "") -> list[dict[str, Any]]:
+    """Messages as clients and rows have them: checked, absent keys left out, no content as an empty text.
 
-    messages: a list of mappings with a role. Raises InvalidInput for others, and for parts that are lost as text.
+    messages: a list of mappings with a role; content is text, a list of text parts, or null. place: what stands before
+    the name of a message in errors. Raises InvalidInput.
     """
     if not isinstance(messages, list) or not messages:
-        raise InvalidInput(f"messages must be a non-empty list, got {_short(messages)}")
-    return [_shape(message, f"messages[{number}]", forms) for number, message in enumerate(messages)]
+        raise InvalidInput(f"{place}messages must be a non-empty list, got {_short(messages)}", param="messages")
+    return [_read(message, f"{place}messages[{number}]") for number, message in enumerate(messages)]
 
 
-def _shape(message: Any, place: str, forms: ContentForms) -> dict[str, Any]:
-    if not isinstance(message, dict):
-        raise InvalidInput(f"{place} must be an object with role and content, got {_short(message)}")
+def shape_messages(messages: Any, forms: ContentForms) -> list[dict[str, Any]]:
+    """Messages for one template: content in a form that it takes, a call's arguments as mapping.
+
+    Text parts are joined by line breaks where the template takes text alone, as vLLM joins them. Raises InvalidInput.
+    """
+    return [_shape(message, forms) for message in read_messages(messages)]
+
+
+def _read(message: Any, place: str) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise InvalidInput(f"{place} must be an object with role and content, got {_short(message)}", param="messages")
     if not isinstance(message.get("role"), str):
-        raise InvalidInput(f"{place} has no role, or one that is not text: {_short(message)}")
-    shaped = {name: value for name, value in message.items() if value is not None}
-    content = message.get("content")
-    if isinstance(content, list) and not forms.parts:
-        shaped["content"] = "".join(text_of(part, place) for part in content)
-    elif isinstance(content, str) and not forms.text:
-        shaped["content"] = [{"type": "text", "text": content}]
-    elif content is None and "content" in message:
-        shaped["content"] = "" if shaped.get("tool_calls") else None
-    if isinstance(shaped.get("tool_calls"), list):
-        shaped["tool_calls"] = [_call(call) for call in shaped["tool_calls"]]
-    return shaped
+        raise InvalidInput(f"{place} has no role, or one that is not text: {_short(message)}", param="messages")
+    read = {name: value for name, value in message.items() if value is not None}
+    calls = "tool_calls" in read or "function_call" in read
+    if "content" in message or not calls:
+        read["content"] = _content(message.get("content"), place, "content" in message)
+    return read
 
 
-def text_of(part: Any, place: str) -> str:
-    """The text of a content part. Raises InvalidInput for any other part; `place` says where it stands."""
+def _content(content: Any, place: str, given: bool) -> str | list[dict[str, Any]]:
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):
+        return [{"type": "text", "text": _text(part, place)} for part in content]
+    if content is None and given:
+        return ""
+    what = "has no content" if content is None else f"content must be text or a list of parts, got {_short(content)}"
+    raise InvalidInput(f"{place}{' ' if content is None else ': '}{what}", param="messages")
+
+
+def _text(part: Any, place: str) -> str:
+    """The text of a content part. Raises InvalidInput for any other part."""
     if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-    raise InvalidInput(f"{place}: content part of type {kind!r}; only text is supported")
+    raise InvalidInput(f"{place}: content part of type {kind!r}; only text is supported", param="messages")
+
+
+def _shape(message: dict[str, Any], forms: ContentForms) -> dict[str, Any]:
+    content = message.get("content")
+    if isinstance(content, list) and not forms.parts:
+        message["content"] = "\n".join(part["text"] for part in content)
+    elif isinstance(content, str) and not forms.text:
+        message["content"] = [{"type": "text", "text": content}] if content else []
+    if isinstance(message.get("tool_calls"), list):
+        message["tool_calls"] = [_call(call) for call in message["tool_calls"]]
+    return message
 
 
 def _call(call: Any) -> Any:

@@ -17,13 +17,9 @@ _EMBEDDED = "%json"  # a schema in a grammar
 
 def inexact_number(schema: Any) -> str:
     """The first number of a schema that would be another one, with its key; empty if there is none."""
-    for part in _within(schema):
-        for key, value in part.items() if isinstance(part, dict) else ():
-            numbers = [value] if key in _BOUNDS else _within(value) if key in ("const", "enum") else ()
-            for number in numbers:
-                if _is_whole(key, number) and not _exact(key, int(number)):
-                    return f"{key} {number}"
-    return ""
+    keys = (entry for part in _within(schema) if isinstance(part, dict) for entry in part.items())
+    numbers = ((key, number) for key, value in keys for number in _numbers(key, value))
+    return next((f"{key} {number}" for key, number in numbers if not _exact(key, int(number))), "")
 
 
 def inexact_number_of_grammar(grammar: str) -> str:
@@ -40,9 +36,12 @@ def inexact_number_of_grammar(grammar: str) -> str:
     return ""
 
 
-def _is_whole(key: str, value: Any) -> bool:
-    """Whether it is an integer; a bound may be written as 1e20. A constant that is a float is held as one."""
-    return type(value) is int or (type(value) is float and key in _BOUNDS and value.is_integer())
+def _numbers(key: str, value: Any) -> Iterator[Any]:
+    """The integers of one key; a bound may be written as 1e20. A constant that is a float is held as one."""
+    if key in ("const", "enum"):
+        yield from (one for one in _within(value) if type(one) is int)
+    elif key in _BOUNDS and (type(value) is int or (type(value) is float and value.is_integer())):
+        yield value
 
 
 def _exact(key: str, number: int) -> bool:

@@ -158,6 +158,6 @@ def _truncation(body: Body) -> Truncation | None:
 def _contents(given: Any, name: str) -> list[Content]:
     if isinstance(given, str) or (given and isinstance(given[0], int)):
         given = [given]
-    if not given or not all(given):
+    if not given or [] in given:  # an empty text may still have the token that all texts begin with
         raise InvalidInput(f"{name} is empty", param=name)
     return list(given)

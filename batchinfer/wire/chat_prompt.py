@@ -8,6 +8,7 @@ from typing import Any
 import orjson
 
 from batchinfer.errors import BadParameters, InvalidInput
+from batchinfer.text.messages import read_messages
 from batchinfer.wire.bodies import ChatRequest, Message, TokenizeRequest
 
 
@@ -22,8 +23,6 @@ def conversation(
         raise InvalidInput(
             "this model has no chat template: use /v1/completions, or serve it with prompt.chat_template"
         )
-    if not given:
-        raise InvalidInput("messages is empty", param="messages")
     values = dict(body.chat_template_kwargs or {})
     for name in ("messages", "add_generation_prompt"):
         if name in values:
@@ -33,7 +32,11 @@ def conversation(
             values[name] = getattr(body, name)
     if body.tools and getattr(body, "tool_choice", None) != "none":
         values["tools"] = _tools(chat_template, body.tools)
-    return [_message(message, number) for number, message in enumerate(given)], values
+    messages = read_messages([message.model_dump(exclude_unset=True) for message in given])
+    for number, message in enumerate(messages):
+        for call in message.get("tool_calls", []):
+            _check_call(call, f"messages[{number}]")
+    return messages, values
 
 
 def _tools(chat_template: str, tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -49,21 +52,6 @@ def _tools(chat_template: str, tools: list[dict[str, Any]]) -> list[dict[str, An
         if not isinstance(function.get("parameters", {}), dict | None):
             raise BadParameters(f"tools[{number}].function.parameters must be a JSON schema (an object)", param="tools")
     return tools
-
-
-def _message(message: Message, number: int) -> dict[str, Any]:
-    """Checked; the template's own form of content and calls is found by `ChatTemplate`."""
-    place = f"messages[{number}]"
-    if isinstance(message.content, list):
-        for part in message.content:
-            if part.get("type") != "text" or not isinstance(part.get("text"), str):
-                kind = part.get("type")
-                raise InvalidInput(f"{place}: content part of type {kind!r}; only text is supported", param="messages")
-    elif message.content is None and not message.tool_calls:
-        raise InvalidInput(f"{place} has no content", param="messages")
-    for call in message.tool_calls or []:
-        _check_call(call, place)
-    return message.model_dump(exclude_unset=True)
 
 
 def _check_call(call: dict[str, Any], place: str) -> None:

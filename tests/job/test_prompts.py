@@ -277,11 +277,15 @@ def test_logprobs_taken_back_leave_nothing_of_a_prompt():
 
 def test_content_parts():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    assert chat_messages([{"role": "user", "content": parts}], "m") == [{"role": "user", "content": "ab"}]
-    with pytest.raises(InvalidInput, match="message 1: content part of type 'image_url'"):
+    given = [{"role": "user", "content": [{**part, "image_url": None} for part in parts], "name": None}]
+    assert chat_messages(given, "m") == [{"role": "user", "content": parts}], "the template's form is the template's"
+    with pytest.raises(InvalidInput, match=r"m: messages\[0\]: content part of type 'image_url'"):
         chat_messages([{"role": "user", "content": [{"type": "image_url"}]}], "m")
     called = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
-    assert chat_messages([called], "m") == [called]
+    assert chat_messages([called], "m") == [{**called, "content": ""}]
+    assert chat_messages('[{"role": "user", "content": null}]', "m") == [{"role": "user", "content": ""}]
+    with pytest.raises(InvalidInput, match=r"m: messages\[0\] has no content"):
+        chat_messages([{"role": "user", "text": "hi"}], "m")
     assert ready_prompt([1, 2], "p") == [1, 2]
 
 

@@ -34,7 +34,7 @@ def test_what_is_always_there(fake):
 def test_text_parts_are_the_text(fake):
     parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
     asked = {"max_tokens": 8, "temperature": 0}
-    whole = fake.chat(messages=HI, **asked)
+    whole = fake.chat(messages=[{"role": "user", "content": "h\ni"}], **asked)
     assert (
         fake.chat(messages=[{"role": "user", "content": parts, "name": "me"}], **asked)["choices"] == whole["choices"]
     )

@@ -35,8 +35,8 @@ def run(ids: list[int], cuts: list[int], **values) -> tuple[str, str, str]:
     visible = ids[:-1] if by_token and not request.params.include_stop_str_in_output else ids
     whole = TOKENIZER.decode_batch([visible], True)[0]
     if reason == "stop" and not by_token:
-        early = max(0, request.params.min_tokens - 1)
-        whole = prepared.stop.cut(whole, len(TOKENIZER.decode_batch([ids[:early]], True)[0]))
+        pieces = TOKENIZER.pieces(True)
+        whole = prepared.stop.cut(whole, sum(len(pieces.push(one)) for one in ids[: request.params.min_tokens]))
     stream = TextStream(TOKENIZER, prepared, request)
     places = sorted({cut for cut in cuts if cut < len(ids)})
     shown, at = "", 0
@@ -60,6 +60,12 @@ def test_pieces_are_the_whole(ids, cuts, stop, include, min_tokens):
     whole, shown, said = run(ids, cuts, stop=stop, include_stop_str_in_output=include, min_tokens=min_tokens)
     assert said == whole
     assert whole.startswith(shown)
+
+
+def test_a_character_that_the_first_token_after_min_tokens_makes_whole_is_cut():
+    for min_tokens, text in ((1, "a"), (2, "a"), (3, "aéb")):
+        whole, _, said = run(list("aéb".encode()), [1, 2], stop=("é",), min_tokens=min_tokens, max_tokens=9)
+        assert whole == said == text
 
 
 def test_nothing_is_held_back_without_need():

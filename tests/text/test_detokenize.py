@@ -78,7 +78,7 @@ def naive_fires(tokenizer: Tokenizer, ids: list[int], stop: tuple[str, ...], min
         settled = len("".join([pieces.push(token_id) for token_id in ids[: count - 1]]))
         [text] = tokenizer.decode_batch([ids[:count]], False)
         ends = {start + len(s) for s in stop for start in range(len(text)) if text.startswith(s, start)}
-        fires.append(count >= min_tokens and any(end > settled for end in ends))
+        fires.append(count > min_tokens and any(end > settled for end in ends))
     return fires
 
 

@@ -26,7 +26,7 @@ def user(content: Any) -> list[dict[str, Any]]:
 def test_parts_are_joined_for_templates_of_text(name):
     template = ChatTemplate(TEXT_ONLY[name], SPECIAL)
     given = user(PARTS)
-    assert template.render(given) == template.render(user("one two"))
+    assert template.render(given) == template.render(user("one \ntwo")), "as vLLM joins them"
     assert given == user(PARTS), "what the caller has stays as it is"
     for wrong in ([{"type": "image_url"}], ["text"], [{"type": "text"}]):
         with pytest.raises(InvalidInput, match=r"messages\[0\]: content part of type"):
@@ -40,8 +40,8 @@ def test_templates_of_parts_get_parts():
 
 
 def test_a_list_that_a_template_would_print_is_joined():
-    assert ChatTemplate("{{ messages[0].content }}", {}).render(user(PARTS)) == "one two"
-    assert ChatTemplate("{{ messages[0].content | tojson }}", {}).render(user(PARTS)) == '"one two"'
+    assert ChatTemplate("{{ messages[0].content }}", {}).render(user(PARTS)) == "one \ntwo"
+    assert ChatTemplate("{{ messages[0].content | tojson }}", {}).render(user(PARTS)) == '"one \\ntwo"'
 
 
 def call(arguments: Any) -> list[dict[str, Any]]:
@@ -68,6 +68,19 @@ def test_arguments_as_json_text_are_written_as_the_object_that_they_are(name):
 def test_keys_that_are_null_are_absent():
     message = {"role": "user", "content": "hi", "tool_calls": None, "name": None}
     assert ChatTemplate(LLAMA3, SPECIAL).render([message]) == ChatTemplate(LLAMA3, SPECIAL).render(user("hi"))
+
+
+@pytest.mark.parametrize("name", [*TEXT_ONLY, "gemma"])
+def test_no_content_is_an_empty_text(name):
+    template = ChatTemplate({**TEXT_ONLY, "gemma": GEMMA}[name], SPECIAL)
+    for nothing in (None, []):
+        assert template.render(user(nothing)) == template.render(user(""))
+    assert "None" not in template.render([*user("hi"), {"role": "assistant", "content": None}, *user("so?")])
+    with pytest.raises(InvalidInput, match=r"messages\[1\] has no content"):
+        template.render([*user("hi"), {"role": "assistant"}])
+    for wrong in (3, {"text": "hi"}):
+        with pytest.raises(InvalidInput, match=r"messages\[0\]: content must be text or a list of parts"):
+            template.render(user(wrong))
 
 
 def test_no_tools_are_none():
