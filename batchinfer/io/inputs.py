@@ -30,7 +30,7 @@ class InputFile:
 
     `content` says which file it is, wherever it lies and whatever its name; `mark` spares looking at it again (see
     `Stat`). `index` has an entry for every few thousand rows of an uncompressed file of lines, and is empty for others.
-    `known_as`: its URL when the job was planned, if that was another one.
+    `known_as`: its URL when the job was planned, if that was another one. `partitions`: columns that its folders name.
     """
 
     url: str
@@ -41,6 +41,7 @@ class InputFile:
     index: tuple[IndexEntry, ...] = ()
     mark: str = ""
     known_as: str | None = None
+    partitions: tuple[tuple[str, str | None], ...] = ()
 
     @property
     def name(self) -> str:
@@ -53,12 +54,15 @@ class InputFile:
 
     def to_dict(self) -> dict[str, Any]:
         values = {name: getattr(self, name) for name in ("url", "format", "size", "content", "mark", "rows")}
+        if self.partitions:
+            values["partitions"] = dict(self.partitions)
         return {**values, "index": [list(entry) for entry in self.index]} if self.index else values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> InputFile:
         index = tuple(IndexEntry(*entry) for entry in values.get("index", ()))
-        return cls(**{**values, "index": index})
+        partitions = tuple(values.get("partitions", {}).items())
+        return cls(**{**values, "index": index, "partitions": partitions})
 
 
 @dataclass(frozen=True)

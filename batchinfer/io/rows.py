@@ -8,6 +8,7 @@ import queue
 import threading
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ from batchinfer.errors import InputError, SpecError, SpoolError
 from batchinfer.io import jsonl, parquet
 from batchinfer.io.discover import Found, find_files
 from batchinfer.io.inputs import FileScan, IndexEntry, InputFile, Inputs, RowBatch, Span, unify
+from batchinfer.io.partitions import filled, own_schema, values_of, with_columns
 from batchinfer.io.source import Source, Sources
 from batchinfer.spec import InputSpec, StorageSpec
 
@@ -49,9 +51,9 @@ def scan(spec: InputSpec, storage: StorageSpec) -> Inputs:
     sources = Sources(storage)
     files = find_files(spec, sources)
     if spec.limit is not None and spec.where is None:
-        return unify(_first_rows(sources, files, spec.limit))
+        return with_columns(unify(_first_rows(sources, files, spec.limit)))
     with ThreadPoolExecutor(_SCAN_THREADS) as pool:
-        return unify(pool.map(lambda file: _scan_file(sources, file, None), files))
+        return with_columns(unify(pool.map(lambda file: _scan_file(sources, file, None), files)))
 
 
 def _first_rows(sources: Sources, files: list[Found], limit: int) -> Iterator[FileScan]:
@@ -65,9 +67,8 @@ def _first_rows(sources: Sources, files: list[Found], limit: int) -> Iterator[Fi
 
 def _scan_file(sources: Sources, file: Found, limit: int | None) -> FileScan:
     with sources.open(file.url) as source:
-        if file.format == "parquet":
-            return parquet.scan(source, limit)
-        return jsonl.scan(source, file.format, limit)
+        scanned = parquet.scan(source, limit) if file.format == "parquet" else jsonl.scan(source, file.format, limit)
+    return replace(scanned, file=replace(scanned.file, partitions=values_of(file.path)))
 
 
 def stream(
@@ -94,11 +95,15 @@ def _read_file(
     source: Source, file: InputFile, inputs: Inputs, spans: Iterable[Span]
 ) -> Iterator[tuple[Span, RowBatch]]:
     changed = (file.stat, "changed while it was read")
+    own = own_schema(file, inputs.schema)
     try:
         if file.format == "parquet":
-            yield from parquet.read(source, inputs.schema, spans)
+            batches = parquet.read(source, own, spans)
         else:
-            yield from jsonl.read(source, file, inputs.schema, inputs.text_json, spans)
+            batches = jsonl.read(source, file, own, inputs.text_json, spans)
+        if file.partitions:
+            batches = ((span, filled(batch, file, inputs.schema)) for span, batch in batches)
+        yield from batches
     except InputError:
         source.check(*changed)  # the reason, if it is one
         raise

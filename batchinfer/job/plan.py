@@ -219,10 +219,10 @@ def _files_hash(inputs: Inputs) -> str:
     return f"{len(inputs.files)} files, {rows} rows, {whole.hexdigest()[:32]}"
 
 
-def _identity(file: InputFile) -> tuple[str, str, int, str, int]:
+def _identity(file: InputFile) -> tuple[Any, ...]:
     """What makes a file the same one: a local file may have another name or place, on another machine say."""
     place = file.url if local_path(file.url) is None else ""
-    return place, file.format, file.size, file.content, file.rows
+    return place, file.format, file.size, file.content, file.rows, file.partitions
 
 
 def _first_change(ours: tuple[InputFile, ...], theirs: tuple[InputFile, ...]) -> str:
@@ -234,6 +234,8 @@ def _first_change(ours: tuple[InputFile, ...], theirs: tuple[InputFile, ...]) ->
         was = gone.get(file.url) or (gone.get(theirs[place].url) if len(ours) == len(theirs) else None)
         if was is None:
             return f"{file.url} is new"
+        if was.partitions != file.partitions and was.content == file.content:
+            return f"{file.url} is of partition {dict(file.partitions)}, and was of {dict(was.partitions)}"
         sizes = f"{was.size} bytes then, {file.size} now"
         how = sizes if was.size != file.size else f"{sizes} too, with other content"
         return f"{file.url} changed since the output was begun ({how})"

@@ -10,6 +10,7 @@ from typing import Any
 from batchinfer.errors import BadParameters, InputMissing, SpecError
 from batchinfer.io.discover import Found, find_files
 from batchinfer.io.fetch import ModelFiles, fetch_model
+from batchinfer.io.partitions import agree, values_of
 from batchinfer.io.rows import InputFile, Inputs, Span, scan, stream
 from batchinfer.io.source import Sources
 from batchinfer.io.storage import Store
@@ -140,7 +141,8 @@ def _unchanged(spec: JobSpec, known: JobPlan) -> Inputs | None:
 
     def again(file: InputFile, here: Found) -> InputFile | None:
         with sources.open(here.url) as source:
-            if file.format != here.format or not source.same(file.stat, source.opened):
+            agreed = file.format == here.format and agree(file, values_of(here.path), known.inputs.schema)
+            if not agreed or not source.same(file.stat, source.opened):
                 return None
             return replace(file, url=here.url, mark=source.opened.mark, known_as=file.name)
 
