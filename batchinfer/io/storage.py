@@ -19,7 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from batchinfer.errors import AccessDenied
 from batchinfer.io.filesystem import Retry, already_exists, bucket_missing, connect, local_path, protocol_of, translate
@@ -32,6 +32,14 @@ _STALE_S = 900.0
 # filesystems whose mode="create" is one atomic request; fsspec's generic one looks first and then writes
 _CONDITIONAL = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "memory"})
 _NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
+
+
+class Listed(NamedTuple):
+    """An object as a listing shows it. `mark` changes with the content (an ETag); None where the store has none."""
+
+    name: str
+    size: int  # bytes
+    mark: str | None
 
 
 class Store(ABC):
@@ -52,8 +60,12 @@ class Store(ABC):
         """The object's content, None if there is none."""
 
     @abstractmethod
+    def scan(self, prefix: str = "") -> Iterator[Listed]:
+        """The objects whose names begin with `prefix`, in no order, as they are when the listing comes to them."""
+
     def find(self, prefix: str = "") -> dict[str, int]:
         """Names that begin with `prefix`, and their sizes in bytes, as they are now, sorted."""
+        return dict(sorted((entry.name, entry.size) for entry in self.scan(prefix)))
 
     @abstractmethod
     def put(self, name: str, data: bytes) -> None:
@@ -113,20 +125,19 @@ class LocalStore(Store):
         except OSError as error:
             raise translate(error, self._url(name)) from error
 
-    def find(self, prefix: str = "") -> dict[str, int]:
-        folder = self._root / prefix.rpartition("/")[0]
-        found: dict[str, int] = {}
-        for path in self._files(folder):
-            name = path.relative_to(self._root).as_posix()
+    def scan(self, prefix: str = "") -> Iterator[Listed]:
+        for name in self._names(prefix.rpartition("/")[0]):
             if name.startswith(prefix):
                 with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
-                    found[name] = path.stat().st_size
-        return dict(sorted(found.items()))
+                    yield Listed(name, os.stat(f"{self._root}{os.sep}{name}").st_size, None)  # noqa: PTH116 - many
 
-    def _files(self, folder: Path) -> Iterator[Path]:
-        for parent, folders, files in os.walk(folder, onerror=self._walk_error):
+    def _names(self, folder: str) -> Iterator[str]:
+        root = str(self._root)
+        start = os.path.join(root, folder)  # noqa: PTH118 - Path would drop a root of "."
+        for parent, folders, files in os.walk(start, onerror=self._walk_error):
             folders[:] = [name for name in folders if not name.startswith(".")]
-            yield from (Path(parent, file) for file in files if not file.startswith("."))
+            below = parent[len(root) :].replace(os.sep, "/").strip("/")
+            yield from (f"{below}/{file}" if below else file for file in files if not file.startswith("."))
 
     def _walk_error(self, error: OSError) -> None:
         if not isinstance(error, FileNotFoundError | NotADirectoryError):
@@ -252,21 +263,34 @@ class RemoteStore(Store):
             return None
         return data
 
-    def find(self, prefix: str = "") -> dict[str, int]:
-        folder = f"{self._root}/{prefix.rpartition('/')[0]}".rstrip("/")
+    def scan(self, prefix: str = "") -> Iterator[Listed]:
         try:
-            listing = self._call(prefix, lambda: self._filesystem.find(folder, detail=True))
+            for path, info in self._pages(prefix) if self._s3 else self._found(prefix):
+                name = path[len(self._root) + 1 :] if path.startswith(f"{self._root}/") else ""
+                # a key that ends in "/" is what some consoles create for a folder
+                hidden = name.rpartition("/")[2].startswith(".") or name.endswith("/")
+                if name and name.startswith(prefix) and not hidden:
+                    mark = info.get("ETag") or info.get("etag")
+                    yield Listed(name, int(info["size"]), str(mark).strip('"') if mark else None)
         except FileNotFoundError as error:
             self._bucket_gone(error)
-            return {}
-        found: dict[str, int] = {}
-        for path, info in listing.items():
-            name = path[len(self._root) + 1 :] if path.startswith(f"{self._root}/") else ""
-            # a key that ends in "/" is what some consoles create for a folder
-            hidden = name.rpartition("/")[2].startswith(".") or name.endswith("/")
-            if name and name.startswith(prefix) and not hidden and info.get("type") != "directory":
-                found[name] = int(info["size"])
-        return dict(sorted(found.items()))
+
+    def _found(self, prefix: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        folder = f"{self._root}/{prefix.rpartition('/')[0]}".rstrip("/")
+        listing = self._call(prefix, lambda: self._filesystem.find(folder, detail=True))
+        return ((path, info) for path, info in listing.items() if info.get("type") != "directory")
+
+    def _pages(self, prefix: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Page by page: s3fs's own listing keeps a kilobyte for each object until the last one is known."""
+        bucket, folder, _ = self._filesystem.split_path(f"{self._root}/")
+        where = {"Bucket": bucket, "Prefix": f"{folder.strip('/')}/{prefix}".lstrip("/")}
+        while True:
+            page = self._call(prefix, lambda: self._filesystem.call_s3("list_objects_v2", **where))
+            for entry in page.get("Contents", []):
+                yield f"{bucket}/{entry['Key']}", {"size": entry["Size"], "ETag": entry.get("ETag")}
+            if not page.get("IsTruncated"):
+                return
+            where["ContinuationToken"] = page["NextContinuationToken"]
 
     def put(self, name: str, data: bytes) -> None:
         self._write(name, lambda path: self._filesystem.pipe_file(path, data))

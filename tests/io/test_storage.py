@@ -1,12 +1,14 @@
 """Stores: the same contract on local disk, in memory and on real S3, and what each does when things go wrong."""
 
 import errno
+import hashlib
 import os
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from botocore.utils import parse_timestamp
 
 from batchinfer.errors import AccessDenied, InputMissing, SpecError, StorageError, UsageError, UserError
 from batchinfer.io import filesystem, storage
@@ -323,3 +325,30 @@ def test_new_objects_of_others_are_seen(seaweed):
     theirs.put("b", b"x")
     theirs.delete(["a"])
     assert ours.find() == {"b": 1}
+
+
+def test_a_relative_root_lists_as_any_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for root in (".", "x/..", "out"):
+        store = Store.open(root, StorageSpec())
+        store.put("commits/a", b"1")
+        assert store.find("commits/") == store.find("commits/a") == {"commits/a": 1}
+
+
+def test_a_listing_is_read_page_by_page_with_marks(seaweed):
+    """More objects than one page has: each once, with the hash of its bytes where the store marks it so."""
+    url = seaweed.bucket()
+    store = Store.open(url, seaweed.storage)
+    keys = {f"c/{number:04d}": b"%d" % number for number in range(1003)}
+    seaweed.filesystem().pipe({f"{url}/{name}": data for name, data in keys.items()})
+    found = list(store.scan("c/"))
+    assert {entry.name: entry.mark for entry in found} == {n: hashlib.md5(d).hexdigest() for n, d in keys.items()}
+    assert len(found) == 1003 and [entry.size for entry in store.scan("c/0007")] == [1]
+
+
+@pytest.mark.parametrize(
+    "text", ["2026-12-01T03:10:26.123Z", "2026-12-01T03:10:26+00:00", "Tue, 01 Dec 2026 03:10:26 GMT"]
+)
+def test_times_are_read_as_botocore_reads_them(text):
+    assert filesystem._timestamp(text) == parse_timestamp(text)
+    assert filesystem._timestamp(1796094626) == parse_timestamp(1796094626)

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from batchinfer.errors import StorageError
 from batchinfer.io.filesystem import Retry
-from batchinfer.io.storage import Store
+from batchinfer.io.storage import Listed, Store
 from batchinfer.job.run import run_job
 from batchinfer.job.state import Seams
 from batchinfer.request import Completion, Output, SamplingParams
@@ -45,9 +45,9 @@ class MemoryStore(Store):
     def read(self, name):
         return self._operate(lambda: self.objects.get(name))
 
-    def find(self, prefix=""):
-        found = lambda: {n: len(d) for n, d in sorted(self.objects.items()) if n.startswith(prefix)}  # noqa: E731
-        return self._operate(found)
+    def scan(self, prefix=""):
+        found = lambda: [Listed(n, len(d), None) for n, d in self.objects.items() if n.startswith(prefix)]  # noqa: E731
+        return iter(self._operate(found))
 
     def put(self, name, data):
         self._operate(lambda: self.objects.__setitem__(name, data))
