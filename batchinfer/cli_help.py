@@ -6,7 +6,7 @@ EXIT_CODES = """\b
 Exit codes:
    0  done
    1  verify found a difference
-  10  done, but more row errors than errors.max allows
+  10  more row errors than errors.max allows; without it, every row failed
   33  stopped by a signal with work left: run the same command again
   64  a wrong option or argument
   65  input with wrong content

@@ -9,6 +9,7 @@ import sys
 from collections import deque
 from typing import TYPE_CHECKING
 
+from batchinfer.errors import command
 from batchinfer.log import log
 
 if TYPE_CHECKING:
@@ -167,10 +168,10 @@ def summary(report: Report) -> str:
             f"{tokens['prompt']:,} tokens in ({report.rates['cache_reuse']:.0%} from the prefix cache), {_made(report)}"
         )
     if not report.complete:
-        lines.append("other workers are not done: `batchinfer status` shows how far they are")
-    failed = [f"batchinfer show {output} --errors"] if rows["failed"] else []
-    commands = [f"batchinfer show {output}", *failed, f"batchinfer verify {output}"]
-    return "\n".join([*lines, f"output: {output}", "next:", *(f"  {command}" for command in commands)])
+        lines.append(f"other workers are not done; how far they are: {command('status', output)}")
+    failed = [command("show", output, "--errors")] if rows["failed"] else []
+    commands = [command("show", output), *failed, command("verify", output)]
+    return "\n".join([*lines, f"output: {output}", "next:", *(f"  {line}" for line in commands)])
 
 
 def _made(report: Report) -> str:

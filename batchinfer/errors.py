@@ -14,7 +14,7 @@ BatchInferError
 │   ├── SpoolError            the local spool directory cannot be written (disk full)
 │   └── EngineError           the engine failed on several steps in a row
 ├── VerifyFailed           1  an audit found a difference
-├── TooManyRowErrors      10  more row errors than `errors.max` allows
+├── TooManyRowErrors      10  more row errors than `errors.max` allows; without it, nothing but row errors
 ├── Drained               33  stopped by a signal with work left: run the same command again
 └── RowError                  ends one row, never a job; `kind` is what the output's error_type column holds
     ├── InvalidInput          the row's data: malformed JSON, null or wrongly typed cell, empty prompt
@@ -29,6 +29,7 @@ BatchInferError
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Iterable
 
 EXIT_OK = 0
@@ -181,3 +182,8 @@ def suggest(name: str, known: Iterable[str]) -> str:
 def plain(name: str) -> str:
     """A name without case and without what is neither letter nor digit: `maxTokens`, `max-tokens`, `max_tokens`."""
     return "".join(char for char in name.casefold() if char.isalnum())
+
+
+def command(verb: str, output: str, *options: str) -> str:
+    """What to type about an output, as a shell takes it."""
+    return shlex.join(["batchinfer", verb, f"./{output}" if output.startswith("-") else output, *options])

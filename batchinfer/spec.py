@@ -163,7 +163,9 @@ class ErrorsSpec(_Section):
     """When to give up."""
 
     max: int | float | None = Field(
-        None, description="stop past this many error rows (whole number) or this share of rows (below 1, or '5%')"
+        None,
+        description="stop past this many error rows (whole number) or this share of rows (up to 1.0, or '5%'); "
+        "without it a job fails only if every row did",
     )
 
     @field_validator("max", mode="before")

@@ -110,18 +110,20 @@ class Tally:
         return not early and self.exceeds(self.all_rows, self.all_errors)
 
     def exceeds(self, rows: int, errors: int) -> bool:
+        """Without `errors.max` a job fails that has rows and no answer."""
         if self.max_errors is None:
-            return False
+            return 0 < rows == errors
         allowed = self.max_errors if isinstance(self.max_errors, int) else self.max_errors * rows
         return errors > allowed
 
-    def refusal(self, rows: int, errors: int, complete: bool) -> TooManyRowErrors:
+    def refusal(self, rows: int, errors: int, ending: str, first: str = "") -> TooManyRowErrors:
+        """`ending`: what became of the job. `first`: an error of the output, for a run that has seen none."""
         kinds = ", ".join(f"{kind}: {number}" for kind, number in self.errors.most_common())
-        first = next((f"; row {e[0]['row']}: {e[0]['error']}" for e in self.examples.values()), "")
-        state = "the output is complete" if complete else "stopped; raise errors.max and run again to go on"
+        seen = next((f"row {e[0]['row']}: {e[0]['error']}" for e in self.examples.values()), first)
+        limit = "errors.max is not set" if self.max_errors is None else f"errors.max is {self.max_errors}"
+        which = f"all {rows} rows" if rows == errors else f"{errors} of {rows} rows"
         return TooManyRowErrors(
-            f"{errors} of {rows} rows failed ({kinds or 'in earlier runs'}), errors.max is {self.max_errors}; "
-            f"{state}{first}"
+            f"{which} failed ({kinds or 'in earlier runs'}), {limit}; {ending}{'; ' * bool(seen)}{seen}"
         )
 
 

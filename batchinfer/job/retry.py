@@ -15,12 +15,13 @@ from batchinfer.errors import RETRYABLE_KINDS, OutputConflict, UsageError
 from batchinfer.job.batchlines import rows_of_lines
 from batchinfer.job.drain import Drain
 from batchinfer.job.finish import finalise, is_finished, read_manifest
+from batchinfer.job.judge import judge
 from batchinfer.job.ledger import CommitRecord
 from batchinfer.job.prepare import Work
 from batchinfer.job.readback import read_part
 from batchinfer.job.report import Progress, Report, Silent
 from batchinfer.job.results import SCORED, Row, rows_of_part
-from batchinfer.job.run import begin, judge, run_pass
+from batchinfer.job.run import begin, run_pass
 from batchinfer.job.shard import Shard
 from batchinfer.job.state import Pass, RunState, Seams, Worker
 from batchinfer.log import log
@@ -58,7 +59,7 @@ def retry_job(
             state.clock.enter("finishing")
             done = {key.chunk for key in work.ledger.listed() if key.pass_number == number}
             state.manifest = finalise(work.ledger, number, state.committed) if done >= failed.keys() else None
-        judge(state)
+        judge(work, state)
     return state.report(None)
 
 

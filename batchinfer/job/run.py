@@ -17,6 +17,7 @@ from batchinfer.job.drain import Drain
 from batchinfer.job.feed import Feed, Window, open_rows
 from batchinfer.job.finish import finalise, is_finished, read_manifest
 from batchinfer.job.gather import Gather
+from batchinfer.job.judge import judge
 from batchinfer.job.ledger import CommitKey, CommitRecord
 from batchinfer.job.prepare import Work, prepare
 from batchinfer.job.report import Progress, Report, Silent
@@ -59,7 +60,7 @@ def run_job(
         if manifest is None or not is_finished(work.ledger.store):
             manifest = finalise(work.ledger, manifest["pass"] if manifest is not None else 0, state.committed)
         state.manifest = manifest
-        judge(state)
+        judge(work, state)
     return state.report(None)
 
 
@@ -137,23 +138,13 @@ def run_chunks(work: Work, state: RunState, spool: Spool, window: Window, recove
     if len(state.committed) < len(state.todo.chunks):
         drain.check()
         assert tally.too_many, "the engine ended before all rows were done"
-        raise tally.refusal(tally.all_rows, tally.all_errors, complete=False)
+        raise tally.refusal(tally.all_rows, tally.all_errors, "stopped; raise errors.max and run again to go on")
 
 
 def _answers(work: Work, state: RunState, feed: Feed, llm: Answerer) -> closing[Generator[Completion, None, None]]:
     """The engine at work; closing it stops the engine and its feeder."""
     prompts = feed.prompts(state.todo.chunks, work.spec.seed, llm.wire, work.spec.storage)
     return closing(feed.gather.rows(llm.run(prompts)))
-
-
-def judge(state: RunState) -> None:
-    """Raises TooManyRowErrors if the whole output, or this worker's share of it, has more than `errors.max`."""
-    tally, manifest = state.tally, state.manifest
-    rows, errors = tally.all_rows, tally.all_errors
-    if manifest is not None:
-        rows, errors = manifest["rows"], sum(manifest["errors"].values())
-    if tally.exceeds(rows, errors):
-        raise tally.refusal(rows, errors, complete=manifest is not None)
 
 
 def _open_chunks(work: Work, state: RunState) -> Pass:

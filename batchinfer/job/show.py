@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import orjson
 
-from batchinfer.errors import InfrastructureError, OutputConflict, UsageError, UserError
+from batchinfer.errors import InfrastructureError, OutputConflict, UsageError, UserError, command
 from batchinfer.io.rows import Span, rows_of, stream
 from batchinfer.job.columns import Layout, output_layout
 from batchinfer.job.ledger import CommitRecord, Output
@@ -44,7 +44,7 @@ def pick(
 ) -> list[Shown]:
     """At most `count` rows: spread over what is committed, or the first error rows, or those at position `row`.
 
-    Raises UsageError if there is no such row.
+    None where no row is an error. Raises UsageError if there is no such row otherwise.
     """
     keys = list(output.ledger.in_effect().values())
     if row is not None:
@@ -57,12 +57,14 @@ def pick(
     for start in range(0, len(keys), _RECORDS_AT_ONCE):
         for record in output.ledger.read_all(keys[start : start + _RECORDS_AT_ONCE]):
             wanted = -(-count // len(keys)) if row is None and not errors else count
-            rows = _rows(output, layout, record, errors, row)
+            rows = rows_of_record(output, layout, record, errors, row)
             shown += _spread(rows, wanted) if row is None and not errors else rows
         if len(shown) >= count:
             break
+    if not shown and errors and row is None:
+        return []
     if not shown:
-        what = f"a row {row}" if row is not None else "an error row" if errors else "a row"
+        what = f"a row {row}" if row is not None else "a row"
         raise UsageError(f"{output.store.url}: no committed chunk has {what}")
     return _with_inputs(output, storage, shown[:count])
 
@@ -73,12 +75,17 @@ def _spread(items: list[T], count: int) -> list[T]:
     return [items[place * len(items) // number] for place in range(number)]
 
 
-def _rows(output: Output, layout: Layout, record: CommitRecord, errors: bool, row: int | None) -> list[Shown]:
+def rows_of_record(
+    output: Output, layout: Layout, record: CommitRecord, errors: bool, row: int | None = None
+) -> list[Shown]:
+    """The rows of a part, or its error rows, or those at position `row`; with the carried columns as their input."""
     if record.part is None or (errors and not record.errors):
         return []
     data = output.store.read(record.part)
     if data is None:
-        raise OutputConflict(f"{output.store.url}/{record.part}: missing; batchinfer verify lists what is wrong")
+        raise OutputConflict(
+            f"{output.store.url}/{record.part}: missing; {command('verify', output.store.url)} lists what is wrong"
+        )
     span = output.plan.chunks[record.chunk]
     file = output.plan.inputs.files[span.file].url
     first = output.plan.bases[record.chunk] - span.start  # job index of the file's row 0
@@ -120,6 +127,8 @@ def _with_inputs(output: Output, storage: StorageSpec, shown: list[Shown]) -> li
 
 def describe(shown: list[Shown], width: int) -> str:
     """Input and output of each row, next to each other if `width` (columns of text) has room for it."""
+    if not shown:
+        return "no row that is committed is an error"
     return "\n\n".join("\n".join(_lines(one, width)) for one in shown)
 
 

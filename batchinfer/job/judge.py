@@ -1,0 +1,61 @@
+"""Whether a job that ran to its end has too many errors: more than `errors.max`, or without it nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from batchinfer.errors import command
+from batchinfer.job.ledger import CommitRecord, Output
+from batchinfer.job.prepare import Work
+from batchinfer.job.show import rows_of_record
+from batchinfer.job.state import RunState
+
+_AT_ONCE = 16
+
+
+def judge(work: Work, state: RunState) -> None:
+    """Raises TooManyRowErrors. The whole output counts once it is complete, before that this worker's share of it.
+
+    That nothing but errors is there is judged by what all workers have committed.
+    """
+    tally, manifest = state.tally, state.manifest
+    rows, errors = tally.all_rows, tally.all_errors
+    if manifest is not None:
+        rows, errors = manifest["rows"], sum(manifest["errors"].values())
+    elif tally.max_errors is None and rows == errors:
+        rows, errors = _committed(work)
+    if not tally.exceeds(rows, errors):
+        return
+    ending = f"the output is complete: {command('show', work.ledger.store.url, '--errors')}"
+    if manifest is None:
+        ending = "other workers are not done"
+    if tally.max_errors is None:
+        ending += "; with errors.max: 100% that counts as done"
+    raise tally.refusal(rows, errors, ending, "" if tally.examples else _first_error(work))
+
+
+def _committed(work: Work) -> tuple[int, int]:
+    """Rows and error rows of all workers, up to the first answer."""
+    rows = errors = 0
+    for records in _records(work):
+        rows += sum(record.rows for record in records)
+        errors += sum(sum(record.errors.values()) for record in records)
+        if errors < rows:
+            break
+    return rows, errors
+
+
+def _first_error(work: Work) -> str:
+    output = Output(work.ledger.store, work.plan, work.spec, work.ledger)
+    for records in _records(work):
+        for record in records:
+            for shown in rows_of_record(output, work.layout, record, errors=True):
+                error = shown.output["error"]
+                return f"row {shown.row} of {shown.file}: {error['message'] if isinstance(error, dict) else error}"
+    return ""
+
+
+def _records(work: Work) -> Iterator[list[CommitRecord]]:
+    keys = list(work.ledger.in_effect().values())
+    for start in range(0, len(keys), _AT_ONCE):
+        yield work.ledger.read_all(keys[start : start + _AT_ONCE])
