@@ -7,7 +7,6 @@ written embed it again as JSON. A key that a line lacks is null. Of a key given 
 
 from __future__ import annotations
 
-import base64
 import gzip
 import hashlib
 import json
@@ -245,16 +244,6 @@ def _table(
     return table_of(columns, schema, len(rows))
 
 
-def from_text(text: str) -> Any:
-    """The value of a JSON text. A bare number beyond 64 bits keeps all its digits."""
-    if len(text) > 18 and text[0] in "-0123456789":
-        return json.loads(text)
-    try:
-        return orjson.loads(text)
-    except orjson.JSONDecodeError:
-        return json.loads(text)
-
-
 def _json_text(value: Any, name: str, raw: bytes | None) -> str:
     text = orjson.dumps(value)
     if _HUGE.search(text):
@@ -271,10 +260,10 @@ def _exact(raw: bytes | None, name: str, value: Any) -> Any:
 
 
 def write(path: Path, rows: Iterator[dict[str, Any]], compression: str | None) -> None:
-    """One object per line. Compressed bytes carry no time and no name."""
+    """One object per line, of JSON's types. Compressed bytes carry no time and no name."""
     with _compressor(path, compression) as file:
         for row in rows:
-            file.write(orjson.dumps(row, default=_plain, option=orjson.OPT_APPEND_NEWLINE))
+            file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
 
 
 @contextmanager
@@ -288,8 +277,3 @@ def _compressor(path: Path, compression: str | None) -> Iterator[Any]:
                 yield packed
         else:
             yield file
-
-
-def _plain(value: Any) -> str:
-    """What JSON has no type for: bytes in base64, decimal numbers and durations as text."""
-    return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)

@@ -64,7 +64,8 @@ def read(source: Source, schema: pa.Schema, spans: Iterable[Span]) -> Iterator[t
 def _open(source: Source) -> Any:
     file = source.arrow()
     try:
-        return pq.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False)
+        # INT96, which holds no type of its own: in nanoseconds, Arrow's default, 9999-12-31 would overflow
+        return pq.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False, coerce_int96_timestamp_unit="us")
     except BatchInferError:
         raise
     except (OSError, pa.ArrowException) as error:

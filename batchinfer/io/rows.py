@@ -6,17 +6,17 @@ import contextlib
 import itertools
 import queue
 import threading
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import orjson
 import pyarrow as pa
 
 from batchinfer.errors import InputError, SpecError, SpoolError
 from batchinfer.io import jsonl, parquet
+from batchinfer.io.cells import cells_of, json_cells_of, json_line_cells_of, line_cells_of
 from batchinfer.io.discover import Found, find_files
 from batchinfer.io.inputs import FileScan, IndexEntry, InputFile, Inputs, RowBatch, Span, unify
 from batchinfer.io.partitions import filled, own_schema, values_of, with_columns
@@ -157,22 +157,15 @@ def _ahead(items: Iterator[T], depth: int) -> Iterator[T]:
 
 
 def rows_of(table: pa.Table, columns: Iterable[str], text_json: Collection[str] = ()) -> list[dict[str, Any]]:
-    """The rows as Python values, with JSON text parsed. Values that Python has no type for become text."""
-    names = list(columns)
-    values = [_values(table.column(name), name in text_json) for name in names]
-    if not names:
+    """The rows as Python values (`io.cells`), with JSON text parsed. A cell that Python cannot hold is Unheld."""
+    return _rows(table, {name: json_cells_of if name in text_json else cells_of for name in columns})
+
+
+def _rows(table: pa.Table, convert: Mapping[str, Callable[[Any], list[Any]]]) -> list[dict[str, Any]]:
+    if not convert:
         return [{} for _ in range(table.num_rows)]
-    return [dict(zip(names, row, strict=True)) for row in zip(*values, strict=True)]
-
-
-def _values(column: pa.ChunkedArray, is_json: bool) -> list[Any]:
-    if is_json:
-        return [None if text is None else jsonl.from_text(text) for text in column.to_pylist()]
-    try:
-        values: list[Any] = column.to_pylist()
-    except (ValueError, OverflowError, KeyError):  # nanoseconds, years beyond 9999, a time zone that is not installed
-        values = column.cast(pa.string()).to_pylist()
-    return values
+    values = [cells(table.column(name)) for name, cells in convert.items()]
+    return [dict(zip(convert, row, strict=True)) for row in zip(*values, strict=True)]
 
 
 def write_rows(
@@ -180,8 +173,8 @@ def write_rows(
 ) -> None:
     """Write a part to local disk. Equal tables give equal bytes.
 
-    Lines carry JSON text as JSON, bytes in base64, times as ISO 8601 and, since JSON has no such numbers, NaN and
-    infinity as null. Raises SpoolError if the file cannot be written, and then leaves none.
+    Lines carry JSON text as JSON, bytes in base64, times as ISO 8601, decimal numbers as text and, since JSON has no
+    such numbers, NaN and infinity as null. Raises SpoolError if the file cannot be written, and then leaves none.
     """
     try:
         if form == "parquet":
@@ -196,7 +189,6 @@ def write_rows(
 
 
 def _lines(table: pa.Table, text_json: Collection[str]) -> Iterator[dict[str, Any]]:
+    convert = {name: json_line_cells_of if name in text_json else line_cells_of for name in table.column_names}
     for start in range(0, table.num_rows, _WRITE_ROWS):
-        for row in rows_of(table.slice(start, _WRITE_ROWS), table.column_names):
-            given = [name for name in text_json if row.get(name) is not None]
-            yield row | {name: orjson.Fragment(row[name]) for name in given}
+        yield from _rows(table.slice(start, _WRITE_ROWS), convert)

@@ -186,7 +186,7 @@ class _Source:
             self._fail(error)
             return self.take(chunk)
         kept = self._kept(batch)
-        values = batch.table.select(self.compared).to_pylist()
+        values = rows_of(batch.table, self.compared)
         return _Wanted({chunk.start + offset for offset in kept}, {chunk.start + o: values[o] for o in kept})
 
     def _kept(self, batch: RowBatch) -> Iterable[int]:

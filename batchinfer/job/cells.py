@@ -8,6 +8,8 @@ import orjson
 
 from batchinfer.errors import InvalidInput
 from batchinfer.text.messages import read_messages
+from batchinfer.values.cell import held
+from batchinfer.values.plain import plain
 
 
 def parse_json(text: str, what: str) -> Any:
@@ -20,8 +22,7 @@ def parse_json(text: str, what: str) -> Any:
 
 def chat_messages(value: Any, what: str) -> list[dict[str, Any]]:
     """Messages of a row: a list of mappings, or its JSON text. Raises InvalidInput that names the message."""
-    if isinstance(value, str):
-        value = parse_json(value, what)
+    value = parse_json(value, what) if isinstance(value, str) else plain(value, what)
     if value is None:
         raise InvalidInput(f"{what} is null")
     return read_messages(value, f"{what}: ")
@@ -29,6 +30,7 @@ def chat_messages(value: Any, what: str) -> list[dict[str, Any]]:
 
 def ready_prompt(value: Any, what: str) -> str | list[int]:
     """A prompt as it is: text, or token ids. Raises InvalidInput."""
+    held(value, what)
     if value is None:
         raise InvalidInput(f"{what} is null")
     if isinstance(value, str):

@@ -19,6 +19,7 @@ from batchinfer.request import SamplingParams
 from batchinfer.scoring import Continuations, Measure, Pooled, Read, Rolling
 from batchinfer.spec import JobSpec
 from batchinfer.text.chat import RowFilter, RowTemplate
+from batchinfer.values.plain import plain
 from batchinfer.wire.asked import Asked, WireModel, ask, parse
 
 Row = Mapping[str, Any]
@@ -135,14 +136,14 @@ class RowPrompts:
     def _override(self, value: Any, defaults: SamplingParams) -> SamplingParams | None:
         if value is None:
             return None
+        what = f"column {self._sampling_column!r}"
+        value = plain(value, what)
         key = repr(value)  # as JSON, values of several types would be one
         if key in self._remembered:
             return self._remembered[key]
-        values = parse_json(value, self._sampling_column or "") if isinstance(value, str) else value
-        if isinstance(values, list) and all(isinstance(pair, tuple) for pair in values):
-            values = dict(values)  # how Arrow gives a map
+        values = parse_json(value, what) if isinstance(value, str) else value
         if not isinstance(values, dict):
-            raise BadParameters(f"column {self._sampling_column!r} must hold a mapping of sampling parameters")
+            raise BadParameters(f"{what} must hold a mapping of sampling parameters")
         params = SamplingParams.from_mapping(values, defaults)
         if len(self._remembered) >= _REMEMBERED:
             self._remembered.clear()
@@ -216,6 +217,7 @@ def asked_of(row: Row, model: WireModel) -> Asked:
 
 def _choices(value: Any, column: str, measure: Measure) -> Continuations:
     """The choices that a column holds: a list of texts, or its JSON text."""
+    value = plain(value, f"column {column!r}")
     if isinstance(value, str):
         value = parse_json(value, f"column {column!r}")
     if not isinstance(value, list) or not value or not all(isinstance(text, str) and text for text in value):

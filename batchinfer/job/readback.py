@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import zstandard
 
 from batchinfer.errors import OutputConflict
+from batchinfer.io.rows import rows_of
 
 
 def _unzstd(data: bytes) -> bytes:
@@ -40,8 +41,7 @@ def _parquet_rows(data: bytes, columns: Sequence[str] | None) -> list[dict[str, 
     file = pq.ParquetFile(io.BytesIO(data))
     names = file.schema_arrow.names
     chosen = names if columns is None else [name for name in columns if name in names]
-    rows: list[dict[str, Any]] = file.read(columns=chosen).to_pylist()
-    return rows
+    return rows_of(file.read(columns=chosen), chosen)
 
 
 def _line_rows(data: bytes, name: str, columns: Sequence[str] | None) -> list[dict[str, Any]]:

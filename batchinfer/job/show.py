@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any, TypeVar
 
-import orjson
-
 from batchinfer.errors import InfrastructureError, OutputConflict, UsageError, UserError, command
 from batchinfer.io.rows import Span, rows_of, stream
 from batchinfer.job.columns import Layout, output_layout
@@ -17,6 +15,7 @@ from batchinfer.job.ledger import CommitRecord, Output
 from batchinfer.job.readback import read_part
 from batchinfer.log import log
 from batchinfer.spec import StorageSpec
+from batchinfer.values.plain import shown_text
 
 T = TypeVar("T")
 
@@ -165,5 +164,5 @@ def _wrapped(text: str, width: int) -> Iterator[str]:
 
 def _text(value: Any) -> str:
     """Text as it is, everything else as JSON; no control characters reach the terminal."""
-    text = value if isinstance(value, str) else orjson.dumps(value, default=str).decode()
+    text = value if isinstance(value, str) else shown_text(value)
     return "".join(char if char.isprintable() or char in "\n\t" else repr(char)[1:-1] for char in text)

@@ -1,0 +1,75 @@
+"""Cells as JSON has them: for messages and overrides, and as text for prompts."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+import secrets
+from decimal import Decimal
+from typing import Any
+
+from batchinfer.errors import InvalidInput
+from batchinfer.values.cell import Unheld, held
+from batchinfer.values.number import Number, plain_number
+
+_TIMES = (datetime.date, datetime.time, datetime.timedelta)
+_MARK = secrets.token_hex(16)  # begins the text that stands for a decimal number until the JSON is made
+_MARKED = re.compile(f'"{_MARK}([^"]*)"')
+
+
+def plain(value: Any, what: str) -> Any:
+    """The value in JSON's types: times as text, decimal numbers as numbers.
+
+    Raises InvalidInput that begins with `what` where a part of it is Unheld.
+    """
+    if isinstance(value, dict):
+        return {key if isinstance(key, str) else key_text(key): plain(item, what) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item, what) for item in value]
+    if isinstance(value, Decimal):
+        return plain_number(value)
+    return str(value) if isinstance(value, _TIMES) else held(value, what)
+
+
+def key_text(key: Any) -> str:
+    """The text of a mapping's key, which JSON wants."""
+    if key is None or isinstance(key, bool | list | dict):
+        return json_text(key)
+    return (key.text or "") if type(key) is Unheld else str(key)
+
+
+def json_text(value: Any, **layout: Any) -> str:
+    """JSON with all digits of decimal numbers; `layout` is that of json.dumps.
+
+    Raises InvalidInput for NaN, infinity and cells that cannot be held, TypeError for what is no value.
+    """
+    numbers = False
+
+    def other(item: Any) -> Any:
+        nonlocal numbers
+        if isinstance(item, Decimal):
+            numbers = True
+            return f"{_MARK}{Number(item)}"
+        if isinstance(item, _TIMES):
+            return str(item)
+        if type(item) is Unheld:
+            item.refuse()
+        raise TypeError(f"a value of type {type(item).__name__} cannot be written as JSON")
+
+    try:
+        text = json.dumps(value, allow_nan=False, default=other, **layout)
+    except ValueError as error:
+        if "JSON compliant" in str(error):
+            raise InvalidInput("JSON has no NaN and no infinity") from None
+        raise
+    return _MARKED.sub(r"\1", text) if numbers else text
+
+
+def shown_text(value: Any) -> str:
+    """JSON for people's eyes, of every cell there is."""
+
+    def other(item: Any) -> Any:
+        return item.text if type(item) is Unheld else str(item)
+
+    return json.dumps(value, default=other, ensure_ascii=False, separators=(",", ":"))

@@ -1,0 +1,298 @@
+"""Dates, times and durations as Python has them, that keep nanoseconds and print themselves as ISO 8601.
+
+Whole numbers count nanoseconds, from 1970-01-01 for a moment and from midnight for a time of day. What the classes of
+Python cannot hold becomes Unheld, with its exact text.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import re
+import zoneinfo
+from typing import Any, TypeVar
+
+from batchinfer.values.cell import Unheld
+from batchinfer.values.texts import DAY, SECOND, date_text, duration_text, time_text, timestamp_text
+
+_EPOCH_DAY = 719_163  # as datetime.date.toordinal counts 1970-01-01
+_OFFSET = re.compile(r"([+-])(\d\d):?(\d\d)")
+
+
+def _below(value: Any) -> int:
+    """The nanoseconds below the microsecond: 0 to 999."""
+    below: int = getattr(value, "nanosecond", 0)
+    return below
+
+
+class Date(datetime.date):
+    def __repr__(self) -> str:
+        return repr(str(self))
+
+    def __sub__(self, other: Any) -> Any:
+        return _as_duration(super().__sub__(other))
+
+
+class Time(datetime.time):
+    """`nanosecond`: below the microsecond, 0 to 999."""
+
+    nanosecond = 0
+
+    def isoformat(self, timespec: str = "auto") -> str:
+        if timespec == "auto" and self.nanosecond:
+            return f"{super().isoformat('microseconds')}{self.nanosecond:03d}"
+        return super().isoformat(timespec)
+
+    def __str__(self) -> str:
+        return self.isoformat()
+
+    def __repr__(self) -> str:
+        return repr(str(self))
+
+    def __eq__(self, other: object) -> Any:
+        return super().__eq__(other) and _below(self) == _below(other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __lt__(self, other: datetime.time) -> bool:
+        return _below(self) < _below(other) if super().__eq__(other) is True else super().__lt__(other)
+
+    def __le__(self, other: datetime.time) -> bool:
+        return self == other or self < other
+
+    def __gt__(self, other: datetime.time) -> bool:
+        return not self <= other
+
+    def __ge__(self, other: datetime.time) -> bool:
+        return not self < other
+
+    def __hash__(self) -> int:
+        return super().__hash__() + self.nanosecond
+
+
+class Duration(datetime.timedelta):
+    """`nanosecond`: to be added to what a timedelta holds, 0 to 999."""
+
+    nanosecond = 0
+
+    def __str__(self) -> str:
+        return duration_text(_nanos(self))
+
+    def __repr__(self) -> str:
+        return repr(str(self))
+
+    def __add__(self, other: Any) -> Any:
+        return _exact(_nanos(self) + _nanos(other)) if isinstance(other, datetime.timedelta) else NotImplemented
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Any) -> Any:
+        return _exact(_nanos(self) - _nanos(other)) if isinstance(other, datetime.timedelta) else NotImplemented
+
+    def __rsub__(self, other: Any) -> Any:
+        return _exact(_nanos(other) - _nanos(self)) if isinstance(other, datetime.timedelta) else NotImplemented
+
+    def __neg__(self) -> Duration:
+        return _exact(-_nanos(self))
+
+    def __abs__(self) -> Duration:
+        return _exact(abs(_nanos(self)))
+
+    def __mul__(self, other: Any) -> Any:
+        return _exact(round(_nanos(self) * other)) if isinstance(other, int | float) else NotImplemented
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Any) -> Any:
+        if isinstance(other, datetime.timedelta):
+            return _nanos(self) / _nanos(other)
+        return _exact(round(_nanos(self) / other)) if isinstance(other, int | float) else NotImplemented
+
+    def __eq__(self, other: object) -> Any:
+        return _nanos(self) == _nanos(other) if isinstance(other, datetime.timedelta) else NotImplemented
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __lt__(self, other: datetime.timedelta) -> Any:
+        return _nanos(self) < _nanos(other) if isinstance(other, datetime.timedelta) else NotImplemented
+
+    def __le__(self, other: datetime.timedelta) -> Any:
+        return _nanos(self) <= _nanos(other) if isinstance(other, datetime.timedelta) else NotImplemented
+
+    def __gt__(self, other: datetime.timedelta) -> Any:
+        return _nanos(self) > _nanos(other) if isinstance(other, datetime.timedelta) else NotImplemented
+
+    def __ge__(self, other: datetime.timedelta) -> Any:
+        return _nanos(self) >= _nanos(other) if isinstance(other, datetime.timedelta) else NotImplemented
+
+    def __hash__(self) -> int:
+        return super().__hash__() + self.nanosecond
+
+
+def _nanos(span: datetime.timedelta) -> int:
+    return (span.days * 86_400 + span.seconds) * SECOND + span.microseconds * 1000 + _below(span)
+
+
+def _exact(nanos: int) -> Duration:
+    """Raises OverflowError beyond 999,999,999 days."""
+    micros, below = divmod(nanos, 1000)
+    made = Duration(microseconds=micros)
+    if below:
+        made.nanosecond = below
+    return made
+
+
+def _as_duration(value: Any) -> Any:
+    return _exact(_nanos(value)) if isinstance(value, datetime.timedelta) else value
+
+
+class Timestamp(datetime.datetime):
+    """`nanosecond`: below the microsecond, 0 to 999."""
+
+    nanosecond = 0
+
+    def isoformat(self, sep: str = "T", timespec: str = "auto") -> str:
+        if timespec == "auto" and self.nanosecond:
+            text = super().isoformat(sep, "microseconds")
+            return f"{text[:26]}{self.nanosecond:03d}{text[26:]}"
+        return super().isoformat(sep, timespec)
+
+    def __str__(self) -> str:
+        return self.isoformat()
+
+    def __repr__(self) -> str:
+        return repr(str(self))
+
+    def date(self) -> Date:
+        return Date(self.year, self.month, self.day)
+
+    def time(self) -> Time:
+        return _with_below(Time(self.hour, self.minute, self.second, self.microsecond), self.nanosecond)
+
+    def replace(self, *args: Any, **changes: Any) -> Timestamp:
+        kept = 0 if "microsecond" in changes or len(args) > 6 else self.nanosecond
+        return _with_below(super().replace(*args, **changes), kept)
+
+    def astimezone(self, tz: datetime.tzinfo | None = None) -> Timestamp:
+        return _with_below(super().astimezone(tz), self.nanosecond)
+
+    def __add__(self, other: datetime.timedelta) -> Timestamp:
+        if not isinstance(other, datetime.timedelta):
+            return NotImplemented
+        carried, below = divmod(self.nanosecond + _below(other), 1000)
+        span = datetime.timedelta(other.days, other.seconds, other.microseconds + carried)
+        return _with_below(super().__add__(span), below)
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Any) -> Any:
+        if isinstance(other, datetime.timedelta):
+            return self + _exact(-_nanos(other))
+        span = super().__sub__(other)
+        return span if span is NotImplemented else _exact(_nanos(span) + self.nanosecond - _below(other))
+
+    def __rsub__(self, other: datetime.datetime) -> Any:
+        return -(self - other) if isinstance(other, datetime.datetime) else NotImplemented
+
+    def __eq__(self, other: object) -> Any:
+        return super().__eq__(other) and _below(self) == _below(other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __lt__(self, other: datetime.datetime) -> bool:  # type: ignore[override]
+        return _below(self) < _below(other) if super().__eq__(other) is True else super().__lt__(other)
+
+    def __le__(self, other: datetime.datetime) -> bool:  # type: ignore[override]
+        return self == other or self < other
+
+    def __gt__(self, other: datetime.datetime) -> bool:  # type: ignore[override]
+        return not self <= other
+
+    def __ge__(self, other: datetime.datetime) -> bool:  # type: ignore[override]
+        return not self < other
+
+    def __hash__(self) -> int:
+        return super().__hash__() + self.nanosecond
+
+
+M = TypeVar("M", Time, Timestamp)
+
+
+def _with_below(value: M, below: int) -> M:
+    if below:
+        value.nanosecond = below
+    return value
+
+
+# -- from what Arrow holds ----------------------------------------------------------------------------------------
+
+
+def date(days: int) -> Date | Unheld:
+    """The day this many after 1970-01-01."""
+    try:
+        return Date.fromordinal(days + _EPOCH_DAY)
+    except (ValueError, OverflowError):
+        return _far("date", date_text(days))
+
+
+def time(nanos: int) -> Time | Unheld:
+    if not 0 <= nanos < DAY:
+        return Unheld(f"the time {time_text(nanos)} is beyond a day", time_text(nanos))
+    micros, below = divmod(nanos, 1000)
+    seconds, micros = divmod(micros, 1_000_000)
+    return _with_below(Time(seconds // 3600, seconds // 60 % 60, seconds % 60, micros), below)
+
+
+def duration(nanos: int) -> Duration | Unheld:
+    try:
+        return _exact(nanos)
+    except OverflowError:
+        text = duration_text(nanos)
+        return Unheld(f"the duration {text} is beyond 999,999,999 days", text)
+
+
+_EPOCH = Timestamp(1970, 1, 1)
+_EPOCH_UTC = Timestamp(1970, 1, 1, tzinfo=datetime.UTC)
+Zone = datetime.tzinfo | str | None
+
+
+def zone_of(name: str | None) -> Zone:
+    """The time zone of a column; its name where nobody knows it, and None for local times of no zone."""
+    if not name:
+        return None
+    if name.upper() in ("UTC", "Z"):
+        return datetime.UTC
+    offset = _OFFSET.fullmatch(name)
+    if offset is not None:
+        span = datetime.timedelta(hours=int(offset[2]), minutes=int(offset[3]))
+        return datetime.timezone(span if offset[1] == "+" else -span) if span.days < 1 else name
+    return _named_zone(name)
+
+
+@functools.cache
+def _named_zone(name: str) -> Zone:
+    try:
+        return zoneinfo.ZoneInfo(name)
+    except (LookupError, ValueError, OSError):  # a folder of the database is an OSError
+        return name
+
+
+def timestamp(nanos: int, zone: Zone = None) -> Timestamp | Unheld:
+    """The moment: local time with its offset if it has a zone."""
+    if isinstance(zone, str):
+        text = timestamp_text(nanos, True)
+        return Unheld(f"the time zone {zone!r} is not known (the time in UTC is {text})", text)
+    micros, below = divmod(nanos, 1000)
+    try:
+        made = datetime.datetime.__add__(_EPOCH_UTC if zone else _EPOCH, datetime.timedelta(microseconds=micros))
+        local = made.astimezone(zone) if zone and zone is not datetime.UTC else made
+    except OverflowError:
+        return _far("time", timestamp_text(nanos, zone is not None))
+    return _with_below(local, below)
+
+
+def _far(what: str, text: str) -> Unheld:
+    return Unheld(f"the {what} {text} is beyond the years 1 to 9999", text)

@@ -1,0 +1,113 @@
+"""Cells of awkward types through a whole job: what prompts say of them, and what parts hold."""
+
+import decimal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from batchinfer.job.readback import read_part
+from tests.job.doubles import ScriptedLLM, job, rows_of_output, run
+
+ZONED = pa.timestamp("us", "Mars/Phobos")
+
+
+def prompts(tmp_path, table, template, **sections):
+    """What each row's template gives, or its error; and the rows of the output as `show` and `verify` read them."""
+    pq.write_table(table, tmp_path / "in.parquet")
+    llm = ScriptedLLM()
+    run(job(tmp_path, prompt={"template": template}, **sections), llm)
+    texts = [prompt.content if prompt.error is None else str(prompt.error) for prompt in llm.seen]
+    parts = sorted((tmp_path / "out" / "parts").iterdir())
+    return texts, [row for part in parts for row in read_part(part.read_bytes(), part.name)]
+
+
+def times(unit="ns"):
+    """Two times that every reader takes, and between them one whose year Python does not have."""
+    far = {"ns": 2**63 - 1, "us": 10**18, "s": 10**12}[unit]
+    near = {"ns": 10**18 + 7, "us": 10**15 + 7, "s": 10**9}[unit]
+    return pa.array([near, far, None, near], pa.timestamp(unit))
+
+
+@pytest.mark.parametrize("form", ["parquet", "jsonl"])
+def test_no_cell_that_is_carried_ends_a_job(tmp_path, form):
+    table = pa.table(
+        {
+            "text": ["a", "b", "c", "d"],
+            "us": times("us"),
+            "nested": pa.array([[2**62], [1], None, []], pa.list_(pa.timestamp("ns"))),
+            "zone": pa.array([0, 1, None, 2], ZONED),
+            "struct": pa.array([{"at": 10**18}, {"at": 0}, None, {"at": None}], pa.struct({"at": ZONED})),
+            "map": pa.array([[("a", 1)], None, [], [("b", None)]], pa.map_(pa.string(), pa.duration("ns"))),
+            "json": pa.array(['{"a": 1}', "{", None, "[\n1]"], pa.json_()),
+            "uuid": pa.array([b"0123456789abcdef", None, None, b"\xff" * 16], pa.uuid()),
+        }
+    )
+    texts, rows = prompts(tmp_path, table, "{{ text }}", output={"format": form})
+    assert texts == ["a", "b", "c", "d"] and {row["status"] for row in rows} == {"ok"}
+    if form == "jsonl":
+        assert rows[1]["us"] == "+33658-09-27T01:46:40" and rows[0]["us"] == "2001-09-09T01:46:40.000007"
+        assert rows[0]["nested"] == ["2116-02-20T23:53:38.427387904"]
+        assert [row["zone"] for row in rows[:2]] == ["1970-01-01T00:00:00+00:00", "1970-01-01T00:00:00.000001+00:00"]
+        assert [row["struct"] for row in rows] == [
+            {"at": "+33658-09-27T01:46:40+00:00"},
+            {"at": rows[0]["zone"]},
+            None,
+            {},
+        ]
+        assert [row["map"] for row in rows] == [{"a": "PT0.000000001S"}, None, {}, {"b": None}]
+        assert [row["uuid"] for row in rows] == [
+            "30313233-3435-3637-3839-616263646566",
+            None,
+            None,
+            "f" * 8 + "-ffff" * 3 + "-" + "f" * 12,
+        ]
+        assert [row["json"] for row in rows] == [{"a": 1}, "{", None, [1]]
+    else:
+        part = pa.concat_tables(pq.read_table(path) for path in sorted((tmp_path / "out" / "parts").iterdir()))
+        for name in ("us", "nested", "zone", "struct", "map"):
+            assert part.column(name).equals(table.column(name)), name
+
+
+def test_int96_has_the_years_of_a_calendar(tmp_path):
+    table = pa.table({"text": ["a", "b"], "to": pa.array([253402214400, -62135596800], pa.timestamp("s"))})
+    pq.write_table(
+        table.cast(pa.schema({"text": pa.string(), "to": pa.timestamp("us")})),
+        tmp_path / "in.parquet",
+        use_deprecated_int96_timestamps=True,
+    )
+    llm = ScriptedLLM()
+    run(job(tmp_path, prompt={"template": "{{ to.date() }}"}, output={"format": "jsonl"}), llm)
+    assert [prompt.content for prompt in llm.seen] == ["9999-12-31", "0001-01-01"]
+    assert [row["to"] for row in rows_of_output(tmp_path / "out")] == ["9999-12-31T00:00:00", "0001-01-01T00:00:00"]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.map_(pa.string(), pa.float64()),
+        pa.map_(pa.string(), pa.decimal128(9, 2)),
+        pa.struct({"temperature": pa.decimal128(9, 2)}),
+    ],
+)
+def test_overrides_are_maps_and_structs_of_any_number(tmp_path, kind):
+    decimals = "decimal" in str(kind)
+    half = decimal.Decimal("0.50") if decimals else 0.5
+    given = [{"temperature": half} if pa.types.is_struct(kind) else [("temperature", half)], None]
+    table = pa.table({"text": ["a", "b"], "over": pa.array(given, kind)})
+    pq.write_table(table, tmp_path / "in.parquet")
+    llm = ScriptedLLM()
+    run(job(tmp_path, sampling={"column": "over"}), llm)
+    assert [prompt.params and prompt.params.temperature for prompt in llm.seen] == [0.5, None]
+
+
+def test_messages_leave_out_what_other_rows_have(tmp_path):
+    calls = [
+        [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"city": "Ulm"}}}]}],
+        [{"role": "assistant", "tool_calls": [{"function": {"name": "g", "arguments": {"day": "Mon"}}}]}],
+    ]
+    pq.write_table(pa.table({"messages": calls}), tmp_path / "in.parquet")
+    llm = ScriptedLLM()
+    run(job(tmp_path, prompt={"template": None, "messages": "messages"}, output={"format": "jsonl"}), llm)
+    assert [prompt.content[0]["tool_calls"] for prompt in llm.seen] == [call[0]["tool_calls"] for call in calls]
+    assert [row["messages"] for row in rows_of_output(tmp_path / "out")] == calls

@@ -1,0 +1,87 @@
+import json
+from decimal import Decimal
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batchinfer.errors import InvalidInput
+from batchinfer.values.number import Number
+from batchinfer.values.plain import json_text, plain
+from batchinfer.values.texts import decimal_text
+
+PRICE = Number("9.99")
+LARGE = Number("12345678901234567890123456789012345678.901234567890123456789012345678901234")
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (PRICE * 1.2, "11.988"),
+        (1.2 * PRICE, "11.988"),
+        (PRICE + 1, "10.99"),
+        (10.5 - PRICE, "0.51"),
+        (PRICE / 3, "3.33"),
+        (1 / Number(3), "0." + "3" * 28),
+        (Number(7) // 2, "3"),
+        (Number(-7) // 2, "-4"),
+        (Number(-7) % 3, "2"),
+        (PRICE**2, "99.8001"),
+        (-PRICE, "-9.99"),
+        (abs(-PRICE), "9.99"),
+        (sum([PRICE, 1, 0.01]), "11.00"),
+        (round(Number("2.675"), 2), "2.68"),
+        (round(PRICE), "10"),
+        (LARGE + 1, "12345678901234567890123456789012345679.901234567890123456789012345678901234"),
+        (LARGE * 1, str(LARGE)),
+        (round(LARGE, 1), "12345678901234567890123456789012345678.9"),
+        (Number("1E+3"), "1000"),
+        (Number("0E-7"), "0.0000000"),
+        ([PRICE], "[9.99]"),
+        (f"{PRICE:.1f}", "10.0"),
+        (f"{PRICE:.3f}", "9.990"),
+        (f"{PRICE}", "9.99"),
+    ],
+)
+def test_decimals_compute_with_all_numbers(found: object, expected: str) -> None:
+    assert str(found) == expected
+
+
+def test_comparisons_take_floats_as_they_are_written() -> None:
+    assert PRICE == 9.99 and PRICE != 9.98 and PRICE > 9.98 and PRICE < 10 and PRICE in [1, 9.99] and PRICE < 10.5
+    assert float("inf") > PRICE and float("nan") != PRICE and PRICE != "9.99"
+    with pytest.raises(TypeError):
+        PRICE + "x"
+    with pytest.raises(ZeroDivisionError):
+        PRICE / 0
+
+
+numbers = st.decimals(allow_nan=False, allow_infinity=False, places=6, min_value=-(10**12), max_value=10**12)
+
+
+@settings(deadline=None, max_examples=200)
+@given(a=numbers, b=st.one_of(numbers, st.integers(-(10**9), 10**9)))
+def test_sums_and_products_are_exact(a: Decimal, b: Decimal | int) -> None:
+    x, scale = Number(a), 10**6
+    left, right = int(a * scale), int(Decimal(b) * scale)
+    assert (x + b) * scale == left + right and (b - x) * scale == right - left and x * b * scale**2 == left * right
+    assert (x < b, x == b) == (left < right, left == right)
+    if right:
+        assert x // b == left // right and x % b * scale == left % right
+
+
+def test_json_has_all_digits() -> None:
+    text = json_text({"a": LARGE, "b": [PRICE, "x"], "c": {"d": Number("1.50")}}, ensure_ascii=False, indent=None)
+    assert text == f'{{"a": {LARGE}, "b": [9.99, "x"], "c": {{"d": 1.50}}}}'
+    assert json.loads(text, parse_float=Decimal)["a"] == LARGE
+    for value in (float("nan"), [float("-inf")], {"x": float("inf")}):
+        with pytest.raises(InvalidInput, match="no NaN"):
+            json_text(value)
+    with pytest.raises(TypeError, match="generator cannot be written"):
+        json_text(x for x in "a")
+
+
+def test_plain_values_are_those_of_json() -> None:
+    found = plain({"a": Number("5.0"), "b": [Number("0.5"), None, "x"]}, "column 'x'")
+    assert found == {"a": 5, "b": [0.5, None, "x"]} and type(found["a"]) is int and type(found["b"][0]) is float
+    assert decimal_text(Decimal("1E+2")) == "100"
