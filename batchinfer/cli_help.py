@@ -13,7 +13,7 @@ Exit codes:
   66  input or output that is not there
   69  a model that cannot be used
   70  a bug in batchinfer: please report it with its traceback
-  73  the output belongs to another job
+  73  the output belongs to another job, or holds other files
   75  storage, spool disk or engine failed: run the same command again
   77  access denied
   78  a mistake in the job file
@@ -61,7 +61,7 @@ PLAN = """Say what a job would do; loads no weights and writes nothing.
 
 Counts files, rows and chunks, and measures a sample of rows with the job's templates and tokenizer: prompt lengths,
 rows that do not fit the context, repeated prompts, shared prefixes, rows that would be errors. Says where the output
-goes, and whether one is there that the job would continue, or that belongs to another job (exit code 73).
+goes, and whether one is there that the job would continue, or that is not this job's (exit code 73).
 
 \b
   batchinfer plan jobs/quickstart.yaml

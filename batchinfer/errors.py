@@ -6,7 +6,7 @@ BatchInferError
 │   ├── InputError        65  the input's content: schema drift, a file that changed since it was planned
 │   ├── InputMissing      66  a path, glob or bucket that is not there or holds nothing
 │   ├── ModelError        69  a model or tokenizer that cannot be used: missing files, unknown architecture
-│   ├── OutputConflict    73  an output that exists and belongs to another job
+│   ├── OutputConflict    73  an output that belongs to another job, or holds what is not a job's
 │   ├── AccessDenied      77  credentials that the store refuses
 │   └── SpecError         78  the job file: file, line and key
 ├── InfrastructureError   75  not the user's and not the row's: run the same command again

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from batchinfer.errors import AccessDenied
+from batchinfer.errors import OutputConflict
 from batchinfer.io.filesystem import Retry, already_exists, bucket_missing, connect, local_path, protocol_of, translate
 from batchinfer.spec import StorageSpec
 
@@ -95,15 +95,13 @@ class Store(ABC):
         assert data, "an empty object skips the condition in some clients"
         return self._create(name, data) or self.read(name) == data
 
-    def probe_conditional(self) -> bool:
-        """Whether this store refuses to replace an object on request: puts one twice. Also shows that we may write."""
-        name = f".probe-{uuid.uuid4().hex}"
-        try:
-            created = self._create(name, b"first")
-            return created and not self._create(name, b"second")
-        finally:
-            with contextlib.suppress(AccessDenied):  # writing is allowed and deleting is not: the probe stays
-                self.delete([name])
+    def is_conditional(self, name: str) -> bool:
+        """Whether this store refuses to replace an object on request: tries it with one that is there.
+
+        Its own content is put, so that nothing changes. Also shows that we may write.
+        """
+        data = self.read(name)
+        return data is not None and not self._create(name, data)
 
     def _url(self, name: str) -> str:
         return f"{self.url.rstrip('/')}/{name}"
@@ -137,7 +135,9 @@ class LocalStore(Store):
         for parent, folders, files in os.walk(start, onerror=self._walk_error):
             folders[:] = [name for name in folders if not name.startswith(".")]
             below = parent[len(root) :].replace(os.sep, "/").strip("/")
-            yield from (f"{below}/{file}" if below else file for file in files if not file.startswith("."))
+            links = [name for name in folders if os.path.islink(os.path.join(parent, name))]  # noqa: PTH114, PTH118
+            names = (name for name in (*files, *links) if not name.startswith("."))  # a link is not followed
+            yield from (f"{below}/{name}" if below else name for name in names)
 
     def _walk_error(self, error: OSError) -> None:
         if not isinstance(error, FileNotFoundError | NotADirectoryError):
@@ -213,6 +213,23 @@ class LocalStore(Store):
                 status = path.lstat()
                 if stat.S_ISREG(status.st_mode) and status.st_mtime < time.time() - _STALE_S:
                     path.unlink()
+
+
+def check_names(url: str, folders: Iterable[str], files: Iterable[str]) -> None:
+    """Raises OutputConflict if a file stands in the store where a folder goes, or the other way; only folders can."""
+    root = local_path(url)
+    if root is None:
+        return
+    above = next(path for path in (root, *root.absolute().parents) if os.path.lexists(path))
+    for path in (above, *(root / name for name in folders)):
+        if os.path.lexists(path) and not path.is_dir():
+            raise OutputConflict(f"{path}: is not a folder, and one is needed there: use another place")
+    for path in (root / name for name in files):
+        if os.path.lexists(path) and not path.is_file():
+            raise OutputConflict(f"{path}: is not a file, and one is to be written there: use another place")
+    temporary = root / _TEMPORARY
+    if temporary.is_symlink() or (temporary.exists() and not temporary.is_dir()):
+        raise OutputConflict(f"{temporary}: is not a folder, and temporary files go there: use another place")
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -325,8 +342,8 @@ class RemoteStore(Store):
 
         return bool(self._write(name, attempt))
 
-    def probe_conditional(self) -> bool:
-        return self._protocol in _CONDITIONAL and super().probe_conditional()
+    def is_conditional(self, name: str) -> bool:
+        return self._protocol in _CONDITIONAL and super().is_conditional(name)
 
     @property
     def _s3(self) -> bool:

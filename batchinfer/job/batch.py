@@ -25,6 +25,7 @@ from batchinfer.job.batchcheck import check_lines
 from batchinfer.job.batchfiles import store_results
 from batchinfer.job.drain import Drain
 from batchinfer.job.finish import read_manifest
+from batchinfer.job.plan import load_plan
 from batchinfer.job.report import Snapshot
 from batchinfer.job.run import run_job
 from batchinfer.job.state import Seams, open_store
@@ -208,7 +209,8 @@ class BatchRunner:
 
     def _finish(self, record: BatchRecord) -> None:
         """The job is complete: two files, the last status, and its folder is not needed any more."""
-        manifest = read_manifest(open_store(self._spec(record)))
+        store = open_store(self._spec(record))
+        manifest = read_manifest(store, load_plan(store))
         assert manifest is not None, "a job of one worker that ends well has a manifest"
         counts = Counts(manifest["rows"], manifest["ok"], sum(manifest["errors"].values()))
         # cancelling and expiring end as themselves, whatever happens from here on

@@ -25,7 +25,7 @@ BODY = "response_body"  # of openai-batch input: an answer that the other column
 _LINE_COLUMNS = ("custom_id", "url", "body")
 OK = "ok"
 ERROR = "error"
-_LINE_SUFFIX = {"none": "", "gzip": ".gz", "zstd": ".zst"}
+LINE_SUFFIX = {"none": "", "gzip": ".gz", "zstd": ".zst"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Layout:
 
     @property
     def suffix(self) -> str:
-        return ".parquet" if self.format == "parquet" else ".jsonl" + _LINE_SUFFIX[self.compression]
+        return ".parquet" if self.format == "parquet" else ".jsonl" + LINE_SUFFIX[self.compression]
 
     @property
     def file_format(self) -> str:

@@ -50,6 +50,16 @@ def digest(parts: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(dict(parts), sort_keys=True).encode()).hexdigest()
 
 
+def document(fingerprint: str, values: Mapping[str, Any]) -> bytes:
+    """A JSON object that begins with the digest of its job's fingerprint, and is known by it."""
+    return json.dumps({"fingerprint": fingerprint, **values}, indent=1).encode() + b"\n"
+
+
+def begins_with(data: bytes, fingerprint: str) -> bool:
+    """Whether this is a `document` of the job, or the beginning of one that was cut short."""
+    return data.startswith(json.dumps({"fingerprint": fingerprint}, indent=1).removesuffix("\n}").encode())
+
+
 def refuse_difference(ours: Mapping[str, str], theirs: Mapping[str, str], where: str) -> None:
     """Raises OutputConflict that names every part that differs, with the old and the new value."""
     names = sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))

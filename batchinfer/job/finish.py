@@ -7,7 +7,7 @@ that finds all commits does it; doing it twice, or at once, writes the same byte
 from __future__ import annotations
 
 import hashlib
-import json
+import re
 from collections import Counter
 from typing import Any
 
@@ -15,19 +15,24 @@ import orjson
 
 from batchinfer.errors import OutputConflict
 from batchinfer.io.storage import Store
+from batchinfer.job.fingerprint import begins_with, document
 from batchinfer.job.ledger import PARTS, CommitKey, CommitRecord, Ledger, is_part
+from batchinfer.job.plan import JobPlan
 from batchinfer.job.salvage import SALVAGE, is_journal
 from batchinfer.log import log
 
 MANIFEST = "manifest.json"
 SUCCESS = "_SUCCESS"
+_HASH_LINE = re.compile(rb"[0-9a-f]{64}\n?")
 
 
-def read_manifest(store: Store) -> dict[str, Any] | None:
-    """The manifest, None before the job's end. Raises OutputConflict for a damaged one."""
+def read_manifest(store: Store, plan: JobPlan) -> dict[str, Any] | None:
+    """The manifest, None before the job's end. Raises OutputConflict for a damaged one, or another's."""
     data = store.read(MANIFEST)
     if data is None:
         return None
+    if not begins_with(data, plan.digest):
+        raise _foreign(store, MANIFEST)
     try:
         manifest = orjson.loads(data)
         if not isinstance(manifest, dict) or type(manifest["pass"]) is not int:
@@ -45,12 +50,24 @@ def is_finished(store: Store) -> bool:
     )
 
 
+def foreign_end(store: Store, plan: JobPlan) -> list[str]:
+    """Which of manifest and _SUCCESS stand there and are not this job's."""
+    manifest, success = store.read(MANIFEST), store.read(SUCCESS)
+    found = [MANIFEST] if manifest is not None and not begins_with(manifest, plan.digest) else []
+    return found + ([SUCCESS] if success is not None and not _HASH_LINE.fullmatch(success) else [])
+
+
+def _foreign(store: Store, name: str) -> OutputConflict:
+    return OutputConflict(f"{store.url}/{name}: is not this job's: move it away and run the job again")
+
+
 def finalise(
     ledger: Ledger, pass_number: int, known: dict[CommitKey, CommitRecord] | None = None
 ) -> dict[str, Any] | None:
     """Write manifest and _SUCCESS if every chunk is committed; returns the manifest, None if chunks are open.
 
     `known`: records that need not be read again. Parts that the last manifest names stay until a new one stands.
+    Raises OutputConflict, and sweeps nothing, if what stands under the names of manifest and _SUCCESS is another's.
     """
     store = ledger.store
     found = store.find(PARTS)  # before the commits: a part that comes later is none of ours to sweep
@@ -73,6 +90,8 @@ def finalise(
             objects=len(foreign),
             first=foreign[0],
         )
+    for name in foreign_end(store, ledger.plan):
+        raise _foreign(store, name)
     store.delete([name for name in store.find(SALVAGE) if is_journal(name, ledger.plan)])
     if pass_number == 0:
         store.delete(unnamed)  # plain readers take all of parts/ once _SUCCESS stands
@@ -104,7 +123,6 @@ def _manifest(digest: str, pass_number: int, records: list[CommitRecord]) -> byt
         for record in records
     ]
     values = {
-        "fingerprint": digest,
         "pass": pass_number,
         "chunks": len(records),
         **totals,
@@ -112,7 +130,7 @@ def _manifest(digest: str, pass_number: int, records: list[CommitRecord]) -> byt
         "bytes": sum(record.size_bytes for record in records),
         "parts": parts,
     }
-    return json.dumps(values, indent=1).encode() + b"\n"
+    return document(digest, values)
 
 
 def _hash(data: bytes) -> str:

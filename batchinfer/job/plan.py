@@ -92,8 +92,8 @@ class JobPlan:
         """Raises OutputConflict for bytes that are not a plan of this version, or a plan that was altered."""
         try:
             values = orjson.loads(data)
-            found = values["format"]
-            if found != prints.FORMAT_VERSION:
+            found = values["format"] if "fingerprint" in values else None  # another tool's plan has a format, too
+            if found not in (None, prints.FORMAT_VERSION):
                 raise OutputConflict(
                     f"{where}: written by a version of batchinfer with output format {found}, this one writes "
                     f"{prints.FORMAT_VERSION}; use that version, or another output.path"

@@ -14,10 +14,12 @@ from batchinfer.io.partitions import agree, values_of
 from batchinfer.io.rows import InputFile, Inputs, Span, scan, stream
 from batchinfer.io.source import Sources
 from batchinfer.io.storage import Store
+from batchinfer.job.apart import refuse_inside, refuse_overlap
+from batchinfer.job.claim import find_plan
 from batchinfer.job.columns import Layout, output_layout
 from batchinfer.job.fingerprint import input_parts
 from batchinfer.job.ledger import Ledger, save_spec
-from batchinfer.job.plan import PLAN, JobPlan, load_plan, make_plan, save_plan
+from batchinfer.job.plan import PLAN, JobPlan, make_plan, save_plan
 from batchinfer.job.prompts import RowPrompts
 from batchinfer.log import log
 from batchinfer.spec import FAKE_MODEL, JobSpec
@@ -75,18 +77,22 @@ def draft_plan(spec: JobSpec, weights: bool = False, known: JobPlan | None = Non
     return Draft(spec, make_plan(spec, inputs, layout, identities, taken), layout, rows, files)
 
 
-def prepare(spec: JobSpec, open_store: Callable[[], Store]) -> Work:
-    """Draft the plan and put it on storage, or agree with the one that is there. Raises OutputConflict as well."""
-    store = open_store()
-    known = load_plan(store) if store.read(PLAN) is not None else None
-    draft = draft_plan(spec, weights=True, known=known)
-    if not store.probe_conditional():
+def prepare(spec: JobSpec, open_store: Callable[[JobSpec], Store], report: str) -> Work:
+    """Draft the plan and put it on storage, or agree with the one that is there. Raises OutputConflict as well.
+
+    `report`: the name of this worker's report. Nothing is written before it is known that all its objects have a place.
+    """
+    refuse_overlap(spec)
+    store = open_store(spec)
+    draft = draft_plan(spec, weights=True, known=find_plan(store, report))
+    refuse_inside(spec, (file.url for file in draft.plan.inputs.files))
+    plan = save_plan(draft.plan, store)
+    if not store.is_conditional(PLAN):
         log.warning(
             "this store does not refuse to replace an object: commits are checked and then written, so never let two "
             "workers have the same shard; readers still see one result per row",
             output=store.url,
         )
-    plan = save_plan(draft.plan, store)
     save_spec(spec, store)
     return Work(spec, plan, draft.layout, draft.rows, Ledger(store, plan), draft.files)
 

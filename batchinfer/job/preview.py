@@ -15,11 +15,15 @@ from batchinfer.errors import OutputConflict
 from batchinfer.io.fetch import ModelFiles, fetch_model
 from batchinfer.io.rows import Span, stream
 from batchinfer.io.storage import Store
+from batchinfer.job.apart import refuse_inside, refuse_overlap
+from batchinfer.job.claim import find_plan
 from batchinfer.job.feed import numbered
 from batchinfer.job.ledger import Ledger
 from batchinfer.job.plan import PLAN, JobPlan, refuse_other
 from batchinfer.job.prepare import Draft, draft_plan
 from batchinfer.job.prompts import RowPrompt
+from batchinfer.job.report import report_name
+from batchinfer.job.shard import Shard
 from batchinfer.prompting import Limits, Prepared, Preparer
 from batchinfer.request import Completion, SamplingParams
 from batchinfer.spec import FAKE_MODEL, JobSpec
@@ -64,21 +68,22 @@ class Preview:
 
 
 def preview(spec: JobSpec, sample_rows: int) -> Preview:
-    """Raises what `run` would raise before it loads the model, except that the output belongs to another job."""
+    """Raises what `run` would raise before it loads the model, except that the output is not free for this job."""
+    refuse_overlap(spec)
     draft = draft_plan(spec)
+    refuse_inside(spec, (file.url for file in draft.plan.inputs.files))
     store = Store.open(spec.output.path, spec.storage)
-    data = store.read(PLAN)
-    committed, conflict = 0, None
-    if data is not None:
-        try:
-            theirs = JobPlan.from_bytes(data, f"{store.url}/{PLAN}")
+    theirs, committed, conflict = None, 0, None
+    try:
+        theirs = find_plan(store, report_name(Shard()))
+        if theirs is not None:
             refuse_other(draft.plan, theirs, f"{store.url}/{PLAN}")
             committed = len(Ledger(store, theirs).in_effect())
-        except OutputConflict as error:
-            conflict = error
+    except OutputConflict as error:
+        conflict = error
     measure = _Measure(spec, draft)
     sample = measure.take(sample_rows)
-    return Preview(draft, store.url, measure.context_tokens, sample, data is not None, committed, conflict)
+    return Preview(draft, store.url, measure.context_tokens, sample, theirs is not None, committed, conflict)
 
 
 class _Measure:
@@ -180,7 +185,7 @@ def describe(found: Preview) -> str:
 
 def _state(found: Preview) -> str:
     if found.conflict is not None:
-        return "exists and belongs to another job"
+        return "exists and belongs to another job" if found.exists else "holds what is not this job's"
     if not found.exists:
         return "does not exist yet"
     return f"exists and is of this job: {found.committed:,} of {len(found.draft.plan.chunks):,} chunks committed"

@@ -5,7 +5,6 @@ report.json lands whether a run ends well, is drained or fails; with several wor
 
 from __future__ import annotations
 
-import json
 import platform
 import time
 from collections import Counter
@@ -17,7 +16,9 @@ from typing import Any, Protocol
 from batchinfer import __version__
 from batchinfer.errors import BatchInferError, TooManyRowErrors
 from batchinfer.io.storage import Store
+from batchinfer.job.fingerprint import begins_with, document
 from batchinfer.job.shard import Shard
+from batchinfer.log import log
 from batchinfer.request import Completion
 
 _EXAMPLES = 3  # of each kind of error
@@ -147,10 +148,10 @@ class Report:
     timing: dict[str, Any] = field(default_factory=dict)  # start, and seconds of each phase
     ran_with: dict[str, Any] = field(default_factory=dict)  # settings of this run alone, and versions
 
-    def to_bytes(self) -> bytes:
+    def to_bytes(self, fingerprint: str) -> bytes:
         values = asdict(self)
         values["pass"] = values.pop("pass_number")
-        return json.dumps(values, indent=1).encode() + b"\n"
+        return document(fingerprint, values)
 
 
 class Clock:
@@ -183,8 +184,13 @@ def report_name(shard: Shard) -> str:
     return "report.json" if shard.count == 1 else f"report-{shard.name}.json"
 
 
-def write_report(report: Report, store: Store, shard: Shard) -> None:
-    store.put(report_name(shard), report.to_bytes())
+def write_report(report: Report, store: Store, name: str, fingerprint: str) -> None:
+    """Write it, unless something that is not of the job with this fingerprint stands under its name."""
+    there = store.read(name)
+    if there is None or begins_with(there, fingerprint):
+        store.put(name, report.to_bytes(fingerprint))
+    else:
+        log.warning("the report is not written: something else stands under its name", object=f"{store.url}/{name}")
 
 
 def settle(report: Report, error: BaseException | None) -> None:

@@ -66,7 +66,7 @@ def retry_job(
 def _finished(work: Work) -> dict[str, Any]:
     """The manifest of the last pass; a pass that was stopped while it wrote it is brought to its end."""
     store = work.ledger.store
-    manifest = read_manifest(store)
+    manifest = read_manifest(store, work.plan)
     if manifest is not None and not is_finished(store):
         manifest = finalise(work.ledger, manifest["pass"])
     if manifest is None:

@@ -20,7 +20,7 @@ from batchinfer.job.gather import Gather
 from batchinfer.job.judge import judge
 from batchinfer.job.ledger import CommitKey, CommitRecord
 from batchinfer.job.prepare import Work, prepare
-from batchinfer.job.report import Progress, Report, Silent
+from batchinfer.job.report import Progress, Report, Silent, report_name
 from batchinfer.job.results import Encoder, Row
 from batchinfer.job.salvage import Salvage
 from batchinfer.job.shard import Shard
@@ -54,7 +54,7 @@ def run_job(
     log.info("shard", index=shard.index, count=shard.count, source=shard.source)
     with state.reporting():
         work = begin(spec, state)
-        manifest = read_manifest(work.ledger.store)  # of an earlier run, or of a retry pass
+        manifest = read_manifest(work.ledger.store, work.plan)  # of an earlier run, or of a retry pass
         run_pass(work, state, _open_chunks(work, state), lambda _: [])
         state.clock.enter("finishing")
         if manifest is None or not is_finished(work.ledger.store):
@@ -68,7 +68,7 @@ def begin(spec: JobSpec, state: RunState) -> Work:
     """Plan, and agree with the plan on storage. From here on the output is ours and gets a report."""
     state.clock.enter("planning")
     worker = state.worker
-    work = worker.drain.call(lambda: prepare(spec, lambda: worker.seams.open_store(spec)))
+    work = worker.drain.call(lambda: prepare(spec, worker.seams.open_store, report_name(worker.shard)))
     state.work = work
     worker.drain.on_request(lambda: state.write_report(Drained("stopped before the first row")))
     worker.drain.check()

@@ -16,7 +16,18 @@ from batchinfer.job.background import Repeat
 from batchinfer.job.drain import Drain
 from batchinfer.job.ledger import CommitKey, CommitRecord
 from batchinfer.job.prepare import Work
-from batchinfer.job.report import Clock, Progress, Report, Silent, Snapshot, Tally, settle, versions, write_report
+from batchinfer.job.report import (
+    Clock,
+    Progress,
+    Report,
+    Silent,
+    Snapshot,
+    Tally,
+    report_name,
+    settle,
+    versions,
+    write_report,
+)
 from batchinfer.job.results import Row
 from batchinfer.job.shard import Shard
 from batchinfer.llm import LLM, Answerer
@@ -202,7 +213,7 @@ class RunState:
         if isinstance(error, StorageError):
             store.retry.total_s = _LAST_WORD_S
         try:
-            write_report(self.report(error), store, self.worker.shard)
+            write_report(self.report(error), store, report_name(self.worker.shard), self.work.plan.digest)
         except Exception as problem:
             log.warning("the report could not be written", output=store.url, error=str(problem))
 

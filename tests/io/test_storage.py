@@ -63,9 +63,10 @@ class TestContract:
         assert store.read("commits/1") == b"mine"
         assert list(store.find()) == ["commits/1"]
 
-    def test_probe_leaves_nothing(self, store):
-        assert store.probe_conditional()
-        assert store.find() == {}
+    def test_asking_for_conditions_alters_nothing(self, store):
+        store.put("a", b"one")
+        assert store.is_conditional("a")
+        assert store.read("a") == b"one" and list(store.find()) == ["a"]
 
     def test_one_of_many_threads_wins(self, store):
         won = []
@@ -106,9 +107,9 @@ class TestLocal:
 
         monkeypatch.setattr(os, "link", refuse)
         store = Store.open(str(tmp_path), StorageSpec())
-        assert store.probe_conditional()
         assert store.put_if_absent("a", b"mine")
         assert not store.put_if_absent("a", b"theirs")
+        assert store.is_conditional("a")
 
     def test_what_killed_processes_left_is_swept(self, tmp_path):
         (tmp_path / ".tmp").mkdir()
@@ -226,7 +227,12 @@ class TestRefusals:
     def test_wrong_secret(self, seaweed):
         options = seaweed.storage.model_copy(update={"options": {"key": "tester", "secret": "wrong"}})
         store = Store.open(f"{seaweed.bucket()}/out", options)
-        for call in (store.find, store.probe_conditional, lambda: store.read("a"), lambda: store.put("a", b"x")):
+        for call in (
+            store.find,
+            lambda: store.is_conditional("a"),
+            lambda: store.read("a"),
+            lambda: store.put("a", b"x"),
+        ):
             with pytest.raises(AccessDenied, match="signature"):
                 call()
 
@@ -253,15 +259,18 @@ class TestRefusals:
                 call()
 
     def test_store_that_ignores_the_condition(self, moto, unconditional):
-        assert remote(moto).probe_conditional()
-        store = remote(unconditional)
-        assert not store.probe_conditional()
-        assert store.find() == {}
+        for server, conditional in ((moto, True), (unconditional, False)):
+            store = remote(server)
+            store.put("a", b"one")
+            assert store.is_conditional("a") == conditional
+            assert store.read("a") == b"one" and list(store.find()) == ["a"]
         assert any("If-None-Match" in seen.headers for seen in unconditional.seen)
 
     def test_a_filesystem_that_looks_before_it_writes_is_not_conditional(self, tmp_path, monkeypatch):
         monkeypatch.setattr(storage, "_CONDITIONAL", frozenset())
-        assert not Store.open(f"memory://{tmp_path.name}", StorageSpec()).probe_conditional()
+        store = Store.open(f"memory://{tmp_path.name}", StorageSpec())
+        store.put("a", b"one")
+        assert not store.is_conditional("a")
 
     def test_missing_package(self, monkeypatch):
         import fsspec
