@@ -1,4 +1,4 @@
-"""What the input is: its files, its rows, and the one schema that they share."""
+"""What the input is: its files, its rows, and the one schema that holds them all."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 
-from batchinfer.errors import InputError, RowError, SpecError, suggest
+from batchinfer.errors import RowError, SpecError, suggest
 from batchinfer.io.source import Stat
-from batchinfer.log import log
 
 Format = Literal["parquet", "jsonl", "openai-batch"]
 
@@ -67,7 +66,11 @@ class InputFile:
 
 @dataclass(frozen=True)
 class Inputs:
-    """All files and the schema of their rows. `text_json`: string columns that carry JSON values as text."""
+    """All files, and the schema that a Parquet part has of their rows.
+
+    Rows themselves have the types of their own file (`io.types`). `text_json`: columns whose cells are read as the
+    text of a JSON value.
+    """
 
     files: tuple[InputFile, ...]
     schema: pa.Schema
@@ -122,91 +125,3 @@ def table_of(columns: list[Any], schema: pa.Schema, rows: int) -> pa.Table:
     if columns:
         return pa.Table.from_arrays(columns, schema=schema)
     return pa.table({"": pa.nulls(rows)}).select([])  # setting the schema's metadata would lose the number again
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column as one file has it. `where` is the file, for lines with the line that shows the type.
-
-    For lines: `json` is JSON text, `mixed` says that the file itself has values of several types there, `wide` that it
-    has integers that a double cannot hold.
-    """
-
-    field: pa.Field
-    where: str
-    lines: bool = False
-    json: bool = False
-    mixed: bool = False
-    wide: bool = False
-
-
-@dataclass(frozen=True)
-class FileScan:
-    """What reading a file's schema showed. A file of lines without any row has no columns."""
-
-    file: InputFile
-    columns: tuple[Column, ...]
-    metadata: Mapping[bytes, bytes] | None = None
-
-    @property
-    def lines(self) -> bool:
-        return self.file.format != "parquet"
-
-
-def unify(scans: Iterable[FileScan]) -> Inputs:
-    """All files with one schema.
-
-    A key that no line of a file has is null there, as it is in single lines; a Parquet file must have every column.
-    Raises InputError that names two files and the column in which they differ.
-    """
-    scans = list(scans)
-    union: dict[str, Column] = {}
-    parquet = next((scan for scan in scans if not scan.lines), None)
-    filled = [scan for scan in scans if scan.columns]
-    for scan in filled:
-        for column in scan.columns:
-            name = column.field.name
-            union[name] = _merge(union[name], column) if name in union else column
-    for scan in filled:
-        absent = union.keys() - {column.field.name for column in scan.columns}
-        for name in sorted(absent):
-            _absent(union[name], scan, parquet)
-    schema = pa.schema([column.field for column in union.values()], metadata=parquet.metadata if parquet else None)
-    json = frozenset(name for name, column in union.items() if column.json)
-    return Inputs(tuple(scan.file for scan in scans), schema, json)
-
-
-def _absent(column: Column, scan: FileScan, parquet: FileScan | None) -> None:
-    name = column.field.name
-    if not scan.lines or (parquet is not None and column.where == parquet.file.url):
-        raise InputError(f"column {name!r} is in {column.where} but not in {scan.file.url}: all files need it")
-    log.warning("no line of this file has the column: it is null there", column=name, file=scan.file.url)
-
-
-def _merge(first: Column, second: Column) -> Column:
-    """The column that holds both. The earlier one gives name, place and metadata."""
-    a, b = first.field.type, second.field.type
-    if (a == b and first.json == second.json) or (first.json and pa.types.is_null(b)):
-        return replace(first, mixed=first.mixed or second.mixed, wide=first.wide or second.wide)
-    if pa.types.is_null(a):
-        return second
-    if pa.types.is_null(b) or {a, b} in _SAME_VALUES:
-        return first
-    if first.lines and second.lines:
-        if {a, b} == {pa.int64(), pa.float64()}:
-            if not (first.wide or second.wide):
-                return replace(first, field=first.field.with_type(pa.float64()))
-            return replace(first, field=first.field.with_type(pa.string()), json=True, mixed=True)
-        if first.mixed or second.mixed:
-            return replace(first, field=first.field.with_type(pa.string()), json=True, mixed=True)
-    raise InputError(
-        f"column {first.field.name!r} is {_kind(first)} in {first.where} but {_kind(second)} in {second.where}: "
-        "all files need the same type"
-    )
-
-
-_SAME_VALUES = ({pa.string(), pa.large_string()}, {pa.binary(), pa.large_binary()})
-
-
-def _kind(column: Column) -> str:
-    return "a nested value" if column.json else str(column.field.type)

@@ -1,16 +1,15 @@
 """JSON lines: one full scan that finds rows, types and places to seek to, then rows by range, then writing.
 
-A column has the one type that all its values have (null fits any; integers and floats make double). Everything else,
-nested values, mixed types, integers beyond 64 bits, is carried as JSON text in a string column, and lines that are
-written embed it again as JSON. A key that a line lacks is null. Of a key given twice the last counts.
+A column has the one type that all its values have (null fits any). Everything else, integers among fractions, nested
+values, mixed types, integers beyond 64 bits, is carried as JSON text in a string column, and lines that are written
+embed it again as JSON. A key that a line lacks is null. Of a key given twice the last counts. NaN and Infinity are
+numbers, as Python writes them.
 """
 
 from __future__ import annotations
 
 import gzip
 import hashlib
-import json
-import re
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,26 +20,19 @@ import pyarrow as pa
 import zstandard
 
 from batchinfer.errors import InputError, InvalidInput, RowError
-from batchinfer.io.inputs import Column, FileScan, Format, IndexEntry, InputFile, RowBatch, Span, table_of
+from batchinfer.io.inputs import Format, IndexEntry, InputFile, RowBatch, Span, table_of
+from batchinfer.io.json_text import exact, parse_lenient, to_text
 from batchinfer.io.lines import MAX_LINE_BYTES, Line, compressed, read_lines
 from batchinfer.io.source import WHOLE, Source
+from batchinfer.io.unify import Column, FileScan
 
 INDEX_ROWS = 4096
 _MAX_COLUMNS = 10_000
 _MAX_SHAPES = 4096
 _INT64 = 1 << 63
 _EXACT = 1 << 53
-# orjson reads an integer beyond 64 bits as a double, and writes a double of that size with such an exponent
-_HUGE = re.compile(rb"e\+?(?:1[89]|[2-9][0-9]|[1-3][0-9][0-9])(?![0-9])")
 
 _KINDS: dict[type, str] = {str: "string", int: "int", float: "double", bool: "bool", list: "nested", dict: "nested"}
-_TYPES: dict[str, pa.DataType] = {
-    "string": pa.string(),
-    "int": pa.int64(),
-    "wide": pa.int64(),
-    "double": pa.float64(),
-    "bool": pa.bool_(),
-}
 
 BATCH_COLUMNS = ("custom_id", "method", "url", "body")
 
@@ -52,7 +44,10 @@ def parse(raw: bytes | None) -> dict[str, Any]:
     try:
         value = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
-        raise InvalidInput(f"malformed JSON: {error.msg} at column {error.colno}") from None
+        try:
+            value = parse_lenient(raw)
+        except ValueError:
+            raise InvalidInput(f"malformed JSON: {error.msg} at column {error.colno}") from None
     if type(value) is not dict:
         raise InvalidInput(f"a line must be a JSON object, this one is {_describe(value)}")
     return value
@@ -93,7 +88,7 @@ class _Types:
 
     def _large(self, name: str, value: float, line: Line) -> None:
         if abs(value) >= _INT64 and type(value) is float:
-            value = _exact(line.raw, name, value)
+            value = exact(line.raw, name, value)
         if type(value) is int:
             kind = "wide" if -_INT64 <= value < _INT64 else "huge"
             self.seen[name].setdefault(kind, line.number)
@@ -131,22 +126,14 @@ def scan(source: Source, form: Format, limit: int | None = None) -> FileScan:
 
 
 def _batch_columns(url: str) -> tuple[Column, ...]:
-    return tuple(Column(pa.field(name, pa.string()), url, lines=True, json=name == "body") for name in BATCH_COLUMNS)
+    kinds = {name: frozenset({"nested" if name == "body" else "string"}) for name in BATCH_COLUMNS}
+    return tuple(Column.of_lines(name, url, kinds[name]) for name in BATCH_COLUMNS)
 
 
 def _columns(url: str, types: _Types) -> tuple[Column, ...]:
-    columns = []
-    for name, kinds in types.seen.items():
-        found = {_TYPES.get(kind) for kind in kinds}
-        if found == {pa.int64(), pa.float64()} and "wide" not in kinds:
-            found = {pa.float64()}
-        scalar = len(found) == 1 and None not in found
-        kind = found.pop() if scalar else pa.string() if found else pa.null()
-        where = f"{url}:{next(iter(kinds.values()), 1)}"
-        text = bool(kinds) and not scalar
-        mixed = text and set(kinds) != {"nested"}
-        columns.append(Column(pa.field(name, kind), where, True, text, mixed, "wide" in kinds))
-    return tuple(columns)
+    return tuple(
+        Column.of_lines(name, f"{url}:{next(iter(kinds.values()), 1)}", kinds) for name, kinds in types.seen.items()
+    )
 
 
 def read(
@@ -165,8 +152,8 @@ def read(
             except InvalidInput as error:
                 errors[offset] = InvalidInput(f"{source.url}:{line.number}: {error}")
                 rows.append(_what_identifies(line.raw) if read_row is _request else {})
-        raws = [line.raw for line in lines]
-        yield span, RowBatch(_table(source.url, schema, text_json, rows, raws), errors)
+        texts = {name: _texts(name, rows, lines, source.url, errors) for name in schema.names if name in text_json}
+        yield span, RowBatch(_table(source.url, schema, rows, texts), errors)
 
 
 class _Cursor:
@@ -227,36 +214,34 @@ def _what_identifies(raw: bytes | None) -> dict[str, Any]:
     return {"custom_id": identity} if isinstance(identity, str) else {}
 
 
-def _table(
-    url: str, schema: pa.Schema, text_json: Collection[str], rows: list[dict[str, Any]], raws: list[bytes | None]
-) -> pa.Table:
-    columns = []
+def _texts(
+    name: str, rows: list[dict[str, Any]], lines: list[Line], url: str, errors: dict[int, RowError]
+) -> list[str | None]:
+    """The JSON text of a column's values."""
+    texts: list[str | None] = []
+    for offset, (row, line) in enumerate(zip(rows, lines, strict=True)):
+        value, text = row.get(name), None
+        try:
+            if value is not None:
+                text = to_text(value, name, line.raw or b"")
+        except InvalidInput as error:
+            errors[offset] = InvalidInput(f"{url}:{line.number}: {error}")
+        texts.append(text)
+    return texts
+
+
+def _table(url: str, schema: pa.Schema, rows: list[dict[str, Any]], texts: dict[str, list[str | None]]) -> pa.Table:
+    columns, fields = [], []
     for field in schema:
         name = field.name
-        values = [row.get(name) for row in rows]
-        if name in text_json:
-            values = [None if v is None else _json_text(v, name, raw) for v, raw in zip(values, raws, strict=True)]
+        values = texts[name] if name in texts else [row.get(name) for row in rows]
+        fields.append(field.with_type(pa.string()) if name in texts else field)
         try:
-            columns.append(pa.array(values, field.type))
+            columns.append(pa.array(values, fields[-1].type))
         except (pa.ArrowException, OverflowError, TypeError) as error:
             # the scan has seen every value: only another file can hold another type
             raise InputError(f"{url}: changed while it was read: column {name!r}: {error}") from error
-    return table_of(columns, schema, len(rows))
-
-
-def _json_text(value: Any, name: str, raw: bytes | None) -> str:
-    text = orjson.dumps(value)
-    if _HUGE.search(text):
-        return json.dumps(_exact(raw, name, value), ensure_ascii=False, separators=(",", ":"))
-    return text.decode()
-
-
-def _exact(raw: bytes | None, name: str, value: Any) -> Any:
-    """A line's value by Python's own parser, which keeps integers of any size; `value` where it gives up."""
-    try:
-        return value if raw is None else json.loads(raw)[name]
-    except (ValueError, RecursionError):  # thousands of digits, or nested too deep for it
-        return value
+    return table_of(columns, pa.schema(fields, metadata=schema.metadata), len(rows))
 
 
 def write(path: Path, rows: Iterator[dict[str, Any]], compression: str | None) -> None:

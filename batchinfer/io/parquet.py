@@ -7,7 +7,8 @@ group, 436 MB without the buffer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import contextlib
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchinfer.errors import BatchInferError, InputError, InvalidInput, RowError
-from batchinfer.io.inputs import Column, FileScan, InputFile, RowBatch, Span, table_of
+from batchinfer.io.inputs import InputFile, RowBatch, Span, table_of
+from batchinfer.io.json_text import number_texts
 from batchinfer.io.source import Source
+from batchinfer.io.types import fit, is_json, without_dictionaries, without_views
+from batchinfer.io.unify import Column, FileScan
 
 _BUFFER_BYTES = 256 << 10
 _BATCH_ROWS = 1024
@@ -32,44 +36,97 @@ def scan(source: Source, limit: int | None = None) -> FileScan:
     seen = source.opened._replace(content=source.content())
     source.check(seen, "changed while it was read")
     rows = rows if limit is None else min(rows, limit)
-    names = schema.names
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice or not names:
-        raise InputError(f"{source.url}: {f'column {twice[0]!r} is there twice' if twice else 'has no columns'}")
+    if not schema.names:
+        raise InputError(f"{source.url}: has no columns")
     # nullable, since a cell that cannot be read becomes null
-    columns = tuple(Column(field.with_nullable(True), source.url) for field in schema)
+    fields = [field.with_type(without_views(field.type)).with_nullable(True) for field in schema]
+    columns = tuple(Column(field, source.url, json=is_json(field.type)) for field in fields)
     file = InputFile(source.url, "parquet", seen.size, seen.content, rows, mark=seen.mark)
     return FileScan(file, columns, schema.metadata)
 
 
-def read(source: Source, schema: pa.Schema, spans: Iterable[Span]) -> Iterator[tuple[Span, RowBatch]]:
-    """The rows of ascending spans, with the columns of `schema`, which fetches no others.
+def read(
+    source: Source, schema: pa.Schema, text_json: Collection[str], spans: Iterable[Span]
+) -> Iterator[tuple[Span, RowBatch]]:
+    """The rows of ascending spans, with the columns of `schema`, which fetches no others, in the file's own types.
 
     Row groups before a span are skipped unread. (Files on object storage are fetched in blocks of 1 MB, so columns
     that share a block come along.)
     """
-    with _open(source) as parquet:
-        rows = _Rows(parquet, schema.names)
+    with contextlib.ExitStack() as stack:
+        rows = _Reader(source, schema.names, stack)
         for span in spans:
             try:
-                batches = rows.take(span.start, span.count)
+                table = rows.take(span.start, span.count)
             except BatchInferError:
                 raise
             except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
                 place = f"{source.url}: rows {span.start} to {span.start + span.count - 1}"
                 raise InputError(f"{place} cannot be read: {error}") from error
-            yield span, _checked(pa.Table.from_batches(batches), schema, source.url, span.start)
+            yield span, _checked(table, schema, text_json, source.url, span.start)
 
 
-def _open(source: Source) -> Any:
+def _open(source: Source, metadata: Any = None) -> Any:
     file = source.arrow()
     try:
         # INT96, which holds no type of its own: in nanoseconds, Arrow's default, 9999-12-31 would overflow
-        return pq.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False, coerce_int96_timestamp_unit="us")
+        options = {"buffer_size": _BUFFER_BYTES, "pre_buffer": False, "coerce_int96_timestamp_unit": "us"}
+        return pq.ParquetFile(file, metadata=metadata, **options)
     except BatchInferError:
         raise
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{source.url}: not a readable Parquet file: {error}") from error
+
+
+class _Reader:
+    """Columns of a file by ascending ranges of rows.
+
+    Arrow refuses a whole dictionary that holds a damaged text. Then the columns with dictionaries are read once more
+    without the type that Arrow noted in the file, which gives the same values as plain text, checked or not.
+    """
+
+    def __init__(self, source: Source, names: list[str], stack: contextlib.ExitStack) -> None:
+        self._source = source
+        self._stack = stack
+        parquet = stack.enter_context(_open(source))
+        self._schema = pa.schema([parquet.schema_arrow.field(name) for name in names])
+        plain = {field.name: without_views(field.type) for field in self._schema}
+        self._dictionaries = {
+            name: kind for name in names if (kind := without_dictionaries(plain[name])) != plain[name]
+        }
+        self._rows = [_Rows(parquet, names)]
+
+    def take(self, start: int, count: int) -> pa.Table:
+        try:
+            batches = [rows.take(start, count) for rows in self._rows]
+        except pa.ArrowInvalid:
+            if not self._dictionaries or len(self._rows) == 2:
+                raise
+            self._read_dictionaries_apart()
+            return self.take(start, count)
+        if not count:
+            return self._schema.empty_table()
+        table = pa.Table.from_batches(batches[0])
+        if len(batches) == 2:
+            apart = pa.Table.from_batches(batches[1])
+            for name, kind in self._dictionaries.items():
+                table = table.append_column(name, fit(apart.column(name), kind))
+        return table
+
+    def _read_dictionaries_apart(self) -> None:
+        names = list(self._dictionaries)
+        others = [name for name in self._schema.names if name not in names]
+        typeless = _open(self._source, _without_arrow_types(self._source))
+        files = (self._stack.enter_context(_open(self._source)), self._stack.enter_context(typeless))
+        self._rows = [_Rows(file, columns) for file, columns in zip(files, (others, names), strict=True)]
+
+
+def _without_arrow_types(source: Source) -> Any:
+    """The file's footer, in which Arrow does not find its own schema. The format: https://parquet.apache.org/docs."""
+    end = source.read_at(source.opened.size - 8, 8)
+    size = int.from_bytes(end[:4], "little")
+    footer = source.read_at(source.opened.size - 8 - size, size).replace(b"ARROW:schema", b"arrow:schema")
+    return pq.read_metadata(pa.BufferReader(b"PAR1" + footer + end))
 
 
 class _Rows:
@@ -89,8 +146,9 @@ class _Rows:
         self._rest: pa.RecordBatch | None = None
 
     def take(self, start: int, count: int) -> list[pa.RecordBatch]:
-        self._skip_to(start)
-        taken = []
+        taken: list[pa.RecordBatch] = []
+        if count:
+            self._skip_to(start)
         while count:
             batch = self._next(count)
             taken.append(batch)
@@ -120,32 +178,45 @@ class _Rows:
         return batch
 
 
-def _checked(table: pa.Table, schema: pa.Schema, url: str, start: int) -> RowBatch:
-    """With the job's schema. A string that is not UTF-8 becomes null and its row an error."""
+def _checked(table: pa.Table, schema: pa.Schema, text_json: Collection[str], url: str, start: int) -> RowBatch:
+    """With the file's own types, less views. A cell that is damaged becomes null and its row an error."""
     errors: dict[int, RowError] = {}
-    columns = []
+    columns, fields = [], []
     for field in schema:
         column = table.column(field.name)
         try:
             column.validate(full=True)
         except pa.ArrowInvalid:
             column, bad = _without_bad_cells(column)
-            for offset in bad:
-                errors[offset] = InvalidInput(f"{url}: row {start + offset}: column {field.name!r} is not valid UTF-8")
-        columns.append(column if column.type == field.type else column.cast(field.type))
-    return RowBatch(table_of(columns, schema, table.num_rows), errors)
+            for offset, why in bad.items():
+                errors[offset] = InvalidInput(f"{url}: row {start + offset}: column {field.name!r} {why}")
+        column = fit(column, without_views(column.type))
+        if field.name in text_json and pa.types.is_floating(column.type):
+            column = number_texts(column)
+        columns.append(column)
+        fields.append(field.with_type(column.type))
+    return RowBatch(table_of(columns, pa.schema(fields, metadata=schema.metadata), table.num_rows), errors)
 
 
-def _without_bad_cells(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, list[int]]:
-    """The column with null for each cell that does not validate, and where they are."""
-    kept: list[int | None] = list(range(len(column)))
-    bad = []
-    for offset in range(len(column)):
+def _without_bad_cells(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, dict[int, str]]:
+    """The column with null for each cell that does not validate, and what is wrong with it.
+
+    Cells are looked at in copies: a slice validates with all that its column holds, at any depth and in dictionaries.
+    """
+    column = fit(column, without_dictionaries(without_views(column.type)))
+    bad: dict[int, str] = {}
+    spans = [(0, len(column))]
+    while spans:
+        start, stop = spans.pop()
         try:
-            column.slice(offset, 1).validate(full=True)
-        except pa.ArrowInvalid:
-            kept[offset] = None
-            bad.append(offset)
+            column.take(pa.array(range(start, stop), pa.int64())).validate(full=True)
+        except pa.ArrowInvalid as error:
+            middle = (start + stop) // 2
+            if middle > start:
+                spans += [(start, middle), (middle, stop)]
+            else:
+                bad[start] = "is not valid UTF-8" if "UTF8" in str(error) else f"cannot be read: {error}"
+    kept = [None if offset in bad else offset for offset in range(len(column))]
     return column.take(pa.array(kept, pa.int64())), bad
 
 

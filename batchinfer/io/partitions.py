@@ -66,12 +66,13 @@ def own_schema(file: InputFile, schema: pa.Schema) -> pa.Schema:
 
 def filled(batch: RowBatch, file: InputFile, schema: pa.Schema) -> RowBatch:
     """The batch of a file's own columns with all columns of the schema."""
-    keys, rows = dict(file.partitions), batch.table.num_rows
+    keys, table, rows = dict(file.partitions), batch.table, batch.table.num_rows
     columns = [
-        pa.repeat(_scalar(keys[field.name], field.type), rows) if field.name in keys else batch.table.column(field.name)
+        pa.repeat(_scalar(keys[field.name], field.type), rows) if field.name in keys else table.column(field.name)
         for field in schema
     ]
-    return replace(batch, table=table_of(columns, schema, rows))
+    fields = [field if field.name in keys else table.schema.field(field.name) for field in schema]
+    return replace(batch, table=table_of(columns, pa.schema(fields, metadata=schema.metadata), rows))
 
 
 def _type(values: Sequence[str | None]) -> pa.DataType:

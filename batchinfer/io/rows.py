@@ -18,9 +18,10 @@ from batchinfer.errors import InputError, SpecError, SpoolError
 from batchinfer.io import jsonl, parquet
 from batchinfer.io.cells import cells_of, json_cells_of, json_line_cells_of, line_cells_of
 from batchinfer.io.discover import Found, find_files
-from batchinfer.io.inputs import FileScan, IndexEntry, InputFile, Inputs, RowBatch, Span, unify
+from batchinfer.io.inputs import IndexEntry, InputFile, Inputs, RowBatch, Span
 from batchinfer.io.partitions import filled, own_schema, values_of, with_columns
 from batchinfer.io.source import Source, Sources
+from batchinfer.io.unify import FileScan, unify
 from batchinfer.spec import InputSpec, StorageSpec
 
 T = TypeVar("T")
@@ -41,9 +42,10 @@ _SCAN_THREADS = 8
 _WRITE_ROWS = 1000
 
 
-def scan(spec: InputSpec, storage: StorageSpec) -> Inputs:
-    """Finds the files, counts their rows and finds the one schema that they share.
+def scan(spec: InputSpec, storage: StorageSpec, used: frozenset[str] = frozenset()) -> Inputs:
+    """Finds the files, counts their rows and finds the one schema that holds them all.
 
+    `used` are the columns that prompts need: files must agree in these and in those that are carried, no others.
     Parquet files are known from their footers; lines are read once from end to end, unless a limit without a filter
     needs fewer. A file without rows is no error.
     Raises what `find_files` raises, and InputError (schema drift, damaged files).
@@ -51,9 +53,10 @@ def scan(spec: InputSpec, storage: StorageSpec) -> Inputs:
     sources = Sources(storage)
     files = find_files(spec, sources)
     if spec.limit is not None and spec.where is None:
-        return with_columns(unify(_first_rows(sources, files, spec.limit)))
+        return with_columns(unify(_first_rows(sources, files, spec.limit), used, spec.columns))
     with ThreadPoolExecutor(_SCAN_THREADS) as pool:
-        return with_columns(unify(pool.map(lambda file: _scan_file(sources, file, None), files)))
+        scans = pool.map(lambda file: _scan_file(sources, file, None), files)
+        return with_columns(unify(scans, used, spec.columns))
 
 
 def _first_rows(sources: Sources, files: list[Found], limit: int) -> Iterator[FileScan]:
@@ -98,7 +101,7 @@ def _read_file(
     own = own_schema(file, inputs.schema)
     try:
         if file.format == "parquet":
-            batches = parquet.read(source, own, spans)
+            batches = parquet.read(source, own, inputs.text_json, spans)
         else:
             batches = jsonl.read(source, file, own, inputs.text_json, spans)
         if file.partitions:

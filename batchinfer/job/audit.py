@@ -70,6 +70,7 @@ class Layout:
                 stop = min(start + file["chunk_rows"], file["taken"])
                 chunks.append(Chunk(len(chunks), number, file["url"], start, stop, base + start))
             base += file["taken"]
+        chunks = chunks or [Chunk(0, 0, plan["files"][0]["url"], 0, 0, 0)]  # of no rows; its part shows the columns
         output = job.get("output", {})
         format_ = output.get("format") or plan["files"][0]["format"]
         exploded = output.get("samples") == "rows" and format_ != "openai-batch"

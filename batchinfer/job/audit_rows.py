@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from batchinfer.errors import BatchInferError, OutputConflict, RowError
+from batchinfer.io.json_text import finite
 from batchinfer.io.rows import Inputs, RowBatch, Span, rows_of, stream
 from batchinfer.io.storage import Store
 from batchinfer.job.audit import Audit, Chunk, Difference, Layout, Record, name_rows
@@ -186,8 +187,13 @@ class _Source:
             self._fail(error)
             return self.take(chunk)
         kept = self._kept(batch)
-        values = rows_of(batch.table, self.compared)
+        values = rows_of(self._as_written(batch.table), self.compared)
         return _Wanted({chunk.start + offset for offset in kept}, {chunk.start + o: values[o] for o in kept})
+
+    def _as_written(self, table: pa.Table) -> pa.Table:
+        for name in self._text_json.intersection(self.compared):
+            table = table.set_column(table.column_names.index(name), name, finite(table.column(name)))
+        return table
 
     def _kept(self, batch: RowBatch) -> Iterable[int]:
         """Offsets of the selected rows; one that `where` cannot judge must be seen as an error row."""
@@ -210,7 +216,7 @@ class _Source:
 def _plain(inputs: Inputs, name: str, lines: bool) -> bool:
     """Whether values of this column look the same in the output. JSON changes the form of dates, bytes, fractions."""
     kind = inputs.schema.field(name).type
-    if lines and name in inputs.text_json:
+    if name in inputs.text_json and (lines or not pa.types.is_string(kind)):
         return False
     numbers = pa.types.is_integer(kind) or pa.types.is_boolean(kind) or (pa.types.is_floating(kind) and not lines)
     return numbers or pa.types.is_string(kind) or pa.types.is_large_string(kind)

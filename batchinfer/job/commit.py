@@ -48,7 +48,8 @@ class PartWriter:
             table = build_table(self.layout, rows, carried, plan.chunks[chunk].start)
         counts = count(rows, self.layout.exploded)
         part, size, sha256 = None, 0, ""
-        if counts.output_rows:
+        last = chunk == len(plan.chunks) - 1
+        if counts.output_rows or last:  # readers find parts/ and the columns even where nothing was selected
             local = self.spool.scratch(f"{chunk:06d}.part")
             form, compression = self.layout.file_format, self.layout.compression
             write_rows(local, table, form, None if compression == "none" else compression, self.layout.text_json)

@@ -21,6 +21,7 @@ from batchinfer.errors import InputError, InputMissing, OutputConflict, SpecErro
 from batchinfer.io.filesystem import local_path
 from batchinfer.io.rows import InputFile, Inputs, Span
 from batchinfer.io.storage import Store
+from batchinfer.io.types import is_listed, is_text, without_dictionaries
 from batchinfer.job import fingerprint as prints
 from batchinfer.job.columns import Layout
 from batchinfer.spec import JobSpec
@@ -33,7 +34,10 @@ _EXPANSION = {"parquet": 4, ".gz": 6, ".zst": 6}  # text against its compressed 
 
 @dataclass(frozen=True)
 class JobPlan:
-    """Chunk i covers `chunks[i]`; its first row has the global index `bases[i]`. Chunks never cross files."""
+    """Chunk i covers `chunks[i]`; its first row has the global index `bases[i]`. Chunks never cross files.
+
+    There is a chunk even where there are no rows: its part shows the columns.
+    """
 
     inputs: Inputs
     chunk_rows: tuple[int, ...]  # rows per chunk, for each file
@@ -52,8 +56,8 @@ class JobPlan:
                 spans.append(Span(number, start, min(step, taken - start)))
                 bases.append(base + start)
             base += taken
-        object.__setattr__(self, "chunks", tuple(spans))
-        object.__setattr__(self, "bases", tuple(bases))
+        object.__setattr__(self, "chunks", tuple(spans) or (Span(0, 0, 0),))
+        object.__setattr__(self, "bases", tuple(bases) or (0,))
         object.__setattr__(self, "digest", prints.digest(self.fingerprint))
 
     @property
@@ -186,15 +190,13 @@ def check_type(key: str, column: str, inputs: Inputs, allowed: str) -> None:
         return  # no row has an override
     if pa.types.is_null(kind):
         raise InputError(f"column {column!r} of {inputs.files[0].url} holds nothing but nulls", key=key)
-    listed = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    kind = without_dictionaries(kind)
     fits = {
-        "t": pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind),
-        "i": listed and pa.types.is_integer(kind.value_type),
-        "l": listed,
+        "t": is_text(kind),
+        "i": is_listed(kind) and pa.types.is_integer(kind.value_type),
+        "l": is_listed(kind),
         "m": pa.types.is_struct(kind) or pa.types.is_map(kind),
     }
-    value = kind.value_type if pa.types.is_dictionary(kind) else kind
-    fits["t"] = fits["t"] or pa.types.is_string(value) or pa.types.is_large_string(value)
     if not any(fits[letter] for letter in allowed):
         words = {"t": "text", "i": "lists of token ids", "l": "lists", "m": "mappings"}
         wanted = " or ".join(words[letter] for letter in allowed)

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
-from batchinfer.errors import BadParameters, InputMissing, SpecError
+from batchinfer.errors import BadParameters, SpecError
 from batchinfer.io.discover import Found, find_files
 from batchinfer.io.fetch import ModelFiles, fetch_model
 from batchinfer.io.partitions import agree, values_of
@@ -62,11 +62,9 @@ def draft_plan(spec: JobSpec, weights: bool = False, known: JobPlan | None = Non
     """
     rows = RowPrompts(spec)
     _check_grammar(spec)
-    kept = known and _unchanged(spec, known)
-    inputs = kept or scan(spec.input, spec.storage)
-    if not any(file.rows for file in inputs.files):
-        names = ", ".join(file.url for file in inputs.files[:3])
-        raise InputMissing(f"no rows in {names}{' …' if len(inputs.files) > 3 else ''}", key="input.path")
+    used = rows.read_columns
+    kept = _unchanged(spec, known) if known and used <= {*known.inputs.schema.names} else None
+    inputs = kept or scan(spec.input, spec.storage, used)
     rows.check(inputs)
     layout = output_layout(spec, inputs)
     taken = known.taken if known is not None and kept is not None else rows_taken(spec, rows, inputs)

@@ -77,8 +77,9 @@ class RowPrompts:
     def check(self, inputs: Inputs) -> None:
         """Every column exists, and holds what it is used for. Raises SpecError or InputError."""
         check_columns(self.columns, inputs)
+        any_rows = any(file.rows for file in inputs.files)
         for key, allowed in self._types.items():
-            for column in self.columns.get(key, ()):
+            for column in self.columns.get(key, ()) if any_rows else ():
                 if column not in inputs.text_json:
                     check_type(key, column, inputs, allowed)
 

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import orjson
 import pyarrow as pa
 
+from batchinfer.io.json_text import finite
+from batchinfer.io.types import fit
 from batchinfer.job.columns import BODY, ERROR, OK, READ_COLUMNS, Layout
 from batchinfer.request import Completion, Output, TokenLogprob
 from batchinfer.wire.params import param_of
@@ -169,10 +171,20 @@ def build_table(layout: Layout, rows: list[Row], carried: pa.Table, first_row: i
     else:
         numbers = []
     values = _added_values(layout, rows, first_row) | {"sample": numbers}
-    columns = [carried.column(name) for name in layout.carried]
+    columns = [_as_written(layout, name, carried.column(name)) for name in layout.carried]
     added = list(layout.schema)[len(columns) :]
     columns += [pa.array(values[entry.name.removeprefix(layout.prefix)], entry.type) for entry in added]
-    return pa.table(columns, schema=layout.schema)
+    if layout.format == "parquet":
+        return pa.table(columns, schema=layout.schema)
+    return pa.table(columns, names=layout.schema.names)
+
+
+def _as_written(layout: Layout, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """An input column as a part has it: lines keep each file's own type, Parquet has one for all parts."""
+    kind = layout.schema.field(name).type if layout.format == "parquet" else column.type
+    if name in layout.text_json and pa.types.is_string(column.type):
+        return column.cast(kind) if pa.types.is_floating(kind) else fit(finite(column), kind)
+    return fit(column, kind)
 
 
 def _single_samples(row: Row) -> list[Row]:

@@ -27,8 +27,9 @@ class TestTypes:
             (["a", None, ""], pa.string(), False),
             ([1, None, -5], pa.int64(), False),
             ([2**63 - 1, -(2**63)], pa.int64(), False),
-            ([1, 2.5, None], pa.float64(), False),
-            ([6.02214076e23, -1e300, 1], pa.float64(), False),
+            ([1.0, 2.5, None], pa.float64(), False),
+            ([1, 2.5, 1.0, 1e22, -0.0, None], pa.float64(), True),
+            ([6.02214076e23, -1e300, 1], pa.float64(), True),
             ([True, False], pa.bool_(), False),
             ([None, None], pa.null(), False),
             ([[1], None], pa.string(), True),
@@ -50,7 +51,8 @@ class TestTypes:
         [(_, batch)] = stream(inputs, [Span(0, 0, len(values))], LOCAL)
         out = tmp_path / "out.jsonl"
         write_rows(out, batch.table, "jsonl", None, inputs.text_json)
-        assert [json.loads(line)["x"] for line in out.read_text().splitlines()] == values
+        written = [json.loads(line)["x"] for line in out.read_text().splitlines()]
+        assert list(map(repr, written)) == list(map(repr, values))
 
     def test_missing_keys_are_null_and_order_is_of_first_sight(self, tmp_path):
         path = write_lines(tmp_path / "a.jsonl", [{"b": 1}, {"a": "x"}, {"c": None, "b": 2}])
@@ -79,7 +81,7 @@ class TestDamage:
             b"null",
             b'{"x": "\xff\xfe"}',
             b'{"x": "\\ud800"}',
-            b'{"x": NaN}',
+            b'{"x": nan}',
             b"7",
             good,
         ]
@@ -92,6 +94,29 @@ class TestDamage:
         assert errors[2] == f"{path}:3: a line must be a JSON object, this one is a list"
         assert errors[3].endswith("is null")
         assert "surrogate" in errors[5]
+
+    def test_numbers_that_json_lacks_are_read(self, tmp_path):
+        """Python writes NaN and Infinity; a line that has them is a good one."""
+        rows = [b'{"a":NaN,"b":1}', b'{"a":0.5,"b":-Infinity}', b'{"a":[Infinity,"NaN"]}', b'{"b":2,"c":1e400}']
+        rows += [b'{"c":%s}' % (b"7" * 400), b'{"a":NaN,"c":"\\ud800"}', b'{"a":NaN', b'{"a":"\xff","c":NaN}']
+        inputs = scan_all(write_lines(tmp_path / "a.jsonl", rows))
+        found, errors = read_all(inputs)
+        assert sorted(errors) == [5, 6, 7]
+        assert [repr(row["a"]) for row in found[:3]] == ["nan", "0.5", "[inf, 'NaN']"]
+        assert [repr(row["b"]) for row in found[:4]] == ["1", "-inf", "None", "2"]
+        assert found[4]["c"] == int("7" * 400)
+
+    def test_of_doubles_nan_is_a_double(self, tmp_path):
+        inputs = scan_all(write_lines(tmp_path / "a.jsonl", [b'{"a":NaN}', b'{"a":0.5}']))
+        assert inputs.schema.field("a").type == pa.float64() and not inputs.text_json
+
+    @pytest.mark.parametrize("depth", [200, 300, 900, 1020, 5000])
+    def test_nesting_of_any_depth_is_a_value_or_its_rows_error(self, tmp_path, depth):
+        deep = b"[" * depth + b"%s" + b"]" * depth
+        rows = [b'{"x":%s}' % (deep % inner) for inner in (b"1", b"NaN", b"1" * 30)] + [{"x": [1]}]
+        found, errors = read_all(scan_all(write_lines(tmp_path / "a.jsonl", rows)))
+        assert found[3] == {"x": [1]} and 3 not in errors
+        assert all((row["x"] is None) == (place in errors) for place, row in enumerate(found))
 
     def test_line_7_of_10_with_blank_lines_between(self, tmp_path):
         rows = [{"x": i} for i in range(10)]

@@ -56,6 +56,41 @@ class TestReading:
             3: f"{path}: row 3: column 't' is not valid UTF-8",
         }
 
+    @pytest.mark.parametrize(
+        "form", ["dictionary", "list", "struct", "list of dictionaries", "large", "view", "json", "map"]
+    )
+    def test_a_damaged_text_anywhere_costs_its_row_alone(self, tmp_path, form):
+        binary = pa.array([b"ok", b"\xff", b"fine", b"\xc3", b"x"])
+        text = pa.StringArray.from_buffers(5, binary.buffers()[1], binary.buffers()[2])
+        coded = pa.DictionaryArray.from_arrays(pa.array([0, 1, 2, 3, 4]), text)
+        offsets = pa.array([0, 1, 2, 3, 4, 5], pa.int32())
+        column = {
+            "dictionary": lambda: coded,
+            "list": lambda: pa.ListArray.from_arrays(offsets, text),
+            "struct": lambda: pa.StructArray.from_arrays([pa.array(range(5)), text], ["n", "t"]),
+            "list of dictionaries": lambda: pa.ListArray.from_arrays(
+                offsets, pa.StructArray.from_arrays([coded], ["t"])
+            ),
+            "large": lambda: binary.cast(pa.large_binary()).view(pa.large_string()),
+            "view": lambda: binary.cast(pa.binary_view()).view(pa.string_view()),
+            "json": lambda: pa.ExtensionArray.from_storage(pa.json_(), text),
+            "map": lambda: pa.MapArray.from_arrays(offsets, pa.array(list("abcde")), text),
+        }[form]()
+        spans = pa.array(range(5), pa.duration("s"))  # a type that only Arrow's note in the file tells
+        table = pa.table({"i": range(5), "t": column, "d": spans})
+        path = write_parquet(tmp_path / "a.parquet", table, row_group_size=3)
+        inputs = scan_all(path)
+        for cut in ([Span(0, 0, 5)], [Span(0, 0, 1), Span(0, 1, 3), Span(0, 4, 1)]):
+            found, errors = read_all(inputs, cut)
+            assert [row["i"] for row in found] == [0, 1, 2, 3, 4]
+            assert [row["d"] for row in found] == spans.to_pylist()
+            assert errors == {n: f"{path}: row {n}: column 't' is not valid UTF-8" for n in (1, 3)}
+            good = [row["t"] is None for row in found]
+            assert good == [False, True, False, True, False]
+        part = stream(inputs, [Span(0, 0, 5)], LOCAL)
+        write_rows(tmp_path / "out.parquet", next(part)[1].table, "parquet", None)
+        assert pq.read_table(tmp_path / "out.parquet").num_rows == 5
+
     @pytest.mark.parametrize("content", [b"", b"PAR1", b"not parquet at all, but long enough for a footer"])
     def test_not_parquet(self, tmp_path, content):
         (tmp_path / "a.parquet").write_bytes(content)
