@@ -17,7 +17,7 @@ from batchinfer.errors import InputError, InputMissing, SpecError
 from batchinfer.io.filesystem import local_path, protocol_of
 from batchinfer.io.inputs import Format
 from batchinfer.io.source import Sources
-from batchinfer.io.trees import Tree, hidden
+from batchinfer.io.trees import Tree, hidden, refuse_stream
 from batchinfer.log import log
 from batchinfer.spec import InputSpec
 
@@ -50,8 +50,8 @@ class Found(NamedTuple):
 def find_files(spec: InputSpec, sources: Sources) -> list[Found]:
     """The files of all patterns in their order; those of one pattern are sorted by path, and none is taken twice.
 
-    Raises InputMissing, InputError for a folder that is a table of another kind, SpecError for a file that was asked
-    for and whose name does not tell its format.
+    Raises InputMissing, InputError for a folder that is a table of another kind, UsageError for standard input and
+    pipes, SpecError for a file that was asked for and whose name does not tell its format.
     """
     found: dict[str, Found] = {}
     for pattern in spec.path:
@@ -71,6 +71,8 @@ class _Pattern:
     def files(self) -> list[Found]:
         path = self._tree.path(self._pattern)
         kind = self._tree.kind(path)
+        if kind == "stream" or (kind is None and self._pattern == "-"):
+            raise refuse_stream(self._pattern)
         if kind == "file":
             return [Found(self._pattern, path, self._form or _format(self._pattern))]
         if kind == "folder":

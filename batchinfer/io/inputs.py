@@ -13,6 +13,7 @@ from batchinfer.errors import RowError, SpecError, suggest
 from batchinfer.io.source import Stat
 
 Format = Literal["parquet", "jsonl", "openai-batch"]
+MAX_LINE_BYTES = 64 << 20
 
 
 class IndexEntry(NamedTuple):
@@ -21,6 +22,21 @@ class IndexEntry(NamedTuple):
     row: int
     offset: int
     line: int
+
+
+class Line(NamedTuple):
+    """A line that is not blank, or an element of an array: the number of the line, from 1, on which it begins, its byte
+    offset, its content, None above MAX_LINE_BYTES, and the element's index.
+    """
+
+    number: int
+    offset: int
+    raw: bytes | None
+    element: int | None = None
+
+    @property
+    def place(self) -> str:
+        return f"{self.number}" if self.element is None else f"{self.number}, element [{self.element}]"
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,19 @@ import pyarrow as pa
 import zstandard
 
 from batchinfer.errors import InputError, InvalidInput, RowError
-from batchinfer.io.inputs import Format, IndexEntry, InputFile, RowBatch, Span, table_of
+from batchinfer.io.inputs import (
+    MAX_LINE_BYTES,
+    Format,
+    IndexEntry,
+    InputFile,
+    Line,
+    RowBatch,
+    Span,
+    table_of,
+)
 from batchinfer.io.json_text import exact, parse_lenient, to_text
-from batchinfer.io.lines import MAX_LINE_BYTES, Line, compressed, read_lines
+from batchinfer.io.lines import read_lines
+from batchinfer.io.packed import packing
 from batchinfer.io.source import WHOLE, Source
 from batchinfer.io.unify import Column, FileScan
 
@@ -40,16 +50,17 @@ BATCH_COLUMNS = ("custom_id", "method", "url", "body")
 def parse(raw: bytes | None) -> dict[str, Any]:
     """The object on a line. Raises InvalidInput that says what is wrong with it."""
     if raw is None:
-        raise InvalidInput(f"line is longer than {MAX_LINE_BYTES >> 20} MB")
+        raise InvalidInput(f"row is longer than {MAX_LINE_BYTES >> 20} MB")
     try:
         value = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
         try:
             value = parse_lenient(raw)
         except ValueError:
-            raise InvalidInput(f"malformed JSON: {error.msg} at column {error.colno}") from None
+            line = f"line {error.lineno} of it, " if error.lineno > 1 else ""
+            raise InvalidInput(f"malformed JSON: {error.msg} at {line}column {error.colno}") from None
     if type(value) is not dict:
-        raise InvalidInput(f"a line must be a JSON object, this one is {_describe(value)}")
+        raise InvalidInput(f"a row must be a JSON object, this one is {_describe(value)}")
     return value
 
 
@@ -96,7 +107,7 @@ class _Types:
 
 def scan(source: Source, form: Format, limit: int | None = None) -> FileScan:
     """Reads every line (or the first `limit` rows) once. Raises InputError if no line of a file is an object."""
-    seekable = not compressed(source)
+    seekable = packing(source) is None
     types = _Types()
     index: list[IndexEntry] = []
     rows = good = 0
@@ -111,7 +122,7 @@ def scan(source: Source, form: Format, limit: int | None = None) -> FileScan:
                 types.add(parse(line.raw), line)
                 good += 1
             except InvalidInput as error:
-                first_error = first_error or f"line {line.number}: {error}"
+                first_error = first_error or f"line {line.place}: {error}"
         if rows == limit:
             break
         if len(types.seen) > _MAX_COLUMNS:
@@ -119,7 +130,7 @@ def scan(source: Source, form: Format, limit: int | None = None) -> FileScan:
     content = source.content() if whole is None else WHOLE + whole.hexdigest()
     source.check(source.opened._replace(content=content), "changed while it was read")
     if rows and not good:
-        raise InputError(f"{source.url}: no line is a JSON object; {first_error}")
+        raise InputError(f"{source.url}: no row is a JSON object; {first_error}")
     columns = _batch_columns(source.url) if form == "openai-batch" else _columns(source.url, types)
     size, mark, _ = source.opened
     return FileScan(InputFile(source.url, form, size, content, rows, tuple(index), mark), columns)
@@ -150,7 +161,7 @@ def read(
             try:
                 rows.append(read_row(line.raw))
             except InvalidInput as error:
-                errors[offset] = InvalidInput(f"{source.url}:{line.number}: {error}")
+                errors[offset] = InvalidInput(f"{source.url}:{line.place}: {error}")
                 rows.append(_what_identifies(line.raw) if read_row is _request else {})
         texts = {name: _texts(name, rows, lines, source.url, errors) for name in schema.names if name in text_json}
         yield span, RowBatch(_table(source.url, schema, rows, texts), errors)
@@ -225,7 +236,7 @@ def _texts(
             if value is not None:
                 text = to_text(value, name, line.raw or b"")
         except InvalidInput as error:
-            errors[offset] = InvalidInput(f"{url}:{line.number}: {error}")
+            errors[offset] = InvalidInput(f"{url}:{line.place}: {error}")
         texts.append(text)
     return texts
 

@@ -9,14 +9,14 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from stat import S_ISFIFO, S_ISREG
+from stat import S_ISREG
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from batchinfer.errors import InputError, InputMissing, UsageError
+from batchinfer.errors import InputError, InputMissing
 from batchinfer.io.filesystem import Retry, connect, is_file_url, local_path, protocol_of, translate
-from batchinfer.io.trees import LocalTree, RemoteTree, Tree
+from batchinfer.io.trees import LocalTree, RemoteTree, Tree, refuse_stream
 from batchinfer.spec import StorageSpec
 
 BLOCK_BYTES = 1 << 20
@@ -127,10 +127,7 @@ class LocalSource(Source):
         except OSError as error:
             raise translate(error, self.url) from error
         if not S_ISREG(stat.st_mode):
-            raise UsageError(
-                f"{self.url}: is a {_file_type(stat.st_mode)}: a job reads its input more than once, and again when it "
-                "continues. Write the rows to a file, and name that"
-            )
+            raise refuse_stream(self.url)
         # the time of change cannot be set back, as that of modification is by copies that keep it
         return Stat(stat.st_size, f"{stat.st_ino}-{stat.st_mtime_ns}-{stat.st_ctime_ns}")
 
@@ -172,10 +169,6 @@ def _samples(source: Source) -> Iterator[bytes]:
     end = source.read_at(size - 8, 8)
     if end.endswith(_PARQUET_END):
         yield from source.blocks(max(size - 8 - int.from_bytes(end[:4], "little"), 0))
-
-
-def _file_type(mode: int) -> str:
-    return "pipe" if S_ISFIFO(mode) else "device, socket or directory"
 
 
 class RemoteSource(Source):

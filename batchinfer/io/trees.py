@@ -9,11 +9,13 @@ import glob
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from stat import S_ISDIR, S_ISREG
 from typing import Any, Literal
 
+from batchinfer.errors import UsageError
 from batchinfer.io.filesystem import Retry, file_url, local_path, local_pattern, translate
 
-Kind = Literal["file", "folder"]
+Kind = Literal["file", "folder", "stream"]
 
 
 class Tree(ABC):
@@ -46,6 +48,13 @@ class Tree(ABC):
         """What opens exactly this file."""
 
 
+def refuse_stream(url: str) -> UsageError:
+    return UsageError(
+        f"{url}: a pipe or device can be read only once, and a job reads its input to count it, to run it, and again "
+        "when it continues after a stop: write the rows to a file, and give that"
+    )
+
+
 def hidden(name: str) -> bool:
     """Whether a file or folder is no data by its name, as in Spark: `_SUCCESS`, `.part.crc`, but not `_year=2024`."""
     return name.startswith(".") or (name.startswith("_") and "=" not in name)
@@ -64,9 +73,11 @@ class LocalTree(Tree):
         return str(local_pattern(url))
 
     def kind(self, path: str) -> Kind | None:
-        if os.path.isdir(path):  # noqa: PTH112 - Path would alter the name: "./a" is "a" for it
-            return "folder"
-        return "file" if os.path.lexists(path) else None
+        try:
+            mode = os.stat(path).st_mode  # noqa: PTH116 - Path would alter the name: "./a" is "a" for it
+        except (OSError, ValueError):
+            return "file" if os.path.lexists(path) else None  # opening it says what is wrong
+        return "folder" if S_ISDIR(mode) else "file" if S_ISREG(mode) else "stream"
 
     def below(self, folder: str) -> Iterator[str]:
         yield from self._below(folder, "", frozenset())
@@ -97,9 +108,7 @@ class LocalTree(Tree):
             raise translate(error, pattern) from error
         for match in matches:
             path = match.rstrip("/") or "/"
-            kind = self.kind(path)
-            if kind is not None:
-                yield path, kind
+            yield path, "folder" if self.kind(path) == "folder" else "file"
 
     def url(self, path: str) -> str:
         return file_url(path) if self._as_urls or not _plain(path) else path

@@ -15,8 +15,9 @@ from typing import Any
 
 from batchinfer.errors import InputError, InvalidInput
 from batchinfer.io.catalog import Problem
+from batchinfer.io.inputs import Line
 from batchinfer.io.jsonl import parse
-from batchinfer.io.lines import Line, read_lines
+from batchinfer.io.lines import read_lines
 from batchinfer.io.source import Sources
 from batchinfer.spec import StorageSpec
 

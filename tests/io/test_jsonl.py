@@ -91,7 +91,7 @@ class TestDamage:
         assert found == [good] + [{"x": None}] * 7 + [good]
         assert sorted(errors) == [1, 2, 3, 4, 5, 6, 7]
         assert errors[1].startswith(f"{path}:2: malformed JSON: ")
-        assert errors[2] == f"{path}:3: a line must be a JSON object, this one is a list"
+        assert errors[2] == f"{path}:3: a row must be a JSON object, this one is a list"
         assert errors[3].endswith("is null")
         assert "surrogate" in errors[5]
 
@@ -138,7 +138,7 @@ class TestDamage:
         found, errors = read_all(inputs)
         assert [row["x"] for row in found] == ["a", None, "c" * 4900, None]
         assert sorted(errors) == [1, 3]
-        assert "a." in errors[1] and ":2: line is longer than" in errors[1]
+        assert "a." in errors[1] and ":2: row is longer than" in errors[1]
 
     def test_long_lines_are_fine(self, tmp_path):
         rows = [{"x": "é" * 600_000}, {"x": "short"}, {"x": "b" * 9_000_000}]
@@ -153,7 +153,7 @@ class TestDamage:
 
     def test_a_file_of_something_else(self, tmp_path):
         (tmp_path / "a.jsonl").write_text("id,text\n1,hello\n")
-        with pytest.raises(InputError, match="no line is a JSON object; line 1: malformed JSON"):
+        with pytest.raises(InputError, match="no row is a JSON object; line 1: malformed JSON"):
             scan_all(tmp_path / "a.jsonl")
 
     @pytest.mark.parametrize("suffix", SUFFIXES[1:])
@@ -314,7 +314,7 @@ def test_lines_do_not_depend_on_blocks(tmp_path, pieces, block):
 
 def _lines_of(path):
     with Sources(LOCAL).open(str(path)) as source:
-        return [tuple(line) for block in lines.read_lines(source) for line in block]
+        return [tuple(line[:3]) for block in lines.read_lines(source) for line in block]
 
 
 def test_written_bytes_are_the_same_tomorrow(tmp_path, monkeypatch):
