@@ -274,7 +274,7 @@ class Preparer:
         """Raises TooLong or InvalidInput. `more`: tokens that the context must hold besides, or need not hold (-1)."""
         limits = self._limits
         if not ids:
-            raise InvalidInput("the prompt is empty: it has no tokens", param="prompt")
+            raise InvalidInput("the prompt is empty", param="prompt")
         if len(ids) + more > limits.context:
             room = ", with room for an answer" if more > 0 else ""
             raise TooLong(f"the prompt has {len(ids)} tokens and the context {limits.context}{room}")

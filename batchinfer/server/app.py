@@ -15,12 +15,13 @@ from starlette.responses import Response
 
 from batchinfer import __version__
 from batchinfer.errors import RowError
-from batchinfer.server import chat, completions, embeddings, responses, tokens
+from batchinfer.server import chat, completions, embeddings, messages, responses, tokens
 from batchinfer.server.errors import ApiError, JsonResponse, internal_error, of_row
 from batchinfer.server.frontend import Frontend
 from batchinfer.server.gate import Gate
 from batchinfer.server.replies import check_model, respond
 from batchinfer.wire.bodies import ChatRequest, CompletionRequest, EmbeddingRequest, ErrorBody, of_validation
+from batchinfer.wire.messages import CountRequest, MessagesRequest
 from batchinfer.wire.responses import ResponseRequest
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -131,6 +132,14 @@ def _answer_routes(frontend: Frontend) -> APIRouter:
     @router.post("/responses", responses=_STREAM)
     async def response(body: ResponseRequest, request: Request) -> Response:
         return await respond(frontend, request.receive, body, lambda name: responses.prepare(frontend, body, name))
+
+    @router.post("/messages", responses=_STREAM)
+    async def message(body: MessagesRequest, request: Request) -> Response:
+        return await respond(frontend, request.receive, body, lambda name: messages.prepare(frontend, body, name))
+
+    @router.post("/messages/count_tokens")
+    async def count_tokens(body: CountRequest) -> Response:
+        return JsonResponse(await messages.count(frontend, body))
 
     @router.post("/embeddings")
     async def embedding(body: EmbeddingRequest, request: Request) -> Response:

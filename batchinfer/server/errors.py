@@ -10,11 +10,12 @@ from starlette.responses import Response
 
 from batchinfer.errors import DeadlineExceeded, EngineFailure, RowError, TooLong
 from batchinfer.log import log
-from batchinfer.wire.asked import field_of
+from batchinfer.wire.asked import MESSAGES, field_of
 from batchinfer.wire.params import param_of
 
 CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+_MESSAGE_TYPES = {**_TYPES, 413: "request_too_large", 503: "overloaded_error", 504: "timeout_error"}
 
 
 class ApiError(Exception):
@@ -42,6 +43,9 @@ class ApiError(Exception):
 
     def body(self, path: str = "") -> dict[str, Any]:
         """As the route at `path` writes errors."""
+        if path.startswith(MESSAGES):
+            kind = _MESSAGE_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
+            return {"type": "error", "error": {"type": kind, "message": self.message}}
         param = field_of(path, self.param)
         return {"error": {"message": self.message, "type": self.type, "param": param, "code": self.code}}
 

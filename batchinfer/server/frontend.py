@@ -167,11 +167,7 @@ class Frontend:
             return self.tokens_of([self.model.render(asked.messages, framing.variables)], framing.special)
         texts = [content for content in asked.contents if isinstance(content, str)]
         if texts:
-            found = self.tokens_of(texts, framing.special)
-            if [] in found:
-                field = "prompt" if asked.read is None else "input"
-                raise InvalidInput(f"{field} is empty: it has no tokens", param=field)
-            return found
+            return self.tokens_of(texts, framing.special)
         return [cast(list[int], content) for content in asked.contents]
 
     async def prepare(self, prompts: Sequence[list[int]], asked: Asked) -> list[Prepared]:

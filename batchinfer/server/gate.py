@@ -70,11 +70,9 @@ class Gate:
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         path = scope["path"]
-        if self._key is not None and path not in _OPEN:
-            kind, _, token = headers.get("authorization", "").partition(" ")
-            given = token.strip().encode("latin-1", "replace")
-            if not hmac.compare_digest(given, self._key) or kind.lower() != "bearer":
-                raise ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
+        given = _given_key(headers).encode("latin-1", "replace")
+        if self._key is not None and path not in _OPEN and not hmac.compare_digest(given, self._key):
+            raise ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
         if self.draining and path not in _WATCHING:
             raise ApiError(503, "the server is shutting down", code="shutting_down", retry_after_s=_DRAIN_RETRY_S)
 
@@ -127,6 +125,12 @@ class _Answer:
             MutableHeaders(raw=message["headers"])[REQUEST_ID] = self._id
             self._metrics.response(message["status"])
         await self._send(message)
+
+
+def _given_key(headers: Headers) -> str:
+    """As OpenAI's clients send it, or as Anthropic's do."""
+    kind, _, token = headers.get("authorization", "").partition(" ")
+    return token.strip() if kind.lower() == "bearer" else headers.get("x-api-key", "")
 
 
 def _too_large(limit: int) -> ApiError:

@@ -9,7 +9,8 @@ from batchinfer.server.events import Events
 from batchinfer.server.frontend import Frontend
 from batchinfer.server.replies import Work
 from batchinfer.wire.asked import ask
-from batchinfer.wire.response_answer import Head, ResponseAnswer
+from batchinfer.wire.blocks import Head
+from batchinfer.wire.response_answer import ResponseAnswer
 from batchinfer.wire.responses import ResponseRequest
 
 

@@ -79,4 +79,5 @@ class Samples:
             first_s = event.first_token_s or now_s
             self._frontend.metrics.sample_done(self._arrived_s, first_s, now_s, len(finished.token_ids))
         first, sample.started = not sample.started, True
-        return Delta(sample.choice, text, event.token_ids, event.logprobs or [], reason, first, scored)
+        logprobs, stop = event.logprobs or [], sample.text.stopped_by
+        return Delta(sample.choice, text, event.token_ids, logprobs, reason, first, scored, stop)

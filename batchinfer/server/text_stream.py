@@ -10,6 +10,8 @@ from batchinfer.text.tokenizer import Tokenizer
 class TextStream:
     """The text of one sample. What `push` and `finish` return, joined, is the text that a job would write for it.
 
+    `stopped_by`: the stop string that ended it, if one did.
+
     Held back until more is known: the bytes of a character that is not complete, and the end of the text as far as it
     may be the beginning of a stop string.
     """
@@ -26,6 +28,7 @@ class TextStream:
         self._shown = 0  # characters
         self._held = ""
         self._after = 0  # no stop string ends before this character
+        self.stopped_by: str | None = None
 
     def push(self, token_ids: list[int]) -> str:
         """Take in tokens that did not end the sample; the text that can be shown now."""
@@ -41,8 +44,16 @@ class TextStream:
         self._take(token_ids[:-1] if by_token and not self._keeps_stop else token_ids)
         text, self._held = self._held + self._pieces.pending, ""
         if reason == "stop" and not by_token and self._cut is not None:
-            return self._cut.cut(text, max(0, self._after - self._shown))
+            shown = self._cut.cut(text, max(0, self._after - self._shown))
+            self.stopped_by = self._stop_of(text, shown)
+            return shown
         return text
+
+    def _stop_of(self, text: str, shown: str) -> str | None:
+        """The stop string at which `text` was cut."""
+        if self._keeps_stop:
+            return next((stop for stop in self._stop if shown.endswith(stop)), None)
+        return next((stop for stop in self._stop if text.startswith(stop, len(shown))), None)
 
     def _take(self, token_ids: list[int]) -> None:
         push = self._pieces.push

@@ -10,11 +10,12 @@ from batchinfer.errors import RETRYABLE_KINDS
 from batchinfer.prompting import Content
 from batchinfer.request import FinishReason, TokenLogprob
 from batchinfer.wire.asked import Asked, WireModel
+from batchinfer.wire.blocks import Head
 from batchinfer.wire.bodies import CompletionRequest, EmbeddingRequest
 from batchinfer.wire.chat import ChatShape
 from batchinfer.wire.choices import Delta, Used, usage
 from batchinfer.wire.completions import CompletionShape
-from batchinfer.wire.response_answer import Head, ResponseAnswer
+from batchinfer.wire.response_answer import ResponseAnswer
 from batchinfer.wire.responses import ResponseRequest
 from batchinfer.wire.token_texts import TokenTexts
 from batchinfer.wire.vectors import embeddings

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import ValidationError
 
@@ -30,24 +29,25 @@ def changing(*names: str, neutral: tuple[Any, ...] = ()) -> Refused:
     return dict.fromkeys(names, (neutral, _CHANGES))
 
 
-@dataclass(frozen=True, slots=True)
-class Dialect:
-    """A route's words. `names`: a chat's field → what it is called here."""
+class Rephrased(SamplingBody):
+    """A chat that is asked for in words of its own. `names`: a chat's field → what it is called here."""
 
-    names: Mapping[str, str]
-    refused: Refused
+    names: ClassVar[Mapping[str, str]]
+    refused: ClassVar[Refused]
 
-    def chat(self, body: SamplingBody, said: Mapping[str, Any]) -> ChatRequest:
-        """`said` is the body in a chat's words; sampling fields that it does not name are passed on as they are.
+    def chat(self) -> ChatRequest:
+        """The same in a chat's words. Raises BadParameters, InvalidInput."""
+        raise NotImplementedError
 
-        Raises BadParameters, InvalidInput.
-        """
-        given = {name: getattr(body, name) for name in body.model_fields_set}
+    def _chat(self, said: Mapping[str, Any]) -> ChatRequest:
+        """Sampling fields that `said` does not name are passed on as they are. Raises BadParameters, InvalidInput."""
+        given = {name: getattr(self, name) for name in self.model_fields_set}
         for name, (neutral, why) in {**_NO_PLACE, **self.refused}.items():
             value = given.get(name)
             if value is not None and value not in neutral:
                 raise BadParameters(f"{name} is not supported here: {why}", param=name)
-        passed = {name: value for name, value in given.items() if name not in type(body).__annotations__}
+        own = type(self).model_fields.keys() - SamplingBody.model_fields.keys()
+        passed = {name: value for name, value in given.items() if name not in own}
         alone = {"n": 1, "prompt_logprobs": None}  # whatever the defaults ask for
         try:
             return ChatRequest.model_validate({**passed, **alone, **said})

@@ -13,28 +13,32 @@ from batchinfer.prompting import Content, Framing, Truncation
 from batchinfer.request import Pooling, SamplingParams
 from batchinfer.scoring import Pooled
 from batchinfer.text.tokenizer import Tokenizer
+from batchinfer.wire.as_chat import Rephrased
 from batchinfer.wire.bodies import ChatRequest, CompletionRequest, EmbeddingRequest, of_validation
 from batchinfer.wire.chat_prompt import conversation
+from batchinfer.wire.messages import MessagesRequest
 from batchinfer.wire.params import chat_params, completion_params, effective, says_nothing
-from batchinfer.wire.responses import DIALECT as RESPONSE_DIALECT
 from batchinfer.wire.responses import ResponseRequest
-from batchinfer.wire.responses import as_chat as response_as_chat
 from batchinfer.wire.tool_use import ToolUse, tool_use
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
-RESPONSES = "/v1/responses"
+RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
 ROUTES = (CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES)
 DEFAULT_POOLING: Pooling = "mean"
 MAX_SAMPLES = 16384  # of one request: prompts times n
 
-Body = ChatRequest | CompletionRequest | EmbeddingRequest | ResponseRequest
+Body = ChatRequest | CompletionRequest | EmbeddingRequest | Rephrased
 _BODIES: dict[str, type[Body]] = {
     CHAT: ChatRequest,
     COMPLETIONS: CompletionRequest,
     EMBEDDINGS: EmbeddingRequest,
     RESPONSES: ResponseRequest,
 }
-_NAMES = {RESPONSES: RESPONSE_DIALECT.names}
+_NAMES: dict[str, Mapping[str, str]] = {
+    EMBEDDINGS: {"prompt": "input"},
+    RESPONSES: ResponseRequest.names,
+    MESSAGES: MessagesRequest.names,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,13 +112,14 @@ def _route(url: Any) -> str | None:
 
 def field_of(url: Any, param: str | None) -> str | None:
     """What a route calls the field that an error is about."""
-    return param if param is None else _NAMES.get(_route(url) or "", {}).get(param, param)
+    names = next((names for route, names in _NAMES.items() if isinstance(url, str) and route in url), {})
+    return param if param is None else names.get(param, param)
 
 
 def ask(body: Body, model: WireModel) -> Asked:
     """Raises BadParameters, InvalidInput."""
-    if isinstance(body, ResponseRequest):
-        return replace(_ask_chat(response_as_chat(body), model), body=body)
+    if isinstance(body, Rephrased):
+        return replace(_ask_chat(body.chat(), model), body=body)
     if isinstance(body, ChatRequest):
         return _ask_chat(body, model)
     return _ask_completion(body, model.defaults) if isinstance(body, CompletionRequest) else _ask_vectors(body, model)

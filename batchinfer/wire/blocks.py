@@ -10,6 +10,14 @@ from batchinfer.wire.choices import Delta
 from batchinfer.wire.tool_use import NewId, Said, ToolStream, ToolUse
 
 
+class Head(NamedTuple):
+    """What signs an answer. created: in seconds since 1970."""
+
+    id: str
+    created: int
+    model: str
+
+
 @dataclass(slots=True)
 class Block:
     """A text, or the arguments of a call, which has a name and an id. `logprobs` of a text's tokens, where known."""

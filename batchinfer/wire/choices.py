@@ -28,7 +28,7 @@ def usage(used: Used) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What is new of one choice. `reason` is set in its last one; `first` in its first.
+    """What is new of one choice. `reason` is set in its last one; `first` in its first. `stop`: the text that ended it.
 
     `token_ids` are not known where nobody asks for them.
     """
@@ -40,3 +40,4 @@ class Delta:
     reason: FinishReason | None
     first: bool
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    stop: str | None = None

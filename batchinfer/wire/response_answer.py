@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from batchinfer.request import TokenLogprob
 from batchinfer.wire.asked import Asked
-from batchinfer.wire.blocks import Block, Blocks, Step
+from batchinfer.wire.blocks import Block, Blocks, Head, Step
 from batchinfer.wire.choices import Delta, Used
 from batchinfer.wire.responses import ResponseRequest
 from batchinfer.wire.token_texts import TokenTexts, chat_logprobs
-
-
-class Head(NamedTuple):
-    """What signs an answer. created: in seconds since 1970."""
-
-    id: str
-    created: int
-    model: str
 
 
 class ResponseAnswer:

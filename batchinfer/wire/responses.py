@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from batchinfer.errors import BadParameters, InvalidInput
-from batchinfer.wire.as_chat import Dialect, changing, function, plain, text_parts
-from batchinfer.wire.bodies import ChatRequest, SamplingBody
+from batchinfer.wire.as_chat import Refused, Rephrased, changing, function, plain, text_parts
+from batchinfer.wire.bodies import ChatRequest, Whole
 
-DIALECT = Dialect(
-    names={
+_ROLES = ("user", "assistant", "system", "developer")
+_PARTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
+_LOGPROBS = "message.output_text.logprobs"
+
+
+class ResponseRequest(Rephrased):
+    """`store`, and what else changes nothing in an answer, is accepted."""
+
+    names: ClassVar[Mapping[str, str]] = {
         "messages": "input",
         "prompt": "input",
         "max_tokens": "max_output_tokens",
         "logprobs": "top_logprobs",
         "response_format": "text",
         "verbosity": "text",
-    },
-    refused={
+    }
+    refused: ClassVar[Refused] = {
         **dict.fromkeys(("previous_response_id", "conversation"), ((), "nothing is stored, send all items as input")),
         "background": ((False,), "nothing is stored"),
         **changing("prompt", "moderation"),
@@ -28,52 +35,40 @@ DIALECT = Dialect(
         "messages": ((), "use input"),
         "response_format": ((), "use text.format"),
         "logprobs": ((False,), "use top_logprobs"),
-    },
-)
-_ROLES = ("user", "assistant", "system", "developer")
-_PARTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
-LOGPROBS = "message.output_text.logprobs"
-
-
-class ResponseRequest(SamplingBody):
-    """`store`, and what else changes nothing in an answer, is accepted."""
-
+    }
     input: str | list[dict[str, Any]]
     instructions: str | None = None
-    max_output_tokens: int | None = None
+    max_output_tokens: Whole | None = None
     include: list[str] | None = None
     text: dict[str, Any] | None = None
     reasoning: dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Whole | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None
 
-
-def as_chat(body: ResponseRequest) -> ChatRequest:
-    """Raises BadParameters, InvalidInput."""
-    if body.max_output_tokens is not None and body.max_output_tokens < 1:
-        problem = f"max_output_tokens must be at least 1, got {body.max_output_tokens}"
-        raise BadParameters(problem, param="max_output_tokens")
-    wants_logprobs = bool(body.top_logprobs) or LOGPROBS in (body.include or ())
-    effort = (body.reasoning or {}).get("effort")
-    text = body.text or {}
-    said = {
-        "messages": _messages(body),
-        "max_tokens": body.max_output_tokens,
-        "logprobs": wants_logprobs,
-        "top_logprobs": body.top_logprobs if wants_logprobs else None,
-        "tools": [_tool(tool, f"tools[{number}]") for number, tool in enumerate(body.tools or ())] or None,
-        "tool_choice": _choice(body.tool_choice),
-        "parallel_tool_calls": body.parallel_tool_calls,
-        "reasoning_effort": effort,
-        "verbosity": text.get("verbosity"),
-    }
-    if text.get("format") is not None:
-        said["response_format"] = _format(text["format"])
-    return DIALECT.chat(body, said)
+    def chat(self) -> ChatRequest:
+        if self.max_output_tokens is not None and self.max_output_tokens < 1:
+            problem = f"max_output_tokens must be at least 1, got {self.max_output_tokens}"
+            raise BadParameters(problem, param="max_output_tokens")
+        wants_logprobs = bool(self.top_logprobs) or _LOGPROBS in (self.include or ())
+        text = self.text or {}
+        said = {
+            "messages": _messages(self),
+            "max_tokens": self.max_output_tokens,
+            "logprobs": wants_logprobs,
+            "top_logprobs": self.top_logprobs if wants_logprobs else None,
+            "tools": [_tool(tool, f"tools[{number}]") for number, tool in enumerate(self.tools or ())] or None,
+            "tool_choice": _choice(self.tool_choice),
+            "parallel_tool_calls": self.parallel_tool_calls,
+            "reasoning_effort": (self.reasoning or {}).get("effort"),
+            "verbosity": text.get("verbosity"),
+        }
+        if text.get("format") is not None:
+            said["response_format"] = _format(text["format"])
+        return self._chat(said)
 
 
 def _messages(body: ResponseRequest) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -132,6 +133,20 @@ class Held:
     def step(self, count: int = 1) -> None:
         for _ in range(count):
             self._go.release()
+
+    def breaks(self, after: int) -> None:
+        """Lets so many steps run, and fails at every later one."""
+
+        def broken(plan: StepPlan) -> StepResult:
+            raise RuntimeError("broken")
+
+        end = time.monotonic() + 10
+        self.step(after)
+        while self.steps < after:
+            assert time.monotonic() < end, "the steps did not run"
+            time.sleep(0.005)
+        self._runner.run = broken
+        self.free.set()
 
 
 def fake_llm(answer_tokens=(3, 30), step_s: float = 0.0, **options) -> LLM:

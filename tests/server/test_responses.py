@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from batchinfer.llm import LLM
-from tests.server.conftest import Endpoint, error_of, fake_llm
+from tests.server.conftest import Endpoint, fake_llm
 
 RESPONSES = "/v1/responses"
 CHAT = "/v1/chat/completions"
@@ -31,7 +31,8 @@ HERMES = (
 
 @pytest.fixture(scope="module")
 def hermes(tiny_directory):
-    endpoint = Endpoint(LLM(tiny_directory, chat_template=HERMES, max_num_seqs=4, kv_cache_tokens=2048))
+    llm = LLM(tiny_directory, chat_template=HERMES, max_num_seqs=4, kv_cache_tokens=2048)
+    endpoint = Endpoint(llm, chat_template=HERMES)
     yield endpoint
     endpoint.close()
 
@@ -314,20 +315,12 @@ def test_an_answer_that_breaks_off_ends_with_failed(held):
     endpoint, runner = held
     given = {"input": "x", "stream": True, "max_output_tokens": 50, "ignore_eos": True}
     call = endpoint.begin(endpoint.client.post(RESPONSES, json=given))
-    runner.step(3)
-
-    def broken(plan):
-        raise RuntimeError("broken")
-
-    runner._runner.run = broken
-    runner.free.set()
+    runner.breaks(after=3)
     response = call.result(20)
     last = json.loads(response.text.strip().split("\n")[-1].removeprefix("data: "))
-    if response.status_code == 200:
-        assert last["type"] == "response.failed" and last["response"]["status"] == "failed"
-        assert "broken" in last["response"]["error"]["message"] and "[DONE]" not in response.text
-    else:
-        assert error_of(response)["type"] == "server_error"
+    assert response.status_code == 200 and "[DONE]" not in response.text
+    assert last["type"] == "response.failed" and last["response"]["status"] == "failed"
+    assert "broken" in last["response"]["error"]["message"]
 
 
 def test_an_unknown_model_and_no_template(fake):

@@ -1,0 +1,30 @@
+"""/v1/messages and its count_tokens: a chat in Anthropic's words, and its answer as content blocks."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from batchinfer.server.events import Events
+from batchinfer.server.frontend import Frontend
+from batchinfer.server.replies import Work, check_model
+from batchinfer.server.responses import new_id
+from batchinfer.wire.asked import ask
+from batchinfer.wire.blocks import Head
+from batchinfer.wire.message_answer import MessageAnswer
+from batchinfer.wire.messages import CountRequest, MessagesRequest
+
+
+async def prepare(frontend: Frontend, body: MessagesRequest, name: str) -> Work:
+    """Raises ApiError, RowError."""
+    asked = ask(body, frontend.model.wire)
+    prepared = await frontend.prepare(await frontend.encode(asked), asked)
+    answer = MessageAnswer(asked, Head(new_id("msg"), int(time.time()), name), new_id)
+    return Work(Events(answer), prepared)
+
+
+async def count(frontend: Frontend, body: CountRequest) -> dict[str, Any]:
+    """Raises ApiError, RowError."""
+    check_model(frontend, body.model)
+    (ids,) = await frontend.encode(ask(body, frontend.model.wire))
+    return {"input_tokens": len(ids)}
