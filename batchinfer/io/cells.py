@@ -79,8 +79,16 @@ def _fragment(text: str) -> Any:
     try:
         orjson.loads(text)
     except orjson.JSONDecodeError:
-        return text
+        return _lenient(text)
     return orjson.Fragment(text.replace("\n", " ").replace("\r", " "))  # line breaks in JSON can only be white space
+
+
+def _lenient(text: str) -> Any:
+    """JSON with NaN or infinity, which lines have as null; any other text as it is."""
+    try:
+        return orjson.Fragment(orjson.dumps(json.loads(text)))
+    except (TypeError, ValueError, RecursionError):
+        return text
 
 
 def _converted(array: pa.Array, lines: bool) -> Cells:

@@ -25,9 +25,11 @@ def is_json(kind: pa.DataType) -> bool:
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Text in any form, dictionaries included."""
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return kind in _TEXTS or bool(pa.types.is_string_view(kind))
+    """Text in any form: dictionaries and the bytes of it included."""
+    types = pa.types
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    bytes_ = types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
+    return bool(kind in _TEXTS or types.is_string_view(kind) or bytes_)
 
 
 def is_listed(kind: pa.DataType) -> bool:

@@ -18,7 +18,7 @@ from batchinfer.job.audit import Audit, Chunk, Difference, Layout, Record, name_
 from batchinfer.job.plan import load_plan
 from batchinfer.job.readback import read_part
 from batchinfer.spec import StorageSpec
-from batchinfer.text.chat import RowFilter
+from batchinfer.text.row_template import RowFilter
 from batchinfer.wire.answers import tokens_of
 
 _ADDED = ("row", "status", "error_type", "prompt_tokens", "completion_tokens", "sample")
@@ -165,13 +165,15 @@ class _Source:
         self.compared: tuple[str, ...] = ()
         self._result = result
         self._text_json: frozenset[str] = frozenset()
+        self._judged: frozenset[str] = frozenset()
         self._filter = RowFilter(layout.where) if layout.where is not None else None
         self._batches: Iterator[tuple[Span, RowBatch]] = iter(())
         try:
             inputs = load_plan(store).inputs
             self._text_json = inputs.text_json
             self.compared = tuple(name for name in inputs.schema.names if _plain(inputs, name, layout.lines))
-            read = {*self.compared, *(self._filter.columns if self._filter else ())}
+            self._judged = self._filter.columns(inputs.schema.names) if self._filter else frozenset()
+            read = {*self.compared, *self._judged}
             spans = [Span(chunk.file, chunk.start, chunk.stop - chunk.start) for chunk in chunks]
             self._batches = stream(inputs.select(read), spans, storage)
         except BatchInferError as error:
@@ -200,7 +202,7 @@ class _Source:
         if self._filter is None:
             return range(batch.table.num_rows)
         kept = list(batch.errors)
-        for offset, row in enumerate(rows_of(batch.table, sorted(self._filter.columns), self._text_json)):
+        for offset, row in enumerate(rows_of(batch.table, self._judged, self._text_json)):
             try:
                 if offset not in batch.errors and self._filter.matches(row):
                     kept.append(offset)

@@ -25,6 +25,7 @@ from batchinfer.io.types import is_listed, is_text, without_dictionaries
 from batchinfer.job import fingerprint as prints
 from batchinfer.job.columns import Layout
 from batchinfer.spec import JobSpec
+from batchinfer.text.row_names import spelling
 
 PLAN = "plan.json"
 _MARK_CHARS = 8
@@ -170,15 +171,18 @@ def load_plan(store: Store) -> JobPlan:
     return JobPlan.from_bytes(data, f"{store.url}/{PLAN}")
 
 
-def check_columns(needed: Mapping[str, frozenset[str]], inputs: Inputs) -> None:
-    """`needed`: job key → columns that it names. Raises SpecError with key, column, file and the nearest name."""
+def check_columns(needed: Mapping[str, frozenset[str]], inputs: Inputs, sources: Mapping[str, str]) -> None:
+    """`needed`: job key → columns that it names; `sources`: the templates among the keys.
+
+    Raises SpecError with key, column, file and the nearest name.
+    """
     names = inputs.schema.names
     for key, columns in needed.items():
         for column in sorted(columns):
             if column not in names:
+                hint = spelling(sources.get(key, ""), names) or suggest(column, names)
                 raise SpecError(
-                    f"column {column!r} is not in {inputs.files[0].url}{suggest(column, names)} "
-                    f"(columns: {', '.join(names)})",
+                    f"column {column!r} is not in {inputs.files[0].url}{hint} (columns: {', '.join(names)})",
                     key=key,
                 )
 

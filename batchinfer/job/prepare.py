@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
-from batchinfer.errors import BadParameters, SpecError
+from batchinfer.errors import BadParameters, BatchInferError, SpecError
 from batchinfer.io.discover import Found, find_files
 from batchinfer.io.fetch import ModelFiles, fetch_model
 from batchinfer.io.partitions import agree, values_of
@@ -25,6 +25,7 @@ from batchinfer.log import log
 from batchinfer.spec import FAKE_MODEL, JobSpec
 from batchinfer.structured import StructuredOutputs
 from batchinfer.text.grammar import validate
+from batchinfer.text.row_names import spelling
 
 _FILTER_ROWS = 1000  # read at once while `where` and `limit` are applied together
 _STAT_THREADS = 8
@@ -60,11 +61,12 @@ def draft_plan(spec: JobSpec, weights: bool = False, known: JobPlan | None = Non
     fingerprint may then lack them. The scan of a `known` plan is used again if its files did not change.
     Raises SpecError, InputError, InputMissing, ModelError.
     """
-    rows = RowPrompts(spec)
+    rows = _compiled(spec)
     _check_grammar(spec)
     used = rows.read_columns
     kept = _unchanged(spec, known) if known and used <= {*known.inputs.schema.names} else None
-    inputs = kept or scan(spec.input, spec.storage, used)
+    asked = spec.input.model_copy(update={"columns": None}) if rows.whole else spec.input
+    inputs = kept or scan(asked, spec.storage, used)
     rows.check(inputs)
     layout = output_layout(spec, inputs)
     taken = known.taken if known is not None and kept is not None else rows_taken(spec, rows, inputs)
@@ -93,6 +95,21 @@ def prepare(spec: JobSpec, open_store: Callable[[JobSpec], Store], report: str) 
         )
     save_spec(spec, store)
     return Work(spec, plan, draft.layout, draft.rows, Ledger(store, plan), draft.files)
+
+
+def _compiled(spec: JobSpec) -> RowPrompts:
+    """Raises SpecError for a template that cannot be read, and says how a column in it is to be written."""
+    try:
+        return RowPrompts(spec)
+    except SpecError as error:
+        try:
+            names = scan(spec.input.model_copy(update={"limit": 1, "where": None}), spec.storage).schema.names
+        except BatchInferError:
+            raise error from None
+        section, _, field = error.key.partition(".")
+        source = getattr(getattr(spec, section), field.partition("[")[0])
+        hint = spelling(source if isinstance(source, str) else "\n".join(source), names)
+        raise SpecError(f"{str(error).removeprefix(f'{error.key}: ')}{hint}", key=error.key) from None
 
 
 def _check_grammar(spec: JobSpec) -> None:

@@ -18,7 +18,7 @@ from batchinfer.prompting import Content, Framing
 from batchinfer.request import SamplingParams
 from batchinfer.scoring import Continuations, Measure, Pooled, Read, Rolling
 from batchinfer.spec import JobSpec
-from batchinfer.text.chat import RowFilter, RowTemplate
+from batchinfer.text.row_template import RowFilter, RowTemplate
 from batchinfer.values.plain import plain
 from batchinfer.wire.asked import Asked, WireModel, ask, parse
 
@@ -46,7 +46,7 @@ class RowPrompt(NamedTuple):
 
 
 class RowPrompts:
-    """The compiled prompt section of a job. `columns`: job key → columns that it reads.
+    """The compiled prompt section of a job. `columns`: job key → columns that it reads, once the input is known.
 
     Raises SpecError for a template that does not compile.
     """
@@ -57,8 +57,9 @@ class RowPrompts:
         self._many = spec.output.samples == "rows" or spec.sampling_values.get("n", 1) > 1
         self._remembered: dict[str, SamplingParams] = {}
         self.columns: dict[str, frozenset[str]] = {"input.columns": frozenset(spec.input.columns or ())}
+        self._over_row: dict[str, RowTemplate | RowFilter] = {}
         if self._where is not None:
-            self.columns["input.where"] = self._where.columns
+            self._add("input.where", self._where)
         if self._sampling_column is not None:
             self.columns["sampling.column"] = frozenset({self._sampling_column})
         self._types: dict[str, str] = {"sampling.column": "tm"}
@@ -71,12 +72,19 @@ class RowPrompts:
         return frozenset().union(*(self.columns[key] for key in self.columns if key not in ("input.columns",)))
 
     @property
+    def whole(self) -> bool:
+        """Whether prompts may need any column of the input."""
+        return any(template.whole for template in self._over_row.values())
+
+    @property
     def filters(self) -> bool:
         return self._where is not None
 
     def check(self, inputs: Inputs) -> None:
         """Every column exists, and holds what it is used for. Raises SpecError or InputError."""
-        check_columns(self.columns, inputs)
+        for key, template in self._over_row.items():
+            self.columns[key] = template.columns(inputs.schema.names)
+        check_columns(self.columns, inputs, {key: template.source for key, template in self._over_row.items()})
         any_rows = any(file.rows for file in inputs.files)
         for key, allowed in self._types.items():
             for column in self.columns.get(key, ()) if any_rows else ():
@@ -88,7 +96,7 @@ class RowPrompts:
         if self._where is None:
             return list(range(batch.table.num_rows))
         kept = []
-        for offset, row in _rows(batch.table, self._where.columns, text_json):
+        for offset, row in _rows(batch.table, self.columns["input.where"], text_json):
             if offset in batch.errors:
                 kept.append(offset)
                 continue
@@ -194,14 +202,18 @@ class RowPrompts:
         self._types["score.choices_column"] = "tl"
         return lambda row: _choices(row[column], column, score.measure)
 
+    def _add(self, key: str, template: RowTemplate | RowFilter) -> None:
+        self._over_row[key] = template
+        self.columns[key] = template.columns(())
+
     def _text(self, key: str, source: str) -> Callable[[Row], str]:
         template = RowTemplate(source, key)
-        self.columns[key] = template.columns
+        self._add(key, template)
 
         def render(row: Row) -> str:
             text: str = template.render(row)
             if not text.strip():
-                nulls = sorted(column for column in template.columns if row[column] is None)
+                nulls = sorted(column for column in self.columns[key] if row[column] is None)
                 why = f": column {nulls[0]!r} is null" if nulls else ""
                 what = "prompt" if key.startswith("prompt") else "text"
                 raise InvalidInput(f"{key}: the {what} is empty{why}")
@@ -238,6 +250,7 @@ def _no_content(row: Row) -> Content:
 
 
 def _rows(table: pa.Table, columns: frozenset[str], text_json: frozenset[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    names = [name for name in table.column_names if name in columns]
     for start in range(0, table.num_rows, _SLICE_ROWS):
         piece = table.slice(start, _SLICE_ROWS)
-        yield from enumerate(rows_of(piece, sorted(columns), text_json), start)
+        yield from enumerate(rows_of(piece, names, text_json), start)

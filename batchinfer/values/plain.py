@@ -39,8 +39,8 @@ def key_text(key: Any) -> str:
     return (key.text or "") if type(key) is Unheld else str(key)
 
 
-def json_text(value: Any, **layout: Any) -> str:
-    """JSON with all digits of decimal numbers; `layout` is that of json.dumps.
+def json_text(value: Any, nulls: tuple[type, ...] = (), **layout: Any) -> str:
+    """JSON with all digits of decimal numbers. `nulls`: types whose values are null; `layout` is that of json.dumps.
 
     Raises InvalidInput for NaN, infinity and cells that cannot be held, TypeError for what is no value.
     """
@@ -53,6 +53,8 @@ def json_text(value: Any, **layout: Any) -> str:
             return f"{_MARK}{Number(item)}"
         if isinstance(item, _TIMES):
             return str(item)
+        if isinstance(item, nulls):
+            return None
         if type(item) is Unheld:
             item.refuse()
         raise TypeError(f"a value of type {type(item).__name__} cannot be written as JSON")

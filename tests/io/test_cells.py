@@ -100,6 +100,7 @@ def test_json_text():
     assert b"\n" not in b"".join(lines)
     assert [orjson.loads(line)["x"] for line in lines[:3]] == [{"a": [1]}, None, "x"]
     assert [orjson.loads(line)["x"] for line in lines[4:]] == ["{", {"b": "\n"}, "[" * 2000]
+    assert orjson.dumps(json_line_cells_of(chunked(pa.array(["[NaN, -Infinity]", "NaN"])))) == b"[[null,null],null]"
     typed = chunked(pa.array(['{"a": 1}', None, "no"], pa.json_()))
     assert json_cells_of(typed)[:2] == cells_of(typed)[:2] == [{"a": 1}, None]
     assert orjson.dumps(line_cells_of(typed)) == b'[{"a": 1},null,"no"]'

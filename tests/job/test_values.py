@@ -1,11 +1,14 @@
 """Cells of awkward types through a whole job: what prompts say of them, and what parts hold."""
 
 import decimal
+import re
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from batchinfer.errors import SpecError
 from batchinfer.job.readback import read_part
 from tests.job.doubles import ScriptedLLM, job, rows_of_output, run
 
@@ -16,9 +19,10 @@ def prompts(tmp_path, table, template, **sections):
     """What each row's template gives, or its error; and the rows of the output as `show` and `verify` read them."""
     pq.write_table(table, tmp_path / "in.parquet")
     llm = ScriptedLLM()
-    run(job(tmp_path, prompt={"template": template}, **sections), llm)
+    spec = job(tmp_path, prompt={"template": template}, **sections)
+    run(spec, llm)
     texts = [prompt.content if prompt.error is None else str(prompt.error) for prompt in llm.seen]
-    parts = sorted((tmp_path / "out" / "parts").iterdir())
+    parts = sorted(Path(spec.output.path, "parts").iterdir())
     return texts, [row for part in parts for row in read_part(part.read_bytes(), part.name)]
 
 
@@ -111,3 +115,75 @@ def test_messages_leave_out_what_other_rows_have(tmp_path):
     run(job(tmp_path, prompt={"template": None, "messages": "messages"}, output={"format": "jsonl"}), llm)
     assert [prompt.content[0]["tool_calls"] for prompt in llm.seen] == [call[0]["tool_calls"] for call in calls]
     assert [row["messages"] for row in rows_of_output(tmp_path / "out")] == calls
+
+
+ODD = {"Review Text": ["a"], "user-id": [1], "meta.lang": ["en"], "not": ["x"], "2x": [2]}
+
+
+@pytest.mark.parametrize(
+    ("template", "name"),
+    [
+        ("{{ Review Text }}", "Review Text"),
+        ("{{ meta.lang }}", "meta.lang"),
+        ("{{ user-id }}", "user-id"),
+        ("{{ 2x }}", "2x"),
+        ("{{ not }}", "not"),
+    ],
+)
+def test_a_name_that_jinja_cannot_read_is_told_how_to_be_written(tmp_path, template, name):
+    with pytest.raises(SpecError, match=re.escape(f"the column {name!r} is written row[{name!r}]")) as caught:
+        prompts(tmp_path, pa.table(ODD), template)
+    assert caught.value.key == "prompt.template"
+    texts, _ = prompts(tmp_path, pa.table(ODD), f"{{{{ row[{name!r}] }}}}")
+    assert texts == [str(ODD[name][0])]
+    with pytest.raises(SpecError, match=r"prompt\.template: line 1: [^;]*$"):
+        prompts(tmp_path, pa.table(ODD), "{{ a b }}")
+
+
+def test_row_reads_what_it_needs_and_no_more(tmp_path):
+    table = pa.table({"a-b": [1], "c": ["x"], "far": pa.array([10**18], pa.timestamp("us"))})
+    texts, _ = prompts(tmp_path, table, "{{ row['a-b'] }}", input={"columns": ["c"], "where": "row['a-b'] == 1"})
+    assert texts == ["1"]
+    texts, rows = prompts(
+        tmp_path,
+        table.select(["a-b", "c"]),
+        "{{ row | tojson }}",
+        input={"columns": ["a-b"]},
+        output={"path": str(tmp_path / "o")},
+    )
+    assert texts == ['{"a-b": 1, "c": "x"}'] and "c" not in rows[0]
+
+
+def test_a_value_that_is_used_and_not_held_is_its_rows_error(tmp_path):
+    table = pa.table(
+        {
+            "at": pa.array([0, 10**18, 5], pa.timestamp("us")),
+            "zone": pa.array([0, 1, 2], ZONED),
+            "raw": [b"ok", b"\xff", "ä".encode()],
+            "score": [1.0, float("nan"), float("inf")],
+        }
+    )
+    for number, (template, texts) in enumerate(
+        {
+            "{{ at }}": ["1970-01-01T00:00:00", "beyond the years 1 to 9999", "1970-01-01T00:00:00.000005"],
+            "{{ zone }}": ["time zone 'Mars/Phobos' is not known"] * 3,
+            "{{ raw }}": ["ok", "not UTF-8", "ä"],
+            "{{ score }}": ["1.0", "column 'score' is NaN", "column 'score' is infinite"],
+        }.items()
+    ):
+        found, _ = prompts(
+            tmp_path, table, template, errors={"max": "100%"}, output={"path": str(tmp_path / f"out{number}")}
+        )
+        assert all(text in given for text, given in zip(texts, found, strict=True)), found
+
+
+@pytest.mark.parametrize("key", ["column", "messages"])
+@pytest.mark.parametrize(
+    "kind", [pa.binary(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.string())]
+)
+def test_columns_of_text_in_any_form(tmp_path, key, kind):
+    text = '[{"role": "user", "content": "hi"}]'
+    pq.write_table(pa.table({"x": pa.array([text], kind), "text": ["a"]}), tmp_path / "in.parquet")
+    llm = ScriptedLLM()
+    run(job(tmp_path, prompt={"template": None, key: "x"}), llm)
+    assert [prompt.content for prompt in llm.seen] == [text if key == "column" else [{"role": "user", "content": "hi"}]]

@@ -1,0 +1,259 @@
+"""Jinja for templates over a row: keys before methods, nulls and NaN that are named where they are used, and nothing
+printed but values.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import math
+import types
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, ValuesView
+from decimal import Decimal
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.filters import make_attrgetter
+from jinja2.runtime import Context, LoopContext, Macro
+from jinja2.utils import Namespace, pass_environment
+
+from batchinfer.errors import InvalidInput
+from batchinfer.text.row_names import ROW, TEXT, rewrite
+from batchinfer.text.sandbox import Sandbox
+from batchinfer.values.cell import Struct, Unheld
+from batchinfer.values.plain import json_text
+
+# filters that make text of what they are given
+_OF_TEXT = (
+    *("string", "upper", "lower", "capitalize", "title", "trim", "replace", "center", "indent", "wordwrap", "truncate"),
+    *("wordcount", "striptags", "urlize", "urlencode", "escape", "e", "forceescape", "safe", "format", "pprint"),
+    "xmlattr",
+)
+
+
+class NullCell(jinja2.UndefinedError):
+    """A null was printed, compared or computed with."""
+
+
+class Null(jinja2.StrictUndefined):
+    """A null: false, equal to none, replaced by `default`, written by `tojson`; anything else is an error.
+
+    None itself would go into prompts as the text "None" through every filter.
+    """
+
+    __slots__ = ()
+
+    def __bool__(self) -> bool:  # type: ignore[override]
+        return False
+
+    def __eq__(self, other: object) -> bool:  # type: ignore[override]
+        return other is None or isinstance(other, Null)
+
+    def __ne__(self, other: object) -> bool:  # type: ignore[override]
+        return not self == other
+
+    def __repr__(self) -> str:
+        return "None"
+
+    __hash__ = None  # type: ignore[assignment]  # as for any value that equals another type's
+
+
+_UNLISTED = (Iterator, range, KeysView, ValuesView, ItemsView)
+_PLAIN = (str, int, datetime.date, datetime.time, datetime.timedelta, Null)
+
+
+class _NotFinite(float):
+    """NaN or infinity in a cell: neither has a text, and NaN has no order (`x == x` is false of it)."""
+
+    what = ""
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise InvalidInput(f"{self.what} is {'NaN' if math.isnan(self) else 'infinite'}")
+
+    __str__ = __repr__ = __format__ = __round__ = __int__ = _refuse
+    __hash__ = float.__hash__
+
+
+class _NotANumber(_NotFinite):
+    __bool__ = __lt__ = __le__ = __gt__ = __ge__ = _NotFinite._refuse
+
+
+class Method:
+    """A function that an attribute gave: to be called, and nothing else."""
+
+    __slots__ = ("_function", "_name")
+
+    def __init__(self, function: Callable[..., Any], name: str) -> None:
+        self._function = function
+        self._name = name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(*args, **kwargs)
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise jinja2.TemplateError(f"{self._name!r} is a method, not a value: it is called as {self._name}()")
+
+    __str__ = __repr__ = __format__ = __bool__ = __eq__ = _refuse
+    __hash__ = None  # type: ignore[assignment]
+
+
+class Columns(dict[str, Any]):
+    """All columns that are read of a row."""
+
+
+def cell(value: Any, what: str) -> Any:
+    """A value as templates have it. `what`: how messages call it."""
+    if value is None:
+        return Null(hint=f"{what} is null", name=what, exc=NullCell)
+    if type(value) is float and not math.isfinite(value):
+        number = _NotANumber(value) if math.isnan(value) else _NotFinite(value)
+        number.what = what
+        return number
+    if type(value) is Unheld:
+        return Unheld(f"{what}: {value.why}", value.text)
+    return value
+
+
+def printed(value: Any) -> str:
+    """The text of a value. Raises InvalidInput, NullCell, or jinja2.TemplateError for what is no value."""
+    return value if type(value) is str else str(_printable(value))
+
+
+def _printable(value: Any) -> Any:
+    if value is None:
+        raise NullCell("an expression of the template is null")
+    _check(value)
+    return value
+
+
+def _check(value: Any) -> None:
+    """Whether a value, with all that it holds, has a text."""
+    if value is None or isinstance(value, _PLAIN):
+        return
+    if isinstance(value, float | Decimal):
+        if not math.isfinite(value):
+            what = value.what if isinstance(value, _NotFinite) else "an expression of the template"
+            raise InvalidInput(f"{what} is {'NaN' if math.isnan(value) else 'infinite'}")
+    elif isinstance(value, dict):
+        _check_all(value)
+        _check_all(value.values())
+    elif isinstance(value, list | tuple):
+        _check_all(value)
+    elif isinstance(value, jinja2.Undefined | Unheld | Method):
+        str(value)  # says what it is
+    else:
+        raise jinja2.TemplateError(f"{_kind(value)} cannot be printed")
+
+
+def _check_all(values: Iterable[Any]) -> None:
+    for value in values:
+        _check(value)
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Macro):
+        return f"the macro {value.name}, which is to be called,"
+    for kind, name in ((Namespace, "a namespace"), (LoopContext, "the loop"), (types.FunctionType, "a function")):
+        if isinstance(value, kind):
+            return name
+    name = type(value).__name__
+    return f"a {name}, without | list after it," if isinstance(value, _UNLISTED) else f"a value of type {name}"
+
+
+class RowSandbox(Sandbox):
+    """The environment of templates over a row."""
+
+    intercepted_binops = frozenset({"%"})
+
+    def __init__(self) -> None:
+        super().__init__(undefined=jinja2.StrictUndefined, finalize=printed)
+        self.filters |= {name: _of_text(self.filters[name]) for name in _OF_TEXT}
+        self.filters |= {TEXT: printed, "join": _join, "attr": _attribute, "tojson": _tojson}
+        self.tests["none"] = lambda value: value is None or isinstance(value, Null)
+
+    def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
+        rewrite(source)
+        source.set_environment(self)
+        return super()._generate(source, *args, **kwargs)
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        if isinstance(obj, dict):
+            return self._key(obj, attribute)
+        return self._named(super().getattr(obj, attribute), attribute)
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        if isinstance(obj, dict):
+            return self._key(obj, argument)
+        return self._named(super().getitem(obj, argument), argument)
+
+    def method(self, obj: Any, name: str) -> Any:
+        """What `obj.name(…)` calls: a method, also where a key has its name."""
+        return super().getattr(obj, name)
+
+    def _key(self, obj: dict[Any, Any], key: Any) -> Any:
+        """The value of a mapping's key. Its methods are those that are called, and no keys."""
+        what = f"column {key!r}" if isinstance(obj, Columns) else repr(key)
+        try:
+            return cell(obj[key], what)
+        except (LookupError, TypeError):
+            if isinstance(obj, Columns) and ROW in obj:
+                return self.getitem(obj[ROW], key)
+        if isinstance(obj, Struct) and key in obj.nulls:
+            return cell(None, what)
+        method = f": its method is called as {key}()" if isinstance(key, str) and hasattr(dict, key) else ""
+        return self.undefined(hint=f"'dict object' has no attribute {key!r}{method}", obj=obj, name=key)
+
+    def _named(self, value: Any, name: Any) -> Any:
+        if isinstance(value, types.FunctionType | types.BuiltinMethodType | types.MethodType):
+            return Method(value, str(name))
+        return value if isinstance(value, Context) else cell(value, repr(name))
+
+    def wrap_str_format(self, value: Any) -> Any:
+        """As the sandbox has it, and what is formatted is looked at."""
+        wrapped = super().wrap_str_format(value)
+        return wrapped and _of_text(wrapped)
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if isinstance(left, str):
+            for value in right if isinstance(right, tuple) else (right,):
+                _printable(value)
+        return super().call_binop(context, operator, left, right)
+
+
+def _of_text(make: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that makes text of its arguments, for which the same holds as for printing."""
+    first = 1 if hasattr(make, "jinja_pass_arg") else 0
+
+    @functools.wraps(make)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        for value in args[first:]:
+            _printable(value)
+        _check_all(kwargs.values())
+        return make(*args, **kwargs)
+
+    return checked
+
+
+@pass_environment
+def _join(environment: RowSandbox, value: Iterable[Any], d: str = "", attribute: str | int | None = None) -> str:
+    items = value if attribute is None else map(make_attrgetter(environment, attribute), value)
+    return printed(d).join(map(printed, items))
+
+
+@pass_environment
+def _attribute(environment: RowSandbox, obj: Any, name: str) -> Any:
+    return environment.getattr(obj, name)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Without Jinja's HTML escapes, as chat templates have it."""
+    _check(value)
+    layout = {"ensure_ascii": ensure_ascii, "indent": indent, "separators": separators, "sort_keys": sort_keys}
+    return json_text(value, (Null,), **layout)

@@ -1,0 +1,83 @@
+"""The job's templates and filters over a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jinja2
+
+from batchinfer.errors import InvalidInput, TemplateError
+from batchinfer.text.row_names import COLUMNS, ROW, uses_of
+from batchinfer.text.row_sandbox import Columns, NullCell, RowSandbox, cell
+from batchinfer.text.sandbox import compile_template, reason
+
+_ROWS = RowSandbox()
+
+
+class _OverRow:
+    """What templates and filters have in common: a `name` for errors, and the text that names columns, `source`."""
+
+    def __init__(self, name: str, source: str) -> None:
+        self._name = name
+        self.source = source
+        self._uses = uses_of(source)
+
+    def columns(self, known: Iterable[str]) -> frozenset[str]:
+        """The columns that it needs of an input that has the columns `known`."""
+        return self._uses.columns(known)
+
+    @property
+    def whole(self) -> bool:
+        """Whether it may need any column of the input."""
+        return self._uses.whole
+
+    def _of(self, row: Mapping[str, Any], write: Callable[[dict[str, Any]], Any]) -> Any:
+        uses = self._uses
+        variables = {name: cell(row[name], f"column {name!r}") for name in uses.variables if name in row}
+        if uses.own or uses.keys or uses.whole:
+            variables[COLUMNS] = columns = Columns(row)
+            variables[ROW] = cell(row[ROW], f"column {ROW!r}") if ROW in row else columns
+        try:
+            return write(variables)
+        except (NullCell, InvalidInput) as error:
+            raise InvalidInput(f"{self._name}: {error}") from None
+        except Exception as error:  # whatever a template does ends this row, not the job
+            raise TemplateError(f"{self._name}: {reason(error)}") from None
+
+
+class RowTemplate(_OverRow):
+    """A template over a row's columns, compiled once (`row_names` says what its names mean).
+
+    A line that holds only a block leaves no line behind, and one newline at the end is dropped.
+    """
+
+    def __init__(self, source: str, name: str) -> None:
+        """`name` is what errors call the template. Raises SpecError for bad syntax, with its line in the template."""
+        self._template: jinja2.Template = compile_template(_ROWS.from_string, source, name)
+        super().__init__(name, source)
+
+    def render(self, row: Mapping[str, Any]) -> str:
+        """Raises InvalidInput where a cell is used that has no value, TemplateError where the template fails.
+
+        That is a null other than where it is tested, NaN, and what Python cannot hold.
+        """
+        text: str = self._of(row, self._template.render)
+        return text
+
+
+class RowFilter(_OverRow):
+    """A Jinja expression over a row's columns: `lang == "en" and score > 0.5`."""
+
+    def __init__(self, expression: str, name: str = "where") -> None:
+        """Raises SpecError for bad syntax."""
+        self._expression = compile_template(lambda source: _ROWS.compile_expression(source, False), expression, name)
+        super().__init__(name, "{{ (" + expression + ") }}")
+
+    def matches(self, row: Mapping[str, Any]) -> bool:
+        """Raises InvalidInput where a null is compared or computed with, TemplateError where the expression fails.
+
+        `score is not none and score > 3` is a filter that nulls pass through as false.
+        """
+        matched: bool = self._of(row, lambda variables: bool(self._expression(variables)))
+        return matched
