@@ -38,6 +38,11 @@ class Line(NamedTuple):
     def place(self) -> str:
         return f"{self.number}" if self.element is None else f"{self.number}, element [{self.element}]"
 
+    @property
+    def ordinal(self) -> int:
+        """What no other of the file has."""
+        return self.number if self.element is None else self.element
+
 
 @dataclass(frozen=True)
 class InputFile:
@@ -46,6 +51,7 @@ class InputFile:
     `content` says which file it is, wherever it lies and whatever its name; `mark` spares looking at it again (see
     `Stat`). `index` has an entry for every few thousand rows of an uncompressed file of lines, and is empty for others.
     `known_as`: its URL when the job was planned, if that was another one. `partitions`: columns that its folders name.
+    `repeated`: ordinals of lines with the `custom_id` of an earlier one, and that one's.
     """
 
     url: str
@@ -57,6 +63,7 @@ class InputFile:
     mark: str = ""
     known_as: str | None = None
     partitions: tuple[tuple[str, str | None], ...] = ()
+    repeated: tuple[tuple[int, int], ...] = ()
 
     @property
     def name(self) -> str:
@@ -71,13 +78,16 @@ class InputFile:
         values = {name: getattr(self, name) for name in ("url", "format", "size", "content", "mark", "rows")}
         if self.partitions:
             values["partitions"] = dict(self.partitions)
+        if self.repeated:
+            values["repeated"] = [list(lines) for lines in self.repeated]
         return {**values, "index": [list(entry) for entry in self.index]} if self.index else values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> InputFile:
         index = tuple(IndexEntry(*entry) for entry in values.get("index", ()))
         partitions = tuple(values.get("partitions", {}).items())
-        return cls(**{**values, "index": index, "partitions": partitions})
+        repeated = tuple((line, first) for line, first in values.get("repeated", ()))
+        return cls(**{**values, "index": index, "partitions": partitions, "repeated": repeated})
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import pyarrow as pa
 import zstandard
 
 from batchinfer.errors import InputError, InvalidInput, RowError
+from batchinfer.io import requests
 from batchinfer.io.inputs import (
     MAX_LINE_BYTES,
     Format,
@@ -43,8 +44,6 @@ _INT64 = 1 << 63
 _EXACT = 1 << 53
 
 _KINDS: dict[type, str] = {str: "string", int: "int", float: "double", bool: "bool", list: "nested", dict: "nested"}
-
-BATCH_COLUMNS = ("custom_id", "method", "url", "body")
 
 
 def parse(raw: bytes | None) -> dict[str, Any]:
@@ -105,8 +104,16 @@ class _Types:
             self.seen[name].setdefault(kind, line.number)
 
 
-def scan(source: Source, form: Format, limit: int | None = None) -> FileScan:
-    """Reads every line (or the first `limit` rows) once. Raises InputError if no line of a file is an object."""
+def scan(
+    source: Source,
+    form: Format,
+    limit: int | None = None,
+    note_ids: Callable[[list[str], list[int]], None] | None = None,
+) -> FileScan:
+    """Reads every line (or the first `limit` rows) once; `note_ids` gets ids of requests and their ordinals.
+
+    Raises InputError if no line of a file is an object.
+    """
     seekable = packing(source) is None
     types = _Types()
     index: list[IndexEntry] = []
@@ -114,15 +121,24 @@ def scan(source: Source, form: Format, limit: int | None = None) -> FileScan:
     first_error = ""
     whole = hashlib.sha256() if source.local and limit is None else None
     for lines in read_lines(source, seen=None if whole is None else whole.update):
+        ids: list[str] = []
+        places: list[int] = []
         for line in lines[: None if limit is None else limit - rows]:
             if seekable and rows and rows % INDEX_ROWS == 0:
                 index.append(IndexEntry(rows, line.offset, line.number))
             rows += 1
             try:
-                types.add(parse(line.raw), line)
-                good += 1
+                row = parse(line.raw)
+                types.add(row, line)
             except InvalidInput as error:
                 first_error = first_error or f"line {line.place}: {error}"
+                continue
+            good += 1
+            if note_ids is not None and requests.has_id(row):
+                ids.append(row["custom_id"])
+                places.append(line.ordinal)
+        if note_ids is not None:
+            note_ids(ids, places)
         if rows == limit:
             break
         if len(types.seen) > _MAX_COLUMNS:
@@ -137,8 +153,8 @@ def scan(source: Source, form: Format, limit: int | None = None) -> FileScan:
 
 
 def _batch_columns(url: str) -> tuple[Column, ...]:
-    kinds = {name: frozenset({"nested" if name == "body" else "string"}) for name in BATCH_COLUMNS}
-    return tuple(Column.of_lines(name, url, kinds[name]) for name in BATCH_COLUMNS)
+    kinds = {name: frozenset({"nested" if name == "body" else "string"}) for name in requests.COLUMNS}
+    return tuple(Column.of_lines(name, url, kinds[name]) for name in requests.COLUMNS)
 
 
 def _columns(url: str, types: _Types) -> tuple[Column, ...]:
@@ -152,17 +168,16 @@ def read(
 ) -> Iterator[tuple[Span, RowBatch]]:
     """The rows of ascending spans. Skips by the index where there is one, else by reading over lines unparsed."""
     cursor = _Cursor(source, file)
-    read_row = _request if file.format == "openai-batch" else parse
+    batch, twice = file.format == "openai-batch", dict(file.repeated)
     for span in spans:
         lines = cursor.take(span.start, span.count)
         rows: list[dict[str, Any]] = []
         errors: dict[int, RowError] = {}
         for offset, line in enumerate(lines):
-            try:
-                rows.append(read_row(line.raw))
-            except InvalidInput as error:
-                errors[offset] = InvalidInput(f"{source.url}:{line.place}: {error}")
-                rows.append(_what_identifies(line.raw) if read_row is _request else {})
+            row, problem = _request(line, twice) if batch else _row(line)
+            rows.append(row)
+            if problem:
+                errors[offset] = InvalidInput(f"{source.url}:{line.place}: {problem}")
         texts = {name: _texts(name, rows, lines, source.url, errors) for name in schema.names if name in text_json}
         yield span, RowBatch(_table(source.url, schema, rows, texts), errors)
 
@@ -203,26 +218,25 @@ class _Cursor:
         return taken
 
 
-def _request(raw: bytes | None) -> dict[str, Any]:
-    """A line of OpenAI's batch format: https://platform.openai.com/docs/api-reference/batch/request-input."""
-    row = parse(raw)
-    if not isinstance(row.get("custom_id"), str):
-        raise InvalidInput("custom_id must be a string")
-    for name in ("method", "url"):
-        if not isinstance(row.get(name), str | None):
-            raise InvalidInput(f"{name} must be a string")
-    if not isinstance(row.get("body"), dict):
-        raise InvalidInput("body must be a JSON object")
-    return row
-
-
-def _what_identifies(raw: bytes | None) -> dict[str, Any]:
-    """What is left of a request that cannot be run: its id, if it has one."""
+def _row(line: Line) -> tuple[dict[str, Any], str]:
+    """A line's object, or an empty one and what is wrong."""
     try:
-        identity = parse(raw).get("custom_id")
-    except InvalidInput:
-        return {}
-    return {"custom_id": identity} if isinstance(identity, str) else {}
+        return parse(line.raw), ""
+    except InvalidInput as error:
+        return {}, str(error)
+
+
+def _request(line: Line, twice: dict[int, int]) -> tuple[dict[str, Any], str]:
+    """The same of a request; of one that cannot be run its id is left, as text."""
+    row, problem = _row(line)
+    try:
+        if not problem:
+            requests.check(row, line, twice.get(line.ordinal))
+        return row, problem
+    except InvalidInput as error:
+        identity = row.get("custom_id")
+        text = identity is None or isinstance(identity, str)
+        return {"custom_id": identity if text else to_text(identity, "custom_id", line.raw or b"")}, str(error)
 
 
 def _texts(

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ from batchinfer.io.cells import cells_of, json_cells_of, json_line_cells_of, lin
 from batchinfer.io.discover import Found, find_files
 from batchinfer.io.inputs import IndexEntry, InputFile, Inputs, RowBatch, Span
 from batchinfer.io.partitions import filled, own_schema, values_of, with_columns
+from batchinfer.io.seen_ids import SeenIds, repeated_lines
 from batchinfer.io.source import Source, Sources
 from batchinfer.io.unify import FileScan, unify
 from batchinfer.spec import InputSpec, StorageSpec
@@ -51,26 +53,34 @@ def scan(spec: InputSpec, storage: StorageSpec, used: frozenset[str] = frozenset
     Raises what `find_files` raises, and InputError (schema drift, damaged files).
     """
     sources = Sources(storage)
-    files = find_files(spec, sources)
-    if spec.limit is not None and spec.where is None:
-        return with_columns(unify(_first_rows(sources, files, spec.limit), used, spec.columns))
-    with ThreadPoolExecutor(_SCAN_THREADS) as pool:
-        scans = pool.map(lambda file: _scan_file(sources, file, None), files)
-        return with_columns(unify(scans, used, spec.columns))
+    files = list(enumerate(find_files(spec, sources)))
+    with contextlib.closing(SeenIds()) as seen:
+        if spec.limit is not None and spec.where is None:
+            scans = list(_first_rows(sources, files, spec.limit, seen))
+        else:
+            with ThreadPoolExecutor(_SCAN_THREADS) as pool:
+                scans = list(pool.map(lambda file: _scan_file(sources, file[0], file[1], seen), files))
+        twice = repeated_lines(seen, [scan.file.url for scan in scans])
+    scans = [replace(scan, file=replace(scan.file, repeated=lines)) for scan, lines in zip(scans, twice, strict=True)]
+    return with_columns(unify(scans, used, spec.columns))
 
 
-def _first_rows(sources: Sources, files: list[Found], limit: int) -> Iterator[FileScan]:
-    for file in files:
-        found = _scan_file(sources, file, limit)
+def _first_rows(sources: Sources, files: list[tuple[int, Found]], limit: int, seen: SeenIds) -> Iterator[FileScan]:
+    for number, file in files:
+        found = _scan_file(sources, number, file, seen, limit)
         yield found
         limit -= found.file.rows
         if not limit:
             return
 
 
-def _scan_file(sources: Sources, file: Found, limit: int | None) -> FileScan:
+def _scan_file(sources: Sources, number: int, file: Found, seen: SeenIds, limit: int | None = None) -> FileScan:
     with sources.open(file.url) as source:
-        scanned = parquet.scan(source, limit) if file.format == "parquet" else jsonl.scan(source, file.format, limit)
+        if file.format == "parquet":
+            scanned = parquet.scan(source, limit)
+        else:
+            note_ids = partial(seen.add, number) if file.format == "openai-batch" else None
+            scanned = jsonl.scan(source, file.format, limit, note_ids)
     return replace(scanned, file=replace(scanned.file, partitions=values_of(file.path)))
 
 

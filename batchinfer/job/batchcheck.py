@@ -6,8 +6,7 @@ value out of range, a prompt too long) is that request's error and no fault of t
 
 from __future__ import annotations
 
-import hashlib
-import struct
+import heapq
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +17,12 @@ from batchinfer.io.catalog import Problem
 from batchinfer.io.inputs import Line
 from batchinfer.io.jsonl import parse
 from batchinfer.io.lines import read_lines
+from batchinfer.io.seen_ids import Place, SeenIds
 from batchinfer.io.source import Sources
 from batchinfer.spec import StorageSpec
 
 MAX_PROBLEMS = 100
-_PARTS = 64
 _LOOK_ROWS = 1000
-_ENTRY = struct.Struct("<16sQ")
-_BUFFER_BYTES = 256 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +37,7 @@ def check_lines(
     path: Path, endpoint: str, models: Collection[str], scratch: Path, stopping: Callable[[], bool]
 ) -> Checked | None:
     """Read the whole file once, in bounded memory; `scratch` is a folder for this alone. None if `stopping`."""
-    seen = _SeenIds(scratch)
+    seen = SeenIds(scratch)
     rows = 0
     problems: list[Problem] = []
     try:
@@ -52,7 +49,7 @@ def check_lines(
             if rows % _LOOK_ROWS == 0 and stopping():
                 return None
         else:
-            problems += seen.repeated(MAX_PROBLEMS)
+            problems += heapq.nsmallest(MAX_PROBLEMS, map(_twice, seen.repeated()), key=lambda one: one.line or 0)
     except InputError as error:  # UTF-16, or damaged compression
         problems.append(Problem("invalid_file", str(error).replace(str(path), "the input file")))
     finally:
@@ -62,13 +59,19 @@ def check_lines(
     return Checked(rows, tuple(sorted(problems, key=lambda problem: problem.line or 0)[:MAX_PROBLEMS]))
 
 
+def _twice(places: tuple[Place, Place]) -> Problem:
+    again, first = places
+    message = f"This custom_id was used on line {first.line} already."
+    return Problem("duplicate_custom_id", message, again.line, "custom_id")
+
+
 def _lines(path: Path) -> Iterator[Line]:
     with Sources(StorageSpec()).open(str(path)) as source:
         for lines in read_lines(source):
             yield from lines
 
 
-def _check(line: Line, endpoint: str, models: Collection[str], seen: _SeenIds) -> Iterator[Problem]:
+def _check(line: Line, endpoint: str, models: Collection[str], seen: SeenIds) -> Iterator[Problem]:
     try:
         row = parse(line.raw)
     except InvalidInput as error:
@@ -76,7 +79,7 @@ def _check(line: Line, endpoint: str, models: Collection[str], seen: _SeenIds) -
         return
     custom_id = row.get("custom_id")
     if isinstance(custom_id, str) and custom_id:
-        seen.add(custom_id, line.number)
+        seen.add(0, [custom_id], [line.number])
     else:
         yield _missing("custom_id", custom_id, "a string", line)
     yield from _check_target(row, endpoint, line)
@@ -110,44 +113,3 @@ def _missing(param: str, value: Any, wanted: str, line: Line) -> Problem:
     if value is None:
         return Problem("missing_required_parameter", f"{param} is missing: it must be {wanted}.", line.number, param)
     return Problem("invalid_type", f"{param} must be {wanted}.", line.number, param)
-
-
-class _SeenIds:
-    """Which custom_id stood where: 24 bytes each, on disk in parts by hash, of which one at a time is in memory."""
-
-    def __init__(self, scratch: Path) -> None:
-        scratch.mkdir(parents=True, exist_ok=True)
-        self._scratch = scratch
-        self._buffers = [bytearray() for _ in range(_PARTS)]
-
-    def add(self, custom_id: str, line: int) -> None:
-        digest = hashlib.blake2b(custom_id.encode(), digest_size=16).digest()
-        buffer = self._buffers[digest[0] % _PARTS]
-        buffer += _ENTRY.pack(digest, line)
-        if len(buffer) >= _BUFFER_BYTES:
-            self._flush(digest[0] % _PARTS)
-
-    def repeated(self, most: int) -> list[Problem]:
-        found: list[Problem] = []
-        for part in range(_PARTS):
-            self._flush(part)
-            first: dict[bytes, int] = {}
-            for digest, line in _ENTRY.iter_unpack(self._path(part).read_bytes()):
-                before = first.setdefault(digest, line)
-                if before != line and len(found) < most:
-                    message = f"This custom_id was used on line {before} already."
-                    found.append(Problem("duplicate_custom_id", message, line, "custom_id"))
-        return found
-
-    def close(self) -> None:
-        for part in range(_PARTS):
-            self._path(part).unlink(missing_ok=True)
-        self._scratch.rmdir()
-
-    def _flush(self, part: int) -> None:
-        with self._path(part).open("ab") as file:
-            file.write(self._buffers[part])
-        self._buffers[part].clear()
-
-    def _path(self, part: int) -> Path:
-        return self._scratch / f"{part:02d}"

@@ -96,7 +96,8 @@ def parse(url: Any, body: Any) -> Body:
     """The body of a request line. Raises InvalidInput."""
     found = _route(url)
     if found is None:
-        raise InvalidInput(f"url {url!r} is not supported: {', '.join(ROUTES)} are")
+        what = "url is missing" if url is None else f"url {url!r} is not supported"
+        raise InvalidInput(f"{what}: {', '.join(ROUTES)} are")
     if not isinstance(body, Mapping):
         raise InvalidInput("body must be a JSON object")
     try:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from batchinfer.errors import InputError, InvalidInput
 from batchinfer.io import jsonl, lines
-from batchinfer.io.rows import Span, stream, write_rows
+from batchinfer.io.rows import Inputs, Span, stream, write_rows
 from batchinfer.io.source import LocalSource, Sources
 from tests.io.reading import LOCAL, compress, read_all, scan_all, write_lines, write_parquet
 
@@ -237,18 +237,29 @@ class TestBatchLines:
             {"custom_id": "b", "body": "text"},
             b"{",
             {"custom_id": "a", "body": {}},
+            {"custom_id": "", "body": {}},
+            {"custom_id": 10**20, "body": {}},
+            {"custom_id": [1.5, None], "body": {}},
+            {"custom_id": None, "body": {}},
         ]
         path = write_lines(tmp_path / "a.jsonl", rows)
         inputs = scan_all(path, format="openai-batch")
         assert inputs.schema.names == ["custom_id", "method", "url", "body"]
         assert inputs.text_json == {"body"}
-        [(_, batch)] = stream(inputs, [Span(0, 0, 5)], LOCAL)
+        [(_, batch)] = stream(inputs, [Span(0, 0, 9)], LOCAL)
         assert json.loads(batch.table["body"][0].as_py()) == good["body"]
-        assert {i: str(e).removeprefix(path) for i, e in batch.errors.items() if i < 3} == {
+        assert {i: str(e).removeprefix(path) for i, e in batch.errors.items() if i != 3} == {
             1: ":2: custom_id must be a string",
             2: ":3: body must be a JSON object",
+            4: ":5: custom_id 'a' was used on line 1 already",
+            5: ":6: custom_id is empty",
+            6: ":7: custom_id must be a string",
+            7: ":8: custom_id must be a string",
+            8: ":9: custom_id must be a string",
         }
-        assert batch.table["custom_id"].to_pylist() == ["a", None, "b", None, "a"]
+        ids = ["a", "7", "b", None, "a", "", "100000000000000000000", "[1.5,null]", None]
+        assert batch.table["custom_id"].to_pylist() == ids
+        assert Inputs.from_dict(json.loads(json.dumps(inputs.to_dict()))) == inputs
         assert all(isinstance(error, InvalidInput) for error in batch.errors.values())
 
 

@@ -298,7 +298,7 @@ def test_a_damaged_record_is_named(tmp_path):
 
 
 def test_repeated_ids_are_found_across_parts_of_the_index(tmp_path, monkeypatch):
-    monkeypatch.setattr("batchinfer.job.batchcheck._BUFFER_BYTES", 100)
+    monkeypatch.setattr("batchinfer.io.seen_ids._AT_ONCE", 100)
     data = tmp_path / "in.jsonl"
     data.write_bytes(rows(3000) + content([line(7), line(2999), line(3000)]))
     found = check_lines(data, CHAT, {"fake"}, tmp_path / "scratch", lambda: False)
