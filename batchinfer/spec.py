@@ -118,6 +118,9 @@ class OutputSpec(_Section):
     token_ids: bool = Field(False, description="add prompt_token_ids and token_ids")
     samples: Literal["list", "rows"] = Field("list", description="n > 1 as list columns, or one row per sample")
     prefix: str = Field("", description="put before the names of all added columns")
+    file_column: str | None = Field(
+        None, min_length=1, description="name of a column for the input file of each row; `row` restarts per file"
+    )
     chunk_rows: Whole = Field(1000, ge=1, le=1_000_000, description="rows per part, the unit of commit")
 
 

@@ -56,6 +56,7 @@ class Layout:
     exploded: bool
     prefix: str
     format: str
+    file_column: str | None
 
     @property
     def lines(self) -> bool:
@@ -74,7 +75,12 @@ class Layout:
         output = job.get("output", {})
         format_ = output.get("format") or plan["files"][0]["format"]
         exploded = output.get("samples") == "rows" and format_ != "openai-batch"
-        return cls(chunks, job.get("input", {}).get("where"), exploded, output.get("prefix") or "", format_)
+        where, prefix = job.get("input", {}).get("where"), output.get("prefix") or ""
+        return cls(chunks, where, exploded, prefix, format_, output.get("file_column"))
+
+    def of_file(self, chunk: Chunk) -> dict[str, str]:
+        """What every row of the chunk has of its input file."""
+        return {} if self.file_column is None else {self.file_column: chunk.url}
 
 
 def name_spans(spans: Iterable[tuple[int, int]]) -> str:

@@ -88,7 +88,8 @@ class _Reader:
         if self.layout.format == "openai-batch":
             return [self._batch_line(row) for row in read_part(data, name)]
         added = [self.layout.prefix + name for name in _ADDED]
-        return [self._table_row(row) for row in read_part(data, name, [*added, *self.compared])]
+        wanted = [*added, *self.compared, *self.layout.of_file(self.chunk)]
+        return [self._table_row(row) for row in read_part(data, name, wanted)]
 
     def _table_row(self, row: dict[str, Any]) -> _PartRow:
         number, status, error_type, prompt, completion = [row.pop(self.layout.prefix + name) for name in _ADDED[:5]]
@@ -163,6 +164,7 @@ class _Source:
 
     def __init__(self, store: Store, storage: StorageSpec, layout: Layout, chunks: list[Chunk], result: Audit) -> None:
         self.compared: tuple[str, ...] = ()
+        self._layout = layout
         self._result = result
         self._text_json: frozenset[str] = frozenset()
         self._judged: frozenset[str] = frozenset()
@@ -189,8 +191,9 @@ class _Source:
             self._fail(error)
             return self.take(chunk)
         kept = self._kept(batch)
+        file = self._layout.of_file(chunk)
         values = rows_of(self._as_written(batch.table), self.compared)
-        return _Wanted({chunk.start + offset for offset in kept}, {chunk.start + o: values[o] for o in kept})
+        return _Wanted({chunk.start + offset for offset in kept}, {chunk.start + o: values[o] | file for o in kept})
 
     def _as_written(self, table: pa.Table) -> pa.Table:
         for name in self._text_json.intersection(self.compared):

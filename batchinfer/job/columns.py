@@ -34,13 +34,14 @@ class Layout:
 
     format: str  # parquet, jsonl or openai-batch
     compression: str  # zstd, snappy, gzip or none
-    carried: tuple[str, ...]  # input columns that a part has as they are
+    carried: tuple[str, ...]  # columns that a part has as they are: of the input, and the one of the input file
     needed: tuple[str, ...]  # input columns that a part is made from
     schema: pa.Schema  # all columns of a part, in order
     text_json: frozenset[str]  # string columns whose text is JSON
     prefix: str
     listed: bool
     exploded: bool
+    file_column: str | None = None
 
     def has(self, name: str) -> bool:
         """Whether the added column `name` (without prefix) is part of this output."""
@@ -64,6 +65,9 @@ def output_layout(spec: JobSpec, inputs: Inputs) -> Layout:
         raise SpecError("snappy is for parquet; JSON lines take zstd, gzip or none", key="output.compression")
     exploded = spec.output.samples == "rows"
     listed = not exploded and spec.sampling_values.get("n", 1) > 1
+    file_column = spec.output.file_column
+    if format_ == "openai-batch" and file_column is not None:
+        raise SpecError("lines of openai-batch have no column for it; set output.format", key="output.file_column")
     if format_ == "openai-batch":
         names = ("id", "custom_id", "response", "error")
         schema = pa.schema([(name, pa.string()) for name in names])
@@ -72,11 +76,18 @@ def output_layout(spec: JobSpec, inputs: Inputs) -> Layout:
     carried = spec.input.columns or tuple(inputs.schema.names)
     added = _added(spec, listed, exploded)
     _refuse_clash(carried, added, inputs)
-    schema = pa.schema([inputs.schema.field(name) for name in carried] + added)
+    fields = [inputs.schema.field(name) for name in carried]
+    if file_column is not None:
+        if file_column in {field.name for field in (*fields, *added)}:
+            raise SpecError(f"the output has a column {file_column!r} already", key="output.file_column")
+        fields.append(pa.field(file_column, pa.string()))
+    schema = pa.schema([*fields, *added])
     needed = carried if spec.input.format != "openai-batch" else tuple(dict.fromkeys((*carried, "url", "body")))
     tables = {spec.output.prefix + name for name in ("logprobs", "prompt_logprobs", BODY)}
     json_columns = frozenset((inputs.text_json & set(carried)) | tables)
-    return Layout(format_, compression, carried, needed, schema, json_columns, spec.output.prefix, listed, exploded)
+    names = tuple(field.name for field in fields)
+    prefix = spec.output.prefix
+    return Layout(format_, compression, names, needed, schema, json_columns, prefix, listed, exploded, file_column)
 
 
 def _added(spec: JobSpec, listed: bool, exploded: bool) -> list[pa.Field]:

@@ -88,6 +88,9 @@ class Feed:
         known = set(selected)
         finished = [row for row in self.recover(chunk) if row.offset in known]
         carried = batch.table.select(list(self.layout.needed))
+        if self.layout.file_column is not None:
+            name = self.plan.inputs.files[self.plan.chunks[chunk].file].name
+            carried = carried.append_column(self.layout.file_column, pa.repeat(name, carried.num_rows))
         self.opened(finished, carried.num_rows - len(selected))
         if len(selected) < carried.num_rows:
             carried = carried.take(pa.array(selected, pa.int64()))

@@ -16,6 +16,7 @@ from batchinfer.spec import FAKE_MODEL, JobSpec
 
 FORMAT_VERSION = "3"  # of the output's layout and of how rows become requests; raise it when either changes
 ENGINE_DECIDES = {"dtype", "kv_cache_dtype", "max_model_len", "quantization"}  # of the engine's settings
+_OUTPUT_DECIDES = {"token_ids", "samples", "prefix", "chunk_rows", "file_column"}  # of the output's settings
 _SHOWN_CHARS = 120
 
 
@@ -36,7 +37,7 @@ def fingerprint(spec: JobSpec, layout: Layout, identities: Mapping[str, str], fi
         parts |= _named("embed", spec.embed.model_dump())
     parts |= input_parts(spec)
     parts |= _named("engine", spec.engine.model_dump(exclude_none=True, include=ENGINE_DECIDES))
-    parts |= _named("output", spec.output.model_dump(include={"token_ids", "samples", "prefix", "chunk_rows"}))
+    parts |= _named("output", spec.output.model_dump(include=_OUTPUT_DECIDES))
     parts |= {"output.format": layout.format, "output.compression": layout.compression}
     return dict(sorted(parts.items()))
 

@@ -106,7 +106,7 @@ def _shown(values: dict[str, Any], layout: Layout, file: str, first: int) -> Sho
 def _with_inputs(output: Output, storage: StorageSpec, shown: list[Shown]) -> list[Shown]:
     """The whole input rows in place of the carried columns, where the input can still be read."""
     inputs = output.plan.inputs
-    if set(inputs.schema.names) == set(shown[0].input):
+    if set(inputs.schema.names) <= set(shown[0].input):
         return shown
     if storage == StorageSpec():
         storage = output.spec.storage
