@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import APIRouter
 from starlette.responses import Response
 
@@ -24,10 +22,9 @@ def routes(frontend: Frontend) -> APIRouter:
     async def tokenize(body: TokenizeRequest) -> Response:
         check_model(frontend, body.model)
         ids = await frontend.in_pool(lambda: _tokenize(frontend, body))
-        found: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": model.parts.limits.context}
-        if body.return_token_strs:
-            found["token_strs"] = [frontend.texts.text(token) for token in ids]
-        return JsonResponse(found)
+        names = [tokenizer.name_of(token) for token in ids] if body.return_token_strs else None
+        limit = model.parts.limits.context
+        return JsonResponse({"tokens": ids, "count": len(ids), "max_model_len": limit, "token_strs": names})
 
     @router.post("/detokenize")
     @router.post("/v1/detokenize")

@@ -108,6 +108,9 @@ class FastTokenizer:
             return sentencepiece_bytes(token)
         return self._rust.decode([token_id], skip_special_tokens=False).encode()
 
+    def name_of(self, token_id: int) -> str:
+        return self._rust.id_to_token(token_id) or ""
+
     def identity(self) -> str:
         return self._digest
 

@@ -49,6 +49,10 @@ class Tokenizer(Protocol):
         """What one token stands for within a text; part of a character's bytes, for some. Empty for unknown ids."""
         ...
 
+    def name_of(self, token_id: int) -> str:
+        """How the vocabulary writes a token (`Ġworld`, `▁world`); empty for unknown ids."""
+        ...
+
     def identity(self) -> str:
         """Hash of everything that decides ids and text."""
         ...
@@ -90,6 +94,9 @@ class ByteTokenizer:
         if token_id < 256:
             return bytes((token_id,))
         return {256: b"<bos>", 257: b"<eos>"}.get(token_id, b"")
+
+    def name_of(self, token_id: int) -> str:
+        return self.bytes_of(token_id).decode("latin-1")
 
     def pieces(self, skip_special_tokens: bool) -> Pieces:
         return BytePieces(self.bytes_of, self.special_ids if skip_special_tokens else frozenset())

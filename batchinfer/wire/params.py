@@ -57,6 +57,8 @@ def completion_params(body: CompletionRequest, defaults: SamplingParams) -> Samp
         values.setdefault("max_tokens", COMPLETION_TOKENS)
     logprobs = effective(body, "logprobs", defaults)
     _check_named(given, logprobs)
+    if body.max_tokens == 0 and body.logprob_token_ids is None:  # the defaults' are about tokens of an answer
+        given.without.add("logprob_token_ids")
     if body.echo and logprobs is not None:
         values["prompt_logprobs"] = max(logprobs, effective(body, "prompt_logprobs", defaults) or 0)
     if says_nothing(body, defaults):  # the engine takes no request for nothing at all: it reads the prompt

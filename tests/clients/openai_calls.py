@@ -56,6 +56,23 @@ def sync(client):
     assert len(embedded.data) == 2 and all(isinstance(value, float) for value in embedded.data[1].embedding)
 
 
+def responses(client):
+    ask = {"model": MODEL, "input": "Name three colours.", "max_output_tokens": 16, "temperature": 0}
+    answer = client.responses.create(**ask)
+    answer.model_dump_json(warnings="error")
+    chat = client.chat.completions.create(**ASK, temperature=0)
+    assert answer.output_text == chat.choices[0].message.content and answer.usage.output_tokens <= 16
+    with client.responses.stream(**ask) as stream:
+        text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
+        assert text == answer.output_text == stream.get_final_response().output_text
+    try:
+        client.responses.create(**ask, previous_response_id=answer.id)
+    except openai.BadRequestError as error:
+        assert error.param == "previous_response_id", error
+    else:
+        raise AssertionError("a stored response was accepted")
+
+
 def errors(client):
     for values, kind in (
         ({"model": "none"}, openai.NotFoundError),
@@ -100,6 +117,7 @@ async def _text(stream):
 def main():
     with openai.OpenAI(base_url=BASE_URL, max_retries=0) as client:
         sync(client)
+        responses(client)
         errors(client)
     asyncio.run(concurrent())
     print("ok")

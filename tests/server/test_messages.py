@@ -309,3 +309,19 @@ def test_through_anthropics_client(hermes):
     assert streamed.content[0].text == text.content[0].text and streamed.usage.output_tokens == 5
     assert called.content[0].input == called_again.content[0].input and called.stop_reason == "tool_use"
     assert count.input_tokens == text.usage.input_tokens
+
+
+def test_both_routes_are_counted(fake):
+    def requests():
+        found = [
+            line
+            for line in fake.get("/metrics").text.splitlines()
+            if line.startswith("batchinfer_request_seconds_count")
+        ]
+        return float(found[0].split()[1])
+
+    before = requests()
+    fake.ok(MESSAGES, messages=HI, max_tokens=2)
+    fake.ok("/v1/responses", input="hi", max_output_tokens=2)
+    events(fake, messages=HI)
+    assert requests() == before + 3

@@ -6,6 +6,9 @@ import re
 
 import pytest
 
+from batchinfer import SamplingParams
+from tests.server.conftest import Endpoint, fake_llm
+
 CHAT, TEXT, VECTORS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 HI = [{"role": "user", "content": "hi"}]
 
@@ -169,7 +172,24 @@ def test_usage_on_every_chunk_goes_with_usage(fake):
 def test_tokenizing_messages_as_a_chat_does(fake):
     with_turn = fake.ok("/tokenize", messages=HI)
     assert fake.ok("/tokenize", messages=HI, add_generation_prompt=True) == with_turn
+    assert with_turn["token_strs"] is None
     without = fake.ok("/tokenize", messages=HI, add_generation_prompt=False, return_token_strs=True)
     tail = b"<|im_start|>assistant\n"
     assert bytes(with_turn["tokens"]) == bytes(without["tokens"]) + tail
     assert "".join(without["token_strs"]).encode() + tail == bytes(with_turn["tokens"])
+
+
+def test_defaults_that_name_tokens_are_taken_back():
+    llm = fake_llm()
+    llm.default_params = SamplingParams(logprob_token_ids=[65])
+    endpoint = Endpoint(llm)
+    try:
+        named = endpoint.completion(prompt="hi", max_tokens=2, ignore_eos=True)["choices"][0]["logprobs"]
+        assert all("A" in top for top in named["top_logprobs"])
+        assert endpoint.completion(prompt="hi", max_tokens=2, logprobs=None)["choices"][0]["logprobs"] is None
+        assert endpoint.chat(messages=HI, max_tokens=2, logprobs=False)["choices"][0]["logprobs"] is None
+        plain = endpoint.completion(prompt="hi", max_tokens=2, logprob_token_ids=None, ignore_eos=True)
+        assert all(len(top) == 1 for top in plain["choices"][0]["logprobs"]["top_logprobs"])
+        assert endpoint.completion(prompt="hi", max_tokens=0, echo=True, logprobs=1)["choices"][0]["logprobs"]
+    finally:
+        endpoint.close()

@@ -148,7 +148,7 @@ def test_tokens(tiny, root):
     assert "messages" in info["chat_template"]
     found = tiny.ok(f"{root}/tokenize", prompt="ab</s>é", add_special_tokens=False, return_token_strs=True)
     assert found["tokens"] == [97, 98, 257, 195, 169] and found["count"] == 5
-    assert found["token_strs"][:3] == ["a", "b", "</s>"]
+    assert found["token_strs"] == ["a", "b", "</s>", "Ã", "©"]  # as the vocabulary has them
     assert tiny.ok(f"{root}/detokenize", tokens=found["tokens"]) == {"prompt": "ab</s>é"}
     chat = tiny.ok(f"{root}/tokenize", messages=HI)
     assert bytes(chat["tokens"]).decode() == "[user]hi\n"
