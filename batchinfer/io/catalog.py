@@ -4,6 +4,9 @@ A record is one JSON file, written whole and then given its name; a content is a
 records are in memory as well, so that a name from a request is looked up and never becomes a path.
 
     files/<id>.json  files/<id>.content     batches/<id>.json     work/<batch id>/ (the job's output folder)
+
+A content comes after its record and goes before it. Nothing but records and uploads that broke off is ever removed when
+a catalog is opened, and these are known by whole names and what is in them: other files in the folder are not ours.
 """
 
 from __future__ import annotations
@@ -11,19 +14,25 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import orjson
 
-from batchinfer.errors import StorageError, UsageError
+from batchinfer.errors import BatchInferError, OutputConflict, UsageError
 from batchinfer.io.filesystem import translate
-from batchinfer.io.storage import LocalStore
+from batchinfer.io.storage import LocalStore, check_names, sweep
+
+_FOLDERS = ("files", "batches", "work")
+_RECORD = re.compile(r"files/file-[0-9a-f]{32}\.json|batches/batch_[0-9a-f]{32}\.json")
+_OWN = re.compile(rf"{_RECORD.pattern}|files/file-[0-9a-f]{{32}}\.content|work/batch_[0-9a-f]{{32}}/.*", re.DOTALL)
+_UPLOAD = re.compile("upload-[0-9a-f]{32}")
 
 Status = Literal["validating", "in_progress", "finalizing", "completed", "failed", "cancelling", "cancelled", "expired"]
 ENDED: frozenset[Status] = frozenset({"completed", "failed", "cancelled", "expired"})
@@ -99,15 +108,17 @@ def new_id(prefix: str) -> str:
 class Catalog:
     """All files and batches below `root`, which one process has at a time. Thread-safe.
 
-    Raises UsageError where another process has the directory, StorageError where it cannot be read or written.
+    Raises UsageError where another process has the directory, OutputConflict where something else lies in the place of
+    its records, StorageError where it cannot be read or written.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root.expanduser().resolve()
         self._store = LocalStore(str(self.root), self.root)
+        self._refuse_foreign()
         self._lock = threading.RLock()
         with _explained(self.root):
-            for folder in ("files", "batches", "work", ".tmp"):
+            for folder in (*_FOLDERS, ".tmp"):
                 (self.root / folder).mkdir(parents=True, exist_ok=True)
             self._held = os.open(self.root / ".lock", os.O_CREAT | os.O_RDWR, 0o600)
         try:
@@ -115,9 +126,13 @@ class Catalog:
         except OSError:
             os.close(self._held)
             raise UsageError(f"{self.root}: another process serves the batches in it; use another directory") from None
-        self._files = {record.id: record for record in (FileRecord(**values) for values in self._records("files"))}
-        self._batches = {r.id: r for r in (BatchRecord.from_values(values) for values in self._records("batches"))}
-        self._sweep()
+        try:
+            self._files = {record.id: record for record in self._records("files", lambda values: FileRecord(**values))}
+            self._batches = {record.id: record for record in self._records("batches", BatchRecord.from_values)}
+            self._tidy()
+        except BatchInferError:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Let another process have the directory."""
@@ -138,7 +153,7 @@ class Catalog:
 
     def temporary(self) -> Path:
         """A path for a file that `add_file` is to take; the caller removes it if it does not come to that."""
-        return self.root / ".tmp" / secrets.token_hex(16)
+        return self.root / ".tmp" / f"upload-{secrets.token_hex(16)}"
 
     def add_file(self, temporary: Path, filename: str, purpose: str, file_id: str | None = None) -> FileRecord:
         """Take a complete file over. With a `file_id` that is there, it takes that one's place."""
@@ -147,9 +162,14 @@ class Catalog:
             size = os.fstat(content.fileno()).st_size
         record = FileRecord(file_id or new_id("file-"), filename, purpose, size, int(time.time()))
         with self._lock:
-            with _explained(self.root):
-                temporary.replace(self.content(record.id))
             self._save("files", record)
+            try:
+                with _explained(self.root):
+                    temporary.replace(self.content(record.id))
+            except BatchInferError:
+                if record.id not in self._files:
+                    self._store.delete([f"files/{record.id}.json"])
+                raise
             self._files[record.id] = record
         return record
 
@@ -158,7 +178,7 @@ class Catalog:
         with self._lock:
             if self._files.pop(file_id, None) is None:
                 return False
-            self._store.delete([f"files/{file_id}.json", f"files/{file_id}.content"])
+            self._store.delete([f"files/{file_id}.content", f"files/{file_id}.json"])
             return True
 
     # -- batches ------------------------------------------------------------------------------------------------
@@ -208,23 +228,37 @@ class Catalog:
     def _save(self, folder: str, record: FileRecord | BatchRecord) -> None:
         self._store.put(f"{folder}/{record.id}.json", orjson.dumps(asdict(record), default=list) + b"\n")
 
-    def _records(self, folder: str) -> list[dict[str, Any]]:
+    def _refuse_foreign(self) -> None:
+        """Raises OutputConflict where no catalog is and something else lies where its records go."""
+        check_names(str(self.root), _FOLDERS, [".lock"])
+        found = [entry.name for folder in _FOLDERS for entry in self._store.scan(f"{folder}/")]
+        foreign = sorted(name for name in found if not _OWN.fullmatch(name))
+        if foreign and not any(_RECORD.fullmatch(name) for name in found):
+            raise OutputConflict(
+                f"{self.root}: holds {foreign[0]}, which is not an endpoint's, where files and batches are kept: use "
+                "another folder"
+            )
+
+    def _records(self, folder: str, made: Callable[[dict[str, Any]], Record]) -> list[Record]:
         found = []
-        for name in self._store.find(f"{folder}/"):
-            if name.endswith(".json"):
-                try:
-                    found.append(dict(orjson.loads(self._store.read(name) or b"")))
-                except (ValueError, TypeError) as error:
-                    raise StorageError(f"{self.root}/{name}: damaged ({error}); remove or restore it") from None
+        for name in filter(_RECORD.fullmatch, self._store.find(f"{folder}/")):
+            try:
+                record = made(orjson.loads(self._store.read(name) or b""))
+                if name != f"{folder}/{record.id}.json":
+                    raise ValueError("another id is in it")
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise OutputConflict(
+                    f"{self.root}/{name}: damaged, or not an endpoint's ({error}); restore it, or move it away"
+                ) from None
+            found.append(record)
         return found
 
-    def _sweep(self) -> None:
-        """Contents whose record was not written any more, and uploads that broke off."""
-        known = {self.content(file_id) for file_id in self._files}
+    def _tidy(self) -> None:
+        """Remove what a kill left: records whose content had not come yet or was gone already, and uploads."""
+        for file_id in [file_id for file_id in self._files if not self.content(file_id).exists()]:
+            self.delete_file(file_id)
         with _explained(self.root):
-            for path in [*(self.root / "files").glob("*.content"), *(self.root / ".tmp").iterdir()]:
-                if path not in known:
-                    path.unlink()
+            sweep(self.root / ".tmp", _UPLOAD)
 
 
 @contextlib.contextmanager

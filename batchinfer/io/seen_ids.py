@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
+import contextlib
+import re
 import tempfile
 import threading
 from array import array
@@ -13,10 +14,13 @@ from typing import NamedTuple
 import numpy as np
 
 from batchinfer.errors import InputError, SpoolError
+from batchinfer.io.storage import sweep
 from batchinfer.log import log
 
 MAX_REPEATED = 10_000  # lines of a file
 _PARTS = 64
+_NAMES = [f"ids-{part:02d}" for part in range(_PARTS)]
+_FILES = re.compile(r"ids-\d\d", re.ASCII)
 _ENTRY = np.dtype([("hash", "i8"), ("place", "u8")])
 _LINE_BITS = 40
 _AT_ONCE = 1 << 16  # ids in memory before they go to disk
@@ -32,8 +36,8 @@ class Place(NamedTuple):
 class SeenIds:
     """16 bytes each, on disk in parts by hash, of which one at a time is in memory; for use by several threads.
 
-    `folder` is for these alone; default a temporary one. Ids are known by their hash of 64 bits: among 100 million one
-    pair is taken for equal with a probability of 0.0003. Raises SpoolError if they cannot be kept.
+    `folder` is one in which nobody else keeps ids; default a temporary one. Ids are known by their hash of 64 bits:
+    among 100 million one pair is taken for equal with a probability of 0.0003. Raises SpoolError if they are not kept.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -45,7 +49,9 @@ class SeenIds:
 
     def close(self) -> None:
         if self._ours is not None:
-            shutil.rmtree(self._ours, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                sweep(self._ours, _FILES)
+                self._ours.rmdir()  # unless other things are in it
 
     def add(self, file: int, identities: Sequence[str], lines: Sequence[int]) -> None:
         """The ids of some lines of a file."""
@@ -71,7 +77,7 @@ class SeenIds:
             yield np.array(self._hashes), np.array(self._places)
             return
         self._write()
-        for path in sorted(self._ours.iterdir()):
+        for path in map(self._ours.joinpath, _NAMES):
             entries = np.fromfile(path, _ENTRY)
             yield entries["hash"], entries["place"]
 
@@ -84,8 +90,8 @@ class SeenIds:
             if self._ours is None:
                 self._ours = self._folder or Path(tempfile.mkdtemp(prefix="batchinfer-ids-"))
                 self._ours.mkdir(parents=True, exist_ok=True)
-            for part in range(_PARTS):
-                with (self._ours / str(part)).open("ab") as file:
+            for part, name in enumerate(_NAMES):
+                with (self._ours / name).open("ab") as file:
                     file.write(entries[parts == part].tobytes())
         except OSError as error:
             raise SpoolError(f"{self._ours or self._folder}: cannot be written: {error.strerror or error}") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import re
 import shutil
@@ -21,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from batchinfer.errors import OutputConflict
+from batchinfer.errors import BatchInferError, OutputConflict
 from batchinfer.io.filesystem import Retry, already_exists, bucket_missing, connect, local_path, protocol_of, translate
 from batchinfer.spec import StorageSpec
 
@@ -121,7 +122,7 @@ class LocalStore(Store):
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            raise translate(error, self._url(name)) from error
+            raise self._explained(error, name) from error
 
     def scan(self, prefix: str = "") -> Iterator[Listed]:
         for name in self._names(prefix.rpartition("/")[0]):
@@ -158,14 +159,14 @@ class LocalStore(Store):
         try:
             shutil.copyfile(self._root / name, local)
         except OSError as error:
-            raise translate(error, self._url(name)) from error
+            raise self._explained(error, name) from error
 
     def delete(self, names: Iterable[str]) -> None:
         for name in names:
             try:
                 (self._root / name).unlink(missing_ok=True)
             except OSError as error:
-                raise translate(error, self._url(name)) from error
+                raise self._explained(error, name) from error
 
     def _create(self, name: str, data: bytes) -> bool:
         final = self._root / name
@@ -187,6 +188,11 @@ class LocalStore(Store):
         temporary.replace(final)
         _sync(final.parent)
 
+    def _explained(self, error: OSError, name: str) -> BatchInferError:
+        if isinstance(error, IsADirectoryError | NotADirectoryError | FileExistsError):
+            return OutputConflict(f"{self._url(name)}: something else is in the way ({error.strerror}): move it away")
+        return translate(error, self._url(name))
+
     @contextlib.contextmanager
     def _temporary(self, name: str) -> Iterator[Path]:
         """A path for a temporary file that is gone afterwards; the parent of `name` exists."""
@@ -198,21 +204,34 @@ class LocalStore(Store):
             self._sweep(folder)
             yield path
         except OSError as error:
-            raise translate(error, self._url(name)) from error
+            raise self._explained(error, name) from error
         finally:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
 
+    def remove_folders(self, names: Iterable[str]) -> None:
+        """Remove those of these folders in which nothing is, and all temporary files: nobody writes here any more."""
+        sweep(self._root / _TEMPORARY, _OWN)
+        for name in (_TEMPORARY, *names):
+            with contextlib.suppress(OSError):
+                (self._root / name).rmdir()
+
     def _sweep(self, folder: Path) -> None:
         """Remove what killed processes left, once; a file that is being written is younger."""
-        if self._swept:
-            return
-        self._swept = True
-        for path in filter(lambda path: _OWN.fullmatch(path.name), folder.iterdir()):
-            with contextlib.suppress(FileNotFoundError):
-                status = path.lstat()
-                if stat.S_ISREG(status.st_mode) and status.st_mtime < time.time() - _STALE_S:
-                    path.unlink()
+        if not self._swept:
+            self._swept = True
+            sweep(folder, _OWN, time.time() - _STALE_S)
+
+
+def sweep(folder: Path, names: re.Pattern[str], before: float = math.inf) -> None:
+    """Remove the files of a folder that are called so and were last written `before` (Unix time, s), and no others."""
+    if not folder.is_dir():
+        return
+    for path in [path for path in folder.iterdir() if names.fullmatch(path.name)]:
+        with contextlib.suppress(FileNotFoundError):
+            status = path.lstat()
+            if stat.S_ISREG(status.st_mode) and status.st_mtime < before:
+                path.unlink()
 
 
 def check_names(url: str, folders: Iterable[str], files: Iterable[str]) -> None:

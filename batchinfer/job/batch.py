@@ -10,11 +10,11 @@ from __future__ import annotations
 import glob
 import hashlib
 import queue
-import shutil
 import threading
 import time
 import traceback
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +23,13 @@ from batchinfer.errors import BatchInferError, Cancelled, DeadlineExceeded, Drai
 from batchinfer.io.catalog import BatchRecord, Catalog, Counts, Problem, Status
 from batchinfer.job.batchcheck import check_lines
 from batchinfer.job.batchfiles import store_results
+from batchinfer.job.clear import clear_output
 from batchinfer.job.drain import Drain
 from batchinfer.job.finish import read_manifest
 from batchinfer.job.plan import load_plan
 from batchinfer.job.report import Snapshot
 from batchinfer.job.run import run_job
+from batchinfer.job.spool import Spool
 from batchinfer.job.state import Seams, open_store
 from batchinfer.llm import Answerer
 from batchinfer.log import log
@@ -88,7 +90,7 @@ class BatchRunner:
             if not record.ended:
                 (self._to_check if record.status == "validating" else self._to_run).put(record.id)
             elif record.status != "failed":  # killed after its last status, before it was tidy
-                shutil.rmtree(self._catalog.work(record.id), ignore_errors=True)
+                self._clear(record.id)
         for thread in self._threads:
             thread.start()
 
@@ -156,8 +158,8 @@ class BatchRunner:
     def _check(self, batch_id: str) -> None:
         record = self._record(batch_id)
         content = self._catalog.content(record.input_file_id)
-        scratch = self._catalog.root / ".tmp" / batch_id
-        found = check_lines(content, record.endpoint, self._models, scratch, self._closing.is_set)
+        with closing(Spool(self._catalog.root / "spool")) as spool:
+            found = check_lines(content, record.endpoint, self._models, spool, self._closing.is_set)
         if found is None:
             return
         if found.problems:
@@ -222,8 +224,14 @@ class BatchRunner:
             self._catalog.move(record.id, "expired", "in_progress", **changes)
         self._catalog.move(record.id, "completed", "finalizing", **changes)
         self._catalog.move(record.id, "cancelled", "cancelling", **changes)
-        shutil.rmtree(self._catalog.work(record.id), ignore_errors=True)
+        self._clear(record.id)
         log.info("batch ended", batch=record.id, status=self._record(record.id).status, **counts._asdict())
+
+    def _clear(self, batch_id: str) -> None:
+        try:
+            clear_output(self._catalog.work(batch_id))
+        except BatchInferError as error:  # the batch has ended all the same, and the next start tries again
+            log.warning("the folder of a batch that has ended could not be removed", batch=batch_id, error=str(error))
 
     def _fail(self, batch_id: str, error: Exception) -> None:
         work = self._catalog.work(batch_id)

@@ -19,6 +19,7 @@ from batchinfer.io.jsonl import parse
 from batchinfer.io.lines import read_lines
 from batchinfer.io.seen_ids import Place, SeenIds
 from batchinfer.io.source import Sources
+from batchinfer.job.spool import Spool
 from batchinfer.spec import StorageSpec
 
 MAX_PROBLEMS = 100
@@ -34,10 +35,10 @@ class Checked:
 
 
 def check_lines(
-    path: Path, endpoint: str, models: Collection[str], scratch: Path, stopping: Callable[[], bool]
+    path: Path, endpoint: str, models: Collection[str], spool: Spool, stopping: Callable[[], bool]
 ) -> Checked | None:
-    """Read the whole file once, in bounded memory; `scratch` is a folder for this alone. None if `stopping`."""
-    seen = SeenIds(scratch)
+    """Read the whole file once, in bounded memory; what that needs is in `spool`. None if `stopping`."""
+    seen = SeenIds(spool.path)
     rows = 0
     problems: list[Problem] = []
     try:

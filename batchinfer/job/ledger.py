@@ -93,6 +93,11 @@ def is_part(name: str, plan: JobPlan) -> bool:
     return match is not None and match[2] == plan.mark and f"{int(match[1]):06d}" == match[1]
 
 
+def is_commit(name: str) -> bool:
+    """Whether a record may have this name; its content says whose it is."""
+    return _COMMIT_NAME.fullmatch(name) is not None
+
+
 class Ledger:
     """Reads and writes the commit records of one plan."""
 

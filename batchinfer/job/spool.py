@@ -10,7 +10,7 @@ import contextlib
 import errno
 import fcntl
 import os
-import shutil
+import re
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator
@@ -19,9 +19,14 @@ from pathlib import Path
 import pyarrow as pa
 
 from batchinfer.errors import SpoolError
+from batchinfer.io.storage import sweep
 from batchinfer.log import log
 
 _PREFIX = "batchinfer-spool-"
+_NAME = re.compile(_PREFIX + r"[a-z0-9_]{8}")  # as tempfile makes them
+_FILES = re.compile(r"\d{6,}\.(?:arrow|rows|part|recovered)|salvage\.zst|journal-\d+(?:\.zst)?|ids-\d\d", re.ASCII)
+_LOCK = "lock"
+_OWNER = b"a spool of batchinfer\n"  # what the lock file holds
 _BUFFER_BYTES = 64 << 10  # per open chunk
 
 
@@ -52,11 +57,12 @@ class Spool:
             base.mkdir(parents=True, exist_ok=True)
             _sweep(base)
             self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
-            self._lock_file = os.open(self.path / "lock", os.O_CREAT | os.O_RDWR, 0o600)
+            self._lock_file = os.open(self.path / _LOCK, os.O_CREAT | os.O_RDWR, 0o600)
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.write(self._lock_file, _OWNER)
 
     def close(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
+        _remove(self.path)
         os.close(self._lock_file)
 
     def open(self, chunk: int, rows: int, finished: Iterable[bytes], carried: pa.Table) -> int:
@@ -145,16 +151,27 @@ def explained(path: Path) -> Iterator[None]:
 def _sweep(base: Path) -> None:
     """Remove spools whose owner is gone: a lock says so across containers, where process ids mean nothing."""
     for path in base.glob(f"{_PREFIX}*"):
+        if not _NAME.fullmatch(path.name) or path.is_symlink():
+            continue
         try:
-            file = os.open(path / "lock", os.O_RDWR)
+            file = os.open(path / _LOCK, os.O_RDWR | os.O_NONBLOCK)
         except OSError:
             continue  # being made right now, or somebody else's
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.read(file, len(_OWNER) + 1) == _OWNER:
+                log.debug("removing the spool of a killed run", path=str(path))
+                _remove(path)
         except OSError:
             continue
-        else:
-            log.debug("removing the spool of a killed run", path=str(path))
-            shutil.rmtree(path, ignore_errors=True)
         finally:
             os.close(file)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a spool: the files that its owner makes, and the folder if nobody else has put something into it."""
+    with contextlib.suppress(OSError):
+        sweep(folder, _FILES)
+        if [path.name for path in folder.iterdir()] == [_LOCK]:
+            (folder / _LOCK).unlink()
+            folder.rmdir()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from botocore.utils import parse_timestamp
 
-from batchinfer.errors import AccessDenied, InputMissing, SpecError, StorageError, UsageError, UserError
+from batchinfer.errors import AccessDenied, InputMissing, OutputConflict, SpecError, StorageError, UserError
 from batchinfer.io import filesystem, storage
 from batchinfer.io.storage import Store
 from batchinfer.spec import StorageSpec
@@ -129,7 +129,7 @@ class TestLocal:
         store = Store.open(str(tmp_path / "file" / "out"), StorageSpec())
         assert store.read("a") is None
         assert store.find() == {}
-        with pytest.raises(UsageError, match="Not a directory"):
+        with pytest.raises(OutputConflict, match=r"in the way \(Not a directory\)"):
             store.put("a", b"x")
 
     @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

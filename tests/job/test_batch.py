@@ -5,11 +5,12 @@ import time
 
 import pytest
 
-from batchinfer.errors import StorageError, UsageError
+from batchinfer.errors import OutputConflict, StorageError, UsageError
 from batchinfer.io.catalog import BatchRecord, Catalog, new_id
 from batchinfer.job import batch as batch_module
 from batchinfer.job.batch import BatchRunner
 from batchinfer.job.batchcheck import check_lines
+from batchinfer.job.spool import Spool
 from tests.job.doubles import ScriptedLLM
 from tests.server.batch_lines import CHAT, content, gone, line, parsed, rows
 
@@ -282,29 +283,85 @@ def test_a_catalog_sweeps_what_a_kill_left(tmp_path):
     path.write_bytes(b"kept")
     kept = catalog.add_file(path, "a", "batch")
     catalog.temporary().write_bytes(b"an upload")
-    catalog.content("file-lost").write_bytes(b"no record")
+    path = catalog.temporary()
+    path.write_bytes(b"lost")
+    lost = catalog.add_file(path, "b", "batch")
+    catalog.content(lost.id).unlink()  # killed between record and content
     catalog.close()
     catalog = Catalog(tmp_path)
-    assert [file.name for file in (tmp_path / "files").glob("*.content")] == [f"{kept.id}.content"]
-    assert not list((tmp_path / ".tmp").iterdir()) and catalog.file(kept.id) == kept
+    assert {file.name for file in (tmp_path / "files").iterdir()} == {f"{kept.id}.content", f"{kept.id}.json"}
+    assert not list((tmp_path / ".tmp").iterdir()) and catalog.files() == [kept]
+    catalog.close()
+
+
+def test_a_content_that_cannot_be_kept_leaves_no_record(tmp_path):
+    catalog = Catalog(tmp_path)
+    (tmp_path / "upload").mkdir()
+    with pytest.raises(UsageError, match="Is a directory"):
+        catalog.add_file(tmp_path / "upload", "a", "batch")
+    path = catalog.temporary()
+    path.write_bytes(b"x")
+    taken = f"file-{'0' * 32}"
+    catalog.content(taken).mkdir()
+    with pytest.raises(UsageError, match="Is a directory"):
+        catalog.add_file(path, "a", "batch", taken)
+    assert [file.name for file in (tmp_path / "files").iterdir()] == [f"{taken}.content"] and not catalog.files()
     catalog.close()
 
 
 def test_a_damaged_record_is_named(tmp_path):
     Catalog(tmp_path).close()
-    (tmp_path / "batches" / "batch_1.json").write_text("{")
-    with pytest.raises(StorageError, match=r"batch_1\.json.*damaged"):
+    name = f"batch_{'1' * 32}.json"
+    for damaged in ("{", "[]", "{}", '{"id": "batch_2", "problems": [], "counts": []}'):
+        (tmp_path / "batches" / name).write_text(damaged)
+        with pytest.raises(OutputConflict, match=rf"{name}: damaged"):
+            Catalog(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["files/a.txt", "files/x/file-1.json", "batches/list.json", "work/today/notes"])
+def test_a_folder_where_others_keep_files_under_our_names_is_refused(tmp_path, name):
+    (tmp_path / name).parent.mkdir(parents=True)
+    (tmp_path / name).touch()
+    with pytest.raises(OutputConflict, match=f"holds {name}, which is not an endpoint's"):
         Catalog(tmp_path)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / name]
+
+
+def test_other_files_beside_the_records_stay(service):
+    batch = service.add(rows(3))
+    service.wait(batch)
+    theirs = [service.root / name for name in ("files/a.json", "batches/b.json", "work/c", ".tmp/d", "files/e.content")]
+    for path in theirs:
+        path.write_text("theirs")
+    service.restart()
+    assert service.catalog.batch(batch).status == "completed" and len(service.catalog.files()) == 2
+    assert [path.read_text() for path in theirs] == ["theirs"] * 5
+
+
+def test_what_somebody_put_into_the_folder_of_a_batch_outlives_it(service):
+    seen = []
+
+    def meanwhile(done):
+        (service.catalog.work(batch) / "notes.txt").write_text("theirs")
+        seen.append(done)
+
+    service.restart(ScriptedLLM(after=meanwhile))
+    batch = service.add(rows(3))
+    assert service.wait(batch).status == "completed" and seen
+    work = service.catalog.work(batch)
+    assert gone(work / "commits") and gone(work / "salvage") and [path.name for path in work.iterdir()] == ["notes.txt"]
 
 
 def test_repeated_ids_are_found_across_parts_of_the_index(tmp_path, monkeypatch):
     monkeypatch.setattr("batchinfer.io.seen_ids._AT_ONCE", 100)
     data = tmp_path / "in.jsonl"
     data.write_bytes(rows(3000) + content([line(7), line(2999), line(3000)]))
-    found = check_lines(data, CHAT, {"fake"}, tmp_path / "scratch", lambda: False)
+    spool = Spool(tmp_path)
+    found = check_lines(data, CHAT, {"fake"}, spool, lambda: False)
     assert [(p.code, p.line, "line 8 " in p.message) for p in found.problems] == [
         ("duplicate_custom_id", 3001, True),
         ("duplicate_custom_id", 3002, False),
     ]
-    assert found.rows == 3003 and not (tmp_path / "scratch").exists()
-    assert check_lines(data, CHAT, {"fake"}, tmp_path / "scratch", lambda: True) is None
+    assert found.rows == 3003 and [path.name for path in spool.path.iterdir()] == ["lock"]
+    assert check_lines(data, CHAT, {"fake"}, spool, lambda: True) is None
+    spool.close()

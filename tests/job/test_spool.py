@@ -56,6 +56,24 @@ def test_spools_of_dead_processes_are_removed_and_living_ones_kept(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_only_a_spool_and_its_own_files_are_removed(tmp_path):
+    """Folders that are called nearly so, that nobody has locked, and what somebody put into a dead one."""
+    spool = Spool(tmp_path)
+    names = ["batchinfer-spool-backup01", "batchinfer-spool-x", f"{spool.path.name}-old", f"old-{spool.path.name}"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "lock").write_bytes(b"")
+        (tmp_path / name / "000001.rows").write_bytes(b"theirs")
+    (tmp_path / names[1] / "lock").write_bytes((spool.path / "lock").read_bytes())
+    spool.open(0, 3, [], CARRIED)
+    (spool.path / "notes.txt").write_bytes(b"theirs")
+    (spool.path / "000001").mkdir()
+    spool.close()
+    Spool(tmp_path).close()
+    assert sorted(path.name for path in spool.path.iterdir()) == ["000001", "lock", "notes.txt"]
+    assert all((tmp_path / name / "000001.rows").read_bytes() == b"theirs" for name in names)
+
+
 def test_a_full_disk_says_where_and_what_to_do(spool, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")

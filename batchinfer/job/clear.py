@@ -1,0 +1,42 @@
+"""The end of an output that nobody needs any more: what is the job's goes, and with it the folders that are empty."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from batchinfer.errors import OutputConflict
+from batchinfer.io.storage import LocalStore
+from batchinfer.job.claim import FOLDERS
+from batchinfer.job.finish import MANIFEST, SUCCESS, foreign_end
+from batchinfer.job.ledger import JOB, is_commit, is_part
+from batchinfer.job.plan import PLAN, JobPlan
+from batchinfer.job.report import report_name
+from batchinfer.job.salvage import is_journal
+from batchinfer.job.shard import Shard
+from batchinfer.log import log
+
+
+def clear_output(folder: Path) -> None:
+    """Delete the output of a job of one worker that runs no more. What was interrupted is continued by the next call.
+
+    What does not carry the mark of the plan is somebody else's and stays, with its folder.
+    """
+    store = LocalStore(str(folder), folder)
+    data = store.read(PLAN)
+    if data is not None:
+        try:
+            plan = JobPlan.from_bytes(data)
+        except OutputConflict as error:
+            log.warning("an output is kept, since it is not known whose it is", output=store.url, why=str(error))
+            return
+        store.delete([*_own(store, plan), PLAN])  # the plan last: it says what is whose
+    store.remove_folders([*(name.rstrip("/") for name in FOLDERS), ""])
+
+
+def _own(store: LocalStore, plan: JobPlan) -> list[str]:
+    names = store.find()
+    end = {JOB, MANIFEST, SUCCESS}.difference(foreign_end(store, plan))
+    named = [name for name in names if name in end or is_part(name, plan) or is_journal(name, plan)]
+    # the others have the digest in them
+    documents = [name for name in names if is_commit(name) or name == report_name(Shard())]
+    return named + [name for name in documents if plan.digest.encode() in (store.read(name) or b"")]
