@@ -124,3 +124,29 @@ def test_bodies_take_whole_numbers(name):
         "/v1/completions", {"prompt": "x", "logprobs": 2.0, "stop_token_ids": [5.0], "allowed_token_ids": [6]}
     )
     assert (lists.logprobs, lists.stop_token_ids) == (2, [5])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"max_tokens": 5.5}, "max_tokens: must be an integer, got 5.5"),
+        ({"max_tokens": "5"}, 'max_tokens: must be an integer, got "5"'),
+        ({"seed": True}, "seed: must be an integer, got true"),
+        ({"top_p": "1"}, 'top_p: must be a number, got "1"'),
+        ({"echo": 1}, "echo: must be true or false, got 1"),
+        ({"stop": 5}, "stop: must be a string or a list, got 5"),
+        ({"stop": ["a", 5]}, "stop[1]: must be a string, got 5"),
+        ({"prompt": None}, "prompt: must be a string or a list, got null"),
+        ({"prompt": [1, -1]}, "prompt[1]: must be at least 0, got -1"),
+        ({"logit_bias": []}, "logit_bias: must be an object, got []"),
+        ({"stream_options": "x" * 99}, 'stream_options: must be an object, got "' + "x" * 59 + "…"),
+    ],
+)
+def test_bodies_say_what_a_field_must_be(fields, message):
+    with pytest.raises(InvalidInput) as caught:
+        parse("/v1/completions", {"prompt": "x", **fields})
+    assert str(caught.value) == message
+    with pytest.raises(InvalidInput, match=r"^messages: is required$"):
+        parse("/v1/chat/completions", {})
+    with pytest.raises(InvalidInput, match=r"^encoding_format: must be 'float' or 'base64', got 5$"):
+        parse("/v1/embeddings", {"input": "x", "encoding_format": 5})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -142,7 +143,9 @@ class ErrorBody(BaseModel):
 
 def of_validation(problems: Sequence[Any]) -> InvalidInput:
     """The first of pydantic's problems with a body, path or query, as the error that names its field."""
-    problem = problems[0]
+    first = _place(problems[0])[:1]
+    # of a field that can be several things, the one that fits furthest
+    problem = max((other for other in problems if _place(other)[:1] == first), key=lambda other: len(_place(other)))
     if problem["type"] == "json_invalid":
         return InvalidInput(f"the body is not JSON: {problem.get('ctx', {}).get('error', problem['msg'])}")
     path = _place(problem)
@@ -152,7 +155,36 @@ def of_validation(problems: Sequence[Any]) -> InvalidInput:
     place = param + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path[1:])
     others = {str(_place(other)[:1]) for other in problems} - {str(path[:1])}
     tail = f" ({len(others)} more fields are wrong)" if others else ""
-    return InvalidInput(f"{place}: {problem['msg']}{tail}", param=param)
+    same = [other for other in problems if _place(other) == path]
+    return InvalidInput(f"{place}: {_words(problem, same)}{tail}", param=param)
+
+
+_WANTED = {
+    **dict.fromkeys(("int_type", "int_from_float", "int_parsing"), "an integer"),
+    **dict.fromkeys(("float_type", "float_parsing"), "a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "an object"),
+    "string_type": "a string",
+    "list_type": "a list",
+}
+_SHOWN = 60  # characters of a value
+
+
+def _words(problem: Any, same: Sequence[Any]) -> str:
+    """What a field must be; of one that can be several things pydantic has a problem for each: `same`."""
+    limits = problem.get("ctx", {})
+    if problem["type"] == "missing":
+        return "is required"
+    wanted = [_WANTED[other["type"]] for other in same if other["type"] in _WANTED]
+    if "ge" in limits or "le" in limits:
+        wanted = [f"at least {limits['ge']}" if "ge" in limits else f"at most {limits['le']}"]
+    elif problem["type"] == "literal_error":
+        wanted = [limits["expected"]]
+    if not wanted:
+        return str(problem["msg"])
+    got = json.dumps(problem["input"], ensure_ascii=False, default=str)
+    got = got if len(got) <= _SHOWN else f"{got[:_SHOWN]}…"
+    return f"must be {' or '.join(dict.fromkeys(wanted))}, got {got}"
 
 
 def _place(problem: Any) -> list[Any]:
