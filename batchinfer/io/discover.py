@@ -88,13 +88,13 @@ class _Pattern:
         parts, literal = self._parts()
         asked = {part[0] for part in parts[literal:] if part.startswith(("_", "."))}
         matches = [(path, kind) for path, kind in self._tree.glob("/".join(parts)) if _shown(path, literal, asked)]
-        named = {path for path, kind in matches if kind == "file"}
         folders = {path for path, kind in matches if kind == "folder"}
+        named = {path for path, kind in matches if kind == "file" and folders.isdisjoint(_above(path))}
         self._refuse_tables(_around([path for path in named if _name(path).endswith(_PARQUET)], literal))
         inside = {path for folder in folders if folders.isdisjoint(_above(folder)) for path in self._below(folder)}
         if parts[-1] in _ANYTHING:  # as good as a folder
             return self._read_of(inside | named)
-        own = (self._found(path, self._form or _format(path)) for path in named - inside)
+        own = (self._found(path, self._form or _format(path)) for path in named)
         return [*self._read_of(inside), *own]
 
     def _parts(self) -> tuple[list[str], int]:

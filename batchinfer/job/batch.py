@@ -7,7 +7,6 @@ and expiring stop the job as a signal would; then it runs to its end with an ans
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import queue
 import threading
@@ -198,7 +197,7 @@ class BatchRunner:
         )
 
     def _spec(self, record: BatchRecord) -> JobSpec:
-        content = glob.escape(str(self._catalog.content(record.input_file_id)))
+        content = str(self._catalog.content(record.input_file_id))
         values = {
             **self._job,
             # prompts without a seed get answers of their own in every batch, and the same ones after a restart

@@ -178,7 +178,8 @@ class TestLocal:
         (tmp_path / "other").mkdir()
         write_lines(tmp_path / "other" / "b.jsonl", [{"x": 2}])
         (tmp_path / "data" / "more").symlink_to(tmp_path / "other")
-        assert [row["x"] for row in read_all(scan_all(tmp_path / "data"))[0]] == [1, 2]
+        for pattern in (tmp_path / "data", f"{tmp_path}/data/**", f"{tmp_path}/d*"):
+            assert [row["x"] for row in read_all(scan_all(pattern))[0]] == [1, 2]
         (tmp_path / "data" / "gone.jsonl").symlink_to(tmp_path / "nowhere")
         with pytest.raises(InputMissing, match=r"gone\.jsonl"):
             scan_all(tmp_path / "data")
