@@ -140,10 +140,24 @@ class Span:
 
 @dataclass
 class RowBatch:
-    """The rows of a span in order, and by offset within it the rows that could not be read (their cells are null)."""
+    """The rows of a span in order, and by offset within it the rows that could not be read (their cells are null).
+
+    `damaged`: of those whose other cells could be read, the columns that could not.
+    """
 
     table: pa.Table
     errors: dict[int, RowError] = field(default_factory=dict)
+    damaged: dict[int, set[str]] = field(default_factory=dict)
+
+    def add(self, offset: int, column: str, error: RowError) -> None:
+        """A cell that could not be read."""
+        if offset not in self.errors or offset in self.damaged:
+            self.errors.setdefault(offset, error)
+            self.damaged.setdefault(offset, set()).add(column)
+
+    def without(self, columns: frozenset[str]) -> set[int]:
+        """The rows in which one of these columns could not be read."""
+        return {offset for offset in self.errors if offset not in self.damaged or self.damaged[offset] & columns}
 
 
 def table_of(columns: list[Any], schema: pa.Schema, rows: int) -> pa.Table:

@@ -19,7 +19,7 @@ import orjson
 import pyarrow as pa
 import zstandard
 
-from batchinfer.errors import InputError, InvalidInput, RowError
+from batchinfer.errors import InputError, InvalidInput
 from batchinfer.io import requests
 from batchinfer.io.inputs import (
     MAX_LINE_BYTES,
@@ -172,14 +172,15 @@ def read(
     for span in spans:
         lines = cursor.take(span.start, span.count)
         rows: list[dict[str, Any]] = []
-        errors: dict[int, RowError] = {}
+        found = RowBatch(pa.table({}))
         for offset, line in enumerate(lines):
             row, problem = _request(line, twice) if batch else _row(line)
             rows.append(row)
             if problem:
-                errors[offset] = InvalidInput(f"{source.url}:{line.place}: {problem}")
-        texts = {name: _texts(name, rows, lines, source.url, errors) for name in schema.names if name in text_json}
-        yield span, RowBatch(_table(source.url, schema, rows, texts), errors)
+                found.errors[offset] = InvalidInput(f"{source.url}:{line.place}: {problem}")
+        texts = {name: _texts(name, rows, lines, source.url, found) for name in schema.names if name in text_json}
+        found.table = _table(source.url, schema, rows, texts)
+        yield span, found
 
 
 class _Cursor:
@@ -239,10 +240,8 @@ def _request(line: Line, twice: dict[int, int]) -> tuple[dict[str, Any], str]:
         return {"custom_id": identity if text else to_text(identity, "custom_id", line.raw or b"")}, str(error)
 
 
-def _texts(
-    name: str, rows: list[dict[str, Any]], lines: list[Line], url: str, errors: dict[int, RowError]
-) -> list[str | None]:
-    """The JSON text of a column's values."""
+def _texts(name: str, rows: list[dict[str, Any]], lines: list[Line], url: str, batch: RowBatch) -> list[str | None]:
+    """The JSON text of a column's values. One that has none is an error of `batch`."""
     texts: list[str | None] = []
     for offset, (row, line) in enumerate(zip(rows, lines, strict=True)):
         value, text = row.get(name), None
@@ -250,7 +249,7 @@ def _texts(
             if value is not None:
                 text = to_text(value, name, line.raw or b"")
         except InvalidInput as error:
-            errors[offset] = InvalidInput(f"{url}:{line.place}: {error}")
+            batch.add(offset, name, InvalidInput(f"{url}:{line.place}: {error}"))
         texts.append(text)
     return texts
 

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchinfer.errors import BatchInferError, InputError, InvalidInput, RowError
+from batchinfer.errors import BatchInferError, InputError, InvalidInput
 from batchinfer.io.inputs import InputFile, RowBatch, Span, table_of
 from batchinfer.io.json_text import number_texts
 from batchinfer.io.source import Source
@@ -180,7 +180,7 @@ class _Rows:
 
 def _checked(table: pa.Table, schema: pa.Schema, text_json: Collection[str], url: str, start: int) -> RowBatch:
     """With the file's own types, less views. A cell that is damaged becomes null and its row an error."""
-    errors: dict[int, RowError] = {}
+    batch = RowBatch(table)
     columns, fields = [], []
     for field in schema:
         column = table.column(field.name)
@@ -189,13 +189,15 @@ def _checked(table: pa.Table, schema: pa.Schema, text_json: Collection[str], url
         except pa.ArrowInvalid:
             column, bad = _without_bad_cells(column)
             for offset, why in bad.items():
-                errors[offset] = InvalidInput(f"{url}: row {start + offset}: column {field.name!r} {why}")
+                error = InvalidInput(f"{url}: row {start + offset}: column {field.name!r} {why}")
+                batch.add(offset, field.name, error)
         column = fit(column, without_views(column.type))
         if field.name in text_json and pa.types.is_floating(column.type):
             column = number_texts(column)
         columns.append(column)
         fields.append(field.with_type(column.type))
-    return RowBatch(table_of(columns, pa.schema(fields, metadata=schema.metadata), table.num_rows), errors)
+    batch.table = table_of(columns, pa.schema(fields, metadata=schema.metadata), table.num_rows)
+    return batch
 
 
 def _without_bad_cells(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, dict[int, str]]:

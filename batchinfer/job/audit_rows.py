@@ -204,10 +204,11 @@ class _Source:
         """Offsets of the selected rows; one that `where` cannot judge must be seen as an error row."""
         if self._filter is None:
             return range(batch.table.num_rows)
-        kept = list(batch.errors)
+        unjudged = batch.without(self._judged)
+        kept = list(unjudged)
         for offset, row in enumerate(rows_of(batch.table, self._judged, self._text_json)):
             try:
-                if offset not in batch.errors and self._filter.matches(row):
+                if offset not in unjudged and self._filter.matches(row):
                     kept.append(offset)
             except RowError:
                 kept.append(offset)

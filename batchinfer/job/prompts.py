@@ -96,8 +96,10 @@ class RowPrompts:
         if self._where is None:
             return list(range(batch.table.num_rows))
         kept = []
-        for offset, row in _rows(batch.table, self.columns["input.where"], text_json):
-            if offset in batch.errors:
+        judged = self.columns["input.where"]
+        unjudged = batch.without(judged)
+        for offset, row in _rows(batch.table, judged, text_json):
+            if offset in unjudged:
                 kept.append(offset)
                 continue
             try:

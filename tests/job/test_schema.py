@@ -113,6 +113,19 @@ class TestFilesThatDiffer:
             finish(tmp_path, a, b, input={"columns": ["text"]}, prompt={"template": "{{ extra }}"})
 
 
+def damaged(*cells):
+    binary = pa.array(cells, pa.binary())
+    return pa.StringArray.from_buffers(len(binary), binary.buffers()[1], binary.buffers()[2])
+
+
+@pytest.mark.parametrize("limit", [None, 2])
+def test_the_filter_judges_rows_whose_other_cells_are_damaged(tmp_path, limit):
+    text = damaged(b"a", b"\xff", b"\xff", b"d", b"e")
+    path = parquet(tmp_path / "a.parquet", text=text, lang=damaged(b"en", b"de", b"en", b"\xff", b"en"), id=range(5))
+    rows, _ = finish(tmp_path, path, input={"where": "lang == 'en'", "limit": limit}, output={"chunk_rows": 10})
+    assert [(row["id"], row["status"]) for row in rows] == [(0, "ok"), (2, "error"), (3, "error"), (4, "ok")][:limit]
+
+
 class TestJsonColumns:
     TEXTS = ('[{"role": "user", "content": "hi",\n "name": null}]', "no json", None)
 
