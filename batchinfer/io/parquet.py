@@ -19,7 +19,7 @@ from batchinfer.errors import BatchInferError, InputError, InvalidInput
 from batchinfer.io.inputs import InputFile, RowBatch, Span, table_of
 from batchinfer.io.json_text import number_texts
 from batchinfer.io.source import Source
-from batchinfer.io.types import fit, is_json, without_dictionaries, without_views
+from batchinfer.io.types import fit, is_json, lasting, plain
 from batchinfer.io.unify import Column, FileScan
 
 _BUFFER_BYTES = 256 << 10
@@ -39,7 +39,7 @@ def scan(source: Source, limit: int | None = None) -> FileScan:
     if not schema.names:
         raise InputError(f"{source.url}: has no columns")
     # nullable, since a cell that cannot be read becomes null
-    fields = [field.with_type(without_views(field.type)).with_nullable(True) for field in schema]
+    fields = [field.with_type(lasting(field.type)).with_nullable(True) for field in schema]
     columns = tuple(Column(field, source.url, json=is_json(field.type)) for field in fields)
     file = InputFile(source.url, "parquet", seen.size, seen.content, rows, mark=seen.mark)
     return FileScan(file, columns, schema.metadata)
@@ -48,7 +48,7 @@ def scan(source: Source, limit: int | None = None) -> FileScan:
 def read(
     source: Source, schema: pa.Schema, text_json: Collection[str], spans: Iterable[Span]
 ) -> Iterator[tuple[Span, RowBatch]]:
-    """The rows of ascending spans, with the columns of `schema`, which fetches no others, in the file's own types.
+    """The rows of ascending spans, with the columns of `schema`, which fetches no others, in plain types.
 
     Row groups before a span are skipped unread. (Files on object storage are fetched in blocks of 1 MB, so columns
     that share a block come along.)
@@ -57,13 +57,13 @@ def read(
         rows = _Reader(source, schema.names, stack)
         for span in spans:
             try:
-                table = rows.take(span.start, span.count)
+                batch = _checked(rows.take(span.start, span.count), schema, text_json, source.url, span.start)
             except BatchInferError:
                 raise
             except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
                 place = f"{source.url}: rows {span.start} to {span.start + span.count - 1}"
                 raise InputError(f"{place} cannot be read: {error}") from error
-            yield span, _checked(table, schema, text_json, source.url, span.start)
+            yield span, batch
 
 
 def _open(source: Source, metadata: Any = None) -> Any:
@@ -79,46 +79,40 @@ def _open(source: Source, metadata: Any = None) -> Any:
 
 
 class _Reader:
-    """Columns of a file by ascending ranges of rows.
+    """Columns of a file by ascending ranges of rows, in their plain types.
 
-    Arrow refuses a whole dictionary that holds a damaged text. Then the columns with dictionaries are read once more
-    without the type that Arrow noted in the file, which gives the same values as plain text, checked or not.
+    Arrow refuses a whole dictionary that holds a damaged text, and nested dictionaries of several row groups at once.
+    Then the columns with dictionaries are read once more without the type that Arrow noted in the file, which gives the
+    same values as plain text.
     """
 
     def __init__(self, source: Source, names: list[str], stack: contextlib.ExitStack) -> None:
         self._source = source
         self._stack = stack
         parquet = stack.enter_context(_open(source))
-        self._schema = pa.schema([parquet.schema_arrow.field(name) for name in names])
-        plain = {field.name: without_views(field.type) for field in self._schema}
-        self._dictionaries = {
-            name: kind for name in names if (kind := without_dictionaries(plain[name])) != plain[name]
-        }
+        fields = [parquet.schema_arrow.field(name) for name in names]
+        self._kinds = {field.name: plain(field.type) for field in fields}
+        self._apart = [field.name for field in fields if field.type != self._kinds[field.name]]
         self._rows = [_Rows(parquet, names)]
 
     def take(self, start: int, count: int) -> pa.Table:
-        try:
-            batches = [rows.take(start, count) for rows in self._rows]
-        except pa.ArrowInvalid:
-            if not self._dictionaries or len(self._rows) == 2:
-                raise
-            self._read_dictionaries_apart()
-            return self.take(start, count)
         if not count:
-            return self._schema.empty_table()
-        table = pa.Table.from_batches(batches[0])
-        if len(batches) == 2:
-            apart = pa.Table.from_batches(batches[1])
-            for name, kind in self._dictionaries.items():
-                table = table.append_column(name, fit(apart.column(name), kind))
-        return table
+            return pa.schema(list(self._kinds.items())).empty_table()
+        try:
+            tables = [pa.Table.from_batches(rows.take(start, count)) for rows in self._rows]
+        except pa.ArrowException:
+            if not self._apart or len(self._rows) > 1:
+                raise
+            self._read_apart()
+            return self.take(start, count)
+        found = {name: table.column(name) for table in tables for name in table.column_names}
+        columns = [fit(found[name], kind) for name, kind in self._kinds.items()]
+        return table_of(columns, pa.schema(list(self._kinds.items())), count)
 
-    def _read_dictionaries_apart(self) -> None:
-        names = list(self._dictionaries)
-        others = [name for name in self._schema.names if name not in names]
-        typeless = _open(self._source, _without_arrow_types(self._source))
-        files = (self._stack.enter_context(_open(self._source)), self._stack.enter_context(typeless))
-        self._rows = [_Rows(file, columns) for file, columns in zip(files, (others, names), strict=True)]
+    def _read_apart(self) -> None:
+        others = [name for name in self._kinds if name not in self._apart]
+        typeless = self._stack.enter_context(_open(self._source, _without_arrow_types(self._source)))
+        self._rows = [_Rows(self._stack.enter_context(_open(self._source)), others), _Rows(typeless, self._apart)]
 
 
 def _without_arrow_types(source: Source) -> Any:
@@ -146,9 +140,8 @@ class _Rows:
         self._rest: pa.RecordBatch | None = None
 
     def take(self, start: int, count: int) -> list[pa.RecordBatch]:
-        taken: list[pa.RecordBatch] = []
-        if count:
-            self._skip_to(start)
+        self._skip_to(start)
+        taken = []
         while count:
             batch = self._next(count)
             taken.append(batch)
@@ -179,7 +172,7 @@ class _Rows:
 
 
 def _checked(table: pa.Table, schema: pa.Schema, text_json: Collection[str], url: str, start: int) -> RowBatch:
-    """With the file's own types, less views. A cell that is damaged becomes null and its row an error."""
+    """A cell that is damaged becomes null and its row an error."""
     batch = RowBatch(table)
     columns, fields = [], []
     for field in schema:
@@ -191,7 +184,6 @@ def _checked(table: pa.Table, schema: pa.Schema, text_json: Collection[str], url
             for offset, why in bad.items():
                 error = InvalidInput(f"{url}: row {start + offset}: column {field.name!r} {why}")
                 batch.add(offset, field.name, error)
-        column = fit(column, without_views(column.type))
         if field.name in text_json and pa.types.is_floating(column.type):
             column = number_texts(column)
         columns.append(column)
@@ -203,9 +195,8 @@ def _checked(table: pa.Table, schema: pa.Schema, text_json: Collection[str], url
 def _without_bad_cells(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, dict[int, str]]:
     """The column with null for each cell that does not validate, and what is wrong with it.
 
-    Cells are looked at in copies: a slice validates with all that its column holds, at any depth and in dictionaries.
+    Cells are looked at in copies: a slice of nested values validates with all that its column holds.
     """
-    column = fit(column, without_dictionaries(without_views(column.type)))
     bad: dict[int, str] = {}
     spans = [(0, len(column))]
     while spans:

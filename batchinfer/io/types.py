@@ -1,8 +1,8 @@
 """Column types: which of them hold the same values, and columns from one to another.
 
 Files of one job may write a column in several ways: integers of other widths, text as string, large_string or
-dictionary, structs with other fields. Rows keep the type of their file, so that nothing about a value depends on
-another file; only a Parquet part needs the one type that holds all.
+dictionary, structs with other fields. Rows keep the type of their file, in its plain form, so that nothing about a
+value depends on another file; only a Parquet part needs the one type that holds all.
 """
 
 from __future__ import annotations
@@ -39,23 +39,32 @@ def is_listed(kind: pa.DataType) -> bool:
     return bool(views or types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind))
 
 
-def without_views(kind: pa.DataType) -> pa.DataType:
-    """The type with plain strings and lists for views, for which Arrow lacks most functions."""
+def plain(kind: pa.DataType) -> pa.DataType:
+    """The type that rows have: strings and lists for views, which Arrow lacks most functions for, and for dictionaries
+    their values, since each row group has a dictionary of its own.
+    """
+    return _replaced(kind, lambda part: part.value_type if pa.types.is_dictionary(part) else _without_view(part))
+
+
+def lasting(kind: pa.DataType) -> pa.DataType:
+    """The type that a Parquet part has: dictionaries stay, with room for the values of all row groups of a chunk."""
 
     def other(part: pa.DataType) -> pa.DataType:
-        if pa.types.is_list_view(part):
-            return pa.list_(part.value_field)
-        return pa.large_list(part.value_field) if pa.types.is_large_list_view(part) else _VIEWS.get(part, part)
+        if pa.types.is_dictionary(part):
+            return pa.dictionary(pa.int32(), part.value_type, part.ordered)
+        return _without_view(part)
 
     return _replaced(kind, other)
 
 
-def without_dictionaries(kind: pa.DataType) -> pa.DataType:
-    return _replaced(kind, lambda part: part.value_type if pa.types.is_dictionary(part) else part)
+def _without_view(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_list_view(kind):
+        return pa.list_(kind.value_field)
+    return pa.large_list(kind.value_field) if pa.types.is_large_list_view(kind) else _VIEWS.get(kind, kind)
 
 
 def _replaced(kind: pa.DataType, other: Callable[[pa.DataType], pa.DataType]) -> pa.DataType:
-    """The type with `other` of every part of it, at any depth; the same object where nothing changes."""
+    """The type with `other` of every part of it, at any depth."""
 
     def inner(field: pa.Field) -> pa.Field:
         return field.with_type(_replaced(field.type, other))
@@ -134,7 +143,7 @@ def _common_struct(first: pa.StructType, second: pa.StructType) -> pa.DataType |
 
 
 def fit(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
-    """The same values as `kind`, which is `common` to the column's type and others, or its form without views."""
+    """The same values as `kind`: what is `common` to the column's type and others, or its `plain` or `lasting` form."""
     if column.type == kind:
         return column
     return pa.chunked_array([_fit(chunk, kind) for chunk in column.chunks], kind)

@@ -124,9 +124,11 @@ def _one(name: str, scans: list[FileScan]) -> Column:
 
 
 def _warn_of_absence(name: str, scans: list[FileScan]) -> None:
-    for scan in scans:
-        if name not in scan.by_name:
-            log.warning("no line of this file has the column: it is null there", column=name, file=scan.file.url)
+    lacking = [scan.file.url for scan in scans if name not in scan.by_name]
+    if lacking:
+        log.warning(
+            "no line of some files has the column: it is null there", column=name, files=len(lacking), first=lacking[0]
+        )
 
 
 def _merge(first: Column, second: Column) -> Column:

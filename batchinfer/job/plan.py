@@ -21,7 +21,7 @@ from batchinfer.errors import InputError, InputMissing, OutputConflict, SpecErro
 from batchinfer.io.filesystem import local_path
 from batchinfer.io.rows import InputFile, Inputs, Span
 from batchinfer.io.storage import Store
-from batchinfer.io.types import is_listed, is_text, without_dictionaries
+from batchinfer.io.types import is_listed, is_text, plain
 from batchinfer.job import fingerprint as prints
 from batchinfer.job.columns import Layout
 from batchinfer.spec import JobSpec
@@ -194,7 +194,7 @@ def check_type(key: str, column: str, inputs: Inputs, allowed: str) -> None:
         return  # no row has an override
     if pa.types.is_null(kind):
         raise InputError(f"column {column!r} of {inputs.files[0].url} holds nothing but nulls", key=key)
-    kind = without_dictionaries(kind)
+    kind = plain(kind)
     fits = {
         "t": is_text(kind),
         "i": is_listed(kind) and pa.types.is_integer(kind.value_type),

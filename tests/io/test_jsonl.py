@@ -1,5 +1,6 @@
 """JSON lines: types, damage, seeking, and that what is written reads back as it was."""
 
+import contextlib
 import gzip
 import json
 import string
@@ -290,6 +291,33 @@ def test_round_trip(tmp_path, rows, suffix, compression):
     again = scan_all(out, format="jsonl")
     names = inputs.schema.names
     assert _plain(again) == [{name: row.get(name) for name in names} for row in rows]
+
+
+numbers = st.integers(-(2**70), 2**70) | st.floats() | st.integers(-9, 9) | st.sampled_from([1.0, 1e22, -0.0, 2**53])
+cells = numbers | values | st.lists(st.floats(), max_size=2)
+
+
+@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.lists(st.dictionaries(st.sampled_from("ab"), cells, min_size=1), min_size=2, max_size=6), cut=st.integers(1)
+)
+def test_a_row_is_what_it_is_alone(tmp_path, rows, cut):
+    """Whatever stands in other lines and files, to the type of each number."""
+    cut = 1 + cut % (len(rows) - 1)
+    together = scan_all(write_lines(tmp_path / "all.jsonl", rows))
+    inputs = [together]
+    with contextlib.suppress(InputError):  # some columns differ too much between files
+        inputs.append(
+            scan_all(*(write_lines(tmp_path / f"{i}.jsonl", r) for i, r in enumerate((rows[:cut], rows[cut:]))))
+        )
+    for found in inputs:
+        read, errors = read_all(found)
+        assert errors == {}
+        assert list(map(_repr, read)) == [_repr({name: row.get(name) for name in found.schema.names}) for row in rows]
+
+
+def _repr(row):
+    return repr(sorted(row.items()))
 
 
 def _plain(inputs):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from batchinfer.errors import InputError, SpoolError
 from batchinfer.io import parquet
 from batchinfer.io.rows import Span, rows_of, stream, write_rows
+from batchinfer.io.types import fit
 from tests.io.reading import LOCAL, read_all, scan_all, write_parquet
 
 
@@ -127,6 +128,31 @@ class TestReading:
         assert inputs.files[0].rows == 0
         assert read_all(inputs) == ([], {})
 
+    @pytest.mark.parametrize("form", ["parquet", "jsonl"])
+    def test_row_groups_with_dictionaries_of_their_own(self, tmp_path, form):
+        """More values than the index of one has room for, at any depth."""
+
+        def group(number):
+            texts = pa.array([f"{number} {n}" for n in range(100)])
+            coded = pa.DictionaryArray.from_arrays(pa.array(range(100), pa.int8()), texts)
+            listed = pa.ListArray.from_arrays(pa.array(range(101), pa.int32()), coded)
+            return pa.table({"d": coded, "s": pa.StructArray.from_arrays([coded], ["d"]), "l": listed})
+
+        with pq.ParquetWriter(tmp_path / "a.parquet", group(0).schema) as writer:
+            for number in range(3):
+                writer.write_table(group(number))
+        inputs = scan_all(tmp_path / "a.parquet")
+        found, errors = read_all(inputs, [Span(0, 0, 250), Span(0, 250, 50)])
+        values = [f"{number} {n}" for number in range(3) for n in range(100)]
+        assert errors == {} and found == [{"d": text, "s": {"d": text}, "l": [text]} for text in values]
+        [(_, batch)] = stream(inputs, [Span(0, 0, 300)], LOCAL)
+        held = [fit(batch.table.column(field.name), field.type) for field in inputs.schema]
+        write_rows(tmp_path / "out", pa.table(held, schema=inputs.schema), form, None)
+        if form == "parquet":
+            back = pq.read_table(tmp_path / "out")
+            assert back.to_pylist() == found and back.schema.types == inputs.schema.types
+            assert back.schema.field("d").type == pa.dictionary(pa.int32(), pa.string())
+
     def test_not_null_columns_may_still_lose_a_cell(self, tmp_path):
         schema = pa.schema([pa.field("t", pa.string(), nullable=False)])
         inputs = scan_all(write_parquet(tmp_path / "a.parquet", pa.table({"t": ["a"]}, schema=schema)))
@@ -182,7 +208,8 @@ def test_round_trip(tmp_path, table, cut, group, compression):
         batch.table
         for _, batch in stream(inputs, [Span(0, s, min(cut, len(table) - s)) for s in range(0, len(table), cut)], LOCAL)
     ]
-    streamed = pa.concat_tables(batches)
+    rows = pa.concat_tables(batches)
+    streamed = pa.table([fit(rows.column(field.name), field.type) for field in inputs.schema], schema=inputs.schema)
     write_rows(out, streamed, "parquet", compression)
     write_rows(again, table.cast(inputs.schema).combine_chunks(), "parquet", compression)
     assert out.read_bytes() == again.read_bytes()
