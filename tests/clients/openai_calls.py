@@ -62,9 +62,11 @@ def responses(client):
     answer.model_dump_json(warnings="error")
     chat = client.chat.completions.create(**ASK, temperature=0)
     assert answer.output_text == chat.choices[0].message.content and answer.usage.output_tokens <= 16
-    with client.responses.stream(**ask) as stream:
-        text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
-        assert text == answer.output_text == stream.get_final_response().output_text
+    events = list(client.responses.create(**ask, stream=True))
+    for event in events:
+        event.model_dump_json(warnings="error")
+    text = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+    assert text == answer.output_text == events[-1].response.output_text
     try:
         client.responses.create(**ask, previous_response_id=answer.id)
     except openai.BadRequestError as error:
