@@ -30,10 +30,14 @@ def changing(*names: str, neutral: tuple[Any, ...] = ()) -> Refused:
 
 
 class Rephrased(SamplingBody):
-    """A chat that is asked for in words of its own. `names`: a chat's field → what it is called here."""
+    """A chat that is asked for in words of its own.
+
+    names: a chat's field → what it is called here. whole_answer: see `Framing`.
+    """
 
     names: ClassVar[Mapping[str, str]]
     refused: ClassVar[Refused]
+    whole_answer: ClassVar[bool] = True
 
     def chat(self) -> ChatRequest:
         """The same in a chat's words. Raises BadParameters, InvalidInput."""

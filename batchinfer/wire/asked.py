@@ -120,7 +120,8 @@ def field_of(url: Any, param: str | None) -> str | None:
 def ask(body: Body, model: WireModel) -> Asked:
     """Raises BadParameters, InvalidInput."""
     if isinstance(body, Rephrased):
-        return replace(_ask_chat(body.chat(), model), body=body)
+        asked = _ask_chat(body.chat(), model)
+        return replace(asked, body=body, framing=replace(asked.framing, whole_answer=body.whole_answer))
     if isinstance(body, ChatRequest):
         return _ask_chat(body, model)
     return _ask_completion(body, model.defaults) if isinstance(body, CompletionRequest) else _ask_vectors(body, model)

@@ -17,13 +17,14 @@ class MessageAnswer:
 
     def __init__(self, asked: Asked, head: Head, new_id: Callable[[str], str]) -> None:
         self._head = head
+        self._max_tokens = asked.params.max_tokens
         self._blocks = Blocks(asked.use, lambda: new_id("toolu"))
         self._last: Delta | None = None
 
     def whole(self, delta: Delta, used: Used) -> dict[str, Any]:
         self._last = delta
         blocks = self._blocks.whole(delta)
-        return {**self._message([_content(block) for block in blocks]), **self._end(), "usage": _usage(used)}
+        return {**self._message([_content(block) for block in blocks]), **self._end(used), "usage": _usage(used)}
 
     def opening(self, used: Used) -> list[dict[str, Any]]:
         begun = {"stop_reason": None, "stop_sequence": None, "usage": _usage(used._replace(answer=0))}
@@ -34,7 +35,7 @@ class MessageAnswer:
         return [_event(step) for step in self._blocks.push(delta)]
 
     def closing(self, used: Used) -> list[dict[str, Any]]:
-        return [{"type": "message_delta", "delta": self._end(), "usage": _usage(used)}, {"type": "message_stop"}]
+        return [{"type": "message_delta", "delta": self._end(used), "usage": _usage(used)}, {"type": "message_stop"}]
 
     def failed(self, message: str) -> list[dict[str, Any]]:
         return [{"type": "error", "error": {"type": "api_error", "message": message}}]
@@ -43,12 +44,12 @@ class MessageAnswer:
         head = {"id": self._head.id, "type": "message", "role": "assistant", "model": self._head.model}
         return {**head, "content": content}
 
-    def _end(self) -> dict[str, Any]:
+    def _end(self, used: Used) -> dict[str, Any]:
         """Why the answer ends."""
         last = self._last
         assert last is not None, "an answer has an end"
         if last.reason == "length":
-            reason = "max_tokens"
+            reason = "max_tokens" if used.answer == self._max_tokens else "model_context_window_exceeded"
         elif self._blocks.called:
             reason = "tool_use"
         else:

@@ -65,6 +65,9 @@ class CountRequest(Rephrased):
 
 
 class MessagesRequest(CountRequest):
+    """`max_tokens` is a bound that must be given: where the context ends before it, the answer does."""
+
+    whole_answer: ClassVar[bool] = False
     stop_sequences: list[str] | None = None
     metadata: dict[str, Any] | None = None
 

@@ -73,6 +73,15 @@ def test_a_text(fake):
     assert fake.ok(COUNT, system=system, messages=HI) == {"input_tokens": answer["usage"]["input_tokens"]}
 
 
+def test_a_bound_beyond_the_context(tiny):
+    given = {"messages": HI, "max_tokens": 32000, "temperature": 0, "ignore_eos": True}
+    answer = tiny.ok(MESSAGES, **given)
+    used = answer["usage"]
+    assert used["input_tokens"] + used["output_tokens"] == 512
+    assert answer["stop_reason"] == "model_context_window_exceeded"
+    assert events(tiny, **given)[-2]["delta"]["stop_reason"] == answer["stop_reason"]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_stop_sequence_that_ended_it(tiny, stream):
     given = {"messages": HI, "max_tokens": 9, "temperature": 0, "allowed_token_ids": [97]}
@@ -185,7 +194,7 @@ def test_text_that_follows_a_schema(tiny):
         ({"max_tokens": None}, "max_tokens"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": "7"}, "max_tokens"),
-        ({"max_tokens": 4000}, "context"),
+        ({"messages": [{"role": "user", "content": "x" * 600}]}, "context"),
         ({"messages": []}, "messages is empty"),
         ({"messages": "hi"}, "messages"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "robot"),
