@@ -364,8 +364,8 @@ def test_penalty_memory_follows_the_text_not_the_vocabulary():
 EXTREMES = (
     {"temperature": 1e300, "top_p": 0.9, "allowed_token_ids": (1, 2, 3)},
     {"temperature": 1e-300},
-    {"temperature": 1.0, "top_k": 2**63, "min_p": 1.0},
-    {"temperature": 1.0, "min_tokens": 2**63, "top_p": 1e-300},
+    {"temperature": 1.0, "top_k": 2**63 - 1, "min_p": 1.0},
+    {"temperature": 1.0, "min_tokens": 2**63 - 1, "top_p": 1e-300},
     {"temperature": 0.0, "repetition_penalty": 1e300},
     {"temperature": 1.0, "repetition_penalty": 1e-300, "presence_penalty": -2.0, "logprobs": 20},
     {"temperature": 1.0, "logit_bias": {3: -100.0, 4: 100.0}, "frequency_penalty": 2.0, "logprobs": 20},
