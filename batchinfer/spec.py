@@ -22,7 +22,10 @@ from batchinfer.yaml_text import MAX_BYTES, Document, Place, dotted, read_yaml
 FAKE_MODEL = "fake"
 _INT64 = 1 << 63
 ANCHORS = "x-"  # what keys of a job file begin with that hold nothing but anchors
-_TEMPLATES = (("prompt", "template"), ("prompt", "system"), ("prompt", "user"), ("score", "continuation"))
+_TEMPLATES = (
+    *(("prompt", name) for name in ("template", "system", "user")),
+    *(("score", name) for name in ("continuation", "choices")),
+)
 
 
 def _as_tuple(value: Any) -> Any:
@@ -246,11 +249,10 @@ def load_spec(path: str | Path, overrides: dict[str, Any] | None = None) -> JobS
     if not isinstance(document.value, dict):
         what = "is empty" if document.value is None else f"holds {shown(document.value)}"
         raise SpecError(f"{path}: {what}; a job file is a mapping with model, input, prompt and output")
-    for place in _TEMPLATES:
-        comment = document.comments.get(place)
-        if comment is not None:
-            line = f"{path}:{document.line(place)}: {dotted(place)}"
-            log.warning(f"{line}: ends before {comment!r}, which is a comment; quote the text if it belongs to it")
+    for place, comment in document.comments.items():
+        if place[:2] in _TEMPLATES:
+            key = f"{path}:{document.line(place)}: {dotted(place)}"
+            log.warning(f"{key}: ends before {comment!r}, which is a comment; quote the text if it belongs to it")
     # anchors may stand below keys of their own
     values = {key: value for key, value in document.value.items() if not key.startswith(ANCHORS)}
     settings = {}
@@ -259,7 +261,9 @@ def load_spec(path: str | Path, overrides: dict[str, Any] | None = None) -> JobS
 
     def where(place: Place) -> str:
         setting = next((settings[place[:n]] for n in range(len(place), 0, -1) if place[:n] in settings), None)
-        return f"{path}:{document.line(place)}" if setting is None else f"--set {setting}"
+        if setting is None:
+            return f"{path}:{document.line(place)}"
+        return "--set" if setting == ".".join(map(str, place)) else f"--set {setting}"
 
     return parse_spec(values, str(path), where)
 

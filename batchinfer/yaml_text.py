@@ -25,9 +25,9 @@ from yaml.scanner import Scanner
 from batchinfer.errors import SpecError
 
 Place = tuple[int | str, ...]
-"""Keys and indices from the top down."""
+"""Keys and indices from the top down; an index and its text mean the same."""
 
-MAX_BYTES = 4 << 20
+MAX_BYTES = 1 << 20
 MAX_VALUES = 100_000  # with every alias written out
 MAX_DEPTH = 100
 
@@ -71,16 +71,16 @@ class NotYaml(SpecError):
 class Document:
     """The plain values of a text, None if it is empty. No two places share a list or a mapping.
 
-    `lines`: path → line, from 1. `comments`: path of an unquoted text → the comment that ended it.
+    `lines`: place → line, from 1. `comments`: place of an unquoted text → the comment that ended it. Indices are text.
     """
 
     value: Any
-    lines: dict[Place, int] = field(default_factory=dict)
-    comments: dict[Place, str] = field(default_factory=dict)
+    lines: dict[tuple[str, ...], int] = field(default_factory=dict)
+    comments: dict[tuple[str, ...], str] = field(default_factory=dict)
 
-    def line(self, path: Iterable[int | str]) -> int:
-        """The line of the deepest part of a path that is there."""
-        parts = tuple(path)
+    def line(self, place: Iterable[int | str]) -> int:
+        """The line of the deepest part of a place that is there."""
+        parts = tuple(map(str, place))
         return next((self.lines[parts[:n]] for n in range(len(parts), -1, -1) if parts[:n] in self.lines), 1)
 
 
@@ -190,100 +190,100 @@ class _Builder:
     """From nodes to plain values."""
 
     def __init__(self, text: str, places: _Lines) -> None:
-        self.lines: dict[Place, int] = {}
-        self.comments: dict[Place, str] = {}
+        self.lines: dict[tuple[str, ...], int] = {}
+        self.comments: dict[tuple[str, ...], str] = {}
         self._text = text
         self._places = places
         self._open: set[Node] = set()
         self._left = MAX_VALUES
 
-    def build(self, node: Node, path: Place) -> Any:
-        self.lines.setdefault(path, self._line(node))
-        self._count(node, path)
+    def build(self, node: Node, place: tuple[str, ...]) -> Any:
+        self.lines.setdefault(place, self._line(node))
+        self._count(node, place)
         if isinstance(node, ScalarNode):
-            return self._scalar(node, path)
+            return self._scalar(node, place)
         if node in self._open:
-            raise self._fault(node, path, _RECURSIVE)
-        if len(path) > MAX_DEPTH:
-            raise self._fault(node, path, f"nested more than {MAX_DEPTH} deep")
+            raise self._fault(node, place, _RECURSIVE)
+        if len(place) > MAX_DEPTH:
+            raise self._fault(node, place, f"nested more than {MAX_DEPTH} deep")
         self._open.add(node)
         if isinstance(node, MappingNode):
-            value: Any = self._mapping(node, path)
+            value: Any = self._mapping(node, place)
         else:
-            self._plain_tag(node, path, "seq")
-            value = [self.build(item, (*path, number)) for number, item in enumerate(node.value)]
+            self._plain_tag(node, place, "seq")
+            value = [self.build(item, (*place, str(number))) for number, item in enumerate(node.value)]
         self._open.discard(node)
         return value
 
-    def _mapping(self, node: MappingNode, path: Place) -> dict[str, Any]:
-        self._plain_tag(node, path, "map")
+    def _mapping(self, node: MappingNode, place: tuple[str, ...]) -> dict[str, Any]:
+        self._plain_tag(node, place, "map")
         made = {}
-        for name, (key, value) in self._pairs(node, path).items():
-            self.lines[*path, name] = self._line(key)
-            made[name] = self.build(value, (*path, name))
+        for name, (key, value) in self._pairs(node, place).items():
+            self.lines[*place, name] = self._line(key)
+            made[name] = self.build(value, (*place, name))
         return made
 
-    def _pairs(self, node: MappingNode, path: Place) -> dict[str, tuple[Node, Node]]:
+    def _pairs(self, node: MappingNode, place: tuple[str, ...]) -> dict[str, tuple[Node, Node]]:
         """Its keys and those that `<<` brings in, which its own go before."""
         own: dict[str, tuple[Node, Node]] = {}
         for key, value in node.value:
-            self._count(key, path)
-            name = self._key(node, key, path)
+            self._count(key, place)
+            name = self._key(node, key, place)
             if name in own:
                 first = self._line(own[name][0])
-                raise self._fault(key, (*path, name), f"given twice; it stands on line {first} already")
+                raise self._fault(key, (*place, name), f"given twice; it stands on line {first} already")
             own[name] = (key, value)
         merge = own.get(_MERGE)
         if merge is None or not isinstance(merge[0], ScalarNode) or merge[0].style is not None:  # quoted, it is text
             return own
         del own[_MERGE]
-        return self._merged(*merge, path) | own
+        return self._merged(*merge, place) | own
 
-    def _merged(self, key: Node, value: Node, path: Place) -> dict[str, tuple[Node, Node]]:
+    def _merged(self, key: Node, value: Node, place: tuple[str, ...]) -> dict[str, tuple[Node, Node]]:
         """What `<<` brings in; of several mappings the first that has a key counts."""
         found: dict[str, tuple[Node, Node]] = {}
         for other in value.value if isinstance(value, SequenceNode) else [value]:
             if not isinstance(other, MappingNode):
-                raise self._fault(key, path, "<< takes an alias of a mapping, or a list of them")
+                raise self._fault(key, place, "<< takes an alias of a mapping, or a list of them")
             if other in self._open:
-                raise self._fault(key, path, _RECURSIVE)
+                raise self._fault(key, place, _RECURSIVE)
             self._open.add(other)
-            found = self._pairs(other, path) | found
+            found = self._pairs(other, place) | found
             self._open.discard(other)
         return found
 
-    def _key(self, node: MappingNode, key: Node, path: Place) -> str:
+    def _key(self, node: MappingNode, key: Node, place: tuple[str, ...]) -> str:
         """Keys are text as it is written, as in JSON."""
         if isinstance(key, ScalarNode):
-            return self._whole_text(key, path)
+            return self._whole_text(key, place)
         if self._text.startswith("{{", node.start_mark.index):
-            raise self._fault(node, path, _QUOTE_TEMPLATE, NotYaml)
+            raise self._fault(node, place, _QUOTE_TEMPLATE, NotYaml)
         what = "a list" if isinstance(key, SequenceNode) else "a mapping"
         written = " ".join(self._text[key.start_mark.index : key.end_mark.index].split())
-        raise self._fault(key, path, f"a key must be text, and {written[:60]} is {what}", NotYaml)
+        raise self._fault(key, place, f"a key must be text, and {written[:60]} is {what}", NotYaml)
 
-    def _scalar(self, node: ScalarNode, path: Place) -> Any:
+    def _scalar(self, node: ScalarNode, place: tuple[str, ...]) -> Any:
         comment = _COMMENT.match(self._text, node.end_mark.index) if node.style is None else None
         if comment is not None and node.value:
-            self.comments[path] = comment[1]
+            self.comments[place] = comment[1]
         kind = node.tag.removeprefix(_CORE)
         if kind == "str":
-            return self._whole_text(node, path)
+            return self._whole_text(node, place)
         form = _FORMS.get(kind)
         if form is None or not form.fullmatch(node.value):
-            raise self._fault(node, path, f"the tag {node.tag} does not go with it" if form else _tag(node))
-        return self._number(node, path) if kind in ("int", "float") else _CONSTANTS[node.value.lower()]
+            raise self._fault(node, place, f"the tag {node.tag} does not go with it" if form else _tag(node))
+        return self._number(node, place) if kind in ("int", "float") else _CONSTANTS[node.value.lower()]
 
-    def _number(self, node: ScalarNode, path: Place) -> int | float:
+    def _number(self, node: ScalarNode, place: tuple[str, ...]) -> int | float:
         text = node.value.lower()
         if not node.tag.endswith("int"):
             return float(text.replace(".inf", "inf").replace(".nan", "nan"))
         try:
             return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
         except ValueError:  # Python's limit
-            raise self._fault(node, path, f"a number of {len(text):,} digits") from None
+            raise self._fault(node, place, f"a number of {len(text):,} digits") from None
 
-    def _whole_text(self, node: ScalarNode, path: Place) -> str:
+    def _whole_text(self, node: ScalarNode, place: tuple[str, ...]) -> str:
         """JSON writes a character beyond 16 bits as two escapes."""
         text: str = node.value
         if not _SURROGATE.search(text):
@@ -291,22 +291,22 @@ class _Builder:
         try:
             return text.encode("utf-16", "surrogatepass").decode("utf-16")
         except UnicodeDecodeError:
-            raise self._fault(node, path, "half of a character: \\ud800 to \\udfff come in pairs") from None
+            raise self._fault(node, place, "half of a character: \\ud800 to \\udfff come in pairs") from None
 
-    def _plain_tag(self, node: Node, path: Place, wanted: str) -> None:
+    def _plain_tag(self, node: Node, place: tuple[str, ...], wanted: str) -> None:
         if node.tag != _CORE + wanted:
-            raise self._fault(node, path, _tag(node))
+            raise self._fault(node, place, _tag(node))
 
-    def _count(self, node: Node, path: Place) -> None:
+    def _count(self, node: Node, place: tuple[str, ...]) -> None:
         self._left -= 1
         if self._left < 0:
-            raise self._fault(node, path, f"more than {MAX_VALUES:,} values, with every alias written out")
+            raise self._fault(node, place, f"more than {MAX_VALUES:,} values, with every alias written out")
 
     def _line(self, node: Node) -> int:
         return self._places.at(node.start_mark.index)
 
-    def _fault(self, node: Node, path: Place, message: str, kind: type[SpecError] = SpecError) -> SpecError:
-        return self._places.fault(node.start_mark.index, f"{dotted(path)}: {message}" if path else message, kind)
+    def _fault(self, node: Node, place: tuple[str, ...], message: str, kind: type[SpecError] = SpecError) -> SpecError:
+        return self._places.fault(node.start_mark.index, f"{dotted(place)}: {message}" if place else message, kind)
 
 
 _CONSTANTS = {"": None, "~": None, "null": None, "true": True, "false": False}
@@ -316,7 +316,7 @@ def _tag(node: Node) -> str:
     return f"the tag {node.tag.replace(_CORE, '!!')} means nothing here; a value that begins with ! must be in quotes"
 
 
-def dotted(path: Iterable[int | str]) -> str:
+def dotted(place: Iterable[int | str]) -> str:
     """`engine.max_num_seqs`; a key with other characters is in quotes."""
-    parts = (str(part) for part in path)
+    parts = map(str, place)
     return ".".join(part if re.fullmatch(r"[\w-]+", part) else repr(part) for part in parts)

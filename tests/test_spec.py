@@ -239,10 +239,10 @@ def test_a_directory_is_no_job_file(tmp_path):
 
 def test_settings_are_named_as_such(job):
     for overrides, message in (
-        ({"engine.max_num_sqes": 4}, "--set engine.max_num_sqes: engine.max_num_sqes: unknown key"),
+        ({"engine.max_num_sqes": 4}, "--set: engine.max_num_sqes: unknown key"),
         ({"sampling": {"topP": 1}}, "--set sampling: sampling.topP: unknown key"),
         ({"seed.x": 1}, "--set seed.x: seed is not a section"),
-        ({"x-a": 1}, "--set x-a: x-a: unknown key"),
+        ({"x-a": 1}, "--set: x-a: unknown key"),
     ):
         with pytest.raises(SpecError) as caught:
             job("seed: 1\n", overrides)
@@ -252,6 +252,8 @@ def test_settings_are_named_as_such(job):
 def test_a_comment_that_cuts_a_template_is_told(job, capfd):
     job("", head=TEXT.replace('"{{ text }}"', "be brief # {{ text }}\n  "))
     assert "job.yaml:3: prompt.user: ends before '# {{ text }}'" in capfd.readouterr().err.replace('\\"', '"')
+    job("score: {choices: [a, b # c\n]}\ntask: choose\n")
+    assert "score.choices.1: ends before '# c'" in capfd.readouterr().err.replace('\\"', '"')
     job("seed: 5 # why not\n")
     assert capfd.readouterr().err == ""
 
@@ -259,7 +261,15 @@ def test_a_comment_that_cuts_a_template_is_told(job, capfd):
 def test_locate(tmp_path):
     path = tmp_path / "job.yaml"
     path.write_text("\ufeffmodel: fake\nx-a: &a\n  max_tokens: 5\nsampling:\n  <<: *a\n  stop: [a,\n    b]\n", "utf-8")
-    for key, line in (("model", 1), ("sampling.max_tokens", 3), ("sampling.top_p", 4), ("sampling.stop", 6), ("x", 1)):
+    lines = {
+        "model": 1,
+        "sampling.max_tokens": 3,
+        "sampling.top_p": 4,
+        "sampling.stop": 6,
+        "sampling.stop.1": 7,
+        "x": 1,
+    }
+    for key, line in lines.items():
         assert locate(path, key) == f"{path}:{line}"
     path.write_text("a: [")
     assert locate(path, "a") == str(path)

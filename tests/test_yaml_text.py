@@ -169,7 +169,7 @@ def test_an_unquoted_pattern(path):
 
 def test_comments_that_end_an_unquoted_text():
     document = read_yaml("a: be brief # really\nb: 'x' # y\nc: [p # q\n]\nd: # e\n  5", "j")
-    assert document.comments == {("a",): "# really", ("c", 0): "# q"}
+    assert document.comments == {("a",): "# really", ("c", "0"): "# q"}
 
 
 @pytest.mark.parametrize(
