@@ -21,6 +21,7 @@ from batchinfer.job.finish import MANIFEST
 from batchinfer.job.ledger import COMMITS, JOB, PARTS
 from batchinfer.job.plan import PLAN
 from batchinfer.job.salvage import SALVAGE
+from batchinfer.job.summaries import SUMMARIES
 from batchinfer.spec import JobSpec, OutputSpec
 
 _SAME_STORE = {"s3a": "s3", "gcs": "gs", "abfss": "abfs", "az": "abfs", "local": "file"}
@@ -130,6 +131,7 @@ def _written(output: OutputSpec) -> list[tuple[str, ...]]:
         *parts,
         f"{SALVAGE}0-of-1-{'0' * 8}.jsonl.zst",
         f"{COMMITS}000000.json",
+        f"{SUMMARIES}000000-1-16-{'0' * 8}.jsonl.zst",
         PLAN,
         JOB,
         MANIFEST,

@@ -15,8 +15,9 @@ from batchinfer.job.finish import MANIFEST, SUCCESS, foreign_end
 from batchinfer.job.ledger import COMMITS, JOB, PARTS
 from batchinfer.job.plan import PLAN, JobPlan
 from batchinfer.job.salvage import SALVAGE
+from batchinfer.job.summaries import SUMMARIES
 
-FOLDERS = (PARTS, COMMITS, SALVAGE)
+FOLDERS = (PARTS, COMMITS, SUMMARIES, SALVAGE)
 _SHOWN = 3
 
 

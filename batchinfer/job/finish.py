@@ -7,8 +7,10 @@ that finds all commits does it; doing it twice, or at once, writes the same byte
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections import Counter
+from itertools import chain
 from typing import Any
 
 import orjson
@@ -16,6 +18,7 @@ import orjson
 from batchinfer.errors import OutputConflict
 from batchinfer.io.storage import Store
 from batchinfer.job.fingerprint import begins_with, document
+from batchinfer.job.folding import compact
 from batchinfer.job.ledger import PARTS, CommitKey, CommitRecord, Ledger, is_part
 from batchinfer.job.plan import JobPlan
 from batchinfer.job.salvage import SALVAGE, is_journal
@@ -24,6 +27,17 @@ from batchinfer.log import log
 MANIFEST = "manifest.json"
 SUCCESS = "_SUCCESS"
 _HASH_LINE = re.compile(rb"[0-9a-f]{64}\n?")
+_SUMMED = ("rows", "output_rows", "ok", "prompt_tokens", "completion_tokens", "scored_tokens")
+_PART = """\
+  {
+   "chunk": %d,
+   "pass": %d,
+   "part": %s,
+   "bytes": %d,
+   "sha256": %s,
+   "rows": %d,
+   "output_rows": %d
+  }"""
 
 
 def read_manifest(store: Store, plan: JobPlan) -> dict[str, Any] | None:
@@ -40,6 +54,12 @@ def read_manifest(store: Store, plan: JobPlan) -> dict[str, Any] | None:
     except (ValueError, KeyError) as error:
         raise OutputConflict(f"{store.url}/{MANIFEST}: damaged ({error}); remove it and run the job again") from None
     return manifest
+
+
+def read_totals(store: Store, plan: JobPlan) -> dict[str, Any] | None:
+    """The manifest without its parts, which are many. Raises as `read_manifest`."""
+    manifest = read_manifest(store, plan)
+    return None if manifest is None else {name: value for name, value in manifest.items() if name != "parts"}
 
 
 def is_finished(store: Store) -> bool:
@@ -64,26 +84,28 @@ def _foreign(store: Store, name: str) -> OutputConflict:
 def finalise(
     ledger: Ledger, pass_number: int, known: dict[CommitKey, CommitRecord] | None = None
 ) -> dict[str, Any] | None:
-    """Write manifest and _SUCCESS if every chunk is committed; returns the manifest, None if chunks are open.
+    """Write manifest and _SUCCESS if every chunk is committed; returns its totals, None if chunks are open.
 
     `known`: records that need not be read again. Parts that the last manifest names stay until a new one stands.
     Raises OutputConflict, and sweeps nothing, if what stands under the names of manifest and _SUCCESS is another's.
     """
     store = ledger.store
-    found = store.find(PARTS)  # before the commits: a part that comes later is none of ours to sweep
-    listed = ledger.listed()
-    effect = {key.chunk: key for key in listed if key.pass_number <= pass_number}
+    loose = set(store.find(PARTS))  # before the commits: a part that comes later is none of ours to sweep
+    listing = ledger.listing()
+    effect = listing.in_effect(pass_number)
     if len(effect) < len(ledger.plan.chunks):
         return None
     known = known or {}
-    missing = [key for key in effect.values() if key not in known]
-    read = dict(zip(missing, ledger.read_all(missing), strict=True))
-    records = [known.get(key) or read[key] for _, key in sorted(effect.items())]
-    data = _manifest(ledger.plan.digest, pass_number, records)
-    later = ledger.read_all(key for key in listed if key.pass_number > pass_number)  # of an interrupted retry
-    loose = sorted(found.keys() - {record.part for record in (*records, *later)})
-    unnamed = [name for name in loose if is_part(name, ledger.plan)]
-    if foreign := [name for name in loose if not is_part(name, ledger.plan)]:
+    compact(listing, pass_number, known)
+    manifest = _Manifest(ledger.plan.digest, pass_number, len(effect))
+    here = (known[key] for key in effect.values() if key in known)
+    for record in chain(here, listing.read(key for key in effect.values() if key not in known)):
+        manifest.add(record)
+        loose.discard(record.part)
+    for record in listing.read(key for key in listing.records if key.pass_number > pass_number):
+        loose.discard(record.part)  # of an interrupted retry
+    unnamed = [name for name in sorted(loose) if is_part(name, ledger.plan)]
+    if foreign := [name for name in sorted(loose) if not is_part(name, ledger.plan)]:
         log.warning(
             "parts/ holds what this job did not write: readers of the whole folder take it for results",
             output=store.url,
@@ -95,42 +117,51 @@ def finalise(
     store.delete([name for name in store.find(SALVAGE) if is_journal(name, ledger.plan)])
     if pass_number == 0:
         store.delete(unnamed)  # plain readers take all of parts/ once _SUCCESS stands
+    data = manifest.to_bytes()
     store.put(MANIFEST, data)
     store.put(SUCCESS, _hash(data).encode() + b"\n")
     store.delete(unnamed if pass_number else [])
-    manifest: dict[str, Any] = orjson.loads(data)
-    return manifest
+    return manifest.totals
 
 
-def _manifest(digest: str, pass_number: int, records: list[CommitRecord]) -> bytes:
-    errors: Counter[str] = Counter()
-    for record in records:
-        errors.update(record.errors)
-    totals = {
-        name: sum(getattr(record, name) for record in records)
-        for name in ("rows", "output_rows", "ok", "prompt_tokens", "completion_tokens", "scored_tokens")
-    }
-    parts = [
-        {
-            "chunk": record.chunk,
-            "pass": record.pass_number,
-            "part": record.part,
-            "bytes": record.size_bytes,
-            "sha256": record.sha256,
-            "rows": record.rows,
-            "output_rows": record.output_rows,
-        }
-        for record in records
-    ]
-    values = {
-        "pass": pass_number,
-        "chunks": len(records),
-        **totals,
-        "errors": dict(sorted(errors.items())),
-        "bytes": sum(record.size_bytes for record in records),
-        "parts": parts,
-    }
-    return document(digest, values)
+class _Manifest:
+    """The manifest, made from records in any order: of each, only its text is kept."""
+
+    def __init__(self, digest: str, pass_number: int, chunks: int) -> None:
+        self._digest = digest
+        self._fixed = {"pass": pass_number, "chunks": chunks}
+        self._sums: Counter[str] = Counter()
+        self._errors: Counter[str] = Counter()
+        self._bytes = 0
+        self._parts = [""] * chunks
+
+    def add(self, record: CommitRecord) -> None:
+        self._sums.update({name: getattr(record, name) for name in _SUMMED})
+        self._errors.update(record.errors)
+        self._bytes += record.size_bytes
+        self._parts[record.chunk] = _PART % (
+            record.chunk,
+            record.pass_number,
+            json.dumps(record.part),
+            record.size_bytes,
+            json.dumps(record.sha256),
+            record.rows,
+            record.output_rows,
+        )
+
+    @property
+    def totals(self) -> dict[str, Any]:
+        """All but the parts."""
+        return {"fingerprint": self._digest, **self._values()}
+
+    def to_bytes(self) -> bytes:
+        """As `document` would write it."""
+        head = document(self._digest, self._values()).decode().removesuffix("\n}\n")
+        return "".join((head, ',\n "parts": [\n', ",\n".join(self._parts), "\n ]\n}\n")).encode()
+
+    def _values(self) -> dict[str, Any]:
+        sums = {name: self._sums[name] for name in _SUMMED}
+        return {**self._fixed, **sums, "errors": dict(sorted(self._errors.items())), "bytes": self._bytes}
 
 
 def _hash(data: bytes) -> str:

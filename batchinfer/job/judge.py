@@ -10,8 +10,6 @@ from batchinfer.job.prepare import Work
 from batchinfer.job.show import rows_of_record
 from batchinfer.job.state import RunState
 
-_AT_ONCE = 16
-
 
 def judge(work: Work, state: RunState) -> None:
     """Raises TooManyRowErrors. The whole output counts once it is complete, before that this worker's share of it.
@@ -37,9 +35,9 @@ def judge(work: Work, state: RunState) -> None:
 def _committed(work: Work) -> tuple[int, int]:
     """Rows and error rows of all workers, up to the first answer."""
     rows = errors = 0
-    for records in _records(work):
-        rows += sum(record.rows for record in records)
-        errors += sum(sum(record.errors.values()) for record in records)
+    for record in _records(work):
+        rows += record.rows
+        errors += sum(record.errors.values())
         if errors < rows:
             break
     return rows, errors
@@ -47,15 +45,13 @@ def _committed(work: Work) -> tuple[int, int]:
 
 def _first_error(work: Work) -> str:
     output = Output(work.ledger.store, work.plan, work.spec, work.ledger)
-    for records in _records(work):
-        for record in records:
-            for shown in rows_of_record(output, work.layout, record, errors=True):
-                error = shown.output["error"]
-                return f"row {shown.row} of {shown.file}: {error['message'] if isinstance(error, dict) else error}"
+    for record in _records(work):
+        for shown in rows_of_record(output, work.layout, record, errors=True):
+            error = shown.output["error"]
+            return f"row {shown.row} of {shown.file}: {error['message'] if isinstance(error, dict) else error}"
     return ""
 
 
-def _records(work: Work) -> Iterator[list[CommitRecord]]:
-    keys = list(work.ledger.in_effect().values())
-    for start in range(0, len(keys), _AT_ONCE):
-        yield work.ledger.read_all(keys[start : start + _AT_ONCE])
+def _records(work: Work) -> Iterator[CommitRecord]:
+    listing = work.ledger.listing()
+    return listing.in_order(list(listing.in_effect().values()))

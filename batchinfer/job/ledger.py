@@ -9,25 +9,34 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import orjson
 
 from batchinfer.errors import InputMissing, OutputConflict, SpecError
 from batchinfer.io.storage import Store
+from batchinfer.job.ahead import ahead
 from batchinfer.job.fingerprint import ENGINE_DECIDES
 from batchinfer.job.plan import JobPlan, load_plan
+from batchinfer.job.summaries import SUMMARIES, Entry, Stretch, cover, decode, stretch_of
+from batchinfer.log import log
 from batchinfer.spec import JobSpec, StorageSpec, parse_spec
 
 COMMITS = "commits/"
 PARTS = "parts/"
 JOB = "job.json"
-_COMMIT_NAME = re.compile(r"commits/(\d{6,})(?:\.r([1-9]\d*))?\.json")
+_COMMIT_NAME = re.compile(r"commits/(\d{6,12})(?:\.r([1-9]\d{0,8}))?\.json", re.ASCII)
 _PART_NAME = re.compile(r"parts/part-(\d{6,})-([0-9a-f]+)-[0-9a-f]{16}\.(?:parquet|jsonl(?:\.gz|\.zst)?)", re.ASCII)
-_READERS = 16  # commit records are small: latency, not bandwidth
+_RECORDS_AT_ONCE = 64  # small: latency, not bandwidth
+_SUMMARIES_AT_ONCE = 16
+_COUNTS = attrgetter(
+    *("chunk", "pass_number", "size_bytes", "rows", "output_rows", "ok"),
+    *("prompt_tokens", "completion_tokens", "scored_tokens"),
+)
 
 
 class CommitKey(NamedTuple):
@@ -38,6 +47,13 @@ class CommitKey(NamedTuple):
     def name(self) -> str:
         retry = f".r{self.pass_number}" if self.pass_number else ""
         return f"{COMMITS}{self.chunk:06d}{retry}.json"
+
+
+def commit_key(name: str) -> CommitKey | None:
+    """Of which chunk and pass an object is the record; None for a name that no record has."""
+    match = _COMMIT_NAME.fullmatch(name)
+    key = CommitKey(int(match[1]), int(match[2] or 0)) if match else None
+    return key if key is not None and key.name == name else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +91,7 @@ class CommitRecord:
             values["pass_number"] = values.pop("pass")
             values["size_bytes"] = values.pop("bytes")
             record = cls(**values)
-            whole = (record.chunk, record.pass_number, record.size_bytes, record.rows, record.output_rows, record.ok)
-            if not all(type(number) is int for number in (*whole, *record.errors.values())):
+            if not all(type(number) is int for number in (*_COUNTS(record), *record.errors.values())):
                 raise ValueError("a count is not a whole number")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise OutputConflict(f"{where}: not a commit record ({error}); restore it from a copy") from None
@@ -105,21 +120,18 @@ class Ledger:
         self.store = store
         self.plan = plan
 
-    def listed(self) -> list[CommitKey]:
-        """All records that exist, by chunk and pass. One listing."""
-        keys = []
-        for name in self.store.find(COMMITS):
-            match = _COMMIT_NAME.fullmatch(name)
-            if match and int(match[1]) < len(self.plan.chunks):
-                keys.append(CommitKey(int(match[1]), int(match[2] or 0)))
-        return sorted(keys)
+    def listing(self) -> Listing:
+        """All records that exist now."""
+        stretches = {stretch_of(entry.name, self.plan) for entry in self.store.scan(SUMMARIES)}
+        records: dict[CommitKey, tuple[int, str | None]] = {}
+        for name, size, mark in self.store.scan(COMMITS):
+            key = commit_key(name)
+            if key is not None and key.chunk < len(self.plan.chunks):
+                records[key] = size, mark
+        return Listing(self, records, {stretch for stretch in stretches if stretch is not None})
 
-    def in_effect(self) -> dict[int, CommitKey]:
-        """Chunk → its record of the highest pass; chunks without a record are open."""
-        return {key.chunk: key for key in self.listed()}  # sorted: the last one wins
-
-    def read(self, key: CommitKey) -> CommitRecord:
-        """Raises OutputConflict for a record that is gone, damaged or of another job."""
+    def read(self, key: CommitKey) -> tuple[CommitRecord, bytes]:
+        """A record and its bytes. Raises OutputConflict for one that is gone, damaged or of another job."""
         where = f"{self.store.url}/{key.name}"
         data = self.store.read(key.name)
         if data is None:
@@ -127,18 +139,86 @@ class Ledger:
         record = CommitRecord.from_bytes(data, where)
         if record.key != key or record.fingerprint != self.plan.digest:
             raise OutputConflict(f"{where}: belongs to another chunk or job; restore it from a copy, or remove it")
-        return record
-
-    def read_all(self, keys: Iterable[CommitKey]) -> list[CommitRecord]:
-        """Records in the order of `keys`, read concurrently."""
-        with ThreadPoolExecutor(_READERS, thread_name_prefix="ledger") as pool:
-            return list(pool.map(self.read, keys))
+        return record, data
 
     def commit(self, record: CommitRecord) -> CommitRecord:
         """Make a chunk done. Returns the record that holds from now on: another worker's, if it was first."""
         if self.store.put_if_absent(record.key.name, record.to_bytes()):
             return record
-        return self.read(record.key)
+        return self.read(record.key)[0]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The records that stood on storage at one moment: key → size and mark. `stretches`: those that have a summary."""
+
+    ledger: Ledger
+    records: dict[CommitKey, tuple[int, str | None]]
+    stretches: set[Stretch]
+
+    def in_effect(self, last_pass: int | None = None) -> dict[int, CommitKey]:
+        """Chunk → its record of the highest pass, up to `last_pass`; ascending. Chunks without a record are open."""
+        keys = (key for key in sorted(self.records) if last_pass is None or key.pass_number <= last_pass)
+        return {key.chunk: key for key in keys}
+
+    def of_pass(self, number: int) -> set[int]:
+        """The chunks that this pass has committed."""
+        return {key.chunk for key in self.records if key.pass_number == number}
+
+    def read(self, keys: Iterable[CommitKey]) -> Iterator[CommitRecord]:
+        """Each of these records, as they come: from summaries as far as these agree with the listing, else itself.
+
+        Few are in memory at once. Raises OutputConflict, see Ledger.read.
+        """
+        return (record for record, _ in self._read(keys))
+
+    def entries(self, keys: Iterable[CommitKey]) -> Iterator[tuple[CommitKey, Entry]]:
+        """What a summary holds of these records; those are left out that the store does not mark, or not ours wrote."""
+        for record, line in self._read(keys):
+            mark = self.records[record.key][1]
+            if mark is not None and line == record.to_bytes():
+                yield record.key, Entry(line, mark)
+
+    def requests(self, keys: Iterable[CommitKey]) -> int:
+        """How many objects `read` asks for if all summaries agree."""
+        wanted = set(keys)
+        chosen = cover(self.stretches, len(self.ledger.plan.chunks), wanted)
+        covered = sum((chunk, stretch.pass_number) in wanted for stretch in chosen for chunk in stretch.chunks)
+        return len(chosen) + len(wanted) - covered
+
+    def _read(self, keys: Iterable[CommitKey]) -> Iterator[tuple[CommitRecord, bytes]]:
+        wanted = set(keys)
+        chosen = cover(self.stretches, len(self.ledger.plan.chunks), wanted)
+        for record, line in chain.from_iterable(ahead(self._of_summary, chosen, _SUMMARIES_AT_ONCE)):
+            if record.key in wanted:
+                wanted.remove(record.key)
+                yield record, line
+        yield from ahead(self.ledger.read, sorted(wanted), _RECORDS_AT_ONCE)
+
+    def in_order(self, keys: list[CommitKey]) -> Iterator[CommitRecord]:
+        """As `read`, in the order of `keys`, for who may stop early: few first, then more and more at once."""
+        size = _RECORDS_AT_ONCE
+        while keys:
+            places = {key: place for place, key in enumerate(keys[:size])}
+            yield from sorted(self.read(places), key=lambda record: places[record.key])
+            keys, size = keys[size:], size * 4
+
+    def _of_summary(self, stretch: Stretch) -> list[tuple[CommitRecord, bytes]]:
+        """The records whose entries agree with the listing; none of a summary that is gone, damaged or foreign."""
+        store, digest = self.ledger.store, self.ledger.plan.digest
+        name = stretch.name(self.ledger.plan)
+        data = store.read(name)
+        try:
+            entries = decode(data, digest) if data is not None else []
+            read = [(CommitRecord.from_bytes(entry.line, name), *entry) for entry in entries]
+        except (ValueError, OutputConflict) as error:
+            log.warning("summary ignored, see batchinfer verify", file=f"{store.url}/{name}", why=str(error))
+            return []
+        return [
+            (record, line)
+            for record, line, mark in read
+            if self.records.get(record.key) == (len(line), mark) and record.fingerprint == digest
+        ]
 
 
 @dataclass(frozen=True)

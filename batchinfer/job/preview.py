@@ -78,7 +78,7 @@ def preview(spec: JobSpec, sample_rows: int) -> Preview:
         theirs = find_plan(store, report_name(Shard()))
         if theirs is not None:
             refuse_other(draft.plan, theirs, f"{store.url}/{PLAN}")
-            committed = len(Ledger(store, theirs).in_effect())
+            committed = len(Ledger(store, theirs).listing().in_effect())
     except OutputConflict as error:
         conflict = error
     measure = _Measure(spec, draft)

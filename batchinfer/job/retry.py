@@ -14,9 +14,9 @@ from typing import Any
 from batchinfer.errors import RETRYABLE_KINDS, OutputConflict, UsageError
 from batchinfer.job.batchlines import rows_of_lines
 from batchinfer.job.drain import Drain
-from batchinfer.job.finish import finalise, is_finished, read_manifest
+from batchinfer.job.finish import finalise, is_finished, read_totals
 from batchinfer.job.judge import judge
-from batchinfer.job.ledger import CommitRecord
+from batchinfer.job.ledger import CommitRecord, Listing
 from batchinfer.job.prepare import Work
 from batchinfer.job.readback import read_part
 from batchinfer.job.report import Progress, Report, Silent
@@ -47,17 +47,18 @@ def retry_job(
         work = begin(spec, state)
         state.manifest = _finished(work)
         number = state.manifest["pass"] + 1
-        failed = _failed_chunks(work, number)
+        listing = work.ledger.listing()
+        failed = _failed_chunks(listing, number)
         if not failed:
             log.info("nothing to retry: no row ended with a retryable error", kinds=sorted(RETRYABLE_KINDS))
             state.manifest = finalise(work.ledger, number - 1)  # the last pass may have been stopped while it swept
         else:
-            done = {key.chunk for key in work.ledger.listed() if key.pass_number == number}
+            done = listing.of_pass(number)
             own = [chunk for chunk in failed if shard.owns(chunk)]
             todo = Pass(number, [chunk for chunk in own if chunk not in done], [c for c in own if c in done])
-            run_pass(work, state, todo, lambda chunk: _kept_rows(work, failed[chunk]))
+            run_pass(work, state, todo, listing, lambda chunk: _kept_rows(work, failed[chunk]))
             state.clock.enter("finishing")
-            done = {key.chunk for key in work.ledger.listed() if key.pass_number == number}
+            done = work.ledger.listing().of_pass(number)
             state.manifest = finalise(work.ledger, number, state.committed) if done >= failed.keys() else None
         judge(work, state)
     return state.report(None)
@@ -66,7 +67,7 @@ def retry_job(
 def _finished(work: Work) -> dict[str, Any]:
     """The manifest of the last pass; a pass that was stopped while it wrote it is brought to its end."""
     store = work.ledger.store
-    manifest = read_manifest(store, work.plan)
+    manifest = read_totals(store, work.plan)
     if manifest is not None and not is_finished(store):
         manifest = finalise(work.ledger, manifest["pass"])
     if manifest is None:
@@ -76,11 +77,11 @@ def _finished(work: Work) -> dict[str, Any]:
     return manifest
 
 
-def _failed_chunks(work: Work, number: int) -> dict[int, CommitRecord]:
-    """Chunks with retryable errors as they were before pass `number`."""
-    before = {key.chunk: key for key in work.ledger.listed() if key.pass_number < number}
-    records = work.ledger.read_all(before.values())
-    return {record.chunk: record for record in records if RETRYABLE_KINDS & record.errors.keys()}
+def _failed_chunks(listing: Listing, number: int) -> dict[int, CommitRecord]:
+    """Chunks with retryable errors as they were before pass `number`, ascending."""
+    records = listing.read(listing.in_effect(number - 1).values())
+    failed = {record.chunk: record for record in records if RETRYABLE_KINDS & record.errors.keys()}
+    return dict(sorted(failed.items()))
 
 
 def _kept_rows(work: Work, record: CommitRecord) -> list[Row]:

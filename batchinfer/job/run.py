@@ -15,10 +15,11 @@ from batchinfer.job.background import Repeat
 from batchinfer.job.commit import Committer, PartWriter
 from batchinfer.job.drain import Drain
 from batchinfer.job.feed import Feed, Window, open_rows
-from batchinfer.job.finish import finalise, is_finished, read_manifest
+from batchinfer.job.finish import finalise, is_finished, read_totals
+from batchinfer.job.folding import Folder
 from batchinfer.job.gather import Gather
 from batchinfer.job.judge import judge
-from batchinfer.job.ledger import CommitKey, CommitRecord
+from batchinfer.job.ledger import CommitKey, CommitRecord, Listing
 from batchinfer.job.prepare import Work, prepare
 from batchinfer.job.report import Progress, Report, Silent, report_name
 from batchinfer.job.results import Encoder, Row
@@ -54,8 +55,8 @@ def run_job(
     log.info("shard", index=shard.index, count=shard.count, source=shard.source)
     with state.reporting():
         work = begin(spec, state)
-        manifest = read_manifest(work.ledger.store, work.plan)  # of an earlier run, or of a retry pass
-        run_pass(work, state, _open_chunks(work, state), lambda _: [])
+        manifest = read_totals(work.ledger.store, work.plan)  # of an earlier run, or of a retry pass
+        _run_open(work, state)
         state.clock.enter("finishing")
         if manifest is None or not is_finished(work.ledger.store):
             manifest = finalise(work.ledger, manifest["pass"] if manifest is not None else 0, state.committed)
@@ -79,8 +80,11 @@ def begin(spec: JobSpec, state: RunState) -> Work:
     return work
 
 
-def run_pass(work: Work, state: RunState, todo: Pass, kept: Recover) -> None:
-    """Run the chunks of a pass; `kept` gives the rows of a chunk that the pass leaves as they are."""
+def run_pass(work: Work, state: RunState, todo: Pass, listing: Listing, kept: Recover) -> None:
+    """Run the chunks of a pass; `kept` gives the rows of a chunk that the pass leaves as they are.
+
+    `listing`: the records by which `todo` was found.
+    """
     state.todo = todo
     if not todo.chunks:
         return
@@ -97,7 +101,8 @@ def run_pass(work: Work, state: RunState, todo: Pass, kept: Recover) -> None:
         stack.enter_context(Repeat(worker.seams.salvage_every_s, salvage.save, "saving the salvage"))
         state.clock.enter("running")
         try:
-            run_chunks(work, state, spool, window, lambda chunk: kept(chunk) + salvage.rows(chunk))
+            folder = Folder(listing, worker.shard, todo.number, todo.chunks, todo.before)
+            run_chunks(work, state, spool, window, folder, lambda chunk: kept(chunk) + salvage.rows(chunk))
         except Drained:
             quiet.set()
             worker.drain.wait_saved()
@@ -111,7 +116,7 @@ def run_pass(work: Work, state: RunState, todo: Pass, kept: Recover) -> None:
             worker.drain.on_request(None)
 
 
-def run_chunks(work: Work, state: RunState, spool: Spool, window: Window, recover: Recover) -> None:
+def run_chunks(work: Work, state: RunState, spool: Spool, window: Window, folder: Folder, recover: Recover) -> None:
     """The outer loop: every completion into the spool, every complete chunk to the committer."""
     plan, tally, drain, llm = work.plan, state.tally, state.worker.drain, state.llm
     assert llm is not None
@@ -119,6 +124,7 @@ def run_chunks(work: Work, state: RunState, spool: Spool, window: Window, recove
     def done(record: CommitRecord) -> None:
         state.done(record)
         window.leave(plan.chunks[record.chunk].count)
+        folder.add(record)
 
     writer = PartWriter(work.ledger, work.layout, spool, state.todo.number, llm.wire)
     encoder = Encoder(work.layout)
@@ -147,18 +153,19 @@ def _answers(work: Work, state: RunState, feed: Feed, llm: Answerer) -> closing[
     return closing(feed.gather.rows(llm.run(prompts)))
 
 
-def _open_chunks(work: Work, state: RunState) -> Pass:
-    """This worker's chunks that no commit record names. Counts the errors of the others if a threshold is set."""
-    done = work.ledger.in_effect()
-    own = [chunk for chunk in range(len(work.plan.chunks)) if state.worker.shard.owns(chunk)]
-    before = [chunk for chunk in own if chunk in done]
+def _run_open(work: Work, state: RunState) -> None:
+    """Run this worker's chunks that no commit record names. Counts the errors of the others if a threshold is set."""
+    listing, shard = work.ledger.listing(), state.worker.shard
+    done = {key.chunk for key in listing.records}
+    own = range(shard.index, len(work.plan.chunks), shard.count)
+    todo = Pass(0, [chunk for chunk in own if chunk not in done], [chunk for chunk in own if chunk in done])
     if work.spec.errors.max is not None:
-        for record in work.ledger.read_all(CommitKey(chunk, 0) for chunk in before):
+        for record in listing.read(CommitKey(chunk, 0) for chunk in todo.before):
             state.tally.before_rows += record.rows
             state.tally.before_errors += sum(record.errors.values())
-    if before:
-        log.info("continuing", chunks_done=len(before), chunks_open=len(own) - len(before))
-    return Pass(0, [chunk for chunk in own if chunk not in done], before)
+    if todo.before:
+        log.info("continuing", chunks_done=len(todo.before), chunks_open=len(todo.chunks))
+    run_pass(work, state, todo, listing, lambda _: [])
 
 
 def _save(window: Window, quiet: threading.Event, salvage: Salvage, state: RunState) -> None:

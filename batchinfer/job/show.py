@@ -19,7 +19,6 @@ from batchinfer.values.plain import shown_text
 
 T = TypeVar("T")
 
-_RECORDS_AT_ONCE = 64
 _CELL_CHARS = 1200  # longer cells are cut, and say so
 _SIDE_BY_SIDE = 120  # columns of text that two blocks next to each other need
 
@@ -45,7 +44,8 @@ def pick(
 
     None where no row is an error. Raises UsageError if there is no such row otherwise.
     """
-    keys = list(output.ledger.in_effect().values())
+    listing = output.ledger.listing()
+    keys = list(listing.in_effect().values())
     if row is not None:
         spans = output.plan.chunks
         keys = [key for key in keys if spans[key.chunk].start <= row < spans[key.chunk].start + spans[key.chunk].count]
@@ -53,11 +53,10 @@ def pick(
         keys = _spread(keys, count)
     layout = output_layout(output.spec, output.plan.inputs)
     shown: list[Shown] = []
-    for start in range(0, len(keys), _RECORDS_AT_ONCE):
-        for record in output.ledger.read_all(keys[start : start + _RECORDS_AT_ONCE]):
-            wanted = -(-count // len(keys)) if row is None and not errors else count
-            rows = rows_of_record(output, layout, record, errors, row)
-            shown += _spread(rows, wanted) if row is None and not errors else rows
+    for record in listing.in_order(keys):
+        wanted = -(-count // len(keys)) if row is None and not errors else count
+        rows = rows_of_record(output, layout, record, errors, row)
+        shown += _spread(rows, wanted) if row is None and not errors else rows
         if len(shown) >= count:
             break
     if not shown and errors and row is None:

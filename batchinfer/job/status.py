@@ -7,9 +7,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from batchinfer.job.finish import is_finished
-from batchinfer.job.ledger import CommitRecord, Output
+from batchinfer.job.ledger import Output
 from batchinfer.job.salvage import SALVAGE, is_journal
 from batchinfer.job.shard import Shard
+
+_SUMMED = ("rows", "ok", "prompt_tokens", "completion_tokens", "scored_tokens")
 
 
 @dataclass(frozen=True)
@@ -44,24 +46,22 @@ class Status:
 def read_status(output: Output, shards: int = 1) -> Status:
     """`shards` above 1 adds the share of each of that many workers."""
     plan = output.plan
-    keys = output.ledger.in_effect()
-    records: list[CommitRecord] = output.ledger.read_all(keys.values())
+    listing = output.ledger.listing()
+    keys = listing.in_effect()
+    sums: Counter[str] = Counter()
     errors: Counter[str] = Counter()
-    for record in records:
+    for record in listing.read(keys.values()):
+        sums.update({name: getattr(record, name) for name in _SUMMED})
         errors.update(record.errors)
     workers = [Shard(index, shards) for index in range(shards)] if shards > 1 else []
     return Status(
         url=output.store.url,
         finished=is_finished(output.store),
-        chunks_done=len(records),
+        chunks_done=len(keys),
         chunks=len(plan.chunks),
-        rows=sum(record.rows for record in records),
         covered=plan.rows,
-        ok=sum(record.ok for record in records),
-        errors=dict(errors.most_common()),
-        prompt_tokens=sum(record.prompt_tokens for record in records),
-        completion_tokens=sum(record.completion_tokens for record in records),
-        scored_tokens=sum(record.scored_tokens for record in records),
+        **{name: sums[name] for name in _SUMMED},
+        errors=dict(sorted(errors.items(), key=lambda item: (-item[1], item[0]))),
         retry_passes=max((key.pass_number for key in keys.values()), default=0),
         salvage={name: size for name, size in output.store.find(SALVAGE).items() if is_journal(name, plan)},
         shards=[_share(worker, len(plan.chunks), keys.keys()) for worker in workers],
@@ -69,8 +69,8 @@ def read_status(output: Output, shards: int = 1) -> Status:
 
 
 def _share(worker: Shard, chunks: int, done: Iterable[int]) -> ShardShare:
-    own = [chunk for chunk in range(chunks) if worker.owns(chunk)]
-    return ShardShare(worker, len(set(own).intersection(done)), len(own))
+    own = range(worker.index, chunks, worker.count)
+    return ShardShare(worker, sum(map(worker.owns, done)), len(own))
 
 
 def describe(status: Status) -> str:

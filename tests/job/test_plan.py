@@ -119,7 +119,7 @@ def test_where_nothing_is_written_there_is_nothing_to_open(tmp_path):
     run(job(tmp_path), ScriptedLLM())
     output = open_output(str(tmp_path / "out"), StorageSpec())
     assert output.plan.rows == 5 and output.spec.output.chunk_rows == 4
-    assert [key.chunk for key in output.ledger.in_effect().values()] == [0, 1]
+    assert [key.chunk for key in output.ledger.listing().in_effect().values()] == [0, 1]
 
 
 def test_secrets_stay_out_of_the_saved_job(tmp_path):
@@ -137,7 +137,7 @@ def test_records_of_other_jobs_and_damaged_ones_are_refused():
     assert ledger.commit(record) == record == ledger.commit(record)
     assert ledger.commit(replace(record, sha256="other")) == record
     retried = ledger.commit(replace(record, pass_number=12))
-    assert ledger.in_effect() == {1: retried.key} and retried.key.name == "commits/000001.r12.json"
+    assert ledger.listing().in_effect() == {1: retried.key} and retried.key.name == "commits/000001.r12.json"
     for name, data in (
         ("commits/000000.json", record.to_bytes()),
         ("commits/000000.json", b"{"),
@@ -146,7 +146,8 @@ def test_records_of_other_jobs_and_damaged_ones_are_refused():
     ):
         store.objects[name] = data
         with pytest.raises(OutputConflict):
-            ledger.read_all(key for key in ledger.listed() if not key.pass_number)
+            listing = ledger.listing()
+            list(listing.read(key for key in listing.records if not key.pass_number))
 
 
 def test_the_prompt_of_a_job_without_columns(tmp_path):
