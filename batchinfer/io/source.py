@@ -144,7 +144,7 @@ class LocalSource(Source):
             return WHOLE + hash_of(now.blocks())
 
     def arrow(self) -> pa.NativeFile:
-        return pa.OSFile(str(self._path), "rb")
+        return pa.OSFile(os.fsencode(self._path), "rb")  # the bytes of the name, whatever they are
 
     def close(self) -> None:
         if self._descriptor >= 0:

@@ -142,10 +142,13 @@ class TestLocal:
     def test_whatever_is_found_opens(self, tmp_path_factory, name):
         folder = tmp_path_factory.mktemp("any")
         (folder / f"x{os.fsdecode(name)}.jsonl").write_bytes(b'{"x": 1}\n')
+        with (folder / f"x{os.fsdecode(name)}.parquet").open("wb") as file:
+            pq.write_table(pa.table({"x": [1]}), file)
         for pattern in (str(folder), f"{folder}/*.jsonl", folder.as_uri(), f"{folder.as_uri()}/*.jsonl"):
             inputs = scan_all(pattern)
-            inputs.files[0].url.encode()
-            assert read_all(inputs)[0] == [{"x": 1}]
+            [file.url.encode() for file in inputs.files]
+            assert [row["x"] for row in read_all(inputs)[0]] == [1] * len(inputs.files)
+            assert len(inputs.files) == (1 if "*" in pattern else 2)
 
     def test_globs_in_urls(self, tmp_path, monkeypatch):
         place = Place(str(tmp_path))
