@@ -70,7 +70,7 @@ def load_text(source: ModelFiles | None, chat_template: str | None) -> tuple[Tok
     """The tokenizer of these files (None: bytes), and the chat template that is given, or else its own."""
     tokenizer: Tokenizer = load_tokenizer(source.path) if source is not None else ByteTokenizer()
     template = chat_template or tokenizer.chat_template
-    return tokenizer, ChatTemplate(template, tokenizer.special_tokens) if template else None
+    return tokenizer, ChatTemplate(template, tokenizer.special_tokens, tokenizer.control) if template else None
 
 
 def _model_runner(engine: EngineSpec, path: Path) -> tuple[Runner, BlockPool, int, int]:

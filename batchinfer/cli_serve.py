@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_MORE_SETTINGS = ("sampling.", "prompt.chat_template", "prompt.chat_template_kwargs")
+_MORE_SETTINGS = ("sampling.", "prompt.chat_template", "prompt.chat_template_kwargs", "prompt.special_tokens")
 _PORT = 8000
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _NEEDED = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
@@ -158,8 +158,8 @@ def _load(spec: JobSpec, names: list[str] | None) -> ServedModel:
         raise ModelError(f"{spec.model}: its context of {parts.limits.context} tokens has no room for an answer")
     prompt = spec.prompt
     template = (prompt.chat_template if prompt else None) or parts.tokenizer.chat_template
-    kwargs = prompt.chat_template_kwargs if prompt else {}
-    return ServedModel(parts, tuple(dict.fromkeys(names or [spec.model])), template, kwargs)
+    said = (prompt.chat_template_kwargs, prompt.special_tokens) if prompt else ()
+    return ServedModel(parts, tuple(dict.fromkeys(names or [spec.model])), template, *said)
 
 
 def _in_thread(work: Callable[[], T]) -> T:

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
 from batchinfer.assembly import Assembly, assemble
+from batchinfer.encoding import Content, SpecialTokens
 from batchinfer.engine.blocks import BlockPool
 from batchinfer.engine.engine import Engine, Runner
 from batchinfer.engine.scheduler import Scheduler
 from batchinfer.engine.stats import EngineStats
 from batchinfer.errors import BadParameters, ModelError, SpecError, UsageError
 from batchinfer.io.fetch import ModelFiles, fetch_model
-from batchinfer.prompting import Content, Limits, Preparer, Prompt, mix
+from batchinfer.prompting import Limits, Preparer, Prompt, mix
 from batchinfer.request import Completion, Pooling, SamplingParams
 from batchinfer.scoring import Continuation, Measure, Pooled, Read, Rolling, continuations
 from batchinfer.spec import FAKE_MODEL, EngineSpec, FakeSpec, JobSpec, StorageSpec, parse_section
@@ -44,11 +45,12 @@ class Parts(NamedTuple):
 
 
 class Defaults(NamedTuple):
-    """What holds for all prompts, beside the model: sampling parameters, and variables of the chat template."""
+    """What holds for all prompts, beside the model: sampling parameters, and for messages those of `Encoder`."""
 
     seed: int
     sampling: Mapping[str, Any] = {}
     chat_kwargs: dict[str, Any] | None = None
+    special_tokens: SpecialTokens | None = None
 
 
 _MISSING = SamplingParams()  # marks a prompt beyond the last of the given parameters
@@ -115,8 +117,8 @@ class LLM:
         assembly = assemble(spec.engine, files, other, spec.fake, prompt.chat_template if prompt else None)
         if assembly.chat is None and prompt is not None and (prompt.user is not None or prompt.messages is not None):
             raise ModelError(f"{spec.model}: has no chat template: give prompt.chat_template, or use prompt.template")
-        kwargs = prompt.chat_template_kwargs if prompt else {}
-        llm._setup(assembly, spec.engine, Defaults(spec.seed, spec.sampling_values, kwargs))
+        chat = (prompt.chat_template_kwargs, prompt.special_tokens) if prompt else ()
+        llm._setup(assembly, spec.engine, Defaults(spec.seed, spec.sampling_values, *chat))
         try:
             llm._preparer.compile(llm.default_params)  # with the model's tokens: what `validate` could not know
         except BadParameters as error:
@@ -231,9 +233,8 @@ class LLM:
         self._seed = defaults.seed
         self._assembly = assembly
         self._tokenizer = assembly.tokenizer
-        self._preparer = Preparer(
-            assembly.tokenizer, assembly.limits, self.default_params, assembly.chat, defaults.chat_kwargs
-        )
+        chat = assembly.chat, defaults.chat_kwargs, defaults.special_tokens
+        self._preparer = Preparer(assembly.tokenizer, assembly.limits, self.default_params, *chat)
         self._max_num_seqs = engine.max_num_seqs
         self._engine = make_engine(assembly.pool, assembly.runner, engine)
 

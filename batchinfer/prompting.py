@@ -10,11 +10,11 @@ import contextlib
 import queue
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
+from batchinfer.encoding import Content, Encoder, Framing, SpecialTokens, Text
 from batchinfer.errors import BadParameters, InvalidInput, RowError, TooLong
 from batchinfer.request import Completion, Pooling, Request, SamplingParams
 from batchinfer.scoring import Continuations, Pooled, Read, Rolling, pair, windows
@@ -23,39 +23,8 @@ from batchinfer.text.detokenize import StopStrings, bad_word_ids
 from batchinfer.text.grammar import Grammars
 from batchinfer.text.tokenizer import Tokenizer
 
-Content = str | list[int] | list[dict[str, Any]]
 _MASK = (1 << 64) - 1
 _READING = SamplingParams(temperature=0.0, max_tokens=0, prompt_logprobs=1)
-
-
-class Truncation(NamedTuple):
-    """How much of a prompt is kept: its last `tokens`, or the `first`; -1: what fits the context beside the answer."""
-
-    tokens: int
-    first: bool = False
-
-    def cut(self, ids: list[int], context: int, answer_tokens: int) -> list[int]:
-        """Raises BadParameters."""
-        if not (self.tokens == -1 or 1 <= self.tokens <= context):
-            problem = f"truncate_prompt_tokens must be -1, or 1 to {context} (the context), got {self.tokens}"
-            raise BadParameters(problem, param="truncate_prompt_tokens")
-        kept = max(1, context - answer_tokens) if self.tokens == -1 else self.tokens
-        return ids[:kept] if self.first else ids[-kept:]
-
-
-@dataclass(frozen=True, slots=True)
-class Framing:
-    """What a request says about its prompt beside its content.
-
-    special: whether the tokenizer adds its special tokens. variables: of the chat template, over those of the job.
-    whole_answer: room for fewer tokens than `max_tokens` asks for is an error; else the answer ends with the context.
-    truncation: of a long prompt, its special tokens included.
-    """
-
-    special: bool
-    variables: Mapping[str, Any] = field(default_factory=dict)
-    whole_answer: bool = False
-    truncation: Truncation | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,13 +86,14 @@ class Preparer:
         limits: Limits,
         defaults: SamplingParams,
         chat: ChatTemplate | None,
-        chat_kwargs: dict[str, Any] | None = None,
+        chat_kwargs: Mapping[str, Any] | None = None,
+        special_tokens: SpecialTokens | None = None,
     ) -> None:
+        """The last three: see `Encoder`."""
+        self.encoder = Encoder(tokenizer, chat, chat_kwargs, special_tokens)
         self._tokenizer = tokenizer
         self._limits = limits
         self._defaults = defaults
-        self._chat = chat
-        self._chat_kwargs = chat_kwargs or {}
         self._grammars = Grammars(tokenizer, limits.vocab_size, limits.eos_ids)
         self._next_id = 0
         self._turn = threading.Lock()
@@ -143,64 +113,35 @@ class Preparer:
             self._grammars.compile(params.structured_outputs)
 
     def _prepare(self, prompts: list[Prompt]) -> list[Prepared | Completion]:
-        contents = [self._content(prompt) for prompt in prompts]
+        texts = [self._text(prompt) for prompt in prompts]
         results: list[Prepared | Completion] = []
-        for prompt, content, ids in zip(prompts, contents, self._tokenize(prompts, contents), strict=True):
+        for prompt, text, ids in zip(prompts, texts, self._tokenize(prompts, texts), strict=True):
             try:
                 if isinstance(ids, RowError):
                     raise ids
                 ids = self._cut(prompt, ids)
-                results.append(self._prepared(prompt, ids) if prompt.read is None else self._read(prompt, content, ids))
+                results.append(self._prepared(prompt, ids) if prompt.read is None else self._read(prompt, text, ids))
             except RowError as error:
                 known = ids if isinstance(ids, list) else []
                 results.append(Completion(prompt.index, known, error=error))
         return results
 
-    def _content(self, prompt: Prompt) -> tuple[str, bool] | list[int] | RowError:
-        """(text, whether special tokens are added), or token ids, or what is wrong."""
-        if prompt.error is not None:
-            return prompt.error
-        content, framing = prompt.content, prompt.framing
-        if isinstance(content, str):
-            return content, framing is None or framing.special
-        if content == []:
-            return InvalidInput("the prompt is empty", param="prompt")
-        if not isinstance(content, list):
-            return InvalidInput("a prompt is text, token ids or messages")
-        if all(isinstance(message, dict) for message in content):
-            return self._render(content, framing or Framing(False))
-        if all(isinstance(token, int) and not isinstance(token, bool) for token in content):
-            return [int(token) for token in content if isinstance(token, int)]
-        return InvalidInput("a prompt list holds token ids (integers) or chat messages (mappings)")
+    def _text(self, prompt: Prompt) -> Text | list[int] | RowError:
+        return self.encoder.text(prompt.content, prompt.framing) if prompt.error is None else prompt.error
 
-    def _render(self, messages: list[Any], framing: Framing) -> tuple[str, bool] | RowError:
-        if self._chat is None:
-            return InvalidInput("this model has no chat template: give prompt.chat_template, or a ready prompt")
-        try:
-            # the template writes the special tokens itself
-            return self._chat.render(messages, **{**self._chat_kwargs, **framing.variables}), framing.special
-        except RowError as error:
-            return error
-
-    def _tokenize(
-        self, prompts: list[Prompt], contents: list[tuple[str, bool] | list[int] | RowError]
-    ) -> list[list[int] | RowError]:
-        """Ids of each content. Contexts and texts to be scored get no special tokens here."""
-        results: list[list[int] | RowError] = [
-            content if not isinstance(content, tuple) else [] for content in contents
-        ]
+    def _tokenize(self, prompts: list[Prompt], texts: list[Text | list[int] | RowError]) -> list[list[int] | RowError]:
+        """Ids of each text. Contexts, and texts to be scored, get no special tokens here."""
+        results: list[list[int] | RowError] = [[] if isinstance(text, Text) else text for text in texts]
         for special in (True, False):
-            places = [
-                place
-                for place, (prompt, content) in enumerate(zip(prompts, contents, strict=True))
-                if isinstance(content, tuple)
-                and (content[1] and not isinstance(prompt.read, Continuations | Rolling)) is special
+            wanted = [
+                (place, _context(prompt, text.text))
+                for place, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
+                if isinstance(text, Text)
+                and (text.special and not isinstance(prompt.read, Continuations | Rolling)) is special
             ]
-            if places:
-                texts = [_context(prompts[i], content[0]) for i in places if isinstance(content := contents[i], tuple)]
-                encoded = self._tokenizer.encode_batch(texts, add_special_tokens=special)
-                for place, ids in zip(places, encoded, strict=True):
-                    results[place] = ids
+            encoded = self.encoder.encode([text for _, text in wanted], special)
+            for (place, _), ids in zip(wanted, encoded, strict=True):
+                results[place] = ids
         return results
 
     def _cut(self, prompt: Prompt, ids: list[int]) -> list[int]:
@@ -248,7 +189,7 @@ class Preparer:
             )
         return Prepared(prompt.index, ids, params, requests, stop)
 
-    def _read(self, prompt: Prompt, content: tuple[str, bool] | list[int] | RowError, ids: list[int]) -> Prepared:
+    def _read(self, prompt: Prompt, text: Text | list[int] | RowError, ids: list[int]) -> Prepared:
         """A prompt that is scored or embedded."""
         read = prompt.read
         assert read is not None
@@ -261,8 +202,8 @@ class Preparer:
                 raise InvalidInput("the text is empty", param="prompt")
             parts = list(windows(ids, self._prefix_id(), self._limits.context))
         else:
-            tails = self._continuations(content, len(ids), read)
-            ids = [*self._lead, *ids] if isinstance(content, tuple) and content[1] else ids
+            tails = self._continuations(text.text if isinstance(text, Text) else None, len(ids), read)
+            ids = self.encoder.led(ids) if isinstance(text, Text) and text.special else ids
             ids = ids or [self._prefix_id()]
             parts = [([*ids, *tail], len(ids)) for tail in tails]
         for part, _ in parts:
@@ -285,11 +226,13 @@ class Preparer:
         self._next_id += 1
         return Request(self._next_id, ids, _READING, 0, score_from=score_from, pooling=pooling)
 
-    def _continuations(self, content: Any, skipped: int, read: Continuations) -> list[list[int]]:
-        """The ids of each continuation: of texts, what the whole has after as many tokens as the context has alone."""
+    def _continuations(self, before: str | None, skipped: int, read: Continuations) -> list[list[int]]:
+        """The ids of each continuation: of texts, what the whole has after as many tokens as the context has alone.
+
+        before: the context, where it is text.
+        """
         read.check()
         texts = [text for text in read.texts if isinstance(text, str)]
-        before = content[0] if isinstance(content, tuple) else None
         tails: Iterator[list[int]] = iter(())
         if texts and before is not None:
             kept = pair(before, "")[0]
@@ -303,18 +246,11 @@ class Preparer:
         return found
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        encoded = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        encoded = self.encoder.encode(texts, special=False)
         for ids in encoded:
             if isinstance(ids, RowError):
                 raise ids
         return [ids for ids in encoded if isinstance(ids, list)]
-
-    @cached_property
-    def _lead(self) -> list[int]:
-        """What the tokenizer puts before a text, if it does: the beginning-of-sequence token."""
-        bos = self._tokenizer.bos_id
-        framed = self._tokenizer.encode_batch([" "], add_special_tokens=True)[0]
-        return [bos] if bos is not None and isinstance(framed, list) and framed[:1] == [bos] else []
 
     def _prefix_id(self) -> int:
         """The token that the first of a text follows: beginning of sequence, or where there is none, its end."""

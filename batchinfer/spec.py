@@ -78,6 +78,13 @@ class PromptSpec(_Section):
     column: str | None = Field(None, description="column that holds a ready prompt (text, or a list of token ids)")
     chat_template: str | None = Field(None, description="a Jinja chat template instead of the model's")
     chat_template_kwargs: dict[str, Any] = Field({}, description="extra variables for the chat template")
+    continue_final_message: bool = Field(False, description="the last of `messages` stays open: answers go on with it")
+    special_tokens: Literal["text", "allow"] | None = Field(
+        None, description="what looks like a control token in a row is text, or is one; default text, allow in `column`"
+    )
+    add_special_tokens: bool | None = Field(
+        None, description="put BOS and the like around prompts; default: around ready ones (`template`, `column`)"
+    )
 
     @model_validator(mode="after")
     def _one_way(self) -> PromptSpec:
@@ -87,6 +94,10 @@ class PromptSpec(_Section):
             raise ValueError(f"needs exactly one of template, user, messages, column; got {got}")
         if self.system is not None and self.user is None:
             raise ValueError("system goes with user")
+        if self.continue_final_message and self.messages is None:
+            raise ValueError("continue_final_message goes with messages")
+        if self.continue_final_message and self.chat_template_kwargs.get("add_generation_prompt"):
+            raise ValueError("continue_final_message and add_generation_prompt exclude each other")
         return self
 
 

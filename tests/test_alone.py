@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchinfer import LLM, Completion, SamplingParams
-from batchinfer.prompting import Framing, Prompt
+from batchinfer.encoding import Framing
+from batchinfer.prompting import Prompt
 from batchinfer.scoring import Pooled, Rolling, continuations
 from batchinfer.spec import FakeSpec
 

@@ -96,8 +96,8 @@ class _Measure:
         tokenizer, chat = load_text(_text_files(spec), spec.prompt.chat_template if spec.prompt else None)
         self.context_tokens = _context_tokens(spec)
         limits = Limits(self.context_tokens, tokenizer.vocab_size, tokenizer.eos_ids)
-        kwargs = spec.prompt.chat_template_kwargs if spec.prompt else {}
-        self._preparer = Preparer(tokenizer, limits, defaults, chat, kwargs)
+        said = (spec.prompt.chat_template_kwargs, spec.prompt.special_tokens) if spec.prompt else ()
+        self._preparer = Preparer(tokenizer, limits, defaults, chat, *said)
         self._model = WireModel((spec.model,), tokenizer, chat.source if chat else None, defaults)
 
     def take(self, rows: int) -> Sample:

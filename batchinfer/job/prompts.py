@@ -10,14 +10,15 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from batchinfer.encoding import Content, Framing
 from batchinfer.errors import BadParameters, InvalidInput, RowError, TemplateError
 from batchinfer.io.rows import Inputs, RowBatch, rows_of
 from batchinfer.job.cells import chat_messages, parse_json, ready_prompt
 from batchinfer.job.plan import check_columns, check_type
-from batchinfer.prompting import Content, Framing
 from batchinfer.request import SamplingParams
 from batchinfer.scoring import Continuations, Measure, Pooled, Read, Rolling
-from batchinfer.spec import JobSpec
+from batchinfer.spec import JobSpec, PromptSpec
+from batchinfer.text.control import ControlTokens
 from batchinfer.text.row_template import RowFilter, RowTemplate
 from batchinfer.values.plain import plain
 from batchinfer.wire.asked import Asked, WireModel, ask, parse
@@ -65,6 +66,8 @@ class RowPrompts:
         self._types: dict[str, str] = {"sampling.column": "tm"}
         self._content, self._reads_body = self._compile(spec)
         self._read = self._compile_read(spec)
+        self._framing = _framing(spec.prompt)
+        self._allows_control = spec.prompt is not None and spec.prompt.special_tokens == "allow"
 
     @property
     def read_columns(self) -> frozenset[str]:
@@ -137,12 +140,14 @@ class RowPrompts:
             row_prompt = row_prompt._replace(shows_ids=asked.shows_ids)
             return [row_prompt._replace(content=content, place=place) for place, content in enumerate(asked.contents)]
         params: SamplingParams | None = None
-        content = self._content(row)
+        control = ControlTokens() if self._allows_control else model.tokenizer.control
+        content = self._content(row, control)
         if self._sampling_column is not None:
             params = self._override(row[self._sampling_column], model.defaults)
         if params is not None and params.n > 1 and not self._many:
             raise BadParameters("n of a row above 1 needs output.samples: rows, or n above 1 in the job's sampling")
-        return [RowPrompt(offset, content, params, None, None if self._read is None else self._read(row))]
+        read = None if self._read is None else self._read(row, control)
+        return [RowPrompt(offset, content, params, None, read, self._framing)]
 
     def _override(self, value: Any, defaults: SamplingParams) -> SamplingParams | None:
         if value is None:
@@ -161,48 +166,53 @@ class RowPrompts:
         self._remembered[key] = params
         return params
 
-    def _compile(self, spec: JobSpec) -> tuple[Callable[[Row], Content], bool]:
+    def _compile(self, spec: JobSpec) -> tuple[Callable[[Row, ControlTokens], Content], bool]:
         """How a row becomes a prompt, and whether it is an openai-batch line instead."""
         prompt = spec.prompt
         if prompt is None:
             self.columns["input.format"] = frozenset({"url", "body"})
             return _no_content, True
         if prompt.template is not None:
-            return self._text("prompt.template", prompt.template), False
+            return self._ready_text("prompt.template", prompt.template), False
         if prompt.user is not None:
             user = self._text("prompt.user", prompt.user)
             if prompt.system is None:
-                return lambda row: [{"role": "user", "content": user(row)}], False
+                return lambda row, _: [{"role": "user", "content": user(row)}], False
             system = self._text("prompt.system", prompt.system)
             return _with_system(system, user), False
         if prompt.messages is not None:
             column = prompt.messages
             self.columns["prompt.messages"], self._types["prompt.messages"] = frozenset({column}), "tl"
-            return lambda row: chat_messages(row[column], f"column {column!r}"), False
+            return lambda row, _: chat_messages(row[column], f"column {column!r}"), False
         name = str(prompt.column)
         self.columns["prompt.column"], self._types["prompt.column"] = frozenset({name}), "ti"
-        return lambda row: ready_prompt(row[name], f"column {name!r}"), False
+        return lambda row, _: ready_prompt(row[name], f"column {name!r}"), False
 
-    def _compile_read(self, spec: JobSpec) -> Callable[[Row], Read] | None:
+    def _compile_read(self, spec: JobSpec) -> Callable[[Row, ControlTokens], Read] | None:
         """What a row's prompt is read for; None where it is answered."""
         if spec.task == "generate":
             return None
         score, embed = spec.score, spec.embed
         if spec.task == "embed":
             pooled = Pooled(embed.pooling, embed.normalize)
-            return lambda row: pooled
+            return lambda row, _: pooled
         if spec.task == "score":
             if score.continuation is None:
-                return lambda row: Rolling()
-            continuation = self._text("score.continuation", score.continuation)
-            return lambda row: Continuations((continuation(row),))
+                return lambda row, _: Rolling()
+            continuation = self._ready_text("score.continuation", score.continuation)
+            return lambda row, control: Continuations((continuation(row, control),))
         if score.choices is not None:
-            choices = [self._text(f"score.choices[{number}]", text) for number, text in enumerate(score.choices)]
-            return lambda row: Continuations(tuple(choice(row) for choice in choices), score.measure)
+            choices = [self._ready_text(f"score.choices[{number}]", text) for number, text in enumerate(score.choices)]
+            return lambda row, control: Continuations(tuple(one(row, control) for one in choices), score.measure)
         column = str(score.choices_column)
         self.columns["score.choices_column"] = frozenset({column})
         self._types["score.choices_column"] = "tl"
-        return lambda row: _choices(row[column], column, score.measure)
+        return lambda row, control: _choices(row[column], column, score.measure, control)
+
+    def _ready_text(self, key: str, source: str) -> Callable[[Row, ControlTokens], str]:
+        """A template whose text is tokenized as it is: its own control tokens are some, those of a row are text."""
+        render = self._text(key, source)
+        return lambda row, control: control.write(row, render, source)
 
     def _add(self, key: str, template: RowTemplate | RowFilter) -> None:
         self._over_row[key] = template
@@ -230,24 +240,36 @@ def asked_of(row: Row, model: WireModel) -> Asked:
     return ask(parse(row["url"], parse_json(body, "body") if isinstance(body, str) else body), model)
 
 
-def _choices(value: Any, column: str, measure: Measure) -> Continuations:
+def _choices(value: Any, column: str, measure: Measure, control: ControlTokens) -> Continuations:
     """The choices that a column holds: a list of texts, or its JSON text."""
     value = plain(value, f"column {column!r}")
     if isinstance(value, str):
         value = parse_json(value, f"column {column!r}")
     if not isinstance(value, list) or not value or not all(isinstance(text, str) and text for text in value):
         raise InvalidInput(f"column {column!r} must hold a list of texts, none of them empty")
-    return Continuations(tuple(value), measure)
+    return Continuations(tuple(map(control.literal, value)), measure)
 
 
-def _with_system(system: Callable[[Row], str], user: Callable[[Row], str]) -> Callable[[Row], Content]:
-    def messages(row: Row) -> Content:
+def _framing(prompt: PromptSpec | None) -> Framing | None:
+    """What the job says about its prompts, if it says anything."""
+    if prompt is None:
+        return None
+    ready = prompt.template is not None or prompt.column is not None
+    special = ready if prompt.add_special_tokens is None else prompt.add_special_tokens
+    # a row fills in a template: that the text as a whole is none would be the template's control tokens as well
+    tokens = prompt.special_tokens if prompt.template is None else None
+    framing = Framing(special, special_tokens=tokens, continues=prompt.continue_final_message)
+    return None if framing == Framing(ready) else framing
+
+
+def _with_system(system: Callable[[Row], str], user: Callable[[Row], str]) -> Callable[[Row, ControlTokens], Content]:
+    def messages(row: Row, _: ControlTokens) -> Content:
         return [{"role": "system", "content": system(row)}, {"role": "user", "content": user(row)}]
 
     return messages
 
 
-def _no_content(row: Row) -> Content:
+def _no_content(row: Row, _: ControlTokens) -> Content:
     raise TemplateError("an openai-batch line has no template")
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar, cast
+from functools import cached_property
+from typing import Any, Protocol, TypeVar
 
-from batchinfer.errors import InvalidInput, RowError
+from batchinfer.encoding import Content, Encoder, Framing, SpecialTokens, Text
+from batchinfer.errors import RowError
 from batchinfer.llm import Parts
 from batchinfer.prompting import Prepared, Prompt, mix
 from batchinfer.request import Completion, Request
@@ -24,7 +26,7 @@ T = TypeVar("T")
 _RETRY_LONGEST_S = 60
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ServedModel:
     """A model as clients see it: the names that it answers to, the first of which it signs with."""
 
@@ -32,6 +34,7 @@ class ServedModel:
     names: tuple[str, ...]
     chat_template: str | None = None
     chat_kwargs: dict[str, Any] = field(default_factory=dict)
+    special_tokens: SpecialTokens | None = None
 
     @property
     def wire(self) -> WireModel:
@@ -39,10 +42,9 @@ class ServedModel:
         template = self.chat_template if parts.chat is not None else None
         return WireModel(self.names, parts.tokenizer, template, parts.defaults)
 
-    def render(self, messages: list[dict[str, Any]], variables: Mapping[str, Any]) -> str:
-        """The prompt of a conversation. Raises InvalidInput, TemplateError."""
-        assert self.parts.chat is not None, "without a template no messages are taken"
-        return self.parts.chat.render(messages, **{**self.chat_kwargs, **variables})
+    @cached_property
+    def encoder(self) -> Encoder:
+        return Encoder(self.parts.tokenizer, self.parts.chat, self.chat_kwargs, self.special_tokens)
 
 
 class Generation:
@@ -159,16 +161,7 @@ class Frontend:
 
     async def encode(self, asked: Asked) -> list[list[int]]:
         """Token ids of what is asked, rendered by the chat template where it is messages. Raises ApiError."""
-        return await self.in_pool(lambda: self._encode(asked))
-
-    def _encode(self, asked: Asked) -> list[list[int]]:
-        framing = asked.framing
-        if asked.messages is not None:
-            return self.tokens_of([self.model.render(asked.messages, framing.variables)], framing.special)
-        texts = [content for content in asked.contents if isinstance(content, str)]
-        if texts:
-            return self.tokens_of(texts, framing.special)
-        return [cast(list[int], content) for content in asked.contents]
+        return await self.in_pool(lambda: self.tokens_of(asked.contents, asked.framing))
 
     async def prepare(self, prompts: Sequence[list[int]], asked: Asked) -> list[Prepared]:
         """Check token ids and parameters against the model. Raises ApiError for the first prompt that is wrong."""
@@ -185,13 +178,14 @@ class Frontend:
         ]
         return [_sound(result) for result in self.model.parts.preparer.prepare(wanted)]
 
-    def tokens_of(self, texts: list[str], special: bool) -> list[list[int]]:
-        """Token ids of texts; runs in the pool. Raises InvalidInput."""
-        found = self.model.parts.tokenizer.encode_batch(texts, add_special_tokens=special)
-        for ids in found:
-            if isinstance(ids, InvalidInput):
-                raise ids
-        return [ids for ids in found if isinstance(ids, list)]
+    def tokens_of(self, contents: Sequence[Content], framing: Framing) -> list[list[int]]:
+        """Token ids of prompts of one kind; runs in the pool. Raises RowError."""
+        encoder = self.model.encoder
+        made = [_right(encoder.text(content, framing)) for content in contents]
+        texts = [text.text for text in made if isinstance(text, Text)]
+        if texts:
+            return [_right(ids) for ids in encoder.encode(texts, framing.special)]
+        return [ids for ids in made if isinstance(ids, list)]
 
     def open(self, prepared: list[Prepared], stream: bool) -> Generation:
         """Hand requests to the engine."""
@@ -262,6 +256,12 @@ class Frontend:
             if event.finished is not None:
                 del self._generations[event.request_id]
             generation.add_event(event)
+
+
+def _right(found: T | RowError) -> T:
+    if isinstance(found, RowError):
+        raise found
+    return found
 
 
 def _sound(result: Prepared | Completion) -> Prepared:

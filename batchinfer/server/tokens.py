@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter
 from starlette.responses import Response
 
+from batchinfer.encoding import Framing
 from batchinfer.server.errors import JsonResponse, bad_request
 from batchinfer.server.frontend import Frontend
 from batchinfer.server.replies import check_model
@@ -52,12 +53,7 @@ def _tokenize(frontend: Frontend, body: TokenizeRequest) -> list[int]:
     if (body.prompt is None) == (body.messages is None):
         raise bad_request("give either prompt or messages", "prompt")
     if body.messages is not None:
-        model = frontend.model
-        messages, variables = conversation(body, body.messages, model.wire.chat_template)
-        if body.add_generation_prompt is not None:
-            variables["add_generation_prompt"] = body.add_generation_prompt
-        text = model.render(messages, variables)
-        special = body.add_special_tokens is True
-    else:
-        text, special = body.prompt or "", body.add_special_tokens is not False
-    return frontend.tokens_of([text], special)[0]
+        messages, framing = conversation(body, body.messages, frontend.model.wire.chat_template)
+        return frontend.tokens_of([messages], framing)[0]
+    framing = Framing(body.add_special_tokens is not False, special_tokens=body.special_tokens)
+    return frontend.tokens_of([body.prompt or ""], framing)[0]

@@ -5,46 +5,83 @@ from __future__ import annotations
 import datetime
 import functools
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jinja2
 
-from batchinfer.errors import TemplateError
-from batchinfer.text.messages import ContentForms, content_forms, shape_messages
+from batchinfer.errors import RowError, TemplateError
+from batchinfer.text.control import ControlTokens, texts_of, unused_character
+from batchinfer.text.messages import ContentForms, content_forms, cut_open, opened, shape_messages
 from batchinfer.text.sandbox import Sandbox, compile_template, reason
+
+
+class Turn(NamedTuple):
+    """How a prompt ends, and what of it steers the model.
+
+    continues: the last message stays open and the answer goes on with it. control: what in messages, tools and
+    documents looks like a control token is one.
+    """
+
+    continues: bool = False
+    control: bool = False
 
 
 class ChatTemplate:
     """A chat template as transformers renders it (`apply_chat_template` without tokenizing)."""
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        """`special_tokens` are template variables (bos_token, …). Raises SpecError for bad syntax, with its line."""
+    def __init__(self, source: str, special_tokens: Mapping[str, str], control: ControlTokens | None = None) -> None:
+        """`special_tokens` are template variables (bos_token, …), `control` finds the control tokens in a text.
+
+        Raises SpecError for bad syntax, with its line.
+        """
         self.source = source
         self._template: jinja2.Template = compile_template(_CHAT.from_string, source, "chat template")
         self._variables = {"tools": None, "documents": None, "add_generation_prompt": True, **special_tokens}
+        self._control = control or ControlTokens()
 
     def render(
-        self, messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None, **kwargs: Any
+        self,
+        messages: list[dict[str, Any]],
+        turn: Turn = Turn(),  # noqa: B008 (a constant)
+        defaults: Mapping[str, Any] = {},
+        /,
+        **kwargs: Any,
     ) -> str:
-        """The prompt. tools: as in OpenAI's chat requests. `kwargs` are further variables (enable_thinking, …).
+        """The prompt. `kwargs` are variables: tools as in OpenAI's chat requests, enable_thinking, ….
 
         Content may be text or a list of text parts, and a tool call's arguments a mapping or JSON text, whatever of it
-        the template takes. Raises InvalidInput for messages that are not a list of objects with a role, TemplateError
-        where the template refuses them or fails.
+        the template takes. What looks like a control token is one in the template and in `defaults`, variables that
+        belong to it; in all else it is text, unless `turn` has it otherwise. Raises InvalidInput for messages that are
+        not a list of objects with a role, TemplateError where the template refuses them or fails.
         """
         shaped = shape_messages(messages, self._forms)
+        end = ""
+        if turn.continues:
+            kwargs["add_generation_prompt"] = False
+            end = unused_character([self.source, *texts_of(shaped)])
+            shaped = opened(shaped, end)
+
+        def write(data: dict[str, Any]) -> str:
+            text = self._write(**{**defaults, **data})
+            return cut_open(text, data["messages"][-1], end) if end else text
+
+        data = {**kwargs, "messages": shaped}
+        if not data.get("tools"):  # an empty list is no list
+            data.pop("tools", None)
         try:
-            return self._write(shaped, tools=list(tools) if tools else None, **kwargs)
+            return write(data) if turn.control else self._control.write(data, write, self.source)
+        except RowError:
+            raise
         except Exception as error:  # whatever a template does ends this row, not the job
             raise TemplateError(f"chat template: {reason(error)}") from None
 
-    def _write(self, messages: list[dict[str, Any]], **kwargs: Any) -> str:
-        return self._template.render({**self._variables, **kwargs, "messages": messages})
+    def _write(self, /, **variables: Any) -> str:
+        return self._template.render({**self._variables, **variables})
 
     @functools.cached_property
     def _forms(self) -> ContentForms:
-        return content_forms(self._write)
+        return content_forms(lambda messages: self._write(messages=messages))
 
 
 def _tojson(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +12,8 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers.processors import TemplateProcessing
 
 from batchinfer.errors import InvalidInput
+from batchinfer.text.control import ControlTokens, PromptText
+from batchinfer.text.literal import LiteralEncoder
 from batchinfer.text.pieces import (
     BytePieces,
     DecodedPieces,
@@ -55,18 +58,30 @@ class FastTokenizer:
         self.chat_template = facts.chat_template
         bos = facts.special_tokens.get("bos_token")
         self.bos_id: int | None = None if bos is None else rust.token_to_id(bos)
+        self._control_ids = self.special_ids | (facts.eos_ids & added.keys())
+        self.control = ControlTokens(added[token_id].content for token_id in self._control_ids)
         self._decoder = json.loads(rust.decoder.__getstate__()) if rust.decoder is not None else None
         self._bytes: dict[int, bytes] = {}
 
     def encode_batch(self, texts: list[str], add_special_tokens: bool) -> list[list[int] | InvalidInput]:
+        if any(isinstance(text, PromptText) for text in texts):
+            return [self._encode(text, add_special_tokens) for text in texts]
         try:
             found = self._rust.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
         except Exception:  # one text is enough to refuse them all
             return [self._encode(text, add_special_tokens) for text in texts]
         return [encoding.ids for encoding in found]
 
+    @functools.cached_property
+    def _literal(self) -> LiteralEncoder:
+        """Made for the first text that needs it: most jobs have none."""
+        unknown = self._rust.token_to_id(self.special_tokens.get("unk_token", ""))
+        return LiteralEncoder(self._rust, self.control, self._control_ids, unknown)
+
     def _encode(self, text: str, add_special_tokens: bool) -> list[int] | InvalidInput:
         try:
+            if isinstance(text, PromptText):
+                return self._literal.encode(text, add_special_tokens)
             ids: list[int] = self._rust.encode(text, add_special_tokens=add_special_tokens).ids
         except Exception as error:  # the library raises plain Exception for what it has no token for
             return unicode_error(text) or InvalidInput(f"the text cannot be tokenized: {error}")

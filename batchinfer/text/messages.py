@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from batchinfer.errors import InvalidInput
+from batchinfer.errors import InvalidInput, TemplateError
 
 _PROBE = "probe-of-the-template"
 _WRITTEN_OUT = re.compile(r"""['"]type['"]""")  # a list of parts that was printed as it is
@@ -51,6 +51,31 @@ def shape_messages(messages: Any, forms: ContentForms) -> list[dict[str, Any]]:
     Text parts are joined by line breaks where the template takes text alone, as vLLM joins them. Raises InvalidInput.
     """
     return [_shape(message, forms) for message in read_messages(messages)]
+
+
+def opened(messages: list[dict[str, Any]], mark: str) -> list[dict[str, Any]]:
+    """Messages whose last one has `mark` and a space behind its text: see `cut_open`. Raises InvalidInput."""
+    *before, last = messages
+    content = last.get("content")
+    if isinstance(content, str):
+        return [*before, {**last, "content": f"{content}{mark} "}]
+    if not content:
+        raise InvalidInput("continue_final_message: the last message has no text to go on with", param="messages")
+    *parts, part = content
+    return [*before, {**last, "content": [*parts, {**part, "text": f"{part['text']}{mark} "}]}]
+
+
+def cut_open(text: str, last: Mapping[str, Any], mark: str) -> str:
+    """A prompt up to the end of its last message, whose content `opened` marked; as transformers cuts it.
+
+    Spaces at the end of the message stay if the template leaves them. Raises TemplateError where it lacks the message.
+    """
+    content = last["content"]
+    said = (content if isinstance(content, str) else content[-1]["text"]).strip()
+    if said not in text:
+        raise TemplateError("continue_final_message: the chat template does not write the last message as it is")
+    end = text.rindex(mark)
+    return text[:end] if text[end + 1 : end + 2] == " " else text[:end].rstrip()
 
 
 def _read(message: Any, place: str) -> dict[str, Any]:

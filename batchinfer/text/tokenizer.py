@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from batchinfer.errors import InvalidInput, ModelError
+from batchinfer.text.control import ControlTokens
 from batchinfer.text.fast import unicode_error
 from batchinfer.text.gguf_tokenizer import load_gguf
 from batchinfer.text.model_directory import load_directory
@@ -19,7 +20,7 @@ class Tokenizer(Protocol):
     """What the rest of the program knows of a tokenizer.
 
     `eos_ids` end a generation. `special_ids` are no text: decoding can leave them out. `special_tokens` ("bos_token" →
-    "<s>") are variables of the chat template.
+    "<s>") are variables of the chat template. `control` finds what encoding takes for control tokens.
     """
 
     vocab_size: int
@@ -27,10 +28,14 @@ class Tokenizer(Protocol):
     special_ids: frozenset[int]
     bos_id: int | None
     special_tokens: dict[str, str]
+    control: ControlTokens
     chat_template: str | None
 
     def encode_batch(self, texts: list[str], add_special_tokens: bool) -> list[list[int] | InvalidInput]:
-        """Ids of each text, or the error of a text that is not valid Unicode. Special tokens in a text are parsed."""
+        """Ids of each text, or the error of a text that is not valid Unicode.
+
+        Control tokens in a text are parsed, but for those that a PromptText names.
+        """
         ...
 
     def decode_batch(self, ids: list[list[int]], skip_special_tokens: bool) -> list[str]:
@@ -65,6 +70,7 @@ class ByteTokenizer:
     eos_ids = frozenset({257})
     special_ids = frozenset({256, 257})
     bos_id: int | None = 256
+    control = ControlTokens()  # it parses none
     chat_template: str | None = (
         "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

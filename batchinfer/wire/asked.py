@@ -8,8 +8,8 @@ from typing import Any, cast
 
 from pydantic import ValidationError
 
+from batchinfer.encoding import Content, Framing, Truncation
 from batchinfer.errors import InvalidInput
-from batchinfer.prompting import Content, Framing, Truncation
 from batchinfer.request import Pooling, SamplingParams
 from batchinfer.scoring import Pooled
 from batchinfer.text.tokenizer import Tokenizer
@@ -131,9 +131,8 @@ def _ask_chat(body: ChatRequest, model: WireModel) -> Asked:
     use = tool_use(body, model.chat_template)
     forced = use.constraint if use is not None else None
     params = chat_params(body, model.defaults, forced, keep_special=use is not None and use.keeps_special)
-    messages, variables = conversation(body, body.messages, model.chat_template)
-    # a template writes its special tokens itself
-    framing = Framing(body.add_special_tokens is True, variables, whole_answer=True, truncation=_truncation(body))
+    messages, framing = conversation(body, body.messages, model.chat_template)
+    framing = replace(framing, whole_answer=True, truncation=_truncation(body))
     return Asked(body, [messages], params, framing, shows_prompt=params.prompt_logprobs is not None, use=use)
 
 
@@ -142,7 +141,7 @@ def _ask_completion(body: CompletionRequest, defaults: SamplingParams) -> Asked:
     contents = _contents(body.prompt, "prompt")
     if len(contents) * params.n > MAX_SAMPLES:
         raise InvalidInput(f"{len(contents)} prompts times n {params.n} are more than {MAX_SAMPLES} samples", param="n")
-    framing = Framing(body.add_special_tokens is not False, {}, whole_answer=True, truncation=_truncation(body))
+    framing = replace(_framing(body), whole_answer=True)
     nothing = says_nothing(body, defaults)
     shows = effective(body, "prompt_logprobs", defaults) is not None
     return Asked(body, contents, params, framing, nothing=nothing, shows_prompt=shows)
@@ -153,8 +152,12 @@ def _ask_vectors(body: EmbeddingRequest, model: WireModel) -> Asked:
     if len(contents) > MAX_SAMPLES:
         raise InvalidInput(f"{len(contents)} inputs are more than {MAX_SAMPLES}", param="input")
     read = Pooled(body.pooling or DEFAULT_POOLING, body.normalize is not False, body.dimensions)
-    framing = Framing(body.add_special_tokens is not False, truncation=_truncation(body))
-    return Asked(body, contents, model.defaults, framing, read)
+    return Asked(body, contents, model.defaults, _framing(body), read)
+
+
+def _framing(body: CompletionRequest | EmbeddingRequest) -> Framing:
+    special = body.add_special_tokens is not False
+    return Framing(special, truncation=_truncation(body), special_tokens=body.special_tokens)
 
 
 def _truncation(body: Body) -> Truncation | None:

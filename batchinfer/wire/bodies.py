@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from batchinfer.encoding import SpecialTokens
 from batchinfer.errors import InvalidInput
 from batchinfer.numeric import whole
 
@@ -62,6 +63,7 @@ class SamplingBody(RequestBody):
     structured_outputs: dict[str, Any] | None = None
     response_format: dict[str, Any] | None = None
     add_special_tokens: bool | None = None
+    special_tokens: SpecialTokens | None = None
     truncate_prompt_tokens: Whole | None = None
     truncation_side: TruncationSide | None = None
     stream: bool | None = None
@@ -86,6 +88,8 @@ class Message(RequestBody):
 
 class ChatRequest(SamplingBody):
     messages: list[Message]
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     max_completion_tokens: Whole | None = None
     logprobs: bool | None = None
     top_logprobs: Whole | None = None
@@ -105,6 +109,7 @@ class EmbeddingRequest(RequestBody):
     pooling: Literal["mean", "last", "cls"] | None = None
     normalize: bool | None = None
     add_special_tokens: bool | None = None
+    special_tokens: SpecialTokens | None = None
     truncate_prompt_tokens: Whole | None = None
     truncation_side: TruncationSide | None = None
     user: str | None = None
@@ -117,7 +122,9 @@ class TokenizeRequest(RequestBody):
     prompt: str | None = None
     messages: list[Message] | None = None
     add_special_tokens: bool | None = None
+    special_tokens: SpecialTokens | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     return_token_strs: bool | None = None
     tools: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None

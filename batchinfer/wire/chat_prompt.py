@@ -7,6 +7,7 @@ from typing import Any
 
 import orjson
 
+from batchinfer.encoding import Framing
 from batchinfer.errors import BadParameters, InvalidInput
 from batchinfer.text.messages import read_messages
 from batchinfer.wire.bodies import ChatRequest, Message, TokenizeRequest
@@ -14,8 +15,8 @@ from batchinfer.wire.bodies import ChatRequest, Message, TokenizeRequest
 
 def conversation(
     body: ChatRequest | TokenizeRequest, given: Sequence[Message], chat_template: str | None
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The messages, and the template's variables: those of `chat_template_kwargs`, tools, documents.
+) -> tuple[list[dict[str, Any]], Framing]:
+    """The messages, and how they become a prompt: the template's variables, and how the prompt ends.
 
     chat_template: its source. Raises InvalidInput, BadParameters.
     """
@@ -24,7 +25,7 @@ def conversation(
             "this model has no chat template: use /v1/completions, or serve it with prompt.chat_template"
         )
     values = dict(body.chat_template_kwargs or {})
-    for name in ("messages", "add_generation_prompt"):
+    for name in ("messages", "add_generation_prompt", "continue_final_message"):
         if name in values:
             raise BadParameters(f"chat_template_kwargs cannot hold {name}", param="chat_template_kwargs")
     for name in ("documents", "reasoning_effort", "tool_choice"):
@@ -36,7 +37,14 @@ def conversation(
     for number, message in enumerate(messages):
         for call in message.get("tool_calls", []):
             _check_call(call, f"messages[{number}]")
-    return messages, values
+    if body.add_generation_prompt is not None:
+        values["add_generation_prompt"] = body.add_generation_prompt
+    if body.continue_final_message and body.add_generation_prompt:
+        problem = "continue_final_message and add_generation_prompt exclude each other: the last message stays open"
+        raise BadParameters(problem, param="continue_final_message")
+    # a template writes its special tokens itself
+    special, continues = body.add_special_tokens is True, bool(body.continue_final_message)
+    return messages, Framing(special, values, special_tokens=body.special_tokens, continues=continues)
 
 
 def _tools(chat_template: str, tools: list[dict[str, Any]]) -> list[dict[str, Any]]:

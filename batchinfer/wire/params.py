@@ -38,8 +38,6 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "prompt_embeds": (),
     "logits_processors": ([],),
     "chat_template": (),
-    "continue_final_message": (False,),
-    "add_generation_prompt": (True,),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),

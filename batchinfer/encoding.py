@@ -1,0 +1,126 @@
+"""From what a prompt holds to token ids: the chat template, and the special tokens that stand around and within it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+from batchinfer.errors import BadParameters, InvalidInput, RowError
+from batchinfer.text.chat import ChatTemplate, Turn
+from batchinfer.text.tokenizer import Tokenizer
+
+Content = str | list[int] | list[dict[str, Any]]
+SpecialTokens = Literal["text", "allow"]
+"""What looks like a control token in a prompt's data: it is text, or it is one. By default messages hold text, and a
+ready prompt what it says."""
+
+
+class Truncation(NamedTuple):
+    """How much of a prompt is kept: its last `tokens`, or the `first`; -1: what fits the context beside the answer."""
+
+    tokens: int
+    first: bool = False
+
+    def cut(self, ids: list[int], context: int, answer_tokens: int) -> list[int]:
+        """Raises BadParameters."""
+        if not (self.tokens == -1 or 1 <= self.tokens <= context):
+            problem = f"truncate_prompt_tokens must be -1, or 1 to {context} (the context), got {self.tokens}"
+            raise BadParameters(problem, param="truncate_prompt_tokens")
+        kept = max(1, context - answer_tokens) if self.tokens == -1 else self.tokens
+        return ids[:kept] if self.first else ids[-kept:]
+
+
+@dataclass(frozen=True, slots=True)
+class Framing:
+    """What a request says about its prompt beside its content.
+
+    special: whether the tokenizer adds its special tokens. variables: of the chat template, over those of the job.
+    whole_answer: room for fewer tokens than `max_tokens` asks for is an error; else the answer ends with the context.
+    truncation: of a long prompt, its special tokens included. special_tokens: see `SpecialTokens`. continues: the last
+    message stays open, and the answer goes on with it.
+    """
+
+    special: bool
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    whole_answer: bool = False
+    truncation: Truncation | None = None
+    special_tokens: SpecialTokens | None = None
+    continues: bool = False
+
+
+class Text(NamedTuple):
+    """A prompt as text. special: whether the tokenizer adds its special tokens."""
+
+    text: str
+    special: bool
+
+
+class Encoder:
+    """Writes prompts with the chat template and tokenizes them.
+
+    chat_kwargs: variables of the template that belong to it. special_tokens: what holds where a prompt says nothing.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        chat: ChatTemplate | None,
+        chat_kwargs: Mapping[str, Any] | None = None,
+        special_tokens: SpecialTokens | None = None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._chat = chat
+        self._chat_kwargs = chat_kwargs or {}
+        self._special_tokens = special_tokens
+
+    def text(self, content: Content | None, framing: Framing | None) -> Text | list[int] | RowError:
+        """The prompt before it is tokenized, or token ids, or what is wrong."""
+        if isinstance(content, str):
+            literal = framing is not None and framing.special_tokens == "text"
+            text = self._tokenizer.control.literal(content) if literal else content
+            return Text(text, framing is None or framing.special)
+        if content == []:
+            return InvalidInput("the prompt is empty", param="prompt")
+        if not isinstance(content, list):
+            return InvalidInput("a prompt is text, token ids or messages")
+        if all(isinstance(message, dict) for message in content):
+            return self._render(content, framing or Framing(False))
+        if all(isinstance(token, int) and not isinstance(token, bool) for token in content):
+            return [int(token) for token in content if isinstance(token, int)]
+        return InvalidInput("a prompt list holds token ids (integers) or chat messages (mappings)")
+
+    def encode(self, texts: list[str], special: bool) -> list[list[int] | InvalidInput]:
+        """Ids of each text, or what is wrong with it. special: the tokenizer adds its special tokens.
+
+        A text that begins with the token that all texts begin with does not get another one.
+        """
+        if not texts:
+            return []
+        found = self._tokenizer.encode_batch(texts, add_special_tokens=special)
+        if not special or not self._lead:
+            return found
+        twice = 2 * self._lead
+        return [ids[1:] if isinstance(ids, list) and ids[:2] == twice else ids for ids in found]
+
+    def led(self, ids: list[int]) -> list[int]:
+        """`ids` after what the tokenizer puts before a text, if it does and they do not begin with it."""
+        return ids if ids[:1] == self._lead else [*self._lead, *ids]
+
+    @cached_property
+    def _lead(self) -> list[int]:
+        """The beginning-of-sequence token, where all texts get it."""
+        bos = self._tokenizer.bos_id
+        framed = self._tokenizer.encode_batch([" "], add_special_tokens=True)[0]
+        return [bos] if bos is not None and isinstance(framed, list) and framed[:1] == [bos] else []
+
+    def _render(self, messages: list[Any], framing: Framing) -> Text | RowError:
+        if self._chat is None:
+            return InvalidInput("this model has no chat template: give prompt.chat_template, or a ready prompt")
+        turn = Turn(framing.continues, (framing.special_tokens or self._special_tokens) == "allow")
+        try:
+            # a template writes its special tokens itself
+            return Text(self._chat.render(messages, turn, self._chat_kwargs, **framing.variables), framing.special)
+        except RowError as error:
+            return error

@@ -1,0 +1,145 @@
+"""Control tokens that data spells are text: in a prompt, only those that its template writes steer the model.
+
+A tokenizer takes "<|im_end|>" for the control token wherever it stands. So before a template gets data that spells one,
+a mark (a character that neither has) goes behind the first character of each; what the template made of the data shows
+by the marks which of the prompt's control tokens came from it. Data that spells none goes through untouched.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import copy
+from itertools import accumulate
+from typing import Any
+
+_MARKS = range(0xE000, 0xF900)  # Unicode gives these characters no meaning
+
+
+class PromptText(str):
+    """A text in which some of what looks like a control token is none: `literal` holds where these begin."""
+
+    literal: tuple[int, ...]
+
+    def __new__(cls, text: str, literal: Iterable[int] = ()) -> PromptText:
+        made = super().__new__(cls, text)
+        made.literal = tuple(literal)
+        return made
+
+    def __add__(self, other: str) -> PromptText:
+        return joined(self, other)
+
+    def __radd__(self, other: str) -> PromptText:
+        return joined(other, self)
+
+    def rstrip(self, chars: str | None = None, /) -> PromptText:
+        kept = super().rstrip(chars)
+        return PromptText(kept, [start for start in self.literal if start < len(kept)])
+
+
+def joined(one: str, other: str) -> PromptText:
+    """The two as one text; what of either is no control token, is none in it."""
+    moved = [len(one) + start for start in _literal(other)]
+    return PromptText(str.__add__(one, other), [*_literal(one), *moved])
+
+
+def _literal(text: str) -> tuple[int, ...]:
+    return text.literal if isinstance(text, PromptText) else ()
+
+
+class ControlTokens:
+    """What a tokenizer takes for control tokens, by their texts."""
+
+    def __init__(self, texts: Iterable[str] = ()) -> None:
+        known = sorted({text for text in texts if text}, key=len, reverse=True)  # the longest counts, as there
+        self._pattern = re.compile("|".join(map(re.escape, known)) or r"(?!)")
+        self._firsts = frozenset(text[0] for text in known)
+        self._beginnings = frozenset(text[:length] for text in known for length in range(1, len(text)))
+        self._longest = max(map(len, known), default=0)
+
+    def find(self, text: str) -> Iterator[re.Match[str]]:
+        """All that looks like a control token."""
+        return self._pattern.finditer(text)
+
+    def write(self, data: Mapping[str, Any], template: Callable[[dict[str, Any]], str], source: str = "") -> str:
+        """The text that `template` makes of `data`, in which what `data` spells is no control token.
+
+        data: texts, in lists and mappings too, by the names that the template has for them. source: other text that may
+        come out.
+        """
+        texts = list(texts_of(list(data.values()))) if self._firsts else []
+        if not any(map(self._places, texts)):
+            return template(dict(data))
+        mark = unused_character([source, *data, *texts])
+        return self._settle(template({name: self._marked(value, mark) for name, value in data.items()}), mark)
+
+    def literal(self, text: str) -> str:
+        """`text` in which nothing is a control token."""
+        places = [found.start() for found in self.find(text)]
+        return PromptText(text, places) if places else text
+
+    def _marked(self, value: Any, mark: str) -> Any:
+        return _mapped(value, lambda text: _inserted(text, self._places(text), mark))
+
+    def _settle(self, text: str, mark: str) -> str:
+        """`text` without its marks, also where they were written as JSON."""
+        pieces = re.split(rf"{mark}|\\u{ord(mark):04x}", text, flags=re.IGNORECASE)
+        places = set(accumulate(map(len, pieces[:-1])))
+        plain = "".join(pieces)
+        literal = [found.start() for found in self.find(plain) if found.start() + 1 in places]
+        return PromptText(plain, literal) if literal else plain
+
+    def _places(self, text: str) -> list[int]:
+        """Where marks go: into every control token, and into the beginning of one that the text ends with."""
+        if not any(first in text for first in self._firsts):
+            return []
+        places = [found.start() + 1 for found in self.find(text)]
+        end = len(text.rstrip())  # what follows may be put directly behind it
+        longest = range(min(self._longest, end), 0, -1)
+        begun = next((end - length for length in longest if text[end - length : end] in self._beginnings), None)
+        return places if begun is None else sorted({*places, begun + 1})
+
+
+def unused_character(texts: Iterable[str]) -> str:
+    """A character that stands in none of the texts, not even as JSON escapes it."""
+    whole = "\0".join(texts)
+    lower = whole.lower()
+    return next(chr(code) for code in _MARKS if chr(code) not in whole and f"\\u{code:04x}" not in lower)
+
+
+def _inserted(text: str, places: list[int], mark: str) -> str:
+    return mark.join(text[start:end] for start, end in zip([0, *places], [*places, len(text)], strict=True))
+
+
+def texts_of(data: Any) -> Iterator[str]:
+    """All texts in lists and mappings."""
+    if isinstance(data, str):
+        yield data
+    elif isinstance(data, bytes):
+        yield data.decode(errors="replace")
+    elif isinstance(data, list | tuple):
+        for item in data:
+            yield from texts_of(item)
+    elif isinstance(data, dict):
+        for key, value in data.items():
+            yield from texts_of(key)
+            yield from texts_of(value)
+
+
+def _mapped(data: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(data, str):
+        return change(data)
+    if isinstance(data, bytes):
+        try:
+            return change(data.decode()).encode()
+        except UnicodeDecodeError:
+            return data
+    if isinstance(data, list | tuple):
+        items = [_mapped(item, change) for item in data]
+        return items if isinstance(data, list) else tuple(items)
+    if isinstance(data, dict):
+        made = copy(data)  # of its own kind, with what that has besides
+        made.clear()
+        made.update((_mapped(key, change), _mapped(value, change)) for key, value in data.items())
+        return made
+    return data
