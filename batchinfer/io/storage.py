@@ -185,6 +185,8 @@ class LocalStore(Store):
 
     def _take_name(self, temporary: Path, name: str) -> None:
         final = self._root / name
+        if final.is_symlink():  # no object of ours is one
+            raise FileExistsError(errno.EEXIST, "a link")
         temporary.replace(final)
         _sync(final.parent)
 

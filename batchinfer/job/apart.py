@@ -66,10 +66,11 @@ def refuse_overlap(spec: JobSpec) -> None:
             continue
         taken = next((name for name in _written(spec.output) if _takes(rest, (*between, *name))), None)
         if taken is not None:
+            example = taken[0] if len(taken) == 1 else f"{taken[0]}/…{taken[1][taken[1].index('.') :]}"
             raise OutputConflict(
-                f"{pattern}: takes in what this job writes, {spec.output.path.rstrip('/')}/{'/'.join(taken)} among it, "
-                "and run again it would read its own results: name the input more narrowly, or give the job an "
-                "output.path outside of it",
+                f"{pattern}: takes in what this job writes, {spec.output.path.rstrip('/')}/{example} among it, and run "
+                "again it would read its own results: name the input more narrowly, or give the job an output.path "
+                "outside of it",
                 key="input.path",
             )
         if _reaches(rest, between):  # it may match what somebody else put there

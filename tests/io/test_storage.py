@@ -124,6 +124,16 @@ class TestLocal:
         assert {path.name for path in (tmp_path / ".tmp").iterdir()} == {young, *theirs}
         assert list(store.find()) == ["a"]
 
+    def test_a_link_is_not_replaced(self, tmp_path):
+        store = Store.open(str(tmp_path), StorageSpec())
+        for place in ("nothing", tmp_path / "file"):
+            (tmp_path / "a").symlink_to(place)
+            with pytest.raises(OutputConflict, match=r"a: something else is in the way \(a link\)"):
+                store.put("a", b"x")
+            assert not store.put_if_absent("a", b"x") and (tmp_path / "a").readlink() == Path(place)
+            (tmp_path / "a").unlink()
+            (tmp_path / "file").write_bytes(b"theirs")
+
     def test_path_that_is_a_file(self, tmp_path):
         (tmp_path / "file").write_bytes(b"")
         store = Store.open(str(tmp_path / "file" / "out"), StorageSpec())

@@ -96,7 +96,7 @@ def test_input_and_output_apart(place, pattern, output):
 def test_the_name_of_a_part_decides(place):
     check(place, ["**/*.jsonl"], "out", format="parquet")
     check(place, ["**/a.jsonl", "in.jsonl"], "out", format="jsonl")
-    with pytest.raises(OutputConflict, match=r"out/parts/part-000000-0+-0+\.jsonl\.gz among it"):
+    with pytest.raises(OutputConflict, match=r"out/parts/…\.jsonl\.gz among it"):
         check(place, ["in.jsonl", "**/*.jsonl.gz"], "out", format="jsonl", compression="gzip")
 
 

@@ -49,7 +49,7 @@ OWN = [
 MARKED = re.compile(
     r"parts/part-\d{6,}-MARK-[0-9a-f]{16}\.(parquet|jsonl(\.gz|\.zst)?)|salvage/\d+-of-\d+-MARK\.jsonl\.zst"
 )
-TEMPORARY = re.compile(r"\.tmp/(batchinfer|upload)-[0-9a-f]{32}")
+TEMPORARY = re.compile(r"(?:work/batch_[0-9a-f]{32}/)?\.tmp/(batchinfer|upload)-[0-9a-f]{32}")
 
 
 @st.composite
