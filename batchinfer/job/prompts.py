@@ -276,5 +276,5 @@ def _no_content(row: Row, _: ControlTokens) -> Content:
 def _rows(table: pa.Table, columns: frozenset[str], text_json: frozenset[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     names = [name for name in table.column_names if name in columns]
     for start in range(0, table.num_rows, _SLICE_ROWS):
-        piece = table.slice(start, _SLICE_ROWS)
+        piece = table.slice(start, min(_SLICE_ROWS, table.num_rows - start))  # not cut to a table without columns
         yield from enumerate(rows_of(piece, names, text_json), start)

@@ -211,6 +211,14 @@ class TestNoRows:
         assert "response" in pq.read_schema(part).names
 
 
+def test_rows_of_which_nothing_is_read(tmp_path):
+    path = lines(tmp_path / "a.jsonl", {}, {})
+    rows, prompts = finish(tmp_path, path, prompt={"template": "hi"})
+    assert prompts == ["hi", "hi"] and [row["row"] for row in rows] == [0, 1]
+    write_ids(tmp_path / "in.parquet", 9)
+    assert "9 are selected" in describe_preview(preview(job(tmp_path, prompt={"template": "hi"}), 100))
+
+
 class TestNumbersThatJsonLacks:
     ROWS = (b'{"text":"a","x":NaN,"n":[Infinity]}', b'{"text":"b","x":0.5,"n":["NaN"]}', b'{"text":"c","x":1}')
 
