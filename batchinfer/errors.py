@@ -30,11 +30,13 @@ from __future__ import annotations
 
 import difflib
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 EXIT_OK = 0
 EXIT_ROW_ERRORS = 10
 EXIT_DRAINED = 33
+_SHOWN = 60  # characters of a value
 
 
 class BatchInferError(Exception):
@@ -182,6 +184,18 @@ def suggest(name: str, known: Iterable[str]) -> str:
 def plain(name: str) -> str:
     """A name without case and without what is neither letter nor digit: `maxTokens`, `max-tokens`, `max_tokens`."""
     return "".join(char for char in name.casefold() if char.isalnum())
+
+
+def shown(value: Any) -> str:
+    """A value in a message, as YAML and JSON write it; of what is long, what it is."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, Mapping):
+        return "a mapping" if value else "an empty mapping"
+    if isinstance(value, list | tuple):
+        return "a list" if value else "an empty list"
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def command(verb: str, output: str, *options: str) -> str:

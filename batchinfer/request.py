@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple, Protocol, cast
 
-from batchinfer.errors import BadParameters, RowError, suggest
+from batchinfer.errors import BadParameters, RowError, shown, suggest
 from batchinfer.numeric import number, whole
 from batchinfer.structured import StructuredOutputs
 
@@ -80,7 +80,7 @@ class SamplingParams:
                 object.__setattr__(self, name, plain)
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
             if not isinstance(getattr(self, name), bool):
-                raise BadParameters(f"{name} must be true or false, got {getattr(self, name)!r}")
+                raise BadParameters(f"{name} must be true or false, got {shown(getattr(self, name))}")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise BadParameters(f"min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}")
         if self.max_tokens == 0 and self.prompt_logprobs is None:
@@ -130,9 +130,9 @@ class _Range(NamedTuple):
             return None
         given = whole(value) if self.whole else number(value)
         if given is None or (self.whole and type(given) is not int):
-            raise BadParameters(f"{name} must be {'an integer' if self.whole else 'a number'}, got {value!r}")
+            raise BadParameters(f"{name} must be {'an integer' if self.whole else 'a number'}, got {shown(value)}")
         if not self.low <= given <= self.high or given == math.inf or (self.above and given == self.low):
-            raise BadParameters(f"{name} must be {self._words(given)}, got {value!r}")
+            raise BadParameters(f"{name} must be {self._words(given)}, got {shown(value)}")
         return cast(int | float, given)
 
     def _words(self, given: int | float) -> str:

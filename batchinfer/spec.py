@@ -12,11 +12,11 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from batchinfer.errors import BadParameters, SpecError
+from batchinfer.errors import BadParameters, SpecError, shown
 from batchinfer.log import log
 from batchinfer.numeric import whole
 from batchinfer.request import SamplingParams
-from batchinfer.spec_problems import Problem, shown, unknown_keys, wrong_value
+from batchinfer.spec_problems import Problem, unknown_keys, wrong_value
 from batchinfer.yaml_text import MAX_BYTES, Document, Place, dotted, read_yaml
 
 FAKE_MODEL = "fake"
@@ -235,7 +235,7 @@ class JobSpec(_Section):
     @classmethod
     def _sampling(cls, value: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(value.get("column", ""), str):
-            raise ValueError(f"column must be a column name, got {value['column']!r}")
+            raise ValueError(f"column must be a column name, got {shown(value['column'])}")
         try:
             SamplingParams.from_mapping({k: v for k, v in value.items() if k != "column"})
         except BadParameters as error:

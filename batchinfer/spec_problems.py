@@ -13,7 +13,7 @@ from annotated_types import Ge, Le
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from batchinfer.errors import plain, suggest
+from batchinfer.errors import plain, shown, suggest
 from batchinfer.request import SamplingParams
 from batchinfer.yaml_text import Place
 
@@ -22,16 +22,14 @@ Problem = tuple[Place, str]
 
 SAMPLING = "sampling"  # the section whose keys are not fields of a model
 _SAMPLING_KEYS = (*(field.name for field in dataclasses.fields(SamplingParams)), "column")
-_SHOWN = 60  # characters
 
 # what other tools call our keys and values
-_OTHER_NAMES = {
+OTHER_NAMES = {
     "maxnewtokens": "sampling.max_tokens",
     "maxcompletiontokens": "sampling.max_tokens",
     "maxlength": "sampling.max_tokens",
     "numreturnsequences": "sampling.n",
     "stopsequences": "sampling.stop",
-    "repetition": "sampling.repetition_penalty",
     "responseformat": "sampling.structured_outputs",
     "batchsize": "engine.max_num_seqs",
     "maxbatchsize": "engine.max_num_seqs",
@@ -41,9 +39,8 @@ _OTHER_NAMES = {
     "threads": "engine.num_threads",
     "torchdtype": "engine.dtype",
     "endpointurl": "storage.endpoint",
-    "batchrows": "output.chunk_rows",
 }
-_OTHER_VALUES = {
+OTHER_VALUES = {
     "fp16": "float16",
     "f16": "float16",
     "half": "float16",
@@ -82,7 +79,7 @@ def _meant(model: type[BaseModel], place: Place, known: list[str]) -> str:
     beside = {plain(other): other for other in known}
     elsewhere = {plain(other.rpartition(".")[2]): other for other in reversed(everywhere)}
     whole_path = {plain(other): other for other in everywhere}  # engine.maxNumSeqs as one key
-    exact = beside.get(name) or whole_path.get(name) or elsewhere.get(name) or _OTHER_NAMES.get(name)
+    exact = beside.get(name) or whole_path.get(name) or elsewhere.get(name) or OTHER_NAMES.get(name)
     if exact is None and ":" in key and plain(key.partition(":")[0]) in beside:
         return "; a colon and a space end a key"
     if exact is None:
@@ -146,7 +143,7 @@ def wrong_value(model: type[BaseModel], problem: Any, values: Mapping[str, Any])
         return _of_parameter(message) if place == (SAMPLING,) else (place, message)
     item = isinstance(place[-1], int) if place else False
     wanted = "text" if item else _wanted(info, section)
-    return place, f"must be {wanted}, got {shown(problem['input'])}{_hint(wanted, info, problem['input'])}"
+    return place, f"must be {wanted}, got {shown(problem['input'])}{_hint(wanted, problem['input'])}"
 
 
 def _of_parameter(message: str) -> Problem:
@@ -188,7 +185,7 @@ def _options(annotation: Any) -> list[Any]:
     return _options(get_args(annotation)[0]) if origin is Annotated else [annotation]
 
 
-def _hint(wanted: str, info: FieldInfo | None, value: Any) -> str:
+def _hint(wanted: str, value: Any) -> str:
     if wanted.startswith("text"):
         return "; in quotes it is text" if not isinstance(value, list | tuple) and value is not None else ""
     if not isinstance(value, str):
@@ -198,19 +195,7 @@ def _hint(wanted: str, info: FieldInfo | None, value: Any) -> str:
         return f"; write {_BOOLEANS[said]}" if said in _BOOLEANS else ""
     if wanted.startswith("one of "):
         allowed = wanted.removeprefix("one of ").split(", ")
-        other = _OTHER_VALUES.get(said, "")
+        other = OTHER_VALUES.get(said, "")
         return f"; did you mean {other!r}?" if other in allowed else suggest(said, allowed)
     number = re.fullmatch(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?", said)
     return "; it is a number without quotes" if number and ("integer" in wanted or "number" in wanted) else ""
-
-
-def shown(value: Any) -> str:
-    """A value as a job file has it; of what is long, what it is."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, Mapping):
-        return "a mapping" if value else "an empty mapping"
-    if isinstance(value, list | tuple):
-        return "a list" if value else "an empty list"
-    text = repr(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"

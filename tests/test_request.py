@@ -52,7 +52,7 @@ def test_numbers(half):
         ("temperature", 10**400, "finite, got 1"),
         ("temperature", math.nan, "at least 0, got nan"),
         ("temperature", "0.7", "a number, got '0.7'"),
-        ("temperature", True, "a number, got True"),
+        ("temperature", True, "a number, got true"),
         ("temperature", Decimal("sNaN"), "at least 0, got"),
         ("repetition_penalty", 0, "above 0, got 0"),
         ("presence_penalty", 2.5, "in [-2, 2], got 2.5"),

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from batchinfer.cli_options import parse_settings
 from batchinfer.errors import BatchInferError, SpecError, UsageError
+from batchinfer.request import SamplingParams
 from batchinfer.spec import JobSpec, load_spec, locate, parse_spec
+from batchinfer.spec_problems import OTHER_NAMES, OTHER_VALUES
 
 JOB = {"model": "fake", "input": {"path": "i"}, "prompt": {"user": "x"}, "output": {"path": "o"}}
 TEXT = 'model: fake\ninput: {path: in.jsonl}\nprompt: {user: "{{ text }}"}\noutput: {path: out}\n'
@@ -80,6 +82,14 @@ def test_all_unknown_keys_are_listed(job):
     ]
 
 
+def test_names_of_other_tools_lead_to_ours():
+    for key in OTHER_NAMES.values():
+        section, _, name = key.partition(".")
+        assert name in f"{list(SamplingParams.__match_args__)}" if section == "sampling" else (section, name) in FIELDS
+    literals = str([field.annotation for _, model in SECTIONS for field in model.model_fields.values()])
+    assert all(repr(value) in literals for value in OTHER_VALUES.values())
+
+
 def test_a_missing_space_after_a_colon():
     assert "a colon and a space end a key" in refusal({"seed:1": None})
 
@@ -108,6 +118,7 @@ VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
 )
+SECTIONS = [(name, f.annotation) for name, f in JobSpec.model_fields.items() if hasattr(f.annotation, "model_fields")]
 FIELDS = [
     (name, key)
     for name, field in JobSpec.model_fields.items()
