@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, cast
 
-import orjson
 import pyarrow as pa
 
 from batchinfer.job.columns import BODY, Layout
@@ -20,6 +19,7 @@ from batchinfer.request import FinishReason, TokenLogprob
 from batchinfer.wire.answers import Answers, PromptTokens, Read, Said, problem, tokens_of
 from batchinfer.wire.asked import Asked, WireModel, field_of
 from batchinfer.wire.bodies import CompletionRequest
+from batchinfer.wire.json_text import dump
 
 _ID = "batch_req_"
 
@@ -32,10 +32,10 @@ def build_lines(layout: Layout, rows: list[Row], carried: pa.Table, base: int, m
         "id": [f"{_ID}{number:09d}" for number in ids],
         "custom_id": carried.column("custom_id").to_pylist(),
         "response": [
-            orjson.dumps(_response(row, number, line, answers, model)).decode()
+            dump(_response(row, number, line, answers, model)).decode()
             for row, number, line in zip(rows, ids, carried.to_pylist(), strict=True)
         ],
-        "error": [orjson.dumps(_error(row)).decode() if row.error else None for row in rows],
+        "error": [dump(_error(row)).decode() if row.error else None for row in rows],
     }
     return pa.table(columns, schema=layout.schema)
 
@@ -60,7 +60,7 @@ def _with_body(layout: Layout, row: Row, base: int, asked: Asked, answers: Answe
     no_place = len(row.samples) > 1 and not (layout.listed or layout.exploded)
     if not (no_place or echoes or asked.shows_ids or asked.read is not None or asked.use is not None):
         return row
-    body = orjson.dumps(_answer(row, base + row.offset, asked, answers)).decode()
+    body = dump(_answer(row, base + row.offset, asked, answers)).decode()
     return row._replace(read={**(row.read or {}), BODY: body})
 
 

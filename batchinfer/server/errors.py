@@ -5,12 +5,12 @@ from __future__ import annotations
 import traceback
 from typing import Any
 
-import orjson
 from starlette.responses import Response
 
 from batchinfer.errors import DeadlineExceeded, EngineFailure, RowError, TooLong
 from batchinfer.log import log
 from batchinfer.wire.asked import MESSAGES, field_of
+from batchinfer.wire.json_text import dump
 from batchinfer.wire.params import param_of
 
 CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
@@ -63,24 +63,6 @@ class JsonResponse(Response):
 
     def render(self, content: Any) -> bytes:
         return dump(content)
-
-
-def dump(value: Any) -> bytes:
-    """JSON bytes. Lone surrogates, which a client may have sent in a name, are written as \\ud800 is, in text."""
-    try:
-        return orjson.dumps(value)
-    except TypeError:
-        return orjson.dumps(_writable(value))
-
-
-def _writable(value: Any) -> Any:
-    if isinstance(value, str):
-        return value.encode(errors="backslashreplace").decode()
-    if isinstance(value, dict):
-        return {_writable(key): _writable(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_writable(entry) for entry in value]
-    return value
 
 
 def as_api_error(error: Exception) -> ApiError:

@@ -9,9 +9,10 @@ from typing import Any, Protocol, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from batchinfer.server.errors import ApiError, as_api_error, dump
+from batchinfer.server.errors import ApiError, as_api_error
 from batchinfer.server.metrics import Metrics
 from batchinfer.wire.choices import Delta, Used
+from batchinfer.wire.json_text import dump
 
 T = TypeVar("T")
 

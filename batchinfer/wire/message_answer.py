@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
-
-import orjson
 
 from batchinfer.wire.asked import Asked
 from batchinfer.wire.blocks import Block, Blocks, Head, Step
@@ -77,8 +76,8 @@ def _content(block: Block) -> dict[str, Any]:
 def _input(arguments: str) -> dict[str, Any]:
     """Of a call that was cut off nothing is left."""
     try:
-        given = orjson.loads(arguments)
-    except ValueError:
+        given = json.loads(arguments)  # integers of any size stay what they are
+    except (ValueError, RecursionError):
         return {}
     return given if isinstance(given, dict) else {}
 

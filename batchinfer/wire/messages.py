@@ -153,7 +153,7 @@ def _choice(choice: Mapping[str, Any]) -> str | dict[str, Any]:
     kind = choice.get("type")
     if kind == "tool":
         return {"type": "function", "function": {"name": choice.get("name")}}
-    if kind not in _CHOICES:
+    if not isinstance(kind, str) or kind not in _CHOICES:
         raise BadParameters(f"tool_choice.type must be auto, any, tool or none, got {kind!r}", param="tool_choice")
     return _CHOICES[kind]
 

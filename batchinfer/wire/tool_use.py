@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
-
-import orjson
 
 from batchinfer.errors import BadParameters
 from batchinfer.text.tool_choice import tool_choice_schema
 from batchinfer.text.tools import ToolCallParser, ToolDelta, detect_format, keeps_special_tokens, parse_tool_calls
 from batchinfer.wire.bodies import ChatRequest
+from batchinfer.wire.json_text import dump
 
 NewId = Callable[[], str]
 """Makes the id of a tool call."""
@@ -57,9 +57,9 @@ class ToolUse:
         if self.mode == "one":
             return self._said("", [Call(self.name, text)])
         try:
-            calls_of = orjson.loads(text)
-            return self._said("", [Call(one["name"], orjson.dumps(one["parameters"]).decode()) for one in calls_of])
-        except (ValueError, KeyError, TypeError):  # cut off by max_tokens
+            calls_of = json.loads(text)  # integers of any size stay what they are
+            return self._said("", [Call(one["name"], dump(one["parameters"]).decode()) for one in calls_of])
+        except (ValueError, KeyError, TypeError, RecursionError):  # cut off by max_tokens
             return Said(text, [])
 
     def _said(self, content: str, calls: list[Call]) -> Said:

@@ -282,3 +282,8 @@ def test_a_hostile_expression_is_a_400(tiny):
     error = tiny.refused(CHAT, {"messages": HI, "structured_outputs": {"regex": "a{1000000000}"}})
     assert error["param"] == "structured_outputs" and "too large" in error["message"]
     assert tiny.chat(messages=HI, max_tokens=5, structured_outputs={"regex": "ab"})["choices"][0]["message"]["content"]
+
+
+def test_large_integers_of_a_forced_call_stay_exact():
+    (call,) = ToolUse("many").read('[{"name": "add", "parameters": {"a": 1180591620717411303424, "b": "é"}}]').calls
+    assert call == ("add", '{"a":1180591620717411303424,"b":"é"}')
