@@ -133,6 +133,8 @@ def _warn_of_absence(name: str, scans: list[FileScan]) -> None:
 
 def _merge(first: Column, second: Column) -> Column:
     """The column that holds both. Raises InputError."""
+    if (first.json, first.kinds, first.field.type) == (second.json, second.kinds, second.field.type):
+        return first
     merged: Column | None
     if first.kinds is not None and second.kinds is not None:
         merged = _of_lines(first, second)
