@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import functools
 import json
-import uuid
 from collections.abc import Callable
 from itertools import accumulate, pairwise
 from typing import Any
@@ -21,7 +20,7 @@ import pyarrow.compute as pc
 from batchinfer.values import times
 from batchinfer.values.cell import Struct, Unheld
 from batchinfer.values.number import Number
-from batchinfer.values.plain import key_text
+from batchinfer.values.plain import shown_text
 from batchinfer.values.texts import interval_text
 
 _NANOS = {"s": 10**9, "ms": 10**6, "us": 10**3, "ns": 1}
@@ -48,6 +47,11 @@ def json_cells_of(column: pa.ChunkedArray) -> Cells:
 def json_line_cells_of(column: pa.ChunkedArray) -> Cells:
     """JSON texts as a line embeds them. One that is no JSON is a text there."""
     return [None if text is None else _fragment(text) for text in line_cells_of(_stored(column))]
+
+
+def fragments_of(column: pa.ChunkedArray) -> Cells:
+    """JSON texts on one line each, as a line embeds them."""
+    return [None if text is None else orjson.Fragment(text) for text in column.to_pylist()]
 
 
 def _stored(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -161,9 +165,10 @@ def _bytes(array: pa.Array, lines: bool) -> Cells:
 
 def _utf8(value: bytes) -> str | Unheld:
     try:
-        return value.decode()
+        text = value.decode()
     except UnicodeDecodeError:
-        return Unheld(f"{len(value)} bytes that are not UTF-8 text")
+        text = "\0"
+    return text if "\0" not in text else Unheld(f"{len(value)} bytes that are not UTF-8 text")
 
 
 # -- times --------------------------------------------------------------------------------------------------------
@@ -236,7 +241,7 @@ def _map(array: pa.MapArray, lines: bool) -> Cells:
 
 
 def _key(key: Any, lines: bool) -> str | int:
-    return key if isinstance(key, str) or (type(key) is int and not lines) else key_text(key)
+    return key if isinstance(key, str) or (type(key) is int and not lines) else shown_text(key)
 
 
 def _dictionary(array: pa.DictionaryArray, lines: bool) -> Cells:
@@ -259,13 +264,18 @@ def _runs(array: pa.RunEndEncodedArray, lines: bool) -> Cells:
 def _extension(array: pa.ExtensionArray, lines: bool) -> Cells:
     name = array.type.extension_name
     if name == "arrow.uuid":
-        return _each(array.storage.to_pylist(), lambda value: str(uuid.UUID(bytes=value)), lines)
+        return _each(array.storage.to_pylist(), _uuid_text, lines)
     if name == "arrow.json":
         change = _fragment if lines else _parsed
         return [None if text is None else change(text) for text in _convert(array.storage, lines)]
     if name == "arrow.bool8":
         return [None if value is None else value != 0 for value in array.storage.to_pylist()]
     return _convert(array.storage, lines)
+
+
+def _uuid_text(value: bytes) -> str:
+    digits = value.hex()
+    return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
 
 
 _CONVERTERS: dict[int, Callable[[Any, bool], Cells]] = {

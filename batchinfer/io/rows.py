@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from batchinfer.errors import InputError, SpecError, SpoolError
 from batchinfer.io import jsonl, parquet
-from batchinfer.io.cells import cells_of, json_cells_of, json_line_cells_of, line_cells_of
+from batchinfer.io.cells import cells_of, fragments_of, json_cells_of, json_line_cells_of, line_cells_of
 from batchinfer.io.discover import Found, find_files
 from batchinfer.io.inputs import IndexEntry, InputFile, Inputs, RowBatch, Span
 from batchinfer.io.partitions import filled, own_schema, values_of, with_columns
@@ -182,9 +182,14 @@ def _rows(table: pa.Table, convert: Mapping[str, Callable[[Any], list[Any]]]) ->
 
 
 def write_rows(
-    path: Path, table: pa.Table, form: str, compression: str | None, text_json: Collection[str] = ()
+    path: Path,
+    table: pa.Table,
+    form: str,
+    compression: str | None,
+    text_json: Collection[str] = (),
+    own_json: Collection[str] = (),
 ) -> None:
-    """Write a part to local disk. Equal tables give equal bytes.
+    """Write a part to local disk. Equal tables give equal bytes. `own_json`: columns of JSON that nobody need check.
 
     Lines carry JSON text as JSON, bytes in base64, times as ISO 8601, decimal numbers as text and, since JSON has no
     such numbers, NaN and infinity as null. Raises SpoolError if the file cannot be written, and then leaves none.
@@ -195,13 +200,14 @@ def write_rows(
         elif compression == "snappy":
             raise SpecError("snappy goes with parquet; lines take zstd, gzip or none", key="output.compression")
         else:
-            jsonl.write(path, _lines(table, text_json), compression)
+            jsonl.write(path, _lines(table, text_json, own_json), compression)
     except OSError as error:
         path.unlink(missing_ok=True)
         raise SpoolError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
-def _lines(table: pa.Table, text_json: Collection[str]) -> Iterator[dict[str, Any]]:
+def _lines(table: pa.Table, text_json: Collection[str], own_json: Collection[str]) -> Iterator[dict[str, Any]]:
     convert = {name: json_line_cells_of if name in text_json else line_cells_of for name in table.column_names}
+    convert |= {name: fragments_of for name in own_json if name in convert}
     for start in range(0, table.num_rows, _WRITE_ROWS):
         yield from _rows(table.slice(start, _WRITE_ROWS), convert)

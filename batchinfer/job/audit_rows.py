@@ -206,7 +206,8 @@ class _Source:
             return range(batch.table.num_rows)
         unjudged = batch.without(self._judged)
         kept = list(unjudged)
-        for offset, row in enumerate(rows_of(batch.table, self._judged, self._text_json)):
+        names = [name for name in batch.table.column_names if name in self._judged]
+        for offset, row in enumerate(rows_of(batch.table, names, self._text_json)):
             try:
                 if offset not in unjudged and self._filter.matches(row):
                     kept.append(offset)

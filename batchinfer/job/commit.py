@@ -51,8 +51,10 @@ class PartWriter:
         last = chunk == len(plan.chunks) - 1
         if counts.output_rows or last:  # readers find parts/ and the columns even where nothing was selected
             local = self.spool.scratch(f"{chunk:06d}.part")
-            form, compression = self.layout.file_format, self.layout.compression
-            write_rows(local, table, form, None if compression == "none" else compression, self.layout.text_json)
+            layout = self.layout
+            compression = None if layout.compression == "none" else layout.compression
+            own_json = layout.text_json.difference(layout.carried)
+            write_rows(local, table, layout.file_format, compression, layout.text_json, own_json)
             sha256, size = _hash(local), local.stat().st_size
             part = part_name(plan, chunk, sha256, self.layout.suffix)
             self.ledger.store.put_file(part, local)

@@ -163,5 +163,5 @@ def _wrapped(text: str, width: int) -> Iterator[str]:
 
 def _text(value: Any) -> str:
     """Text as it is, everything else as JSON; no control characters reach the terminal."""
-    text = value if isinstance(value, str) else shown_text(value)
+    text = shown_text(value)
     return "".join(char if char.isprintable() or char in "\n\t" else repr(char)[1:-1] for char in text)

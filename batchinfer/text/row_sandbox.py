@@ -32,6 +32,9 @@ _OF_TEXT = (
 )
 
 
+_METHODS = [name for name in dir(dict) if not name.startswith("_")]
+
+
 class NullCell(jinja2.UndefinedError):
     """A null was printed, compared or computed with."""
 
@@ -201,7 +204,7 @@ class RowSandbox(Sandbox):
                 return self.getitem(obj[ROW], key)
         if isinstance(obj, Struct) and key in obj.nulls:
             return cell(None, what)
-        method = f": its method is called as {key}()" if isinstance(key, str) and hasattr(dict, key) else ""
+        method = f": its method is called as {key}()" if key in _METHODS else ""
         return self.undefined(hint=f"'dict object' has no attribute {key!r}{method}", obj=obj, name=key)
 
     def _named(self, value: Any, name: Any) -> Any:

@@ -13,7 +13,7 @@ from batchinfer.errors import InvalidInput
 from batchinfer.values.cell import Unheld, held
 from batchinfer.values.number import Number, plain_number
 
-_TIMES = (datetime.date, datetime.time, datetime.timedelta)
+_TIMES = datetime.date | datetime.time | datetime.timedelta
 _MARK = secrets.token_hex(16)  # begins the text that stands for a decimal number until the JSON is made
 _MARKED = re.compile(f'"{_MARK}([^"]*)"')
 
@@ -24,19 +24,12 @@ def plain(value: Any, what: str) -> Any:
     Raises InvalidInput that begins with `what` where a part of it is Unheld.
     """
     if isinstance(value, dict):
-        return {key if isinstance(key, str) else key_text(key): plain(item, what) for key, item in value.items()}
+        return {shown_text(key): plain(item, what) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item, what) for item in value]
     if isinstance(value, Decimal):
         return plain_number(value)
     return str(value) if isinstance(value, _TIMES) else held(value, what)
-
-
-def key_text(key: Any) -> str:
-    """The text of a mapping's key, which JSON wants."""
-    if key is None or isinstance(key, bool | list | dict):
-        return json_text(key)
-    return (key.text or "") if type(key) is Unheld else str(key)
 
 
 def json_text(value: Any, nulls: tuple[type, ...] = (), **layout: Any) -> str:
@@ -69,9 +62,11 @@ def json_text(value: Any, nulls: tuple[type, ...] = (), **layout: Any) -> str:
 
 
 def shown_text(value: Any) -> str:
-    """JSON for people's eyes, of every cell there is."""
+    """Of any cell, for people's eyes and as a key of JSON: text and times as they are, everything else as JSON."""
+    if isinstance(value, str | Decimal | Unheld | _TIMES):
+        return _shown(value)
+    return json.dumps(value, default=_shown, ensure_ascii=False, separators=(",", ":"))
 
-    def other(item: Any) -> Any:
-        return item.text if type(item) is Unheld else str(item)
 
-    return json.dumps(value, default=other, ensure_ascii=False, separators=(",", ":"))
+def _shown(value: Any) -> str:
+    return (value.text or "") if type(value) is Unheld else str(value)

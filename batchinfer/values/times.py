@@ -255,7 +255,7 @@ def duration(nanos: int) -> Duration | Unheld:
 
 
 _EPOCH = Timestamp(1970, 1, 1)
-_EPOCH_UTC = Timestamp(1970, 1, 1, tzinfo=datetime.UTC)
+_EPOCH_UTC = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 Zone = datetime.tzinfo | str | None
 
 
@@ -287,11 +287,13 @@ def timestamp(nanos: int, zone: Zone = None) -> Timestamp | Unheld:
         return Unheld(f"the time zone {zone!r} is not known (the time in UTC is {text})", text)
     micros, below = divmod(nanos, 1000)
     try:
-        made = datetime.datetime.__add__(_EPOCH_UTC if zone else _EPOCH, datetime.timedelta(microseconds=micros))
-        local = made.astimezone(zone) if zone and zone is not datetime.UTC else made
+        span = datetime.timedelta(microseconds=micros)
+        if zone is None:
+            return _with_below(datetime.datetime.__add__(_EPOCH, span), below)
+        local = (_EPOCH_UTC + span).astimezone(zone)
     except OverflowError:
         return _far("time", timestamp_text(nanos, zone is not None))
-    return _with_below(local, below)
+    return _with_below(Timestamp.combine(local.date(), local.timetz()), below)
 
 
 def _far(what: str, text: str) -> Unheld:

@@ -42,10 +42,11 @@ def test_floats_of_fewer_bits_have_their_own_digits():
 
 
 def test_bytes_are_text_where_they_are_utf8():
-    text, other, null = cells_of(chunked(pa.array([b"\xc3\xa4", b"\xff", None])))
+    text, *others, null = cells_of(chunked(pa.array([b"\xc3\xa4", b"\xff", b"a\0", None])))
     assert (text, null) == ("ä", None)
-    with pytest.raises(InvalidInput, match="1 bytes that are not UTF-8 text"):
-        str(other)
+    for other in others:
+        with pytest.raises(InvalidInput, match="bytes that are not UTF-8 text"):
+            str(other)
     assert cells_of(chunked(pa.array([[b"x"]])))[0] == ["x"]
 
 
@@ -65,13 +66,19 @@ def test_nulls_of_a_struct_are_left_out_and_those_of_a_map_are_not():
         (pa.bool_(), {"true": 1}, {"true": 1}),
         (pa.date32(), {"1970-01-06": 1}, {"1970-01-06": 1}),
         (pa.binary(), {"a": 1}, {"YQ==": 1}),
-        (pa.struct({"x": pa.int32()}), {'{"x": 7}': 1}, {'{"x": 7}': 1}),
+        (pa.struct({"x": pa.int32()}), {'{"x":7}': 1}, {'{"x":7}': 1}),
     ],
 )
 def test_keys_of_maps(key, cell, line):
     given = {pa.bool_(): True, pa.binary(): b"a"}.get(key, {"x": 7} if pa.types.is_struct(key) else 5)
     column = chunked(pa.array([[(given, 1)], None], pa.map_(key, pa.int32())))
     assert cells_of(column) == [cell, None] and line_cells_of(column) == [line, None]
+
+
+def test_no_key_is_lost_to_lines():
+    kind = pa.struct({"x": pa.float64(), "t": pa.timestamp("s")})
+    column = chunked(pa.array([[({"x": float("nan"), "t": 10**15}, 1)]], pa.map_(kind, pa.int32())))
+    assert orjson.dumps(line_cells_of(column)) == rb'[{"{\"x\":NaN,\"t\":\"+31690708-07-05T01:46:40\"}":1}]'
 
 
 def test_what_cannot_be_read_costs_its_own_cell():

@@ -6,9 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchinfer.errors import InvalidInput
+from batchinfer.values.cell import Unheld
 from batchinfer.values.number import Number
-from batchinfer.values.plain import json_text, plain
+from batchinfer.values.plain import json_text, plain, shown_text
 from batchinfer.values.texts import decimal_text
+from batchinfer.values.times import date
 
 PRICE = Number("9.99")
 LARGE = Number("12345678901234567890123456789012345678.901234567890123456789012345678901234")
@@ -85,3 +87,11 @@ def test_plain_values_are_those_of_json() -> None:
     found = plain({"a": Number("5.0"), "b": [Number("0.5"), None, "x"]}, "column 'x'")
     assert found == {"a": 5, "b": [0.5, None, "x"]} and type(found["a"]) is int and type(found["b"][0]) is float
     assert decimal_text(Decimal("1E+2")) == "100"
+
+
+def test_what_people_are_shown() -> None:
+    far = Unheld("beyond", "+12000-01-01")
+    assert [*map(shown_text, ("a b", PRICE, date(0), far, 1.5, True, None))] == [
+        *("a b", "9.99", "1970-01-01", "+12000-01-01", "1.5", "true", "null")
+    ]
+    assert shown_text([far, {"d": date(0), 5: "ä"}]) == '["+12000-01-01",{"d":"1970-01-01","5":"ä"}]'
