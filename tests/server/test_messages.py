@@ -182,6 +182,15 @@ def test_a_conversation_with_calls_reaches_the_template(hermes):
     assert hermes.ok(MESSAGES, messages=[*messages[:2], {"role": "user", "content": empty}], **given)
 
 
+def test_an_answer_goes_on_with_the_last_turn(fake):
+    given = {"messages": [*HI, {"role": "assistant", "content": "The answer (is"}], "max_tokens": 4, "temperature": 0}
+    answer = fake.ok(MESSAGES, **given, ignore_eos=True)
+    prompt = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nThe answer (is"
+    plain = fake.completion(prompt=prompt, max_tokens=4, temperature=0, ignore_eos=True)
+    assert answer["content"][0]["text"] == plain["choices"][0]["text"]
+    assert answer["usage"]["input_tokens"] == len(prompt)
+
+
 def test_text_that_follows_a_schema(tiny):
     form = {"format": {"type": "json_schema", "schema": SCHEMA}, "effort": "low"}
     answer = tiny.ok(MESSAGES, messages=HI, max_tokens=80, temperature=0, output_config=form)

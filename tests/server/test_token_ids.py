@@ -179,6 +179,14 @@ def test_tokenizing_messages_as_a_chat_does(fake):
     assert "".join(without["token_strs"]).encode() + tail == bytes(with_turn["tokens"])
 
 
+def test_tokenizing_a_last_message_that_stays_open(fake):
+    messages = [*HI, {"role": "assistant", "content": "The answer"}]
+    found = fake.ok("/tokenize", messages=messages, continue_final_message=True, add_generation_prompt=False)
+    assert bytes(found["tokens"]).decode() == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nThe answer"
+    both = {"messages": messages, "continue_final_message": True, "add_generation_prompt": True}
+    assert fake.refused("/tokenize", both)["param"] == "continue_final_message"
+
+
 def test_defaults_that_name_tokens_are_taken_back():
     llm = fake_llm()
     llm.default_params = SamplingParams(logprob_token_ids=[65])
