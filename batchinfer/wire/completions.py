@@ -9,7 +9,7 @@ from batchinfer.request import TokenLogprob
 from batchinfer.wire.asked import Asked
 from batchinfer.wire.bodies import CompletionRequest
 from batchinfer.wire.choices import Delta
-from batchinfer.wire.token_texts import CompletionLogprobs, TokenTexts, prompt_logprobs
+from batchinfer.wire.token_texts import CompletionLogprobs, CompletionTokens, Placed, TokenTexts, prompt_logprobs
 
 Entries = Sequence[TokenLogprob | None]
 
@@ -25,7 +25,6 @@ class CompletionShape:
         assert isinstance(body, CompletionRequest)
         self._texts = texts
         self._count = asked.params.logprobs
-        self._as_ids = bool(body.return_tokens_as_token_ids)
         self._shows_prompt = asked.shows_prompt
         self._ids = ids
         pairs = zip(asked.contents, ids, strict=True) if body.echo else ()
@@ -34,44 +33,50 @@ class CompletionShape:
         self._shows_ids = bool(body.return_token_ids)
         self.opening: dict[str, Any] = {}
         self._n = asked.params.n
-        self._logprobs: dict[int, CompletionLogprobs] = {}
+        self._skips_special = asked.params.skip_special_tokens
+        self._table = CompletionLogprobs(texts, bool(body.return_tokens_as_token_ids))
+        self._tokens: dict[int, CompletionTokens] = {}  # by choice
 
     def whole(self, deltas: list[Delta]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        return [self._choice(delta) for delta in deltas], {}
+        return [self._choice(delta, *self._told(delta)) for delta in deltas], {}
 
     def pieces(self, delta: Delta) -> list[dict[str, Any]]:
-        shown = delta.text or delta.logprobs or (delta.first and self._echoed) or (self._shows_ids and delta.token_ids)
-        return [self._choice(delta)] if shown or delta.reason is not None else []
+        before, told = self._told(delta)
+        ids = delta.token_ids if self._count is None else told
+        shown = delta.text or told or (delta.first and self._echoed) or (self._shows_ids and ids)
+        return [self._choice(delta, before, told)] if shown or delta.reason is not None else []
 
-    def _choice(self, delta: Delta) -> dict[str, Any]:
+    def _told(self, delta: Delta) -> tuple[list[Placed], list[Placed]]:
+        """Tokens of prompt and answer whose logprobs this delta tells; none where nobody asked for any."""
+        if self._count is None:
+            return [], []
+        prompt = delta.choice // self._n
+        echoed = self._echoed[prompt] if self._echoed else ""
+        if delta.choice not in self._tokens:
+            self._tokens[delta.choice] = CompletionTokens(self._texts, self._skips_special, echoed)
+        tokens = self._tokens[delta.choice]
+        before: list[Placed] = []
+        if delta.first and self._echoed and delta.prompt_logprobs is not None:
+            entries = _best(delta.prompt_logprobs, self._count)
+            before = tokens.prompt(self._ids[prompt], entries, echoed)
+        return before, tokens.more(delta)
+
+    def _choice(self, delta: Delta, before: list[Placed], told: list[Placed]) -> dict[str, Any]:
         prompt = delta.choice // self._n
         echoes = delta.first and bool(self._echoed)
-        text = self._echoed[prompt] + delta.text if echoes else delta.text
         choice = {
             "index": delta.choice,
-            "text": text,
-            "logprobs": None,
+            "text": self._echoed[prompt] + delta.text if echoes else delta.text,
+            "logprobs": None if self._count is None else self._table.placed(before + told),
             "finish_reason": delta.reason,
         }
-        if self._count is not None:
-            entries: Entries = delta.logprobs
-            token_ids = delta.token_ids
-            if echoes and delta.prompt_logprobs is not None:
-                token_ids = self._ids[prompt] + token_ids
-                entries = [*_best(delta.prompt_logprobs, self._count), *entries]
-            choice["logprobs"] = self._table(delta.choice).of(token_ids, entries)
         if self._shows_prompt and delta.prompt_logprobs is not None:
             choice["prompt_logprobs"] = prompt_logprobs(self._texts, delta.prompt_logprobs)
         if self._shows_ids:
-            choice["token_ids"] = delta.token_ids
+            choice["token_ids"] = delta.token_ids if self._count is None else [token.token_id for token in told]
             if delta.first:
                 choice["prompt_token_ids"] = self._ids[prompt]
         return choice
-
-    def _table(self, choice: int) -> CompletionLogprobs:
-        if choice not in self._logprobs:
-            self._logprobs[choice] = CompletionLogprobs(self._texts, self._as_ids)
-        return self._logprobs[choice]
 
 
 def _best(entries: Entries, count: int) -> Entries:

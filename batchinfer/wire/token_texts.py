@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from batchinfer.request import TokenLogprob
 from batchinfer.text.tokenizer import Tokenizer
+from batchinfer.wire.choices import Delta
+from batchinfer.wire.text_offsets import Offsets, prompt_offsets
 
 _LEAST = -9999.0  # what OpenAI writes for a probability of zero; JSON has no -Infinity
 
@@ -15,14 +17,14 @@ class TokenTexts:
     """Texts of single tokens, looked up once each."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._bytes: dict[int, bytes] = {}
 
     def bytes(self, token_id: int) -> bytes:
         """The bytes that the token stands for; part of a character's, for some."""
         found = self._bytes.get(token_id)
         if found is None:
-            found = self._bytes[token_id] = self._tokenizer.bytes_of(token_id)
+            found = self._bytes[token_id] = self.tokenizer.bytes_of(token_id)
         return found
 
     def text(self, token_id: int) -> str:
@@ -31,36 +33,67 @@ class TokenTexts:
 
     def whole(self, token_ids: list[int]) -> str:
         """The text of tokens together, special ones included."""
-        return self._tokenizer.decode_batch([token_ids], skip_special_tokens=False)[0]
+        return self.tokenizer.decode_batch([token_ids], skip_special_tokens=False)[0]
+
+
+class Placed(NamedTuple):
+    """A token, where it begins in the text that a client is given, and its logprob unless nothing precedes it."""
+
+    offset: int
+    token_id: int
+    entry: TokenLogprob | None
+
+
+class CompletionTokens:
+    """The tokens of one choice of /v1/completions, in order, as soon as their text is shown.
+
+    Of a text that ends at a stop string it is known only then where it ends.
+    """
+
+    def __init__(self, texts: TokenTexts, skip_special_tokens: bool, echoed: str = "") -> None:
+        self._texts = texts
+        self._offsets = Offsets(texts.tokenizer.pieces(skip_special_tokens), len(echoed))
+        self._waiting: list[tuple[int, TokenLogprob]] = []
+        self._shown = len(echoed)
+
+    def prompt(self, token_ids: Sequence[int], entries: Sequence[TokenLogprob | None], text: str) -> list[Placed]:
+        """Those of the prompt, which is shown as `text`."""
+        offsets = prompt_offsets(self._texts.tokenizer, token_ids, text)
+        return [Placed(*one) for one in zip(offsets, token_ids, entries, strict=True)]
+
+    def more(self, delta: Delta) -> list[Placed]:
+        """What can be told once the text of `delta` is shown."""
+        for entry in delta.logprobs:
+            self._offsets.push(entry.token_id)
+            self._waiting.append((entry.token_id, entry))
+        self._shown += len(delta.text)
+        places = self._offsets.take(self._shown, delta.reason is not None)
+        told, self._waiting = self._waiting[: len(places)], self._waiting[len(places) :]
+        return [Placed(place, *one) for place, one in zip(places, told, strict=True)]
 
 
 class CompletionLogprobs:
-    """`logprobs` of /v1/completions, for the tokens of one choice in order.
-
-    as_ids: tokens are written `token_id:7` instead of as text.
-    """
+    """`logprobs` of /v1/completions. as_ids: tokens are written `token_id:7` instead of as text."""
 
     def __init__(self, texts: TokenTexts, as_ids: bool) -> None:
         self._texts = texts
         self._as_ids = as_ids
-        self._offset = 0
 
     def of(self, token_ids: Sequence[int], entries: Sequence[TokenLogprob | None]) -> dict[str, Any]:
-        """Four lists, an item a token. Beside the best, every dict has the token itself; None where nothing precedes.
+        """Lists, an item a token. Beside the best, every dict has the token itself; None where nothing precedes.
 
         Where two tokens have the same text the larger value stays: clients compare with the largest.
         """
-        tokens = [self._name(token) for token in token_ids]
-        offsets = []
-        for token in token_ids:
-            offsets.append(self._offset)
-            self._offset += len(self._texts.text(token))
         return {
-            "text_offset": offsets,
             "token_logprobs": [None if entry is None else finite(entry.logprob) for entry in entries],
-            "tokens": tokens,
+            "tokens": [self._name(token) for token in token_ids],
             "top_logprobs": [None if entry is None else self._top(entry) for entry in entries],
         }
+
+    def placed(self, tokens: Sequence[Placed]) -> dict[str, Any]:
+        """The same, and where each token begins."""
+        lists = self.of([token.token_id for token in tokens], [token.entry for token in tokens])
+        return {"text_offset": [token.offset for token in tokens], **lists}
 
     def _top(self, entry: TokenLogprob) -> dict[str, float]:
         top: dict[str, float] = {}
