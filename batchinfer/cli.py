@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = app(args=arguments, prog_name="batchinfer", standalone_mode=False)
     except BatchInferError as error:
-        values = {"error": type(error).__name__, "exit_code": error.exit_code} if log.as_json else {}
+        values = {"error": error.name, "exit_code": error.exit_code} if log.as_json else {}
         log.error(str(error), **values)
         return error.exit_code
     except KeyboardInterrupt:

@@ -44,6 +44,11 @@ class BatchInferError(Exception):
 
     exit_code = 70
 
+    @property
+    def name(self) -> str:
+        """The name that the tree has for it: that of the nearest type above, for a type that lives elsewhere."""
+        return next(kind.__name__ for kind in type(self).__mro__ if kind.__module__ == __name__)
+
 
 class UserError(BatchInferError):
     """The user's mistake; the message names what is wrong, where, and what to do.

@@ -168,13 +168,13 @@ def _freeze(params: SamplingParams, name: str) -> None:
     if name == "stop" and isinstance(value, str):
         value = (value,)
     if isinstance(value, str) or not isinstance(value, Sequence):
-        raise BadParameters(f"{name} must be a list, got {value!r}")
+        raise BadParameters(f"{name} must be a list, got {shown(value)}")
     texts = name in ("stop", "bad_words")
     items = tuple(value if texts else map(whole, value))
     for entry in items:
         if type(entry) is not (str if texts else int) or entry == "":
             wanted = "a non-empty string" if texts else "a token id"
-            raise BadParameters(f"{name} holds {entry!r}; every item must be {wanted}")
+            raise BadParameters(f"{name} holds {shown(entry)}; every item must be {wanted}")
     object.__setattr__(params, name, items)
 
 
@@ -192,13 +192,13 @@ def _name_logprobs(params: SamplingParams, ids: tuple[int, ...]) -> None:
 def _bias(value: Any) -> dict[int, float]:
     """Token ids may be text: JSON has no other keys."""
     if not isinstance(value, Mapping):
-        raise BadParameters(f"logit_bias must map token ids to numbers, got {value!r}")
+        raise BadParameters(f"logit_bias must map token ids to numbers, got {shown(value)}")
     bias = {}
     for key, given in value.items():
         token = int(key) if isinstance(key, str) and _TOKEN_ID.fullmatch(key) else whole(key)
         amount = number(given)
         if type(token) is not int or amount is None:
-            raise BadParameters(f"logit_bias must map token ids to numbers, got {key!r}: {given!r}")
+            raise BadParameters(f"logit_bias must map token ids to numbers, got {shown(key)}: {shown(given)}")
         if not -100.0 <= amount <= 100.0:
             raise BadParameters(f"logit_bias of token {token} must be in [-100, 100], got {given!r}")
         bias[token] = float(amount)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from batchinfer.errors import BadParameters, suggest
+from batchinfer.errors import BadParameters, shown, suggest
 
 Kind = Literal["json", "json_object", "regex", "choice", "grammar"]
 
@@ -36,7 +36,9 @@ class StructuredOutputs:
         if given is None or isinstance(given, StructuredOutputs):
             return given
         if not isinstance(given, Mapping):
-            raise BadParameters(f"structured_outputs must be a mapping with one of {', '.join(KINDS)}, got {given!r}")
+            raise BadParameters(
+                f"structured_outputs must be a mapping with one of {', '.join(KINDS)}, got {shown(given)}"
+            )
         for name in given:
             if name not in KINDS:
                 near = suggest(str(name).removeprefix("guided_"), KINDS)
@@ -65,19 +67,19 @@ def _value(kind: Kind, value: Any) -> str | tuple[str, ...]:
         return _schema(value)
     if kind == "json_object":
         if value is not True:
-            raise BadParameters(f"structured_outputs.json_object must be true, got {value!r}")
+            raise BadParameters(f"structured_outputs.json_object must be true, got {shown(value)}")
         return ""
     if kind == "choice":
         if not isinstance(value, list | tuple) or not value:
-            raise BadParameters(f"structured_outputs.choice must be a list of texts, got {value!r}")
+            raise BadParameters(f"structured_outputs.choice must be a list of texts, got {shown(value)}")
         for choice in value:
             if not isinstance(choice, str) or not choice:
                 raise BadParameters(
-                    f"structured_outputs.choice holds {choice!r}; every choice must be a non-empty text"
+                    f"structured_outputs.choice holds {shown(choice)}; every choice must be a non-empty text"
                 )
         return tuple(value)
     if not isinstance(value, str) or not value.strip():
-        raise BadParameters(f"structured_outputs.{kind} must be a non-empty text, got {value!r}")
+        raise BadParameters(f"structured_outputs.{kind} must be a non-empty text, got {shown(value)}")
     return value
 
 

@@ -38,6 +38,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _BREAK = re.compile("\r\n|\n|\r")
 _COMMENT = re.compile(r"[ \t]+(#[^\r\n]*)")
 _TEMPLATE = re.compile(r"\{[{%#]")
+_ALIKE = "keys beside each other are indented alike"
 _QUOTE_TEMPLATE = "text with {{ … }} must be in quotes, or in lines of its own below a |"
 
 _NULL = re.compile(r"null|Null|NULL|~|")
@@ -50,7 +51,10 @@ _FORMS = {"null": _NULL, "bool": _BOOL, "int": _INT, "float": _FLOAT}
 
 # what PyYAML's messages say → what to do about it; the first that fits
 _ADVICE = (
-    ("mapping values are not allowed", "a text that holds a colon and a space must be in quotes"),
+    (
+        "mapping values are not allowed",
+        f"a text that holds a colon and a space must be in quotes, and {_ALIKE}",
+    ),
     ("scanning an alias", "a value that begins with * must be in quotes"),
     ("undefined alias", "no anchor & of that name stands before it; a value that begins with * must be in quotes"),
     ("scanning an anchor", "a value that begins with & must be in quotes"),
@@ -59,6 +63,16 @@ _ADVICE = (
     ("unknown escape character", "in double quotes a \\ begins an escape: write \\\\, or use single quotes"),
     ("quoted scalar", "a quotation mark that opens here is not closed"),
     ("expected a single document", "a file holds one document: nothing may follow a second ---"),
+    ("found '<scalar>'", "nothing may follow a closing quotation mark; within '…' a ' is written ''"),
+    ("expected '<document start>'", _ALIKE),
+    ("expected <block end>", f"{_ALIKE}, and so are the items of a list"),
+    ("sequence entries are not allowed", "a value that begins with - must be in quotes, and items begin lines"),
+    ("chomping or indentation", "the text after | or > begins on the next line"),
+    ("found ']'", "a value that begins with it must be in quotes"),
+    ("found '}'", "a value that begins with it must be in quotes"),
+    ("flow sequence", "a list that opens with [ is closed with ], and a comma stands between its items"),
+    ("flow mapping", "a mapping that opens with { is closed with }, and a comma stands between its keys"),
+    ("flow node", "a [ or { that opens here is not closed"),
     ("expected ':'", "a line is a key, a colon, a space and a value"),
 )
 

@@ -275,6 +275,9 @@ def test_error_in_json_logs(tmp_path, capsys):
     assert run("--log-json", "run", tmp_path / "nothing.yaml") == 78
     event = json.loads(capsys.readouterr().err.splitlines()[-1])
     assert (event["level"], event["error"], event["exit_code"]) == ("error", "SpecError", 78)
+    (tmp_path / "broken.yaml").write_text("model: [")
+    assert run("--log-json", "run", tmp_path / "broken.yaml") == 78
+    assert json.loads(capsys.readouterr().err.splitlines()[-1])["error"] == "SpecError"  # as errors.py names it
 
 
 def test_too_many_row_errors(job, capsys):
