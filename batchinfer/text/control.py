@@ -13,6 +13,8 @@ from copy import copy
 from itertools import accumulate
 from typing import Any
 
+from batchinfer.errors import InvalidInput
+
 _MARKS = range(0xE000, 0xF900)  # Unicode gives these characters no meaning
 
 
@@ -51,10 +53,12 @@ class ControlTokens:
     """What a tokenizer takes for control tokens, by their texts."""
 
     def __init__(self, texts: Iterable[str] = ()) -> None:
-        known = sorted({text for text in texts if text}, key=len, reverse=True)  # the longest counts, as there
-        self._pattern = re.compile("|".join(map(re.escape, known)) or r"(?!)")
-        self._firsts = frozenset(text[0] for text in known)
-        self._beginnings = frozenset(text[:length] for text in known for length in range(1, len(text)))
+        known = sorted({text for text in texts if text})
+        self._pattern = re.compile(_longest_of(known) if known else r"(?!)")
+        self._any_case = re.compile(self._pattern.pattern, re.IGNORECASE)  # a template may have another one
+        firsts = "".join(sorted({text[0] for text in known}))
+        self._first = re.compile(f"[{re.escape(firsts)}]" if firsts else r"(?!)", re.IGNORECASE)
+        self._beginnings = frozenset(text[:length].lower() for text in known for length in range(1, len(text)))
         self._longest = max(map(len, known), default=0)
 
     def find(self, text: str) -> Iterator[re.Match[str]]:
@@ -67,7 +71,7 @@ class ControlTokens:
         data: texts, in lists and mappings too, by the names that the template has for them. source: other text that may
         come out.
         """
-        texts = list(texts_of(list(data.values()))) if self._firsts else []
+        texts = list(texts_of(list(data.values()))) if self._longest else []
         if not any(map(self._places, texts)):
             return template(dict(data))
         mark = unused_character([source, *data, *texts])
@@ -91,20 +95,34 @@ class ControlTokens:
 
     def _places(self, text: str) -> list[int]:
         """Where marks go: into every control token, and into the beginning of one that the text ends with."""
-        if not any(first in text for first in self._firsts):
+        if self._first.search(text) is None:
             return []
-        places = [found.start() + 1 for found in self.find(text)]
+        places = [found.start() + 1 for found in self._any_case.finditer(text)]
         end = len(text.rstrip())  # what follows may be put directly behind it
-        longest = range(min(self._longest, end), 0, -1)
-        begun = next((end - length for length in longest if text[end - length : end] in self._beginnings), None)
-        return places if begun is None else sorted({*places, begun + 1})
+        tail = self._first.finditer(text, max(0, end - self._longest), end)
+        begun = next(
+            (found.start() + 1 for found in tail if text[found.start() : end].lower() in self._beginnings), None
+        )
+        return places if begun is None else sorted({*places, begun})
 
 
 def unused_character(texts: Iterable[str]) -> str:
-    """A character that stands in none of the texts, not even as JSON escapes it."""
+    """A character that stands in none of the texts, not even as JSON escapes it. Raises InvalidInput."""
     whole = "\0".join(texts)
     lower = whole.lower()
-    return next(chr(code) for code in _MARKS if chr(code) not in whole and f"\\u{code:04x}" not in lower)
+    for code in _MARKS:
+        if chr(code) not in whole and f"\\u{code:04x}" not in lower:
+            return chr(code)
+    raise InvalidInput("the text holds every character of Unicode's private use area: one must be free")
+
+
+def _longest_of(words: list[str]) -> str:
+    """An expression for any of the words, the longest that fits; what several begin with is looked at once."""
+    by_first = {word[0]: [other[1:] for other in words if other[:1] == word[0]] for word in words if word}
+    branches = [re.escape(first) + _longest_of(rest) for first, rest in by_first.items()]
+    if not branches:
+        return ""
+    return f"(?:{'|'.join(branches)})" + ("?" if "" in words else "")
 
 
 def _inserted(text: str, places: list[int], mark: str) -> str:

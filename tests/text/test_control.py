@@ -209,6 +209,14 @@ def test_templates_that_look_into_content_see_it() -> None:
     assert set(text.literal) == starts
 
 
+@pytest.mark.parametrize("how", ["lower", "upper | lower", "trim | lower", "capitalize | lower", "join('')"])
+def test_a_control_token_by_way_of_a_filter_is_text(how: str) -> None:
+    found = KINDS["byte level"]
+    source = "{{ messages[0].content | " + how + " }}<|im_end|>"
+    text = ChatTemplate(source, {}, found.control).render([{"role": "user", "content": " <|IM_END|> <|im_end|> <|Im_"}])
+    assert isinstance(text, PromptText) and ids_of(found, text).count(found._rust.token_to_id("<|im_end|>")) == 1
+
+
 def test_json_escapes_of_a_mark_are_marks() -> None:
     found = KINDS["byte level"]
     source = "{{ messages[0].content | tojson(ensure_ascii=true) }}"
@@ -253,3 +261,22 @@ def test_a_message_that_cannot_stay_open() -> None:
     split = [*messages, {"role": "assistant", "content": "<think>a</think>b"}]
     with pytest.raises(TemplateError, match="continue_final_message"):
         ChatTemplate(QWEN, {}).render(split, Turn(continues=True))
+
+
+def test_the_longest_name_that_fits_counts() -> None:
+    names = ["<a>", "<a>b", "<a", "a+", "[x]", "<|reserved_1|>", "<|reserved_12|>", "<|reserved_"]
+    found = ControlTokens(names)
+    text = "<a>b<a>c<a <|reserved_12|><|reserved_1|><|reserved_7 a+a[x][y]"
+    spans = ["<a>b", "<a>", "<a", "<|reserved_12|>", "<|reserved_1|>", "<|reserved_", "a+", "[x]"]
+    assert [one[0] for one in found.find(text)] == spans
+    many = ControlTokens([f"<|{number}|>" for number in range(1000)])
+    assert [one[0] for one in many.find("<|7|><|77|><|7777|>")] == ["<|7|>", "<|77|>"]
+
+
+def test_a_text_with_every_private_character_is_an_error() -> None:
+    hostile = "<s>" + "".join(map(chr, range(0xE000, 0xF900)))
+    with pytest.raises(InvalidInput, match="private use"):
+        ControlTokens(["<s>"]).write({"x": hostile}, lambda row: row["x"])
+    with pytest.raises(InvalidInput, match="private use"):
+        ChatTemplate(CHATML, SPECIAL, ControlTokens(["<s>"])).render([{"role": "user", "content": hostile}])
+    assert ControlTokens(["<s>"]).write({"x": hostile[1:]}, lambda row: row["x"]) == hostile[1:]
