@@ -107,6 +107,8 @@ class Columns(dict[str, Any]):
 
 def cell(value: Any, what: str) -> Any:
     """A value as templates have it. `what`: how messages call it."""
+    if type(value) is str:
+        return value
     if value is None:
         return Null(hint=f"{what} is null", name=what, exc=NullCell)
     if type(value) is float and not math.isfinite(value):

@@ -22,6 +22,7 @@ class _OverRow:
         self._name = name
         self.source = source
         self._uses = uses_of(source)
+        self._called = {name: f"column {name!r}" for name in self._uses.variables}  # in messages
 
     def columns(self, known: Iterable[str]) -> frozenset[str]:
         """The columns that it needs of an input that has the columns `known`."""
@@ -34,7 +35,7 @@ class _OverRow:
 
     def _of(self, row: Mapping[str, Any], write: Callable[[dict[str, Any]], Any]) -> Any:
         uses = self._uses
-        variables = {name: cell(row[name], f"column {name!r}") for name in uses.variables if name in row}
+        variables = {name: cell(row[name], what) for name, what in self._called.items() if name in row}
         if uses.own or uses.keys or uses.whole:
             variables[COLUMNS] = columns = Columns(row)
             variables[ROW] = cell(row[ROW], f"column {ROW!r}") if ROW in row else columns
