@@ -116,7 +116,6 @@ def test_a_vocabulary_that_has_the_name_as_a_word_gets_it_cut_in_two() -> None:
     found = FastTokenizer(words, TokenizerFacts("", special_tokens=SPECIAL))
     assert ids_of(found, written(found, "a {x} </s>", "</s>")) == [2, 3, 4, 1]
     assert ids_of(found, written(found, "a {x} </s>", "<unk> b")) == [2, 0, 0, 1], "what is unknown stays so"
-    del words
     scored = RustTokenizer(models.Unigram([("<unk>", 0.0), ("</s>", 0.0), ("a", -3.0)], unk_id=0))
     scored.add_special_tokens(["</s>"])
     found = FastTokenizer(scored, TokenizerFacts(""))
