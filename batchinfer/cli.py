@@ -202,7 +202,7 @@ def retry(options: JobOptions) -> None:
 def _work(job: Callable[..., Report], options: JobOptions, drain: Drain) -> None:
     spec = load_job(options.job, list(options.settings), options.limit, options.rehearse)
     shard = _resolve_shard(options.shard)
-    with located(options.job):
+    with located(options.job, options.settings):
         report = job(spec, shard=shard, spool_dir=options.spool_dir, drain=drain, progress=choose_progress())
     if log.as_json:
         log.info("done", output=report.output, rows=report.rows, tokens=report.tokens, complete=report.complete)
@@ -235,7 +235,7 @@ def plan(
     from batchinfer.job.preview import describe, preview
 
     spec = load_job(job, settings, limit)
-    with located(job):
+    with located(job, settings):
         found = preview(spec, sample)
     print_text(describe(found))
     if found.conflict is not None:

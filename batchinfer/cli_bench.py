@@ -124,7 +124,7 @@ def _job_and_subject(options: ThroughputOptions) -> tuple[Workload, Subject]:
     rows = options.requests or _JOB_ROWS
     rows = rows if spec.input.limit is None else min(rows, spec.input.limit)
     spec = spec.model_copy(update={"input": spec.input.model_copy(update={"limit": rows})})
-    with located(path):
+    with located(path, options.settings):
         job = JobInput(options.target, spec)
     return job, load_subject(spec, job.files)
 

@@ -89,7 +89,7 @@ def with_cache(spec: JobSpec) -> JobSpec:
 
 
 @contextmanager
-def located(job: Path) -> Iterator[None]:
+def located(job: Path, settings: Sequence[str]) -> Iterator[None]:
     """Mistakes that show only beside the input name file and line of their key, like those of the file alone."""
     try:
         yield
@@ -98,7 +98,8 @@ def located(job: Path) -> Iterator[None]:
             raise
         from batchinfer.spec import locate
 
-        raise type(error)(f"{locate(job, error.key)}: {error}") from error
+        keys = list(parse_settings(list(settings)))
+        raise type(error)(f"{locate(job, error.key, keys)}: {error}") from error
 
 
 def _rehearsal(spec: JobSpec) -> JobSpec:

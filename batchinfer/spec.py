@@ -6,7 +6,7 @@ Relative paths in a job file are relative to the working directory, as in a shel
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -266,17 +266,10 @@ def load_spec(path: str | Path, overrides: dict[str, Any] | None = None) -> JobS
             log.warning(f"{key}: ends before {comment!r}, which is a comment; quote the text if it belongs to it")
     # anchors may stand below keys of their own
     values = {key: value for key, value in document.value.items() if not key.startswith(ANCHORS)}
-    settings = {}
-    for key, value in (overrides or {}).items():
-        settings[_assign(values, key, value)] = key
-
-    def where(place: Place) -> str:
-        setting = next((settings[place[:n]] for n in range(len(place), 0, -1) if place[:n] in settings), None)
-        if setting is None:
-            return f"{path}:{document.line(place)}"
-        return "--set" if setting == ".".join(map(str, place)) else f"--set {setting}"
-
-    return parse_spec(values, str(path), where)
+    settings = overrides or {}
+    for key, value in settings.items():
+        _assign(values, key, value)
+    return parse_spec(values, str(path), lambda place: _where(path, document, place, settings))
 
 
 def parse_spec(values: dict[str, Any], source: str = "job", where: Callable[[Place], str] | None = None) -> JobSpec:
@@ -337,12 +330,26 @@ def _task_problem(spec: JobSpec) -> Problem | None:
     return None
 
 
-def locate(path: str | Path, key: str) -> str:
-    """`"job.yaml:12"`: where a dotted key, or the deepest part of it that is there, stands in a job file."""
+def locate(path: str | Path, key: str, settings: Collection[str] = ()) -> str:
+    """`"job.yaml:12"`: where a dotted key, or the deepest part of it that is there, stands in a job file.
+
+    `settings`: the keys that were set on top of the file; `"--set"` for one of them.
+    """
     try:
-        return f"{path}:{_read(path).line(key.split('.'))}"
+        document = _read(path)
     except SpecError:  # it was read a moment ago: a pipe, or changed since
-        return str(path)
+        document = None
+    return _where(path, document, tuple(re.sub(r"\[(\d+)\]", r".\1", key).split(".")), settings)
+
+
+def _where(path: str | Path, document: Document | None, place: Place, settings: Collection[str]) -> str:
+    key = ".".join(map(str, place))
+    setting = max((one for one in settings if f"{key}.".startswith(f"{one}.")), key=len, default=None)
+    if setting is None and (document is None or tuple(map(str, place)) not in document.lines):
+        setting = next((one for one in settings if one.startswith(f"{key}.")), None)  # a section that it made
+    if setting is None:
+        return str(path) if document is None else f"{path}:{document.line(place)}"
+    return "--set" if setting == key else f"--set {setting}"
 
 
 def _read(path: str | Path) -> Document:
@@ -354,8 +361,8 @@ def _read(path: str | Path) -> Document:
     return read_yaml(data, str(path))
 
 
-def _assign(values: dict[str, Any], key: str, value: Any) -> Place:
-    *parents, last = place = tuple(key.split("."))
+def _assign(values: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
     for name in parents:
         child = values.get(name)
         if child is None:
@@ -364,4 +371,3 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> Place:
             raise SpecError(f"--set {key}: {name} is not a section")
         values = child
     values[last] = value
-    return place

@@ -281,10 +281,20 @@ def test_locate(tmp_path):
         "sampling.top_p": 4,
         "sampling.stop": 6,
         "sampling.stop.1": 7,
+        "sampling.stop[1]": 7,
         "x": 1,
     }
     for key, line in lines.items():
         assert locate(path, key) == f"{path}:{line}"
+    set_on_top = ["sampling.max_tokens", "sampling.stop", "input.path", "score"]
+    lines |= {"input.path": "--set", "input": "--set input.path", "score.choices[1]": "--set score", "seed": 1}
+    lines |= {
+        "sampling.max_tokens": "--set",
+        "sampling.stop": "--set",
+        **dict.fromkeys(("sampling.stop.1", "sampling.stop[1]"), "--set sampling.stop"),
+    }
+    for key, line in lines.items():
+        assert locate(path, key, set_on_top) == (line if isinstance(line, str) else f"{path}:{line}")
     path.write_text("a: [")
     assert locate(path, "a") == str(path)
     assert locate(tmp_path / "gone.yaml", "a") == str(tmp_path / "gone.yaml")
