@@ -10,6 +10,7 @@ import datetime
 import functools
 import re
 import zoneinfo
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from batchinfer.values.cell import Unheld
@@ -26,11 +27,21 @@ def _below(value: Any) -> int:
 
 
 class Date(datetime.date):
+    """A day is no moment: it neither equals one nor is before or after it."""
+
     def __repr__(self) -> str:
         return repr(str(self))
 
     def __sub__(self, other: Any) -> Any:
         return _as_duration(super().__sub__(other))
+
+
+def _between_days(compare: Callable[[Any, Any], Any]) -> Callable[[Date, Any], Any]:
+    return lambda day, other: NotImplemented if isinstance(other, datetime.datetime) else compare(day, other)
+
+
+for _name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"):
+    setattr(Date, _name, _between_days(getattr(datetime.date, _name)))
 
 
 class Time(datetime.time):
@@ -109,6 +120,14 @@ class Duration(datetime.timedelta):
             return _nanos(self) / _nanos(other)
         return _exact(round(_nanos(self) / other)) if isinstance(other, int | float) else NotImplemented
 
+    def __floordiv__(self, other: Any) -> Any:
+        if isinstance(other, datetime.timedelta):
+            return _nanos(self) // _nanos(other)
+        return _exact(_nanos(self) // other) if isinstance(other, int) else NotImplemented
+
+    def __mod__(self, other: Any) -> Any:
+        return _exact(_nanos(self) % _nanos(other)) if isinstance(other, datetime.timedelta) else NotImplemented
+
     def __eq__(self, other: object) -> Any:
         return _nanos(self) == _nanos(other) if isinstance(other, datetime.timedelta) else NotImplemented
 
@@ -149,7 +168,11 @@ def _as_duration(value: Any) -> Any:
 
 
 class Timestamp(datetime.datetime):
-    """`nanosecond`: below the microsecond, 0 to 999."""
+    """`nanosecond`: below the microsecond, 0 to 999.
+
+    Two of them compare, and a duration is added, by the moment that they are. Python's own goes by the clock on the
+    wall within one zone, which shows an hour twice in autumn.
+    """
 
     nanosecond = 0
 
@@ -171,16 +194,26 @@ class Timestamp(datetime.datetime):
     def time(self) -> Time:
         return _with_below(Time(self.hour, self.minute, self.second, self.microsecond), self.nanosecond)
 
+    def timetz(self) -> Time:
+        return _with_below(self.time().replace(tzinfo=self.tzinfo, fold=self.fold), self.nanosecond)
+
     def replace(self, *args: Any, **changes: Any) -> Timestamp:
         kept = 0 if "microsecond" in changes or len(args) > 6 else self.nanosecond
         return _with_below(super().replace(*args, **changes), kept)
 
     def astimezone(self, tz: datetime.tzinfo | None = None) -> Timestamp:
-        return _with_below(super().astimezone(tz), self.nanosecond)
+        same = timestamp(self._after(_EPOCH_UTC), tz) if tz is not None and self.tzinfo is not None else None
+        return same if isinstance(same, Timestamp) else _with_below(super().astimezone(tz), self.nanosecond)
 
-    def __add__(self, other: datetime.timedelta) -> Timestamp:
+    def utcoffset(self) -> Duration | None:
+        offset = super().utcoffset()
+        return None if offset is None else _as_duration(offset)
+
+    def __add__(self, other: Any) -> Any:
         if not isinstance(other, datetime.timedelta):
             return NotImplemented
+        if _changes(self.tzinfo):
+            return timestamp(self._after(_EPOCH_UTC) + _nanos(other), self.tzinfo)
         carried, below = divmod(self.nanosecond + _below(other), 1000)
         span = datetime.timedelta(other.days, other.seconds, other.microseconds + carried)
         return _with_below(super().__add__(span), below)
@@ -190,32 +223,54 @@ class Timestamp(datetime.datetime):
     def __sub__(self, other: Any) -> Any:
         if isinstance(other, datetime.timedelta):
             return self + _exact(-_nanos(other))
-        span = super().__sub__(other)
-        return span if span is NotImplemented else _exact(_nanos(span) + self.nanosecond - _below(other))
+        return _exact(self._after(other)) if isinstance(other, datetime.datetime) else NotImplemented
 
     def __rsub__(self, other: datetime.datetime) -> Any:
-        return -(self - other) if isinstance(other, datetime.datetime) else NotImplemented
+        return _exact(-self._after(other)) if isinstance(other, datetime.datetime) else NotImplemented
+
+    def _after(self, other: Any) -> int:
+        """The nanoseconds from `other` to this. Raises TypeError."""
+        if (self.tzinfo is None) is not (other.tzinfo is None):
+            raise TypeError("one of the times has a zone, the other has none")
+        nanos = _nanos(super().__sub__(other)) + self.nanosecond - _below(other)
+        if self.tzinfo is other.tzinfo and _changes(self.tzinfo):
+            nanos += _offset(other) - _offset(self)
+        return nanos
 
     def __eq__(self, other: object) -> Any:
-        return super().__eq__(other) and _below(self) == _below(other)
+        if not isinstance(other, datetime.datetime) or (self.tzinfo is None) is not (other.tzinfo is None):
+            return NotImplemented
+        return not self._after(other)
 
     def __ne__(self, other: object) -> bool:
         return not self == other
 
     def __lt__(self, other: datetime.datetime) -> bool:  # type: ignore[override]
-        return _below(self) < _below(other) if super().__eq__(other) is True else super().__lt__(other)
+        return self._after(other) < 0 if isinstance(other, datetime.datetime) else NotImplemented
 
     def __le__(self, other: datetime.datetime) -> bool:  # type: ignore[override]
-        return self == other or self < other
+        return self._after(other) <= 0 if isinstance(other, datetime.datetime) else NotImplemented
 
     def __gt__(self, other: datetime.datetime) -> bool:  # type: ignore[override]
-        return not self <= other
+        return self._after(other) > 0 if isinstance(other, datetime.datetime) else NotImplemented
 
     def __ge__(self, other: datetime.datetime) -> bool:  # type: ignore[override]
-        return not self < other
+        return self._after(other) >= 0 if isinstance(other, datetime.datetime) else NotImplemented
 
     def __hash__(self) -> int:
+        if self.fold and _changes(self.tzinfo):
+            return hash(self.astimezone(datetime.UTC))
         return super().__hash__() + self.nanosecond
+
+
+def _offset(moment: datetime.datetime) -> int:
+    offset = moment.utcoffset()
+    return 0 if offset is None else _nanos(offset)
+
+
+def _changes(zone: datetime.tzinfo | None) -> bool:
+    """Whether the offset of a zone depends on the moment."""
+    return zone is not None and type(zone) is not datetime.timezone
 
 
 M = TypeVar("M", Time, Timestamp)
@@ -293,7 +348,10 @@ def timestamp(nanos: int, zone: Zone = None) -> Timestamp | Unheld:
         local = (_EPOCH_UTC + span).astimezone(zone)
     except OverflowError:
         return _far("time", timestamp_text(nanos, zone is not None))
-    return _with_below(Timestamp.combine(local.date(), local.timetz()), below)
+    made = Timestamp.combine(local.date(), local.timetz())
+    if local.fold:
+        made = made.replace(fold=1)  # which `combine` drops
+    return _with_below(made, below)
 
 
 def _far(what: str, text: str) -> Unheld:

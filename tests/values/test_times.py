@@ -58,6 +58,46 @@ def test_zones_come_with_the_package_where_the_machine_has_none() -> None:
         zoneinfo.reset_tzpath()
 
 
+AUTUMN = 1_698_541_200 * 10**9  # 2023-10-29, when clocks in Berlin show 02:00 for the second time
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    one=st.integers(AUTUMN - 10**13, AUTUMN + 10**13),
+    other=st.integers(AUTUMN - 10**13, AUTUMN + 10**13),
+    zones=st.tuples(*[st.sampled_from(["Europe/Berlin", "Europe/Lisbon", "UTC", "+02:00"])] * 2),
+)
+@example(one=AUTUMN, other=AUTUMN - 3600 * 10**9, zones=("Europe/Berlin", "Europe/Berlin"))
+@example(one=AUTUMN, other=AUTUMN, zones=("Europe/Berlin", "UTC"))
+def test_the_hour_that_clocks_show_twice_is_two_hours(one: int, other: int, zones: tuple[str, str]) -> None:
+    a, b = timestamp(one, zone_of(zones[0])), timestamp(other, zone_of(zones[1]))
+    assert isinstance(a, Timestamp) and isinstance(b, Timestamp)
+    for moment, nanos, zone in ((a, one, zones[0]), (b, other, zones[1])):
+        of_python = datetime.datetime.fromtimestamp(nanos // 10**9, datetime.UTC).astimezone(zone_of(zone))
+        assert str(moment)[:19] + str(moment)[-6:] == of_python.isoformat()
+        assert moment.timetz().isoformat("seconds")[:8] == of_python.time().isoformat()
+    assert (a < b, a <= b, a == b, a > b, a >= b) == (
+        *(one < other, one <= other, one == other, one > other, one >= other),
+    )
+    assert str(a - b) == duration_text(one - other) and b + (a - b) == a and a - (a - b) == b
+    assert one != other or hash(a) == hash(b)
+    assert a.astimezone(b.tzinfo) == a and str((a + (b - a)).astimezone(b.tzinfo)) == str(b)
+
+
+def test_a_day_is_no_moment() -> None:
+    day, moment = date(19_723), timestamp(19_723 * 86_400 * 10**9)
+    assert day != moment and moment != day
+    for compare in (lambda: day < moment, lambda: moment < day, lambda: day >= moment):
+        with pytest.raises(TypeError, match="not supported between"):
+            compare()
+
+
+def test_durations_divide() -> None:
+    span = duration(7 * 10**9 + 1)
+    assert str(span // 2) == "PT3.5S" and str(span % duration(10**9)) == "PT0.000000001S"
+    assert span // duration(10**9) == 7
+
+
 def test_a_moment_is_a_datetime_that_keeps_its_nanoseconds() -> None:
     at = timestamp(1_700_000_000 * 10**9 + 123_456_789)
     assert isinstance(at, Timestamp)
