@@ -8,11 +8,12 @@ from batchinfer.errors import OutputConflict
 from batchinfer.io.storage import LocalStore
 from batchinfer.job.claim import FOLDERS
 from batchinfer.job.finish import MANIFEST, SUCCESS, foreign_end
-from batchinfer.job.ledger import JOB, is_commit, is_part
+from batchinfer.job.ledger import JOB, commit_key, is_part
 from batchinfer.job.plan import PLAN, JobPlan
 from batchinfer.job.report import report_name
 from batchinfer.job.salvage import is_journal
 from batchinfer.job.shard import Shard
+from batchinfer.job.summaries import stretch_of
 from batchinfer.log import log
 
 
@@ -36,7 +37,8 @@ def clear_output(folder: Path) -> None:
 def _own(store: LocalStore, plan: JobPlan) -> list[str]:
     names = store.find()
     end = {JOB, MANIFEST, SUCCESS}.difference(foreign_end(store, plan))
-    named = [name for name in names if name in end or is_part(name, plan) or is_journal(name, plan)]
+    marked = (is_part, is_journal, stretch_of)
+    named = [name for name in names if name in end or any(marks(name, plan) for marks in marked)]
     # the others have the digest in them
-    documents = [name for name in names if is_commit(name) or name == report_name(Shard())]
+    documents = [name for name in names if commit_key(name) or name == report_name(Shard())]
     return named + [name for name in documents if plan.digest.encode() in (store.read(name) or b"")]

@@ -10,7 +10,6 @@ import hashlib
 import json
 import re
 from collections import Counter
-from itertools import chain
 from typing import Any
 
 import orjson
@@ -19,7 +18,7 @@ from batchinfer.errors import OutputConflict
 from batchinfer.io.storage import Store
 from batchinfer.job.fingerprint import begins_with, document
 from batchinfer.job.folding import compact
-from batchinfer.job.ledger import PARTS, CommitKey, CommitRecord, Ledger, is_part
+from batchinfer.job.ledger import PARTS, CommitRecord, Ledger, is_part
 from batchinfer.job.plan import JobPlan
 from batchinfer.job.salvage import SALVAGE, is_journal
 from batchinfer.log import log
@@ -28,6 +27,8 @@ MANIFEST = "manifest.json"
 SUCCESS = "_SUCCESS"
 _HASH_LINE = re.compile(rb"[0-9a-f]{64}\n?")
 _SUMMED = ("rows", "output_rows", "ok", "prompt_tokens", "completion_tokens", "scored_tokens")
+_PARTS_BEGIN = b',\n "parts": ['
+_PARTS_END = b"\n ]\n}\n"
 _PART = """\
   {
    "chunk": %d,
@@ -42,24 +43,35 @@ _PART = """\
 
 def read_manifest(store: Store, plan: JobPlan) -> dict[str, Any] | None:
     """The manifest, None before the job's end. Raises OutputConflict for a damaged one, or another's."""
-    data = store.read(MANIFEST)
+    data = _manifest_bytes(store, plan)
+    return None if data is None else _parsed(data, store)
+
+
+def read_totals(store: Store, plan: JobPlan) -> dict[str, Any] | None:
+    """As `read_manifest`, without the parts: these may be many, and a whole manifest's are not parsed."""
+    data = _manifest_bytes(store, plan)
     if data is None:
         return None
-    if not begins_with(data, plan.digest):
+    end = data.find(_PARTS_BEGIN) if data.endswith(_PARTS_END) else -1
+    totals = _parsed(data if end < 0 else data[:end] + b"\n}", store)
+    return {name: value for name, value in totals.items() if name != "parts"}
+
+
+def _manifest_bytes(store: Store, plan: JobPlan) -> bytes | None:
+    data = store.read(MANIFEST)
+    if data is not None and not begins_with(data, plan.digest):
         raise _foreign(store, MANIFEST)
+    return data
+
+
+def _parsed(data: bytes, store: Store) -> dict[str, Any]:
     try:
-        manifest = orjson.loads(data)
+        manifest: dict[str, Any] = orjson.loads(data)
         if not isinstance(manifest, dict) or type(manifest["pass"]) is not int:
             raise ValueError("not a manifest")
     except (ValueError, KeyError) as error:
         raise OutputConflict(f"{store.url}/{MANIFEST}: damaged ({error}); remove it and run the job again") from None
     return manifest
-
-
-def read_totals(store: Store, plan: JobPlan) -> dict[str, Any] | None:
-    """The manifest without its parts, which are many. Raises as `read_manifest`."""
-    manifest = read_manifest(store, plan)
-    return None if manifest is None else {name: value for name, value in manifest.items() if name != "parts"}
 
 
 def is_finished(store: Store) -> bool:
@@ -81,25 +93,23 @@ def _foreign(store: Store, name: str) -> OutputConflict:
     return OutputConflict(f"{store.url}/{name}: is not this job's: move it away and run the job again")
 
 
-def finalise(
-    ledger: Ledger, pass_number: int, known: dict[CommitKey, CommitRecord] | None = None
-) -> dict[str, Any] | None:
+def finalise(ledger: Ledger, pass_number: int) -> dict[str, Any] | None:
     """Write manifest and _SUCCESS if every chunk is committed; returns its totals, None if chunks are open.
 
-    `known`: records that need not be read again. Parts that the last manifest names stay until a new one stands.
+    Parts that the last manifest names stay until a new one stands.
     Raises OutputConflict, and sweeps nothing, if what stands under the names of manifest and _SUCCESS is another's.
     """
     store = ledger.store
-    loose = set(store.find(PARTS))  # before the commits: a part that comes later is none of ours to sweep
+    loose = {
+        entry.name for entry in store.scan(PARTS)
+    }  # before the commits: a part that comes later is none of ours to sweep
     listing = ledger.listing()
     effect = listing.in_effect(pass_number)
     if len(effect) < len(ledger.plan.chunks):
         return None
-    known = known or {}
-    compact(listing, pass_number, known)
+    compact(listing, pass_number)
     manifest = _Manifest(ledger.plan.digest, pass_number, len(effect))
-    here = (known[key] for key in effect.values() if key in known)
-    for record in chain(here, listing.read(key for key in effect.values() if key not in known)):
+    for record in listing.read(effect.values()):
         manifest.add(record)
         loose.discard(record.part)
     for record in listing.read(key for key in listing.records if key.pass_number > pass_number):
@@ -133,13 +143,13 @@ class _Manifest:
         self._sums: Counter[str] = Counter()
         self._errors: Counter[str] = Counter()
         self._bytes = 0
-        self._parts = [""] * chunks
+        self._parts = [b""] * chunks
 
     def add(self, record: CommitRecord) -> None:
         self._sums.update({name: getattr(record, name) for name in _SUMMED})
         self._errors.update(record.errors)
         self._bytes += record.size_bytes
-        self._parts[record.chunk] = _PART % (
+        text = _PART % (
             record.chunk,
             record.pass_number,
             json.dumps(record.part),
@@ -148,6 +158,7 @@ class _Manifest:
             record.rows,
             record.output_rows,
         )
+        self._parts[record.chunk] = (b",\n" if record.chunk else b"\n") + text.encode()
 
     @property
     def totals(self) -> dict[str, Any]:
@@ -156,8 +167,8 @@ class _Manifest:
 
     def to_bytes(self) -> bytes:
         """As `document` would write it."""
-        head = document(self._digest, self._values()).decode().removesuffix("\n}\n")
-        return "".join((head, ',\n "parts": [\n', ",\n".join(self._parts), "\n ]\n}\n")).encode()
+        head = document(self._digest, self._values()).removesuffix(b"\n}\n") + _PARTS_BEGIN
+        return b"".join([head, *self._parts, _PARTS_END])
 
     def _values(self) -> dict[str, Any]:
         sums = {name: self._sums[name] for name in _SUMMED}

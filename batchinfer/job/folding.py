@@ -94,25 +94,18 @@ class Folder:
         return marks
 
 
-def compact(listing: Listing, pass_number: int, known: dict[CommitKey, CommitRecord]) -> None:
-    """Write the summaries that are missing once all chunks are done; `listing` has them afterwards. Raises nothing.
-
-    `known`: records that need not be read.
-    """
+def compact(listing: Listing, pass_number: int) -> None:
+    """Write the summaries that are missing once all chunks are done; `listing` has them afterwards. Raises nothing."""
     ledger, size = listing.ledger, SIZES[-1]
     chunks = len(ledger.plan.chunks)
     try:
         for first in range(0, chunks, size):
             stretch = Stretch(first, 1, min(size, chunks - first), pass_number)
-            keys = [
-                key for key in (CommitKey(chunk, pass_number) for chunk in stretch.chunks) if key in listing.records
-            ]
+            own = (CommitKey(chunk, pass_number) for chunk in stretch.chunks)
+            keys = [key for key in own if key in listing.records]
             if len(keys) < MIN_RECORDS or listing.requests(keys) <= 2 or listing.records[keys[0]][1] is None:
                 continue
-            lines = {key: known[key].to_bytes() for key in keys if key in known}
-            proven = {key: line for key, line in lines.items() if listing.records[key] == (len(line), md5(line))}
-            entries = {key.chunk: Entry(line, md5(line)) for key, line in proven.items()}
-            entries |= {key.chunk: entry for key, entry in listing.entries(key for key in keys if key not in proven)}
+            entries = {key.chunk: entry for key, entry in listing.entries(keys)}
             write(ledger, stretch, entries)
             listing.stretches.add(stretch)
     except Exception as error:

@@ -50,7 +50,7 @@ class CommitKey(NamedTuple):
 
 
 def commit_key(name: str) -> CommitKey | None:
-    """Of which chunk and pass an object is the record; None for a name that no record has."""
+    """Of which chunk and pass an object may be the record, its content says whose; None for a name that none has."""
     match = _COMMIT_NAME.fullmatch(name)
     key = CommitKey(int(match[1]), int(match[2] or 0)) if match else None
     return key if key is not None and key.name == name else None
@@ -106,11 +106,6 @@ def is_part(name: str, plan: JobPlan) -> bool:
     """Whether a job of this plan may have written the object: `part_name` gives such names, and nobody else does."""
     match = _PART_NAME.fullmatch(name)
     return match is not None and match[2] == plan.mark and f"{int(match[1]):06d}" == match[1]
-
-
-def is_commit(name: str) -> bool:
-    """Whether a record may have this name; its content says whose it is."""
-    return _COMMIT_NAME.fullmatch(name) is not None
 
 
 class Ledger:

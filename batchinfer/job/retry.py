@@ -59,7 +59,7 @@ def retry_job(
             run_pass(work, state, todo, listing, lambda chunk: _kept_rows(work, failed[chunk]))
             state.clock.enter("finishing")
             done = work.ledger.listing().of_pass(number)
-            state.manifest = finalise(work.ledger, number, state.committed) if done >= failed.keys() else None
+            state.manifest = finalise(work.ledger, number) if done >= failed.keys() else None
         judge(work, state)
     return state.report(None)
 

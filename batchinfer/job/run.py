@@ -59,7 +59,7 @@ def run_job(
         _run_open(work, state)
         state.clock.enter("finishing")
         if manifest is None or not is_finished(work.ledger.store):
-            manifest = finalise(work.ledger, manifest["pass"] if manifest is not None else 0, state.committed)
+            manifest = finalise(work.ledger, manifest["pass"] if manifest is not None else 0)
         state.manifest = manifest
         judge(work, state)
     return state.report(None)
@@ -85,7 +85,7 @@ def run_pass(work: Work, state: RunState, todo: Pass, listing: Listing, kept: Re
 
     `listing`: the records by which `todo` was found.
     """
-    state.todo = todo
+    state.begin_pass(todo)
     if not todo.chunks:
         return
     worker = state.worker
@@ -122,7 +122,7 @@ def run_chunks(work: Work, state: RunState, spool: Spool, window: Window, folder
     assert llm is not None
 
     def done(record: CommitRecord) -> None:
-        state.done(record)
+        state.done()
         window.leave(plan.chunks[record.chunk].count)
         folder.add(record)
 
@@ -141,7 +141,7 @@ def run_chunks(work: Work, state: RunState, spool: Spool, window: Window, folder
             if drain.requested or committer.failed or tally.too_many:
                 break
         committer.finish(lambda: drain.requested)
-    if len(state.committed) < len(state.todo.chunks):
+    if state.committed < len(state.todo.chunks):
         drain.check()
         assert tally.too_many, "the engine ended before all rows were done"
         raise tally.refusal(tally.all_rows, tally.all_errors, "stopped; raise errors.max and run again to go on")

@@ -14,7 +14,6 @@ from batchinfer.io.fetch import ModelFiles
 from batchinfer.io.storage import Store
 from batchinfer.job.background import Repeat
 from batchinfer.job.drain import Drain
-from batchinfer.job.ledger import CommitKey, CommitRecord
 from batchinfer.job.prepare import Work
 from batchinfer.job.report import (
     Clock,
@@ -88,9 +87,10 @@ class RunState:
         self.worker = worker
         self.clock = Clock()
         self.tally = Tally(max_errors=spec.errors.max)
-        self.committed: dict[CommitKey, CommitRecord] = {}
+        self.committed = 0  # chunks, by this run
         self.work: Work | None = None
         self.todo = Pass(0, [], [])
+        self._rows_before = self._rows_open = 0  # that the pass covers
         self.llm: Answerer | None = None
         self.manifest: dict[str, Any] | None = None
         self._lock = threading.Lock()
@@ -103,10 +103,14 @@ class RunState:
         self.tally.recovered_errors += sum(row.error is not None for row in finished)
         self.tally.left_out += left_out
 
-    def done(self, record: CommitRecord) -> None:
+    def begin_pass(self, todo: Pass) -> None:
+        self._rows_before, self._rows_open = self._covered(todo.before), self._covered(todo.chunks)
+        self.todo = todo
+
+    def done(self) -> None:
         """A chunk was committed; called by the committing threads."""
         with self._lock:
-            self.committed[record.key] = record
+            self.committed += 1
 
     # -- what is shown ------------------------------------------------------------------------------------------
 
@@ -118,12 +122,12 @@ class RunState:
         stats = self.llm.stats() if self.llm is not None else None
         return Snapshot(
             phase=self.clock.phase,
-            rows_total=self._covered(todo.chunks) + self._covered(todo.before),
-            rows_before=self._covered(todo.before),
+            rows_total=self._rows_open + self._rows_before,
+            rows_before=self._rows_before,
             rows_done=tally.rows + tally.recovered_rows + tally.left_out,
             errors=tally.all_errors,
             chunks_total=len(todo.chunks) + len(todo.before),
-            chunks_done=len(todo.before) + len(self.committed),
+            chunks_done=len(todo.before) + self.committed,
             prompt_tokens=tally.prompt_tokens,
             completion_tokens=tally.completion_tokens,
             computed_tokens=stats.prompt_tokens_computed if stats is not None else 0,
@@ -163,7 +167,7 @@ class RunState:
         report.chunks = {
             "total": snapshot.chunks_total,
             "committed_before": len(self.todo.before),
-            "committed": len(self.committed),
+            "committed": self.committed,
         }
         report.tokens = {
             "prompt": snapshot.prompt_tokens,
