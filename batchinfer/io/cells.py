@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import functools
 import json
+import struct
 from collections.abc import Callable
 from itertools import accumulate, pairwise
 from typing import Any
@@ -202,6 +203,13 @@ def _duration(array: pa.Array, lines: bool) -> Cells:
 
 def _interval(array: pa.Array, lines: bool) -> Cells:
     return _each(array.to_pylist(), lambda value: interval_text(*value), lines)
+
+
+def interval_texts(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The texts of Parquet's INTERVAL: months, days and milliseconds, 32 bits each."""
+    parts = [value and struct.unpack("<III", value) for value in column.to_pylist()]
+    texts = [part and interval_text(part[0], part[1], part[2] * 10**6) for part in parts]
+    return pa.chunked_array([texts], pa.string())
 
 
 # -- values of values ---------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchinfer.errors import BatchInferError, InputError, InvalidInput
+from batchinfer.io.cells import interval_texts
 from batchinfer.io.inputs import InputFile, RowBatch, Span, table_of
 from batchinfer.io.json_text import number_texts
 from batchinfer.io.source import Source
@@ -33,13 +34,15 @@ def scan(source: Source, limit: int | None = None) -> FileScan:
     with _open(source) as parquet:
         schema: pa.Schema = parquet.schema_arrow
         rows = int(parquet.metadata.num_rows)
+        intervals = _intervals(parquet)
     seen = source.opened._replace(content=source.content())
     source.check(seen, "changed while it was read")
     rows = rows if limit is None else min(rows, limit)
     if not schema.names:
         raise InputError(f"{source.url}: has no columns")
     # nullable, since a cell that cannot be read becomes null
-    fields = [field.with_type(lasting(field.type)).with_nullable(True) for field in schema]
+    kinds = [pa.string() if field.name in intervals else lasting(field.type) for field in schema]
+    fields = [field.with_type(kind).with_nullable(True) for field, kind in zip(schema, kinds, strict=True)]
     columns = tuple(Column(field, source.url, json=is_json(field.type)) for field in fields)
     file = InputFile(source.url, "parquet", seen.size, seen.content, rows, mark=seen.mark)
     return FileScan(file, columns, schema.metadata)
@@ -78,6 +81,12 @@ def _open(source: Source, metadata: Any = None) -> Any:
         raise InputError(f"{source.url}: not a readable Parquet file: {error}") from error
 
 
+def _intervals(parquet: Any) -> frozenset[str]:
+    """Columns of Parquet's type INTERVAL. Arrow has them as 12 bytes, and writes no such type: they become text."""
+    columns = map(parquet.schema.column, range(len(parquet.schema)))
+    return frozenset(column.path for column in columns if column.converted_type == "INTERVAL")
+
+
 class _Reader:
     """Columns of a file by ascending ranges of rows, in their plain types.
 
@@ -91,8 +100,10 @@ class _Reader:
         self._stack = stack
         parquet = stack.enter_context(_open(source))
         fields = [parquet.schema_arrow.field(name) for name in names]
-        self._kinds = {field.name: plain(field.type) for field in fields}
-        self._apart = [field.name for field in fields if field.type != self._kinds[field.name]]
+        self._intervals = _intervals(parquet).intersection(names)
+        self._kinds = {field.name: plain(field.type) for field in fields} | dict.fromkeys(self._intervals, pa.string())
+        typed = [field for field in fields if field.name not in self._intervals]
+        self._apart = [field.name for field in typed if field.type != self._kinds[field.name]]
         self._rows = [_Rows(parquet, names)]
 
     def take(self, start: int, count: int) -> pa.Table:
@@ -106,6 +117,7 @@ class _Reader:
             self._read_apart()
             return self.take(start, count)
         found = {name: table.column(name) for table in tables for name in table.column_names}
+        found |= {name: interval_texts(found[name]) for name in self._intervals}
         columns = [fit(found[name], kind) for name, kind in self._kinds.items()]
         return table_of(columns, pa.schema(list(self._kinds.items())), count)
 

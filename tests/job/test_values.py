@@ -2,6 +2,7 @@
 
 import decimal
 import re
+import struct
 from pathlib import Path
 
 import pyarrow as pa
@@ -187,3 +188,17 @@ def test_columns_of_text_in_any_form(tmp_path, key, kind):
     llm = ScriptedLLM()
     run(job(tmp_path, prompt={"template": None, key: "x"}), llm)
     assert [prompt.content for prompt in llm.seen] == [text if key == "column" else [{"role": "user", "content": "hi"}]]
+
+
+@pytest.mark.parametrize("form", ["parquet", "jsonl"])
+def test_intervals_of_parquet_are_text(tmp_path, monkeypatch, form):
+    """DuckDB writes them, and pyarrow does not: what says that a column is one stands in for the file."""
+    cells = [struct.pack("<III", 14, 3, 4500), None, struct.pack("<III", 0, 0, 0)]
+    monkeypatch.setattr("batchinfer.io.parquet._intervals", lambda parquet: frozenset({"iv"}))
+    table = pa.table({"text": ["a", "b", "c"], "iv": pa.array(cells, pa.binary(12))})
+    texts, rows = prompts(tmp_path, table, "{{ text }} {{ iv or '-' }}", output={"format": form})
+    assert texts == ["a P1Y2M3DT4.5S", "b -", "c PT0S"] and [row["iv"] for row in rows] == [
+        "P1Y2M3DT4.5S",
+        None,
+        "PT0S",
+    ]
