@@ -50,6 +50,9 @@ class Framing:
     continues: bool = False
 
 
+_OF_A_ROW = Framing(special=False)
+
+
 class Text(NamedTuple):
     """A prompt as text. special: whether the tokenizer adds its special tokens."""
 
@@ -86,7 +89,7 @@ class Encoder:
         if not isinstance(content, list):
             return InvalidInput("a prompt is text, token ids or messages")
         if all(isinstance(message, dict) for message in content):
-            return self._render(content, framing or Framing(False))
+            return self._render(content, framing or _OF_A_ROW)
         if all(isinstance(token, int) and not isinstance(token, bool) for token in content):
             return [int(token) for token in content if isinstance(token, int)]
         return InvalidInput("a prompt list holds token ids (integers) or chat messages (mappings)")

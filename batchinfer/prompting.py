@@ -97,6 +97,7 @@ class Preparer:
         self._grammars = Grammars(tokenizer, limits.vocab_size, limits.eos_ids)
         self._next_id = 0
         self._turn = threading.Lock()
+        self._checked: SamplingParams | None = None  # the last whose token ids were found in the vocabulary
         self._stops: dict[tuple[tuple[str, ...], bool, bool], StopStrings] = {}
 
     def prepare(self, prompts: list[Prompt]) -> list[Prepared | Completion]:
@@ -157,7 +158,9 @@ class Preparer:
         params = prompt.params or self._defaults
         limits = self._limits
         self._check_prompt(ids, 1 if params.max_tokens != 0 else -1)
-        _check_ids(params, limits.vocab_size)
+        if params is not self._checked:  # mostly all rows have one object
+            _check_ids(params, limits.vocab_size)
+            self._checked = params
         stop_ids: frozenset[int] = frozenset() if params.ignore_eos else limits.eos_ids
         if params.stop_token_ids:  # else all rows have one object: every token of each is looked up in it
             stop_ids = stop_ids.union(params.stop_token_ids)

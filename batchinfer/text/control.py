@@ -71,8 +71,8 @@ class ControlTokens:
         data: texts, in lists and mappings too, by the names that the template has for them. source: other text that may
         come out.
         """
-        texts = list(texts_of(list(data.values()))) if self._longest else []
-        if not any(map(self._places, texts)):
+        texts = texts_of(list(data.values())) if self._longest else []
+        if self._first.search("\0".join(texts)) is None or not any(map(self._places, texts)):
             return template(dict(data))
         mark = unused_character([source, *data, *texts])
         return self._settle(template({name: self._marked(value, mark) for name, value in data.items()}), mark)
@@ -129,19 +129,22 @@ def _inserted(text: str, places: list[int], mark: str) -> str:
     return mark.join(text[start:end] for start, end in zip([0, *places], [*places, len(text)], strict=True))
 
 
-def texts_of(data: Any) -> Iterator[str]:
+def texts_of(data: Any) -> list[str]:
     """All texts in lists and mappings."""
-    if isinstance(data, str):
-        yield data
-    elif isinstance(data, bytes):
-        yield data.decode(errors="replace")
-    elif isinstance(data, list | tuple):
-        for item in data:
-            yield from texts_of(item)
-    elif isinstance(data, dict):
-        for key, value in data.items():
-            yield from texts_of(key)
-            yield from texts_of(value)
+    found: list[str] = []
+    waiting = [data]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, str):
+            found.append(item)
+        elif isinstance(item, dict):
+            waiting += item
+            waiting += item.values()
+        elif isinstance(item, list | tuple):
+            waiting += item
+        elif isinstance(item, bytes):
+            found.append(item.decode(errors="replace"))
+    return found
 
 
 def _mapped(data: Any, change: Callable[[str], str]) -> Any:
