@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from batchinfer.errors import BadParameters, ModelError
 from batchinfer.io.fetch import ModelFiles
 from batchinfer.log import log
 from batchinfer.models.gguf_header import shared_header
+from batchinfer.models.json_file import end_ids, read_object
 from batchinfer.prompting import Limits
 from batchinfer.request import SamplingParams
 from batchinfer.spec import EngineSpec, FakeSpec
@@ -61,7 +61,7 @@ def assemble(
             vocab_size = tokenizer.vocab_size
         else:
             runner, pool, context, vocab_size = _model_runner(engine, files.path)
-    eos_ids = tokenizer.eos_ids | _eos_of(generation)
+    eos_ids = frozenset(token for token in tokenizer.eos_ids | end_ids(generation) if token < vocab_size)
     limits = Limits(context, vocab_size, eos_ids)
     return Assembly(tokenizer, chat, _defaults(generation, files), limits, runner, pool)
 
@@ -175,19 +175,7 @@ def _plain_ids(tokenizer: Tokenizer, wanted: int = 1024) -> list[int]:
 
 
 def _generation_config(path: Path) -> dict[str, Any]:
-    file = path / "generation_config.json"
-    if not file.is_file():
-        return {}
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{file}: not JSON: {error}") from None
-    return values if isinstance(values, dict) else {}
-
-
-def _eos_of(generation: dict[str, Any]) -> frozenset[int]:
-    eos = generation.get("eos_token_id")
-    return frozenset([eos] if isinstance(eos, int) else eos or ())
+    return read_object(path / "generation_config.json") if path.is_dir() else {}
 
 
 def _defaults(generation: dict[str, Any], files: ModelFiles | None) -> SamplingParams:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from batchinfer.errors import ModelError
+from batchinfer.errors import ModelError, shown
 from batchinfer.layers.attention import AttentionConfig
 from batchinfer.layers.mlp import ACTIVATIONS, MLPConfig
 from batchinfer.layers.rotary import SCALINGS, RopeConfig
 from batchinfer.models.families import Family, HFConfig, architecture_of, family_of
-from batchinfer.models.file_kind import said
 from batchinfer.models.gguf import GGUFFile
+from batchinfer.models.json_file import read_object
+
+_TOO_LARGE = 1e30  # for every number of a configuration; infinity and NaN are no smaller
+_MOST_LAYERS = 10_000
 
 
 class LayerConfig(NamedTuple):
@@ -61,15 +63,9 @@ def load_config(path: Path) -> ModelConfig:
     if path.suffix == ".gguf":
         return parse_config(GGUFFile(path).config_dict(), str(path))
     file = path / "config.json"
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{path} holds no config.json: not a Hugging Face model directory") from None
-    except ValueError as error:
-        raise ModelError(f"{file} {said(file, f'is not JSON: {error}')}") from None
-    if not isinstance(values, dict):
-        raise ModelError(f"{file} holds no JSON object")
-    return parse_config(values, str(file))
+    if not file.exists():
+        raise ModelError(f"{path} holds no config.json: not a Hugging Face model directory")
+    return parse_config(read_object(file), str(file))
 
 
 def parse_config(values: HFConfig, where: str) -> ModelConfig:
@@ -120,21 +116,27 @@ class _Facts:
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self.values.get(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < _TOO_LARGE:
             raise self.wrong(key, "a number")
         return float(value)
 
-    def size(self, key: str, default: int | None = None) -> int:
+    def positive(self, key: str, default: float | None = None) -> float:
+        value = self.number(key, default)
+        if value <= 0:
+            raise self.wrong(key, "a positive number")
+        return value
+
+    def size(self, key: str, default: int | None = None, most: int = 1 << 31) -> int:
         value = self.values.get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise self.wrong(key, "a positive integer")
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+            raise self.wrong(key, f"a positive integer of at most {most}")
         return value
 
     def optional(self, key: str) -> float | None:
         return self.number(key) if key in self.values else None
 
     def wrong(self, key: str, wanted: str) -> ModelError:
-        got = f"got {self.values[key]!r}" if key in self.values else "it is missing"
+        got = f"got {shown(self.values[key])}" if key in self.values else "it is missing"
         return ModelError(f"{self.where}: {key!r} must be {wanted}; {got}")
 
 
@@ -153,7 +155,7 @@ def _attention(facts: _Facts, family: Family) -> AttentionConfig:
         raise ModelError(f"{facts.where}: a model with bidirectional attention generates no text")
     scale = float(_head_size(facts) ** -0.5)
     if "query_pre_attn_scalar" in facts.values:
-        scale = facts.number("query_pre_attn_scalar") ** -0.5
+        scale = facts.positive("query_pre_attn_scalar") ** -0.5
     bias = bool(facts.values.get("attention_bias"))
     return AttentionConfig(
         num_heads=num_heads,
@@ -169,7 +171,7 @@ def _attention(facts: _Facts, family: Family) -> AttentionConfig:
 
 def _mlp(facts: _Facts) -> MLPConfig:
     activation = facts.values.get("hidden_activation") or facts.values.get("hidden_act") or "silu"
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise ModelError(f"{facts.where}: activation {activation!r} is not supported; supported are {known}")
     return MLPConfig(facts.size("intermediate_size"), activation, bool(facts.values.get("mlp_bias")))
@@ -187,10 +189,10 @@ def _multipliers(facts: _Facts, family: Family) -> Multipliers:
 
 
 def _layers(facts: _Facts, family: Family, rope_of: Mapping[bool, int]) -> tuple[LayerConfig, ...]:
-    count = facts.size("num_hidden_layers")
+    count = facts.size("num_hidden_layers", most=_MOST_LAYERS)
     try:
         windowed, turned = family.windows(facts.values), family.rope_layers(facts.values)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ZeroDivisionError) as error:
         raise ModelError(f"{facts.where}: cannot tell which layers have a window: {error!r}") from None
     if len(windowed) < count or len(turned) < count:
         raise ModelError(f"{facts.where}: layer_types or no_rope_layers name fewer than {count} layers")
@@ -223,33 +225,57 @@ def _ropes(facts: _Facts, family: Family) -> tuple[tuple[RopeConfig, ...], dict[
 
 
 def _rope(facts: _Facts, written: Mapping[str, Any], theta: float) -> RopeConfig:
-    values = {key: value for key, value in written.items() if value is not None}
+    if not isinstance(written, dict):
+        raise ModelError(f"{facts.where}: a rope must be an object, got {shown(written)}")
+    rope = _Facts(written, f"{facts.where}: rope")
+    values = rope.values
     kind = values.get("rope_type") or values.get("type") or "default"
     # Phi-3's first files said "su", and "yarn" for what became longrope
     if kind == "su" or (kind == "yarn" and "short_factor" in values):
         kind = "longrope"
-    if kind not in SCALINGS:
+    if not isinstance(kind, str) or kind not in SCALINGS:
         raise ModelError(f"{facts.where}: rope type {kind!r} is not supported; supported are {', '.join(SCALINGS)}")
     context = facts.size("max_position_embeddings", 2048)
     original = facts.values.get("original_max_position_embeddings")
     values["original_max_position_embeddings"] = original or values.get("original_max_position_embeddings") or context
+    rope.positive("original_max_position_embeddings")
     if kind in ("yarn", "longrope"):
         values.setdefault("factor", context / values["original_max_position_embeddings"])
     missing = [key for key in SCALINGS[kind].needs if key not in values]
     if missing:
         raise ModelError(f"{facts.where}: rope type {kind!r} needs {', '.join(missing)}")
-    part = values.get("partial_rotary_factor", facts.values.get("partial_rotary_factor", 1.0))
-    size = int(_head_size(facts) * part)
-    if size % 2 or size < 2:
-        raise ModelError(f"{facts.where}: rope turns pairs of numbers, but {size} numbers of a head were asked for")
-    for key in ("short_factor", "long_factor"):
-        if kind == "longrope" and len(values[key]) != size // 2:
-            raise ModelError(f"{facts.where}: rope's {key} must hold {size // 2} numbers, it has {len(values[key])}")
-    used = {key: value for key, value in values.items() if key not in _NOT_SCALING}
-    return RopeConfig(size, float(values.get("rope_theta", theta)), kind, used if SCALINGS[kind].needs else {})
+    size = _rope_size(facts, rope)
+    used = {key: value for key, value in values.items() if SCALINGS[kind].needs and key not in _NOT_SCALING}
+    _check_scaling(rope, used, size)
+    return RopeConfig(size, rope.positive("rope_theta", theta), kind, used)
 
 
 _NOT_SCALING = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
+_PER_PAIR = frozenset({"short_factor", "long_factor"})
+_POSITIVE = frozenset({"factor", "low_freq_factor", "high_freq_factor"})
+_NUMBERS = _POSITIVE | {"beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor"}
+
+
+def _rope_size(facts: _Facts, rope: _Facts) -> int:
+    """Numbers of a head that the rope turns."""
+    part = rope.number("partial_rotary_factor", facts.number("partial_rotary_factor", 1.0))
+    size = int(_head_size(facts) * part)
+    if size % 2 or size < 2:
+        raise ModelError(f"{facts.where}: rope turns pairs of numbers, but {size} numbers of a head were asked for")
+    return size
+
+
+def _check_scaling(rope: _Facts, used: Mapping[str, Any], size: int) -> None:
+    """Raises ModelError for what cannot be computed with."""
+    for key in used.keys() & _NUMBERS:
+        rope.positive(key) if key in _POSITIVE else rope.number(key)
+    for key in used.keys() & _PER_PAIR:
+        value = used[key]
+        numbers = isinstance(value, list) and all(type(one) in (int, float) and 0 < one < _TOO_LARGE for one in value)
+        if not numbers:
+            raise rope.wrong(key, "a list of positive numbers")
+        if len(value) != size // 2:
+            raise ModelError(f"{rope.where}'s {key} must hold {size // 2} numbers, it has {len(value)}")
 
 
 def _context_tokens(facts: _Facts, ropes: tuple[RopeConfig, ...]) -> int:

@@ -194,7 +194,7 @@ def architecture_of(values: HFConfig, where: str) -> str:
     named = values.get("architectures") or []
     if not isinstance(named, list):
         raise ModelError(f"{where}: 'architectures' must be a list of names, got {named!r}")
-    found = next((str(name) for name in named if name in FAMILIES), None)
+    found = next((str(name) for name in named if isinstance(name, str) and name in FAMILIES), None)
     bare = all(str(name).endswith("Model") for name in named)
     if found is None and bare:
         found = MODEL_TYPES.get(str(values.get("model_type")))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from batchinfer.models.config import ModelConfig, load_config, parse_config
 from batchinfer.models.decoder import Decoder, Rounding
 from batchinfer.models.file_kind import said
 from batchinfer.models.gguf import GGUFFile
+from batchinfer.models.json_file import read_json
 
 NOT_ROUNDED = Rounding()
 _ONE_FILE = "model.safetensors"
@@ -238,12 +238,9 @@ def _safetensors_shapes(path: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
 def _safetensors_files(path: Path) -> list[Path]:
     if (path / _INDEX).exists():
         try:
-            weight_map = json.loads((path / _INDEX).read_text(encoding="utf-8"))["weight_map"]
-            names = sorted({str(name) for name in weight_map.values()})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(
-                f"{path / _INDEX} {said(path / _INDEX, f'is not a safetensors index: {error!r}')}"
-            ) from None
+            names = sorted({str(name) for name in read_json(path / _INDEX)["weight_map"].values()})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{path / _INDEX} is not a safetensors index: {error!r}") from None
     elif (path / _ONE_FILE).exists():
         names = [_ONE_FILE]
     else:

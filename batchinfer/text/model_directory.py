@@ -8,7 +8,6 @@ or makes a token special that the file does not (Gemma's <mask>). transformers i
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from operator import itemgetter
 from pathlib import Path
@@ -18,9 +17,10 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as RustTokenizer
 
 from batchinfer.errors import ModelError
-from batchinfer.models.file_kind import said
+from batchinfer.models.file_kind import misplaced_content, said
+from batchinfer.models.json_file import end_ids, read_object
 from batchinfer.text.fast import FastTokenizer, TokenizerFacts
-from batchinfer.text.sentencepiece_model import build, read_model
+from batchinfer.text.sentencepiece_model import load_sentencepiece
 from batchinfer.text.tekken import NAMED, load_tekken
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "tekken.json")
@@ -29,9 +29,9 @@ _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 
 def load_directory(path: Path) -> FastTokenizer:
     """Raises ModelError for files that are missing or damaged, or that need a package that is not installed."""
-    config = _read_json(path / "tokenizer_config.json")
+    config = read_object(path / "tokenizer_config.json")
     rust, own = _vocabulary(path, config)
-    named = {**own, **_special_tokens({**_read_json(path / "special_tokens_map.json"), **config})}
+    named = {**own, **_special_tokens({**read_object(path / "special_tokens_map.json"), **config})}
     _add_tokens(path, rust, config, named)
     template = _read_chat_template(path, config)
     return FastTokenizer(rust, TokenizerFacts(_digest(path, rust), _eos_ids(path, rust, named), named, template))
@@ -42,24 +42,10 @@ def _vocabulary(path: Path, config: Mapping[str, Any]) -> tuple[RustTokenizer, M
     if (path / "tokenizer.json").is_file():
         return _read_rust(path / "tokenizer.json"), {}
     if (path / "tokenizer.model").is_file():
-        model = read_model(path / "tokenizer.model")
-        return build(model, config), model.named
+        return load_sentencepiece(path / "tokenizer.model", config)
     if (path / "tekken.json").is_file():
         return load_tekken(path / "tekken.json"), NAMED
     return _convert(path), {}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, empty if the file is not there."""
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(_read_text(path))
-    except ValueError as error:
-        raise ModelError(f"{path} {said(path, f'is not JSON: {error}')}") from None
-    if not isinstance(values, dict):
-        raise ModelError(f"{path}: must hold a JSON object")
-    return values
 
 
 def _read_text(path: Path) -> str:
@@ -151,7 +137,7 @@ def _older_tokens(file: Path, config: Mapping[str, Any]) -> list[tuple[int, Adde
         listed = config.get(key)
         named.update(text for text in map(_content, listed if isinstance(listed, list) else ()) if text is not None)
     found = []
-    for text, token_id in _read_json(file).items():
+    for text, token_id in read_object(file).items():
         if type(token_id) is not int:
             raise ModelError(f"{file}: token {text!r} has the id {token_id!r}, which is not a whole number")
         found.append((token_id, _added_token(text, special=text in named)))
@@ -168,10 +154,13 @@ def _read_chat_template(path: Path, config: Mapping[str, Any]) -> str | None:
     """chat_template.jinja, else the key of tokenizer_config.json; of several named templates the one called default."""
     file = path / "chat_template.jinja"
     if file.is_file():
+        kind = misplaced_content(file)
+        if kind:
+            raise ModelError(f"{file} is {kind}")
         return _read_text(file)
-    template = config.get("chat_template", _read_json(path / "chat_template.json").get("chat_template"))
+    template = config.get("chat_template", read_object(path / "chat_template.json").get("chat_template"))
     if isinstance(template, list):
-        template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = {str(entry.get("name")): entry.get("template") for entry in template if isinstance(entry, dict)}
     if isinstance(template, dict):
         template = template.get("default", next(iter(template.values()), None))
     return template if isinstance(template, str) else None
@@ -179,12 +168,10 @@ def _read_chat_template(path: Path, config: Mapping[str, Any]) -> str | None:
 
 def _eos_ids(path: Path, rust: RustTokenizer, named: Mapping[str, str]) -> frozenset[int]:
     """The tokenizer's end of sequence, and generation_config.json's (a number or a list), else config.json's."""
-    ids = _read_json(path / "generation_config.json").get("eos_token_id")
-    if ids is None:
-        ids = _read_json(path / "config.json").get("eos_token_id")
-    listed = ids if isinstance(ids, list) else [ids]
+    generation = read_object(path / "generation_config.json")
+    listed = generation if generation.get("eos_token_id") is not None else read_object(path / "config.json")
     eos = rust.token_to_id(named["eos_token"]) if "eos_token" in named else None
-    return frozenset(i for i in (*listed, eos) if isinstance(i, int) and not isinstance(i, bool))
+    return end_ids(listed) if eos is None else end_ids(listed) | {eos}
 
 
 def _digest(path: Path, rust: RustTokenizer) -> str:

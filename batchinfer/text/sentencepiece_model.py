@@ -39,16 +39,20 @@ class SentencePieceModel:
     named: Mapping[str, str]
 
 
-def read_model(path: Path) -> SentencePieceModel:
-    """Raises ModelError for a file that is not sentencepiece's, or of a kind that is not supported."""
+def load_sentencepiece(path: Path, config: Mapping[str, Any]) -> tuple[RustTokenizer, Mapping[str, str]]:
+    """Return the tokenizer, and the special tokens that the file names.
+
+    config: tokenizer_config.json, for `add_bos_token` and `add_eos_token`. Raises ModelError for a file that is not
+    sentencepiece's, or of a kind that is not supported.
+    """
     data = path.read_bytes()
     try:
         model = _parse(data)
-    except (ValueError, IndexError, struct.error, UnicodeDecodeError) as error:
+        if model.kind in (_UNIGRAM, _BPE):
+            return _build(model, config), model.named
+    except Exception as error:  # the library raises plain Exception for what a file cannot hold
         raise ModelError(f"{path} {said(path, _otherwise(data, error))}") from None
-    if model.kind not in (_UNIGRAM, _BPE):
-        raise ModelError(f"{path}: a sentencepiece model of words or characters; only BPE and unigram are supported")
-    return model
+    raise ModelError(f"{path}: a sentencepiece model of words or characters; only BPE and unigram are supported")
 
 
 def _otherwise(data: bytes, error: Exception) -> str:
@@ -61,8 +65,7 @@ def _otherwise(data: bytes, error: Exception) -> str:
     return f"is not a sentencepiece model: {error}"
 
 
-def build(model: SentencePieceModel, config: Mapping[str, Any]) -> RustTokenizer:
-    """Return the tokenizer; `config` is tokenizer_config.json, for `add_bos_token` and `add_eos_token`."""
+def _build(model: SentencePieceModel, config: Mapping[str, Any]) -> RustTokenizer:
     rules = SpaceRules(model.prefix, model.collapse)
     pieces = model.pieces
     if model.kind == _BPE:
@@ -81,13 +84,14 @@ def build(model: SentencePieceModel, config: Mapping[str, Any]) -> RustTokenizer
 
 
 def _parse(data: bytes) -> SentencePieceModel:
+    """Raises ValueError and other exceptions of plain Python for damage."""
     pieces: list[tuple[str, int, float]] = []
     trainer: dict[int, Any] = {}
     normalizer: dict[int, Any] = {}
     for number, value in _fields(data):
         if number == 1:
             piece = dict(_fields(value))
-            pieces.append((piece[1].decode(), piece.get(3, 1), _float(piece.get(2, bytes(4)))))
+            pieces.append((_text(piece), piece.get(3, 1), _float(piece.get(2, bytes(4)))))
         elif number == 2:
             trainer = dict(_fields(value))
         elif number == 3:
@@ -111,8 +115,16 @@ def _parse(data: bytes) -> SentencePieceModel:
     )
 
 
+def _text(piece: Mapping[int, Any]) -> str:
+    if 1 not in piece:
+        raise ValueError("it holds a piece without a text")
+    return str(piece[1], "utf-8")
+
+
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
     """Field numbers and values of one message: an int, or bytes. Raises ValueError, IndexError at damage."""
+    if not isinstance(data, bytes):
+        raise ValueError("it holds a number where a message should be")
     position = 0
     while position < len(data):
         key, position = _varint(data, position)
@@ -135,13 +147,14 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
 
 def _varint(data: bytes, position: int) -> tuple[int, int]:
     value = shift = 0
-    while True:
+    while shift < 64:
         byte = data[position]
         position += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value, position
         shift += 7
+    raise ValueError(f"a number that does not end at byte {position}")
 
 
 def _float(data: bytes) -> float:

@@ -6,7 +6,7 @@ piece with the best score is merged first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 
@@ -15,6 +15,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers.models import BPE, Unigram
 
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6
+_LONGEST_PIECE = 4096
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,13 @@ def unigram_tokenizer(pieces: Pieces, rules: SpaceRules, charsmap: bytes, byte_f
     return _framed(RustTokenizer(model), rules, charsmap)
 
 
+def check_lengths(texts: Iterable[str | bytes]) -> None:
+    """Raises ValueError for a piece that no vocabulary has: every place to cut it is tried."""
+    longest = max(map(len, texts), default=0)
+    if longest > _LONGEST_PIECE:
+        raise ValueError(f"it holds a piece of {longest} characters")
+
+
 def _framed(rust: RustTokenizer, rules: SpaceRules, charsmap: bytes) -> RustTokenizer:
     """Add what stands before and after the model: normalization, the spaces' own sign, and back."""
     steps: list[normalizers.Normalizer] = [normalizers.Precompiled(charsmap)] if charsmap else []
@@ -81,6 +89,7 @@ def _merges(pieces: Pieces) -> list[tuple[str, str]]:
     parts = {
         text for text, kind in zip(pieces.texts, pieces.types, strict=False) if kind not in (CONTROL, UNKNOWN, BYTE)
     }
+    check_lengths(pieces.texts)
     ranked: list[tuple[float, tuple[str, str]]] = []
     for text, kind, score in zip(pieces.texts, pieces.types, pieces.scores, strict=False):
         if kind in (CONTROL, UNKNOWN, BYTE, USER_DEFINED):

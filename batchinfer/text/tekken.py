@@ -19,8 +19,10 @@ from batchinfer.errors import ModelError
 from batchinfer.models.file_kind import said
 from batchinfer.text.fast import set_framing
 from batchinfer.text.pieces import byte_level_text
+from batchinfer.text.spm import check_lengths
 
 NAMED = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+_MOST_SPECIAL = 100_000  # Mistral's own files have a thousand
 # of files before version 7, which do not list them
 _FIRST = (
     *("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]"),
@@ -32,17 +34,19 @@ _FIRST = (
 def load_tekken(path: Path) -> RustTokenizer:
     """Raises ModelError for a file that is not a tekken vocabulary."""
     try:
-        values = json.loads(path.read_bytes())
-        return _build(values)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return _build(json.loads(path.read_bytes()))
+    except Exception as error:  # the library raises plain Exception for what a file cannot hold
         raise ModelError(f"{path} {said(path, f'is not a tekken vocabulary: {error!r}')}") from None
 
 
 def _build(values: dict[str, Any]) -> RustTokenizer:
     config = values["config"]
     num_special = int(config["default_num_special_tokens"])
+    if not 0 <= num_special <= _MOST_SPECIAL:
+        raise ValueError(f"it has {num_special} special tokens")
     ranked = sorted(values["vocab"], key=itemgetter("rank"))[: int(config["default_vocab_size"]) - num_special]
     tokens = [base64.b64decode(entry["token_bytes"]) for entry in ranked]
+    check_lengths(tokens)
     special = _special(values.get("special_tokens"), num_special)
     vocab = {text: number for number, text in enumerate(special)}
     vocab |= {byte_level_text(token): num_special + rank for rank, token in enumerate(tokens)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
@@ -155,10 +156,38 @@ def test_what_cannot_be_is_named(changes, said):
         assert part in str(caught.value)
 
 
+WRONG = [0, -1, 1e999, float("nan"), 10**400, "x", [], {}, [None], {"a": 1}, True, [[]], 10**9]
+
+
+@pytest.mark.parametrize("rope", [LLAMA3, YARN, LONGROPE, {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0}])
+def test_whatever_a_key_holds_the_answer_is_a_configuration_or_an_error_of_ours(rope):
+    """Not an exception of plain Python, and no list as long as a number in the file says."""
+    keys = [*LLAMA, "rms_norm_eps", "head_dim", "query_pre_attn_scalar", "partial_rotary_factor", "hidden_act"]
+    for value in WRONG:
+        for key in keys:
+            with contextlib.suppress(ModelError):
+                _parse(**{key: value, "rope_parameters": rope})
+        for key in [*rope, "full_attention", "partial_rotary_factor"]:
+            with contextlib.suppress(ModelError):
+                _parse(rope_parameters={**rope, key: value})
+
+
+@pytest.mark.parametrize("key", ["factor", "rope_theta", "original_max_position_embeddings"])
+@pytest.mark.parametrize("value", ["8", -1, float("inf"), [8]])
+def test_a_rope_s_numbers_are_numbers(key, value):
+    with pytest.raises(ModelError, match=f"rope: '{key}' must be a"):
+        _parse(rope_parameters={**YARN, key: value})
+
+
 def test_files_that_are_no_config(tmp_path):
     with pytest.raises(ModelError, match=r"no config\.json"):
         load_config(tmp_path)
-    for content, said in (("{", "not JSON"), ("[]", "no JSON object"), ("\ufffd", "not JSON")):
+    for content, said in (
+        ("{", "not JSON"),
+        ("[]", "must hold a JSON object"),
+        ("[" * 100_000, "nested too deeply"),
+        ("\ufffd", "not JSON"),
+    ):
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(ModelError, match=said):
             load_config(tmp_path)

@@ -309,3 +309,28 @@ def test_a_damaged_list_of_added_tokens(tmp_path: Path) -> None:
         folder = save(tmp_path / "m", byte_level(), {"added_tokens_decoder": damaged})
         with pytest.raises(ModelError, match="added_tokens_decoder is damaged"):
             load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json", "added_tokens.json"])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [("[" * 100_000, "nested too deeply"), ('{"bos_token": "\\ud800"}', "is not JSON"), ("[]", "object")],
+)
+def test_what_no_file_of_a_model_holds(name: str, content: str, said: str, tmp_path: Path) -> None:
+    folder = save(tmp_path / "m", byte_level(), {})
+    (folder / name).write_text(content)
+    with pytest.raises(ModelError, match=rf"{name}.*{said}"):
+        load_tokenizer(folder)
+
+
+def test_a_template_that_is_a_web_page(tmp_path: Path) -> None:
+    folder = save(tmp_path / "m", byte_level(), {})
+    (folder / "chat_template.jinja").write_text("<!DOCTYPE html><html>{{ nothing }}</html>")
+    with pytest.raises(ModelError, match=r"chat_template\.jinja is a web page"):
+        load_tokenizer(folder)
+
+
+def test_ids_that_cannot_end_an_answer_are_left_out(tmp_path: Path) -> None:
+    folder = save(tmp_path / "m", byte_level(), {})
+    (folder / "generation_config.json").write_text('{"eos_token_id": [3, -1, "7", null, true, 2.0]}')
+    assert load_tokenizer(folder).eos_ids == {1, 3}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +93,29 @@ def test_what_the_configuration_says_of_a_sentencepiece_model_counts(tmp_path: P
         (b"\xff" * 40, "is not a sentencepiece model"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "is a Git LFS pointer"),
         (b"IQ== 0\nIg== 1\n", "is a tiktoken vocabulary.*tokenizer.json"),
+        (b"\xff" * 5_000_000, "is not a sentencepiece model: a number that does not end"),
+        (b"\x08\x05", "is not a sentencepiece model: it holds a number"),
+        (b"\x0a\x05\x15\0\0\0\0", "is not a sentencepiece model: it holds a piece without a text"),
+        (b"\x0a\x02\x08\x07", "is not a sentencepiece model"),
     ],
 )
 def test_what_is_no_sentencepiece_model_is_said_to_be(content: bytes, said: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(content)
     with pytest.raises(ModelError, match=f"tokenizer.model {said}"):
         load_tokenizer(tmp_path)
+
+
+def test_damage_anywhere_in_a_sentencepiece_model_is_said(tmp_path: Path) -> None:
+    train(tmp_path, **KINDS["nfkc"])
+    whole = (tmp_path / "tokenizer.model").read_bytes()
+    for seed in range(60):
+        draw = random.Random(seed)
+        damaged = bytearray(whole[-3000:] if seed % 2 else whole)
+        for _ in range(3):
+            damaged[draw.randrange(len(damaged))] = draw.randrange(256)
+        (tmp_path / "tokenizer.model").write_bytes(damaged)
+        with contextlib.suppress(ModelError):
+            load_tokenizer(tmp_path).encode_batch(["a b"], True)
 
 
 def test_the_normalizer_of_tokenizer_json_stays_whatever_class_is_named(tmp_path: Path) -> None:
@@ -186,7 +205,10 @@ def test_the_special_tokens_that_a_tekken_file_lists(tmp_path: Path) -> None:
     (tmp_path / "tekken.json").write_text(json.dumps(tekken(byte_level(400), r"\S+|\s+", listed)))
     ours = load_tokenizer(tmp_path)
     assert ours.encode_batch(["[THINK]<SPECIAL_7>"], False) == [[3, 7]]
-    for damaged in ("{}", "[1]", '{"config": {}, "vocab": []}', "<html>"):
+    config = tekken(byte_level(400), r"\S+|\s+")["config"]
+    changes = [{"default_num_special_tokens": 10**12}, {"default_vocab_size": float("inf")}, {"pattern": "("}]
+    wrong = [json.dumps({"config": {**config, **change}, "vocab": []}) for change in changes]
+    for damaged in ("{}", "[1]", '{"config": {}, "vocab": []}', "<html>", "[" * 100_000, *wrong):
         (tmp_path / "tekken.json").write_text(damaged)
         with pytest.raises(ModelError, match=r"tekken\.json is (not a tekken vocabulary|a web page)"):
             load_tokenizer(tmp_path)
