@@ -76,6 +76,15 @@ _MISCONFIGURED = frozenset(
         "botocore.exceptions.BaseEndpointResolverError",
     }
 )
+_PERMISSIONS = (AccessDenied, "check the permissions of it and of the folders above it")
+# what this machine's own filesystems refuse for good, and what to do
+_REFUSED: dict[int | None, tuple[type[UserError], str]] = {
+    errno.EACCES: _PERMISSIONS,
+    errno.EPERM: _PERMISSIONS,
+    errno.EROFS: (AccessDenied, "use another place"),
+    errno.ENAMETOOLONG: (UsageError, "use a shorter one"),
+    errno.ELOOP: (UsageError, "a link leads back to itself"),
+}
 _TRANSIENT_STATUS = frozenset({408, 409, 425, 429})
 _TRANSIENT_CODES = frozenset({"SlowDown", "RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch"})
 
@@ -273,6 +282,9 @@ def translate(error: BaseException, url: str, place: str = "", attempts: int = 1
             f"{where}: no usable credentials ({_text(error)}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a "
             "profile, or storage.anonymous: true for a public bucket"
         )
+    if isinstance(error, OSError) and error.filename is not None and error.errno in _REFUSED:
+        kind, advice = _REFUSED[error.errno]
+        return kind(f"{where}: {error.strerror}; {advice}")
     if isinstance(error, PermissionError) or status in (401, 403):
         return AccessDenied(
             f"{where}: access denied: {_text(error)}; check key, secret, region and the bucket's policy"

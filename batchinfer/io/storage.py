@@ -127,8 +127,13 @@ class LocalStore(Store):
     def scan(self, prefix: str = "") -> Iterator[Listed]:
         for name in self._names(prefix.rpartition("/")[0]):
             if name.startswith(prefix):
-                with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
-                    yield Listed(name, os.stat(f"{self._root}{os.sep}{name}").st_size, None)  # noqa: PTH116 - many
+                try:
+                    size = os.stat(f"{self._root}{os.sep}{name}").st_size  # noqa: PTH116 - many
+                except FileNotFoundError:  # deleted meanwhile
+                    continue
+                except OSError as error:
+                    raise self._explained(error, name) from error
+                yield Listed(name, size, None)
 
     def _names(self, folder: str) -> Iterator[str]:
         root = str(self._root)
@@ -230,7 +235,7 @@ def sweep(folder: Path, names: re.Pattern[str], before: float = math.inf) -> Non
     if not folder.is_dir():
         return
     for path in [path for path in folder.iterdir() if names.fullmatch(path.name)]:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # gone meanwhile, or another user's
             status = path.lstat()
             if stat.S_ISREG(status.st_mode) and status.st_mtime < before:
                 path.unlink()
@@ -239,8 +244,14 @@ def sweep(folder: Path, names: re.Pattern[str], before: float = math.inf) -> Non
 def check_names(url: str, folders: Iterable[str], files: Iterable[str]) -> None:
     """Raises OutputConflict if a file stands in the store where a folder goes, or the other way; only folders can."""
     root = local_path(url)
-    if root is None:
-        return
+    if root is not None:
+        try:
+            _check_names(root, folders, files)
+        except OSError as error:
+            raise translate(error, url) from error
+
+
+def _check_names(root: Path, folders: Iterable[str], files: Iterable[str]) -> None:
     above = next(path for path in (root, *root.absolute().parents) if os.path.lexists(path))
     for path in (above, *(root / name for name in folders)):
         if os.path.lexists(path) and not path.is_dir():

@@ -5,6 +5,7 @@ Paths are as the filesystem spells them; `url` gives the name by which a path is
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 from abc import ABC, abstractmethod
@@ -75,6 +76,8 @@ class LocalTree(Tree):
     def kind(self, path: str) -> Kind | None:
         try:
             mode = os.stat(path).st_mode  # noqa: PTH116 - Path would alter the name: "./a" is "a" for it
+        except PermissionError as error:
+            raise translate(error, path) from error
         except (OSError, ValueError):
             return "file" if os.path.lexists(path) else None  # opening it says what is wrong
         return "folder" if S_ISDIR(mode) else "file" if S_ISREG(mode) else "stream"
@@ -104,6 +107,8 @@ class LocalTree(Tree):
     def glob(self, pattern: str) -> Iterator[tuple[str, Kind]]:
         try:
             matches = glob.glob(pattern, recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
+            if not matches:
+                _refuse_closed(pattern)
         except OSError as error:
             raise translate(error, pattern) from error
         for match in matches:
@@ -112,6 +117,15 @@ class LocalTree(Tree):
 
     def url(self, path: str) -> str:
         return file_url(path) if self._as_urls or not _plain(path) else path
+
+
+def _refuse_closed(pattern: str) -> None:
+    """Raises PermissionError if the folder where a glob begins to match may not be read, which glob takes for empty."""
+    parts = pattern.split("/")
+    literal = next((number for number, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+    folder = "/".join(parts[:literal]) or ("/" if pattern.startswith("/") else ".")
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder):
+        pass
 
 
 def _plain(path: str) -> bool:
