@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from batchinfer.values import times
 from batchinfer.values.cell import Struct, Unheld
 from batchinfer.values.number import Number
-from batchinfer.values.plain import shown_text
+from batchinfer.values.plain import from_json, shown_text
 from batchinfer.values.texts import interval_text
 
 _NANOS = {"s": 10**9, "ms": 10**6, "us": 10**3, "ns": 1}
@@ -61,22 +61,12 @@ def _stored(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return pa.chunked_array([chunk.storage for chunk in column.chunks], column.type.storage_type)
 
 
-def from_text(text: str) -> Any:
-    """The value of a JSON text. A bare number beyond 64 bits keeps all its digits. Raises ValueError."""
-    if len(text) > 18 and text[0] in "-0123456789":
-        return json.loads(text)
-    try:
-        return orjson.loads(text)
-    except orjson.JSONDecodeError:
-        return json.loads(text)
-
-
 def _parsed(text: str | Unheld) -> Any:
     if isinstance(text, Unheld):
         return text
     try:
-        return from_text(text)
-    except (ValueError, RecursionError) as error:
+        return from_json(text, lenient=True)
+    except ValueError as error:
         return Unheld(f"not JSON: {error}", text)
 
 
@@ -245,11 +235,19 @@ def _map(array: pa.MapArray, lines: bool) -> Cells:
     items = _convert(array.items.slice(first, last - first), lines)
     pairs = list(zip(keys, items, strict=True))
     spans = zip(array.is_valid().to_pylist(), pairwise(offsets), strict=True)
-    return [dict(pairs[start - first : stop - first]) if valid else None for valid, (start, stop) in spans]
+    make = _mapping if any(type(key) is Unheld for key in keys) else dict
+    return [make(pairs[start - first : stop - first]) if valid else None for valid, (start, stop) in spans]
 
 
-def _key(key: Any, lines: bool) -> str | int:
-    return key if isinstance(key, str) or (type(key) is int and not lines) else shown_text(key)
+def _key(key: Any, lines: bool) -> str | int | Unheld:
+    if isinstance(key, str) or (type(key) is int and not lines) or (type(key) is Unheld and key.text is None):
+        return key
+    return shown_text(key)
+
+
+def _mapping(pairs: list[tuple[Any, Any]]) -> dict[Any, Any] | Unheld:
+    bad = next((key for key, _ in pairs if type(key) is Unheld), None)
+    return dict(pairs) if bad is None else Unheld(f"a key of it: {bad.why}")
 
 
 def _dictionary(array: pa.DictionaryArray, lines: bool) -> Cells:

@@ -18,7 +18,8 @@ from batchinfer.io.cells import cells_of
 
 # orjson reads an integer beyond 64 bits as a double, and writes a double of that size with such an exponent
 _HUGE = re.compile(rb"e\+?(?:1[89]|[2-9][0-9]|[1-3][0-9][0-9])(?![0-9])")
-_NO_NUMBER = re.compile(rb"NaN|Infinity")
+# what Python reads as NaN or infinity: its names, and numbers beyond a double
+_NO_NUMBER = re.compile(rb"NaN|Infinity|[0-9][eE]\+?[0-9]{3}|[0-9]{300}")
 _STRING_OR_CONSTANT = re.compile(r'("[^"\\]*(?:\\.[^"\\]*)*")|-?(?:NaN|Infinity)', re.DOTALL)
 
 

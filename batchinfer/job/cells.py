@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import orjson
-
 from batchinfer.errors import InvalidInput
 from batchinfer.text.messages import read_messages
 from batchinfer.values.cell import held
-from batchinfer.values.plain import plain
+from batchinfer.values.plain import from_json, plain
 
 
 def parse_json(text: str, what: str) -> Any:
     """Raises InvalidInput."""
     try:
-        return orjson.loads(text)
+        return from_json(text)
     except ValueError as error:
         raise InvalidInput(f"{what} is not JSON: {error}") from None
 

@@ -9,6 +9,7 @@ others.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,8 @@ _WORDS = frozenset(["true", "false", "none", "True", "False", "None", "not", "an
 class Uses:
     """What a template takes from outside.
 
-    variables: columns by their names. own: those whose names Jinja has as well. keys: constants that `row` is
+    variables: columns by their names. own: those whose names are something else to Jinja, or not told apart from others
+    by it. keys: constants that `row` is
     subscripted with. whole: `row` is used in other ways, so that any column may be needed.
     """
 
@@ -65,7 +67,7 @@ def uses_of(source: str) -> Uses:
     }
     if "self" in loads and "self" not in local:
         names.add("self")
-    own = frozenset(names & {*_FUNCTIONS, "self"} - local)
+    own = frozenset(name for name in names if _is_own(name, local))
     variables = frozenset(names - own - {ROW})
     if ROW not in names or ROW in local:
         return Uses(variables, own, whole=ROW in names)
@@ -92,6 +94,20 @@ def _local(tree: nodes.Template) -> frozenset[str]:
     """Names that the template sets somewhere; of its blocks `self` is."""
     stored = {node.name for node in tree.find_all(nodes.Name) if node.ctx != "load"}
     return frozenset(stored | {"self"} if tree.find(nodes.Block) is not None else stored)
+
+
+def _is_own(name: str, local: frozenset[str]) -> bool:
+    """Whether a column of this name is looked up as a key.
+
+    Jinja makes identifiers of Python from names, and these are one where only their NFKC forms are: "ü" and "u\u0308".
+    """
+    if name in local:
+        return False
+    return name in _FUNCTIONS or name == "self" or not unicodedata.is_normalized("NFKC", name) or name in _forms(local)
+
+
+def _forms(names: Iterable[str]) -> frozenset[str]:
+    return frozenset(unicodedata.normalize("NFKC", name) for name in names)
 
 
 def _key_of_row(node: nodes.Node) -> str | None:
@@ -122,8 +138,7 @@ class _Meanings(NodeTransformer):
         return self._changes.get(type(node))
 
     def _name(self, node: nodes.Name) -> nodes.Node:
-        own = node.name in _FUNCTIONS or node.name == "self"
-        return _column(node.name) if own and node.ctx == "load" and node.name not in self._local else node
+        return _column(node.name) if node.ctx == "load" and _is_own(node.name, self._local) else node
 
     def _part(self, node: nodes.Getattr | nodes.Getitem) -> nodes.Node:
         key = None if ROW in self._local else _key_of_row(node)

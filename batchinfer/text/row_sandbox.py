@@ -9,12 +9,12 @@ import functools
 import math
 import types
 from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, ValuesView
-from decimal import Decimal
+from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from typing import Any, NoReturn
 
 import jinja2
 from jinja2 import nodes
-from jinja2.filters import make_attrgetter
+from jinja2.filters import do_round, make_attrgetter
 from jinja2.runtime import Context, LoopContext, Macro
 from jinja2.utils import Namespace, pass_environment
 
@@ -22,13 +22,13 @@ from batchinfer.errors import InvalidInput
 from batchinfer.text.row_names import ROW, TEXT, rewrite
 from batchinfer.text.sandbox import Sandbox
 from batchinfer.values.cell import Struct, Unheld
+from batchinfer.values.number import Number, percent
 from batchinfer.values.plain import json_text
 
 # filters that make text of what they are given
 _OF_TEXT = (
     *("string", "upper", "lower", "capitalize", "title", "trim", "replace", "center", "indent", "wordwrap", "truncate"),
-    *("wordcount", "striptags", "urlize", "urlencode", "escape", "e", "forceescape", "safe", "format", "pprint"),
-    "xmlattr",
+    *("wordcount", "striptags", "urlize", "urlencode", "escape", "e", "forceescape", "safe", "pprint", "xmlattr"),
 )
 
 
@@ -63,6 +63,8 @@ class Null(jinja2.StrictUndefined):
 
 
 _UNLISTED = (Iterator, range, KeysView, ValuesView, ItemsView)
+_LISTED: tuple[Any, ...] = (list.__repr__, tuple.__repr__)  # other tuples print the name of their type
+_ROUNDINGS = {"ceil": ROUND_CEILING, "floor": ROUND_FLOOR}
 _PLAIN = (str, int, datetime.date, datetime.time, datetime.timedelta, Null)
 
 
@@ -143,7 +145,7 @@ def _check(value: Any) -> None:
     elif isinstance(value, dict):
         _check_all(value)
         _check_all(value.values())
-    elif isinstance(value, list | tuple):
+    elif type(value).__repr__ in _LISTED:
         _check_all(value)
     elif isinstance(value, jinja2.Undefined | Unheld | Method):
         str(value)  # says what it is
@@ -175,6 +177,8 @@ class RowSandbox(Sandbox):
         super().__init__(undefined=jinja2.StrictUndefined, finalize=printed)
         self.filters |= {name: _of_text(self.filters[name]) for name in _OF_TEXT}
         self.filters |= {TEXT: printed, "join": _join, "attr": _attribute, "tojson": _tojson}
+        numeric = {"abs": abs, "int": self.filters["int"], "float": self.filters["float"], "round": _rounded}
+        self.filters |= {name: _of_number(make) for name, make in numeric.items()} | {"format": _of_text(_formatted)}
         self.tests["none"] = lambda value: value is None or isinstance(value, Null)
 
     def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
@@ -185,6 +189,8 @@ class RowSandbox(Sandbox):
     def getattr(self, obj: Any, attribute: str) -> Any:
         if isinstance(obj, dict):
             return self._key(obj, attribute)
+        if type(obj) is Unheld:
+            obj.refuse()
         return self._named(super().getattr(obj, attribute), attribute)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
@@ -223,6 +229,7 @@ class RowSandbox(Sandbox):
         if isinstance(left, str):
             for value in right if isinstance(right, tuple) else (right,):
                 _printable(value)
+            return percent(left, right)
         return super().call_binop(context, operator, left, right)
 
 
@@ -238,6 +245,30 @@ def _of_text(make: Callable[..., Any]) -> Callable[..., Any]:
         return make(*args, **kwargs)
 
     return checked
+
+
+def _of_number(make: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that makes a number of its first argument, which is no null."""
+
+    @functools.wraps(make)
+    def checked(value: Any, *args: Any, **kwargs: Any) -> Any:
+        if value is None or isinstance(value, Null):
+            str(_printable(value))
+        return make(value, *args, **kwargs)
+
+    return checked
+
+
+def _rounded(value: Any, precision: int = 0, method: str = "common") -> Any:
+    if isinstance(value, Number) and method in _ROUNDINGS:
+        return value.rounded(precision, _ROUNDINGS[method])
+    return do_round(value, precision, method)  # type: ignore[arg-type]
+
+
+def _formatted(value: Any, *args: Any, **kwargs: Any) -> str:
+    if args and kwargs:
+        raise jinja2.TemplateError("format takes values by position or by name, not both")
+    return percent(str(value), kwargs or args)
 
 
 @pass_environment

@@ -11,6 +11,7 @@ from batchinfer.errors import InvalidInput, TemplateError
 from batchinfer.text.row_names import COLUMNS, ROW, uses_of
 from batchinfer.text.row_sandbox import Columns, NullCell, RowSandbox, cell
 from batchinfer.text.sandbox import compile_template, reason
+from batchinfer.values.cell import unheld_in
 
 _ROWS = RowSandbox()
 
@@ -42,7 +43,11 @@ class _OverRow:
         try:
             return write(variables)
         except (NullCell, InvalidInput) as error:
-            raise InvalidInput(f"{self._name}: {error}") from None
+            why = str(error)
+            # a part of a cell does not know its column
+            inside = (name for name, value in row.items() for part in unheld_in(value) if part.why == why)
+            column = next(inside, None)
+            raise InvalidInput(f"{self._name}: {f'column {column!r}: ' if column else ''}{why}") from None
         except Exception as error:  # whatever a template does ends this row, not the job
             raise TemplateError(f"{self._name}: {reason(error)}") from None
 

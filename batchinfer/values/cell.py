@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from batchinfer.errors import InvalidInput
@@ -34,6 +35,14 @@ def held(value: Any, what: str) -> Any:
     if type(value) is Unheld:
         raise InvalidInput(f"{what}: {value.why}")
     return value
+
+
+def unheld_in(value: Any) -> Iterator[Unheld]:
+    """All parts of a value, at any depth, that are Unheld."""
+    if type(value) is Unheld:
+        yield value
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from unheld_in(part)
 
 
 class Struct(dict[str, Any]):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import operator as python
+import re
 from collections.abc import Callable
 from decimal import MAX_EMAX, MIN_EMIN, ROUND_HALF_EVEN, Context, Decimal, DivisionByZero, InvalidOperation
 from typing import Any
@@ -13,6 +15,11 @@ _TRAPS = [DivisionByZero, InvalidOperation]
 # sums and products of what a column can hold, 76 digits, and of any float are exact
 _EXACT = Context(prec=1000, Emin=MIN_EMIN, Emax=MAX_EMAX, traps=_TRAPS)
 _QUOTIENT_DIGITS = 28
+_EXACT_POWERS = 100
+# https://docs.python.org/3/library/stdtypes.html#printf-style-string-formatting
+_CONVERSION = re.compile(
+    r"%(?:\((?P<key>[^)]*)\))?(?P<flags>[-+ #0]*)(?P<width>\d*)(?:\.(?P<digits>\d*))?[hlL]?(?P<kind>.)"
+)
 
 
 class Number(Decimal):
@@ -28,8 +35,12 @@ class Number(Decimal):
         return super().__format__(layout) if layout else str(self)
 
     def __round__(self, digits: int | None = None) -> Any:
-        rounded = self.quantize(Decimal(1).scaleb(-(digits or 0)), ROUND_HALF_EVEN, _EXACT)
-        return int(rounded) if digits is None else Number(rounded)
+        rounded = self.rounded(digits or 0, ROUND_HALF_EVEN)
+        return int(rounded) if digits is None else rounded
+
+    def rounded(self, digits: int, mode: str) -> Number:
+        """With so many digits after the point; `mode` is one of `decimal`."""
+        return Number(self.quantize(Decimal(1).scaleb(-digits), mode, _EXACT))
 
     def __neg__(self) -> Number:
         return Number(self.copy_negate())
@@ -49,6 +60,37 @@ def plain_number(value: Decimal) -> int | float:
     return int(value) if value == value.to_integral_value() else float(value)
 
 
+def percent(layout: str, values: Any) -> str:
+    """`layout % values`, in which `%f` has the digits of a decimal number, not those of the double that is nearest."""
+    positional = values if isinstance(values, tuple) else (values,)
+    given, rest = iter(positional), []
+
+    def written(found: re.Match[str]) -> str:
+        if found["kind"] == "%":
+            return found[0]
+        value = next(given, None) if found["key"] is None else values[found["key"]]
+        if found["kind"] in "fF" and isinstance(value, Decimal):
+            return _fixed(value, found)
+        if found["key"] is None:
+            rest.append(value)
+        return found[0]
+
+    text = _CONVERSION.sub(written, layout)
+    if "*" in layout or len(rest) == len(positional):  # widths that are values, too; and nothing to do
+        return str(layout % values)
+    rest += given  # too many, which Python says
+    return str(text % (values if isinstance(values, dict) else tuple(rest)))
+
+
+def _fixed(value: Decimal, found: re.Match[str]) -> str:
+    flags = found["flags"]
+    sign = "+" if "+" in flags else " " if " " in flags else ""
+    fill = "<" if "-" in flags else "0" if "0" in flags else ">"
+    digits = 6 if found["digits"] is None else found["digits"] or 0
+    width = f"{sign}0{found['width']}" if fill == "0" else f"{fill}{sign}{found['width']}"
+    return format(value, f"{width}.{digits}f")
+
+
 def _operand(value: Any) -> Decimal | None:
     if isinstance(value, float):
         return Decimal(repr(value))
@@ -61,7 +103,8 @@ def _quotient(left: Decimal, right: Decimal) -> Decimal:
 
 
 def _power(left: Decimal, right: Decimal) -> Decimal:
-    return Context(_QUOTIENT_DIGITS, traps=_TRAPS).power(left, right)
+    exact = 0 <= right <= _EXACT_POWERS and right == right.to_integral_value()
+    return (_EXACT if exact else Context(_QUOTIENT_DIGITS, traps=_TRAPS)).power(left, right)
 
 
 def _remainder(left: Decimal, right: Decimal) -> Decimal:
@@ -83,6 +126,7 @@ _OPERATORS: dict[str, Callable[[Decimal, Decimal], Decimal]] = {
     "mod": _remainder,
     "pow": _power,
 }
+_DIVISIONS = (_quotient, _whole, _remainder)
 
 
 def _binary(compute: Callable[[Decimal, Decimal], Decimal], reflected: bool) -> Callable[[Number, Any], Any]:
@@ -90,16 +134,21 @@ def _binary(compute: Callable[[Decimal, Decimal], Decimal], reflected: bool) -> 
         operand = _operand(other)
         if operand is None:
             return NotImplemented
-        return Number(compute(operand, self) if reflected else compute(self, operand))
+        left, right = (operand, self) if reflected else (self, operand)
+        if not right and compute in _DIVISIONS:
+            raise ZeroDivisionError("division by zero")
+        return Number(compute(left, right))
 
     return operator
 
 
 def _comparison(name: str) -> Callable[[Number, Any], Any]:
-    compare = getattr(Decimal, name)
+    compare, of_python = getattr(Decimal, name), getattr(python, name)
 
     def operator(self: Number, other: Any) -> Any:
-        return compare(self, Decimal(repr(other)) if isinstance(other, float) and math.isfinite(other) else other)
+        if not isinstance(other, float):
+            return compare(self, other)
+        return compare(self, Decimal(repr(other))) if math.isfinite(other) else of_python(0.0, other)
 
     return operator
 

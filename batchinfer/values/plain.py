@@ -9,12 +9,16 @@ import secrets
 from decimal import Decimal
 from typing import Any
 
+import orjson
+
 from batchinfer.errors import InvalidInput
 from batchinfer.values.cell import Unheld, held
 from batchinfer.values.number import Number, plain_number
 
 _TIMES = datetime.date | datetime.time | datetime.timedelta
 _MARK = secrets.token_hex(16)  # begins the text that stands for a decimal number until the JSON is made
+_DIGITS = bytes(ord("0") if chr(byte).isascii() and chr(byte).isdigit() else ord(" ") for byte in range(256))
+_LONG = b"0" * 19
 _MARKED = re.compile(f'"{_MARK}([^"]*)"')
 
 
@@ -30,6 +34,24 @@ def plain(value: Any, what: str) -> Any:
     if isinstance(value, Decimal):
         return plain_number(value)
     return str(value) if isinstance(value, _TIMES) else held(value, what)
+
+
+def from_json(text: str, lenient: bool = False) -> Any:
+    """The value of a JSON text, with all digits of integers; `lenient` takes NaN and Infinity. Raises ValueError."""
+    try:
+        value = orjson.loads(text)
+    except orjson.JSONDecodeError:
+        if not lenient:
+            raise
+        value = None
+    else:
+        # orjson makes doubles of integers beyond 64 bits
+        if _LONG not in text.encode().translate(_DIGITS):
+            return value
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
 
 
 def json_text(value: Any, nulls: tuple[type, ...] = (), **layout: Any) -> str:

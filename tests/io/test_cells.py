@@ -75,6 +75,14 @@ def test_keys_of_maps(key, cell, line):
     assert cells_of(column) == [cell, None] and line_cells_of(column) == [line, None]
 
 
+def test_a_key_that_is_no_text_is_the_cells_error():
+    pairs = [[(b"a", 1)], [(b"\xff", 1), (b"\xfe", 2)], None]
+    good, bad, null = cells_of(chunked(pa.array(pairs, pa.map_(pa.binary(), pa.int8()))))
+    assert (good, null) == ({"a": 1}, None)
+    with pytest.raises(InvalidInput, match="a key of it: 1 bytes that are not UTF-8 text"):
+        str(bad)
+
+
 def test_no_key_is_lost_to_lines():
     kind = pa.struct({"x": pa.float64(), "t": pa.timestamp("s")})
     column = chunked(pa.array([[({"x": float("nan"), "t": 10**15}, 1)]], pa.map_(kind, pa.int32())))
@@ -108,6 +116,8 @@ def test_json_text():
     assert [orjson.loads(line)["x"] for line in lines[:3]] == [{"a": [1]}, None, "x"]
     assert [orjson.loads(line)["x"] for line in lines[4:]] == ["{", {"b": "\n"}, "[" * 2000]
     assert orjson.dumps(json_line_cells_of(chunked(pa.array(["[NaN, -Infinity]", "NaN"])))) == b"[[null,null],null]"
+    digits = '{"a":[123456789012345678901234567890,1.5],"b":"00000000000000000000"}'
+    assert json_cells_of(chunked(pa.array([digits]))) == [{"a": [123456789012345678901234567890, 1.5], "b": "0" * 20}]
     typed = chunked(pa.array(['{"a": 1}', None, "no"], pa.json_()))
     assert json_cells_of(typed)[:2] == cells_of(typed)[:2] == [{"a": 1}, None]
     assert orjson.dumps(line_cells_of(typed)) == b'[{"a": 1},null,"no"]'

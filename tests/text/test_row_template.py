@@ -218,6 +218,63 @@ def test_only_values_are_printed_within_others(expression: str) -> None:
             render(use % expression, **row)
 
 
+@pytest.mark.parametrize(
+    ("names", "source"),
+    [
+        ("ﬁ fi", "{{ ﬁ }} {{ fi }} {{ row['ﬁ'] }}"),
+        ("\u00b5 \u03bc", "{{ \u00b5 }} {{ \u03bc }} {{ row['\u00b5'] }}"),
+        ("gro\u0308ße größe", "{% set gro\u0308ss = 1 %}{{ gro\u0308ße }} {{ größe }} {{ row['gro\u0308ße'] }}"),
+        ("a fi", "{% for ﬁ in [1] %}{{ a }} {{ fi }} {{ a }}{% endfor %}"),
+    ],
+)
+def test_names_that_python_takes_for_one_are_two(names: str, source: str) -> None:
+    first, second = names.split()
+    assert render(source, **{first: "1", second: "2"}) == "1 2 1"
+    assert RowTemplate(source, "t").columns([first, second]) == {first, second}
+    assert RowFilter(f"{first} == 1 and {second} == 2").matches({first: 1, second: 2})
+
+
+def test_decimals_are_formatted_with_their_own_digits() -> None:
+    row = {"p": Number("2.675"), "large": Number("1234567890123456789012345678901234567890.125"), "o": {"a": Number(3)}}
+    for source, expected in {
+        "{{ '%.2f' % p }} {{ '%.2f' | format(p) }} {{ '{:.2f}'.format(p) }} {{ p | round(2) }}": "2.68 2.68 2.68 2.68",
+        "{{ '%.1f' | format(large) }}": "1234567890123456789012345678901234567890.1",
+        "{{ '%+09.2f|%-7.1f|%s|%d|%%' % (p, p, p, p) }}": "+00002.68|2.7    |2.675|2|%",
+        "{{ '%(a)5.1f' % o }} {{ '%(x)f' | format(x=p) }} {{ '%.*f' % (1, p) }}": "  3.0 2.675000 2.7",
+        "{{ large | round(1, 'floor') }} {{ p | round(2, 'ceil') }}": f"{str(row['large'])[:-2]} 2.68",
+    }.items():
+        assert render(source, **row) == expected
+    with pytest.raises(TemplateError, match="not all arguments converted"):
+        render("{{ '%.2f' % (p, p) }}", **row)
+    with pytest.raises(TemplateError, match="not enough arguments"):
+        render("{{ '%.2f %.2f' % p }}", **row)
+
+
+def test_tuples_of_pythons_own_are_no_values() -> None:
+    row = {"day": date(19_723), "price": Number("9.99")}
+    for expression in ("day.timetuple()", "day.isocalendar()", "price.as_tuple()"):
+        with pytest.raises(TemplateError, match=r"a value of type .* cannot be printed"):
+            render(f"{{{{ {expression} }}}}", **row)
+    assert render("{{ day.isocalendar()[1] }} {{ (1, 'x') }}", **row) == "1 (1, 'x')"
+
+
+def test_a_cell_that_cannot_be_held_shows_nothing_of_itself() -> None:
+    bad = Unheld("not JSON", "{")
+    for expression in ("bad.text", "bad.why", "bad | attr('text')", "bad['text']", "bad.text is defined"):
+        with pytest.raises(InvalidInput, match="column 'bad': not JSON"):
+            render(f"{{{{ {expression} }}}}", bad=bad)
+    for source in ("{{ row | tojson }}", "{% for value in row.values() %}{{ value }}{% endfor %}", "{{ rows[0] }}"):
+        with pytest.raises(InvalidInput, match=r"prompt.user: column 'rows': .*not JSON"):
+            render(source, rows=[[bad]])
+
+
+def test_a_null_within_others_is_no_number() -> None:
+    for filter_ in ("int", "float", "round", "abs", "int(5)"):
+        for expression in (f"x | {filter_}", f"xs | map('{filter_.partition('(')[0]}') | list", f"xs[0] | {filter_}"):
+            with pytest.raises(InvalidInput, match="is null"):
+                render(f"{{{{ {expression} }}}}", x=None, xs=[None])
+
+
 def test_nan_has_no_order_and_infinity_has() -> None:
     for expression in ("x > 3", "x <= 3", "3 < x", "x and true", "nested.x > 3", "rows[0] > 1"):
         row = {"x": float("nan"), "nested": {"x": float("nan")}, "rows": [float("nan")]}

@@ -29,6 +29,7 @@ LARGE = Number("12345678901234567890123456789012345678.9012345678901234567890123
         (Number(-7) // 2, "-4"),
         (Number(-7) % 3, "2"),
         (PRICE**2, "99.8001"),
+        (LARGE**2 / LARGE, str(LARGE)),
         (-PRICE, "-9.99"),
         (abs(-PRICE), "9.99"),
         (sum([PRICE, 1, 0.01]), "11.00"),
@@ -54,8 +55,16 @@ def test_comparisons_take_floats_as_they_are_written() -> None:
     assert float("inf") > PRICE and float("nan") != PRICE and PRICE != "9.99"
     with pytest.raises(TypeError):
         PRICE + "x"
-    with pytest.raises(ZeroDivisionError):
-        PRICE / 0
+    for divide in (
+        lambda: PRICE / 0,
+        lambda: PRICE // 0,
+        lambda: PRICE % 0,
+        lambda: Number(0) / 0,
+        lambda: 1 / Number(0),
+    ):
+        with pytest.raises(ZeroDivisionError, match="division by zero"):
+            divide()
+    assert float("inf") > PRICE > float("-inf") and not float("nan") < PRICE
 
 
 numbers = st.decimals(allow_nan=False, allow_infinity=False, places=6, min_value=-(10**12), max_value=10**12)
