@@ -274,12 +274,17 @@ def _write(path: Path, data: bytes) -> None:
 def _create_exclusive(path: Path, data: bytes) -> bool:
     """For filesystems without hard links. A crash within may leave a short file, which a reader has to notice."""
     try:
-        with path.open("xb") as file:
+        file = path.open("xb")
+    except FileExistsError:
+        return False
+    try:
+        with file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-    except FileExistsError:
-        return False
+    except BaseException:
+        path.unlink()  # no room, say: as a short object it would stand in the way for ever
+        raise
     return True
 
 

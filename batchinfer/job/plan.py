@@ -104,8 +104,9 @@ class JobPlan:
                     f"{prints.FORMAT_VERSION}; use that version, or another output.path"
                 )
             plan = cls._from_values(values)
-        except (KeyError, TypeError, ValueError, AttributeError, pa.ArrowException) as error:
-            raise OutputConflict(f"{where}: not a plan of batchinfer ({error!r}); use another output.path") from None
+        except (KeyError, TypeError, ValueError, AttributeError, pa.ArrowException):
+            what = "not a plan of batchinfer, or a damaged one" if data else "empty, as a crash may leave it"
+            raise OutputConflict(f"{where}: {what}: move it away, or use another output.path") from None
         if (plan.digest, plan.rows, len(plan.chunks)) != (values["digest"], values["rows"], values["chunks"]):
             raise OutputConflict(f"{where}: altered after it was written; restore it, or use another output.path")
         return plan

@@ -121,6 +121,15 @@ class TestLocal:
         assert not store.put_if_absent("a", b"theirs")
         assert store.is_conditional("a")
 
+        def full(_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(storage, "_write", lambda *_: None)  # the temporary file
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(StorageError, match="no space left"):
+            store.put_if_absent("b", b"x")
+        assert store.read("b") is None  # a short one would be there for ever
+
     def test_what_killed_processes_left_is_swept(self, tmp_path):
         (tmp_path / ".tmp").mkdir()
         old, young = (f"batchinfer-{digit * 32}" for digit in "0a")

@@ -157,6 +157,8 @@ def test_a_plan_of_another_tool_or_version(place):
     (place / "out").mkdir()
     (place / "out/plan.json").write_text('{"format": 1}')
     refused(place, "not a plan of batchinfer")
+    (place / "out/plan.json").write_text("")
+    refused(place, "empty, as a crash may leave it: move it away")
     (place / "out/plan.json").write_text('{"format": "2", "fingerprint": {}}')
     refused(place, "output format 2, this one writes 3")
 
