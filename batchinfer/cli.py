@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from batchinfer.job.drain import Drain
     from batchinfer.job.report import Report
     from batchinfer.job.shard import Shard
-    from batchinfer.spec import StorageSpec
+    from batchinfer.spec import JobSpec, StorageSpec
 
 # How long a thread of torch's pool spins for the others (GNU OpenMP) before it sleeps. On two cores, GEMMs of 32 rows
 # take 15 ms with the default and with this; beside one busy process 370 ms with the default and 72 ms with this.
@@ -152,12 +152,18 @@ def _options(
         raise UsageError(f"--log-level: {log_level!r} is none of {', '.join(_LEVELS)}")
 
 
+def _job_at(output: str, settings: list[str]) -> JobSpec | None:
+    """The job whose file stands in place of its output."""
+    is_file = output.endswith(_JOB_FILES) and "://" not in output
+    return load_job(Path(output), settings) if is_file else None
+
+
 def _locate(output: str, settings: list[str]) -> tuple[str, StorageSpec]:
     """Where an output lies and how to reach it, from its job file or from its URL and `--set storage.…`."""
     from batchinfer.spec import StorageSpec, parse_section
 
-    if output.endswith(_JOB_FILES) and "://" not in output:
-        spec = load_job(Path(output), settings)
+    spec = _job_at(output, settings)
+    if spec is not None:
         return spec.output.path, spec.storage
     values = parse_settings(settings)
     known = {f"storage.{name}" for name in StorageSpec.model_fields}
@@ -262,8 +268,9 @@ def verify(
     from batchinfer.errors import VerifyFailed
     from batchinfer.job.verify import audit, describe
 
-    url, storage = _locate(output, settings)
-    found = audit(url, storage)
+    spec = _job_at(output, settings)
+    url, storage = _locate(output, settings) if spec is None else (spec.output.path, spec.storage)
+    found = audit(url, storage, spec)
     print_text(describe(found))
     if found.differences:
         raise VerifyFailed(f"{url}: {len(found.differences)} differences")

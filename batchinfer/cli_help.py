@@ -81,7 +81,7 @@ VERIFY = """Audit an output against its input; exit code 1 if anything differs.
 
 Reads every part and the whole input: each row has exactly one output, with the input's own text and numbers beside it;
 sizes, hashes and totals agree with the commit records, and these with manifest.json and _SUCCESS. Each difference is
-one line on stdout with file and row.
+one line on stdout with file and row. Given the job file, it looks for the input where that says.
 
 \b
   batchinfer verify output/quickstart

@@ -10,18 +10,26 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from batchinfer.errors import BatchInferError, OutputConflict, RowError
+from batchinfer.errors import BatchInferError, InputMissing, OutputConflict, RowError, UserError
 from batchinfer.io.json_text import finite
 from batchinfer.io.rows import Inputs, RowBatch, Span, rows_of, stream
 from batchinfer.io.storage import Store
 from batchinfer.job.audit import Audit, Chunk, Difference, Layout, Record, name_rows
 from batchinfer.job.plan import load_plan
 from batchinfer.job.readback import read_part
-from batchinfer.spec import StorageSpec
+from batchinfer.job.same_inputs import same_inputs
+from batchinfer.spec import JobSpec, StorageSpec
 from batchinfer.text.row_template import RowFilter
 from batchinfer.wire.answers import tokens_of
 
 _ADDED = ("row", "status", "error_type", "prompt_tokens", "completion_tokens", "sample")
+
+
+class Reach(NamedTuple):
+    """How to come to the input. `spec`: a job file that says where it is; without it, it is where it was."""
+
+    storage: StorageSpec
+    spec: JobSpec | None
 
 
 class _PartRow(NamedTuple):
@@ -36,10 +44,8 @@ class _PartRow(NamedTuple):
     carried: dict[str, Any]
 
 
-def check_parts(
-    store: Store, storage: StorageSpec, layout: Layout, records: Mapping[int, Record], result: Audit
-) -> None:
-    source = _Source(store, storage, layout, [layout.chunks[number] for number in records], result)
+def check_parts(store: Store, reach: Reach, layout: Layout, records: Mapping[int, Record], result: Audit) -> None:
+    source = _Source(store, reach, layout, [layout.chunks[number] for number in records], result)
     for number, record in records.items():
         chunk = layout.chunks[number]
         wanted = source.take(chunk)
@@ -162,22 +168,23 @@ class _Wanted:
 class _Source:
     """The input, read once from beginning to end; a file that is gone or changed is a difference, and ends it."""
 
-    def __init__(self, store: Store, storage: StorageSpec, layout: Layout, chunks: list[Chunk], result: Audit) -> None:
+    def __init__(self, store: Store, reach: Reach, layout: Layout, chunks: list[Chunk], result: Audit) -> None:
         self.compared: tuple[str, ...] = ()
         self._layout = layout
+        self._lost = reach.spec is None
         self._result = result
         self._text_json: frozenset[str] = frozenset()
         self._judged: frozenset[str] = frozenset()
         self._filter = RowFilter(layout.where) if layout.where is not None else None
         self._batches: Iterator[tuple[Span, RowBatch]] = iter(())
         try:
-            inputs = load_plan(store).inputs
+            inputs = _inputs(store, reach.spec)
             self._text_json = inputs.text_json
             self.compared = tuple(name for name in inputs.schema.names if _plain(inputs, name, layout.lines))
             self._judged = self._filter.columns(inputs.schema.names) if self._filter else frozenset()
             read = {*self.compared, *self._judged}
             spans = [Span(chunk.file, chunk.start, chunk.stop - chunk.start) for chunk in chunks]
-            self._batches = stream(inputs.select(read), spans, storage)
+            self._batches = stream(inputs.select(read), spans, reach.storage)
         except BatchInferError as error:
             self._fail(error)
 
@@ -217,7 +224,19 @@ class _Source:
 
     def _fail(self, error: BatchInferError) -> None:
         self._batches = iter(())
-        self._result.note("input", str(error))
+        lost = isinstance(error, InputMissing) and self._lost
+        hint = "; given its job file in place of the output, verify reads the input where that has it"
+        self._result.note("input", f"{error}{hint if lost else ''}")
+
+
+def _inputs(store: Store, spec: JobSpec | None) -> Inputs:
+    """The plan's inputs: where the job file has them, if they are there and the same."""
+    plan = load_plan(store)
+    try:
+        found = same_inputs(spec, plan) if spec is not None else None
+    except UserError:
+        found = None
+    return found or plan.inputs
 
 
 def _plain(inputs: Inputs, name: str, lines: bool) -> bool:

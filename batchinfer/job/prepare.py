@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from batchinfer.errors import BadParameters, BatchInferError, SpecError
-from batchinfer.io.discover import Found, find_files
 from batchinfer.io.fetch import ModelFiles, fetch_model
-from batchinfer.io.partitions import agree, values_of
-from batchinfer.io.rows import InputFile, Inputs, Span, scan, stream
-from batchinfer.io.source import Sources
+from batchinfer.io.rows import Inputs, Span, scan, stream
 from batchinfer.io.storage import Store
 from batchinfer.job.apart import refuse_inside, refuse_overlap
 from batchinfer.job.claim import find_plan
 from batchinfer.job.columns import Layout, output_layout
-from batchinfer.job.fingerprint import input_parts
 from batchinfer.job.ledger import Ledger, save_spec
 from batchinfer.job.plan import PLAN, JobPlan, make_plan, save_plan
 from batchinfer.job.prompts import RowPrompts
+from batchinfer.job.same_inputs import same_inputs
 from batchinfer.log import log
 from batchinfer.spec import FAKE_MODEL, JobSpec
 from batchinfer.structured import StructuredOutputs
@@ -28,7 +24,6 @@ from batchinfer.text.grammar import validate
 from batchinfer.text.row_names import spelling
 
 _FILTER_ROWS = 1000  # read at once while `where` and `limit` are applied together
-_STAT_THREADS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +59,7 @@ def draft_plan(spec: JobSpec, weights: bool = False, known: JobPlan | None = Non
     rows = _compiled(spec)
     _check_grammar(spec)
     used = rows.read_columns
-    kept = _unchanged(spec, known) if known and used <= {*known.inputs.schema.names} else None
+    kept = same_inputs(spec, known) if known and used <= {*known.inputs.schema.names} else None
     asked = spec.input.model_copy(update={"columns": None}) if rows.whole else spec.input
     inputs = kept or scan(asked, spec.storage, used)
     rows.check(inputs)
@@ -145,28 +140,3 @@ def rows_taken(spec: JobSpec, rows: RowPrompts, inputs: Inputs) -> tuple[int, ..
     finally:
         batches.close()
     return tuple(counts)
-
-
-def _unchanged(spec: JobSpec, known: JobPlan) -> Inputs | None:
-    """The inputs of a plan that reads the same rows of the same files: then nobody needs to count them again."""
-    asked = input_parts(spec)
-    if asked != {name: known.fingerprint.get(name) for name in asked}:
-        return None
-    sources = Sources(spec.storage)
-    found = find_files(spec.input, sources)
-    files = known.inputs.files
-    # the scan ended where the limit was full
-    ended_early = spec.input.limit is not None and spec.input.where is None and len(files) < len(found)
-    if not ended_early and len(files) != len(found):
-        return None
-
-    def again(file: InputFile, here: Found) -> InputFile | None:
-        with sources.open(here.url) as source:
-            agreed = file.format == here.format and agree(file, values_of(here.path), known.inputs.schema)
-            if not agreed or not source.same(file.stat, source.opened):
-                return None
-            return replace(file, url=here.url, mark=source.opened.mark, known_as=file.name)
-
-    with ThreadPoolExecutor(_STAT_THREADS) as pool:
-        same = [file for file in pool.map(again, files, found) if file is not None]
-    return replace(known.inputs, files=tuple(same)) if len(same) == len(files) else None

@@ -20,8 +20,8 @@ from typing import Any
 from batchinfer.errors import InputMissing
 from batchinfer.io.storage import Store
 from batchinfer.job.audit import Audit, Chunk, Layout, Record, name_spans
-from batchinfer.job.audit_rows import check_parts
-from batchinfer.spec import StorageSpec
+from batchinfer.job.audit_rows import Reach, check_parts
+from batchinfer.spec import JobSpec, StorageSpec
 
 _COMMIT = re.compile(r"commits/(\d+)(?:\.r(\d+))?\.json")
 _SUMMED = ("rows", "output_rows", "ok", "prompt_tokens", "completion_tokens", "scored_tokens", "bytes")
@@ -29,8 +29,10 @@ _LISTED = ("pass", "part", "bytes", "sha256", "rows", "output_rows")
 _READERS = 16
 
 
-def audit(url: str, storage: StorageSpec) -> Audit:
+def audit(url: str, storage: StorageSpec, spec: JobSpec | None = None) -> Audit:
     """Audit the output at `url`. `storage` reaches it and the inputs; the default means the job's own for the inputs.
+
+    `spec`: the job as its file has it now; the input is read where that says, if it is the same there.
 
     Raises InputMissing where no job has written. Everything else that is wrong is a difference in the result.
     """
@@ -54,7 +56,7 @@ def audit(url: str, storage: StorageSpec) -> Audit:
     _note_missing_chunks(layout.chunks, commits.in_effect, result)
     if storage == StorageSpec():
         storage = _job_storage(job or {})
-    check_parts(store, storage, layout, commits.in_effect, result)
+    check_parts(store, Reach(storage, spec), layout, commits.in_effect, result)
     _check_names(store, commits, result)
     _check_end(manifest, store, commits, result)
     return result

@@ -150,6 +150,19 @@ def test_verify_reads_an_equal_file(tmp_path, path):
     )
 
 
+def test_verify_reads_the_input_where_the_job_file_has_it_now(tmp_path, path):
+    out, plain = str(tmp_path / "out"), StorageSpec()
+    run_job(of(tmp_path, path, model="fake"))
+    moved = path.replace(tmp_path / f"moved.{path.name}")
+    assert any("not found; given its job file" in str(d) for d in audit(out, plain).differences)
+    spec = of(tmp_path, moved, model="fake")
+    assert audit(out, plain, spec).differences == []
+    write(moved, text="Row")
+    assert any("not found" in str(d) for d in audit(out, plain, spec).differences)
+    write(path)
+    assert audit(out, plain, spec).differences == []  # the one that was read is there
+
+
 def test_a_limit_reads_no_further_to_know_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(source, "_WHOLE_BYTES", 1 << 16)
     monkeypatch.setattr(source, "_SAMPLE_BYTES", 1 << 8)
