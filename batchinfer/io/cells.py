@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import functools
-import json
 import struct
 from collections.abc import Callable
 from itertools import accumulate, pairwise
@@ -21,7 +20,7 @@ import pyarrow.compute as pc
 from batchinfer.values import times
 from batchinfer.values.cell import Struct, Unheld
 from batchinfer.values.number import Number
-from batchinfer.values.plain import from_json, shown_text
+from batchinfer.values.plain import finite_json, from_json, shown_text
 from batchinfer.values.texts import interval_text
 
 _NANOS = {"s": 10**9, "ms": 10**6, "us": 10**3, "ns": 1}
@@ -71,19 +70,21 @@ def _parsed(text: str | Unheld) -> Any:
 
 
 def _fragment(text: str) -> Any:
-    try:
-        orjson.loads(text)
-    except orjson.JSONDecodeError:
-        return _lenient(text)
+    """JSON with null for NaN and infinity; a text that is no JSON as it is."""
+    if not _is_json(text):
+        found = finite_json(text)
+        if found == text or not _is_json(found):
+            return text
+        text = found
     return orjson.Fragment(text.replace("\n", " ").replace("\r", " "))  # line breaks in JSON can only be white space
 
 
-def _lenient(text: str) -> Any:
-    """JSON with NaN or infinity, which lines have as null; any other text as it is."""
+def _is_json(text: str) -> bool:
     try:
-        return orjson.Fragment(orjson.dumps(json.loads(text)))
-    except (TypeError, ValueError, RecursionError):
-        return text
+        orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return False
+    return True
 
 
 def _converted(array: pa.Array, lines: bool) -> Cells:

@@ -15,12 +15,12 @@ import pyarrow.compute as pc
 
 from batchinfer.errors import InvalidInput
 from batchinfer.io.cells import cells_of
+from batchinfer.values.plain import finite_json
 
 # orjson reads an integer beyond 64 bits as a double, and writes a double of that size with such an exponent
 _HUGE = re.compile(rb"e\+?(?:1[89]|[2-9][0-9]|[1-3][0-9][0-9])(?![0-9])")
 # what Python reads as NaN or infinity: its names, and numbers beyond a double
 _NO_NUMBER = re.compile(rb"NaN|Infinity|[0-9][eE]\+?[0-9]{3}|[0-9]{300}")
-_STRING_OR_CONSTANT = re.compile(r'("[^"\\]*(?:\\.[^"\\]*)*")|-?(?:NaN|Infinity)', re.DOTALL)
 
 
 def parse_lenient(raw: bytes) -> Any:
@@ -68,5 +68,5 @@ def finite(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """JSON text with null for NaN and Infinity, which no other reader of it takes."""
     if not pc.any(pc.match_substring_regex(column, "NaN|Infinity")).as_py():
         return column
-    texts = [text and _STRING_OR_CONSTANT.sub(lambda match: match[1] or "null", text) for text in column.to_pylist()]
+    texts = [text and finite_json(text) for text in column.to_pylist()]
     return pa.chunked_array([texts], pa.string())

@@ -19,6 +19,7 @@ _TIMES = datetime.date | datetime.time | datetime.timedelta
 _MARK = secrets.token_hex(16)  # begins the text that stands for a decimal number until the JSON is made
 _DIGITS = bytes(ord("0") if chr(byte).isascii() and chr(byte).isdigit() else ord(" ") for byte in range(256))
 _LONG = b"0" * 19
+_STRING_OR_CONSTANT = re.compile(r'("[^"\\]*(?:\\.[^"\\]*)*")|-?(?:NaN|Infinity)', re.DOTALL)
 _MARKED = re.compile(f'"{_MARK}([^"]*)"')
 
 
@@ -52,6 +53,11 @@ def from_json(text: str, lenient: bool = False) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("nested too deep") from None
+
+
+def finite_json(text: str) -> str:
+    """JSON with null for NaN and Infinity, which Python writes and no other reader takes."""
+    return _STRING_OR_CONSTANT.sub(lambda match: match[1] or "null", text)
 
 
 def json_text(value: Any, nulls: tuple[type, ...] = (), **layout: Any) -> str:

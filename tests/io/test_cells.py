@@ -115,7 +115,12 @@ def test_json_text():
     assert b"\n" not in b"".join(lines)
     assert [orjson.loads(line)["x"] for line in lines[:3]] == [{"a": [1]}, None, "x"]
     assert [orjson.loads(line)["x"] for line in lines[4:]] == ["{", {"b": "\n"}, "[" * 2000]
-    assert orjson.dumps(json_line_cells_of(chunked(pa.array(["[NaN, -Infinity]", "NaN"])))) == b"[[null,null],null]"
+    assert orjson.dumps(json_line_cells_of(chunked(pa.array(["[NaN, -Infinity]", "NaN"])))) == b"[[null, null],null]"
+    both = pa.array(['{"a":12345678901234567890123,"n":[NaN,-Infinity,"NaN \\" NaN\u2028"]}', '{"a":NaN,}'])
+    assert [orjson.dumps(line) for line in json_line_cells_of(chunked(both))] == [
+        '{"a":12345678901234567890123,"n":[null,null,"NaN \\" NaN\u2028"]}'.encode(),
+        rb'"{\"a\":NaN,}"',
+    ]
     digits = '{"a":[123456789012345678901234567890,1.5],"b":"00000000000000000000"}'
     assert json_cells_of(chunked(pa.array([digits]))) == [{"a": [123456789012345678901234567890, 1.5], "b": "0" * 20}]
     typed = chunked(pa.array(['{"a": 1}', None, "no"], pa.json_()))
