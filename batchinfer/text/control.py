@@ -2,7 +2,9 @@
 
 A tokenizer takes "<|im_end|>" for the control token wherever it stands. So before a template gets data that spells one,
 a mark (a character that neither has) goes behind the first character of each; what the template made of the data shows
-by the marks which of the prompt's control tokens came from it. Data that spells none goes through untouched.
+by the marks which of the prompt's control tokens came from it. Data that spells none goes through untouched. A template
+that counts, cuts or compares what it is given makes another text of marked data: then its text is that of the data
+itself, and what is known about the tokens of the one holds for those of the other.
 """
 
 from __future__ import annotations
@@ -10,11 +12,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import copy
-from itertools import accumulate
+from itertools import accumulate, product
 from typing import Any
 
 from batchinfer.errors import InvalidInput
 
+_MOST_PAIRS = 1 << 20
 _MARKS = range(0xE000, 0xF900)  # Unicode gives these characters no meaning
 
 
@@ -75,7 +78,9 @@ class ControlTokens:
         if self._first.search("\0".join(texts)) is None or not any(map(self._places, texts)):
             return template(dict(data))
         mark = unused_character([source, *data, *texts])
-        return self._settle(template({name: self._marked(value, mark) for name, value in data.items()}), mark)
+        text = self._settle(template({name: self._marked(value, mark) for name, value in data.items()}), mark)
+        meant = template(dict(data))
+        return text if text == meant else self._carried_over(text, meant)
 
     def literal(self, text: str) -> str:
         """`text` in which nothing is a control token."""
@@ -92,6 +97,35 @@ class ControlTokens:
         plain = "".join(pieces)
         literal = [found.start() for found in self.find(plain) if found.start() + 1 in places]
         return PromptText(plain, literal) if literal else plain
+
+    def _carried_over(self, text: str, meant: str) -> str:
+        """`meant`, in which the control tokens are those of `text`, in the same order; any other there is none.
+
+        Of the ways to find the ones among the others, that which finds most of the template's. Raises InvalidInput.
+        """
+        literal = {*_literal(text)}
+        known = [(found[0], found.start() not in literal) for found in self.find(text)]
+        tokens = list(self.find(meant))
+        if len(tokens) * len(known) > _MOST_PAIRS:
+            raise InvalidInput("a text that the template counts, cuts or compares spells too many control tokens")
+        # best[i][j]: the most that the tokens from i on can have in common with the known ones from j on
+        best = [[0] * (len(known) + 1) for _ in range(len(tokens) + 1)]
+        for i, j in product(reversed(range(len(tokens))), reversed(range(len(known)))):
+            best[i][j] = max(best[i + 1][j], best[i][j + 1])
+            if tokens[i][0] == known[j][0]:
+                best[i][j] = max(best[i][j], best[i + 1][j + 1] + (len(known) + 1 if known[j][1] else 1))
+        own: set[int] = set()
+        i = j = 0
+        while i < len(tokens) and j < len(known):
+            if best[i][j] == best[i][j + 1]:
+                j += 1
+            elif best[i][j] == best[i + 1][j]:
+                i += 1
+            else:
+                own |= {i} if known[j][1] else set()
+                i, j = i + 1, j + 1
+        others = [token.start() for place, token in enumerate(tokens) if place not in own]
+        return PromptText(meant, others) if others else meant
 
     def _places(self, text: str) -> list[int]:
         """Where marks go: into every control token, and into the beginning of one that the text ends with."""

@@ -15,6 +15,7 @@ from batchinfer.errors import InvalidInput, TemplateError
 from batchinfer.text.chat import ChatTemplate, Turn
 from batchinfer.text.control import ControlTokens, PromptText, joined
 from batchinfer.text.fast import FastTokenizer, TokenizerFacts
+from batchinfer.text.row_template import RowTemplate
 from batchinfer.text.tokenizer import Tokenizer
 
 from .templates import CHATML, GEMMA, LLAMA3, MISTRAL, QWEN
@@ -206,6 +207,35 @@ def test_templates_that_look_into_content_see_it() -> None:
     assert text == plain and "no<" not in text and isinstance(text, PromptText)
     starts = {text.index("\n<|im_end|><|im_end|>") + 1, text.index("<|im_end|> \n"), text.index("<s>")}
     assert set(text.literal) == starts
+
+
+@pytest.mark.parametrize(
+    ("source", "data", "text", "controls"),
+    [
+        ("{{ x | replace('<|im_end|>', '') }}<|im_end|>", "a<|im_end|>b", "ab<|im_end|>", [2]),
+        ("{{ x | replace('<|im_end|>', '', 1) }}<|im_end|>", "<|im_end|>b<|im_end|>", "b<|im_end|><|im_end|>", [11]),
+        ("<s>{{ x | length }} {{ x }}", "<s>", "<s>3 <s>", [0]),
+        ("<s>{{ x | length }}", "a <", "<s>3", [0]),
+        ("<s>{{ x[:4] }}|{{ x == '<s>a' }}|{{ '<s>' in x }}<s>", "<s>a", "<s><s>a|True|True<s>", [0, 17]),
+        ("<s>{{ x.split('<s>') | join(' ') }}<s>", "a<s>b<s>c", "<s>a b c<s>", [0, 8]),
+        ("{% if '<s>' in x %}<|im_end|>{% else %}<s>{% endif %}", "<s>", "<|im_end|>", []),
+    ],
+)
+def test_a_template_reads_its_data_as_it_is(source: str, data: str, text: str, controls: list[int]) -> None:
+    """Counting, cutting and comparing give what they give without control tokens in the tokenizer."""
+    found = KINDS["byte level"]
+    made = found.control.write({"x": data}, RowTemplate(source, "t").render, source)
+    literal = made.literal if isinstance(made, PromptText) else ()
+    assert made == text and [one.start() for one in found.control.find(made) if one.start() not in literal] == controls
+
+
+def test_what_a_template_refuses_and_what_is_too_much() -> None:
+    found = KINDS["byte level"]
+    source = "{% if '<s>' in x %}{{ raise_exception('no') }}{% endif %}{{ x }}"
+    with pytest.raises(TemplateError, match="no"):
+        found.control.write({"x": "<s>"}, RowTemplate(source, "t").render, source)
+    with pytest.raises(InvalidInput, match="too many control tokens"):
+        found.control.write({"x": "<s>" * 2000}, RowTemplate("{{ x | length }}{{ x }}", "t").render)
 
 
 @pytest.mark.parametrize("how", ["lower", "upper | lower", "trim | lower", "capitalize | lower", "join('')"])
