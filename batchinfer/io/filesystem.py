@@ -14,6 +14,7 @@ import re
 import time
 from collections.abc import Callable
 from datetime import datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote
@@ -190,13 +191,15 @@ def _service_models() -> Any:
 
 
 def _timestamp(value: Any) -> Any:
-    """As botocore reads a time; the ISO form of listings at once, which takes it most of a page's time."""
-    try:
-        return datetime.fromisoformat(value)
-    except (TypeError, ValueError):
-        from botocore.utils import parse_timestamp
+    """As botocore reads a time; the forms of listings and headers at once, which takes it most of a page's time."""
+    for parse in (datetime.fromisoformat, parsedate_to_datetime):
+        try:
+            return parse(value)
+        except (TypeError, ValueError, AttributeError):
+            continue
+    from botocore.utils import parse_timestamp
 
-        return parse_timestamp(value)
+    return parse_timestamp(value)
 
 
 def _other_arguments(options: StorageSpec) -> dict[str, Any]:

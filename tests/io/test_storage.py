@@ -429,3 +429,24 @@ def test_what_a_disk_refuses_for_good_is_no_outage(tmp_path):
     error = OSError(errno.EROFS, "Read-only file system", "out/a")
     assert isinstance(filesystem.translate(error, "out/a"), AccessDenied)
     assert isinstance(filesystem.translate(OSError(errno.EIO, "Input/output error", "a"), "a"), StorageError)
+
+
+def test_many_objects_are_read_in_order(store):
+    for number in range(20):
+        store.put(f"[c]/{number}", b"%d" % number)
+    names = [f"[c]/{number}" for number in (7, 99, 0, 19, 7)]
+    assert store.read_many(names) == [b"7", None, b"0", b"19", b"7"]
+    assert store.read_many([]) == []
+
+
+def test_what_fails_among_many_is_read_again(faults):
+    store = remote(faults)
+    names = [f"c/{number}" for number in range(20)]
+    for name in names:
+        store.put(name, name.encode())
+    for kind in ("status", "half", "reset"):
+        faults.add(kind, times=4, method="GET", contains="/c/1")
+    assert store.read_many(names) == [name.encode() for name in names]
+    faults.add("status", times=99, status=403, contains="/c/3")
+    with pytest.raises(AccessDenied, match="c/3"):
+        store.read_many(names)
