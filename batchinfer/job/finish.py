@@ -100,20 +100,10 @@ def finalise(ledger: Ledger, pass_number: int) -> dict[str, Any] | None:
     Raises OutputConflict, and sweeps nothing, if what stands under the names of manifest and _SUCCESS is another's.
     """
     store = ledger.store
-    loose = {
-        entry.name for entry in store.scan(PARTS)
-    }  # before the commits: a part that comes later is none of ours to sweep
-    listing = ledger.listing()
-    effect = listing.in_effect(pass_number)
-    if len(effect) < len(ledger.plan.chunks):
+    loose = {entry.name for entry in store.scan(PARTS)}  # before the commits: a part that comes later is not swept
+    manifest = _gather(ledger, pass_number, loose)
+    if manifest is None:
         return None
-    compact(listing, pass_number)
-    manifest = _Manifest(ledger.plan.digest, pass_number, len(effect))
-    for record in listing.read(effect.values()):
-        manifest.add(record)
-        loose.discard(record.part)
-    for record in listing.read(key for key in listing.records if key.pass_number > pass_number):
-        loose.discard(record.part)  # of an interrupted retry
     unnamed = [name for name in sorted(loose) if is_part(name, ledger.plan)]
     if foreign := [name for name in sorted(loose) if not is_part(name, ledger.plan)]:
         log.warning(
@@ -127,11 +117,27 @@ def finalise(ledger: Ledger, pass_number: int) -> dict[str, Any] | None:
     store.delete([name for name in store.find(SALVAGE) if is_journal(name, ledger.plan)])
     if pass_number == 0:
         store.delete(unnamed)  # plain readers take all of parts/ once _SUCCESS stands
-    data = manifest.to_bytes()
+    totals, data = manifest.totals, manifest.to_bytes()
     store.put(MANIFEST, data)
     store.put(SUCCESS, _hash(data).encode() + b"\n")
     store.delete(unnamed if pass_number else [])
-    return manifest.totals
+    return totals
+
+
+def _gather(ledger: Ledger, pass_number: int, loose: set[str]) -> _Manifest | None:
+    """The manifest of all records in effect, None if chunks are open. Takes the parts that they name off `loose`."""
+    listing = ledger.listing()
+    effect = listing.in_effect(pass_number)
+    if len(effect) < len(ledger.plan.chunks):
+        return None
+    compact(listing, pass_number)
+    manifest = _Manifest(ledger.plan.digest, pass_number, len(effect))
+    for record in listing.read(effect.values()):
+        manifest.add(record)
+        loose.discard(record.part or "")
+    for record in listing.read(key for key in listing.records if key.pass_number > pass_number):
+        loose.discard(record.part or "")  # of an interrupted retry
+    return manifest
 
 
 class _Manifest:

@@ -10,9 +10,10 @@ import base64
 import bisect
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from itertools import accumulate
+from typing import Any, overload
 
 import orjson
 import pyarrow as pa
@@ -34,6 +35,30 @@ _EXPANSION = {"parquet": 4, ".gz": 6, ".zst": 6}  # text against its compressed 
 
 
 @dataclass(frozen=True)
+class Chunks(Sequence[Span]):
+    """The spans of a plan's chunks, made when they are asked for: there may be 100,000."""
+
+    bases: tuple[int, ...]  # index in the job of each chunk's first row
+    starts: tuple[int, ...]  # of each file's first row, and of the end
+    steps: tuple[int, ...]  # rows per chunk, for each file
+
+    def __len__(self) -> int:
+        return len(self.bases)
+
+    @overload
+    def __getitem__(self, place: int) -> Span: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Span]: ...
+    def __getitem__(self, place: int | slice) -> Span | list[Span]:
+        if isinstance(place, slice):
+            return list(map(self.__getitem__, range(len(self))[place]))
+        base = self.bases[place]
+        file = bisect.bisect_right(self.starts, base, 0, len(self.steps)) - 1 if self.starts[-1] else 0
+        start, stop = self.starts[file : file + 2]
+        return Span(file, base - start, min(self.steps[file], stop - base))
+
+
+@dataclass(frozen=True)
 class JobPlan:
     """Chunk i covers `chunks[i]`; its first row has the global index `bases[i]`. Chunks never cross files.
 
@@ -44,21 +69,17 @@ class JobPlan:
     chunk_rows: tuple[int, ...]  # rows per chunk, for each file
     taken: tuple[int, ...]  # rows of each file that the job covers: all, unless input.limit ends it earlier
     fingerprint: dict[str, str]
-    chunks: tuple[Span, ...] = field(init=False, repr=False)
+    chunks: Chunks = field(init=False, repr=False)
     bases: tuple[int, ...] = field(init=False, repr=False)
     digest: str = field(init=False)
 
     def __post_init__(self) -> None:
-        spans: list[Span] = []
         bases: list[int] = []
-        base = 0
-        for number, (step, taken) in enumerate(zip(self.chunk_rows, self.taken, strict=True)):
-            for start in range(0, taken, step):
-                spans.append(Span(number, start, min(step, taken - start)))
-                bases.append(base + start)
-            base += taken
-        object.__setattr__(self, "chunks", tuple(spans) or (Span(0, 0, 0),))
+        starts = (0, *accumulate(self.taken))
+        for start, stop, step in zip(starts, starts[1:], self.chunk_rows, strict=False):
+            bases.extend(range(start, stop, step))
         object.__setattr__(self, "bases", tuple(bases) or (0,))
+        object.__setattr__(self, "chunks", Chunks(self.bases, starts, self.chunk_rows))
         object.__setattr__(self, "digest", prints.digest(self.fingerprint))
 
     @property

@@ -46,6 +46,7 @@ class Status:
 def read_status(output: Output, shards: int = 1) -> Status:
     """`shards` above 1 adds the share of each of that many workers."""
     plan = output.plan
+    finished = is_finished(output.store)
     listing = output.ledger.listing()
     keys = listing.in_effect()
     sums: Counter[str] = Counter()
@@ -56,7 +57,7 @@ def read_status(output: Output, shards: int = 1) -> Status:
     workers = [Shard(index, shards) for index in range(shards)] if shards > 1 else []
     return Status(
         url=output.store.url,
-        finished=is_finished(output.store),
+        finished=finished,
         chunks_done=len(keys),
         chunks=len(plan.chunks),
         covered=plan.rows,
