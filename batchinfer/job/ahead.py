@@ -5,25 +5,59 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
-from typing import TypeVar
+from itertools import chain, islice
+from typing import Generic, TypeVar
 
 A = TypeVar("A")
 B = TypeVar("B")
 
 
-def ahead(call: Callable[[A], B], items: Iterable[A], at_once: int) -> Iterator[B]:
-    """The result of each call, in the order of `items`; at most `at_once` results exist or are on their way.
+def ahead(
+    call: Callable[[A], B], items: Iterable[A], at_once: int, cost: Callable[[A], int] = lambda _: 1
+) -> Iterator[B]:
+    """The result of each call, in the order of `items`, which are taken as they are needed.
 
-    What a call raises is raised where its result would be. Items are taken as they are needed.
+    Results that exist or are on their way cost `at_once` in all at most; one that costs more is alone.
+    What a call raises is raised where its result would be.
     """
+    with _Window(call, at_once) as window:
+        for item in items:
+            while window.full(cost(item)):
+                yield window.take()
+            window.add(item, cost(item))
+        while window.waiting:
+            yield window.take()
+
+
+def many_ahead(call: Callable[[list[A]], list[B]], items: Iterable[A], at_once: int, batch: int) -> Iterator[B]:
+    """As `ahead`, for a call that takes a `batch` of items."""
     left = iter(items)
-    with ThreadPoolExecutor(at_once, thread_name_prefix="ahead") as pool:
-        waiting: deque[Future[B]] = deque(pool.submit(call, item) for item in islice(left, at_once))
-        try:
-            while waiting:
-                yield waiting.popleft().result()
-                waiting.extend(pool.submit(call, item) for item in islice(left, 1))
-        finally:
-            for future in waiting:
-                future.cancel()
+    return chain.from_iterable(ahead(call, iter(lambda: list(islice(left, batch)), []), max(1, at_once // batch)))
+
+
+class _Window(Generic[A, B]):
+    """The calls that are under way or done, and not taken."""
+
+    def __init__(self, call: Callable[[A], B], at_once: int) -> None:
+        self.waiting: deque[tuple[Future[B], int]] = deque()
+        self._call = call
+        self._free = at_once
+        self._pool = ThreadPoolExecutor(at_once, thread_name_prefix="ahead")
+
+    def full(self, cost: int) -> bool:
+        return bool(self.waiting) and cost > self._free
+
+    def add(self, item: A, cost: int) -> None:
+        self.waiting.append((self._pool.submit(self._call, item), cost))
+        self._free -= cost
+
+    def take(self) -> B:
+        future, cost = self.waiting.popleft()
+        self._free += cost
+        return future.result()
+
+    def __enter__(self) -> _Window[A, B]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,7 +14,9 @@ from batchinfer.errors import BatchInferError, InputMissing, OutputConflict, Row
 from batchinfer.io.json_text import finite
 from batchinfer.io.rows import Inputs, RowBatch, Span, rows_of, stream
 from batchinfer.io.storage import Store
+from batchinfer.job.ahead import ahead
 from batchinfer.job.audit import Audit, Chunk, Difference, Layout, Record, name_rows
+from batchinfer.job.audit_commits import Commits
 from batchinfer.job.plan import load_plan
 from batchinfer.job.readback import read_part
 from batchinfer.job.same_inputs import same_inputs
@@ -23,6 +25,8 @@ from batchinfer.text.row_template import RowFilter
 from batchinfer.wire.answers import tokens_of
 
 _ADDED = ("row", "status", "error_type", "prompt_tokens", "completion_tokens", "sample")
+_PARTS_AT_ONCE = 16
+_PART_BYTES = 16 << 20  # a larger part counts as several
 
 
 class Reach(NamedTuple):
@@ -44,25 +48,47 @@ class _PartRow(NamedTuple):
     carried: dict[str, Any]
 
 
-def check_parts(store: Store, reach: Reach, layout: Layout, records: Mapping[int, Record], result: Audit) -> None:
-    source = _Source(store, reach, layout, [layout.chunks[number] for number in records], result)
-    for number, record in records.items():
-        chunk = layout.chunks[number]
-        wanted = source.take(chunk)
+def check_parts(store: Store, reach: Reach, layout: Layout, commits: Commits, result: Audit) -> None:
+    """Every part against its record and the input. Parts are read side by side, ahead of the one that is looked at."""
+    source = _Source(store, reach, layout, [layout.chunks[number] for number in commits.chosen], result)
+
+    def load(item: tuple[int, Record | None]) -> _Part:
+        record = item[1]
+        data = store.read(record.part) if record is not None and record.part is not None else None
+        return _Part(layout.chunks[item[0]], record, data, hashlib.sha256(data or b"").hexdigest())
+
+    for part in ahead(load, commits.in_effect(), _PARTS_AT_ONCE, _cost):
+        wanted = source.take(part.chunk)
+        if part.record is None:
+            continue
         result.chunks += 1
-        found = _part_rows(store, record, _Reader(chunk, layout, source.compared), result)
+        found = _part_rows(part, part.record, _Reader(part.chunk, layout, source.compared), result)
         if found is None:
             continue
         if wanted is not None:
-            _check_rows(record.part or record.name, chunk, wanted, found, result)
-        _check_counts(record, found, result)
+            _check_rows(part.record.part or part.record.name, part.chunk, wanted, found, result)
+        _check_counts(part.record, found, result)
 
 
-def _part_rows(store: Store, record: Record, reader: _Reader, result: Audit) -> list[_PartRow] | None:
+class _Part(NamedTuple):
+    """A chunk's part as it was read: None where there is none."""
+
+    chunk: Chunk
+    record: Record | None
+    data: bytes | None
+    sha256: str
+
+
+def _cost(item: tuple[int, Record | None]) -> int:
+    """Of a part, in sixteenths of the memory that parts may take while they wait."""
+    return 1 if item[1] is None else 1 + max(0, item[1].values.get("bytes", 0)) // _PART_BYTES
+
+
+def _part_rows(part: _Part, record: Record, reader: _Reader, result: Audit) -> list[_PartRow] | None:
     """The rows of a record's part, whose size and hash are compared; None if it cannot be read."""
     if record.part is None:
         return []
-    data = store.read(record.part)
+    data = part.data
     if data is None:
         result.note(record.part, f"missing, and {record.name} names it")
         return None
@@ -70,7 +96,7 @@ def _part_rows(store: Store, record: Record, reader: _Reader, result: Audit) -> 
     result.bytes += len(data)
     if len(data) != record.values.get("bytes"):
         result.note(record.part, f"has {len(data)} bytes, and {record.name} says {record.values.get('bytes')}")
-    elif hashlib.sha256(data).hexdigest() != record.values.get("sha256"):
+    elif part.sha256 != record.values.get("sha256"):
         result.note(record.part, f"was altered: its sha256 is not that of {record.name}")
     try:
         return reader.rows(data, record.part)

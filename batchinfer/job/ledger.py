@@ -9,9 +9,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ import orjson
 
 from batchinfer.errors import InputMissing, OutputConflict, SpecError
 from batchinfer.io.storage import Store
-from batchinfer.job.ahead import ahead
+from batchinfer.job.ahead import ahead, many_ahead
 from batchinfer.job.fingerprint import ENGINE_DECIDES
 from batchinfer.job.plan import JobPlan, load_plan
 from batchinfer.job.summaries import SUMMARIES, Entry, Stretch, cover, decode, stretch_of
@@ -125,10 +124,12 @@ class Ledger:
                 records[key] = size, mark
         return Listing(self, records, {stretch for stretch in stretches if stretch is not None})
 
-    def read(self, key: CommitKey) -> tuple[CommitRecord, bytes]:
-        """A record and its bytes. Raises OutputConflict for one that is gone, damaged or of another job."""
+    def read(self, keys: Sequence[CommitKey]) -> list[tuple[CommitRecord, bytes]]:
+        """Each record and its bytes. Raises OutputConflict for one that is gone, damaged or of another job."""
+        return list(map(self._parsed, keys, self.store.read_many([key.name for key in keys])))
+
+    def _parsed(self, key: CommitKey, data: bytes | None) -> tuple[CommitRecord, bytes]:
         where = f"{self.store.url}/{key.name}"
-        data = self.store.read(key.name)
         if data is None:
             raise OutputConflict(f"{where}: was listed and is gone; somebody removes files from this output")
         record = CommitRecord.from_bytes(data, where)
@@ -140,7 +141,7 @@ class Ledger:
         """Make a chunk done. Returns the record that holds from now on: another worker's, if it was first."""
         if self.store.put_if_absent(record.key.name, record.to_bytes()):
             return record
-        return self.read(record.key)[0]
+        return self.read([record.key])[0][0]
 
 
 @dataclass(frozen=True)
@@ -184,11 +185,12 @@ class Listing:
     def _read(self, keys: Iterable[CommitKey]) -> Iterator[tuple[CommitRecord, bytes]]:
         wanted = set(keys)
         chosen = cover(self.stretches, len(self.ledger.plan.chunks), wanted)
-        for record, line in chain.from_iterable(ahead(self._of_summary, chosen, _SUMMARIES_AT_ONCE)):
-            if record.key in wanted:
-                wanted.remove(record.key)
-                yield record, line
-        yield from ahead(self.ledger.read, sorted(wanted), _RECORDS_AT_ONCE)
+        for name, data in ahead(self._summary, chosen, _SUMMARIES_AT_ONCE):
+            for record, line in self._agreeing(name, data):
+                if record.key in wanted:
+                    wanted.remove(record.key)
+                    yield record, line
+        yield from many_ahead(self.ledger.read, sorted(wanted), _RECORDS_AT_ONCE, self.ledger.store.batch)
 
     def in_order(self, keys: list[CommitKey]) -> Iterator[CommitRecord]:
         """As `read`, in the order of `keys`, for who may stop early: few first, then more and more at once."""
@@ -198,22 +200,21 @@ class Listing:
             yield from sorted(self.read(places), key=lambda record: places[record.key])
             keys, size = keys[size:], size * 4
 
-    def _of_summary(self, stretch: Stretch) -> list[tuple[CommitRecord, bytes]]:
-        """The records whose entries agree with the listing; none of a summary that is gone, damaged or foreign."""
-        store, digest = self.ledger.store, self.ledger.plan.digest
+    def _summary(self, stretch: Stretch) -> tuple[str, bytes | None]:
         name = stretch.name(self.ledger.plan)
-        data = store.read(name)
+        return name, self.ledger.store.read(name)
+
+    def _agreeing(self, name: str, data: bytes | None) -> Iterator[tuple[CommitRecord, bytes]]:
+        """The records whose entries agree with the listing; none of a summary that is gone, damaged or foreign."""
+        digest = self.ledger.plan.digest
         try:
-            entries = decode(data, digest) if data is not None else []
-            read = [(CommitRecord.from_bytes(entry.line, name), *entry) for entry in entries]
+            for line, mark in decode(data, digest) if data is not None else []:
+                record = CommitRecord.from_bytes(line, name)
+                if self.records.get(record.key) == (len(line), mark) and record.fingerprint == digest:
+                    yield record, line
         except (ValueError, OutputConflict) as error:
-            log.warning("summary ignored, see batchinfer verify", file=f"{store.url}/{name}", why=str(error))
-            return []
-        return [
-            (record, line)
-            for record, line, mark in read
-            if self.records.get(record.key) == (len(line), mark) and record.fingerprint == digest
-        ]
+            url = self.ledger.store.url
+            log.warning("summary ignored, see batchinfer verify", file=f"{url}/{name}", why=str(error))
 
 
 @dataclass(frozen=True)

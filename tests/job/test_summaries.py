@@ -213,6 +213,15 @@ def test_the_largest_stretches_are_chosen_and_none_for_a_single_record():
     assert cover([small, large], 12, [(chunk, 1) for chunk in range(12)]) == []
 
 
+def test_a_costly_call_counts_as_several():
+    """And one that costs more than all may is made alone."""
+    open_ = set()
+    for number in ahead(lambda number: open_.add(number) or number, range(1, 9), 4, cost=lambda number: number):
+        assert sum(open_) <= 4 or open_ == {number}, open_
+        open_.discard(number)
+    assert not open_
+
+
 def test_calls_run_side_by_side_bounded_and_in_order():
     running, most, lock = 0, 0, threading.Lock()
     together = threading.Barrier(4, timeout=10)
