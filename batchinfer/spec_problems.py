@@ -139,6 +139,8 @@ def wrong_value(model: type[BaseModel], problem: Any, values: Mapping[str, Any])
     kind, message = problem["type"], problem["msg"].removeprefix("Value error, ")
     if kind == "missing":
         return place, "missing"
+    if kind == "string_too_short":
+        return place, "must not be empty"
     if kind == "value_error":
         return _of_parameter(message) if place == (SAMPLING,) else (place, message)
     item = isinstance(place[-1], int) if place else False

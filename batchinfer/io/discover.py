@@ -161,9 +161,10 @@ class _Pattern:
     def _table(self, folder: str, kind: str) -> InputError:
         name = self._tree.url(folder) if folder else self._pattern
         hint = _CURRENT_FILES.get(kind, "")
+        article = "an" if kind == "Iceberg" else "a"
         return InputError(
-            f"{name}: is a {kind} table, whose files also hold rows that were deleted or replaced: give the list of "
-            f"its current files{hint}, or write the table out as plain Parquet and read that",
+            f"{name}: is {article} {kind} table, whose files also hold rows that were deleted or replaced: give the "
+            f"list of its current files{hint}, or write the table out as plain Parquet and read that",
             key="input.path",
         )
 
@@ -199,16 +200,20 @@ def _above(path: str) -> Iterator[str]:
 
 
 def _partitioned(folder: str) -> Iterator[str]:
-    """The folders that hold `folder` as a partition."""
+    """The folders that hold `folder` as a partition, or, as Iceberg has it, as the data of a table."""
     while "=" in folder.rpartition("/")[2]:
         folder = folder.rpartition("/")[0]
         yield folder
+    above, slash, name = folder.rpartition("/")
+    if name == "data" and slash:
+        yield above
 
 
 def _around(files: list[str], literal: int) -> list[str]:
     """The folders of files of which a table may be one: where the glob begins to match, and below to its partitions."""
     parts = [path.split("/") for path in files]
     folders = {"/".join(own[:depth]) for own in parts for depth in range(literal, len(own))}
+    folders.update(*(_partitioned("/".join(own[:literal])) for own in parts))
     return sorted(folder for folder in folders if "=" not in folder.rpartition("/")[2])
 
 

@@ -113,15 +113,20 @@ class TestNames:
     def test_tables_are_refused_by_name(self, place, kind, marker):
         place.write(f"t/{marker}", "t/k=1/a.parquet", "t/b.parquet", "u/t/b.parquet", f"u/t/{marker}")
         for pattern in ("t", "t/*.parquet", "t/**", "t/k=*/*.parquet", "u", "u/*/*.parquet", "*/*/*.parquet"):
-            with pytest.raises(InputError, match=rf"\bt: is a {kind} table"):
+            with pytest.raises(InputError, match=rf"\bt: is an? {kind} table"):
                 place.names(pattern)
         paths = (f"{place.url}/t/b.parquet", f"{place.url}/t/k=1/a.parquet")
         assert len(find_files(InputSpec(path=paths), Sources(place.storage))) == 2
 
     def test_a_partition_of_a_table_is_refused(self, place):
         place.write("t/_delta_log/00.json", "t/k=1/j=2/a.parquet")
-        with pytest.raises(InputError, match=r"t: is a Delta table"):
-            place.names("t/k=1/j=2")
+        for pattern in ("t/k=1/j=2", "t/k=1/j=2/*.parquet", "t/k=1/*/*.parquet", "t/k=1/*=2/*.parquet"):
+            with pytest.raises(InputError, match=r"t: is a Delta table"):
+                place.names(pattern)
+        place.write("i/metadata/v1.metadata.json", "i/data/k=1/a.parquet", "i/data/b.parquet")
+        for pattern in ("i/data", "i/data/*.parquet", "i/data/k=1", "i/data/k=1/*.parquet"):
+            with pytest.raises(InputError, match=r"i: is an Iceberg table"):
+                place.names(pattern)
 
 
 class TestLocal:

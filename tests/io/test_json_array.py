@@ -69,7 +69,7 @@ def test_a_cut_array_is_never_read_as_a_whole_one(tmp_path, rows, indent, data):
         ('[\n{"a": 1}]\n]', r"json:3: more follows the array's end"),
         ('[{"a": 1}] {"a": 2}', "json:1: more follows the array's end"),
         ('["a", "b"]', r"no row is a JSON object; line 1, element \[0\]: .* this one is a string"),
-        ("[\n1,\n2\n]", r"line 2, element \[0\]: .* this one is a int"),
+        ("[\n1,\n2\n]", r"line 2, element \[0\]: .* this one is 1"),
         ('[[{"a": 1}]]', r"line 1, element \[0\]: .* this one is a list"),
         ('{\n  "a": 1,\n  "b": [1]\n}', "holds an object over several lines"),
         ('{\n  "data": [\n    {"a": 1}\n  ]\n}', "holds an object over several lines"),
