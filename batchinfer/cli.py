@@ -50,7 +50,7 @@ ShardFlag = Annotated[
     str | None,
     typer.Option(metavar="I/N", help="Do only share I (from 0) of N. Default: the scheduler's own variables."),
 ]
-Limit = Annotated[int | None, typer.Option(metavar="N", help="Stop after N selected rows (input.limit).")]
+Limit = Annotated[int | None, typer.Option(metavar="N", min=1, help="Stop after N selected rows (input.limit).")]
 Rehearse = Annotated[
     bool, typer.Option("--rehearse", help="Fake answers, into <output.path>-rehearsal; loads no model.")
 ]

@@ -134,8 +134,8 @@ def _setting(key: str, text: str) -> Any:
         document = read_yaml(text, f"--set {key}")
     except NotYaml:
         return text
-    # a comment makes no sense here: `#` is a character of the text
-    cut = () in document.comments or (document.value is None and text.lstrip().startswith("#"))
+    # a comment makes no sense here: `#` is a character of the text; nor does a list of one null: `-` is standard input
+    cut = text.strip() == "-" or () in document.comments or (document.value is None and text.lstrip().startswith("#"))
     return text if cut else document.value
 
 

@@ -157,7 +157,7 @@ def summary(report: Report) -> str:
     """How a run went, and what to type next."""
     rows, tokens = report.rows, report.tokens
     output = report.output
-    if not rows["run"] and not rows["recovered"] and report.complete:
+    if not report.chunks["committed"] and report.complete:
         lines = [f"already complete: {report.totals.get('rows', rows['covered']):,} rows"]
     else:
         seconds = report.timing.get("running", 0.0)

@@ -113,6 +113,10 @@ def test_job_from_start_to_finish(job, tmp_path, capsys):
     assert f"{ROWS} rows in" in out and f"batchinfer verify {tmp_path / 'out'}" in out
     assert run("--no-log-json", "run", job) == 0
     assert f"already complete: {ROWS} rows" in capsys.readouterr().out
+    nothing = ["--set", "input.where=row.text == ''", "--set", f"output.path={tmp_path}/nothing"]
+    for said in ("0 rows in", "already complete: 0 rows"):
+        assert run("--no-log-json", "run", job, *nothing) == 0
+        assert said in capsys.readouterr().out
     assert run("plan", job) == 0
     assert "3 of 3 chunks committed" in capsys.readouterr().out
     for command in ("status", "verify", "show"):
@@ -200,6 +204,7 @@ def test_spool_dir(job, tmp_path):
         (["run", "JOB", "--limt", "3"], "--limit"),
         (["run"], "JOB.yaml"),
         (["run", "JOB", "--limit", "many"], "--limit"),
+        (["run", "JOB", "--limit", "0"], "--limit"),
         (["run", "JOB", "--log-level", "debug"], "batchinfer --log-level debug run"),
         (["--log-level", "loud", "run", "JOB"], "'loud' is none of debug"),
         (["run", "JOB", "--set", "seed"], "must be KEY=VALUE"),

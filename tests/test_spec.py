@@ -308,6 +308,7 @@ def test_settings_are_yaml_or_text():
         "a": ("1e-3", 0.001),
         "b": ("no", "no"),
         "c": ("{{ text }}", "{{ text }}"),
+        "stdin": ("-", "-"),
         "d": ("Question: {{ text }}", "Question: {{ text }}"),
         "e": ("Item # {{ n }}", "Item # {{ n }}"),
         "f": ("# Title", "# Title"),

@@ -122,7 +122,8 @@ class Tally:
         kinds = ", ".join(f"{kind}: {number}" for kind, number in self.errors.most_common())
         seen = next((f"row {e[0]['row']}: {e[0]['error']}" for e in self.examples.values()), first)
         limit = "errors.max is not set" if self.max_errors is None else f"errors.max is {self.max_errors}"
-        which = f"all {rows} rows" if rows == errors else f"{errors} of {rows} rows"
+        every = "the only row" if rows == 1 else f"all {rows} rows"
+        which = every if rows == errors else f"{errors} of {rows} rows"
         return TooManyRowErrors(
             f"{which} failed ({kinds or 'in earlier runs'}), {limit}; {ending}{'; ' * bool(seen)}{seen}"
         )

@@ -59,6 +59,12 @@ def test_what_errors_max_allows(tmp_path, most):
     assert report(tmp_path)["outcome"] == "done"
 
 
+def test_one_row_that_failed(tmp_path):
+    write_parquet(tmp_path / "in.parquet", 1)
+    with pytest.raises(TooManyRowErrors, match=r"^the only row failed \(engine: 1\)"):
+        run(job(tmp_path), failing())
+
+
 def test_nothing_selected_is_no_failure(tmp_path):
     write_parquet(tmp_path / "in.parquet", 10)
     run(job(tmp_path, input={"where": "id > 99"}), failing())
