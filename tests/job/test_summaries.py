@@ -111,6 +111,23 @@ def test_a_retry_pass_has_summaries_of_its_own(tmp_path):
     assert {stretch_of(name, load_plan(store)).pass_number for name in summaries(store)} == {0, 1}
 
 
+def test_two_workers_with_the_same_chunks(tmp_path):
+    """Both commit and fold at once; one of each record holds, and the summaries are of those."""
+    write_parquet(tmp_path / "in.parquet", 60)
+    store = MarkingStore()
+    answers = [ScriptedLLM(lambda prompt, who=who: f"{prompt.content} {who}") for who in "ab"]
+    workers = [threading.Thread(target=finish, args=(tmp_path, store), kwargs={"llm": llm}) for llm in answers]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert "_SUCCESS" in store.objects
+    assert status_of(store) == status_of(MemoryStore(without(store.objects)))
+    store.reads = []
+    assert status_of(store).rows == 60
+    assert not any(name.startswith("commits/") for name in store.reads)
+
+
 def test_a_store_that_marks_nothing_has_no_summaries(tmp_path):
     _, store = finish(tmp_path, MemoryStore(), chunks=40)
     assert summaries(store) == []
