@@ -6,6 +6,7 @@ NaN and Infinity, which Python writes into JSON and JSON lacks, stand in such a 
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import Any
 
@@ -19,8 +20,6 @@ from batchinfer.values.plain import finite_json
 
 # orjson reads an integer beyond 64 bits as a double, and writes a double of that size with such an exponent
 _HUGE = re.compile(rb"e\+?(?:1[89]|[2-9][0-9]|[1-3][0-9][0-9])(?![0-9])")
-# what Python reads as NaN or infinity: its names, and numbers beyond a double
-_NO_NUMBER = re.compile(rb"NaN|Infinity|[0-9][eE]\+?[0-9]{3}|[0-9]{300}")
 
 
 def parse_lenient(raw: bytes) -> Any:
@@ -48,7 +47,7 @@ def to_text(value: Any, name: str, raw: bytes) -> str:
         text = orjson.dumps(value)
         if _HUGE.search(text):
             value = exact(raw, name, value)
-        elif b"null" not in text or not _NO_NUMBER.search(raw):
+        elif b"null" not in text or _is_finite(value):
             return text.decode()
     except TypeError:
         pass  # an integer of hundreds of digits, or nested deeper than orjson writes
@@ -56,6 +55,16 @@ def to_text(value: Any, name: str, raw: bytes) -> str:
         return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     except RecursionError:
         raise InvalidInput(f"column {name!r} is nested too deep") from None
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether no number of it is NaN or infinity, as 1e400 is."""
+    parts = [value]
+    for part in parts:
+        if isinstance(part, float) and not math.isfinite(part):
+            return False
+        parts += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+    return True
 
 
 def number_texts(column: pa.ChunkedArray) -> pa.ChunkedArray:
