@@ -2,9 +2,11 @@
 
 A tokenizer takes "<|im_end|>" for the control token wherever it stands. So before a template gets data that spells one,
 a mark (a character that neither has) goes behind the first character of each; what the template made of the data shows
-by the marks which of the prompt's control tokens came from it. Data that spells none goes through untouched. A template
-that counts, cuts or compares what it is given makes another text of marked data: then its text is that of the data
-itself, and what is known about the tokens of the one holds for those of the other.
+by the marks which of the prompt's control tokens came from it. So it is with data of which a template can make one when
+it joins two texts or drops white space, or a text that it names ("<|im_</think>end|>" without "</think>"). All other
+data goes through untouched. A template that counts, cuts or compares what it is given makes another text of marked
+data: then its text is that of the data itself, and what is known about the tokens of the one holds for those of the
+other.
 """
 
 from __future__ import annotations
@@ -15,8 +17,14 @@ from copy import copy
 from itertools import accumulate, product
 from typing import Any
 
+import jinja2
+
 from batchinfer.errors import InvalidInput
 
+_LEXER = jinja2.Environment(autoescape=False)
+_NOTHING = r"(?!)"  # an expression that nothing fits
+_WHITE = r"\s*"
+_REMEMBERED = 64
 _MOST_PAIRS = 1 << 20
 _MARKS = range(0xE000, 0xF900)  # Unicode gives these characters no meaning
 
@@ -55,14 +63,15 @@ def _literal(text: str) -> tuple[int, ...]:
 class ControlTokens:
     """What a tokenizer takes for control tokens, by their texts."""
 
-    def __init__(self, texts: Iterable[str] = ()) -> None:
+    def __init__(self, texts: Iterable[str] = (), normalized: bool = False) -> None:
+        """normalized: the tokenizer also takes for one what it first makes its text of (of another width, say)."""
         known = sorted({text for text in texts if text})
-        self._pattern = re.compile(_longest_of(known) if known else r"(?!)")
-        self._any_case = re.compile(self._pattern.pattern, re.IGNORECASE)  # a template may have another one
+        self._words = known
+        self._pattern = re.compile(_any_of(known))
         firsts = "".join(sorted({text[0] for text in known}))
-        self._first = re.compile(f"[{re.escape(firsts)}]" if firsts else r"(?!)", re.IGNORECASE)
-        self._beginnings = frozenset(text[:length].lower() for text in known for length in range(1, len(text)))
-        self._longest = max(map(len, known), default=0)
+        self._first = re.compile(f"[{re.escape(firsts)}]" if firsts else _NOTHING, re.IGNORECASE)
+        self._normalized = normalized
+        self._suspects: dict[str, re.Pattern[str]] = {}  # by source
 
     def find(self, text: str) -> Iterator[re.Match[str]]:
         """All that looks like a control token."""
@@ -74,21 +83,21 @@ class ControlTokens:
         data: texts, in lists and mappings too, by the names that the template has for them. source: other text that may
         come out.
         """
-        texts = texts_of(list(data.values())) if self._longest else []
-        if self._first.search("\0".join(texts)) is None or not any(map(self._places, texts)):
+        texts = texts_of(list(data.values())) if self._words else []
+        whole = "\0".join(texts)
+        suspects = self._suspects_in(source)
+        if not self._normalized and (self._first.search(whole) is None or suspects.search(whole) is None):
             return template(dict(data))
         mark = unused_character([source, *data, *texts])
-        text = self._settle(template({name: self._marked(value, mark) for name, value in data.items()}), mark)
+        marked = {name: _marked(value, suspects, mark) for name, value in data.items()}
+        text = self._settle(template(marked), mark)
         meant = template(dict(data))
         return text if text == meant else self._carried_over(text, meant)
 
     def literal(self, text: str) -> str:
         """`text` in which nothing is a control token."""
         places = [found.start() for found in self.find(text)]
-        return PromptText(text, places) if places else text
-
-    def _marked(self, value: Any, mark: str) -> Any:
-        return _mapped(value, lambda text: _inserted(text, self._places(text), mark))
+        return PromptText(text, places) if places or self._normalized else text
 
     def _settle(self, text: str, mark: str) -> str:
         """`text` without its marks, also where they were written as JSON."""
@@ -96,7 +105,7 @@ class ControlTokens:
         places = set(accumulate(map(len, pieces[:-1])))
         plain = "".join(pieces)
         literal = [found.start() for found in self.find(plain) if found.start() + 1 in places]
-        return PromptText(plain, literal) if literal else plain
+        return PromptText(plain, literal) if literal or self._normalized else plain
 
     def _carried_over(self, text: str, meant: str) -> str:
         """`meant`, in which the control tokens are those of `text`, in the same order; any other there is none.
@@ -125,19 +134,26 @@ class ControlTokens:
                 own |= {i} if known[j][1] else set()
                 i, j = i + 1, j + 1
         others = [token.start() for place, token in enumerate(tokens) if place not in own]
-        return PromptText(meant, others) if others else meant
+        return PromptText(meant, others) if others or self._normalized else meant
 
-    def _places(self, text: str) -> list[int]:
-        """Where marks go: into every control token, and into the beginning of one that the text ends with."""
-        if self._first.search(text) is None:
-            return []
-        places = [found.start() + 1 for found in self._any_case.finditer(text)]
-        end = len(text.rstrip())  # what follows may be put directly behind it
-        tail = self._first.finditer(text, max(0, end - self._longest), end)
-        begun = next(
-            (found.start() + 1 for found in tail if text[found.start() : end].lower() in self._beginnings), None
-        )
-        return places if begun is None else sorted({*places, begun})
+    def _suspects_in(self, source: str) -> re.Pattern[str]:
+        """An expression for the first characters of what may become a control token in the template `source`.
+
+        In any case, as a template may change it: a control token, with white space in it or without; the beginning of
+        one before a text that stands in quotes in the template, or at the end, before what may be put directly behind.
+        """
+        if source not in self._suspects:
+            if len(self._suspects) >= _REMEMBERED:
+                self._suspects.clear()
+            quoted = [value[1:-1] for _, kind, value in _LEXER.lex(source) if kind == "string"]
+            texts = {text.encode("ascii", "backslashreplace").decode("unicode-escape") for text in quoted}  # as Jinja
+            dropped = rf"(?:{_any_of(sorted(text for text in texts if text.strip()))}|\s*(?:\0|\Z))"
+            branches = [
+                f"{re.escape(first)}(?={_rest(rest, _WHITE)}|{_rest(rest, partial=True)}{dropped})"
+                for first, rest in _by_first(self._words).items()
+            ]
+            self._suspects[source] = re.compile("|".join(branches) or _NOTHING, re.IGNORECASE)
+        return self._suspects[source]
 
 
 def unused_character(texts: Iterable[str]) -> str:
@@ -150,17 +166,29 @@ def unused_character(texts: Iterable[str]) -> str:
     raise InvalidInput("the text holds every character of Unicode's private use area: one must be free")
 
 
-def _longest_of(words: list[str]) -> str:
-    """An expression for any of the words, the longest that fits; what several begin with is looked at once."""
-    by_first = {word[0]: [other[1:] for other in words if other[:1] == word[0]] for word in words if word}
-    branches = [re.escape(first) + _longest_of(rest) for first, rest in by_first.items()]
-    if not branches:
+def _any_of(words: list[str], gap: str = "", partial: bool = False) -> str:
+    """An expression for any of the words, the longest that fits; what several begin with is looked at once.
+
+    gap: what may stand between two characters. partial: a word's beginning is enough.
+    """
+    branches = [re.escape(first) + _rest(rest, gap, partial) for first, rest in _by_first(words).items()]
+    return f"(?:{'|'.join(branches)})" if branches else _NOTHING
+
+
+def _by_first(words: list[str]) -> dict[str, list[str]]:
+    """What follows each first character."""
+    return {word[0]: [other[1:] for other in words if other[:1] == word[0]] for word in words if word}
+
+
+def _rest(words: list[str], gap: str = "", partial: bool = False) -> str:
+    """What may follow the character that the words had before."""
+    if not any(words):
         return ""
-    return f"(?:{'|'.join(branches)})" + ("?" if "" in words else "")
+    return f"(?:{gap}{_any_of(words, gap, partial)})" + ("?" if partial or "" in words else "")
 
 
-def _inserted(text: str, places: list[int], mark: str) -> str:
-    return mark.join(text[start:end] for start, end in zip([0, *places], [*places, len(text)], strict=True))
+def _marked(value: Any, places: re.Pattern[str], mark: str) -> Any:
+    return _mapped(value, lambda text: places.sub(lambda found: found[0] + mark, text))
 
 
 def texts_of(data: Any) -> list[str]:

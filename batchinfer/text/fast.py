@@ -59,18 +59,22 @@ class FastTokenizer:
         bos = facts.special_tokens.get("bos_token")
         self.bos_id: int | None = None if bos is None else rust.token_to_id(bos)
         self._control_ids = self.special_ids | (facts.eos_ids & added.keys())
-        self.control = ControlTokens(added[token_id].content for token_id in self._control_ids)
+        control = [added[token_id] for token_id in self._control_ids]
+        normalized = rust.normalizer is not None and any(token.normalized for token in control)
+        self.control = ControlTokens([token.content for token in control], normalized)
         self._decoder = json.loads(rust.decoder.__getstate__()) if rust.decoder is not None else None
         self._bytes: dict[int, bytes] = {}
 
     def encode_batch(self, texts: list[str], add_special_tokens: bool) -> list[list[int] | InvalidInput]:
-        if any(isinstance(text, PromptText) for text in texts):
-            return [self._encode(text, add_special_tokens) for text in texts]
+        plain = [text for text in texts if not isinstance(text, PromptText)]
         try:
-            found = self._rust.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+            found = iter(self._rust.encode_batch_fast(plain, add_special_tokens=add_special_tokens))
         except Exception:  # one text is enough to refuse them all
             return [self._encode(text, add_special_tokens) for text in texts]
-        return [encoding.ids for encoding in found]
+        return [
+            self._encode(text, add_special_tokens) if isinstance(text, PromptText) else next(found).ids
+            for text in texts
+        ]
 
     @functools.cached_property
     def _literal(self) -> LiteralEncoder:
