@@ -218,6 +218,9 @@ def _list(array: pa.Array, lines: bool) -> Cells:
 
 def _struct(array: pa.StructArray, lines: bool) -> Cells:
     names = [field.name for field in array.type]
+    if len({*names}) < len(names) and not lines:
+        cell = Unheld(f"several fields of {array.type} have the same name")
+        return [cell if there else None for there in array.is_valid().to_pylist()]
     columns = [_convert(array.field(place), lines) for place in range(len(names))]
     rows = zip(*columns, strict=True) if names else iter([()] * len(array))
     valid = array.is_valid().to_pylist()

@@ -234,7 +234,10 @@ class RowSandbox(Sandbox):
 
 
 def _of_text(make: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that makes text of its arguments, for which the same holds as for printing."""
+    """A function that makes text of its arguments, for which the same holds as for printing.
+
+    Nothing is escaped unasked here, so that text marked as HTML would only print that mark, within a list.
+    """
     first = 1 if hasattr(make, "jinja_pass_arg") else 0
 
     @functools.wraps(make)
@@ -242,7 +245,8 @@ def _of_text(make: Callable[..., Any]) -> Callable[..., Any]:
         for value in args[first:]:
             _printable(value)
         _check_all(kwargs.values())
-        return make(*args, **kwargs)
+        made = make(*args, **kwargs)
+        return str.__str__(made) if isinstance(made, str) else made
 
     return checked
 

@@ -75,6 +75,14 @@ def test_keys_of_maps(key, cell, line):
     assert cells_of(column) == [cell, None] and line_cells_of(column) == [line, None]
 
 
+def test_fields_of_one_name_are_the_cells_error():
+    one = pa.StructArray.from_arrays([pa.array([1, 2]), pa.array([3, 4])], ["a", "a"], mask=pa.array([False, True]))
+    bad, null = cells_of(chunked(one))
+    assert null is None
+    with pytest.raises(InvalidInput, match=r"several fields of struct<a: int64, a: int64> have the same name"):
+        str(bad)
+
+
 def test_a_key_that_is_no_text_is_the_cells_error():
     pairs = [[(b"a", 1)], [(b"\xff", 1), (b"\xfe", 2)], None]
     good, bad, null = cells_of(chunked(pa.array(pairs, pa.map_(pa.binary(), pa.int8()))))

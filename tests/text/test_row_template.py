@@ -258,6 +258,14 @@ def test_tuples_of_pythons_own_are_no_values() -> None:
     assert render("{{ day.isocalendar()[1] }} {{ (1, 'x') }}", **row) == "1 (1, 'x')"
 
 
+def test_escaped_text_is_text() -> None:
+    row = {"xs": ["<a>", "b & c"], "x": "<a>"}
+    assert render("{{ xs | map('escape') | list }} {{ [x | e] }}", **row) == "['&lt;a&gt;', 'b &amp; c'] ['&lt;a&gt;']"
+    assert render("{{ x | e }} {{ (x | e) + x }} {{ x | urlize }} {{ [x | safe] }}", **row) == (
+        "&lt;a&gt; &lt;a&gt;<a> &lt;a&gt; ['<a>']"
+    )
+
+
 def test_a_cell_that_cannot_be_held_shows_nothing_of_itself() -> None:
     bad = Unheld("not JSON", "{")
     for expression in ("bad.text", "bad.why", "bad | attr('text')", "bad['text']", "bad.text is defined"):
