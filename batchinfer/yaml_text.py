@@ -7,11 +7,11 @@ key given twice is an error, and aliases can neither recurse nor multiply beyond
 
 from __future__ import annotations
 
-import json
 import re
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 from yaml.composer import Composer
@@ -63,7 +63,10 @@ _ADVICE = (
     ("unknown escape character", "in double quotes a \\ begins an escape: write \\\\, or use single quotes"),
     ("quoted scalar", "a quotation mark that opens here is not closed"),
     ("expected a single document", "a file holds one document: nothing may follow a second ---"),
-    ("found '<scalar>'", "nothing may follow a closing quotation mark; within '…' a ' is written ''"),
+    (
+        "found '<scalar>'",
+        "nothing may follow a closing quotation mark, or a tab in a text without them; within '…' a ' is written ''",
+    ),
     ("expected '<document start>'", _ALIKE),
     ("expected <block end>", f"{_ALIKE}, and so are the items of a list"),
     ("sequence entries are not allowed", "a value that begins with - must be in quotes, and items begin lines"),
@@ -101,8 +104,6 @@ class Document:
 def read_yaml(data: bytes | str, source: str) -> Document:
     """Raises SpecError that begins with `source` and a line."""
     text = data if isinstance(data, str) else _decoded(data, source)
-    if "\t" in text and _is_json(text):
-        text = text.replace("\t", " ")  # JSON has tabs between values, PyYAML takes none there
     places = _Lines(text, source)
     try:
         node = _Composer(text).get_single_node()
@@ -137,14 +138,6 @@ def _decoded(data: bytes, source: str) -> str:
         raise NotYaml(f"{source}:{line}: not UTF-8: byte 0x{byte:02x}; save the file as UTF-8") from None
 
 
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
 class _Lines:
     """Where the lines of a text begin, as editors count them."""
 
@@ -168,6 +161,17 @@ class _Composer(Reader, Scanner, Parser, Composer, BaseResolver):
         Parser.__init__(self)
         Composer.__init__(self)
         BaseResolver.__init__(self)
+
+    def scan_to_next_token(self) -> None:
+        """Tabs are white space, except where they would indent; PyYAML takes none."""
+        Scanner.scan_to_next_token(self)
+        while self.peek() == "\t":
+            blanks = next(number for number in count(1) if self.peek(number) not in " \t")
+            ends_line = self.peek(blanks) in "#\r\n\0"
+            if not (ends_line or self.flow_level) and self.allow_simple_key:
+                return
+            self.forward(blanks)
+            Scanner.scan_to_next_token(self)
 
     def resolve(self, kind: type[Node], value: Any, implicit: Any) -> str:
         if kind is not ScalarNode:

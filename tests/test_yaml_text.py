@@ -124,6 +124,8 @@ def test_anchors_and_merge_keys():
         ("a: !env HOME", "the tag !env"),
         ("a: 1\n---\nb: 1", ":2: not YAML: but found another document"),
         ("a:\n\t- 1", ":2: .*indent with spaces"),
+        ("\ta: 1", ":1: .*indent with spaces"),
+        ("a: x\ty", ":1: .*or a tab in a text without them"),
         ("a: 1\n? [a, b]\n: 1", ":2: a key must be text, and \\[a, b\\] is a list"),
         ("a: {b: 1}\n? {c: d}\n: 1", ":2: a key must be text"),
         ("a: 1\nb: " + "9" * 5000, ":2: b: a number of 5,000 digits"),
@@ -198,6 +200,19 @@ def test_files_that_are_not_text(data, message):
 def test_byte_order_mark_and_line_ends():
     document = read_yaml(b"\xef\xbb\xbfa: 1\r\nb:\r\n  c: 2\r\n", "j")
     assert document.value == {"a": 1, "b": {"c": 2}} and document.line(("b", "c")) == 3
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a:\t1\nb: {c:\t2,\td: [3,\t4]}",
+        "a:\t1\t# so\nb:\t\n  c: 2\t\n  d:\t[3, 4]",
+        "a : 1\n\t\nb:\n  c: 2\n\t# so\n  d:\n  \t\n  - 3\n  - 4\n\t",
+        '{\n\t"a"\t: 1,\n\t"b": {"c": 2,\n\t\t"d": [3,\n\t4]}}',
+    ],
+)
+def test_tabs_are_white_space_where_they_do_not_indent(text):
+    assert read_yaml(text, "job").value == {"a": 1, "b": {"c": 2, "d": [3, 4]}}
 
 
 @pytest.mark.parametrize("kind", ["lists", "merges"])

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jinja2
 
-from batchinfer.errors import InvalidInput, TemplateError
+from batchinfer.errors import InvalidInput, SpecError, TemplateError
 from batchinfer.text.row_names import COLUMNS, ROW, uses_of
 from batchinfer.text.row_sandbox import Columns, NullCell, RowSandbox, cell
 from batchinfer.text.sandbox import compile_template, reason
 from batchinfer.values.cell import unheld_in
 
 _ROWS = RowSandbox()
+_ONE_EQUALS = re.compile(r"(?<![=!<>])=(?!=)")
+_NOT_WORDS = re.compile(r"&|\||!(?!=)|<>")  # as other languages have them
 
 
 class _OverRow:
@@ -72,12 +75,26 @@ class RowTemplate(_OverRow):
         return text
 
 
+def _hint(expression: str) -> str:
+    """What was perhaps meant by an expression that is none."""
+    if "{{" in expression or "{%" in expression:
+        return "; it is an expression, and stands without {{ }}"
+    if _ONE_EQUALS.search(expression):
+        return "; == asks whether two values are equal"
+    return "; and, or and not are words" if _NOT_WORDS.search(expression) else ""
+
+
 class RowFilter(_OverRow):
     """A Jinja expression over a row's columns: `lang == "en" and score > 0.5`."""
 
     def __init__(self, expression: str, name: str = "where") -> None:
         """Raises SpecError for bad syntax."""
-        self._expression = compile_template(lambda source: _ROWS.compile_expression(source, False), expression, name)
+        try:
+            self._expression = compile_template(
+                lambda source: _ROWS.compile_expression(source, False), expression, name
+            )
+        except SpecError as error:
+            raise SpecError(f"{str(error).removeprefix(f'{name}: ')}{_hint(expression)}", key=name) from None
         super().__init__(name, "{{ (" + expression + ") }}")
 
     def matches(self, row: Mapping[str, Any]) -> bool:

@@ -432,3 +432,18 @@ def test_filters_that_fail() -> None:
 @given(text=st.text(max_size=50))
 def test_a_cell_arrives_as_it_is(text: str) -> None:
     assert RowTemplate("[{{ a }}]", "t").render({"a": text}) == f"[{text}]"
+
+
+@pytest.mark.parametrize(
+    ("expression", "hint"),
+    [
+        ("{{ id > 0 }}", "stands without {{ }}"),
+        ("id = 1", "== asks whether"),
+        ("id > 1 && id < 5", "and, or and not are words"),
+        ("!id", "and, or and not are words"),
+        ("id >", "unexpected 'end of template'$"),
+    ],
+)
+def test_what_is_no_expression_is_told_what_was_meant(expression, hint):
+    with pytest.raises(SpecError, match=rf"^where: line 1: .*{hint}"):
+        RowFilter(expression)
