@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
 import functools
-import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -14,6 +12,7 @@ from batchinfer.errors import RowError, TemplateError
 from batchinfer.text.control import ControlTokens, texts_of, unused_character
 from batchinfer.text.messages import ContentForms, content_forms, cut_open, opened, shape_messages
 from batchinfer.text.sandbox import Sandbox, compile_template, reason
+from batchinfer.values.plain import json_text
 
 
 class Turn(NamedTuple):
@@ -91,21 +90,9 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Without Jinja's HTML escapes, as transformers has it."""
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-        default=_json_default,
-    )
-
-
-def _json_default(value: Any) -> Any:
-    if isinstance(value, datetime.date | datetime.time):
-        return value.isoformat()
-    raise TypeError(f"a value of type {type(value).__name__} cannot be written as JSON")
+    """Without Jinja's HTML escapes, as transformers has it; but JSON has no NaN. Raises InvalidInput."""
+    layout = {"ensure_ascii": ensure_ascii, "indent": indent, "separators": separators, "sort_keys": sort_keys}
+    return json_text(value, (), **layout)
 
 
 _CHAT = Sandbox()

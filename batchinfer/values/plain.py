@@ -23,17 +23,19 @@ _STRING_OR_CONSTANT = re.compile(r'("[^"\\]*(?:\\.[^"\\]*)*")|-?(?:NaN|Infinity)
 _MARKED = re.compile(f'"{_MARK}([^"]*)"')
 
 
-def plain(value: Any, what: str) -> Any:
+def plain(value: Any, what: str, exact: bool = False) -> Any:
     """The value in JSON's types: times as text, decimal numbers as numbers.
 
-    Raises InvalidInput that begins with `what` where a part of it is Unheld.
+    exact: a decimal number that is no double stays one, for `json_text`. Raises InvalidInput that begins with `what`
+    where a part of it is Unheld.
     """
     if isinstance(value, dict):
-        return {shown_text(key): plain(item, what) for key, item in value.items()}
+        return {shown_text(key): plain(item, what, exact) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item, what) for item in value]
+        return [plain(item, what, exact) for item in value]
     if isinstance(value, Decimal):
-        return plain_number(value)
+        number = plain_number(value)
+        return value if exact and value != number else number
     return str(value) if isinstance(value, _TIMES) else held(value, what)
 
 

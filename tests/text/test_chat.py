@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from batchinfer.errors import InvalidInput, SpecError, TemplateError
+from batchinfer.job.cells import chat_messages
 from batchinfer.text.chat import ChatTemplate
 from batchinfer.text.row_template import RowTemplate
 from batchinfer.text.tokenizer import ByteTokenizer
+from batchinfer.values.number import Number
 
 from .templates import CHATML, GEMMA, LLAMA3, MISTRAL, QWEN
 
@@ -161,3 +163,23 @@ def test_content_arrives_as_it_is(text: str) -> None:
 def test_bad_syntax_of_a_chat_template(source: str) -> None:
     with pytest.raises(SpecError, match=r"^chat template: line \d: "):
         ChatTemplate(source, {})
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (Number("12345678901234567890.5"), "12345678901234567890.5"),
+        ([Number("1.50"), Number("3.00")], "[1.5, 3]"),
+        ({"x": float("nan")}, None),
+        ([float("-inf")], None),
+    ],
+)
+def test_numbers_of_a_message_are_those_of_its_row(value: Any, expected: str | None) -> None:
+    template = ChatTemplate("{{ messages[0].x | tojson }}", {})
+    messages = chat_messages([{"role": "user", "content": "", "x": value}], "column 'm'")
+    if expected is not None:
+        assert template.render(messages) == expected
+        return
+    with pytest.raises(InvalidInput, match="JSON has no NaN"):
+        template.render(messages)
+    assert ChatTemplate("{{ messages[0].role }}", {}).render(messages) == "user", "nobody minds what nobody uses"
