@@ -207,6 +207,7 @@ def test_text_that_follows_a_schema(tiny):
         ({"messages": []}, "messages is empty"),
         ({"messages": "hi"}, "messages"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "robot"),
+        ({"messages": [{"role": None, "content": "x"}]}, "got null"),
         ({"messages": [{"role": "user", "content": None}]}, "content"),
         ({"messages": [{"role": "user", "content": []}]}, "content"),
         ({"messages": [{"role": "user", "content": [5]}]}, "'int' is not supported"),
