@@ -64,7 +64,7 @@ def _parsed(text: str | Unheld) -> Any:
     if isinstance(text, Unheld):
         return text
     try:
-        return from_json(text, lenient=True)
+        return from_json(text)
     except ValueError as error:
         return Unheld(f"not JSON: {error}", text)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import re
@@ -39,16 +40,11 @@ def plain(value: Any, what: str, exact: bool = False) -> Any:
     return str(value) if isinstance(value, _TIMES) else held(value, what)
 
 
-def from_json(text: str, lenient: bool = False) -> Any:
-    """The value of a JSON text, with all digits of integers; `lenient` takes NaN and Infinity. Raises ValueError."""
-    try:
+def from_json(text: str) -> Any:
+    """The value of a JSON text, with all digits of integers, and NaN and Infinity. Raises ValueError."""
+    with contextlib.suppress(orjson.JSONDecodeError):
         value = orjson.loads(text)
-    except orjson.JSONDecodeError:
-        if not lenient:
-            raise
-        value = None
-    else:
-        # orjson makes doubles of integers beyond 64 bits
+        # it makes doubles of integers beyond 64 bits
         if _LONG not in text.encode().translate(_DIGITS):
             return value
     try:

@@ -107,3 +107,25 @@ def test_a_retry_keeps_bodies(requests, form, samples):
     output = {"format": form, "samples": samples}
     kept = requests("kept", Flaky(), again=True, output=output)
     assert kept == requests("whole", output=output)
+
+
+ODD = b"[NaN, -Infinity, 1e400, 12345678901234567890123]"
+
+
+@pytest.mark.parametrize("form", ["openai-batch", "parquet", "jsonl"])
+def test_numbers_that_json_lacks_in_what_nobody_reads_cost_no_row(tmp_path, form):
+    """Requests and answers are made of one reading of the body: what is run can be answered."""
+    tool = b'{"type":"function","name":"f","function":{"name":"f"},"parameters":{"x":%s},"extra":%s}' % (ODD, ODD)
+    bodies = [
+        (b"/v1/chat/completions", b'"messages":[{"role":"user","content":"hi","z":%s}],"extra":%s' % (ODD, ODD)),
+        (b"/v1/completions", b'"prompt":["a","b"],"echo":true,"extra":%s' % ODD),
+        (b"/v1/responses", b'"input":"hi","extra":%s,"tools":[%s]' % (ODD, tool)),
+        (b"/v1/embeddings", b'"input":"a","extra":%s' % ODD),
+    ]
+    line = b'{"custom_id":"%d","method":"POST","url":"%s","body":{%s}}\n'
+    (tmp_path / "in.jsonl").write_bytes(b"".join(line % (n, url, body) for n, (url, body) in enumerate(bodies)))
+    source = {"path": str(tmp_path / "in.jsonl"), "format": "openai-batch"}
+    output = {"path": str(tmp_path / "out"), "format": form}
+    run(job(tmp_path, input=source, prompt=None, output=output), LLM("fake", chat_template=TAKES_TOOLS))
+    rows = rows_of_output(tmp_path / "out")
+    assert [row["error"] for row in rows] == [None] * len(bodies)
