@@ -54,11 +54,15 @@ class StructuredOutputs:
             raise BadParameters(f"structured_outputs needs exactly one of {', '.join(KINDS)}; got {got}")
         kind, value = asked.popitem()
         made = cls(kind, _value(kind, value))
-        size = len(made.value) if isinstance(made.value, str) else sum(map(len, made.value))
-        if size > MAX_CHARACTERS:
+        text = made.value if isinstance(made.value, str) else "".join(made.value)
+        if len(text) > MAX_CHARACTERS:
             raise BadParameters(
-                f"structured_outputs.{kind} has {size} characters; at most {MAX_CHARACTERS} are supported"
+                f"structured_outputs.{kind} has {len(text)} characters; at most {MAX_CHARACTERS} are supported"
             )
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise BadParameters(f"structured_outputs.{kind} is not valid Unicode: half a surrogate pair") from None
         return made
 
 
