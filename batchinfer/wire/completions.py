@@ -43,7 +43,8 @@ class CompletionShape:
     def pieces(self, delta: Delta) -> list[dict[str, Any]]:
         before, told = self._told(delta)
         ids = delta.token_ids if self._count is None else told
-        shown = delta.text or told or (delta.first and self._echoed) or (self._shows_ids and ids)
+        opens = delta.first and (self._echoed or self._shows_ids)  # a part of the answer that no other delta has
+        shown = delta.text or told or opens or (self._shows_ids and ids)
         return [self._choice(delta, before, told)] if shown or delta.reason is not None else []
 
     def _told(self, delta: Delta) -> tuple[list[Placed], list[Placed]]:
