@@ -77,6 +77,8 @@ class Blocks:
         if last:
             if self._count == 0:
                 steps += self._begin()
+            if self._unshown and self._open is not None and self._open.name is None:
+                steps.append(self._more(""))  # tokens that have no text: the one that ended it, those held back
             steps += self._close()
         return steps
 

@@ -142,6 +142,17 @@ def test_logprobs(tiny):
     assert plain["output"][0]["content"][0]["logprobs"] == []
 
 
+@pytest.mark.parametrize("last", ["257", "240"])
+def test_a_stream_has_the_logprobs_of_tokens_without_text(tiny, last):
+    """Of the token that ends an answer, and of half a character."""
+    given = {"input": "hi", "max_output_tokens": 4, "temperature": 0, "top_logprobs": 1, "logit_bias": {last: 100}}
+    (part,) = tiny.ok(RESPONSES, **given)["output"][0]["content"]
+    found = events(tiny, **given)
+    assert part["logprobs"] and found[-1]["response"]["output"][0]["content"] == [part]
+    told = [entry for event in found if event["type"].endswith("text.delta") for entry in event["logprobs"]]
+    assert told == part["logprobs"]
+
+
 def test_text_that_follows_a_schema(tiny):
     class Choice(BaseModel):
         a: Literal[1, 2]

@@ -208,4 +208,4 @@ def test_a_stream_whose_first_character_is_held_back_has_the_ids_of_the_prompt(t
     chunks = tiny.stream("/v1/completions", **body, return_token_ids=True)
     choices = [choice for chunk in chunks for choice in chunk["choices"]]
     assert choices[0]["prompt_token_ids"] == [97, 98, 99] and not choices[0]["text"]
-    assert sum((choice["token_ids"] for choice in choices), []) == [240] * 3
+    assert [token for choice in choices for token in choice["token_ids"]] == [240] * 3
