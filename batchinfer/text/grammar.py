@@ -22,7 +22,7 @@ from batchinfer.errors import BadParameters, InvalidInput
 from batchinfer.request import Constraint, Matcher
 from batchinfer.structured import StructuredOutputs
 from batchinfer.text.grammar_trial import TOO_LARGE, TOO_SLOW, Trials, Vocabulary
-from batchinfer.text.schema_numbers import inexact_number, inexact_number_of_grammar
+from batchinfer.text.schema_numbers import inexact_number, inexact_number_of_grammar, write_whole
 from batchinfer.text.tokenizer import ByteTokenizer, Tokenizer
 
 if TYPE_CHECKING:
@@ -215,26 +215,24 @@ def _source(wanted: StructuredOutputs) -> str:
     """The constraint as the library takes it. Raises BadParameters for what is no schema, or would be another one."""
     build: type[llguidance.LLMatcher] = _library().LLMatcher
     value = wanted.value
-    _check_numbers(wanted)
     if isinstance(value, tuple):
         # one terminal: as rules, thousands of choices would be thousands of items of the parser
         return build.grammar_from_lark("start: CHOICE\nCHOICE: " + " | ".join(map(_quoted, value)))
     if wanted.kind == "regex":
         return build.grammar_from_regex(value)
     if wanted.kind == "grammar":
+        _check_numbers(wanted, inexact_number_of_grammar(value))
         return build.grammar_from_lark(value)
+    schema = json.loads(value) if value else {"type": "object"}
+    write_whole(schema)
+    _check_numbers(wanted, inexact_number(schema))
     try:
-        return build.grammar_from_json_schema(value or '{"type":"object"}', overrides=cast(Any, _JSON_OPTIONS))
+        return build.grammar_from_json_schema(json.dumps(schema), overrides=cast(Any, _JSON_OPTIONS))
     except ValueError as error:
         raise _refusal(wanted, str(error)) from None
 
 
-def _check_numbers(wanted: StructuredOutputs) -> None:
-    value, inexact = wanted.value, ""
-    if wanted.kind == "json" and isinstance(value, str):
-        inexact = inexact_number(json.loads(value))
-    elif wanted.kind == "grammar" and isinstance(value, str):
-        inexact = inexact_number_of_grammar(value)
+def _check_numbers(wanted: StructuredOutputs, inexact: str) -> None:
     if inexact:
         raise _refusal(wanted, f"{inexact} is too large to be exact: use integers up to 2**53, or a pattern of digits")
 

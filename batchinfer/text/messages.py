@@ -93,9 +93,9 @@ def _read(message: Any, place: str) -> dict[str, Any]:
 def _content(content: Any, place: str, given: bool) -> str | list[dict[str, Any]]:
     if isinstance(content, str):
         return content
-    if isinstance(content, list):
+    if isinstance(content, list) and content:
         return [{"type": "text", "text": _text(part, place)} for part in content]
-    if content is None and given:
+    if (content is None and given) or content == []:
         return ""
     what = "has no content" if content is None else f"content must be text or a list of parts, got {_short(content)}"
     raise InvalidInput(f"{place}{' ' if content is None else ': '}{what}", param="messages")

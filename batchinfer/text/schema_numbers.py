@@ -15,6 +15,15 @@ _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multip
 _EMBEDDED = "%json"  # a schema in a grammar
 
 
+def write_whole(schema: Any) -> None:
+    """Write 9007199254740991.0 as 9007199254740991, in place: the library reads the first one wrong, by one."""
+    for part in _within(schema):
+        places = part.items() if isinstance(part, dict) else enumerate(part) if isinstance(part, list) else ()
+        for place, value in list(places):
+            if type(value) is float and value.is_integer():
+                part[place] = int(value)
+
+
 def inexact_number(schema: Any) -> str:
     """The first number of a schema that would be another one, with its key; empty if there is none."""
     keys = (entry for part in _within(schema) if isinstance(part, dict) for entry in part.items())
@@ -30,7 +39,7 @@ def inexact_number_of_grammar(grammar: str) -> str:
             schema, _ = decoder.raw_decode(text.lstrip())
         except (ValueError, RecursionError):
             continue
-        found = inexact_number(schema)
+        found = inexact_number(schema) or _long_float(schema)
         if found:
             return found
     return ""
@@ -50,6 +59,13 @@ def _exact(key: str, number: int) -> bool:
     if key == "maximum" and number == _SIGNED - 1:  # the library's own largest
         return True
     return abs(number) < _SIGNED and int(float(number)) == number
+
+
+def _long_float(schema: Any) -> str:
+    """The first whole number whose text as a float has more digits than the library reads exactly, with its key."""
+    entries = (entry for part in _within(schema) if isinstance(part, dict) for entry in part.items())
+    floats = ((key, one) for key, value in entries for one in _within(value) if type(one) is float)
+    return next((f"{key} {one}" for key, one in floats if one.is_integer() and abs(one) * 10 > _WHOLE), "")
 
 
 def _within(value: Any) -> Iterator[Any]:

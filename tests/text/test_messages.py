@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from batchinfer.errors import InvalidInput
-from batchinfer.text.chat import ChatTemplate
+from batchinfer.text.chat import ChatTemplate, Turn
 
 from .templates import CHATML, GEMMA, LLAMA3, MISTRAL, QWEN
 
@@ -75,6 +75,7 @@ def test_no_content_is_an_empty_text(name):
     template = ChatTemplate({**TEXT_ONLY, "gemma": GEMMA}[name], SPECIAL)
     for nothing in (None, []):
         assert template.render(user(nothing)) == template.render(user(""))
+        assert template.render(user(nothing), Turn(continues=True)) == template.render(user(""), Turn(continues=True))
     assert "None" not in template.render([*user("hi"), {"role": "assistant", "content": None}, *user("so?")])
     with pytest.raises(InvalidInput, match=r"messages\[1\] has no content"):
         template.render([*user("hi"), {"role": "assistant"}])
