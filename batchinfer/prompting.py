@@ -121,7 +121,10 @@ class Preparer:
                 if isinstance(ids, RowError):
                     raise ids
                 ids = self._cut(prompt, ids)
-                results.append(self._prepared(prompt, ids) if prompt.read is None else self._read(prompt, text, ids))
+                if prompt.read is None:
+                    results.append(self._prepared(prompt, ids, isinstance(text, Text)))
+                else:
+                    results.append(self._read(prompt, text, ids))
             except RowError as error:
                 known = ids if isinstance(ids, list) else []
                 results.append(Completion(prompt.index, known, error=error))
@@ -154,10 +157,10 @@ class Preparer:
         answer = 0 if prompt.read is not None else 1 if wanted is None else wanted
         return truncation.cut(ids, self._limits.context, answer)
 
-    def _prepared(self, prompt: Prompt, ids: list[int]) -> Prepared:
+    def _prepared(self, prompt: Prompt, ids: list[int], tokenized: bool) -> Prepared:
         params = prompt.params or self._defaults
         limits = self._limits
-        self._check_prompt(ids, 1 if params.max_tokens != 0 else -1)
+        self._check_prompt(ids, 1 if params.max_tokens != 0 else -1, tokenized)
         if params is not self._checked:  # mostly all rows have one object
             _check_ids(params, limits.vocab_size)
             self._checked = params
@@ -214,15 +217,18 @@ class Preparer:
         requests = [self._request(part, score_from=first) for part, first in parts]
         return Prepared(prompt.index, ids, _READING, requests, None, read)
 
-    def _check_prompt(self, ids: list[int], more: int) -> None:
-        """Raises TooLong or InvalidInput. `more`: tokens that the context must hold besides, or need not hold (-1)."""
+    def _check_prompt(self, ids: list[int], more: int, tokenized: bool = False) -> None:
+        """Raises TooLong or InvalidInput.
+
+        more: tokens that the context must hold besides, or need not hold (-1). tokenized: the ids are a tokenizer's.
+        """
         limits = self._limits
         if not ids:
             raise InvalidInput("the prompt is empty", param="prompt")
         if len(ids) + more > limits.context:
             room = ", with room for an answer" if more > 0 else ""
             raise TooLong(f"the prompt has {len(ids)} tokens and the context {limits.context}{room}")
-        if not 0 <= min(ids) <= max(ids) < limits.vocab_size:
+        if max(ids) >= limits.vocab_size or not (tokenized or min(ids) >= 0):
             raise InvalidInput(f"a prompt token id is out of vocabulary (0 to {limits.vocab_size - 1})")
 
     def _request(self, ids: list[int], score_from: int | None = None, pooling: Pooling | None = None) -> Request:

@@ -62,7 +62,7 @@ class ChatTemplate:
             shaped = opened(shaped, end)
 
         def write(data: dict[str, Any]) -> str:
-            text = self._write(**{**defaults, **data})
+            text = self._template.render({**self._variables, **defaults, **data})
             return cut_open(text, data["messages"][-1], end) if end else text
 
         data = {**kwargs, "messages": shaped}
@@ -75,12 +75,9 @@ class ChatTemplate:
         except Exception as error:  # whatever a template does ends this row, not the job
             raise TemplateError(f"chat template: {reason(error)}") from None
 
-    def _write(self, /, **variables: Any) -> str:
-        return self._template.render({**self._variables, **variables})
-
     @functools.cached_property
     def _forms(self) -> ContentForms:
-        return content_forms(lambda messages: self._write(messages=messages))
+        return content_forms(lambda messages: self._template.render({**self._variables, "messages": messages}))
 
 
 def _tojson(
