@@ -25,6 +25,7 @@ from batchinfer.wire.asked import Asked, WireModel, ask, parse
 
 Row = Mapping[str, Any]
 _SLICE_ROWS = 256  # rows that are Python objects at once
+_NO_CONTROL = ControlTokens()
 _REMEMBERED = 1024  # distinct per-row overrides whose parsed form is kept
 
 
@@ -140,7 +141,7 @@ class RowPrompts:
             row_prompt = row_prompt._replace(shows_ids=asked.shows_ids)
             return [row_prompt._replace(content=content, place=place) for place, content in enumerate(asked.contents)]
         params: SamplingParams | None = None
-        control = ControlTokens() if self._allows_control else model.tokenizer.control
+        control = _NO_CONTROL if self._allows_control else model.tokenizer.control
         content = self._content(row, control)
         if self._sampling_column is not None:
             params = self._override(row[self._sampling_column], model.defaults)

@@ -11,8 +11,7 @@ import jinja2
 from batchinfer.errors import RowError, TemplateError
 from batchinfer.text.control import ControlTokens, texts_of, unused_character
 from batchinfer.text.messages import ContentForms, content_forms, cut_open, opened, shape_messages
-from batchinfer.text.sandbox import Sandbox, compile_template, reason
-from batchinfer.values.plain import json_text
+from batchinfer.text.sandbox import Sandbox, compile_template, json_filter, reason
 
 
 class Turn(NamedTuple):
@@ -80,17 +79,5 @@ class ChatTemplate:
         return content_forms(lambda messages: self._template.render({**self._variables, "messages": messages}))
 
 
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Without Jinja's HTML escapes, as transformers has it; but JSON has no NaN. Raises InvalidInput."""
-    layout = {"ensure_ascii": ensure_ascii, "indent": indent, "separators": separators, "sort_keys": sort_keys}
-    return json_text(value, (), **layout)
-
-
 _CHAT = Sandbox()
-_CHAT.filters["tojson"] = _tojson
+_CHAT.filters["tojson"] = json_filter()

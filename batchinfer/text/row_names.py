@@ -32,8 +32,8 @@ class Uses:
     """What a template takes from outside.
 
     variables: columns by their names. own: those whose names are something else to Jinja, or not told apart from others
-    by it. keys: constants that `row` is
-    subscripted with. whole: `row` is used in other ways, so that any column may be needed.
+    by it. keys: constants that `row` is subscripted with. whole: `row` is used in other ways, so that any column may be
+    needed.
     """
 
     variables: frozenset[str]

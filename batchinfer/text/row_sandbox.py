@@ -20,10 +20,9 @@ from jinja2.utils import Namespace, pass_environment
 
 from batchinfer.errors import InvalidInput
 from batchinfer.text.row_names import ROW, TEXT, rewrite
-from batchinfer.text.sandbox import Sandbox
+from batchinfer.text.sandbox import Sandbox, json_filter
 from batchinfer.values.cell import Struct, Unheld
 from batchinfer.values.number import Number, percent
-from batchinfer.values.plain import json_text
 
 # filters that make text of what they are given
 _OF_TEXT = (
@@ -176,7 +175,7 @@ class RowSandbox(Sandbox):
     def __init__(self) -> None:
         super().__init__(undefined=jinja2.StrictUndefined, finalize=printed)
         self.filters |= {name: _of_text(self.filters[name]) for name in _OF_TEXT}
-        self.filters |= {TEXT: printed, "join": _join, "attr": _attribute, "tojson": _tojson}
+        self.filters |= {TEXT: printed, "join": _join, "attr": _attribute, "tojson": json_filter(_check, (Null,))}
         numeric = {"abs": abs, "int": self.filters["int"], "float": self.filters["float"], "round": _rounded}
         self.filters |= {name: _of_number(make) for name, make in numeric.items()} | {"format": _of_text(_formatted)}
         self.tests["none"] = lambda value: value is None or isinstance(value, Null)
@@ -284,16 +283,3 @@ def _join(environment: RowSandbox, value: Iterable[Any], d: str = "", attribute:
 @pass_environment
 def _attribute(environment: RowSandbox, obj: Any, name: str) -> Any:
     return environment.getattr(obj, name)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Without Jinja's HTML escapes, as chat templates have it."""
-    _check(value)
-    layout = {"ensure_ascii": ensure_ascii, "indent": indent, "separators": separators, "sort_keys": sort_keys}
-    return json_text(value, (Null,), **layout)

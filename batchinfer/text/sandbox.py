@@ -18,6 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from batchinfer.errors import SpecError
+from batchinfer.values.plain import json_text
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
@@ -42,6 +43,28 @@ def compile_template(compile_source: Callable[[str], Any], source: str, name: st
 def reason(error: Exception) -> str:
     text = " ".join(str(error).split())
     return text if isinstance(error, jinja2.TemplateError) and text else f"{type(error).__name__}: {text}"
+
+
+def json_filter(
+    check: Callable[[Any], object] = lambda value: None, nulls: tuple[type, ...] = ()
+) -> Callable[..., str]:
+    """The filter `tojson` without Jinja's HTML escapes, as transformers has it; but JSON has no NaN.
+
+    check: raises for what must not be written. nulls: see `json_text`. The filter raises InvalidInput.
+    """
+
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        check(value)
+        layout = {"ensure_ascii": ensure_ascii, "indent": indent, "separators": separators, "sort_keys": sort_keys}
+        return json_text(value, nulls, **layout)
+
+    return tojson
 
 
 def _raise_exception(message: str) -> NoReturn:

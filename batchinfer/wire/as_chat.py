@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -39,9 +40,9 @@ class Rephrased(SamplingBody):
     refused: ClassVar[Refused]
     whole_answer: ClassVar[bool] = True
 
+    @abstractmethod
     def chat(self) -> ChatRequest:
         """The same in a chat's words. Raises BadParameters, InvalidInput."""
-        raise NotImplementedError
 
     def _chat(self, said: Mapping[str, Any]) -> ChatRequest:
         """Sampling fields that `said` does not name are passed on as they are. Raises BadParameters, InvalidInput."""

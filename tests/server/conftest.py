@@ -208,6 +208,21 @@ def tiny(tiny_directory: Path) -> Iterator[Endpoint]:
     endpoint.close()
 
 
+HERMES = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content or '' }}{% for c in m.tool_calls or [] %}"
+    "<tool_call>{{ c.function.name }}{{ c.function.arguments.a }}{{ c.id }}</tool_call>{% endfor %}"
+    "{{ m.tool_call_id }}\n{% endfor %}{% if tools %}{{ tools | length }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def hermes(tiny_directory):
+    llm = LLM(tiny_directory, chat_template=HERMES, max_num_seqs=4, kv_cache_tokens=2048)
+    endpoint = Endpoint(llm, chat_template=HERMES)
+    yield endpoint
+    endpoint.close()
+
+
 class Process:
     """`batchinfer serve` as a process of its own."""
 

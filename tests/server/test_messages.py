@@ -7,24 +7,15 @@ import json
 import httpx2
 import pytest
 
-from batchinfer.llm import LLM
 from batchinfer.server.app import AppOptions
 from tests.server.conftest import Endpoint, fake_llm
-from tests.server.test_responses import ADD, HERMES, SCHEMA
+from tests.server.test_responses import ADD, SCHEMA
 
 MESSAGES = "/v1/messages"
 COUNT = "/v1/messages/count_tokens"
 HI = [{"role": "user", "content": "hi"}]
 TOOL = {"name": "add", "description": "Adds.", "input_schema": SCHEMA}
 FORCED = {"tools": [TOOL], "tool_choice": {"type": "any", "disable_parallel_tool_use": True}}
-
-
-@pytest.fixture(scope="module")
-def hermes(tiny_directory):
-    llm = LLM(tiny_directory, chat_template=HERMES, max_num_seqs=4, kv_cache_tokens=2048)
-    endpoint = Endpoint(llm, chat_template=HERMES)
-    yield endpoint
-    endpoint.close()
 
 
 def events(endpoint, **body):

@@ -10,7 +10,6 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-from batchinfer.llm import LLM
 from tests.server.conftest import Endpoint, fake_llm
 
 RESPONSES = "/v1/responses"
@@ -22,19 +21,6 @@ SCHEMA = {
     "additionalProperties": False,
 }
 ADD = {"type": "function", "name": "add", "description": "Adds.", "parameters": SCHEMA, "strict": True}
-HERMES = (
-    "{% for m in messages %}[{{ m.role }}]{{ m.content or '' }}{% for c in m.tool_calls or [] %}"
-    "<tool_call>{{ c.function.name }}{{ c.function.arguments.a }}{{ c.id }}</tool_call>{% endfor %}"
-    "{{ m.tool_call_id }}\n{% endfor %}{% if tools %}{{ tools | length }}{% endif %}"
-)
-
-
-@pytest.fixture(scope="module")
-def hermes(tiny_directory):
-    llm = LLM(tiny_directory, chat_template=HERMES, max_num_seqs=4, kv_cache_tokens=2048)
-    endpoint = Endpoint(llm, chat_template=HERMES)
-    yield endpoint
-    endpoint.close()
 
 
 def asked(endpoint, call):
