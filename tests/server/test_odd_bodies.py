@@ -10,9 +10,9 @@ import pytest
 from batchinfer.llm import LLM
 from batchinfer.spec import FakeSpec
 from batchinfer.wire.json_text import dump
-from tests.server.conftest import Endpoint
+from tests.server.conftest import HERMES, Endpoint
 from tests.server.test_messages import TOOL
-from tests.server.test_responses import ADD, HERMES
+from tests.server.test_responses import ADD
 
 RESPONSE = {
     "input": [
