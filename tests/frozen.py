@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from batchinfer import errors
-from batchinfer.cli import app, main
+from batchinfer.cli.main import app, main
 from batchinfer.spec import JobSpec
 
 ROOT = Path(__file__).parent.parent

@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchinfer.cli_options import parse_settings
+from batchinfer.cli.options import parse_settings
 from batchinfer.errors import BatchInferError, SpecError, UsageError
 from batchinfer.request import SamplingParams
 from batchinfer.spec import JobSpec, load_spec, locate, parse_spec

@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from batchinfer.bench import machine
-from batchinfer.cli import main
+from batchinfer.cli.main import main
 from batchinfer.log import log
 from tests.models.tiny import SIZES, build
 

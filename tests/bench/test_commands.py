@@ -183,7 +183,7 @@ def test_a_step_never_holds_more_than_the_batch(tiny_model):
     from batchinfer.bench import latency
     from batchinfer.bench.measured import load_subject
     from batchinfer.bench.workload import Span, Synthetic
-    from batchinfer.cli_options import model_spec
+    from batchinfer.cli.options import model_spec
     from tests.bench.test_figures import make_machine
 
     subject = load_subject(model_spec(str(tiny_model), []))

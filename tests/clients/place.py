@@ -83,10 +83,10 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def started(place: Place, name: str, model: Path, *options: object, module: str = "batchinfer.cli"):
+def started(place: Place, name: str, model: Path, *options: object, module: str | None = None):
     """`batchinfer serve` over the model as a process that is healthy; it is killed if it outlives the block."""
     log = place.work / f"{name}.log"
-    start = ["-m", module] if module != "batchinfer.cli" else ["-c", "from batchinfer.cli import process; process()"]
+    start = ["-m", module] if module else ["-c", "from batchinfer.cli.main import process; process()"]
     command = [sys.executable, *start, "serve", str(model), "--port", str(place.port)]
     command += ["--served-model-name", MODEL, "--data-dir", str(place.work / f"{name}-files"), *map(str, options)]
     with log.open("w") as out:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fastapi import APIRouter
 
-from batchinfer.cli import process
+from batchinfer.cli.main import process
 from batchinfer.server import app
 
 PATH = "/soak/state"

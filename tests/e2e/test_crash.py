@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from batchinfer import cli
+from batchinfer.cli.main import main
 from batchinfer.io.storage import Store
 from batchinfer.job.run import run_job
 from batchinfer.job.verify import audit
@@ -61,7 +61,7 @@ def _child(arguments, env, log):
     os.environ.update(env)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, sys.stderr.fileno())
-    sys.exit(cli.main(arguments))
+    sys.exit(main(arguments))
 
 
 class Job:

@@ -16,7 +16,7 @@ from batchinfer.errors import Drained
 from batchinfer.job.drain import Drain
 from tests.job.doubles import ScriptedLLM, job, run, snapshot, write_parquet
 
-RUN = "from batchinfer.cli import process; process()"
+RUN = "from batchinfer.cli.main import process; process()"
 # a store whose uploads never end
 HANGING = """
 import sys, time

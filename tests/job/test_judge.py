@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from batchinfer.cli import main
+from batchinfer.cli.main import main
 from batchinfer.errors import EngineFailure, InvalidInput, TooManyRowErrors
 from batchinfer.job.retry import retry_job
 from batchinfer.job.shard import Shard

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchinfer import LLM
-from batchinfer.cli_progress import summary
+from batchinfer.cli.progress import summary
 from batchinfer.errors import Drained, EngineFailure, InputError, OutputConflict, SpecError, StorageError
 from batchinfer.job.audit import Audit
 from batchinfer.job.drain import Drain

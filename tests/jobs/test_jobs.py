@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from batchinfer.cli import main
+from batchinfer.cli.main import main
 from batchinfer.job.drain import Drain
 from batchinfer.job.verify import audit
 from batchinfer.spec import StorageSpec, load_spec

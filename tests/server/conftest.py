@@ -227,7 +227,7 @@ class Process:
     """`batchinfer serve` as a process of its own."""
 
     def __init__(self, *arguments: str, env: dict[str, str] | None = None) -> None:
-        command = [sys.executable, "-c", "import sys; from batchinfer.cli import process; process()"]
+        command = [sys.executable, "-c", "import sys; from batchinfer.cli.main import process; process()"]
         self.popen = subprocess.Popen(
             [*command, "--log-json", "serve", *arguments],
             stdout=subprocess.PIPE,

@@ -35,7 +35,7 @@ class Process:
         self.client = openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="k", max_retries=0)
 
     def start(self):
-        command = [sys.executable, "-c", "from batchinfer.cli import process; process()", "serve", "fake"]
+        command = [sys.executable, "-c", "from batchinfer.cli.main import process; process()", "serve", "fake"]
         command += ["--port", str(self.port), "--data-dir", str(self.root), "--set", f"fake.step_s={self.step_s}"]
         for setting in ("fake.answer_tokens=[2,12]", "engine.max_num_seqs=32", "engine.max_model_len=4096"):
             command += ["--set", setting]

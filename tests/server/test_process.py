@@ -16,8 +16,8 @@ import httpx
 import pytest
 import torch
 
-from batchinfer import cli_serve
-from batchinfer.cli import main
+from batchinfer.cli import serve
+from batchinfer.cli.main import main
 from batchinfer.errors import ModelError
 
 PRINT = "import os, sys; print(os.environ['OPENAI_BASE_URL'], os.environ['OPENAI_API_KEY'], *sys.argv[1:]); "
@@ -224,10 +224,10 @@ def test_loading_leaves_no_openmp_workers():
         return len(list(tasks.iterdir()))
 
     try:
-        cli_serve._in_thread(load)  # torch keeps one thread of its own from here on
+        serve._in_thread(load)  # torch keeps one thread of its own from here on
         time.sleep(0.5)
         before = len(list(tasks.iterdir()))
-        assert cli_serve._in_thread(load) >= before + 2  # the thread itself, and a worker
+        assert serve._in_thread(load) >= before + 2  # the thread itself, and a worker
         give_up = time.monotonic() + 10
         while len(list(tasks.iterdir())) > before:
             assert time.monotonic() < give_up, "workers are left"
@@ -241,4 +241,4 @@ def test_errors_of_loading_are_raised():
         raise ModelError("no weights")
 
     with pytest.raises(ModelError, match="no weights"):
-        cli_serve._in_thread(load)
+        serve._in_thread(load)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from batchinfer import cli_help as pages
-from batchinfer.cli_options import Settings, load_job, located, model_spec, print_text, takes, with_cache
+from batchinfer.cli import help as pages
+from batchinfer.cli.options import Settings, load_job, located, model_spec, print_text, takes, with_cache
 from batchinfer.errors import UsageError
 
 if TYPE_CHECKING:

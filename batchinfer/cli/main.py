@@ -1,6 +1,6 @@
 """The command line: options and environment in, exit codes out. All work is done below, and imported when it is due.
 
-The environment is read here, in `cli_options` and in `cli_serve`, and nowhere below: the platform variables of an array
+The environment is read here, in `cli.options` and in `cli.serve`, and nowhere below: the platform variables of an array
 job, BATCHINFER_SHARD_INDEX and BATCHINFER_SHARD_COUNT, BATCHINFER_CACHE, BATCHINFER_API_KEY.
 """
 
@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from batchinfer import cli_help as pages
-from batchinfer.cli_bench import bench
-from batchinfer.cli_options import Settings, load_job, located, parse_settings, print_text, takes
-from batchinfer.cli_progress import choose_progress, summary
-from batchinfer.cli_serve import ServeOptions, serve
+from batchinfer.cli import help as pages
+from batchinfer.cli.bench import bench
+from batchinfer.cli.options import Settings, load_job, located, parse_settings, print_text, takes
+from batchinfer.cli.progress import choose_progress, summary
+from batchinfer.cli.serve import ServeOptions, serve
 from batchinfer.errors import EXIT_OK, BatchInferError, SpecError, UsageError
 from batchinfer.log import log
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from batchinfer.cli_options import Settings, model_spec
+from batchinfer.cli.options import Settings, model_spec
 from batchinfer.errors import ModelError, UsageError
 from batchinfer.log import log
 

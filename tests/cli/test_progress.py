@@ -7,8 +7,15 @@ import sys
 
 import pytest
 
-from batchinfer import cli_progress
-from batchinfer.cli_progress import LogProgress, Rates, TerminalProgress, cache_share, duration, seconds_left
+from batchinfer.cli.progress import (
+    LogProgress,
+    Rates,
+    TerminalProgress,
+    cache_share,
+    choose_progress,
+    duration,
+    seconds_left,
+)
 from batchinfer.job.report import Snapshot
 from batchinfer.log import log
 
@@ -81,8 +88,8 @@ def test_choice(monkeypatch):
             return True
 
     monkeypatch.setattr(sys, "stderr", Terminal())
-    progress = cli_progress.choose_progress()
+    progress = choose_progress()
     assert isinstance(progress, TerminalProgress)
     progress.close()
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    assert isinstance(cli_progress.choose_progress(), LogProgress)
+    assert isinstance(choose_progress(), LogProgress)

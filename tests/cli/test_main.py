@@ -15,15 +15,15 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from batchinfer.cli import main
-from batchinfer.cli_options import CACHE_VARIABLE, load_job
+from batchinfer.cli.main import main
+from batchinfer.cli.options import CACHE_VARIABLE, load_job
 from batchinfer.job.drain import Drain
 from batchinfer.job.shard import _PLATFORMS, OUR_COUNT, OUR_INDEX
 from batchinfer.log import log
 from tests import frozen
 from tests.job.outputs import ROWS, write_input
 
-CLI = [sys.executable, "-c", "from batchinfer.cli import process; process()"]
+CLI = [sys.executable, "-c", "from batchinfer.cli.main import process; process()"]
 
 
 @pytest.fixture(autouse=True)
