@@ -12,19 +12,19 @@ from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
-from batchinfer.assembly import Assembly, assemble
-from batchinfer.encoding import Content, SpecialTokens
 from batchinfer.engine.blocks import BlockPool
 from batchinfer.engine.engine import Engine, Runner
 from batchinfer.engine.scheduler import Scheduler
 from batchinfer.engine.stats import EngineStats
 from batchinfer.errors import BadParameters, ModelError, SpecError, UsageError
 from batchinfer.io.fetch import ModelFiles, fetch_model
-from batchinfer.prompting import Limits, Preparer, Prompt, mix
+from batchinfer.pipeline.encoding import Content, SpecialTokens
+from batchinfer.pipeline.load import Assembly, assemble
+from batchinfer.pipeline.prepare import Limits, Preparer, Prompt, mix
+from batchinfer.pipeline.scoring import Continuation, Measure, Pooled, Read, Rolling, continuations
+from batchinfer.pipeline.stream import Stream
 from batchinfer.request import Completion, Pooling, SamplingParams
-from batchinfer.scoring import Continuation, Measure, Pooled, Read, Rolling, continuations
 from batchinfer.spec import FAKE_MODEL, EngineSpec, FakeSpec, JobSpec, StorageSpec, parse_section
-from batchinfer.stream import Stream
 from batchinfer.text.chat import ChatTemplate
 from batchinfer.text.tokenizer import Tokenizer
 from batchinfer.wire.asked import WireModel

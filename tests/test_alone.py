@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchinfer import LLM, Completion, SamplingParams
-from batchinfer.encoding import Framing
-from batchinfer.prompting import Prompt
-from batchinfer.scoring import Pooled, Rolling, continuations
+from batchinfer.pipeline.encoding import Framing
+from batchinfer.pipeline.prepare import Prompt
+from batchinfer.pipeline.scoring import Pooled, Rolling, continuations
 from batchinfer.spec import FakeSpec
 
 CONTEXTS = ["is", "is ", "is\n", "is  ", "is \u3000", "i", "", " ", [105, 115], [105, 115, 32]]

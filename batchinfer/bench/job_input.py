@@ -10,7 +10,7 @@ from batchinfer.io.rows import stream
 from batchinfer.job.feed import numbered
 from batchinfer.job.prepare import Draft, draft_plan
 from batchinfer.llm import Prompt
-from batchinfer.prompting import mix
+from batchinfer.pipeline.prepare import mix
 from batchinfer.spec import JobSpec
 
 

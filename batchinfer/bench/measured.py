@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from batchinfer.assembly import Assembly, use_threads
 from batchinfer.bench.cost import LinearCost, StepWork
 from batchinfer.engine.blocks import BlockPool
 from batchinfer.engine.engine import Engine, Runner
 from batchinfer.engine.plan import StepPlan, StepResult
 from batchinfer.io.fetch import ModelFiles, fetch_model
 from batchinfer.llm import LLM, Defaults, make_engine
-from batchinfer.prompting import Limits
+from batchinfer.pipeline.load import Assembly, use_threads
+from batchinfer.pipeline.prepare import Limits
 from batchinfer.spec import FAKE_MODEL, EngineSpec, JobSpec
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 from batchinfer.bench.measured import MeasuredLLM
 from batchinfer.errors import InputError, InputMissing, UsageError, suggest
 from batchinfer.llm import Prompt
-from batchinfer.prompting import Limits
+from batchinfer.pipeline.prepare import Limits
 from batchinfer.request import SamplingParams
 
 _KEYS = ("id", "ids", "max_tokens")

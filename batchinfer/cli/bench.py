@@ -187,9 +187,9 @@ def host(
     ] = "64,256,1024,4096",
     json: JsonFile = None,
 ) -> None:
-    from batchinfer.assembly import use_threads
     from batchinfer.bench import host as measurement
     from batchinfer.bench.json_file import json_file
+    from batchinfer.pipeline.load import use_threads
 
     with json_file(json) as write:
         numbers = measurement.parse_sequences(sequences)
@@ -208,9 +208,9 @@ def kernels(
     threads: Threads = None,
     json: JsonFile = None,
 ) -> None:
-    from batchinfer.assembly import use_threads
     from batchinfer.bench import kernels as measurement
     from batchinfer.bench.json_file import json_file
+    from batchinfer.pipeline.load import use_threads
 
     with json_file(json) as write:
         shapes = measurement.shapes_of(model, with_cache(model_spec(model, [])).storage) if model else None

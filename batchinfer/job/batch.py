@@ -32,7 +32,7 @@ from batchinfer.job.spool import Spool
 from batchinfer.job.state import Seams, open_store
 from batchinfer.llm import Answerer
 from batchinfer.log import log
-from batchinfer.prompting import Prompt
+from batchinfer.pipeline.prepare import Prompt
 from batchinfer.request import Completion
 from batchinfer.spec import JobSpec, parse_spec
 from batchinfer.wire.asked import ROUTES, WireModel

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from batchinfer.assembly import FAKE_CONTEXT_TOKENS, load_text
 from batchinfer.errors import OutputConflict
 from batchinfer.io.fetch import ModelFiles, fetch_model
 from batchinfer.io.rows import Span, stream
@@ -24,7 +23,8 @@ from batchinfer.job.prepare import Draft, draft_plan
 from batchinfer.job.prompts import RowPrompt
 from batchinfer.job.report import report_name
 from batchinfer.job.shard import Shard
-from batchinfer.prompting import Limits, Prepared, Preparer
+from batchinfer.pipeline.load import FAKE_CONTEXT_TOKENS, load_text
+from batchinfer.pipeline.prepare import Limits, Prepared, Preparer
 from batchinfer.request import Completion, SamplingParams
 from batchinfer.spec import FAKE_MODEL, JobSpec
 from batchinfer.wire.asked import WireModel

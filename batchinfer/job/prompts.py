@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from batchinfer.encoding import Content, Framing
 from batchinfer.errors import BadParameters, InvalidInput, RowError, TemplateError
 from batchinfer.io.rows import Inputs, RowBatch, rows_of
 from batchinfer.job.cells import chat_messages, parse_json, ready_prompt
 from batchinfer.job.plan import check_columns, check_type
+from batchinfer.pipeline.encoding import Content, Framing
+from batchinfer.pipeline.scoring import Continuations, Measure, Pooled, Read, Rolling
 from batchinfer.request import SamplingParams
-from batchinfer.scoring import Continuations, Measure, Pooled, Read, Rolling
 from batchinfer.spec import JobSpec, PromptSpec
 from batchinfer.text.control import ControlTokens
 from batchinfer.text.row_template import RowFilter, RowTemplate

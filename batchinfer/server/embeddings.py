@@ -7,9 +7,9 @@ import time
 from starlette.responses import Response
 from starlette.types import Receive
 
-from batchinfer.prompting import Prepared
+from batchinfer.pipeline.prepare import Prepared
+from batchinfer.pipeline.scoring import Pooled
 from batchinfer.request import Finished
-from batchinfer.scoring import Pooled
 from batchinfer.server.errors import ApiError, JsonResponse
 from batchinfer.server.frontend import Frontend
 from batchinfer.server.replies import answer, check_model

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
-from batchinfer.encoding import Content, Encoder, Framing, SpecialTokens, Text
 from batchinfer.errors import RowError
 from batchinfer.llm import Parts
-from batchinfer.prompting import Prepared, Prompt, mix
+from batchinfer.pipeline.encoding import Content, Encoder, Framing, SpecialTokens, Text
+from batchinfer.pipeline.prepare import Prepared, Prompt, mix
 from batchinfer.request import Completion, Request
 from batchinfer.server.engine_loop import EngineLoop, Event
 from batchinfer.server.errors import ApiError, of_row

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from starlette.responses import Response
 from starlette.types import Receive
 
-from batchinfer.prompting import Prepared
+from batchinfer.pipeline.prepare import Prepared
 from batchinfer.server.errors import ApiError, JsonResponse
 from batchinfer.server.frontend import Frontend
 from batchinfer.server.samples import Samples

@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
-from batchinfer.prompting import Prepared
+from batchinfer.pipeline.prepare import Prepared
 from batchinfer.request import Request
 from batchinfer.server.engine_loop import Event
 from batchinfer.server.frontend import Frontend, Generation

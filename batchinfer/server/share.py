@@ -11,12 +11,12 @@ from collections.abc import Generator, Iterable
 
 from batchinfer.engine.stats import EngineStats
 from batchinfer.errors import EngineError
-from batchinfer.prompting import Prompt
+from batchinfer.pipeline.prepare import Prompt
+from batchinfer.pipeline.stream import Stream
 from batchinfer.request import Completion, Finished, Request
 from batchinfer.server.engine_loop import Event
 from batchinfer.server.errors import ApiError
 from batchinfer.server.frontend import Frontend
-from batchinfer.stream import Stream
 from batchinfer.wire.asked import WireModel
 
 _SHARE = 0.75  # of the seats

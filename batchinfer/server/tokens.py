@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from batchinfer.encoding import Framing
+from batchinfer.pipeline.encoding import Framing
 from batchinfer.server.errors import JsonResponse, bad_request
 from batchinfer.server.frontend import Frontend
 from batchinfer.server.replies import check_model

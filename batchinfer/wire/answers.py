@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from itertools import count
 from typing import Any, NamedTuple
 
-from batchinfer.encoding import Content
 from batchinfer.errors import RETRYABLE_KINDS
+from batchinfer.pipeline.encoding import Content
 from batchinfer.request import FinishReason, TokenLogprob
 from batchinfer.wire.asked import Asked, WireModel
 from batchinfer.wire.blocks import Head

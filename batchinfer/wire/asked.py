@@ -8,10 +8,10 @@ from typing import Any, cast
 
 from pydantic import ValidationError
 
-from batchinfer.encoding import Content, Framing, Truncation
 from batchinfer.errors import InvalidInput
+from batchinfer.pipeline.encoding import Content, Framing, Truncation
+from batchinfer.pipeline.scoring import Pooled
 from batchinfer.request import Pooling, SamplingParams
-from batchinfer.scoring import Pooled
 from batchinfer.text.tokenizer import Tokenizer
 from batchinfer.wire.as_chat import Rephrased
 from batchinfer.wire.bodies import ChatRequest, CompletionRequest, EmbeddingRequest, of_validation

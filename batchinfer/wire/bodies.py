@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from batchinfer.encoding import SpecialTokens
 from batchinfer.errors import InvalidInput
 from batchinfer.numeric import whole
+from batchinfer.pipeline.encoding import SpecialTokens
 
 TruncationSide = Literal["left", "right"]
 Whole = Annotated[int, BeforeValidator(whole)]  # 5.0 is one: JSON has but one kind of number

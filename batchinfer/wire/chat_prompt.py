@@ -7,8 +7,8 @@ from typing import Any
 
 import orjson
 
-from batchinfer.encoding import Framing
 from batchinfer.errors import BadParameters, InvalidInput
+from batchinfer.pipeline.encoding import Framing
 from batchinfer.text.messages import read_messages
 from batchinfer.wire.bodies import ChatRequest, Message, TokenizeRequest
 

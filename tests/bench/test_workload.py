@@ -10,7 +10,7 @@ import pytest
 from batchinfer.bench.latency import parse_batches
 from batchinfer.bench.workload import Span, Synthetic, WorkloadFile, parse_span
 from batchinfer.errors import InputError, InputMissing, UsageError
-from batchinfer.prompting import Limits
+from batchinfer.pipeline.prepare import Limits
 
 LLM = SimpleNamespace(limits=Limits(context=64, vocab_size=96, eos_ids=frozenset({2})))
 

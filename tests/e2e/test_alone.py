@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchinfer import LLM, Completion, SamplingParams
-from batchinfer.prompting import Prompt
-from batchinfer.scoring import Pooled, Rolling, continuations
+from batchinfer.pipeline.prepare import Prompt
+from batchinfer.pipeline.scoring import Pooled, Rolling, continuations
 
 from .test_structured import random_model  # noqa: F401 (a fixture)
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from batchinfer.assembly import assemble
 from batchinfer.engine.engine import Engine
 from batchinfer.engine.expected import ExpectedLength
 from batchinfer.engine.scheduler import Scheduler
 from batchinfer.io.fetch import ModelFiles
+from batchinfer.pipeline.load import assemble
 from batchinfer.request import Request, SamplingParams
 from batchinfer.spec import EngineSpec, FakeSpec
 from batchinfer.text.tokenizer import load_tokenizer

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchinfer.prompting import Limits, Prepared, Preparer, Prompt
+from batchinfer.pipeline.prepare import Limits, Prepared, Preparer, Prompt
 from batchinfer.request import SamplingParams, TokenLogprob
 from batchinfer.server.text_stream import TextStream
 from batchinfer.text.tokenizer import ByteTokenizer, Tokenizer

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
 from batchinfer.errors import BadParameters
-from batchinfer.prompting import Limits, Prepared, Preparer, Prompt
+from batchinfer.pipeline.prepare import Limits, Prepared, Preparer, Prompt
 from batchinfer.request import Constraint, Matcher, SamplingParams
 from batchinfer.structured import MAX_CHARACTERS, StructuredOutputs
 from batchinfer.text.fast import FastTokenizer, TokenizerFacts

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from heapq import heapify, heappop, heappush
 
-from batchinfer.prompting import Prepared
+from batchinfer.pipeline.prepare import Prepared
 
 _GROUP_LEVELS = 8  # groups within groups; deeper ones stay in the order of their tokens
 

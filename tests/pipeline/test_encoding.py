@@ -10,13 +10,13 @@ import pytest
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as RustTokenizer
 
-from batchinfer.encoding import Content, Framing
 from batchinfer.errors import InvalidInput, SpecError
 from batchinfer.io.rows import RowBatch
 from batchinfer.job.prepare import draft_plan
-from batchinfer.prompting import Limits, Prepared, Preparer, Prompt
+from batchinfer.pipeline.encoding import Content, Framing
+from batchinfer.pipeline.prepare import Limits, Prepared, Preparer, Prompt
+from batchinfer.pipeline.scoring import Pooled, Read, Rolling, continuations
 from batchinfer.request import Completion, SamplingParams
-from batchinfer.scoring import Pooled, Read, Rolling, continuations
 from batchinfer.text.chat import ChatTemplate
 from batchinfer.text.fast import FastTokenizer, TokenizerFacts
 from batchinfer.text.pieces import BYTE_ALPHABET

@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchinfer import LLM, SamplingParams, stream
+from batchinfer import LLM, SamplingParams
 from batchinfer.engine.plan import StepPlan, StepResult
-from batchinfer.order import PrefixOrder, longest_first
-from batchinfer.prompting import Prepared
+from batchinfer.pipeline import stream
+from batchinfer.pipeline.prefix_order import PrefixOrder, longest_first
+from batchinfer.pipeline.prepare import Prepared
 from batchinfer.spec import FakeSpec
 
 GREEDY = SamplingParams(temperature=0)

@@ -10,8 +10,8 @@ import torch
 
 from batchinfer import LLM
 from batchinfer.errors import InvalidInput, TooLong
+from batchinfer.pipeline.scoring import best_choice, pair, windows
 from batchinfer.request import Score
-from batchinfer.scoring import best_choice, pair, windows
 from batchinfer.spec import FakeSpec
 from tests.models.tiny import build
 

@@ -16,10 +16,10 @@ from typing import Protocol
 
 from batchinfer.engine.stats import EngineStats
 from batchinfer.errors import RowError
-from batchinfer.order import PrefixOrder
-from batchinfer.prompting import Feeder, Prepared, Preparer, Prompt
+from batchinfer.pipeline.prefix_order import PrefixOrder
+from batchinfer.pipeline.prepare import Feeder, Prepared, Preparer, Prompt
+from batchinfer.pipeline.scoring import Continuations, Pooled, best_choice, score_of
 from batchinfer.request import Completion, Finished, Output, Request
-from batchinfer.scoring import Continuations, Pooled, best_choice, score_of
 from batchinfer.text.tokenizer import Tokenizer
 
 _DETOKENIZE_TOGETHER = 32  # finished prompts that are turned into text in one call

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from batchinfer.assembly import _defaults, _generation_config, _model_runner, quota_threads
 from batchinfer.errors import ModelError
 from batchinfer.io.fetch import ModelFiles
+from batchinfer.pipeline.load import _defaults, _generation_config, _model_runner, quota_threads
 from batchinfer.spec import EngineSpec
 from tests.models.tiny import build
 

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from batchinfer import LLM, Completion, SamplingParams
 from batchinfer.engine.plan import StepPlan, StepResult
 from batchinfer.errors import EngineFailure
-from batchinfer.prompting import Prepared
+from batchinfer.pipeline.prepare import Prepared
+from batchinfer.pipeline.stream import Repeats, _Group
 from batchinfer.request import Output, Request
 from batchinfer.spec import FakeSpec
-from batchinfer.stream import Repeats, _Group
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20)
 

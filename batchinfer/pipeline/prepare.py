@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from batchinfer.encoding import Content, Encoder, Framing, SpecialTokens, Text
 from batchinfer.errors import BadParameters, InvalidInput, RowError, TooLong
+from batchinfer.pipeline.encoding import Content, Encoder, Framing, SpecialTokens, Text
+from batchinfer.pipeline.scoring import Continuations, Pooled, Read, Rolling, pair, windows
 from batchinfer.request import Completion, Pooling, Request, SamplingParams
-from batchinfer.scoring import Continuations, Pooled, Read, Rolling, pair, windows
 from batchinfer.text.chat import ChatTemplate
 from batchinfer.text.detokenize import StopStrings, bad_word_ids
 from batchinfer.text.grammar import Grammars

@@ -16,7 +16,7 @@ from batchinfer.io.fetch import ModelFiles
 from batchinfer.log import log
 from batchinfer.models.gguf_header import shared_header
 from batchinfer.models.json_file import end_ids, read_object
-from batchinfer.prompting import Limits
+from batchinfer.pipeline.prepare import Limits
 from batchinfer.request import SamplingParams
 from batchinfer.spec import EngineSpec, FakeSpec
 from batchinfer.text.chat import ChatTemplate

@@ -1,0 +1,1 @@
+"""Pipeline: prompts through the engine, from a row's text to its completion."""
