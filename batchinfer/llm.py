@@ -18,6 +18,7 @@ from batchinfer.engine.scheduler import Scheduler
 from batchinfer.engine.stats import EngineStats
 from batchinfer.errors import BadParameters, ModelError, SpecError, UsageError
 from batchinfer.io.fetch import ModelFiles, fetch_model
+from batchinfer.openai.parse import WireModel
 from batchinfer.pipeline.encoding import Content, SpecialTokens
 from batchinfer.pipeline.load import Assembly, assemble
 from batchinfer.pipeline.prepare import Limits, Preparer, Prompt, mix
@@ -27,7 +28,6 @@ from batchinfer.request import Completion, Pooling, SamplingParams
 from batchinfer.spec import FAKE_MODEL, EngineSpec, FakeSpec, JobSpec, StorageSpec, parse_section
 from batchinfer.text.chat import ChatTemplate
 from batchinfer.text.tokenizer import Tokenizer
-from batchinfer.wire.asked import WireModel
 
 __all__ = ["LLM", "Answerer", "Prompt"]
 

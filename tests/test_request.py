@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchinfer.errors import BadParameters, InvalidInput
+from batchinfer.openai.parse import parse
 from batchinfer.request import _RANGES, SamplingParams
-from batchinfer.wire.asked import parse
 
 WHOLE = [name for name, limits in _RANGES.items() if limits.whole]
 FIVE = [5.0, Decimal(5), Decimal("5.00"), Decimal("5E0"), np.int64(5), np.float64(5), np.uint8(5), np.float32(5)]

@@ -20,9 +20,9 @@ from batchinfer.job.audit_commits import Commits
 from batchinfer.job.plan import load_plan
 from batchinfer.job.readback import read_part
 from batchinfer.job.same_inputs import same_inputs
+from batchinfer.openai.response_bodies import tokens_of
 from batchinfer.spec import JobSpec, StorageSpec
 from batchinfer.text.row_template import RowFilter
-from batchinfer.wire.answers import tokens_of
 
 _ADDED = ("row", "status", "error_type", "prompt_tokens", "completion_tokens", "sample")
 _PARTS_AT_ONCE = 16

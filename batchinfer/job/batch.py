@@ -32,10 +32,10 @@ from batchinfer.job.spool import Spool
 from batchinfer.job.state import Seams, open_store
 from batchinfer.llm import Answerer
 from batchinfer.log import log
+from batchinfer.openai.parse import ROUTES, WireModel
 from batchinfer.pipeline.prepare import Prompt
 from batchinfer.request import Completion
 from batchinfer.spec import JobSpec, parse_spec
-from batchinfer.wire.asked import ROUTES, WireModel
 
 _CHUNK_ROWS = 500
 _SALVAGE_EVERY_S = 10.0  # to local disk: cheaper than the 30 s of a job on an object store

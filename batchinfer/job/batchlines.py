@@ -15,11 +15,11 @@ import pyarrow as pa
 from batchinfer.job.columns import BODY, Layout
 from batchinfer.job.prompts import asked_of
 from batchinfer.job.results import Row
+from batchinfer.openai.json_text import dump
+from batchinfer.openai.parse import Asked, WireModel, field_of
+from batchinfer.openai.request_models import CompletionRequest
+from batchinfer.openai.response_bodies import Answers, PromptTokens, Read, Said, problem, tokens_of
 from batchinfer.request import FinishReason, TokenLogprob
-from batchinfer.wire.answers import Answers, PromptTokens, Read, Said, problem, tokens_of
-from batchinfer.wire.asked import Asked, WireModel, field_of
-from batchinfer.wire.bodies import CompletionRequest
-from batchinfer.wire.json_text import dump
 
 _ID = "batch_req_"
 

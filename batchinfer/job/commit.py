@@ -20,7 +20,7 @@ from batchinfer.job.ledger import CommitRecord, Ledger, part_name
 from batchinfer.job.results import build_table, count, decode
 from batchinfer.job.spool import Spool
 from batchinfer.log import log
-from batchinfer.wire.asked import WireModel
+from batchinfer.openai.parse import WireModel
 
 _THREADS = 2  # one builds while the other uploads
 _GRACE_S = 0.5

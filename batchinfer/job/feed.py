@@ -15,9 +15,9 @@ from batchinfer.job.plan import JobPlan
 from batchinfer.job.prompts import RowPrompt, RowPrompts
 from batchinfer.job.results import Row, encode_row
 from batchinfer.job.spool import Spool
+from batchinfer.openai.parse import WireModel
 from batchinfer.pipeline.prepare import Prompt, mix
 from batchinfer.spec import StorageSpec
-from batchinfer.wire.asked import WireModel
 
 
 class Window:

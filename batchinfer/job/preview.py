@@ -23,11 +23,11 @@ from batchinfer.job.prepare import Draft, draft_plan
 from batchinfer.job.prompts import RowPrompt
 from batchinfer.job.report import report_name
 from batchinfer.job.shard import Shard
+from batchinfer.openai.parse import WireModel
 from batchinfer.pipeline.load import FAKE_CONTEXT_TOKENS, load_text
 from batchinfer.pipeline.prepare import Limits, Prepared, Preparer
 from batchinfer.request import Completion, SamplingParams
 from batchinfer.spec import FAKE_MODEL, JobSpec
-from batchinfer.wire.asked import WireModel
 
 _SPANS = 10  # places of the input that the sample is taken from
 _EXAMPLES = 3

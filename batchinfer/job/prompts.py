@@ -14,6 +14,7 @@ from batchinfer.errors import BadParameters, InvalidInput, RowError, TemplateErr
 from batchinfer.io.rows import Inputs, RowBatch, rows_of
 from batchinfer.job.cells import chat_messages, parse_json, ready_prompt
 from batchinfer.job.plan import check_columns, check_type
+from batchinfer.openai.parse import Asked, WireModel, ask, parse
 from batchinfer.pipeline.encoding import Content, Framing
 from batchinfer.pipeline.scoring import Continuations, Measure, Pooled, Read, Rolling
 from batchinfer.request import SamplingParams
@@ -21,7 +22,6 @@ from batchinfer.spec import JobSpec, PromptSpec
 from batchinfer.text.control import ControlTokens
 from batchinfer.text.row_template import RowFilter, RowTemplate
 from batchinfer.values.plain import plain
-from batchinfer.wire.asked import Asked, WireModel, ask, parse
 
 Row = Mapping[str, Any]
 _SLICE_ROWS = 256  # rows that are Python objects at once

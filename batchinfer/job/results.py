@@ -21,8 +21,8 @@ import pyarrow as pa
 from batchinfer.io.json_text import finite
 from batchinfer.io.types import fit
 from batchinfer.job.columns import BODY, ERROR, OK, READ_COLUMNS, Layout
+from batchinfer.openai.sampling_fields import param_of
 from batchinfer.request import Completion, Output, TokenLogprob
-from batchinfer.wire.params import param_of
 
 _OF_PROMPT = "prompt_logprobs"
 SCORED = "scored_tokens"  # no column: what `read` counts for the totals

@@ -15,14 +15,14 @@ from starlette.responses import Response
 
 from batchinfer import __version__
 from batchinfer.errors import RowError
+from batchinfer.openai.messages_request import CountRequest, MessagesRequest
+from batchinfer.openai.request_models import ChatRequest, CompletionRequest, EmbeddingRequest, ErrorBody, of_validation
+from batchinfer.openai.responses_request import ResponseRequest
 from batchinfer.server import chat, completions, embeddings, messages, responses, tokens
 from batchinfer.server.errors import ApiError, JsonResponse, internal_error, of_row
 from batchinfer.server.frontend import Frontend
 from batchinfer.server.gate import Gate
 from batchinfer.server.replies import check_model, respond
-from batchinfer.wire.bodies import ChatRequest, CompletionRequest, EmbeddingRequest, ErrorBody, of_validation
-from batchinfer.wire.messages import CountRequest, MessagesRequest
-from batchinfer.wire.responses import ResponseRequest
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "What is wrong with the request"},

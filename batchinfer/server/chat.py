@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import secrets
 
+from batchinfer.openai.chat_response import ChatShape
+from batchinfer.openai.parse import ask
+from batchinfer.openai.request_models import ChatRequest
 from batchinfer.server.choices import Choices
 from batchinfer.server.frontend import Frontend
 from batchinfer.server.replies import Work
-from batchinfer.wire.asked import ask
-from batchinfer.wire.bodies import ChatRequest
-from batchinfer.wire.chat import ChatShape
 
 
 async def prepare(frontend: Frontend, body: ChatRequest, name: str) -> Work:

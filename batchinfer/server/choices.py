@@ -6,10 +6,10 @@ import secrets
 import time
 from typing import Any, Protocol
 
+from batchinfer.openai.delta import Delta, Used, usage
+from batchinfer.openai.request_models import SamplingBody
 from batchinfer.server.errors import ApiError
 from batchinfer.server.stream import event
-from batchinfer.wire.bodies import SamplingBody
-from batchinfer.wire.choices import Delta, Used, usage
 
 
 class Shape(Protocol):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from batchinfer.openai.completion_response import CompletionShape
+from batchinfer.openai.parse import ask
+from batchinfer.openai.request_models import CompletionRequest
 from batchinfer.server.choices import Choices
 from batchinfer.server.frontend import Frontend
 from batchinfer.server.replies import Work
-from batchinfer.wire.asked import ask
-from batchinfer.wire.bodies import CompletionRequest
-from batchinfer.wire.completions import CompletionShape
 
 
 async def prepare(frontend: Frontend, body: CompletionRequest, name: str) -> Work:

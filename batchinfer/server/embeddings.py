@@ -7,15 +7,15 @@ import time
 from starlette.responses import Response
 from starlette.types import Receive
 
+from batchinfer.openai.embedding_response import embeddings
+from batchinfer.openai.parse import Asked, ask
+from batchinfer.openai.request_models import EmbeddingRequest
 from batchinfer.pipeline.prepare import Prepared
 from batchinfer.pipeline.scoring import Pooled
 from batchinfer.request import Finished
 from batchinfer.server.errors import ApiError, JsonResponse
 from batchinfer.server.frontend import Frontend
 from batchinfer.server.replies import answer, check_model
-from batchinfer.wire.asked import Asked, ask
-from batchinfer.wire.bodies import EmbeddingRequest
-from batchinfer.wire.vectors import embeddings
 
 
 async def respond(frontend: Frontend, receive: Receive, body: EmbeddingRequest) -> Response:

@@ -9,9 +9,9 @@ from starlette.responses import Response
 
 from batchinfer.errors import DeadlineExceeded, EngineFailure, RowError, TooLong
 from batchinfer.log import log
-from batchinfer.wire.asked import MESSAGES, field_of
-from batchinfer.wire.json_text import dump
-from batchinfer.wire.params import param_of
+from batchinfer.openai.json_text import dump
+from batchinfer.openai.parse import MESSAGES, field_of
+from batchinfer.openai.sampling_fields import param_of
 
 CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}

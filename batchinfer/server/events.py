@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+from batchinfer.openai.delta import Delta, Used
 from batchinfer.server.errors import ApiError
 from batchinfer.server.stream import event
-from batchinfer.wire.choices import Delta, Used
 
 
 class Answer(Protocol):

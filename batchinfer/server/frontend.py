@@ -12,14 +12,14 @@ from typing import Any, Protocol, TypeVar
 
 from batchinfer.errors import RowError
 from batchinfer.llm import Parts
+from batchinfer.openai.logprobs import TokenTexts
+from batchinfer.openai.parse import Asked, WireModel
 from batchinfer.pipeline.encoding import Content, Encoder, Framing, SpecialTokens, Text
 from batchinfer.pipeline.prepare import Prepared, Prompt, mix
 from batchinfer.request import Completion, Request
 from batchinfer.server.engine_loop import EngineLoop, Event
 from batchinfer.server.errors import ApiError, of_row
 from batchinfer.server.metrics import Metrics
-from batchinfer.wire.asked import Asked, WireModel
-from batchinfer.wire.token_texts import TokenTexts
 
 T = TypeVar("T")
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from batchinfer.openai.content_blocks import Head
+from batchinfer.openai.messages_request import CountRequest, MessagesRequest
+from batchinfer.openai.messages_response import MessageAnswer
+from batchinfer.openai.parse import ask
 from batchinfer.server.events import Events
 from batchinfer.server.frontend import Frontend
 from batchinfer.server.replies import Work, check_model
 from batchinfer.server.responses import new_id
-from batchinfer.wire.asked import ask
-from batchinfer.wire.blocks import Head
-from batchinfer.wire.message_answer import MessageAnswer
-from batchinfer.wire.messages import CountRequest, MessagesRequest
 
 
 async def prepare(frontend: Frontend, body: MessagesRequest, name: str) -> Work:

@@ -10,13 +10,13 @@ from typing import Any, Protocol
 from starlette.responses import Response
 from starlette.types import Receive
 
+from batchinfer.openai.delta import Delta, Used
+from batchinfer.openai.request_models import SamplingBody
 from batchinfer.pipeline.prepare import Prepared
 from batchinfer.server.errors import ApiError, JsonResponse
 from batchinfer.server.frontend import Frontend
 from batchinfer.server.samples import Samples
 from batchinfer.server.stream import CLIENT_GONE, ClientGone, EventStream, Reply, unless_gone
-from batchinfer.wire.bodies import SamplingBody
-from batchinfer.wire.choices import Delta, Used
 
 
 class Answering(Protocol):

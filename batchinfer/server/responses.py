@@ -5,13 +5,13 @@ from __future__ import annotations
 import secrets
 import time
 
+from batchinfer.openai.content_blocks import Head
+from batchinfer.openai.parse import ask
+from batchinfer.openai.responses_request import ResponseRequest
+from batchinfer.openai.responses_response import ResponseAnswer
 from batchinfer.server.events import Events
 from batchinfer.server.frontend import Frontend
 from batchinfer.server.replies import Work
-from batchinfer.wire.asked import ask
-from batchinfer.wire.blocks import Head
-from batchinfer.wire.response_answer import ResponseAnswer
-from batchinfer.wire.responses import ResponseRequest
 
 
 async def prepare(frontend: Frontend, body: ResponseRequest, name: str) -> Work:

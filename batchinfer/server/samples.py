@@ -6,12 +6,12 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
+from batchinfer.openai.delta import Delta, Used
 from batchinfer.pipeline.prepare import Prepared
 from batchinfer.request import Request
 from batchinfer.server.engine_loop import Event
 from batchinfer.server.frontend import Frontend, Generation
 from batchinfer.server.text_stream import TextStream
-from batchinfer.wire.choices import Delta, Used
 
 
 class _Sample:

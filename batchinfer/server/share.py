@@ -11,13 +11,13 @@ from collections.abc import Generator, Iterable
 
 from batchinfer.engine.stats import EngineStats
 from batchinfer.errors import EngineError
+from batchinfer.openai.parse import WireModel
 from batchinfer.pipeline.prepare import Prompt
 from batchinfer.pipeline.stream import Stream
 from batchinfer.request import Completion, Finished, Request
 from batchinfer.server.engine_loop import Event
 from batchinfer.server.errors import ApiError
 from batchinfer.server.frontend import Frontend
-from batchinfer.wire.asked import WireModel
 
 _SHARE = 0.75  # of the seats
 _LOOK_AGAIN_S = 0.05  # for new prompts, while nothing ends

@@ -9,10 +9,10 @@ from typing import Any, Protocol, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from batchinfer.openai.delta import Delta, Used
+from batchinfer.openai.json_text import dump
 from batchinfer.server.errors import ApiError, as_api_error
 from batchinfer.server.metrics import Metrics
-from batchinfer.wire.choices import Delta, Used
-from batchinfer.wire.json_text import dump
 
 T = TypeVar("T")
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from fastapi import APIRouter
 from starlette.responses import Response
 
+from batchinfer.openai.chat_messages import conversation
+from batchinfer.openai.request_models import DetokenizeRequest, TokenizeRequest
 from batchinfer.pipeline.encoding import Framing
 from batchinfer.server.errors import JsonResponse, bad_request
 from batchinfer.server.frontend import Frontend
 from batchinfer.server.replies import check_model
-from batchinfer.wire.bodies import DetokenizeRequest, TokenizeRequest
-from batchinfer.wire.chat_prompt import conversation
 
 
 def routes(frontend: Frontend) -> APIRouter:

@@ -15,10 +15,10 @@ from batchinfer.io.filesystem import Retry
 from batchinfer.io.storage import Listed, Store
 from batchinfer.job.run import run_job
 from batchinfer.job.state import Seams
+from batchinfer.openai.parse import WireModel
 from batchinfer.request import Completion, Output, SamplingParams
 from batchinfer.spec import parse_spec
 from batchinfer.text.tokenizer import ByteTokenizer
-from batchinfer.wire.asked import WireModel
 
 
 class MemoryStore(Store):

@@ -12,10 +12,10 @@ from batchinfer.errors import InputError, InvalidInput, SpecError
 from batchinfer.job.cells import chat_messages, ready_prompt
 from batchinfer.job.prepare import draft_plan
 from batchinfer.llm import LLM
+from batchinfer.openai.parse import WireModel, ask, parse
 from batchinfer.request import SamplingParams
 from batchinfer.structured import StructuredOutputs
 from batchinfer.text.tokenizer import ByteTokenizer
-from batchinfer.wire.asked import WireModel, ask, parse
 from tests.job.doubles import ScriptedLLM, job, rows_of_output, run
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"

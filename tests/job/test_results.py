@@ -11,10 +11,10 @@ from batchinfer.io.rows import InputFile, Inputs
 from batchinfer.job.batchlines import build_lines, rows_of_lines
 from batchinfer.job.columns import output_layout
 from batchinfer.job.results import Encoder, build_table, count, decode, encode_row, rows_of_part
+from batchinfer.openai.parse import WireModel
 from batchinfer.request import Completion, Output, SamplingParams, TokenLogprob
 from batchinfer.spec import parse_spec
 from batchinfer.text.tokenizer import ByteTokenizer
-from batchinfer.wire.asked import WireModel
 
 INPUTS = Inputs((InputFile("in.parquet", "parquet", 9, "e", 99),), pa.schema([("id", pa.int64())]))
 BATCH = Inputs(

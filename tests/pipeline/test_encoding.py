@@ -13,6 +13,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from batchinfer.errors import InvalidInput, SpecError
 from batchinfer.io.rows import RowBatch
 from batchinfer.job.prepare import draft_plan
+from batchinfer.openai.parse import WireModel, ask, parse
 from batchinfer.pipeline.encoding import Content, Framing
 from batchinfer.pipeline.prepare import Limits, Prepared, Preparer, Prompt
 from batchinfer.pipeline.scoring import Pooled, Read, Rolling, continuations
@@ -20,7 +21,6 @@ from batchinfer.request import Completion, SamplingParams
 from batchinfer.text.chat import ChatTemplate
 from batchinfer.text.fast import FastTokenizer, TokenizerFacts
 from batchinfer.text.pieces import BYTE_ALPHABET
-from batchinfer.wire.asked import WireModel, ask, parse
 from tests.job.doubles import job
 
 BOS, EOS, END = 256, 257, 258

@@ -9,10 +9,10 @@ from fastapi.exceptions import RequestValidationError
 from batchinfer.io.catalog import Catalog
 from batchinfer.job.batch import BatchRunner
 from batchinfer.llm import LLM
+from batchinfer.openai.request_models import of_validation
 from batchinfer.server.batches import make_router
 from batchinfer.server.errors import ApiError, of_row
 from batchinfer.spec import FakeSpec
-from batchinfer.wire.bodies import of_validation
 
 MODEL = "fake"
 JOB = {"model": "fake", "fake": {"answer_tokens": [2, 12]}, "engine": {"max_num_seqs": 32, "max_model_len": 4096}}

@@ -8,9 +8,9 @@ import threading
 import pytest
 
 from batchinfer.llm import LLM
+from batchinfer.openai.tools import ToolStream, ToolUse
 from batchinfer.spec import FakeSpec
 from batchinfer.text.grammar_trial import Trials
-from batchinfer.wire.tool_use import ToolStream, ToolUse
 from tests.server.conftest import Endpoint, referring_tool
 
 CHAT = "/v1/chat/completions"

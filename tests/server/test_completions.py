@@ -246,8 +246,8 @@ def test_characters_across_tokens(fake):
 
 
 def test_one_key_for_texts_that_are_equal():
+    from batchinfer.openai.logprobs import CompletionLogprobs, TokenTexts
     from batchinfer.request import TokenLogprob
-    from batchinfer.wire.token_texts import CompletionLogprobs, TokenTexts
 
     class Doubles:
         def bytes_of(self, token_id: int) -> bytes:

@@ -8,8 +8,8 @@ import random
 import pytest
 
 from batchinfer.llm import LLM
+from batchinfer.openai.json_text import dump
 from batchinfer.spec import FakeSpec
-from batchinfer.wire.json_text import dump
 from tests.server.conftest import HERMES, Endpoint
 from tests.server.test_messages import TOOL
 from tests.server.test_responses import ADD

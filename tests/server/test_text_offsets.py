@@ -8,15 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from batchinfer.openai.completion_response import CompletionShape
+from batchinfer.openai.delta import Delta
+from batchinfer.openai.logprobs import TokenTexts
+from batchinfer.openai.parse import WireModel, ask, parse
+from batchinfer.openai.text_offsets import prompt_offsets
 from batchinfer.pipeline.prepare import Limits, Prepared, Preparer, Prompt
 from batchinfer.request import SamplingParams, TokenLogprob
 from batchinfer.server.text_stream import TextStream
 from batchinfer.text.tokenizer import ByteTokenizer, Tokenizer
-from batchinfer.wire.asked import WireModel, ask, parse
-from batchinfer.wire.choices import Delta
-from batchinfer.wire.completions import CompletionShape
-from batchinfer.wire.text_offsets import prompt_offsets
-from batchinfer.wire.token_texts import TokenTexts
 from tests.text.test_control import KINDS
 
 EOS = 257

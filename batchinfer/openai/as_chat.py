@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from pydantic import ValidationError
 
 from batchinfer.errors import BadParameters, InvalidInput, shown
-from batchinfer.wire.bodies import ChatRequest, SamplingBody, of_validation
+from batchinfer.openai.request_models import ChatRequest, SamplingBody, of_validation
 
 _CHANGES = "it would change the result"
 

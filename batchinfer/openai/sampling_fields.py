@@ -7,9 +7,9 @@ from dataclasses import fields
 from typing import Any, Literal, NamedTuple
 
 from batchinfer.errors import BadParameters, InvalidInput, RowError, TooLong
+from batchinfer.openai.request_models import ChatRequest, CompletionRequest, SamplingBody
 from batchinfer.request import SamplingParams
 from batchinfer.structured import from_response_format
-from batchinfer.wire.bodies import ChatRequest, CompletionRequest, SamplingBody
 
 # null takes back what the defaults ask for
 _TAKEN_BACK = frozenset(

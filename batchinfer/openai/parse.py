@@ -9,17 +9,17 @@ from typing import Any, cast
 from pydantic import ValidationError
 
 from batchinfer.errors import InvalidInput
+from batchinfer.openai.as_chat import Rephrased
+from batchinfer.openai.chat_messages import conversation
+from batchinfer.openai.messages_request import MessagesRequest
+from batchinfer.openai.request_models import ChatRequest, CompletionRequest, EmbeddingRequest, of_validation
+from batchinfer.openai.responses_request import ResponseRequest
+from batchinfer.openai.sampling_fields import chat_params, completion_params, effective, says_nothing
+from batchinfer.openai.tools import ToolUse, tool_use
 from batchinfer.pipeline.encoding import Content, Framing, Truncation
 from batchinfer.pipeline.scoring import Pooled
 from batchinfer.request import Pooling, SamplingParams
 from batchinfer.text.tokenizer import Tokenizer
-from batchinfer.wire.as_chat import Rephrased
-from batchinfer.wire.bodies import ChatRequest, CompletionRequest, EmbeddingRequest, of_validation
-from batchinfer.wire.chat_prompt import conversation
-from batchinfer.wire.messages import MessagesRequest
-from batchinfer.wire.params import chat_params, completion_params, effective, says_nothing
-from batchinfer.wire.responses import ResponseRequest
-from batchinfer.wire.tool_use import ToolUse, tool_use
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"

@@ -8,9 +8,9 @@ from typing import Any
 import orjson
 
 from batchinfer.errors import BadParameters, InvalidInput
+from batchinfer.openai.request_models import ChatRequest, Message, TokenizeRequest
 from batchinfer.pipeline.encoding import Framing
 from batchinfer.text.messages import read_messages
-from batchinfer.wire.bodies import ChatRequest, Message, TokenizeRequest
 
 
 def conversation(

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from batchinfer.openai.content_blocks import Block, Blocks, Head, Step
+from batchinfer.openai.delta import Delta, Used
+from batchinfer.openai.logprobs import TokenTexts, chat_logprobs
+from batchinfer.openai.parse import Asked
+from batchinfer.openai.responses_request import ResponseRequest
 from batchinfer.request import TokenLogprob
-from batchinfer.wire.asked import Asked
-from batchinfer.wire.blocks import Block, Blocks, Head, Step
-from batchinfer.wire.choices import Delta, Used
-from batchinfer.wire.responses import ResponseRequest
-from batchinfer.wire.token_texts import TokenTexts, chat_logprobs
 
 
 class ResponseAnswer:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from batchinfer.openai.delta import Delta
+from batchinfer.openai.tools import NewId, Said, ToolStream, ToolUse
 from batchinfer.request import TokenLogprob
-from batchinfer.wire.choices import Delta
-from batchinfer.wire.tool_use import NewId, Said, ToolStream, ToolUse
 
 
 class Head(NamedTuple):

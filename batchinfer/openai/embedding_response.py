@@ -6,7 +6,7 @@ import base64
 import struct
 from typing import Any
 
-from batchinfer.wire.bodies import EmbeddingRequest
+from batchinfer.openai.request_models import EmbeddingRequest
 
 
 def embeddings(body: EmbeddingRequest, vectors: list[list[float]], prompt_tokens: int) -> dict[str, Any]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from batchinfer.openai.delta import Delta
+from batchinfer.openai.text_offsets import Offsets, prompt_offsets
 from batchinfer.request import TokenLogprob
 from batchinfer.text.tokenizer import Tokenizer
-from batchinfer.wire.choices import Delta
-from batchinfer.wire.text_offsets import Offsets, prompt_offsets
 
 _LEAST = -9999.0  # what OpenAI writes for a probability of zero; JSON has no -Infinity
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from batchinfer.openai.delta import Delta
+from batchinfer.openai.logprobs import CompletionLogprobs, CompletionTokens, Placed, TokenTexts, prompt_logprobs
+from batchinfer.openai.parse import Asked
+from batchinfer.openai.request_models import CompletionRequest
 from batchinfer.request import TokenLogprob
-from batchinfer.wire.asked import Asked
-from batchinfer.wire.bodies import CompletionRequest
-from batchinfer.wire.choices import Delta
-from batchinfer.wire.token_texts import CompletionLogprobs, CompletionTokens, Placed, TokenTexts, prompt_logprobs
 
 Entries = Sequence[TokenLogprob | None]
 

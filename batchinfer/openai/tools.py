@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from batchinfer.errors import BadParameters
+from batchinfer.openai.json_text import dump
+from batchinfer.openai.request_models import ChatRequest
 from batchinfer.text.tool_choice import tool_choice_schema
 from batchinfer.text.tools import ToolCallParser, ToolDelta, detect_format, keeps_special_tokens, parse_tool_calls
-from batchinfer.wire.bodies import ChatRequest
-from batchinfer.wire.json_text import dump
 
 NewId = Callable[[], str]
 """Makes the id of a tool call."""

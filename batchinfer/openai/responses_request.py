@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from batchinfer.errors import BadParameters, InvalidInput, shown
-from batchinfer.wire.as_chat import Refused, Rephrased, changing, function, plain, text_parts
-from batchinfer.wire.bodies import ChatRequest, Whole
+from batchinfer.openai.as_chat import Refused, Rephrased, changing, function, plain, text_parts
+from batchinfer.openai.request_models import ChatRequest, Whole
 
 _ROLES = ("user", "assistant", "system", "developer")
 _PARTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}

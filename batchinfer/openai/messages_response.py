@@ -6,9 +6,9 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from batchinfer.wire.asked import Asked
-from batchinfer.wire.blocks import Block, Blocks, Head, Step
-from batchinfer.wire.choices import Delta, Used
+from batchinfer.openai.content_blocks import Block, Blocks, Head, Step
+from batchinfer.openai.delta import Delta, Used
+from batchinfer.openai.parse import Asked
 
 
 class MessageAnswer:

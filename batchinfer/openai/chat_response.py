@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from batchinfer.wire.asked import Asked
-from batchinfer.wire.bodies import ChatRequest
-from batchinfer.wire.choices import Delta
-from batchinfer.wire.token_texts import TokenTexts, chat_logprobs, prompt_logprobs
-from batchinfer.wire.tool_use import NewId, Said, ToolStream, wire_call
+from batchinfer.openai.delta import Delta
+from batchinfer.openai.logprobs import TokenTexts, chat_logprobs, prompt_logprobs
+from batchinfer.openai.parse import Asked
+from batchinfer.openai.request_models import ChatRequest
+from batchinfer.openai.tools import NewId, Said, ToolStream, wire_call
 
 
 class ChatShape:

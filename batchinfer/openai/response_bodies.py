@@ -7,18 +7,18 @@ from itertools import count
 from typing import Any, NamedTuple
 
 from batchinfer.errors import RETRYABLE_KINDS
+from batchinfer.openai.chat_response import ChatShape
+from batchinfer.openai.completion_response import CompletionShape
+from batchinfer.openai.content_blocks import Head
+from batchinfer.openai.delta import Delta, Used, usage
+from batchinfer.openai.embedding_response import embeddings
+from batchinfer.openai.logprobs import TokenTexts
+from batchinfer.openai.parse import Asked, WireModel
+from batchinfer.openai.request_models import CompletionRequest, EmbeddingRequest
+from batchinfer.openai.responses_request import ResponseRequest
+from batchinfer.openai.responses_response import ResponseAnswer
 from batchinfer.pipeline.encoding import Content
 from batchinfer.request import FinishReason, TokenLogprob
-from batchinfer.wire.asked import Asked, WireModel
-from batchinfer.wire.blocks import Head
-from batchinfer.wire.bodies import CompletionRequest, EmbeddingRequest
-from batchinfer.wire.chat import ChatShape
-from batchinfer.wire.choices import Delta, Used, usage
-from batchinfer.wire.completions import CompletionShape
-from batchinfer.wire.response_answer import ResponseAnswer
-from batchinfer.wire.responses import ResponseRequest
-from batchinfer.wire.token_texts import TokenTexts
-from batchinfer.wire.vectors import embeddings
 
 
 class Said(NamedTuple):
