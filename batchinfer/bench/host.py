@@ -23,13 +23,13 @@ from batchinfer.bench.timing import TURNS, percentile, take_turns
 from batchinfer.engine.blocks import BlockPool
 from batchinfer.engine.fake import FakeAnswer, FakeRunner
 from batchinfer.engine.plan import StepPlan, StepResult
-from batchinfer.engine.runner import ModelRunner
 from batchinfer.engine.scheduler import Scheduler
 from batchinfer.errors import UsageError
 from batchinfer.layers.attention import StepInputs
 from batchinfer.models.config import ModelConfig, parse_config
 from batchinfer.models.decoder import Decoder
 from batchinfer.request import Request, SamplingParams
+from batchinfer.runner.model_runner import ModelRunner
 from batchinfer.text.detokenize import StopStrings
 from batchinfer.text.tokenizer import ByteTokenizer
 

@@ -23,10 +23,10 @@ from batchinfer import ops
 from batchinfer.bench.machine import Machine, gemm_rate, readings
 from batchinfer.bench.table import number, table
 from batchinfer.bench.timing import Timing, time_in_turn
-from batchinfer.engine.draw import argmax
 from batchinfer.io.fetch import fetch_model
 from batchinfer.layers.linear import GatedLinear, Linear
 from batchinfer.models.config import ModelConfig, load_config
+from batchinfer.runner.sample_tokens import argmax
 from batchinfer.spec import StorageSpec
 
 Work = Callable[[], object]

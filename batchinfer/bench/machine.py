@@ -24,7 +24,7 @@ from torch import Tensor
 from batchinfer import __version__, ops
 from batchinfer.bench.table import facts, number
 from batchinfer.bench.timing import time_in_turn
-from batchinfer.engine.cache import free_bytes
+from batchinfer.runner.kv_cache import free_bytes
 
 _GEMM_SIZES = (1024, 2048)
 _GEMM_BUDGET_S = 1.0

@@ -91,7 +91,7 @@ def load_subject(spec: JobSpec, files: ModelFiles | None = None) -> Subject:
     """
     import torch
 
-    from batchinfer.engine.runner import ModelRunner
+    from batchinfer.runner.model_runner import ModelRunner
 
     use_threads(spec.engine.num_threads)
     if files is None and spec.model != FAKE_MODEL:

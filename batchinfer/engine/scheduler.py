@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections import deque
 
 from batchinfer.engine.blocks import Block, BlockPool
-from batchinfer.engine.decoding import Decoding
-from batchinfer.engine.expected import ExpectedLength
-from batchinfer.engine.making import Making
+from batchinfer.engine.decode_lanes import Decoding
+from batchinfer.engine.length_estimator import ExpectedLength
 from batchinfer.engine.plan import Copy, Join, Read, StepPlan, StepResult
+from batchinfer.engine.plan_builder import Making
+from batchinfer.engine.prompt_lookup import MAX_ROWS, Speculation
 from batchinfer.engine.sequence import Sequence
-from batchinfer.engine.speculate import MAX_ROWS, Speculation
 from batchinfer.engine.stats import EngineStats
 from batchinfer.errors import EngineFailure, RowError, TooLong
 from batchinfer.request import Finished, FinishReason, Request

@@ -78,10 +78,10 @@ def _model_runner(engine: EngineSpec, path: Path) -> tuple[Runner, BlockPool, in
     # torch takes seconds to import: only here, where a model is really wanted
     import torch
 
-    from batchinfer.engine.cache import bytes_per_token, default_kv_tokens
-    from batchinfer.engine.runner import ModelRunner
     from batchinfer.models.decoder import Rounding
     from batchinfer.models.weights import load_decoder
+    from batchinfer.runner.kv_cache import bytes_per_token, default_kv_tokens
+    from batchinfer.runner.model_runner import ModelRunner
 
     use_threads(engine.num_threads)
     # bfloat16 is for what is multiplied; sums, and all that lies between the matrices, gain nothing by it on a CPU.

@@ -10,11 +10,11 @@ import torch
 
 from batchinfer.engine.blocks import BlockPool
 from batchinfer.engine.engine import Engine
-from batchinfer.engine.expected import ExpectedLength
-from batchinfer.engine.runner import ModelRunner
+from batchinfer.engine.length_estimator import ExpectedLength
 from batchinfer.engine.scheduler import Scheduler
 from batchinfer.models.weights import load_decoder
 from batchinfer.request import Request, SamplingParams
+from batchinfer.runner.model_runner import ModelRunner
 from tests.models.tiny import MODELS, SIZES, build
 
 _ANSWER_TOKENS = 12

@@ -12,10 +12,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from batchinfer import LLM, SamplingParams
-from batchinfer.engine import cache
-from batchinfer.engine.expected import ExpectedLength
+from batchinfer.engine.length_estimator import ExpectedLength
 from batchinfer.errors import UsageError
 from batchinfer.request import Output
+from batchinfer.runner import kv_cache
 from tests.models.tiny import SIZES, build
 
 GREEDY = SamplingParams(temperature=0, max_tokens=14, logprobs=0)
@@ -69,7 +69,7 @@ def test_the_default_is_what_is_computed_and_16_bits_round(model: Path) -> None:
 
 
 def test_twice_as_many_tokens_fit(model: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr(cache, "free_bytes", lambda device: 1 << 22)
+    monkeypatch.setattr(kv_cache, "free_bytes", lambda device: 1 << 22)
     sizes = [len(LLM(model, kv_cache_dtype=kind)._engine.scheduler.pool.blocks) for kind in (None, *KINDS)]
     assert sizes == [128, 128, 256, 256]
     assert '"kv_cache_dtype": "bfloat16"' in capfd.readouterr().err

@@ -15,7 +15,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from batchinfer.engine.engine import Engine
-from batchinfer.engine.expected import ExpectedLength
+from batchinfer.engine.length_estimator import ExpectedLength
 from batchinfer.engine.scheduler import Scheduler
 from batchinfer.io.fetch import ModelFiles
 from batchinfer.pipeline.load import assemble

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from batchinfer import LLM, SamplingParams
-from batchinfer.engine.expected import ExpectedLength
+from batchinfer.engine.length_estimator import ExpectedLength
 from batchinfer.engine.stats import EngineStats
 from batchinfer.request import Output
 from tests.e2e.same_tokens import same_tokens

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from batchinfer.engine.blocks import BlockPool
 from batchinfer.engine.engine import Engine
-from batchinfer.engine.expected import ExpectedLength
 from batchinfer.engine.fake import FakeAnswer, FakeRunner
+from batchinfer.engine.length_estimator import ExpectedLength
 from batchinfer.engine.plan import Read, Reading, StepPlan, StepResult
 from batchinfer.engine.scheduler import Scheduler
 from batchinfer.errors import EngineError, TooLong

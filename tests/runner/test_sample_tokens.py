@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from batchinfer.engine.draw import Filters, argmax, draw, largest, log_sum_exp, ranked
+from batchinfer.runner.sample_tokens import Filters, argmax, draw, largest, log_sum_exp, ranked
 
 
 def filters(count, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, uniform=0.5):
@@ -164,7 +164,7 @@ def test_candidates_and_the_whole_vocabulary_draw_the_same(monkeypatch):
     """The short way and the long way must agree bit for bit, or a row's token would depend on its neighbours."""
     logits, some = mixed_batch()
     short = draw(logits, all_rows(logits), some)
-    monkeypatch.setattr("batchinfer.engine.draw._CANDIDATES", ())
+    monkeypatch.setattr("batchinfer.runner.sample_tokens._CANDIDATES", ())
     assert torch.equal(draw(logits, all_rows(logits), some), short)
 
 

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from batchinfer import ops
-from batchinfer.engine.cache import KVCache
 from batchinfer.engine.plan import StepPlan, StepResult
-from batchinfer.engine.reader import PromptReader
-from batchinfer.engine.sampler import Sampler
 from batchinfer.errors import RowError
 from batchinfer.layers.attention import StepInputs
 from batchinfer.models.decoder import Decoder
+from batchinfer.runner.kv_cache import KVCache
+from batchinfer.runner.prompt_outputs import PromptReader
+from batchinfer.runner.sampler import Sampler
 
 Ints = npt.NDArray[np.int64]
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from batchinfer.engine.philox import uniforms
 from batchinfer.engine.plan import Join
-from batchinfer.engine.sampler import Sampler
 from batchinfer.request import Request, SamplingParams
+from batchinfer.runner.philox import uniforms
+from batchinfer.runner.sampler import Sampler
 
 
 def request(params: SamplingParams, prompt=(1, 2, 3), key=0, stop_ids=(), bad_words=()) -> Request:

@@ -7,10 +7,10 @@ import random
 import pytest
 
 from batchinfer.engine.blocks import BlockPool
-from batchinfer.engine.expected import ExpectedLength
+from batchinfer.engine.length_estimator import ExpectedLength
 from batchinfer.engine.plan import StepResult
+from batchinfer.engine.prompt_lookup import MAX_ROWS, Lookup
 from batchinfer.engine.scheduler import Scheduler
-from batchinfer.engine.speculate import MAX_ROWS, Lookup
 from batchinfer.request import Request, SamplingParams
 from tests.engine.checking import REPEATS, make_engine, make_request, naive
 from tests.engine.test_engine import run_all

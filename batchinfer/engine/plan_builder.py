@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from batchinfer.engine.decoding import Decoding
+from batchinfer.engine.decode_lanes import Decoding
 from batchinfer.engine.plan import Copy, Grown, Join, Read, StepPlan
 from batchinfer.engine.sequence import Sequence
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence as Items
 
-from batchinfer.engine.making import Making
+from batchinfer.engine.plan_builder import Making
 from batchinfer.request import Request
 
 MAX_ROWS = 128  # of a step with drafts: above this a CPU step takes as much longer as it has more rows

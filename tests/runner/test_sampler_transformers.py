@@ -16,9 +16,9 @@ from transformers.generation.logits_process import (
 )
 
 from batchinfer.engine.plan import Join
-from batchinfer.engine.sampler import Sampler
 from batchinfer.request import SamplingParams
-from tests.engine.test_sampler import Batch, request
+from batchinfer.runner.sampler import Sampler
+from tests.runner.test_sampler import Batch, request
 
 
 def transformers_kept(params: SamplingParams, ids: list[int], row: torch.Tensor) -> torch.Tensor:

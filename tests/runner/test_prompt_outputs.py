@@ -11,11 +11,11 @@ import torch
 
 from batchinfer.engine.blocks import BlockPool
 from batchinfer.engine.engine import Engine
-from batchinfer.engine.expected import ExpectedLength
-from batchinfer.engine.runner import ModelRunner
+from batchinfer.engine.length_estimator import ExpectedLength
 from batchinfer.engine.scheduler import Scheduler
 from batchinfer.models.weights import load_decoder
 from batchinfer.request import Finished, Request, SamplingParams
+from batchinfer.runner.model_runner import ModelRunner
 from tests.models.tiny import SIZES, build
 
 VOCAB = SIZES["vocab_size"]
@@ -173,7 +173,7 @@ def test_slices_change_nothing_and_bound_the_logits(tiny_llama, monkeypatch):
     prompts = prompts_of(10)
     whole = run(engine_of(decoder, 400, 8, 1000, caching=False), scoring(prompts))
     shapes = []
-    monkeypatch.setattr("batchinfer.engine.runner._READ_LOGITS_BYTES", 4 * VOCAB * 7)
+    monkeypatch.setattr("batchinfer.runner.model_runner._READ_LOGITS_BYTES", 4 * VOCAB * 7)
     real = decoder.logits
     monkeypatch.setattr(decoder, "logits", lambda hidden: shapes.append(len(hidden)) or real(hidden))
     sliced = run(engine_of(decoder, 400, 8, 1000, caching=False), scoring(prompts))

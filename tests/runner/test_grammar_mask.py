@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from batchinfer.engine.constraints import _bits, _caps
 from batchinfer.errors import BadParameters
 from batchinfer.request import Matcher, Request, SamplingParams
-from tests.engine.test_sampler import Batch
+from batchinfer.runner.grammar_mask import _bits, _caps
+from tests.runner.test_sampler import Batch
 
 VOCAB = 75
 
@@ -84,7 +84,7 @@ def run_out(batch: Batch, members: list[int], seed: int) -> dict[int, list[int]]
 @pytest.mark.parametrize("params", [SamplingParams(temperature=0), SamplingParams(logprobs=2, frequency_penalty=1.5)])
 @pytest.mark.parametrize("together", [1, 3 * VOCAB, 1 << 21])
 def test_every_answer_follows_its_rule_to_the_end(params, together, monkeypatch):
-    monkeypatch.setattr("batchinfer.engine.constraints._TOGETHER", together)
+    monkeypatch.setattr("batchinfer.runner.grammar_mask._TOGETHER", together)
     batch = Batch([request(params, rising, key) for key in range(7)], VOCAB, seats=[6, 0, 3, 2, 1, 5, 4])
     ended = run_out(batch, list(range(7)), 1)
     for output in ended.values():

@@ -17,15 +17,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from batchinfer.engine.constraints import Constraints
-from batchinfer.engine.draw import Filters, argmax, draw
-from batchinfer.engine.edits import LogitEdits
-from batchinfer.engine.logprobs import NOT_FINITE, token_logprobs
-from batchinfer.engine.penalties import Penalties
-from batchinfer.engine.philox import uniforms
 from batchinfer.engine.plan import Join, StepResult
 from batchinfer.errors import BadParameters, RowError
 from batchinfer.request import Request, SamplingParams, TokenLogprob
+from batchinfer.runner.grammar_mask import Constraints
+from batchinfer.runner.logit_bias import LogitEdits
+from batchinfer.runner.logprobs import NOT_FINITE, token_logprobs
+from batchinfer.runner.penalties import Penalties
+from batchinfer.runner.philox import uniforms
+from batchinfer.runner.sample_tokens import Filters, argmax, draw
 
 Ints = npt.NDArray[np.int64]
 

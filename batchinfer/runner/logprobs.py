@@ -12,8 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from batchinfer.engine.draw import log_sum_exp, ranked
 from batchinfer.request import TokenLogprob
+from batchinfer.runner.sample_tokens import log_sum_exp, ranked
 
 Ints = npt.NDArray[np.int64]
 

@@ -11,7 +11,7 @@ import pytest
 from batchinfer.engine import scheduler
 from batchinfer.engine.blocks import BlockPool
 from batchinfer.engine.engine import Engine
-from batchinfer.engine.expected import ExpectedLength
+from batchinfer.engine.length_estimator import ExpectedLength
 from batchinfer.engine.plan import StepPlan, StepResult
 from batchinfer.engine.scheduler import Scheduler
 from batchinfer.request import Finished, Request, SamplingParams, TokenLogprob

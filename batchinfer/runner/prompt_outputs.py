@@ -15,11 +15,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from batchinfer.engine.draw import argmax
-from batchinfer.engine.logprobs import NOT_FINITE, token_logprobs
 from batchinfer.engine.plan import Join, Read, Reading, StepPlan
 from batchinfer.models.decoder import Decoder
 from batchinfer.request import Request, TokenLogprob
+from batchinfer.runner.logprobs import NOT_FINITE, token_logprobs
+from batchinfer.runner.sample_tokens import argmax
 
 Ints = npt.NDArray[np.int64]
 

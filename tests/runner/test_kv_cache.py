@@ -7,9 +7,9 @@ import resource
 import pytest
 import torch
 
-from batchinfer.engine.cache import KVCache, bytes_per_token, default_kv_tokens, free_bytes
 from batchinfer.engine.plan import Copy
 from batchinfer.errors import ModelError
+from batchinfer.runner.kv_cache import KVCache, bytes_per_token, default_kv_tokens, free_bytes
 
 CPU = torch.device("cpu")
 GIB = 2**30
@@ -91,7 +91,7 @@ def test_free_memory_of_a_machine_and_of_containers(tmp_path):
 
 
 def test_default_size_is_a_share_of_free_memory_or_what_the_seats_can_use(monkeypatch):
-    monkeypatch.setattr("batchinfer.engine.cache.free_bytes", lambda device: 4_000_000)
+    monkeypatch.setattr("batchinfer.runner.kv_cache.free_bytes", lambda device: 4_000_000)
     assert default_kv_tokens(1000, 256, 2048, CPU) == 1000
     assert default_kv_tokens(1000, 2, 100, CPU) == 200
     with pytest.raises(ModelError, match=r"4 MiB of memory are free.*engine.kv_cache_tokens"):

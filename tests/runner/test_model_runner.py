@@ -14,13 +14,13 @@ from batchinfer_kernels.cpu.linear_argmax import make_screen
 from batchinfer import ops
 from batchinfer.engine.blocks import BlockPool
 from batchinfer.engine.engine import Engine
-from batchinfer.engine.expected import ExpectedLength
+from batchinfer.engine.length_estimator import ExpectedLength
 from batchinfer.engine.plan import Grown, Join, StepPlan
-from batchinfer.engine.runner import ModelRunner
-from batchinfer.engine.sampler import Sampler
 from batchinfer.engine.scheduler import Scheduler
 from batchinfer.models.weights import load_decoder
 from batchinfer.request import Request, SamplingParams
+from batchinfer.runner.model_runner import ModelRunner
+from batchinfer.runner.sampler import Sampler
 from tests.models.tiny import SIZES, Paged, build
 
 VOCAB = SIZES["vocab_size"]
@@ -142,7 +142,7 @@ def test_rows_go_through_the_head_in_parts(monkeypatch):
     step = plan([Join(seat, one, ()) for seat, one in enumerate(requests)], [(s, 0, (s,)) for s in range(11)], work)
     results = []
     for size in (1 << 29, 4 * 40 * 3):
-        monkeypatch.setattr("batchinfer.engine.runner._LOGITS_BYTES", size)
+        monkeypatch.setattr("batchinfer.runner.model_runner._LOGITS_BYTES", size)
         decoder = Echo()
         results.append(ModelRunner(decoder, 20, 4, 11, 8).run(step))
         assert decoder.head_rows == 10
@@ -150,7 +150,7 @@ def test_rows_go_through_the_head_in_parts(monkeypatch):
 
 
 def test_failed_rows_keep_their_number_across_parts(monkeypatch):
-    monkeypatch.setattr("batchinfer.engine.runner._LOGITS_BYTES", 4 * 40 * 2)
+    monkeypatch.setattr("batchinfer.runner.model_runner._LOGITS_BYTES", 4 * 40 * 2)
     decoder = Echo()
     decoder.table[(9 * 31 + 0) % 997, 3] = math.nan
     runner = ModelRunner(decoder, 20, 4, 5, 8)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from batchinfer.engine.philox import philox4x32, uniforms
+from batchinfer.runner.philox import philox4x32, uniforms
 
 # kat_vectors of Random123 (D. E. Shaw Research): counter, key, answer
 PUBLISHED = [
