@@ -238,7 +238,7 @@ def plan(
     limit: Limit = None,
     sample: Annotated[int, typer.Option(metavar="N", min=1, help="Rows to render and tokenize.")] = 1000,
 ) -> None:
-    from batchinfer.job.preview import describe, preview
+    from batchinfer.job.inspect.preview import describe, preview
 
     spec = load_job(job, settings, limit)
     with located(job, settings):
@@ -254,8 +254,8 @@ def status(
     settings: Settings = [],  # noqa: B006  typer reads the default and never changes it
     shards: Annotated[int, typer.Option(metavar="N", min=1, help="Show the share of each of N workers.")] = 1,
 ) -> None:
+    from batchinfer.job.inspect.status import describe, read_status
     from batchinfer.job.ledger import open_output
-    from batchinfer.job.status import describe, read_status
 
     print_text(describe(read_status(open_output(*_locate(output, settings)), shards)))
 
@@ -266,7 +266,7 @@ def verify(
     settings: Settings = [],  # noqa: B006
 ) -> None:
     from batchinfer.errors import VerifyFailed
-    from batchinfer.job.verify import audit, describe
+    from batchinfer.job.inspect.verify import audit, describe
 
     spec = _job_at(output, settings)
     url, storage = _locate(output, settings) if spec is None else (spec.output.path, spec.storage)
@@ -286,8 +286,8 @@ def show(
 ) -> None:
     import shutil
 
+    from batchinfer.job.inspect.show import describe, pick
     from batchinfer.job.ledger import open_output
-    from batchinfer.job.show import describe, pick
 
     url, storage = _locate(output, settings)
     shown = pick(open_output(url, storage), storage, rows, errors=errors, row=row)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from batchinfer.errors import command
+from batchinfer.job.inspect.show import rows_of_record
 from batchinfer.job.ledger import CommitRecord, Output
 from batchinfer.job.prepare import Work
-from batchinfer.job.show import rows_of_record
 from batchinfer.job.state import RunState
 
 

@@ -14,8 +14,8 @@ import yaml
 
 from batchinfer.cli.main import main
 from batchinfer.io.storage import Store
+from batchinfer.job.inspect.verify import audit
 from batchinfer.job.run import run_job
-from batchinfer.job.verify import audit
 from batchinfer.spec import parse_spec
 
 ROWS, CHUNK_ROWS, KILLS = 3000, 100, 25

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from batchinfer.errors import OutputConflict
 from batchinfer.io.partitions import values_of
 from batchinfer.io.rows import InputFile, Inputs, stream
-from batchinfer.job.verify import audit
+from batchinfer.job.inspect.verify import audit
 from batchinfer.spec import StorageSpec
 from tests.io.reading import LOCAL, read_all, scan_all, spans_of, write_lines
 from tests.job.doubles import MemoryStore, ScriptedLLM, job, run

@@ -6,7 +6,7 @@ import pytest
 
 from batchinfer.errors import OutputConflict
 from batchinfer.job.apart import refuse_inside, refuse_overlap
-from batchinfer.job.preview import preview
+from batchinfer.job.inspect.preview import preview
 from tests.job.doubles import ScriptedLLM, job, run
 
 

@@ -6,8 +6,8 @@ import orjson
 import pytest
 
 from batchinfer.errors import EngineFailure
+from batchinfer.job.inspect.verify import audit
 from batchinfer.job.retry import retry_job
-from batchinfer.job.verify import audit
 from batchinfer.llm import LLM
 from batchinfer.spec import StorageSpec
 from tests.job.doubles import job, rows_of_output, run

@@ -7,11 +7,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchinfer.errors import EngineFailure, OutputConflict, SpecError
+from batchinfer.job.inspect.show import pick
+from batchinfer.job.inspect.verify import audit
 from batchinfer.job.ledger import open_output
 from batchinfer.job.retry import retry_job
 from batchinfer.job.shard import Shard
-from batchinfer.job.show import pick
-from batchinfer.job.verify import audit
 from batchinfer.spec import StorageSpec
 from tests.job.doubles import MemoryStore, ScriptedLLM, job, run
 

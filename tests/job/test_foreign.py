@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from batchinfer.errors import OutputConflict, StorageError
-from batchinfer.job.preview import describe, preview
+from batchinfer.job.inspect.preview import describe, preview
 from batchinfer.job.retry import retry_job
 from batchinfer.job.shard import Shard
 from tests.job.doubles import MemoryStore, ScriptedLLM, job, run, snapshot, write_parquet

@@ -16,9 +16,9 @@ from batchinfer.errors import InputError, OutputConflict
 from batchinfer.io import source
 from batchinfer.io.rows import scan
 from batchinfer.io.source import SAMPLED, Sources
+from batchinfer.job.inspect.verify import audit
 from batchinfer.job.run import run_job
 from batchinfer.job.shard import Shard
-from batchinfer.job.verify import audit
 from batchinfer.spec import InputSpec, StorageSpec
 from tests.job.doubles import MemoryStore, ScriptedLLM, job, run
 

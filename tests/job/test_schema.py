@@ -8,11 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchinfer.errors import InputError
-from batchinfer.job.preview import describe as describe_preview
-from batchinfer.job.preview import preview
+from batchinfer.job.inspect.preview import describe as describe_preview
+from batchinfer.job.inspect.preview import preview
+from batchinfer.job.inspect.verify import audit
 from batchinfer.job.retry import retry_job
 from batchinfer.job.run import run_job
-from batchinfer.job.verify import audit
 from batchinfer.spec import StorageSpec
 from tests.job.doubles import ScriptedLLM, job, rows_of_output, run, snapshot
 from tests.job.doubles import write_parquet as write_ids

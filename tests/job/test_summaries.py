@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from batchinfer.errors import AccessDenied, BatchInferError, EngineFailure
 from batchinfer.job.ahead import ahead
+from batchinfer.job.inspect.status import read_status
 from batchinfer.job.ledger import Ledger, Output
 from batchinfer.job.plan import load_plan
 from batchinfer.job.retry import retry_job
 from batchinfer.job.shard import Shard
-from batchinfer.job.status import read_status
 from batchinfer.job.summaries import SUMMARIES, Entry, Stretch, cover, decode, encode, stretch_of
 from tests.job.doubles import MarkingStore, MemoryStore, ScriptedLLM, job, run, write_parquet
 

@@ -10,14 +10,14 @@ import pytest
 from batchinfer import LLM
 from batchinfer.cli.progress import summary
 from batchinfer.errors import Drained, EngineFailure, InputError, OutputConflict, SpecError, StorageError
-from batchinfer.job.audit import Audit
 from batchinfer.job.drain import Drain
+from batchinfer.job.inspect.preview import preview
+from batchinfer.job.inspect.status import describe, read_status
+from batchinfer.job.inspect.verify import audit
+from batchinfer.job.inspect.verify_report import Audit
 from batchinfer.job.ledger import Ledger, Output
 from batchinfer.job.plan import load_plan
-from batchinfer.job.preview import preview
 from batchinfer.job.retry import retry_job
-from batchinfer.job.status import describe, read_status
-from batchinfer.job.verify import audit
 from batchinfer.spec import StorageSpec, parse_spec
 from tests.job.doubles import MemoryStore, job, rows_of_output, run, snapshot, write_parquet
 

@@ -9,7 +9,7 @@ import pytest
 
 from batchinfer.cli.main import main
 from batchinfer.job.drain import Drain
-from batchinfer.job.verify import audit
+from batchinfer.job.inspect.verify import audit
 from batchinfer.spec import StorageSpec, load_spec
 
 ROOT = Path(__file__).parent.parent.parent

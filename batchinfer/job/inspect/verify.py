@@ -15,9 +15,9 @@ from typing import Any
 
 from batchinfer.errors import InputMissing
 from batchinfer.io.storage import Store
-from batchinfer.job.audit import Audit, Chunk, Layout, name_spans
-from batchinfer.job.audit_commits import SUMMED, Commits, parse_object
-from batchinfer.job.audit_rows import Reach, check_parts
+from batchinfer.job.inspect.verify_commits import SUMMED, Commits, parse_object
+from batchinfer.job.inspect.verify_report import Audit, Chunk, Layout, name_spans
+from batchinfer.job.inspect.verify_rows import Reach, check_parts
 from batchinfer.spec import JobSpec, StorageSpec
 
 

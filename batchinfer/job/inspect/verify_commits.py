@@ -18,7 +18,7 @@ import zstandard
 
 from batchinfer.io.storage import Store
 from batchinfer.job.ahead import ahead, many_ahead
-from batchinfer.job.audit import Audit, Record
+from batchinfer.job.inspect.verify_report import Audit, Record
 
 SUMMED = ("rows", "output_rows", "ok", "prompt_tokens", "completion_tokens", "scored_tokens", "bytes")
 _LISTED = ("pass", "part", "bytes", "sha256", "rows", "output_rows")

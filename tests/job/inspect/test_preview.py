@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchinfer.errors import InputMissing, SpecError
-from batchinfer.job.preview import Preview, describe, preview
+from batchinfer.job.inspect.preview import Preview, describe, preview
 from tests.job.outputs import make_output, make_spec, write_input
 
 

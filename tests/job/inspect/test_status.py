@@ -7,10 +7,10 @@ import json
 import pytest
 
 from batchinfer.errors import InputMissing, OutputConflict
+from batchinfer.job.inspect.status import Status, describe, read_status
 from batchinfer.job.ledger import open_output
 from batchinfer.job.run import run_job
 from batchinfer.job.shard import Shard
-from batchinfer.job.status import Status, describe, read_status
 from tests.job.outputs import STORAGE, commit_files, make_output, make_spec, write_input
 
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchinfer.errors import InputMissing
-from batchinfer.job.verify import audit, describe
+from batchinfer.job.inspect.verify import audit, describe
 from tests.job.outputs import (
     CHUNK_ROWS,
     ROWS,

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from batchinfer.errors import OutputConflict, UsageError
+from batchinfer.job.inspect.show import Shown, describe, pick
 from batchinfer.job.ledger import open_output
-from batchinfer.job.show import Shown, describe, pick
 from tests.job.outputs import STORAGE, make_output, part_of, write_input
 
 FAILING = {"template": "{{ text.missing.attribute if id in ('r3', 'r15') else text }}"}

@@ -1,0 +1,1 @@
+"""Batches of the endpoint, as OpenAI has them: each one runs as a job."""

@@ -1,0 +1,1 @@
+"""Read an output without touching it: preview, show, status, verify."""
