@@ -93,8 +93,8 @@ class ServeOptions:
 def serve(options: ServeOptions) -> None:
     _check_packages()
     spec = model_spec(options.model, list(options.settings), _MORE_SETTINGS)
-    from batchinfer.io.catalog import Catalog
-    from batchinfer.job.batch import BatchRunner
+    from batchinfer.batches.catalog import Catalog
+    from batchinfer.batches.runner import BatchRunner
     from batchinfer.server.app import AppOptions, create_app
     from batchinfer.server.batches import make_router
     from batchinfer.server.frontend import Frontend

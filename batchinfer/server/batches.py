@@ -16,8 +16,8 @@ from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, Field
 from starlette.responses import FileResponse
 
+from batchinfer.batches.catalog import BatchRecord, Catalog, FileRecord, new_id
 from batchinfer.errors import StorageError
-from batchinfer.io.catalog import BatchRecord, Catalog, FileRecord, new_id
 from batchinfer.server.errors import ApiError, bad_request
 from batchinfer.server.upload import receive
 

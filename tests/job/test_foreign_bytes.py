@@ -18,10 +18,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from batchinfer.batches.catalog import BatchRecord, Catalog, new_id
+from batchinfer.batches.runner import BatchRunner
 from batchinfer.errors import EngineFailure, OutputConflict, UserError
-from batchinfer.io.catalog import BatchRecord, Catalog, new_id
 from batchinfer.io.storage import LocalStore
-from batchinfer.job.batch import BatchRunner
 from batchinfer.job.retry import retry_job
 from tests.job.doubles import ScriptedLLM, job, run, snapshot, write_parquet
 from tests.server.batch_lines import CHAT, rows

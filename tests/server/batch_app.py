@@ -6,8 +6,8 @@ from pathlib import Path
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 
-from batchinfer.io.catalog import Catalog
-from batchinfer.job.batch import BatchRunner
+from batchinfer.batches.catalog import Catalog
+from batchinfer.batches.runner import BatchRunner
 from batchinfer.llm import LLM
 from batchinfer.openai.request_models import of_validation
 from batchinfer.server.batches import make_router

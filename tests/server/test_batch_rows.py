@@ -8,8 +8,8 @@ from array import array
 
 import pytest
 
-from batchinfer.io.catalog import BatchRecord, Catalog, new_id
-from batchinfer.job.batch import BatchRunner
+from batchinfer.batches.catalog import BatchRecord, Catalog, new_id
+from batchinfer.batches.runner import BatchRunner
 from batchinfer.llm import LLM
 from batchinfer.server.share import SharedAnswerer
 from tests.server.alike import alike

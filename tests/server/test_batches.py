@@ -9,7 +9,7 @@ import pytest
 fastapi = pytest.importorskip("fastapi")
 from starlette.testclient import TestClient  # noqa: E402
 
-from batchinfer.io import catalog as catalog_module  # noqa: E402
+from batchinfer.batches import catalog as catalog_module  # noqa: E402
 from batchinfer.server import batches as batches_module  # noqa: E402
 from batchinfer.server import upload as upload_module  # noqa: E402
 from tests.server.batch_app import make_app  # noqa: E402

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from batchinfer.batches.catalog import Problem
 from batchinfer.errors import InputError, InvalidInput
-from batchinfer.io.catalog import Problem
 from batchinfer.io.inputs import Line
 from batchinfer.io.jsonl import parse
 from batchinfer.io.lines import read_lines

@@ -5,11 +5,11 @@ import time
 
 import pytest
 
+from batchinfer.batches import runner as batch_module
+from batchinfer.batches.catalog import BatchRecord, Catalog, new_id
+from batchinfer.batches.runner import BatchRunner
+from batchinfer.batches.validate import check_lines
 from batchinfer.errors import OutputConflict, StorageError, UsageError
-from batchinfer.io.catalog import BatchRecord, Catalog, new_id
-from batchinfer.job import batch as batch_module
-from batchinfer.job.batch import BatchRunner
-from batchinfer.job.batchcheck import check_lines
 from batchinfer.job.spool import Spool
 from tests.job.doubles import ScriptedLLM
 from tests.server.batch_lines import CHAT, content, gone, line, parsed, rows

@@ -17,11 +17,11 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
+from batchinfer.batches.catalog import BatchRecord, Catalog, Counts, Problem, Status
+from batchinfer.batches.result_files import store_results
+from batchinfer.batches.validate import check_lines
 from batchinfer.engine.stats import EngineStats
 from batchinfer.errors import BatchInferError, Cancelled, DeadlineExceeded, Drained, InfrastructureError, RowError
-from batchinfer.io.catalog import BatchRecord, Catalog, Counts, Problem, Status
-from batchinfer.job.batchcheck import check_lines
-from batchinfer.job.batchfiles import store_results
 from batchinfer.job.clear import clear_output
 from batchinfer.job.drain import Drain
 from batchinfer.job.finish import read_manifest

@@ -10,8 +10,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import orjson
 
+from batchinfer.batches.catalog import Catalog
 from batchinfer.errors import StorageError
-from batchinfer.io.catalog import Catalog
 
 _GOOD = b'"error":null}\n'  # how the line of an answered request ends, see batchlines
 # kind of a request that never ran → code and message of its line
