@@ -22,14 +22,14 @@ from batchinfer.batches.result_files import store_results
 from batchinfer.batches.validate import check_lines
 from batchinfer.engine.stats import EngineStats
 from batchinfer.errors import BatchInferError, Cancelled, DeadlineExceeded, Drained, InfrastructureError, RowError
-from batchinfer.job.clear import clear_output
+from batchinfer.job.clear_output import clear_output
 from batchinfer.job.drain import Drain
-from batchinfer.job.finish import read_manifest
+from batchinfer.job.finalize import read_manifest
 from batchinfer.job.plan import load_plan
 from batchinfer.job.report import Snapshot
 from batchinfer.job.run import run_job
+from batchinfer.job.run_state import Seams, open_store
 from batchinfer.job.spool import Spool
-from batchinfer.job.state import Seams, open_store
 from batchinfer.llm import Answerer
 from batchinfer.log import log
 from batchinfer.openai.parse import ROUTES, WireModel

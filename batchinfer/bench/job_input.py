@@ -7,8 +7,8 @@ from typing import Any
 
 from batchinfer.bench.measured import MeasuredLLM
 from batchinfer.io.rows import stream
-from batchinfer.job.feed import numbered
 from batchinfer.job.prepare import Draft, draft_plan
+from batchinfer.job.row_feed import numbered
 from batchinfer.llm import Prompt
 from batchinfer.pipeline.prepare import mix
 from batchinfer.spec import JobSpec

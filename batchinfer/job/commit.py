@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from batchinfer.io.rows import write_rows
-from batchinfer.job.batchlines import build_lines, with_bodies
 from batchinfer.job.columns import Layout
 from batchinfer.job.ledger import CommitRecord, Ledger, part_name
+from batchinfer.job.openai_lines import build_lines, with_bodies
 from batchinfer.job.results import build_table, count, decode
 from batchinfer.job.spool import Spool
 from batchinfer.log import log

@@ -18,9 +18,9 @@ import orjson
 
 from batchinfer.errors import InputMissing, OutputConflict, SpecError
 from batchinfer.io.storage import Store
-from batchinfer.job.ahead import ahead, many_ahead
 from batchinfer.job.fingerprint import ENGINE_DECIDES
 from batchinfer.job.plan import JobPlan, load_plan
+from batchinfer.job.prefetch import ahead, many_ahead
 from batchinfer.job.summaries import SUMMARIES, Entry, Stretch, cover, decode, stretch_of
 from batchinfer.log import log
 from batchinfer.spec import JobSpec, StorageSpec, parse_spec

@@ -10,12 +10,12 @@ from batchinfer.errors import BadParameters, BatchInferError, SpecError
 from batchinfer.io.fetch import ModelFiles, fetch_model
 from batchinfer.io.rows import Inputs, Span, scan, stream
 from batchinfer.io.storage import Store
-from batchinfer.job.apart import refuse_inside, refuse_overlap
-from batchinfer.job.claim import find_plan
 from batchinfer.job.columns import Layout, output_layout
 from batchinfer.job.ledger import Ledger, save_spec
+from batchinfer.job.output_claim import find_plan
+from batchinfer.job.overlap import refuse_inside, refuse_overlap
 from batchinfer.job.plan import PLAN, JobPlan, make_plan, save_plan
-from batchinfer.job.prompts import RowPrompts
+from batchinfer.job.row_prompts import RowPrompts
 from batchinfer.job.same_inputs import same_inputs
 from batchinfer.log import log
 from batchinfer.spec import FAKE_MODEL, JobSpec

@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from batchinfer.errors import RETRYABLE_KINDS, OutputConflict, UsageError
-from batchinfer.job.batchlines import rows_of_lines
 from batchinfer.job.drain import Drain
-from batchinfer.job.finish import finalise, is_finished, read_totals
-from batchinfer.job.judge import judge
+from batchinfer.job.error_limit import judge
+from batchinfer.job.finalize import finalise, is_finished, read_totals
 from batchinfer.job.ledger import CommitRecord, Listing
+from batchinfer.job.openai_lines import rows_of_lines
+from batchinfer.job.part_reader import read_part
 from batchinfer.job.prepare import Work
-from batchinfer.job.readback import read_part
 from batchinfer.job.report import Progress, Report, Silent
 from batchinfer.job.results import SCORED, Row, rows_of_part
 from batchinfer.job.run import begin, run_pass
+from batchinfer.job.run_state import Pass, RunState, Seams, Worker
 from batchinfer.job.shard import Shard
-from batchinfer.job.state import Pass, RunState, Seams, Worker
 from batchinfer.log import log
 from batchinfer.spec import JobSpec
 

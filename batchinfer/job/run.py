@@ -11,22 +11,22 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 from batchinfer.errors import AccessDenied, Drained, StorageError
-from batchinfer.job.background import Repeat
 from batchinfer.job.commit import Committer, PartWriter
 from batchinfer.job.drain import Drain
-from batchinfer.job.feed import Feed, Window, open_rows
-from batchinfer.job.finish import finalise, is_finished, read_totals
-from batchinfer.job.folding import Folder
+from batchinfer.job.error_limit import judge
+from batchinfer.job.finalize import finalise, is_finished, read_totals
 from batchinfer.job.gather import Gather
-from batchinfer.job.judge import judge
 from batchinfer.job.ledger import CommitKey, CommitRecord, Listing
 from batchinfer.job.prepare import Work, prepare
+from batchinfer.job.repeat import Repeat
 from batchinfer.job.report import Progress, Report, Silent, report_name
 from batchinfer.job.results import Encoder, Row
+from batchinfer.job.row_feed import Feed, Window, open_rows
+from batchinfer.job.run_state import Pass, RunState, Seams, Worker
 from batchinfer.job.salvage import Salvage
 from batchinfer.job.shard import Shard
 from batchinfer.job.spool import Spool
-from batchinfer.job.state import Pass, RunState, Seams, Worker
+from batchinfer.job.summary_writer import Folder
 from batchinfer.llm import Answerer
 from batchinfer.log import log
 from batchinfer.request import Completion

@@ -14,7 +14,7 @@ from batchinfer.errors import StorageError
 from batchinfer.io.filesystem import Retry
 from batchinfer.io.storage import Listed, Store
 from batchinfer.job.run import run_job
-from batchinfer.job.state import Seams
+from batchinfer.job.run_state import Seams
 from batchinfer.openai.parse import WireModel
 from batchinfer.request import Completion, Output, SamplingParams
 from batchinfer.spec import parse_spec

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from batchinfer.errors import ROW_ERRORS
 from batchinfer.io.rows import InputFile, Inputs
-from batchinfer.job.batchlines import build_lines, rows_of_lines
 from batchinfer.job.columns import output_layout
+from batchinfer.job.openai_lines import build_lines, rows_of_lines
 from batchinfer.job.results import Encoder, build_table, count, decode, encode_row, rows_of_part
 from batchinfer.openai.parse import WireModel
 from batchinfer.request import Completion, Output, SamplingParams, TokenLogprob

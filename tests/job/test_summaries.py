@@ -9,10 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from batchinfer.errors import AccessDenied, BatchInferError, EngineFailure
-from batchinfer.job.ahead import ahead
 from batchinfer.job.inspect.status import read_status
 from batchinfer.job.ledger import Ledger, Output
 from batchinfer.job.plan import load_plan
+from batchinfer.job.prefetch import ahead
 from batchinfer.job.retry import retry_job
 from batchinfer.job.shard import Shard
 from batchinfer.job.summaries import SUMMARIES, Entry, Stretch, cover, decode, encode, stretch_of

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchinfer.errors import SpecError
-from batchinfer.job.readback import read_part
+from batchinfer.job.part_reader import read_part
 from tests.job.doubles import ScriptedLLM, job, rows_of_output, run
 
 ZONED = pa.timestamp("us", "Mars/Phobos")

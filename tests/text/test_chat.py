@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from batchinfer.errors import InvalidInput, SpecError, TemplateError
-from batchinfer.job.cells import chat_messages
+from batchinfer.job.prompt_cells import chat_messages
 from batchinfer.text.chat import ChatTemplate
 from batchinfer.text.row_template import RowTemplate
 from batchinfer.text.tokenizer import ByteTokenizer

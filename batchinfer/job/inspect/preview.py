@@ -14,14 +14,14 @@ from batchinfer.errors import OutputConflict
 from batchinfer.io.fetch import ModelFiles, fetch_model
 from batchinfer.io.rows import Span, stream
 from batchinfer.io.storage import Store
-from batchinfer.job.apart import refuse_inside, refuse_overlap
-from batchinfer.job.claim import find_plan
-from batchinfer.job.feed import numbered
 from batchinfer.job.ledger import Ledger
+from batchinfer.job.output_claim import find_plan
+from batchinfer.job.overlap import refuse_inside, refuse_overlap
 from batchinfer.job.plan import PLAN, JobPlan, refuse_other
 from batchinfer.job.prepare import Draft, draft_plan
-from batchinfer.job.prompts import RowPrompt
 from batchinfer.job.report import report_name
+from batchinfer.job.row_feed import numbered
+from batchinfer.job.row_prompts import RowPrompt
 from batchinfer.job.shard import Shard
 from batchinfer.openai.parse import WireModel
 from batchinfer.pipeline.load import FAKE_CONTEXT_TOKENS, load_text

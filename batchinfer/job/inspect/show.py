@@ -12,7 +12,7 @@ from batchinfer.errors import InfrastructureError, OutputConflict, UsageError, U
 from batchinfer.io.rows import Span, rows_of, stream
 from batchinfer.job.columns import Layout, output_layout
 from batchinfer.job.ledger import CommitRecord, Output
-from batchinfer.job.readback import read_part
+from batchinfer.job.part_reader import read_part
 from batchinfer.log import log
 from batchinfer.spec import StorageSpec
 from batchinfer.values.plain import shown_text

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from batchinfer.job.finish import is_finished
+from batchinfer.job.finalize import is_finished
 from batchinfer.job.ledger import Output
 from batchinfer.job.salvage import SALVAGE, is_journal
 from batchinfer.job.shard import Shard

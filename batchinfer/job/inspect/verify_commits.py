@@ -17,8 +17,8 @@ from typing import Any
 import zstandard
 
 from batchinfer.io.storage import Store
-from batchinfer.job.ahead import ahead, many_ahead
 from batchinfer.job.inspect.verify_report import Audit, Record
+from batchinfer.job.prefetch import ahead, many_ahead
 
 SUMMED = ("rows", "output_rows", "ok", "prompt_tokens", "completion_tokens", "scored_tokens", "bytes")
 _LISTED = ("pass", "part", "bytes", "sha256", "rows", "output_rows")

@@ -14,11 +14,11 @@ from batchinfer.errors import BatchInferError, InputMissing, OutputConflict, Row
 from batchinfer.io.json_text import finite
 from batchinfer.io.rows import Inputs, RowBatch, Span, rows_of, stream
 from batchinfer.io.storage import Store
-from batchinfer.job.ahead import ahead
 from batchinfer.job.inspect.verify_commits import Commits
 from batchinfer.job.inspect.verify_report import Audit, Chunk, Difference, Layout, Record, name_rows
+from batchinfer.job.part_reader import read_part
 from batchinfer.job.plan import load_plan
-from batchinfer.job.readback import read_part
+from batchinfer.job.prefetch import ahead
 from batchinfer.job.same_inputs import same_inputs
 from batchinfer.openai.response_bodies import tokens_of
 from batchinfer.spec import JobSpec, StorageSpec

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from batchinfer.io.storage import LocalStore, Store
-from batchinfer.job.folding import write
 from batchinfer.job.inspect.verify import audit
 from batchinfer.job.ledger import CommitKey, Ledger
 from batchinfer.job.plan import load_plan
 from batchinfer.job.retry import retry_job
 from batchinfer.job.summaries import Entry, Stretch, decode, encode, md5
+from batchinfer.job.summary_writer import write
 from tests.job.outputs import STORAGE, change_json, commit_files, make_output, make_spec
 
 CHUNKS = 30

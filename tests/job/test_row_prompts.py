@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchinfer.errors import InputError, InvalidInput, SpecError
-from batchinfer.job.cells import chat_messages, ready_prompt
 from batchinfer.job.prepare import draft_plan
+from batchinfer.job.prompt_cells import chat_messages, ready_prompt
 from batchinfer.llm import LLM
 from batchinfer.openai.parse import WireModel, ask, parse
 from batchinfer.request import SamplingParams

@@ -17,10 +17,10 @@ import orjson
 from batchinfer.errors import OutputConflict
 from batchinfer.io.storage import Store
 from batchinfer.job.fingerprint import begins_with, document
-from batchinfer.job.folding import compact
 from batchinfer.job.ledger import PARTS, CommitRecord, Ledger, is_part
 from batchinfer.job.plan import JobPlan
 from batchinfer.job.salvage import SALVAGE, is_journal
+from batchinfer.job.summary_writer import compact
 from batchinfer.log import log
 
 MANIFEST = "manifest.json"

@@ -8,7 +8,7 @@ from batchinfer.errors import command
 from batchinfer.job.inspect.show import rows_of_record
 from batchinfer.job.ledger import CommitRecord, Output
 from batchinfer.job.prepare import Work
-from batchinfer.job.state import RunState
+from batchinfer.job.run_state import RunState
 
 
 def judge(work: Work, state: RunState) -> None:

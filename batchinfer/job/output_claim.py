@@ -10,8 +10,8 @@ from itertools import islice
 
 from batchinfer.errors import OutputConflict
 from batchinfer.io.storage import Store, check_names
+from batchinfer.job.finalize import MANIFEST, SUCCESS, foreign_end
 from batchinfer.job.fingerprint import begins_with
-from batchinfer.job.finish import MANIFEST, SUCCESS, foreign_end
 from batchinfer.job.ledger import COMMITS, JOB, PARTS
 from batchinfer.job.plan import PLAN, JobPlan
 from batchinfer.job.salvage import SALVAGE

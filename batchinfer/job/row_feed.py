@@ -12,8 +12,8 @@ from batchinfer.io.rows import Inputs, RowBatch, stream
 from batchinfer.job.columns import Layout
 from batchinfer.job.gather import Gather
 from batchinfer.job.plan import JobPlan
-from batchinfer.job.prompts import RowPrompt, RowPrompts
 from batchinfer.job.results import Row, encode_row
+from batchinfer.job.row_prompts import RowPrompt, RowPrompts
 from batchinfer.job.spool import Spool
 from batchinfer.openai.parse import WireModel
 from batchinfer.pipeline.prepare import Prompt, mix

@@ -12,8 +12,8 @@ import pyarrow as pa
 
 from batchinfer.errors import BadParameters, InvalidInput, RowError, TemplateError
 from batchinfer.io.rows import Inputs, RowBatch, rows_of
-from batchinfer.job.cells import chat_messages, parse_json, ready_prompt
 from batchinfer.job.plan import check_columns, check_type
+from batchinfer.job.prompt_cells import chat_messages, parse_json, ready_prompt
 from batchinfer.openai.parse import Asked, WireModel, ask, parse
 from batchinfer.pipeline.encoding import Content, Framing
 from batchinfer.pipeline.scoring import Continuations, Measure, Pooled, Read, Rolling

@@ -13,8 +13,8 @@ from typing import Any, cast
 import pyarrow as pa
 
 from batchinfer.job.columns import BODY, Layout
-from batchinfer.job.prompts import asked_of
 from batchinfer.job.results import Row
+from batchinfer.job.row_prompts import asked_of
 from batchinfer.openai.json_text import dump
 from batchinfer.openai.parse import Asked, WireModel, field_of
 from batchinfer.openai.request_models import CompletionRequest

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from batchinfer.errors import OutputConflict
-from batchinfer.job.apart import refuse_inside, refuse_overlap
 from batchinfer.job.inspect.preview import preview
+from batchinfer.job.overlap import refuse_inside, refuse_overlap
 from tests.job.doubles import ScriptedLLM, job, run
 
 

@@ -12,9 +12,9 @@ from typing import Any
 from batchinfer.errors import Drained, StorageError
 from batchinfer.io.fetch import ModelFiles
 from batchinfer.io.storage import Store
-from batchinfer.job.background import Repeat
 from batchinfer.job.drain import Drain
 from batchinfer.job.prepare import Work
+from batchinfer.job.repeat import Repeat
 from batchinfer.job.report import (
     Clock,
     Progress,
