@@ -281,3 +281,5 @@ OP(decoder_layers)(const Model* model, const Step* step, int threads) {
     }
     return 0;
 }
+
+#include "abi.h"

@@ -16,67 +16,17 @@ from batchinfer_kernels.cpu.gated_linear import ACTIVATIONS, GatedPanels
 from batchinfer_kernels.cpu.library import TYPES, Functions, checked
 from batchinfer_kernels.cpu.linear import Panels, QuantizedPanels, type_of
 from batchinfer_kernels.cpu.step_index import CPUStepIndex
+from batchinfer_kernels.cpu.structs import (
+    INT64,
+    POINTER,
+    LayerStruct,
+    MatrixStruct,
+    ModelStruct,
+    NormStruct,
+    StepStruct,
+)
 from batchinfer_kernels.reference.layer_facts import DecoderFacts, LayerFacts, MapFacts, NormFacts
 from batchinfer_kernels.reference.step_index import StepIndex
-
-_POINTER, _INT64, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
-
-
-class _Norm(ctypes.Structure):
-    _fields_ = (("weight", _POINTER), ("size", _INT64), ("eps", _FLOAT), ("offset", _FLOAT))
-
-
-class _Matrix(ctypes.Structure):
-    _fields_ = (
-        ("panels", _POINTER),
-        ("offsets", _POINTER),
-        ("scales_O", _POINTER),
-        ("bias_O", _POINTER),
-        ("in_features", _INT64),
-        ("out_features", _INT64),
-        ("type", _INT),
-        ("activation", _INT),
-    )
-
-
-class _Layer(ctypes.Structure):
-    _fields_ = (
-        *((name, _Norm) for name in LayerFacts._fields[:6]),
-        *((name, _Matrix) for name in LayerFacts._fields[6:10]),
-        ("window", _INT64),
-        ("rope", _INT64),
-    )
-
-
-class _Model(ctypes.Structure):
-    _fields_ = (
-        ("layers", ctypes.POINTER(_Layer)),
-        *((name, _INT64) for name in ("num_layers", "hidden_size", "heads", "kv_heads", "head_size")),
-        *((name, _FLOAT) for name in ("scale", "soft_cap", "residual_multiplier")),
-    )
-
-
-class _Step(ctypes.Structure):
-    _fields_ = (
-        ("x_TE", _POINTER),
-        ("tokens", _INT64),
-        ("angles", ctypes.POINTER(_POINTER)),
-        ("pairs", ctypes.POINTER(_INT64)),
-        ("caches", ctypes.POINTER(_POINTER)),
-        ("kv_type", _INT64),
-        ("block_size", _INT64),
-        ("slots_T", _POINTER),
-        ("tables", _POINTER),
-        ("table_stride", _INT64),
-        ("query_starts", _POINTER),
-        ("lengths", _POINTER),
-        ("prompts", _POINTER),
-        ("num_sequences", _INT64),
-        ("rows_N", _POINTER),
-        ("outputs", _INT64),
-        ("out_NE", _POINTER),
-        ("residual_NE", _POINTER),
-    )
 
 
 class DecoderLayers:
@@ -85,8 +35,8 @@ class DecoderLayers:
     def __init__(self, facts: DecoderFacts, functions: Functions) -> None:
         self._facts = facts
         self._functions = functions
-        self._layers = (_Layer * len(facts.layers))(*map(_layer, facts.layers))
-        self._model = _Model(
+        self._layers = (LayerStruct * len(facts.layers))(*map(_layer, facts.layers))
+        self._model = ModelStruct(
             self._layers,
             len(facts.layers),
             facts.hidden_size,
@@ -121,11 +71,11 @@ class DecoderLayers:
         tables, query_starts, lengths, prompts = index.addresses
         out_NE = torch.empty(len(rows_N), x_TE.shape[1])
         residual_NE = torch.empty_like(out_NE)
-        step = _Step(
+        step = StepStruct(
             x_TE.data_ptr(),
             len(x_TE),
             _addresses(turns),
-            (_INT64 * len(angles))(*(cos_TR.shape[1] for cos_TR, _ in angles)),
+            (INT64 * len(angles))(*(cos_TR.shape[1] for cos_TR, _ in angles)),
             _addresses(caches),
             kv_type,
             kv_N2KBD.shape[3],
@@ -167,21 +117,21 @@ def _panels(facts: MapFacts) -> Panels | None:
     return matrix.packed if isinstance(matrix, GatedPanels) else None
 
 
-def _layer(facts: LayerFacts) -> _Layer:
+def _layer(facts: LayerFacts) -> LayerStruct:
     parts = [_matrix(part) if isinstance(part, MapFacts) else _norm(part) for part in facts[:10]]
-    return _Layer(*parts, facts.window or 0, -1 if facts.rope is None else facts.rope)
+    return LayerStruct(*parts, facts.window or 0, -1 if facts.rope is None else facts.rope)
 
 
-def _norm(facts: NormFacts | None) -> _Norm:
+def _norm(facts: NormFacts | None) -> NormStruct:
     if facts is None:
-        return _Norm()
-    return _Norm(facts.weight_E.data_ptr(), len(facts.weight_E), facts.eps, facts.offset)
+        return NormStruct()
+    return NormStruct(facts.weight_E.data_ptr(), len(facts.weight_E), facts.eps, facts.offset)
 
 
-def _matrix(facts: MapFacts) -> _Matrix:
+def _matrix(facts: MapFacts) -> MatrixStruct:
     panels = _panels(facts)
     assert panels is not None
-    made = _Matrix(panels.panels.data_ptr(), in_features=panels.in_features, out_features=panels.out_features)
+    made = MatrixStruct(panels.panels.data_ptr(), in_features=panels.in_features, out_features=panels.out_features)
     if isinstance(panels, QuantizedPanels):
         made.offsets, made.scales_O = panels.offsets.data_ptr(), panels.scales_O.data_ptr()
     else:
@@ -194,4 +144,4 @@ def _matrix(facts: MapFacts) -> _Matrix:
 
 
 def _addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
-    return (_POINTER * len(tensors))(*(x.data_ptr() for x in tensors))
+    return (POINTER * len(tensors))(*(x.data_ptr() for x in tensors))

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from batchinfer_kernels.cpu.structs import STRUCTS, layout_text
+
 VARIANTS = ("amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "baseline")  # the best first
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -38,14 +40,22 @@ _SIGNATURES = {  # p pointer, n int64, i int, f float
     "pack_quantized": "pnnppi",
     "quantized_linear": "pnpppppninnni",
     "decoder_layers": "ppi",
+    "interface": "pn",
 }
 _CTYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
 
 Function = Callable[..., int]
 
 
+class InterfaceMismatch(Exception):
+    """The compiled library was built from other sources than this Python code."""
+
+
 class Functions:
-    """Of one variant, by name. Those that take no pointer return sizes, others 0, or 1 for want of memory."""
+    """The functions of one variant, by name.
+
+    `interface` and functions without a pointer return sizes, all others 0, or 1 for want of memory.
+    """
 
     def __init__(self, by_name: dict[str, Function]) -> None:
         self.__dict__.update(by_name)
@@ -69,16 +79,36 @@ def variants() -> list[str]:
 
 @cache
 def load(variant: str) -> Functions:
-    library = _library()
+    """Return the functions of `variant`. Raises InterfaceMismatch if C++ declares them, or a struct, differently."""
+    functions = Functions({name: _function(name, variant) for name in _SIGNATURES})
+    difference = interface_of(functions) ^ expected_interface()
+    if difference:
+        raise InterfaceMismatch(f"they were compiled from other sources (see {min(difference)}): install again")
+    return functions
 
-    def function(name: str) -> Function:
-        found = getattr(library, f"{name}_{variant}")
-        found.argtypes = [_CTYPES[letter] for letter in _SIGNATURES[name]]
-        found.restype = ctypes.c_int
-        made: Function = found
-        return made
 
-    return Functions({name: function(name) for name in _SIGNATURES})
+def _function(name: str, variant: str) -> Function:
+    try:
+        found = getattr(_library(), f"{name}_{variant}")
+    except AttributeError:
+        raise InterfaceMismatch(f"they were compiled from other sources (no {name}): install again") from None
+    found.argtypes = [_CTYPES[letter] for letter in _SIGNATURES[name]]
+    found.restype = ctypes.c_int
+    made: Function = found
+    return made
+
+
+def interface_of(functions: Functions) -> set[str]:
+    """Return what was compiled: one line per function and struct, as csrc/abi.h writes them."""
+    text = ctypes.create_string_buffer(1 << 14)
+    assert functions.interface(text, len(text)) < len(text)
+    return set(text.value.decode().splitlines())
+
+
+def expected_interface() -> set[str]:
+    """Return the same lines of the tables on the Python side."""
+    signatures = {f"{name} {letters}" for name, letters in _SIGNATURES.items()}
+    return signatures | {f"{name} {layout_text(struct)}" for name, struct in STRUCTS.items()}
 
 
 _chosen: list[Functions] = []
@@ -113,6 +143,6 @@ def problem() -> str | None:
         return "they were not compiled when this was installed: it takes a C++ compiler"
     try:
         functions()
-    except (OSError, AttributeError) as error:
+    except (OSError, InterfaceMismatch) as error:
         return str(error)
     return None
