@@ -96,11 +96,11 @@ def serve(options: ServeOptions) -> None:
     from batchinfer.batches.catalog import Catalog
     from batchinfer.batches.runner import BatchRunner
     from batchinfer.server.app import AppOptions, create_app
-    from batchinfer.server.batches import make_router
+    from batchinfer.server.batch_routes import make_router
     from batchinfer.server.frontend import Frontend
     from batchinfer.server.lifecycle import Endpoint, Limits, listen
     from batchinfer.server.metrics import Metrics
-    from batchinfer.server.share import SharedAnswerer
+    from batchinfer.server.shared_engine import SharedAnswerer
 
     port = options.port if options.port is not None else 0 if options.command else _PORT
     if options.api_key == "":

@@ -18,11 +18,11 @@ from batchinfer.errors import RowError
 from batchinfer.openai.messages_request import CountRequest, MessagesRequest
 from batchinfer.openai.request_models import ChatRequest, CompletionRequest, EmbeddingRequest, ErrorBody, of_validation
 from batchinfer.openai.responses_request import ResponseRequest
-from batchinfer.server import chat, completions, embeddings, messages, responses, tokens
+from batchinfer.server import chat, completions, embeddings, messages, responses, tokenize_routes
 from batchinfer.server.errors import ApiError, JsonResponse, internal_error, of_row
 from batchinfer.server.frontend import Frontend
-from batchinfer.server.gate import Gate
-from batchinfer.server.replies import check_model, respond
+from batchinfer.server.middleware import Gate
+from batchinfer.server.respond import check_model, respond
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "What is wrong with the request"},
@@ -73,7 +73,12 @@ def create_app(frontend: Frontend, options: AppOptions | None = None) -> Gate:
             Exception: _bug,
         },
     )
-    for router in (_state_routes(frontend), _answer_routes(frontend), tokens.routes(frontend), *options.routers):
+    for router in (
+        _state_routes(frontend),
+        _answer_routes(frontend),
+        tokenize_routes.routes(frontend),
+        *options.routers,
+    ):
         app.include_router(router)
     return Gate(app, frontend.metrics, options.api_key, options.max_body_bytes, options.large_paths)
 

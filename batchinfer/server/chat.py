@@ -9,7 +9,7 @@ from batchinfer.openai.parse import ask
 from batchinfer.openai.request_models import ChatRequest
 from batchinfer.server.choices import Choices
 from batchinfer.server.frontend import Frontend
-from batchinfer.server.replies import Work
+from batchinfer.server.respond import Work
 
 
 async def prepare(frontend: Frontend, body: ChatRequest, name: str) -> Work:

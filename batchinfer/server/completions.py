@@ -7,7 +7,7 @@ from batchinfer.openai.parse import ask
 from batchinfer.openai.request_models import CompletionRequest
 from batchinfer.server.choices import Choices
 from batchinfer.server.frontend import Frontend
-from batchinfer.server.replies import Work
+from batchinfer.server.respond import Work
 
 
 async def prepare(frontend: Frontend, body: CompletionRequest, name: str) -> Work:

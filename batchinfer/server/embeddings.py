@@ -15,7 +15,7 @@ from batchinfer.pipeline.scoring import Pooled
 from batchinfer.request import Finished
 from batchinfer.server.errors import ApiError, JsonResponse
 from batchinfer.server.frontend import Frontend
-from batchinfer.server.replies import answer, check_model
+from batchinfer.server.respond import answer, check_model
 
 
 async def respond(frontend: Frontend, receive: Receive, body: EmbeddingRequest) -> Response:

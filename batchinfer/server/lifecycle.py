@@ -18,7 +18,7 @@ from batchinfer.errors import EXIT_OK, UsageError
 from batchinfer.log import log
 from batchinfer.server.errors import ApiError
 from batchinfer.server.frontend import Frontend
-from batchinfer.server.gate import Gate
+from batchinfer.server.middleware import Gate
 
 GRACE_S = 8.0
 _TAIL_S = 1.0  # of the grace: what open streams have to send their error event

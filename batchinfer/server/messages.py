@@ -11,7 +11,7 @@ from batchinfer.openai.messages_response import MessageAnswer
 from batchinfer.openai.parse import ask
 from batchinfer.server.events import Events
 from batchinfer.server.frontend import Frontend
-from batchinfer.server.replies import Work, check_model
+from batchinfer.server.respond import Work, check_model
 from batchinfer.server.responses import new_id
 
 

@@ -11,7 +11,7 @@ from batchinfer.openai.responses_request import ResponseRequest
 from batchinfer.openai.responses_response import ResponseAnswer
 from batchinfer.server.events import Events
 from batchinfer.server.frontend import Frontend
-from batchinfer.server.replies import Work
+from batchinfer.server.respond import Work
 
 
 async def prepare(frontend: Frontend, body: ResponseRequest, name: str) -> Work:

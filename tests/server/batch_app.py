@@ -10,7 +10,7 @@ from batchinfer.batches.catalog import Catalog
 from batchinfer.batches.runner import BatchRunner
 from batchinfer.llm import LLM
 from batchinfer.openai.request_models import of_validation
-from batchinfer.server.batches import make_router
+from batchinfer.server.batch_routes import make_router
 from batchinfer.server.errors import ApiError, of_row
 from batchinfer.spec import FakeSpec
 

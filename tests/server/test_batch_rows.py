@@ -11,7 +11,7 @@ import pytest
 from batchinfer.batches.catalog import BatchRecord, Catalog, new_id
 from batchinfer.batches.runner import BatchRunner
 from batchinfer.llm import LLM
-from batchinfer.server.share import SharedAnswerer
+from batchinfer.server.shared_engine import SharedAnswerer
 from tests.server.alike import alike
 from tests.server.batch_lines import content, parsed
 from tests.server.conftest import Endpoint, referring_tool

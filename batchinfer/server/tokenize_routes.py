@@ -10,7 +10,7 @@ from batchinfer.openai.request_models import DetokenizeRequest, TokenizeRequest
 from batchinfer.pipeline.encoding import Framing
 from batchinfer.server.errors import JsonResponse, bad_request
 from batchinfer.server.frontend import Frontend
-from batchinfer.server.replies import check_model
+from batchinfer.server.respond import check_model
 
 
 def routes(frontend: Frontend) -> APIRouter:
