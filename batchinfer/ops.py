@@ -1,6 +1,6 @@
 """The ops of a forward pass: one name each, whatever the backend. The backend follows the tensors' device.
 
-`reference` (plain torch) is the specification and runs on every device that has no backend of its own; `cpu` is C++,
+`eager` (plain torch, after the naive float64 code of tests/kernels) runs on every device that has no backend of its own; `cpu` is C++,
 and serves where an install could compile it.
 
 T tokens of a step · S sequences · N blocks (or rows, in norms) · K kv heads · H query heads · B slots per block ·
@@ -17,10 +17,10 @@ from typing import Literal, NamedTuple
 
 import numpy.typing as npt
 import torch
-from batchinfer_kernels import cpu, reference
-from batchinfer_kernels.reference.block_matrix import BLOCK, BlockMatrix, stacked_blocks
-from batchinfer_kernels.reference.layer_facts import DecoderFacts, LayerFacts, MapFacts, NormFacts
-from batchinfer_kernels.reference.step_index import StepIndex
+from batchinfer_kernels import cpu, eager
+from batchinfer_kernels.eager.block_matrix import BLOCK, BlockMatrix, stacked_blocks
+from batchinfer_kernels.eager.layer_facts import DecoderFacts, LayerFacts, MapFacts, NormFacts
+from batchinfer_kernels.eager.step_index import StepIndex
 from torch import Tensor
 
 from batchinfer.log import log
@@ -62,13 +62,13 @@ __all__ = [
     "stacked_blocks",
     "step_index",
     "stored_bytes",
-    "use_reference",
+    "use_eager",
 ]
 
-Packed = Tensor | reference.RoundedMatrix | cpu.PackedLinear | cpu.RoundedPanels | cpu.PackedBlocks
+Packed = Tensor | eager.RoundedMatrix | cpu.PackedLinear | cpu.RoundedPanels | cpu.PackedBlocks
 """A matrix [O, I]: as it is, rounded, or in a backend's own form."""
 
-Quantized = reference.QuantizedMatrix | cpu.QuantizedPanels
+Quantized = eager.QuantizedMatrix | cpu.QuantizedPanels
 """A matrix [O, I] in 8 bits, with a scale per row."""
 
 Gated = cpu.GatedPanels
@@ -95,7 +95,7 @@ def _backend_of(device: str) -> ModuleType:
 
 
 def _choose(device: str) -> ModuleType:
-    chosen: ModuleType = reference
+    chosen: ModuleType = eager
     if device == "cpu":
         problem = cpu.problem()
         if problem is None:
@@ -106,10 +106,10 @@ def _choose(device: str) -> ModuleType:
     return chosen
 
 
-def use_reference(device: str, wanted: bool = True) -> None:
-    """From now on, `device` runs the reference, or again what is best for it."""
+def use_eager(device: str, wanted: bool = True) -> None:
+    """From now on, `device` runs plain torch, or again what is best for it."""
     if wanted:
-        _BACKENDS[device] = reference
+        _BACKENDS[device] = eager
     else:
         _choose(device)
 
@@ -132,8 +132,8 @@ def keeping_backend(device: str) -> Iterator[None]:
 
 
 def backends(device: str) -> dict[str, bool]:
-    """What can run on a device, the best first: name → what `use_reference` takes to choose it."""
-    there = {"reference": True}
+    """What can run on a device, the best first: name → what `use_eager` takes to choose it."""
+    there = {"eager": True}
     if device == "cpu" and cpu.problem() is None:
         there = {f"C++ {cpu.variant()}": False} | there
     return there

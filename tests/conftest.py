@@ -14,20 +14,20 @@ _ROOT = Path(__file__).parent.parent
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--reference-kernels", action="store_true", help="run every op in plain torch, as without C++")
+    parser.addoption("--eager-kernels", action="store_true", help="run every op in plain torch, as without C++")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--reference-kernels"):
+    if config.getoption("--eager-kernels"):
         from batchinfer import ops  # only here: torch takes seconds, and few folders' tests need it
 
-        ops.use_reference("cpu")
+        ops.use_eager("cpu")
 
 
 @pytest.fixture(scope="session")
 def plain_torch(pytestconfig: pytest.Config) -> bool:
     """Whether no C++ runs: what torch computes of a row can depend, in its last bits, on the rows beside it."""
-    return bool(pytestconfig.getoption("--reference-kernels"))
+    return bool(pytestconfig.getoption("--eager-kernels"))
 
 
 @pytest.fixture(scope="session")

@@ -1,1 +1,1 @@
-"""Kernels: one op, one name, in every backend. `reference` is the specification."""
+"""Kernels: one op, one name, in every backend. The specification is the naive float64 code of tests/kernels."""

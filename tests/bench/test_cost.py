@@ -17,7 +17,7 @@ from .test_figures import make_machine
 
 def test_cost_of_the_tiny_model(tiny_model):
     with ops.keeping_backend("cpu"):
-        ops.use_reference("cpu")  # which adds no rows to fill a panel
+        ops.use_eager("cpu")  # which adds no rows to fill a panel
         cost = LinearCost.of(load_decoder(tiny_model, torch.float32))
         half = LinearCost.of(load_decoder(tiny_model, torch.bfloat16))
         eighth = LinearCost.of(load_decoder(tiny_model, torch.float32, rounding=Rounding(layers=torch.int8)))

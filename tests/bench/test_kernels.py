@@ -91,7 +91,7 @@ def test_arithmetic_is_held_to_the_rate_of_its_type(monkeypatch):
     monkeypatch.setattr(kernels, "gemm_rate", rates.pop)  # each is measured once
     dtypes = (torch.float32, torch.bfloat16, torch.int8, torch.bfloat16)
     made = [Case("x", "", 1, 1000, lambda: lambda: None, dtype=dtype) for dtype in dtypes]
-    found = [one for one in measure(SMALL, make_machine(gemm_per_s=1e6), made) if one.backend == "reference"]
+    found = [one for one in measure(SMALL, make_machine(gemm_per_s=1e6), made) if one.backend == "eager"]
     assert [one.limit_s for one in found] == pytest.approx([1e-3, 5e-4, 2.5e-4, 5e-4])
 
 
@@ -102,7 +102,7 @@ def test_limit_is_the_longer_of_both(monkeypatch):
         Case("x", "", size, work, lambda: lambda: None)
         for size, work in ((200, 100), (1500, 1600), (2500, 0), (9000, 1))
     ]
-    found = [one for one in measure(SMALL, machine, made) if one.backend == "reference"]
+    found = [one for one in measure(SMALL, machine, made) if one.backend == "eager"]
     assert [one.limit_s for one in found] == pytest.approx([2e-4, 1.6e-3, 2.5e-3, 9e-3])
     assert [one.bound for one in found] == ["bytes", "arithmetic", "bytes", "bytes"]
     assert [one.fits for one in found] == ["L1", "L2", "L3", "memory"]
@@ -113,7 +113,7 @@ def test_the_backend_is_afterwards_what_it_was():
     used = []
     case = Case("x", "", 1, 1, lambda: lambda: used.append(ops._BACKENDS["cpu"]))
     with ops.keeping_backend("cpu"):
-        ops.use_reference("cpu")
+        ops.use_eager("cpu")
         before = ops._BACKENDS["cpu"]
         list(measure(SMALL, make_machine(), [case]))
         assert ops._BACKENDS["cpu"] is before

@@ -11,19 +11,19 @@ from batchinfer import ops
 _VARIANTS = [] if cpu.problem() else library.variants()
 
 
-@pytest.fixture(params=["reference", *library.VARIANTS])
+@pytest.fixture(params=["eager", *library.VARIANTS])
 def backend(request):
     name = request.param
-    if name == "reference":
-        ops.use_reference("cpu")
+    if name == "eager":
+        ops.use_eager("cpu")
         yield name
-        ops.use_reference("cpu", request.config.getoption("--reference-kernels"))
+        ops.use_eager("cpu", request.config.getoption("--eager-kernels"))
         return
-    if request.config.getoption("--reference-kernels"):
-        pytest.skip("--reference-kernels")
+    if request.config.getoption("--eager-kernels"):
+        pytest.skip("--eager-kernels")
     if name not in _VARIANTS:
         pytest.skip(cpu.problem() or f"this processor has no {name}")
-    ops.use_reference("cpu", False)
+    ops.use_eager("cpu", False)
     library.choose(name)
     yield name
     library.choose(_VARIANTS[0])
@@ -32,5 +32,5 @@ def backend(request):
 @pytest.fixture
 def compiled(backend):
     """For what is about C++ alone."""
-    if backend == "reference":
+    if backend == "eager":
         pytest.skip("about C++")

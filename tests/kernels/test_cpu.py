@@ -122,11 +122,11 @@ def test_threads_are_torch_s():
 
 def test_a_missing_library_is_said_once_and_the_reference_serves(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(library, "_PATH", tmp_path / "_ops.so")
-    ops.use_reference("cpu", False)
+    ops.use_eager("cpu", False)
     for _ in range(2):
         assert torch.equal(ops.silu_mul(torch.zeros(2, 4)), torch.zeros(2, 2))
     assert capsys.readouterr().err.count("C++ kernels are not there") == 1
-    ops.use_reference("cpu", False)
+    ops.use_eager("cpu", False)
 
 
 def test_a_broken_library_is_no_failure(monkeypatch, tmp_path):

@@ -1,10 +1,10 @@
-"""Buckets of the reference: padding stays small whatever the mix of a step."""
+"""Buckets of the eager backend: padding stays small whatever the mix of a step."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from batchinfer_kernels.reference.step_index import BUCKET_NUMBERS, SPLIT_SLOTS, TILE, step_index
+from batchinfer_kernels.eager.step_index import BUCKET_NUMBERS, SPLIT_SLOTS, TILE, step_index
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -66,7 +66,7 @@ def test_logits_equal_those_of_transformers(name, tmp_path):
 def test_layers_in_one_call_give_what_their_ops_give(name, layers, tmp_path, plain_torch, monkeypatch):
     """Bit for bit, in every form of the weights."""
     if plain_torch:
-        pytest.skip("--reference-kernels")
+        pytest.skip("--eager-kernels")
     build(name, tmp_path)
     decoder = load_decoder(tmp_path, torch.float32, rounding=Rounding(layers))
     rows, called = _rows(43, 35, 38), []
@@ -90,7 +90,7 @@ def test_layers_are_computed_one_by_one_on_another_backend(tmp_path):
     model = build("gemma2", tmp_path)
     decoder, rows = load_decoder(tmp_path, torch.float32), _rows(43, 35, 38)
     with ops.keeping_backend("cpu"):
-        ops.use_reference("cpu")
+        ops.use_eager("cpu")
         _assert_equal(_compute(Paged(decoder, sequences=3), rows, SPANS), model, rows)
 
 

@@ -294,7 +294,7 @@ def test_greedy_rows_that_are_found_by_bounds_are_those_of_all_logits(tmp_path, 
     build("llama", tmp_path)
     decoder = load_decoder(tmp_path, torch.float32)
     if isinstance(decoder.head.matrix, torch.Tensor):
-        pytest.skip("--reference-kernels")
+        pytest.skip("--eager-kernels")
     requests = [greedy([9, 8, 7, 10 + number], number, max_tokens=5 + number) for number in range(12)]
     expected = {one.request_id: alone(decoder, one) for one in requests}
     found = []

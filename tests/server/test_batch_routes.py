@@ -10,7 +10,7 @@ fastapi = pytest.importorskip("fastapi")
 from starlette.testclient import TestClient  # noqa: E402
 
 from batchinfer.batches import catalog as catalog_module  # noqa: E402
-from batchinfer.server import batch_routes as batches_module
+from batchinfer.server import batch_routes as batches_module  # noqa: E402
 from batchinfer.server import upload as upload_module  # noqa: E402
 from tests.server.batch_app import make_app  # noqa: E402
 from tests.server.batch_lines import CHAT, content, gone, line, parsed, rows, wait_for  # noqa: E402

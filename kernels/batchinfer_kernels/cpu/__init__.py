@@ -1,4 +1,4 @@
-"""C++ (kernels/csrc) for float32 on CPUs; what it does not know goes to the reference. Installed where a compiler is.
+"""C++ (kernels/csrc) for float32 on CPUs; what it does not know goes to `eager`. Installed where a compiler is.
 
 See `library.load`: `problem()` says why the backend cannot serve, if it cannot.
 """

@@ -7,16 +7,16 @@ import math
 import torch
 from torch import Tensor
 
-from batchinfer_kernels import reference
+from batchinfer_kernels import eager
 from batchinfer_kernels.cpu.library import Function, functions
 
 
 def silu_mul(x_T2F: Tensor) -> Tensor:
-    return _gated(functions().silu_mul, x_T2F) if _known(x_T2F) else reference.silu_mul(x_T2F)
+    return _gated(functions().silu_mul, x_T2F) if _known(x_T2F) else eager.silu_mul(x_T2F)
 
 
 def gelu_mul(x_T2F: Tensor) -> Tensor:
-    return _gated(functions().gelu_mul, x_T2F) if _known(x_T2F) else reference.gelu_mul(x_T2F)
+    return _gated(functions().gelu_mul, x_T2F) if _known(x_T2F) else eager.gelu_mul(x_T2F)
 
 
 def _known(x_T2F: Tensor) -> bool:

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from batchinfer_kernels import reference
+from batchinfer_kernels import eager
 from batchinfer_kernels.cpu.library import checked, functions
 
 
 def copy_blocks(caches: Sequence[Tensor], sources: Sequence[int], targets: Sequence[int]) -> None:
     first = caches[0]
     if not all(x.is_contiguous() and x.shape == first.shape and x.dtype == first.dtype for x in caches):
-        reference.copy_blocks(caches, sources, targets)
+        eager.copy_blocks(caches, sources, targets)
         return
     lowest, highest = min(*sources, *targets), max(*sources, *targets)
     if lowest < 0 or highest >= len(first):

@@ -25,8 +25,8 @@ from batchinfer_kernels.cpu.structs import (
     NormStruct,
     StepStruct,
 )
-from batchinfer_kernels.reference.layer_facts import DecoderFacts, LayerFacts, MapFacts, NormFacts
-from batchinfer_kernels.reference.step_index import StepIndex
+from batchinfer_kernels.eager.layer_facts import DecoderFacts, LayerFacts, MapFacts, NormFacts
+from batchinfer_kernels.eager.step_index import StepIndex
 
 
 class DecoderLayers:

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from batchinfer_kernels import reference
+from batchinfer_kernels import eager
 from batchinfer_kernels.cpu.activation import gelu_mul, silu_mul
 from batchinfer_kernels.cpu.library import functions
 from batchinfer_kernels.cpu.linear import (
@@ -34,7 +34,7 @@ class GatedPanels:
     packed: Panels
 
 
-def pack_gated(weight_GI: Tensor | reference.BlockMatrix, to: torch.dtype | None) -> Matrix | GatedPanels:
+def pack_gated(weight_GI: Tensor | eager.BlockMatrix, to: torch.dtype | None) -> Matrix | GatedPanels:
     """GatedPanels of float32 or blocks, where panels come out even; otherwise what pack_linear makes."""
     rows, panel = weight_GI.shape[0], functions().linear_panel()
     even = known(weight_GI) and rows % panel == 0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from batchinfer_kernels import reference
+from batchinfer_kernels import eager
 from batchinfer_kernels.cpu.library import TYPES, Functions, checked, functions
 from batchinfer_kernels.cpu.memory import empty
 
@@ -43,23 +43,23 @@ class RoundedPanels:
     functions: Functions
 
 
-def known(weight_OI: Tensor | reference.BlockMatrix) -> bool:
-    return isinstance(weight_OI, reference.BlockMatrix) or weight_OI.dtype == torch.float32
+def known(weight_OI: Tensor | eager.BlockMatrix) -> bool:
+    return isinstance(weight_OI, eager.BlockMatrix) or weight_OI.dtype == torch.float32
 
 
 _ROUNDED = 6  # csrc/ops.cpp's type
 _BLOCK_TYPES = {(8, False): 3, (4, False): 4, (4, True): 5}  # (bits, with minima)
 
 
-def pack_linear(weight_OI: Tensor | reference.BlockMatrix, to: torch.dtype | None) -> Matrix:
+def pack_linear(weight_OI: Tensor | eager.BlockMatrix, to: torch.dtype | None) -> Matrix:
     """Copies. Numbers that 16 bits hold exactly (a bfloat16 checkpoint's) are kept in 16: half the memory to read."""
     if not known(weight_OI):
-        return reference.pack_linear(weight_OI, to)
+        return eager.pack_linear(weight_OI, to)
     if to == torch.int8:
         return _pack_quantized(weight_OI)
     if to == torch.bfloat16:
         return _pack_rounded(weight_OI.float())
-    if isinstance(weight_OI, reference.BlockMatrix):
+    if isinstance(weight_OI, eager.BlockMatrix):
         return _pack_blocks(weight_OI)
     chosen = functions()
     panel = chosen.linear_panel()
@@ -89,11 +89,11 @@ def _fill(panels: Tensor, weight_OI: Tensor, kind: int, chosen: Functions) -> No
     chosen.pack_linear(weights.data_ptr(), in_features, out_features, panels.data_ptr(), kind, threads)
 
 
-def _pack_blocks(matrix: reference.BlockMatrix) -> PackedBlocks:
+def _pack_blocks(matrix: eager.BlockMatrix) -> PackedBlocks:
     chosen, kind = functions(), _BLOCK_TYPES[matrix.bits, matrix.mins_OG is not None]
     out_features, in_features = matrix.shape
     count = -(-out_features // chosen.linear_panel())
-    panels = empty((count, in_features // reference.BLOCK, chosen.block_bytes(kind)), torch.uint8)
+    panels = empty((count, in_features // eager.BLOCK, chosen.block_bytes(kind)), torch.uint8)
     values, scales = matrix.values_OI.contiguous(), matrix.scales_OG.contiguous()
     mins = None if matrix.mins_OG is None else matrix.mins_OG.contiguous()
     chosen.pack_blocks(
@@ -124,9 +124,9 @@ class QuantizedPanels:
         return len(self.scales_O)
 
 
-def _pack_quantized(weight_OI: Tensor | reference.BlockMatrix) -> QuantizedPanels:
-    matrix = reference.pack_linear(weight_OI, torch.int8)
-    assert isinstance(matrix, reference.QuantizedMatrix)
+def _pack_quantized(weight_OI: Tensor | eager.BlockMatrix) -> QuantizedPanels:
+    matrix = eager.pack_linear(weight_OI, torch.int8)
+    assert isinstance(matrix, eager.QuantizedMatrix)
     chosen = functions()
     panel = chosen.linear_panel()
     out_features, in_features = weight_OI.shape
@@ -147,12 +147,12 @@ def _smallest_exact(weight_OI: Tensor) -> torch.dtype:
 
 
 Panels = PackedLinear | RoundedPanels | PackedBlocks | QuantizedPanels
-Matrix = reference.Matrix | Panels
+Matrix = eager.Matrix | Panels
 
 
 def linear(x_NI: Tensor, packed: Matrix, bias_O: Tensor | None) -> Tensor:
-    if isinstance(packed, reference.Matrix):
-        return reference.linear(x_NI, packed, bias_O)
+    if isinstance(packed, eager.Matrix):
+        return eager.linear(x_NI, packed, bias_O)
     return multiply(x_NI, packed, bias_O, torch.empty(len(x_NI), packed.out_features))
 
 
@@ -178,10 +178,10 @@ def type_of(packed: PackedLinear | RoundedPanels | PackedBlocks) -> int:
 
 
 def packed_rows(
-    packed: Tensor | reference.RoundedMatrix | PackedLinear | RoundedPanels | PackedBlocks, rows_N: Tensor
+    packed: Tensor | eager.RoundedMatrix | PackedLinear | RoundedPanels | PackedBlocks, rows_N: Tensor
 ) -> Tensor:
-    if isinstance(packed, Tensor | reference.RoundedMatrix):
-        return reference.packed_rows(packed, rows_N)
+    if isinstance(packed, Tensor | eager.RoundedMatrix):
+        return eager.packed_rows(packed, rows_N)
     if isinstance(packed, PackedLinear | RoundedPanels):
         panel = packed.panels.shape[2]
         found = packed.panels[rows_N // panel, :, rows_N % panel].flatten(1)

@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from batchinfer_kernels import reference
+from batchinfer_kernels import eager
 from batchinfer_kernels.cpu.library import TYPES, checked, functions
 from batchinfer_kernels.cpu.step_index import CPUStepIndex
-from batchinfer_kernels.reference.step_index import StepIndex
+from batchinfer_kernels.eager.step_index import StepIndex
 
 
 def paged_attention(
@@ -28,7 +28,7 @@ def paged_attention(
     known = q_THD.dtype == torch.float32 and kv_type is not None
     dense = stride_D == 1 and kv_N2KBD.is_contiguous()
     if not (known and dense and isinstance(index, CPUStepIndex)):
-        return reference.paged_attention(q_THD, kv_N2KBD, index, scale, window, soft_cap, out_THD)
+        return eager.paged_attention(q_THD, kv_N2KBD, index, scale, window, soft_cap, out_THD)
     tokens, heads, size = q_THD.shape
     if out_THD is None:
         out_THD = torch.empty(tokens, heads, size)

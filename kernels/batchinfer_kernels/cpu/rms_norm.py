@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from batchinfer_kernels import reference
+from batchinfer_kernels import eager
 from batchinfer_kernels.cpu.library import functions
 from batchinfer_kernels.cpu.memory import empty_rows
 
@@ -15,7 +15,7 @@ from batchinfer_kernels.cpu.memory import empty_rows
 def rms_norm(x_NE: Tensor, weight_E: Tensor, eps: float, offset: float) -> Tensor:
     rows = _rows(x_NE)
     if rows is None or not _known(x_NE, weight_E):
-        return reference.rms_norm(x_NE, weight_E, eps, offset)
+        return eager.rms_norm(x_NE, weight_E, eps, offset)
     return _norm(x_NE, rows, None, weight_E, (eps, offset))
 
 
@@ -23,7 +23,7 @@ def add_rms_norm(x_NE: Tensor, residual_NE: Tensor, weight_E: Tensor, eps: float
     rows = _rows(x_NE)
     alike = residual_NE.dtype == torch.float32 and residual_NE.shape == x_NE.shape and residual_NE.is_contiguous()
     if rows is None or not alike or not _known(x_NE, weight_E):
-        return reference.add_rms_norm(x_NE, residual_NE, weight_E, eps, offset)
+        return eager.add_rms_norm(x_NE, residual_NE, weight_E, eps, offset)
     return _norm(x_NE, rows, residual_NE.data_ptr(), weight_E, (eps, offset))
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from batchinfer_kernels import reference
+from batchinfer_kernels import eager
 from batchinfer_kernels.cpu.library import TYPES, functions
 from batchinfer_kernels.cpu.step_index import CPUStepIndex
-from batchinfer_kernels.reference.step_index import StepIndex
+from batchinfer_kernels.eager.step_index import StepIndex
 
 
 def rope_kv_write(
@@ -28,7 +28,7 @@ def rope_kv_write(
     whole = all(x.is_contiguous() for x in (kv_N2KBD, *angles))
     kept = TYPES.get(kv_N2KBD.dtype)
     if not (float32 and dense and whole and kept is not None and isinstance(index, CPUStepIndex)):
-        reference.rope_kv_write(q_THD, k_TKD, v_TKD, cos_sin, kv_N2KBD, index)
+        eager.rope_kv_write(q_THD, k_TKD, v_TKD, cos_sin, kv_N2KBD, index)
         return
     cos, sin = (x.data_ptr() for x in cos_sin) if cos_sin is not None else (None, None)
     functions().rope_kv_write(

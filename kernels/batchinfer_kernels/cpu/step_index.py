@@ -1,4 +1,4 @@
-"""The reference's index, in a form that C++ reads as well. T tokens · S sequences · X = S + 1 · B blocks per table."""
+"""The eager backend's index, in a form that C++ reads as well. T tokens · S sequences · X = S + 1 · B blocks per table."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from batchinfer_kernels.reference.step_index import StepIndex
+from batchinfer_kernels.eager.step_index import StepIndex
 
 
 @dataclass(slots=True, kw_only=True)
 class CPUStepIndex(StepIndex):
-    """Serves the reference's ops as well: they take what C++ does not know. All arrays are contiguous."""
+    """Serves the eager ops as well: they take what C++ does not know. All arrays are contiguous."""
 
     prompt_S: npt.NDArray[np.bool_]
     addresses: tuple[int, int, int, int]  # of tables_SB, query_starts_X, lengths_S and prompt_S

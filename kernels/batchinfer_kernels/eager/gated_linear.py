@@ -6,8 +6,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from batchinfer_kernels.reference.activation import gelu_mul, silu_mul
-from batchinfer_kernels.reference.linear import Matrix, linear, pack_linear
+from batchinfer_kernels.eager.activation import gelu_mul, silu_mul
+from batchinfer_kernels.eager.linear import Matrix, linear, pack_linear
 
 _ACTIVATIONS = {"silu": silu_mul, "gelu": gelu_mul}
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from batchinfer_kernels.reference.block_matrix import BlockMatrix
+from batchinfer_kernels.eager.block_matrix import BlockMatrix
 
 
 class RoundedMatrix(NamedTuple):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from batchinfer_kernels.reference.block_matrix import BlockMatrix
+from batchinfer_kernels.eager.block_matrix import BlockMatrix
 
 STEPS = 127  # of either sign
 GROUP = 64  # input features that share a scale

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from batchinfer_kernels.reference.block_matrix import BlockMatrix
-from batchinfer_kernels.reference.quantized_linear import QuantizedMatrix, pack_quantized, quantized_linear
-from batchinfer_kernels.reference.rounded_linear import RoundedMatrix, pack_rounded, rounded_linear
+from batchinfer_kernels.eager.block_matrix import BlockMatrix
+from batchinfer_kernels.eager.quantized_linear import QuantizedMatrix, pack_quantized, quantized_linear
+from batchinfer_kernels.eager.rounded_linear import RoundedMatrix, pack_rounded, rounded_linear
 
 Matrix = Tensor | RoundedMatrix | QuantizedMatrix
 

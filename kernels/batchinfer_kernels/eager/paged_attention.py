@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from batchinfer_kernels.reference.step_index import Bucket, StepIndex
+from batchinfer_kernels.eager.step_index import Bucket, StepIndex
 
 
 def paged_attention(

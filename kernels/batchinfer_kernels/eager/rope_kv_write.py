@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from batchinfer_kernels.reference.step_index import StepIndex
+from batchinfer_kernels.eager.step_index import StepIndex
 
 
 def rope_kv_write(
