@@ -46,11 +46,11 @@ class BuildKernels(build_ext):
             [*command, *flags, f"-DVARIANT={name}", "-c", str(SOURCES / "ops.cpp"), "-o", str(objects / f"{name}.o")]
             for name, flags in known.items()
         ]
-        compiles.append([*command, "-c", str(SOURCES / "variants.cpp"), "-o", str(objects / "variants.o")])
+        compiles.append([*command, "-c", str(SOURCES / "cpu_features.cpp"), "-o", str(objects / "cpu_features.o")])
         _run_all(compiles)
         library = Path(self.get_ext_fullpath(ext.name))
         library.parent.mkdir(parents=True, exist_ok=True)
-        linked = [str(objects / f"{name}.o") for name in (*known, "variants")]
+        linked = [str(objects / f"{name}.o") for name in (*known, "cpu_features")]
         made = objects / "_ops.so"
         _run_all([[*command, "-shared", *linked, "-o", str(made)]])
         shutil.copyfile(made, library.with_suffix(".new"))
@@ -77,7 +77,7 @@ setup(
     ext_modules=[
         Extension(
             "batchinfer_kernels.cpu._ops",
-            sources=["kernels/csrc/ops.cpp", "kernels/csrc/variants.cpp"],
+            sources=["kernels/csrc/ops.cpp", "kernels/csrc/cpu_features.cpp"],
             depends=[str(path) for path in sorted(SOURCES.glob("*.h"))],
             optional=True,
         )

@@ -1,7 +1,7 @@
 """The ops of a forward pass: one name each, whatever the backend. The backend follows the tensors' device.
 
-`eager` (plain torch, after the naive float64 code of tests/kernels) runs on every device that has no backend of its own; `cpu` is C++,
-and serves where an install could compile it.
+`eager` (plain torch, after the naive float64 code of tests/kernels) runs on every device that has no backend of its
+own; `cpu` is C++, and serves where an install could compile it.
 
 T tokens of a step · S sequences · N blocks (or rows, in norms) · K kv heads · H query heads · B slots per block ·
 D head size · R rotated part of a head · E hidden size · F feed-forward size · I, O features in and out

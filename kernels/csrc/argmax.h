@@ -11,7 +11,7 @@
 
 #include <cmath>
 
-#include "multiply.h"
+#include "linear_dispatch.h"
 
 namespace {
 

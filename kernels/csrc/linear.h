@@ -15,7 +15,7 @@
 
 #include "elementwise.h"
 #include "parallel.h"
-#include "tile.h"
+#include "gemm_microkernel.h"
 
 namespace {
 

@@ -15,7 +15,7 @@
 #include "block_linear.h"
 #include "elementwise.h"
 #include "linear.h"
-#include "multiply.h"
+#include "linear_dispatch.h"
 #include "paged_attention.h"
 
 #define JOINED(name, variant) name##_##variant
@@ -270,7 +270,7 @@ OP(quantized_linear)(
     return 0;
 }
 
-#include "layers.h"
+#include "fused_layers.h"
 
 // 0, or 1 if there was no memory
 OP(decoder_layers)(const Model* model, const Step* step, int threads) {

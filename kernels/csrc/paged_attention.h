@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "decode.h"
-#include "prompt.h"
+#include "decode_attention.h"
+#include "prefill_attention.h"
 
 namespace {
 

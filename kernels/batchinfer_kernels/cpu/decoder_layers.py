@@ -1,4 +1,4 @@
-"""All layers of a decoder in one call (csrc/layers.h): between two ops lies no Python.
+"""All layers of a decoder in one call (csrc/fused_layers.h): between two ops lies no Python.
 
 T tokens of a step · N rows that come out, or blocks · E hidden size · K kv heads · B slots per block · D head size ·
 R rotated pairs of a head

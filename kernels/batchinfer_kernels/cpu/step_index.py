@@ -1,4 +1,4 @@
-"""The eager backend's index, in a form that C++ reads as well. T tokens · S sequences · X = S + 1 · B blocks per table."""
+"""The eager index, in a form that C++ reads as well. T tokens · S sequences · X = S + 1 · B blocks per table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ctypes mirrors of the C++ structs that `decoder_layers` reads (csrc/layers.h): same order, same field names.
+"""ctypes mirrors of the C++ structs that `decoder_layers` reads (csrc/fused_layers.h): same order, same field names.
 
 `library.load` compares each one's size and field offsets with what was compiled.
 """
