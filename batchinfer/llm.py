@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
 from batchinfer.engine.blocks import BlockPool
-from batchinfer.engine.engine import Engine, Runner
+from batchinfer.engine.engine import Engine, StepRunner
 from batchinfer.engine.scheduler import Scheduler
 from batchinfer.engine.stats import EngineStats
 from batchinfer.errors import BadParameters, ModelError, SpecError, UsageError
@@ -21,7 +21,7 @@ from batchinfer.io.fetch import ModelFiles, fetch_model
 from batchinfer.openai.parse import WireModel
 from batchinfer.pipeline.encoding import Content, SpecialTokens
 from batchinfer.pipeline.load import Assembly, assemble
-from batchinfer.pipeline.prepare import Limits, Preparer, Prompt, mix
+from batchinfer.pipeline.prepare import ModelLimits, Preparer, Prompt, mix
 from batchinfer.pipeline.scoring import Continuation, Measure, Pooled, Read, Rolling, continuations
 from batchinfer.pipeline.stream import Stream
 from batchinfer.request import Completion, Pooling, SamplingParams
@@ -32,14 +32,14 @@ from batchinfer.text.tokenizer import Tokenizer
 __all__ = ["LLM", "Answerer", "Prompt"]
 
 
-class Parts(NamedTuple):
+class EngineParts(NamedTuple):
     """What a server drives by itself: see `LLM.parts`."""
 
     engine: Engine
     preparer: Preparer
     tokenizer: Tokenizer
     chat: ChatTemplate | None
-    limits: Limits
+    limits: ModelLimits
     defaults: SamplingParams
     max_num_seqs: int
 
@@ -197,9 +197,9 @@ class LLM:
         """Counters since the model was loaded: of tokens (prompts, answers, drafts), steps and preemptions."""
         return self._engine.stats
 
-    def parts(self) -> Parts:
+    def parts(self) -> EngineParts:
         """What is under it, for a caller with a loop of its own. `run` and such a loop exclude each other."""
-        return Parts(
+        return EngineParts(
             self._engine,
             self._preparer,
             self._assembly.tokenizer,
@@ -239,7 +239,7 @@ class LLM:
         self._engine = make_engine(assembly.pool, assembly.runner, engine)
 
 
-def make_engine(pool: BlockPool, runner: Runner, spec: EngineSpec) -> Engine:
+def make_engine(pool: BlockPool, runner: StepRunner, spec: EngineSpec) -> Engine:
     """With nothing in it yet."""
     return Engine(Scheduler(pool, spec.max_num_seqs, spec.max_step_tokens, spec.speculative_tokens), runner)
 

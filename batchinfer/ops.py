@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from batchinfer_kernels import cpu, eager
 from batchinfer_kernels.eager.block_matrix import BLOCK, BlockMatrix, stacked_blocks
-from batchinfer_kernels.eager.layer_facts import DecoderFacts, LayerFacts, MapFacts, NormFacts
+from batchinfer_kernels.eager.layer_facts import DecoderFacts, LayerFacts, LinearWeights, NormFacts
 from batchinfer_kernels.eager.step_index import StepIndex
 from torch import Tensor
 
@@ -27,17 +27,17 @@ from batchinfer.log import log
 
 __all__ = [
     "BLOCK",
+    "ArgmaxBounds",
     "BlockMatrix",
     "DecoderFacts",
     "DecoderLayers",
     "Gated",
     "LayerFacts",
-    "MapFacts",
+    "LinearWeights",
     "NormFacts",
     "Packed",
     "Quantized",
     "ScoreRule",
-    "Screen",
     "StepIndex",
     "add_rms_norm",
     "backends",
@@ -77,7 +77,7 @@ Gated = cpu.GatedPanels
 DecoderLayers = cpu.DecoderLayers
 """A decoder's layers in a form that `compute_layers` knows."""
 
-Screen = cpu.Screen
+ArgmaxBounds = cpu.ArgmaxBounds
 """A matrix [O, I], and what tells `linear_argmax` where to look."""
 
 _CPU_FORMS = cpu.PackedLinear | cpu.RoundedPanels | cpu.PackedBlocks | cpu.QuantizedPanels
@@ -266,12 +266,12 @@ def linear(x_NI: Tensor, matrix_OI: Packed | Quantized, bias_O: Tensor | None) -
     return out
 
 
-def screen(matrix_OI: Packed | Quantized) -> Screen | None:
+def screen(matrix_OI: Packed | Quantized) -> ArgmaxBounds | None:
     """The matrix as `linear_argmax` takes it, with more memory; None where that would be no faster than `linear`."""
     return cpu.screen(matrix_OI)
 
 
-def linear_argmax(x_NI: Tensor, screen: Screen) -> tuple[Tensor, Tensor]:
+def linear_argmax(x_NI: Tensor, screen: ArgmaxBounds) -> tuple[Tensor, Tensor]:
     """The largest output feature of each row of `linear`, and its number, the first of equals. A NaN is the largest.
 
     Rounded products rule out all that cannot be the largest; what is left is multiplied as `linear` does it. [N], [N].

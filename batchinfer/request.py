@@ -323,7 +323,7 @@ class Finished:
 
 
 @dataclass(frozen=True, slots=True)
-class Output:
+class CompletionOutput:
     """One sample's answer."""
 
     text: str
@@ -344,7 +344,7 @@ class Completion:
 
     index: int
     prompt_token_ids: list[int]
-    outputs: list[Output] = field(default_factory=list)
+    outputs: list[CompletionOutput] = field(default_factory=list)
     error: RowError | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
     scores: list[Score] | None = None

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchinfer import LLM, Completion, SamplingParams
-from batchinfer.pipeline.encoding import Framing
+from batchinfer.pipeline.encoding import PromptOptions
 from batchinfer.pipeline.prepare import Prompt
 from batchinfer.pipeline.scoring import Pooled, Rolling, continuations
 from batchinfer.spec import FakeSpec
@@ -39,7 +39,7 @@ PARAMS: list[dict[str, Any]] = [
     {"structured_outputs": {"json": {"type": "object"}}},
     {"logit_bias": {5: 1.0}},
 ]
-FRAMINGS = [None, Framing(True, {}, whole_answer=True), Framing(False, {"add_generation_prompt": False})]
+FRAMINGS = [None, PromptOptions(True, {}, whole_answer=True), PromptOptions(False, {"add_generation_prompt": False})]
 
 
 def generated() -> st.SearchStrategy[Prompt]:

@@ -58,7 +58,7 @@ class Problem(NamedTuple):
     param: str | None = None
 
 
-class Counts(NamedTuple):
+class RequestCounts(NamedTuple):
     """Rows of a batch."""
 
     total: int = 0
@@ -78,7 +78,7 @@ class BatchRecord:
     metadata: Mapping[str, str] | None
     status: Status = "validating"
     times: Mapping[str, int] = field(default_factory=dict)
-    counts: Counts = field(default_factory=Counts)
+    counts: RequestCounts = field(default_factory=RequestCounts)
     problems: tuple[Problem, ...] = ()
     output_file_id: str | None = None
     error_file_id: str | None = None
@@ -94,7 +94,7 @@ class BatchRecord:
     @classmethod
     def from_values(cls, values: dict[str, Any]) -> BatchRecord:
         problems = tuple(Problem(*problem) for problem in values.pop("problems"))
-        return cls(**{**values, "counts": Counts(*values["counts"]), "problems": problems})
+        return cls(**{**values, "counts": RequestCounts(*values["counts"]), "problems": problems})
 
 
 Record = TypeVar("Record", FileRecord, BatchRecord)
@@ -213,7 +213,7 @@ class Catalog:
             self._batches[batch_id] = record
         return record
 
-    def count(self, batch_id: str, counts: Counts) -> None:
+    def count(self, batch_id: str, counts: RequestCounts) -> None:
         """How far a batch is. Kept in memory until its next status: a restart counts again."""
         with self._lock:
             self._batches[batch_id] = replace(self._batches[batch_id], counts=counts)

@@ -17,7 +17,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-from batchinfer.batches.catalog import BatchRecord, Catalog, Counts, Problem, Status
+from batchinfer.batches.catalog import BatchRecord, Catalog, Problem, RequestCounts, Status
 from batchinfer.batches.result_files import store_results
 from batchinfer.batches.validate import check_lines
 from batchinfer.engine.stats import EngineStats
@@ -26,9 +26,9 @@ from batchinfer.job.clear_output import clear_output
 from batchinfer.job.drain import Drain
 from batchinfer.job.finalize import read_manifest
 from batchinfer.job.plan import load_plan
-from batchinfer.job.report import Snapshot
+from batchinfer.job.report import RunSnapshot
 from batchinfer.job.run import run_job
-from batchinfer.job.run_state import Seams, open_store
+from batchinfer.job.run_state import Dependencies, open_store
 from batchinfer.job.spool import Spool
 from batchinfer.llm import Answerer
 from batchinfer.log import log
@@ -163,7 +163,7 @@ class BatchRunner:
             return
         if found.problems:
             self._catalog.move(batch_id, "failed", "validating", problems=found.problems)
-        elif self._catalog.move(batch_id, "in_progress", "validating", counts=Counts(found.rows)) is not None:
+        elif self._catalog.move(batch_id, "in_progress", "validating", counts=RequestCounts(found.rows)) is not None:
             self._to_run.put(batch_id)
 
     def _run(self, batch_id: str) -> None:
@@ -193,7 +193,7 @@ class BatchRunner:
             spool_dir=self._catalog.root / "spool",
             drain=drain,
             progress=_Watch(self._catalog, record, drain if refusal is None else None),
-            seams=Seams(load_llm=lambda *_: answerer, salvage_every_s=_SALVAGE_EVERY_S),
+            seams=Dependencies(load_llm=lambda *_: answerer, salvage_every_s=_SALVAGE_EVERY_S),
         )
 
     def _spec(self, record: BatchRecord) -> JobSpec:
@@ -213,7 +213,7 @@ class BatchRunner:
         store = open_store(self._spec(record))
         manifest = read_manifest(store, load_plan(store))
         assert manifest is not None, "a job of one worker that ends well has a manifest"
-        counts = Counts(manifest["rows"], manifest["ok"], sum(manifest["errors"].values()))
+        counts = RequestCounts(manifest["rows"], manifest["ok"], sum(manifest["errors"].values()))
         # cancelling and expiring end as themselves, whatever happens from here on
         if "deadline" not in manifest["errors"]:
             self._catalog.move(record.id, "finalizing", "in_progress")
@@ -267,11 +267,11 @@ class _Watch:
         self._record = record
         self._drain = drain
 
-    def update(self, snapshot: Snapshot) -> None:
+    def update(self, snapshot: RunSnapshot) -> None:
         drain, record = self._drain, self._record
         if snapshot.rows_total:
             answered = snapshot.rows_before + snapshot.rows_done - snapshot.errors
-            self._catalog.count(record.id, Counts(snapshot.rows_total, answered, snapshot.errors))
+            self._catalog.count(record.id, RequestCounts(snapshot.rows_total, answered, snapshot.errors))
         if drain is not None and not drain.requested and time.time() >= record.expires_at:
             drain.request("the batch expired")
 

@@ -14,10 +14,10 @@ from typing import Any
 
 from batchinfer.batches.catalog import Problem
 from batchinfer.errors import InputError, InvalidInput
-from batchinfer.io.inputs import Line
+from batchinfer.io.inputs import InputLine
 from batchinfer.io.jsonl import parse
 from batchinfer.io.lines import read_lines
-from batchinfer.io.seen_ids import Place, SeenIds
+from batchinfer.io.seen_ids import IdPlace, SeenIds
 from batchinfer.io.source import Sources
 from batchinfer.job.spool import Spool
 from batchinfer.spec import StorageSpec
@@ -60,19 +60,19 @@ def check_lines(
     return Checked(rows, tuple(sorted(problems, key=lambda problem: problem.line or 0)[:MAX_PROBLEMS]))
 
 
-def _twice(places: tuple[Place, Place]) -> Problem:
+def _twice(places: tuple[IdPlace, IdPlace]) -> Problem:
     again, first = places
     message = f"This custom_id was used on line {first.line} already."
     return Problem("duplicate_custom_id", message, again.line, "custom_id")
 
 
-def _lines(path: Path) -> Iterator[Line]:
+def _lines(path: Path) -> Iterator[InputLine]:
     with Sources(StorageSpec()).open(str(path)) as source:
         for lines in read_lines(source):
             yield from lines
 
 
-def _check(line: Line, endpoint: str, models: Collection[str], seen: SeenIds) -> Iterator[Problem]:
+def _check(line: InputLine, endpoint: str, models: Collection[str], seen: SeenIds) -> Iterator[Problem]:
     try:
         row = parse(line.raw)
     except InvalidInput as error:
@@ -97,7 +97,7 @@ def _check(line: Line, endpoint: str, models: Collection[str], seen: SeenIds) ->
         yield Problem("model_not_found", message, line.number, "body.model")
 
 
-def _check_target(row: dict[str, Any], endpoint: str, line: Line) -> Iterator[Problem]:
+def _check_target(row: dict[str, Any], endpoint: str, line: InputLine) -> Iterator[Problem]:
     method, url = row.get("method"), row.get("url")
     if not isinstance(method, str):
         yield _missing("method", method, "the string 'POST'", line)
@@ -110,7 +110,7 @@ def _check_target(row: dict[str, Any], endpoint: str, line: Line) -> Iterator[Pr
         yield Problem("invalid_url", message, line.number, "url")
 
 
-def _missing(param: str, value: Any, wanted: str, line: Line) -> Problem:
+def _missing(param: str, value: Any, wanted: str, line: InputLine) -> Problem:
     if value is None:
         return Problem("missing_required_parameter", f"{param} is missing: it must be {wanted}.", line.number, param)
     return Problem("invalid_type", f"{param} must be {wanted}.", line.number, param)

@@ -62,7 +62,7 @@ class LinearCost:
         return self.layer_bytes + (self.head_bytes if sampled else 0)
 
 
-class Rates(NamedTuple):
+class MachineRates(NamedTuple):
     """What a machine does in a second: operations of the layers and of the LM head, and bytes of weights read."""
 
     layers: float
@@ -70,7 +70,7 @@ class Rates(NamedTuple):
     bytes: float
 
     @classmethod
-    def of(cls, machine: Machine, cost: LinearCost) -> Rates:
+    def of(cls, machine: Machine, cost: LinearCost) -> MachineRates:
         layers = (machine.int8_per_s if cost.quantized else None) or machine.gemm_per_s
         return cls(layers, machine.gemm_per_s, weight_bandwidth(machine, cost.weight_bytes(1)))
 
@@ -84,7 +84,7 @@ class Limit:
     seconds: float
 
 
-def limit_of(cost: LinearCost, steps: Iterable[StepWork], rates: Rates) -> Limit:
+def limit_of(cost: LinearCost, steps: Iterable[StepWork], rates: MachineRates) -> Limit:
     arithmetic = weights = both = 0.0
     for step in steps:
         computing = cost.operations(step.tokens, 0) / rates.layers + cost.operations(0, step.sampled) / rates.head

@@ -47,7 +47,7 @@ _STOP = "\x03stop"  # it begins with a token that comes by, and the next letter 
 
 
 @dataclass(frozen=True)
-class Parts:
+class StepSeconds:
     """Seconds of one step. queue: adding requests and handing over finished ones."""
 
     queue: float
@@ -113,7 +113,7 @@ def measure(numbers: Sequence[int]) -> list[HostCost]:
     return found
 
 
-def _steps(sequences: int) -> Callable[[], tuple[Parts, Parts]]:
+def _steps(sequences: int) -> Callable[[], tuple[StepSeconds, StepSeconds]]:
     """Takes a step without and one with stop strings, in engines that have run for a while."""
     plain, checked = _Load(sequences, False), _Load(sequences, True)
     for _ in range(2 * _ANSWER_TOKENS[1]):
@@ -122,10 +122,12 @@ def _steps(sequences: int) -> Callable[[], tuple[Parts, Parts]]:
     return lambda: (plain.step(), checked.step())
 
 
-def _cost(sequences: int, taken: Sequence[tuple[Parts, Parts]], before: HostCost | None) -> HostCost:
+def _cost(sequences: int, taken: Sequence[tuple[StepSeconds, StepSeconds]], before: HostCost | None) -> HostCost:
     """`before` is the cost at fewer sequences, from which growth is measured."""
     steps, with_stop = zip(*taken, strict=True)
-    median = {part.name: 1e3 * percentile([getattr(step, part.name) for step in steps], 0.5) for part in fields(Parts)}
+    median = {
+        part.name: 1e3 * percentile([getattr(step, part.name) for step in steps], 0.5) for part in fields(StepSeconds)
+    }
     totals = [1e3 * step.total for step in steps]
     total = percentile(totals, 0.5)
     return HostCost(
@@ -157,7 +159,7 @@ class _Load:
         self._stop = StopStrings(ByteTokenizer(), (_STOP,), False, True) if stop_strings else None
         self._made = 0
 
-    def step(self) -> Parts:
+    def step(self) -> StepSeconds:
         scheduler, runner = self._scheduler, self._runner
         fresh = [self._request() for _ in range(self._waiting - len(scheduler.waiting))]
         start = perf_counter()
@@ -173,7 +175,7 @@ class _Load:
         finished = scheduler.take_finished()
         end = perf_counter()
         assert all(answer.error is None for answer in finished)
-        return Parts(
+        return StepSeconds(
             added - start + end - updated, planned - added, runner.build_s, runner.sample_s, updated - answered
         )
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from time import perf_counter
 from typing import Any
 
-from batchinfer.bench.cost import LinearCost, Rates, StepWork, limit_of
+from batchinfer.bench.cost import LinearCost, MachineRates, StepWork, limit_of
 from batchinfer.bench.machine import Machine
 from batchinfer.bench.measured import MeasuredLLM, Subject
 from batchinfer.bench.table import number, table
@@ -118,7 +118,7 @@ def _limit(cost: LinearCost | None, machine: Machine, tokens: int, sampled: int)
     if cost is None:
         return None
     step = StepWork(tokens, sampled, sampled, 0.0)
-    return limit_of(cost, [step], Rates.of(machine, cost)).seconds
+    return limit_of(cost, [step], MachineRates.of(machine, cost)).seconds
 
 
 class _Track:

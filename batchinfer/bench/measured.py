@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from batchinfer.bench.cost import LinearCost, StepWork
 from batchinfer.engine.blocks import BlockPool
-from batchinfer.engine.engine import Engine, Runner
+from batchinfer.engine.engine import Engine, StepRunner
 from batchinfer.engine.plan import StepPlan, StepResult
 from batchinfer.io.fetch import ModelFiles, fetch_model
 from batchinfer.llm import LLM, Defaults, make_engine
 from batchinfer.pipeline.load import Assembly, use_threads
-from batchinfer.pipeline.prepare import Limits
+from batchinfer.pipeline.prepare import ModelLimits
 from batchinfer.spec import FAKE_MODEL, EngineSpec, JobSpec
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class NotingRunner:
     """Runs plans through another runner; `steps` says what they were. A step that fails is not noted."""
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: StepRunner) -> None:
         self.runner = runner
         self.steps: list[StepWork] = []
 
@@ -38,7 +38,7 @@ class NotingRunner:
 class MeasuredLLM(LLM):
     """`limits` are the model's; `steps` is what the runner did since the last `restart`."""
 
-    limits: Limits
+    limits: ModelLimits
 
     def _setup(self, assembly: Assembly, engine: EngineSpec, defaults: Defaults) -> None:
         self._noting = NotingRunner(assembly.runner)
@@ -51,7 +51,7 @@ class MeasuredLLM(LLM):
         return self._noting.steps
 
     @property
-    def runner(self) -> Runner:
+    def runner(self) -> StepRunner:
         return self._noting.runner
 
     @property

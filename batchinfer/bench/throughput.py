@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from time import perf_counter
 from typing import Any
 
-from batchinfer.bench.cost import Limit, Rates, limit_of
+from batchinfer.bench.cost import Limit, MachineRates, limit_of
 from batchinfer.bench.machine import Machine
 from batchinfer.bench.measured import MeasuredLLM, Subject
 from batchinfer.bench.table import facts, number
@@ -82,7 +82,7 @@ def measure(subject: Subject, prompts: list[Prompt], workload: str, machine: Mac
     """Run the prompts `repeat` times, each time as if for the first time. Raises InputError if none can run."""
     llm, cost = subject.llm, subject.cost
     weight_bytes = 0 if cost is None else cost.weight_bytes(1)
-    rates = None if cost is None else Rates.of(machine, cost)
+    rates = None if cost is None else MachineRates.of(machine, cost)
     _drain(llm, map(_shortened, prompts[:_WARM_PROMPTS]))
     runs, example = [], ""
     for _ in range(repeat):

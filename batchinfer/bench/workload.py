@@ -17,13 +17,13 @@ from typing import Any, NamedTuple, Protocol
 from batchinfer.bench.measured import MeasuredLLM
 from batchinfer.errors import InputError, InputMissing, UsageError, suggest
 from batchinfer.llm import Prompt
-from batchinfer.pipeline.prepare import Limits
+from batchinfer.pipeline.prepare import ModelLimits
 from batchinfer.request import SamplingParams
 
 _KEYS = ("id", "ids", "max_tokens")
 
 
-class Span(NamedTuple):
+class TokenSpan(NamedTuple):
     """A number of tokens, or a range that numbers are drawn from, both ends included."""
 
     low: int
@@ -33,18 +33,18 @@ class Span(NamedTuple):
         return str(self.low) if self.low == self.high else f"{self.low}-{self.high}"
 
 
-def parse_span(option: str, text: str) -> Span:
+def parse_span(option: str, text: str) -> TokenSpan:
     """`"128"` or `"64-256"`, at least 1. Raises UsageError."""
     match = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", text.strip())
     if match is None:
         raise UsageError(f"{option} {text}: must be a number of tokens, or LOW-HIGH, for example 128 or 64-256")
-    span = Span(int(match[1]), int(match[2] or match[1]))
+    span = TokenSpan(int(match[1]), int(match[2] or match[1]))
     if not 1 <= span.low <= span.high:
         raise UsageError(f"{option} {text}: must be at least 1, and LOW no more than HIGH")
     return span
 
 
-_INPUT, _OUTPUT = Span(128, 128), Span(64, 64)
+_INPUT, _OUTPUT = TokenSpan(128, 128), TokenSpan(64, 64)
 
 
 class Workload(Protocol):
@@ -60,8 +60,8 @@ class Synthetic:
     """Random token ids. The first `shared_prefix` of them are the same in all prompts, and part of their lengths."""
 
     requests: int = 128
-    input_tokens: Span = _INPUT
-    output_tokens: Span = _OUTPUT
+    input_tokens: TokenSpan = _INPUT
+    output_tokens: TokenSpan = _OUTPUT
     shared_prefix: int = 0
     seed: int = 0
 
@@ -98,7 +98,7 @@ class Synthetic:
         return made
 
 
-class Line(NamedTuple):
+class WorkloadLine(NamedTuple):
     """A line of a workload file, counted from 1."""
 
     number: int
@@ -109,7 +109,7 @@ class Line(NamedTuple):
 @dataclass(frozen=True)
 class WorkloadFile:
     path: Path
-    lines: list[Line]
+    lines: list[WorkloadLine]
 
     @classmethod
     def read(cls, path: Path, requests: int | None) -> WorkloadFile:
@@ -135,7 +135,7 @@ class WorkloadFile:
             self._check(line, llm.limits)
         return [_greedy(index, line.ids, line.max_tokens) for index, line in enumerate(self.lines)]
 
-    def _check(self, line: Line, limits: Limits) -> None:
+    def _check(self, line: WorkloadLine, limits: ModelLimits) -> None:
         where = f"{self.path}:{line.number}"
         wrong = next((token for token in line.ids if token >= limits.vocab_size), None)
         if wrong is not None:
@@ -150,7 +150,7 @@ class WorkloadFile:
             )
 
 
-def _parse_line(where: str, number: int, text: str) -> Line:
+def _parse_line(where: str, number: int, text: str) -> WorkloadLine:
     try:
         values: Any = json.loads(text)
     except ValueError as error:
@@ -165,7 +165,7 @@ def _parse_line(where: str, number: int, text: str) -> Line:
         raise InputError(f"{where}: ids: must be a list of token ids, not empty")
     if type(max_tokens) is not int or max_tokens < 1:
         raise InputError(f"{where}: max_tokens: must be a whole number from 1, got {max_tokens!r}")
-    return Line(number, ids, max_tokens)
+    return WorkloadLine(number, ids, max_tokens)
 
 
 def _greedy(index: int, ids: list[int], max_tokens: int) -> Prompt:

@@ -15,7 +15,7 @@ from batchinfer.log import log
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from batchinfer.job.report import Progress, Report, Snapshot
+    from batchinfer.job.report import Progress, Report, RunSnapshot
 
 _WINDOW_S = 30.0
 _LOG_EVERY_S = 10.0
@@ -27,13 +27,13 @@ def choose_progress() -> Progress:
     return TerminalProgress() if sys.stderr.isatty() and not log.as_json else LogProgress()
 
 
-class Rates:
+class RecentRates:
     """Tokens per second over the last seconds, by the engine's counts, which run ahead of finished rows."""
 
     def __init__(self) -> None:
-        self._recent: deque[Snapshot] = deque()
+        self._recent: deque[RunSnapshot] = deque()
 
-    def add(self, snapshot: Snapshot) -> None:
+    def add(self, snapshot: RunSnapshot) -> None:
         self._recent.append(snapshot)
         while len(self._recent) > 2 and snapshot.elapsed_s - self._recent[1].elapsed_s > _WINDOW_S:
             self._recent.popleft()
@@ -50,13 +50,13 @@ class Rates:
         return tokens_in / spent, (last.generated_tokens - first.generated_tokens) / spent
 
 
-def cache_share(snapshot: Snapshot) -> float:
+def cache_share(snapshot: RunSnapshot) -> float:
     """Share of prompt tokens that the engine found in its cache."""
     looked_up = snapshot.computed_tokens + snapshot.reused_tokens
     return snapshot.reused_tokens / looked_up if looked_up else 0.0
 
 
-def seconds_left(snapshot: Snapshot) -> float | None:
+def seconds_left(snapshot: RunSnapshot) -> float | None:
     """At the speed of this run so far; None before the first row."""
     if not snapshot.rows_done or not snapshot.elapsed_s:
         return None
@@ -80,9 +80,9 @@ class LogProgress:
     def __init__(self) -> None:
         self._phase = ""
         self._next_s = _LOG_EVERY_S
-        self._rates = Rates()
+        self._rates = RecentRates()
 
-    def update(self, snapshot: Snapshot) -> None:
+    def update(self, snapshot: RunSnapshot) -> None:
         self._rates.add(snapshot)
         if snapshot.phase != self._phase:
             self._phase = snapshot.phase
@@ -91,7 +91,7 @@ class LogProgress:
             self._next_s = snapshot.elapsed_s + _LOG_EVERY_S
             self._write(snapshot)
 
-    def _write(self, snapshot: Snapshot) -> None:
+    def _write(self, snapshot: RunSnapshot) -> None:
         tokens_in, tokens_out = self._rates.tokens_per_s()
         done = snapshot.rows_before + snapshot.rows_done
         left = seconds_left(snapshot)
@@ -118,18 +118,18 @@ class TerminalProgress:
         from rich.console import Console
         from rich.live import Live
 
-        self._rates = Rates()
+        self._rates = RecentRates()
         self._live = Live(console=Console(stderr=True), refresh_per_second=4, transient=True)
         self._live.start()
 
-    def update(self, snapshot: Snapshot) -> None:
+    def update(self, snapshot: RunSnapshot) -> None:
         self._rates.add(snapshot)
         self._live.update(self._line(snapshot))
 
     def close(self) -> None:
         self._live.stop()
 
-    def _line(self, snapshot: Snapshot) -> RenderableType:
+    def _line(self, snapshot: RunSnapshot) -> RenderableType:
         from rich.text import Text
 
         if not snapshot.rows_total or snapshot.phase in ("planning", "loading"):

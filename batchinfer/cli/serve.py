@@ -98,7 +98,7 @@ def serve(options: ServeOptions) -> None:
     from batchinfer.server.app import AppOptions, create_app
     from batchinfer.server.batch_routes import make_router
     from batchinfer.server.frontend import Frontend
-    from batchinfer.server.lifecycle import Endpoint, Limits, listen
+    from batchinfer.server.lifecycle import Endpoint, ServeLimits, listen
     from batchinfer.server.metrics import Metrics
     from batchinfer.server.shared_engine import SharedAnswerer
 
@@ -114,7 +114,7 @@ def serve(options: ServeOptions) -> None:
     batches = BatchRunner(catalog, SharedAnswerer(frontend), _job_values(spec), model.names)
     routers, uploads = (make_router(catalog, batches),), ("/v1/files",)
     gate = create_app(frontend, AppOptions(options.api_key, options.max_body_mb << 20, routers, uploads, batches.start))
-    endpoint = Endpoint(gate, frontend, sock, Limits(options.max_lifetime, options.idle_timeout), batches)
+    endpoint = Endpoint(gate, frontend, sock, ServeLimits(options.max_lifetime, options.idle_timeout), batches)
     try:
         code = endpoint.run(_command(options, model))
     finally:

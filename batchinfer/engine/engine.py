@@ -14,7 +14,7 @@ from batchinfer.request import Finished, Request
 _MAX_FAILED_STEPS = 64
 
 
-class Runner(Protocol):
+class StepRunner(Protocol):
     """Computes a step. An exception means that nothing of the step counts; the runner stays usable."""
 
     def run(self, plan: StepPlan) -> StepResult: ...
@@ -23,7 +23,7 @@ class Runner(Protocol):
 class Engine:
     """Continuous batching: requests are added at any time, and every `step` returns those that ended in it."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner) -> None:
+    def __init__(self, scheduler: Scheduler, runner: StepRunner) -> None:
         self.scheduler = scheduler
         self._runner = runner
         self._failed_steps = 0  # in a row

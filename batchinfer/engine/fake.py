@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from batchinfer.engine.plan import Read, Reading, StepPlan, StepResult
+from batchinfer.engine.plan import PromptRead, Reading, StepPlan, StepResult
 from batchinfer.request import MAX_LOGPROBS, Request, TokenLogprob
 
 _STRIDE = 2654435761  # Knuth's multiplicative constant: neighbouring positions give unrelated tokens
@@ -80,7 +80,7 @@ class FakeRunner:
             entries.append(TokenLogprob(token, 0.0, tuple((one, 0.0 if one == token else -100.0) for one in shown)))
         return entries
 
-    def _read(self, request: Request, read: Read) -> Reading:
+    def _read(self, request: Request, read: PromptRead) -> Reading:
         rows = range(read.first, read.first + read.rows)
         if request.pooling is None:
             return Reading([self._scored(request, row + 1) for row in rows])

@@ -10,7 +10,7 @@ from batchinfer.request import Request
 _PRIOR_TOKENS = 256
 
 
-class ExpectedLength:
+class OutputLengthEstimator:
     """Quantile over the last `window` output lengths. Until `enough` of them are known, a fixed prior.
 
     Admission by `max_tokens` would leave most of the cache empty, admission by zero would thrash: the quantile keeps

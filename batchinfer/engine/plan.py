@@ -43,7 +43,7 @@ class Copy(NamedTuple):
     target: int
 
 
-class Read(NamedTuple):
+class PromptRead(NamedTuple):
     """The hidden states at positions `first .. first + rows - 1` of the plan's i-th sequence are read.
 
     What for, its request says: the logprobs of the prompt's tokens after them, or their sum (see Request.rows_read).
@@ -73,7 +73,7 @@ class StepPlan:
     counts: list[int]  # [S]
     samples: list[int]  # [S]
     tokens: list[int]  # [T]
-    reads: tuple[Read, ...] = ()
+    reads: tuple[PromptRead, ...] = ()
     copies: tuple[Copy, ...] = ()
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from batchinfer.engine.decode_lanes import Decoding
-from batchinfer.engine.plan import Copy, Grown, Join, Read, StepPlan
+from batchinfer.engine.plan import Copy, Grown, Join, PromptRead, StepPlan
 from batchinfer.engine.sequence import Sequence
 
 
-class Making:
+class PlanBuilder:
     """`decoding` are the seats of those that decode, by lane: the plan begins with them. Until `plan` they may leave.
 
     Then lists as in `StepPlan`, and the sequences that they are about. `drafts` are in their order. Places count from
@@ -39,7 +39,7 @@ class Making:
         self.counts: list[int] = []
         self.samples: list[int] = []
         self.tokens: list[int] = []
-        self.reads: list[Read] = []
+        self.reads: list[PromptRead] = []
         self.copies: list[Copy] = []
         self.drafts: list[list[int]] = []
 

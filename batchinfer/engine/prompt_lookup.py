@@ -11,7 +11,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence as Items
 
-from batchinfer.engine.plan_builder import Making
+from batchinfer.engine.plan_builder import PlanBuilder
 from batchinfer.request import Request
 
 MAX_ROWS = 128  # of a step with drafts: above this a CPU step takes as much longer as it has more rows
@@ -79,7 +79,7 @@ class Speculation:
         self.most = most
         self._lookups: dict[int, Lookup | None] = {}
 
-    def propose(self, making: Making, room: int) -> list[tuple[int, list[int]]]:
+    def propose(self, making: PlanBuilder, room: int) -> list[tuple[int, list[int]]]:
         """(place, draft) for those who decode and whose text suggests something; at most `room` tokens in all."""
         found: list[tuple[int, list[int]]] = []
         if self.most == 0 or room <= 0:

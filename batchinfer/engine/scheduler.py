@@ -12,9 +12,9 @@ from collections import deque
 
 from batchinfer.engine.blocks import Block, BlockPool
 from batchinfer.engine.decode_lanes import Decoding
-from batchinfer.engine.length_estimator import ExpectedLength
-from batchinfer.engine.plan import Copy, Join, Read, StepPlan, StepResult
-from batchinfer.engine.plan_builder import Making
+from batchinfer.engine.length_estimator import OutputLengthEstimator
+from batchinfer.engine.plan import Copy, Join, PromptRead, StepPlan, StepResult
+from batchinfer.engine.plan_builder import PlanBuilder
 from batchinfer.engine.prompt_lookup import MAX_ROWS, Speculation
 from batchinfer.engine.sequence import Sequence
 from batchinfer.engine.stats import EngineStats
@@ -33,7 +33,7 @@ class Scheduler:
         self.pool = pool
         self.max_step_tokens = max(max_step_tokens, max_num_seqs)
         self.stats = EngineStats()
-        self.expected = ExpectedLength()
+        self.expected = OutputLengthEstimator()
         self.waiting: deque[Sequence] = deque()
         self.running: dict[int, Sequence] = {}  # by seat, in order of admission
         self._max_num_seqs = max_num_seqs
@@ -43,7 +43,7 @@ class Scheduler:
         self._queued_tokens = 0  # known tokens of the waiting sequences
         self._speculation = Speculation(speculative_tokens)
         self._decoding = Decoding(pool.block_size)
-        self._making = Making([])
+        self._making = PlanBuilder([])
         self._finished: list[Finished] = []
 
     def add(self, request: Request) -> None:
@@ -93,7 +93,7 @@ class Scheduler:
             self._decoding.scatter(self.running)
         else:
             self._decoding.gather()
-        making = self._making = Making(self._decoding.seats)
+        making = self._making = PlanBuilder(self._decoding.seats)
         budget = self.max_step_tokens - len(self._decoding.seats)
         preemptions = self.stats.preemptions
         for sequence in self._decoding.visits():
@@ -179,7 +179,7 @@ class Scheduler:
         self.stats.generated_tokens -= len(draft) - accepted  # `update` counts all rows
         self._speculation.judge(seat, len(draft), accepted, len(sequence.tokens))
 
-    def _take_readings(self, making: Making, result: StepResult, failed: dict[int, str | RowError]) -> None:
+    def _take_readings(self, making: PlanBuilder, result: StepResult, failed: dict[int, str | RowError]) -> None:
         """What was read of prompts, to their sequences. Those whose reading is not sound end.
 
         Those that sample in this step as well are put with the `failed` samples, and end as these do.
@@ -229,7 +229,7 @@ class Scheduler:
 
     # -- growing ------------------------------------------------------------------------------------------------
 
-    def _visit(self, sequence: Sequence, making: Making) -> None:
+    def _visit(self, sequence: Sequence, making: PlanBuilder) -> None:
         """Where one that decodes has filled its blocks: another one, and others may find what they hold."""
         known, first = len(sequence.tokens), len(sequence.blocks)
         if known > first * self.pool.block_size:
@@ -237,7 +237,7 @@ class Scheduler:
             if self._grow(sequence, known):
                 making.grow(sequence, first)
 
-    def _advance(self, sequence: Sequence, budget: int, making: Making) -> int:
+    def _advance(self, sequence: Sequence, budget: int, making: PlanBuilder) -> int:
         """Plan the next tokens of a running sequence; how many. Zero if it has to wait or had to leave."""
         if sequence.decodes:
             self._visit(sequence, making)
@@ -279,13 +279,13 @@ class Scheduler:
             self.stats.prompt_tokens_computed += min(end, sequence.num_prompt) - start
         return count
 
-    def _read_prompt(self, sequence: Sequence, end: int, making: Making) -> None:
+    def _read_prompt(self, sequence: Sequence, end: int, making: PlanBuilder) -> None:
         """This step computes positions of the prompt before `end`: read those that are wanted of them."""
         rows = sequence.rows
         if rows is None:
             return
         if rows.left and rows.at < end:
-            making.reads.append(Read(len(making.seats) - 1, rows.at, min(end, rows.end) - rows.at))
+            making.reads.append(PromptRead(len(making.seats) - 1, rows.at, min(end, rows.end) - rows.at))
         making.samples[-1] &= len(sequence.tokens) < sequence.limit  # where nothing is generated the end is here
 
     def _grow(self, sequence: Sequence, end: int) -> bool:
@@ -303,7 +303,7 @@ class Scheduler:
             self._allocate(sequence)
         return True
 
-    def _speculate(self, making: Making) -> None:
+    def _speculate(self, making: PlanBuilder) -> None:
         """Fill the step with drafts. They displace nothing: rows and blocks are those that nobody else needs now."""
         room = min(MAX_ROWS, self.max_step_tokens) - making.num_tokens
         for place, draft in self._speculation.propose(making, room):
@@ -312,7 +312,7 @@ class Scheduler:
             if slots:
                 making.add_draft(place, draft[:slots])
 
-    def _slots(self, sequence: Sequence, wanted: int, making: Making) -> int:
+    def _slots(self, sequence: Sequence, wanted: int, making: PlanBuilder) -> int:
         """How many slots it has after its known tokens, up to `wanted`: takes blocks promised to it, or to nobody."""
         known, size, first = len(sequence.tokens), self.pool.block_size, len(sequence.blocks)
         while len(sequence.blocks) * size < known + wanted:
@@ -375,7 +375,7 @@ class Scheduler:
 
     # -- coming and going ---------------------------------------------------------------------------------------
 
-    def _admit(self, budget: int, making: Making) -> None:
+    def _admit(self, budget: int, making: PlanBuilder) -> None:
         """Seat waiting sequences while tokens, seats and expected memory last."""
         while self.waiting and self._seats and budget > 0 and len(self.running) < self._careful:
             sequence = self.waiting[0]

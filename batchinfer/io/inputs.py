@@ -24,7 +24,7 @@ class IndexEntry(NamedTuple):
     line: int
 
 
-class Line(NamedTuple):
+class InputLine(NamedTuple):
     """A line that is not blank, or an element of an array: the number of the line, from 1, on which it begins, its byte
     offset, its content, None above MAX_LINE_BYTES, and the element's index.
     """
@@ -130,7 +130,7 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Span:
+class RowSpan:
     """Rows `start` to `start + count - 1` of `files[file]`."""
 
     file: int

@@ -13,7 +13,7 @@ from typing import Literal
 import orjson
 
 from batchinfer.errors import InputError
-from batchinfer.io.inputs import MAX_LINE_BYTES, IndexEntry, Line
+from batchinfer.io.inputs import MAX_LINE_BYTES, IndexEntry, InputLine
 
 _QUOTE = 0x22
 
@@ -60,7 +60,7 @@ def _parses(text: bytes, kind: type) -> bool:
         return False
 
 
-def elements(url: str, blocks: Iterator[bytes], begin: IndexEntry | None = None) -> Iterator[list[Line]]:
+def elements(url: str, blocks: Iterator[bytes], begin: IndexEntry | None = None) -> Iterator[list[InputLine]]:
     """The elements of the array that `blocks` hold, from its beginning, or from where one of them begins.
 
     Raises InputError, which names the element, for what no array has between its elements, and where it ends early.
@@ -82,11 +82,11 @@ class _Array:
         self._number = begin.line if begin else 1  # line of _data[0]
         self._element = begin.row if begin else 0
         self._expected: Literal["[", "first", "value", "comma", "nothing"] = "value" if begin else "["
-        self._open: _Value | None = None  # the element that begins at _data[0] and does not end in it
+        self._open: _ElementScan | None = None  # the element that begins at _data[0] and does not end in it
 
-    def feed(self, block: bytes) -> list[Line]:
+    def feed(self, block: bytes) -> list[InputLine]:
         self._data += block
-        lines: list[Line] = []
+        lines: list[InputLine] = []
         while True:
             if self._open is None:
                 lines += self._run()
@@ -97,15 +97,15 @@ class _Array:
                 return lines
             lines.append(line)
 
-    def _run(self) -> list[Line]:
+    def _run(self) -> list[InputLine]:
         """The objects that come next, as long as they are whole and nested little: nearly all of most files."""
         data, at, number = self._data, 0, self._number
-        lines: list[Line] = []
+        lines: list[InputLine] = []
         while self._expected == "comma" and (match := _NEXT.match(data, at)) is not None:
             begin, end = match.span(1)
             number += data.count(b"\n", at, begin)
             raw = match[1] if end - begin <= MAX_LINE_BYTES else None
-            lines.append(Line(number, self._offset + begin, raw, self._element + len(lines)))
+            lines.append(InputLine(number, self._offset + begin, raw, self._element + len(lines)))
             number += data.count(b"\n", begin, end)
             at = end
         self._element += len(lines)
@@ -126,7 +126,7 @@ class _Array:
                 return False
             char = bytes(self._data[:1])
             if self._expected in ("first", "value") and char not in (b"]", b",", b"}", b":"):
-                self._open = _Value()
+                self._open = _ElementScan()
                 return True
             self._expected = self._after(char)
             self._drop(1)
@@ -148,7 +148,7 @@ class _Array:
             raise self._error(f"element [{number}] is missing: the array ends after a comma")
         raise self._error(f"element [{number}] is missing: {char.decode()!r} stands in its place")
 
-    def _rest(self) -> Line | None:
+    def _rest(self) -> InputLine | None:
         """The element that begins at _data[0], None if its end is not here."""
         assert self._open is not None
         value = self._open
@@ -162,7 +162,7 @@ class _Array:
             return None
         size = value.dropped + self._at
         raw = bytes(self._data[: self._at]) if size <= MAX_LINE_BYTES else None
-        line = Line(self._number, self._offset, raw, self._element)
+        line = InputLine(self._number, self._offset, raw, self._element)
         self._number += value.dropped_lines
         self._offset += value.dropped
         self._drop(self._at)
@@ -179,7 +179,7 @@ class _Array:
         return InputError(f"{self._url}:{self._number}: {text}")
 
 
-class _Value:
+class _ElementScan:
     """How far a value goes that comes piece by piece. `dropped`: bytes and line ends of it that are not kept."""
 
     def __init__(self) -> None:

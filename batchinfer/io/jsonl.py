@@ -26,9 +26,9 @@ from batchinfer.io.inputs import (
     Format,
     IndexEntry,
     InputFile,
-    Line,
+    InputLine,
     RowBatch,
-    Span,
+    RowSpan,
     table_of,
 )
 from batchinfer.io.json_text import exact, parse_lenient, to_text
@@ -77,7 +77,7 @@ class _Types:
         self.seen: dict[str, dict[str, int]] = {}
         self._shapes: dict[tuple[Any, ...], tuple[str, ...]] = {}
 
-    def add(self, row: dict[str, Any], line: Line) -> None:
+    def add(self, row: dict[str, Any], line: InputLine) -> None:
         shape = (*row, *map(type, row.values()))
         numbers = self._shapes.get(shape)
         if numbers is None:
@@ -96,7 +96,7 @@ class _Types:
                 kinds.setdefault(_KINDS[type(value)], line)
         return tuple(name for name, value in row.items() if type(value) in (int, float))
 
-    def _large(self, name: str, value: float, line: Line) -> None:
+    def _large(self, name: str, value: float, line: InputLine) -> None:
         if abs(value) >= _INT64 and type(value) is float:
             value = exact(line.raw, name, value)
         if type(value) is int:
@@ -164,8 +164,8 @@ def _columns(url: str, types: _Types) -> tuple[Column, ...]:
 
 
 def read(
-    source: Source, file: InputFile, schema: pa.Schema, text_json: Collection[str], spans: Iterable[Span]
-) -> Iterator[tuple[Span, RowBatch]]:
+    source: Source, file: InputFile, schema: pa.Schema, text_json: Collection[str], spans: Iterable[RowSpan]
+) -> Iterator[tuple[RowSpan, RowBatch]]:
     """The rows of ascending spans. Skips by the index where there is one, else by reading over lines unparsed."""
     cursor = _Cursor(source, file)
     batch, twice = file.format == "openai-batch", dict(file.repeated)
@@ -190,12 +190,12 @@ class _Cursor:
         self._source = source
         self._index = file.index
         self._row = 0
-        self._lines: list[Line] = []
+        self._lines: list[InputLine] = []
         self._blocks = read_lines(source)
 
-    def take(self, start: int, count: int) -> list[Line]:
+    def take(self, start: int, count: int) -> list[InputLine]:
         self._seek(start)
-        taken: list[Line] = []
+        taken: list[InputLine] = []
         while len(taken) < count:
             taken += self._next(count - len(taken))
         return taken
@@ -208,7 +208,7 @@ class _Cursor:
         while self._row < start:
             self._next(start - self._row)
 
-    def _next(self, most: int) -> list[Line]:
+    def _next(self, most: int) -> list[InputLine]:
         while not self._lines:
             lines = next(self._blocks, None)
             if lines is None:
@@ -219,7 +219,7 @@ class _Cursor:
         return taken
 
 
-def _row(line: Line) -> tuple[dict[str, Any], str]:
+def _row(line: InputLine) -> tuple[dict[str, Any], str]:
     """A line's object, or an empty one and what is wrong."""
     try:
         return parse(line.raw), ""
@@ -227,7 +227,7 @@ def _row(line: Line) -> tuple[dict[str, Any], str]:
         return {}, str(error)
 
 
-def _request(line: Line, twice: dict[int, int]) -> tuple[dict[str, Any], str]:
+def _request(line: InputLine, twice: dict[int, int]) -> tuple[dict[str, Any], str]:
     """The same of a request; of one that cannot be run its id is left, as text."""
     row, problem = _row(line)
     try:
@@ -240,7 +240,9 @@ def _request(line: Line, twice: dict[int, int]) -> tuple[dict[str, Any], str]:
         return {"custom_id": identity if text else to_text(identity, "custom_id", line.raw or b"")}, str(error)
 
 
-def _texts(name: str, rows: list[dict[str, Any]], lines: list[Line], url: str, batch: RowBatch) -> list[str | None]:
+def _texts(
+    name: str, rows: list[dict[str, Any]], lines: list[InputLine], url: str, batch: RowBatch
+) -> list[str | None]:
     """The JSON text of a column's values. One that has none is an error of `batch`."""
     texts: list[str | None] = []
     for offset, (row, line) in enumerate(zip(rows, lines, strict=True)):

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator
 
 from batchinfer.errors import InputError
-from batchinfer.io.inputs import MAX_LINE_BYTES, IndexEntry, Line
+from batchinfer.io.inputs import MAX_LINE_BYTES, IndexEntry, InputLine
 from batchinfer.io.json_array import elements, is_array, is_spread
 from batchinfer.io.packed import unpacked
 from batchinfer.io.source import Source
@@ -19,7 +19,7 @@ _HEAD_BYTES = 64 << 10  # that show whether the file is an array
 
 def read_lines(
     source: Source, entry: IndexEntry | None = None, seen: Callable[[bytes], None] | None = None
-) -> Iterator[list[Line]]:
+) -> Iterator[list[InputLine]]:
     """Lines that are not blank, in lists of a few MB, from the start or from an index entry of an uncompressed file.
 
     Of a file that is one JSON array its elements are the lines. What the first bytes say decides about that and about
@@ -75,7 +75,7 @@ def _without_mark(begun: bytes) -> bytes:
     return b"   " + begun[3:] if begun.startswith(_UTF8_MARK) else begun
 
 
-def _split(blocks: Iterator[bytes], offset: int, number: int) -> Iterator[list[Line]]:
+def _split(blocks: Iterator[bytes], offset: int, number: int) -> Iterator[list[InputLine]]:
     held: list[bytes] = []  # the beginning of a line that goes on in the next block; emptied when it gets too long
     held_bytes = 0
     for block in blocks:
@@ -95,13 +95,13 @@ def _split(blocks: Iterator[bytes], offset: int, number: int) -> Iterator[list[L
     yield _lines([b"".join(held)], [held_bytes], offset, number)
 
 
-def _lines(pieces: list[bytes], sizes: list[int], offset: int, number: int) -> list[Line]:
+def _lines(pieces: list[bytes], sizes: list[int], offset: int, number: int) -> list[InputLine]:
     lines = []
     for raw, size in zip(pieces, sizes, strict=True):
         if size > MAX_LINE_BYTES:
-            lines.append(Line(number, offset, None))
+            lines.append(InputLine(number, offset, None))
         elif raw and not raw.isspace():
-            lines.append(Line(number, offset, raw))
+            lines.append(InputLine(number, offset, raw))
         offset += size + 1
         number += 1
     return lines

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from batchinfer.errors import BatchInferError, InputError, InvalidInput
 from batchinfer.io.cells import interval_texts
-from batchinfer.io.inputs import InputFile, RowBatch, Span, table_of
+from batchinfer.io.inputs import InputFile, RowBatch, RowSpan, table_of
 from batchinfer.io.json_text import number_texts
 from batchinfer.io.source import Source
 from batchinfer.io.types import fit, is_json, lasting, plain
@@ -49,15 +49,15 @@ def scan(source: Source, limit: int | None = None) -> FileScan:
 
 
 def read(
-    source: Source, schema: pa.Schema, text_json: Collection[str], spans: Iterable[Span]
-) -> Iterator[tuple[Span, RowBatch]]:
+    source: Source, schema: pa.Schema, text_json: Collection[str], spans: Iterable[RowSpan]
+) -> Iterator[tuple[RowSpan, RowBatch]]:
     """The rows of ascending spans, with the columns of `schema`, which fetches no others, in plain types.
 
     Row groups before a span are skipped unread. (Files on object storage are fetched in blocks of 1 MB, so columns
     that share a block come along.)
     """
     with contextlib.ExitStack() as stack:
-        rows = _Reader(source, schema.names, stack)
+        rows = _ParquetReader(source, schema.names, stack)
         for span in spans:
             try:
                 batch = _checked(rows.take(span.start, span.count), schema, text_json, source.url, span.start)
@@ -87,7 +87,7 @@ def _intervals(parquet: Any) -> frozenset[str]:
     return frozenset(column.path for column in columns if column.converted_type == "INTERVAL")
 
 
-class _Reader:
+class _ParquetReader:
     """Columns of a file by ascending ranges of rows, in their plain types.
 
     Arrow refuses a whole dictionary that holds a damaged text, and nested dictionaries of several row groups at once.
@@ -104,7 +104,7 @@ class _Reader:
         self._kinds = {field.name: plain(field.type) for field in fields} | dict.fromkeys(self._intervals, pa.string())
         typed = [field for field in fields if field.name not in self._intervals]
         self._apart = [field.name for field in typed if field.type != self._kinds[field.name]]
-        self._rows = [_Rows(parquet, names)]
+        self._rows = [_ParquetRows(parquet, names)]
 
     def take(self, start: int, count: int) -> pa.Table:
         if not count:
@@ -124,7 +124,10 @@ class _Reader:
     def _read_apart(self) -> None:
         others = [name for name in self._kinds if name not in self._apart]
         typeless = self._stack.enter_context(_open(self._source, _without_arrow_types(self._source)))
-        self._rows = [_Rows(self._stack.enter_context(_open(self._source)), others), _Rows(typeless, self._apart)]
+        self._rows = [
+            _ParquetRows(self._stack.enter_context(_open(self._source)), others),
+            _ParquetRows(typeless, self._apart),
+        ]
 
 
 def _without_arrow_types(source: Source) -> Any:
@@ -135,7 +138,7 @@ def _without_arrow_types(source: Source) -> Any:
     return pq.read_metadata(pa.BufferReader(b"PAR1" + footer + end))
 
 
-class _Rows:
+class _ParquetRows:
     """A cursor over a file's rows that only moves forward."""
 
     def __init__(self, parquet: Any, columns: list[str]) -> None:

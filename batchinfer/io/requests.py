@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from batchinfer.errors import InvalidInput
-from batchinfer.io.inputs import Line
+from batchinfer.io.inputs import InputLine
 
 COLUMNS = ("custom_id", "method", "url", "body")
 
@@ -16,7 +16,7 @@ def has_id(row: dict[str, Any]) -> bool:
     return isinstance(identity, str) and identity != ""
 
 
-def check(row: dict[str, Any], line: Line, first: int | None = None) -> None:
+def check(row: dict[str, Any], line: InputLine, first: int | None = None) -> None:
     """`first`: the ordinal of the line that has the same id, if it is another one. Raises InvalidInput."""
     if not has_id(row):
         raise InvalidInput("custom_id is empty" if row.get("custom_id") == "" else "custom_id must be a string")

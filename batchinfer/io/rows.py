@@ -19,7 +19,7 @@ from batchinfer.errors import InputError, SpecError, SpoolError
 from batchinfer.io import jsonl, parquet
 from batchinfer.io.cells import cells_of, fragments_of, json_cells_of, json_line_cells_of, line_cells_of
 from batchinfer.io.discover import Found, find_files
-from batchinfer.io.inputs import IndexEntry, InputFile, Inputs, RowBatch, Span
+from batchinfer.io.inputs import IndexEntry, InputFile, Inputs, RowBatch, RowSpan
 from batchinfer.io.partitions import filled, own_schema, values_of, with_columns
 from batchinfer.io.seen_ids import SeenIds, repeated_lines
 from batchinfer.io.source import Source, Sources
@@ -33,7 +33,7 @@ __all__ = [
     "InputFile",
     "Inputs",
     "RowBatch",
-    "Span",
+    "RowSpan",
     "rows_of",
     "scan",
     "stream",
@@ -85,8 +85,8 @@ def _scan_file(sources: Sources, number: int, file: Found, seen: SeenIds, limit:
 
 
 def stream(
-    inputs: Inputs, spans: Iterable[Span], storage: StorageSpec, read_ahead: int = 2
-) -> Iterator[tuple[Span, RowBatch]]:
+    inputs: Inputs, spans: Iterable[RowSpan], storage: StorageSpec, read_ahead: int = 2
+) -> Iterator[tuple[RowSpan, RowBatch]]:
     """The rows of spans, in the order given: files in any order, spans of one file ascending, gaps allowed.
 
     One thread reads ahead by up to `read_ahead` spans, and pulls `spans` as it goes; memory holds that many, the one
@@ -96,7 +96,7 @@ def stream(
     return _ahead(_read(inputs, spans, Sources(storage)), read_ahead)
 
 
-def _read(inputs: Inputs, spans: Iterable[Span], sources: Sources) -> Iterator[tuple[Span, RowBatch]]:
+def _read(inputs: Inputs, spans: Iterable[RowSpan], sources: Sources) -> Iterator[tuple[RowSpan, RowBatch]]:
     for number, group in itertools.groupby(spans, key=lambda span: span.file):
         file = inputs.files[number]
         with sources.open(file.url) as source:
@@ -105,8 +105,8 @@ def _read(inputs: Inputs, spans: Iterable[Span], sources: Sources) -> Iterator[t
 
 
 def _read_file(
-    source: Source, file: InputFile, inputs: Inputs, spans: Iterable[Span]
-) -> Iterator[tuple[Span, RowBatch]]:
+    source: Source, file: InputFile, inputs: Inputs, spans: Iterable[RowSpan]
+) -> Iterator[tuple[RowSpan, RowBatch]]:
     changed = (file.stat, "changed while it was read")
     own = own_schema(file, inputs.schema)
     try:

@@ -26,7 +26,7 @@ _LINE_BITS = 40
 _AT_ONCE = 1 << 16  # ids in memory before they go to disk
 
 
-class Place(NamedTuple):
+class IdPlace(NamedTuple):
     """The ordinal of a line of a file, from 0."""
 
     file: int
@@ -62,7 +62,7 @@ class SeenIds:
             if len(self._hashes) >= _AT_ONCE:
                 self._write()
 
-    def repeated(self) -> Iterator[tuple[Place, Place]]:
+    def repeated(self) -> Iterator[tuple[IdPlace, IdPlace]]:
         """Every place whose id was used before, and where it was first: in the same file, if it is there twice."""
         for hashes, places in self._parts():
             order = np.lexsort((places, hashes))
@@ -104,8 +104,8 @@ def _begins(*columns: np.ndarray) -> np.ndarray:
     return np.maximum.accumulate(np.where(np.logical_or.reduce(changes), places, 0))
 
 
-def _place(number: np.uint64) -> Place:
-    return Place(int(number) >> _LINE_BITS, int(number) & ((1 << _LINE_BITS) - 1))
+def _place(number: np.uint64) -> IdPlace:
+    return IdPlace(int(number) >> _LINE_BITS, int(number) & ((1 << _LINE_BITS) - 1))
 
 
 def repeated_lines(seen: SeenIds, urls: Sequence[str]) -> list[tuple[tuple[int, int], ...]]:

@@ -29,7 +29,7 @@ LINE_SUFFIX = {"none": "", "gzip": ".gz", "zstd": ".zst"}
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class OutputLayout:
     """How a part looks. `listed`: n samples of a row are one row of lists; `exploded`: each is a row of its own."""
 
     format: str  # parquet, jsonl or openai-batch
@@ -57,7 +57,7 @@ class Layout:
         return "parquet" if self.format == "parquet" else "jsonl"
 
 
-def output_layout(spec: JobSpec, inputs: Inputs) -> Layout:
+def output_layout(spec: JobSpec, inputs: Inputs) -> OutputLayout:
     """The layout that a job asks for. Raises SpecError for a name clash or a compression that does not fit."""
     format_ = spec.output.format or inputs.files[0].format
     compression = spec.output.compression or ("zstd" if format_ == "parquet" else "none")
@@ -72,7 +72,7 @@ def output_layout(spec: JobSpec, inputs: Inputs) -> Layout:
         names = ("id", "custom_id", "response", "error")
         schema = pa.schema([(name, pa.string()) for name in names])
         json_lines = frozenset({"response", "error"})
-        return Layout(format_, compression, (), _LINE_COLUMNS, schema, json_lines, "", False, False)
+        return OutputLayout(format_, compression, (), _LINE_COLUMNS, schema, json_lines, "", False, False)
     carried = spec.input.columns or tuple(inputs.schema.names)
     added = _added(spec, listed, exploded)
     _refuse_clash(carried, added, inputs)
@@ -87,7 +87,9 @@ def output_layout(spec: JobSpec, inputs: Inputs) -> Layout:
     json_columns = frozenset((inputs.text_json & set(carried)) | tables)
     names = tuple(field.name for field in fields)
     prefix = spec.output.prefix
-    return Layout(format_, compression, names, needed, schema, json_columns, prefix, listed, exploded, file_column)
+    return OutputLayout(
+        format_, compression, names, needed, schema, json_columns, prefix, listed, exploded, file_column
+    )
 
 
 def _added(spec: JobSpec, listed: bool, exploded: bool) -> list[pa.Field]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from batchinfer.io.rows import write_rows
-from batchinfer.job.columns import Layout
+from batchinfer.job.columns import OutputLayout
 from batchinfer.job.ledger import CommitRecord, Ledger, part_name
 from batchinfer.job.openai_lines import build_lines, with_bodies
 from batchinfer.job.results import build_table, count, decode
@@ -31,7 +31,7 @@ class PartWriter:
     """Builds, uploads and commits one chunk. `model` writes the answers of openai-batch lines."""
 
     ledger: Ledger
-    layout: Layout
+    layout: OutputLayout
     spool: Spool
     pass_number: int
     model: WireModel

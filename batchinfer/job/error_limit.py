@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 from batchinfer.errors import command
 from batchinfer.job.inspect.show import rows_of_record
-from batchinfer.job.ledger import CommitRecord, Output
-from batchinfer.job.prepare import Work
+from batchinfer.job.ledger import CommitRecord, JobOutput
+from batchinfer.job.prepare import PreparedJob
 from batchinfer.job.run_state import RunState
 
 
-def judge(work: Work, state: RunState) -> None:
+def judge(work: PreparedJob, state: RunState) -> None:
     """Raises TooManyRowErrors. The whole output counts once it is complete, before that this worker's share of it.
 
     That nothing but errors is there is judged by what all workers have committed.
@@ -32,7 +32,7 @@ def judge(work: Work, state: RunState) -> None:
     raise tally.refusal(rows, errors, ending, "" if tally.examples else _first_error(work))
 
 
-def _committed(work: Work) -> tuple[int, int]:
+def _committed(work: PreparedJob) -> tuple[int, int]:
     """Rows and error rows of all workers, up to the first answer."""
     rows = errors = 0
     for record in _records(work):
@@ -43,8 +43,8 @@ def _committed(work: Work) -> tuple[int, int]:
     return rows, errors
 
 
-def _first_error(work: Work) -> str:
-    output = Output(work.ledger.store, work.plan, work.spec, work.ledger)
+def _first_error(work: PreparedJob) -> str:
+    output = JobOutput(work.ledger.store, work.plan, work.spec, work.ledger)
     for record in _records(work):
         for shown in rows_of_record(output, work.layout, record, errors=True):
             error = shown.output["error"]
@@ -52,6 +52,6 @@ def _first_error(work: Work) -> str:
     return ""
 
 
-def _records(work: Work) -> Iterator[CommitRecord]:
+def _records(work: PreparedJob) -> Iterator[CommitRecord]:
     listing = work.ledger.listing()
     return listing.in_order(list(listing.in_effect().values()))

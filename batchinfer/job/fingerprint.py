@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from batchinfer.errors import OutputConflict
-from batchinfer.job.columns import Layout
+from batchinfer.job.columns import OutputLayout
 from batchinfer.spec import FAKE_MODEL, JobSpec
 
 FORMAT_VERSION = "3"  # of the output's layout and of how rows become requests; raise it when either changes
@@ -20,7 +20,7 @@ _OUTPUT_DECIDES = {"token_ids", "samples", "prefix", "chunk_rows", "file_column"
 _SHOWN_CHARS = 120
 
 
-def fingerprint(spec: JobSpec, layout: Layout, identities: Mapping[str, str], files_hash: str) -> dict[str, str]:
+def fingerprint(spec: JobSpec, layout: OutputLayout, identities: Mapping[str, str], files_hash: str) -> dict[str, str]:
     """Named parts. `identities` hold the hashes of the model (weights, config, tokenizer, generation_config)."""
     parts = {"format": FORMAT_VERSION, "seed": str(spec.seed), "input.files": files_hash}
     parts |= {name: value for name, value in identities.items() if value}

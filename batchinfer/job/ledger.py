@@ -218,7 +218,7 @@ class Listing:
 
 
 @dataclass(frozen=True)
-class Output:
+class JobOutput:
     """An output as its readers see it."""
 
     store: Store
@@ -227,7 +227,7 @@ class Output:
     ledger: Ledger
 
 
-def open_output(path: str, storage: StorageSpec) -> Output:
+def open_output(path: str, storage: StorageSpec) -> JobOutput:
     """Open a running or finished output. Raises InputMissing where no job has written."""
     store = Store.open(path, storage)
     plan = load_plan(store)
@@ -238,7 +238,7 @@ def open_output(path: str, storage: StorageSpec) -> Output:
         spec = parse_spec(orjson.loads(data), f"{store.url}/{JOB}")
     except (ValueError, SpecError) as error:
         raise OutputConflict(f"{store.url}/{JOB}: {error}") from None
-    return Output(store, plan, spec, Ledger(store, plan))
+    return JobOutput(store, plan, spec, Ledger(store, plan))
 
 
 def save_spec(spec: JobSpec, store: Store) -> None:

@@ -12,19 +12,19 @@ from typing import Any, cast
 
 import pyarrow as pa
 
-from batchinfer.job.columns import BODY, Layout
+from batchinfer.job.columns import BODY, OutputLayout
 from batchinfer.job.results import Row
 from batchinfer.job.row_prompts import asked_of
 from batchinfer.openai.json_text import dump
-from batchinfer.openai.parse import Asked, WireModel, field_of
+from batchinfer.openai.parse import ParsedRequest, WireModel, field_of
 from batchinfer.openai.request_models import CompletionRequest
-from batchinfer.openai.response_bodies import Answers, PromptTokens, Read, Said, problem, tokens_of
+from batchinfer.openai.response_bodies import Answers, PromptFacts, PromptTokens, SampleAnswer, problem, tokens_of
 from batchinfer.request import FinishReason, TokenLogprob
 
 _ID = "batch_req_"
 
 
-def build_lines(layout: Layout, rows: list[Row], carried: pa.Table, base: int, model: WireModel) -> pa.Table:
+def build_lines(layout: OutputLayout, rows: list[Row], carried: pa.Table, base: int, model: WireModel) -> pa.Table:
     """The part of a chunk. `carried` has the requests of the same rows; `base` is the job's index of offset 0."""
     ids = [base + row.offset for row in rows]
     answers = Answers(model)
@@ -40,7 +40,7 @@ def build_lines(layout: Layout, rows: list[Row], carried: pa.Table, base: int, m
     return pa.table(columns, schema=layout.schema)
 
 
-def with_bodies(layout: Layout, rows: list[Row], carried: pa.Table, base: int, model: WireModel) -> list[Row]:
+def with_bodies(layout: OutputLayout, rows: list[Row], carried: pa.Table, base: int, model: WireModel) -> list[Row]:
     """The rows of a table of openai-batch input; those whose answer is more than the columns hold have its body."""
     if not layout.has(BODY):
         return rows
@@ -55,7 +55,7 @@ def with_bodies(layout: Layout, rows: list[Row], carried: pa.Table, base: int, m
     return made
 
 
-def _with_body(layout: Layout, row: Row, base: int, asked: Asked, answers: Answers) -> Row:
+def _with_body(layout: OutputLayout, row: Row, base: int, asked: ParsedRequest, answers: Answers) -> Row:
     echoes = isinstance(asked.body, CompletionRequest) and bool(asked.body.echo)
     no_place = len(row.samples) > 1 and not (layout.listed or layout.exploded)
     if not (no_place or echoes or asked.shows_ids or asked.read is not None or asked.use is not None):
@@ -95,12 +95,12 @@ def _response(row: Row, number: int, line: dict[str, Any], answers: Answers, mod
     return {"status_code": status, "request_id": f"req_{number:09d}", "body": body}
 
 
-def _answer(row: Row, number: int, asked: Asked, answers: Answers) -> dict[str, Any]:
+def _answer(row: Row, number: int, asked: ParsedRequest, answers: Answers) -> dict[str, Any]:
     read = row.read or {}
     known = read.get("prompts") or [[[], None, None]] * len(asked.contents)
-    prompts = [Read(ids, _entries(logprobs), vector) for ids, logprobs, vector in known]
+    prompts = [PromptFacts(ids, _entries(logprobs), vector) for ids, logprobs, vector in known]
     said = [
-        Said(cast(str, text), cast(FinishReason, reason), tokens, ids, _entries(logprobs))
+        SampleAnswer(cast(str, text), cast(FinishReason, reason), tokens, ids, _entries(logprobs))
         for text, reason, tokens, ids, logprobs in row.samples
     ]
     return answers.body(asked, number, PromptTokens(row.prompt_tokens, read.get("cached", 0)), prompts, said)

@@ -28,14 +28,14 @@ _SAME_STORE = {"s3a": "s3", "gcs": "gs", "abfss": "abfs", "az": "abfs", "local":
 _ESCAPED = re.compile(r"\[([*?[])\]")  # as glob.escape does
 
 
-class Place(NamedTuple):
+class Location(NamedTuple):
     """Where a path or URL points to: equal for two names of one thing, links and relative paths resolved."""
 
     protocol: str
     parts: tuple[str, ...]
 
     @classmethod
-    def of(cls, url: str) -> Place:
+    def of(cls, url: str) -> Location:
         path = local_path(url)
         if path is not None:
             return cls("file", Path(os.path.realpath(path)).parts)
@@ -45,7 +45,7 @@ class Place(NamedTuple):
             container = container.partition("@")[0]
         return cls(_SAME_STORE.get(protocol, protocol), (container, *(key.split("/") if slash else ())))
 
-    def below(self, other: Place) -> tuple[str, ...] | None:
+    def below(self, other: Location) -> tuple[str, ...] | None:
         """The rest of the name where this is `other` or lies below it."""
         whole = self.protocol == other.protocol and self.parts[: len(other.parts)] == other.parts
         return self.parts[len(other.parts) :] if whole else None
@@ -56,7 +56,7 @@ def refuse_overlap(spec: JobSpec) -> None:
 
     What the job will write counts as if it were there: a first run is refused as a second one would be.
     """
-    output = Place.of(spec.output.path)
+    output = Location.of(spec.output.path)
     for pattern in spec.input.path:
         head, rest = _split(pattern)
         if head.below(output) is not None:
@@ -80,14 +80,14 @@ def refuse_overlap(spec: JobSpec) -> None:
 
 def refuse_inside(spec: JobSpec, urls: Iterable[str]) -> None:
     """Raises OutputConflict if a file of the input lies under the output, by whatever way it was found."""
-    output = Place.of(spec.output.path)
+    output = Location.of(spec.output.path)
     resolved = cache(os.path.realpath)
     for url in urls:
         path = local_path(url)
         if path is None or path.is_symlink():
-            place = Place.of(url)
+            place = Location.of(url)
         else:
-            place = Place("file", Path(resolved(path.parent), path.name).parts)
+            place = Location("file", Path(resolved(path.parent), path.name).parts)
         if place.below(output) is not None:
             raise _lies_under(url, spec.output)
 
@@ -99,20 +99,20 @@ def _lies_under(name: str, output: OutputSpec) -> OutputConflict:
     )
 
 
-def _split(pattern: str) -> tuple[Place, tuple[str, ...]]:
+def _split(pattern: str) -> tuple[Location, tuple[str, ...]]:
     """The folder or file that a pattern begins with, and the parts of the glob below it."""
     found = local_pattern(pattern)
     if found is None:
         scheme, _, text = pattern.partition("://")
         parts = text.split("/")
         number = next((place for place, part in enumerate(parts) if glob.has_magic(part)), len(parts))
-        return Place.of(f"{scheme}://{'/'.join(parts[:number])}"), tuple(parts[number:])
+        return Location.of(f"{scheme}://{'/'.join(parts[:number])}"), tuple(parts[number:])
     path = Path(found)
     head, parts = Path(path.anchor), list(path.relative_to(path.anchor).parts)
     while parts and (name := _plain(head, parts[0])) is not None:
         head /= name
         del parts[0]
-    return Place("file", Path(os.path.realpath(head)).parts), tuple(parts)
+    return Location("file", Path(os.path.realpath(head)).parts), tuple(parts)
 
 
 def _plain(folder: Path, part: str) -> str | None:

@@ -20,11 +20,11 @@ import pyarrow as pa
 
 from batchinfer.errors import InputError, InputMissing, OutputConflict, SpecError, suggest
 from batchinfer.io.filesystem import local_path
-from batchinfer.io.rows import InputFile, Inputs, Span
+from batchinfer.io.rows import InputFile, Inputs, RowSpan
 from batchinfer.io.storage import Store
 from batchinfer.io.types import is_listed, is_text, plain
 from batchinfer.job import fingerprint as prints
-from batchinfer.job.columns import Layout
+from batchinfer.job.columns import OutputLayout
 from batchinfer.spec import JobSpec
 from batchinfer.text.row_names import spelling
 
@@ -35,7 +35,7 @@ _EXPANSION = {"parquet": 4, ".gz": 6, ".zst": 6}  # text against its compressed 
 
 
 @dataclass(frozen=True)
-class Chunks(Sequence[Span]):
+class Chunks(Sequence[RowSpan]):
     """The spans of a plan's chunks, made when they are asked for: there may be 100,000."""
 
     bases: tuple[int, ...]  # index in the job of each chunk's first row
@@ -46,16 +46,16 @@ class Chunks(Sequence[Span]):
         return len(self.bases)
 
     @overload
-    def __getitem__(self, place: int) -> Span: ...
+    def __getitem__(self, place: int) -> RowSpan: ...
     @overload
-    def __getitem__(self, place: slice) -> list[Span]: ...
-    def __getitem__(self, place: int | slice) -> Span | list[Span]:
+    def __getitem__(self, place: slice) -> list[RowSpan]: ...
+    def __getitem__(self, place: int | slice) -> RowSpan | list[RowSpan]:
         if isinstance(place, slice):
             return list(map(self.__getitem__, range(len(self))[place]))
         base = self.bases[place]
         file = bisect.bisect_right(self.starts, base, 0, len(self.steps)) - 1 if self.starts[-1] else 0
         start, stop = self.starts[file : file + 2]
-        return Span(file, base - start, min(self.steps[file], stop - base))
+        return RowSpan(file, base - start, min(self.steps[file], stop - base))
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class JobPlan:
 
 
 def make_plan(
-    spec: JobSpec, inputs: Inputs, layout: Layout, identities: Mapping[str, str], taken: tuple[int, ...]
+    spec: JobSpec, inputs: Inputs, layout: OutputLayout, identities: Mapping[str, str], taken: tuple[int, ...]
 ) -> JobPlan:
     """`identities`: hashes of model and tokenizer. `taken`: how many rows of each file the job covers."""
     parts = prints.fingerprint(spec, layout, identities, _files_hash(inputs))

@@ -8,9 +8,9 @@ from typing import Any
 
 from batchinfer.errors import BadParameters, BatchInferError, SpecError
 from batchinfer.io.fetch import ModelFiles, fetch_model
-from batchinfer.io.rows import Inputs, Span, scan, stream
+from batchinfer.io.rows import Inputs, RowSpan, scan, stream
 from batchinfer.io.storage import Store
-from batchinfer.job.columns import Layout, output_layout
+from batchinfer.job.columns import OutputLayout, output_layout
 from batchinfer.job.ledger import Ledger, save_spec
 from batchinfer.job.output_claim import find_plan
 from batchinfer.job.overlap import refuse_inside, refuse_overlap
@@ -32,18 +32,18 @@ class Draft:
 
     spec: JobSpec
     plan: JobPlan
-    layout: Layout
+    layout: OutputLayout
     rows: RowPrompts
     files: ModelFiles | None
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class PreparedJob:
     """A job whose plan stands on storage."""
 
     spec: JobSpec
     plan: JobPlan
-    layout: Layout
+    layout: OutputLayout
     rows: RowPrompts
     ledger: Ledger
     files: ModelFiles | None  # None for the fake model
@@ -72,7 +72,7 @@ def draft_plan(spec: JobSpec, weights: bool = False, known: JobPlan | None = Non
     return Draft(spec, make_plan(spec, inputs, layout, identities, taken), layout, rows, files)
 
 
-def prepare(spec: JobSpec, open_store: Callable[[JobSpec], Store], report: str) -> Work:
+def prepare(spec: JobSpec, open_store: Callable[[JobSpec], Store], report: str) -> PreparedJob:
     """Draft the plan and put it on storage, or agree with the one that is there. Raises OutputConflict as well.
 
     `report`: the name of this worker's report. Nothing is written before it is known that all its objects have a place.
@@ -89,7 +89,7 @@ def prepare(spec: JobSpec, open_store: Callable[[JobSpec], Store], report: str) 
             output=store.url,
         )
     save_spec(spec, store)
-    return Work(spec, plan, draft.layout, draft.rows, Ledger(store, plan), draft.files)
+    return PreparedJob(spec, plan, draft.layout, draft.rows, Ledger(store, plan), draft.files)
 
 
 def _compiled(spec: JobSpec) -> RowPrompts:
@@ -125,7 +125,7 @@ def rows_taken(spec: JobSpec, rows: RowPrompts, inputs: Inputs) -> tuple[int, ..
         return tuple(counts)
     narrow = inputs.select(rows.columns["input.where"])
     spans = [
-        Span(number, start, min(_FILTER_ROWS, count - start))
+        RowSpan(number, start, min(_FILTER_ROWS, count - start))
         for number, count in enumerate(counts)
         for start in range(0, count, _FILTER_ROWS)
     ]

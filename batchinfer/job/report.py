@@ -27,7 +27,7 @@ _VERSIONED = ("torch", "pyarrow", "tokenizers", "fsspec", "s3fs")
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
+class RunSnapshot:
     """One moment of a run. Rows and tokens are this worker's; `rows_before` were done when it started."""
 
     phase: str  # planning, loading, running, finishing
@@ -48,7 +48,7 @@ class Snapshot:
 class Progress(Protocol):
     """Shows snapshots. Called a few times a second, from one thread that is not the main one."""
 
-    def update(self, snapshot: Snapshot) -> None: ...
+    def update(self, snapshot: RunSnapshot) -> None: ...
 
     def close(self) -> None: ...
 
@@ -56,7 +56,7 @@ class Progress(Protocol):
 class Silent:
     """A progress display that shows nothing."""
 
-    def update(self, snapshot: Snapshot) -> None:
+    def update(self, snapshot: RunSnapshot) -> None:
         pass
 
     def close(self) -> None:

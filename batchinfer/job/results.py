@@ -20,9 +20,9 @@ import pyarrow as pa
 
 from batchinfer.io.json_text import finite
 from batchinfer.io.types import fit
-from batchinfer.job.columns import BODY, ERROR, OK, READ_COLUMNS, Layout
+from batchinfer.job.columns import BODY, ERROR, OK, READ_COLUMNS, OutputLayout
 from batchinfer.openai.sampling_fields import param_of
-from batchinfer.request import Completion, Output, TokenLogprob
+from batchinfer.request import Completion, CompletionOutput, TokenLogprob
 
 _OF_PROMPT = "prompt_logprobs"
 SCORED = "scored_tokens"  # no column: what `read` counts for the totals
@@ -42,7 +42,7 @@ class Row(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Counts:
+class RowCounts:
     """Totals of finished rows."""
 
     rows: int = 0
@@ -54,10 +54,10 @@ class Counts:
     scored_tokens: int = 0
 
 
-class Encoder:
+class ResultEncoder:
     """Completions into lines; keeps ids and logprobs only where the output or a line's answer has a place for them."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: OutputLayout) -> None:
         self._ids = layout.has("prompt_token_ids")
         self._lines = layout.format == "openai-batch" or layout.has(BODY)
         self._logprobs = layout.has("logprobs") or self._lines
@@ -81,7 +81,7 @@ class Encoder:
             return _read(completion)
         return {_OF_PROMPT: [entry and _plain(entry) for entry in completion.prompt_logprobs]}
 
-    def _sample(self, output: Output, shows_ids: bool) -> Sample:
+    def _sample(self, output: CompletionOutput, shows_ids: bool) -> Sample:
         ids = output.token_ids
         logprobs = None
         if self._logprobs and output.logprobs is not None:
@@ -143,11 +143,11 @@ def decode(lines: bytes) -> list[Row]:
     return sorted((Row(*value) for value in values), key=lambda row: row.offset)
 
 
-def count(rows: Iterable[Row], exploded: bool) -> Counts:
+def count(rows: Iterable[Row], exploded: bool) -> RowCounts:
     rows = list(rows)
     errors = Counter(row.error[0] for row in rows if row.error is not None)
     samples = [sample for row in rows for sample in row.samples]
-    return Counts(
+    return RowCounts(
         rows=len(rows),
         output_rows=sum(len(row.samples) or 1 for row in rows) if exploded else len(rows),
         ok=len(rows) - errors.total(),
@@ -158,7 +158,7 @@ def count(rows: Iterable[Row], exploded: bool) -> Counts:
     )
 
 
-def build_table(layout: Layout, rows: list[Row], carried: pa.Table, first_row: int) -> pa.Table:
+def build_table(layout: OutputLayout, rows: list[Row], carried: pa.Table, first_row: int) -> pa.Table:
     """The part of a chunk. `carried` holds the input columns of the same rows in the same order.
 
     `first_row` is the ordinal of offset 0 in the input file.
@@ -179,7 +179,7 @@ def build_table(layout: Layout, rows: list[Row], carried: pa.Table, first_row: i
     return pa.table(columns, names=layout.schema.names)
 
 
-def _as_written(layout: Layout, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+def _as_written(layout: OutputLayout, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
     """An input column as a part has it: lines keep each file's own type, Parquet has one for all parts."""
     kind = layout.schema.field(name).type if layout.format == "parquet" else column.type
     if name in layout.text_json and pa.types.is_string(column.type):
@@ -199,7 +199,7 @@ def _less_body(read: dict[str, Any] | None) -> dict[str, Any] | None:
     return read and {name: value for name, value in read.items() if name != BODY}
 
 
-def _added_values(layout: Layout, rows: list[Row], first_row: int) -> dict[str, list[Any]]:
+def _added_values(layout: OutputLayout, rows: list[Row], first_row: int) -> dict[str, list[Any]]:
     failed = [row.error is not None for row in rows]
     values: dict[str, list[Any]] = {
         "row": [first_row + row.offset for row in rows],
@@ -226,20 +226,20 @@ def _added_values(layout: Layout, rows: list[Row], first_row: int) -> dict[str, 
     return values
 
 
-def _held(layout: Layout, row: Row) -> list[Sample] | None:
+def _held(layout: OutputLayout, row: Row) -> list[Sample] | None:
     """The samples of a row that columns of texts hold: all, or one."""
     samples = row.samples
     return samples if samples and samples[0][0] is not None and (layout.listed or len(samples) == 1) else None
 
 
-def _per_sample(layout: Layout, rows: list[Row], place: int) -> list[Any]:
+def _per_sample(layout: OutputLayout, rows: list[Row], place: int) -> list[Any]:
     held = [_held(layout, row) for row in rows]
     if layout.listed:
         return [None if samples is None else [sample[place] for sample in samples] for samples in held]
     return [None if samples is None else samples[0][place] for samples in held]
 
 
-def _logprobs_text(layout: Layout, row: Row) -> str | None:
+def _logprobs_text(layout: OutputLayout, row: Row) -> str | None:
     """JSON: per token {token_id, logprob, top: [{token_id, logprob}, …]}; a list of these with n > 1."""
     lists = [_logprob_values(sample[4]) for sample in _held(layout, row) or ()]
     if not any(entry is not None for entry in lists):
@@ -265,7 +265,7 @@ def _named(token: int, logprob: float, top: list[Any]) -> dict[str, Any]:
     return {"token_id": token, "logprob": logprob, "top": best}
 
 
-def rows_of_part(layout: Layout, values: Iterable[dict[str, Any]], first_row: int) -> list[Row]:
+def rows_of_part(layout: OutputLayout, values: Iterable[dict[str, Any]], first_row: int) -> list[Row]:
     """The results that a part's rows hold: the inverse of `build_table`, for a retry that keeps most of them.
 
     Token counts of the samples of one row are known only in sum: the first sample carries it.
@@ -288,7 +288,7 @@ def rows_of_part(layout: Layout, values: Iterable[dict[str, Any]], first_row: in
     return [rows[offset] for offset in sorted(rows)]
 
 
-def _samples(layout: Layout, value: dict[str, Any]) -> list[Sample]:
+def _samples(layout: OutputLayout, value: dict[str, Any]) -> list[Sample]:
     lists = _loaded(value.get("logprobs"))
     if not layout.listed or value["response"] is None:
         tokens, ids = value["completion_tokens"], value.get("token_ids")

@@ -18,11 +18,11 @@ from batchinfer.job.finalize import finalise, is_finished, read_totals
 from batchinfer.job.ledger import CommitRecord, Listing
 from batchinfer.job.openai_lines import rows_of_lines
 from batchinfer.job.part_reader import read_part
-from batchinfer.job.prepare import Work
+from batchinfer.job.prepare import PreparedJob
 from batchinfer.job.report import Progress, Report, Silent
 from batchinfer.job.results import SCORED, Row, rows_of_part
 from batchinfer.job.run import begin, run_pass
-from batchinfer.job.run_state import Pass, RunState, Seams, Worker
+from batchinfer.job.run_state import Dependencies, Pass, RunState, Worker
 from batchinfer.job.shard import Shard
 from batchinfer.log import log
 from batchinfer.spec import JobSpec
@@ -35,7 +35,7 @@ def retry_job(
     spool_dir: Path | None = None,
     drain: Drain | None = None,
     progress: Progress | None = None,
-    seams: Seams = Seams(),  # noqa: B008 - frozen
+    seams: Dependencies = Dependencies(),  # noqa: B008 - frozen
 ) -> Report:
     """Run a new pass over a finished output, or continue one. Returns the report that also stands beside the output.
 
@@ -64,7 +64,7 @@ def retry_job(
     return state.report(None)
 
 
-def _finished(work: Work) -> dict[str, Any]:
+def _finished(work: PreparedJob) -> dict[str, Any]:
     """The manifest of the last pass; a pass that was stopped while it wrote it is brought to its end."""
     store = work.ledger.store
     manifest = read_totals(store, work.plan)
@@ -84,7 +84,7 @@ def _failed_chunks(listing: Listing, number: int) -> dict[int, CommitRecord]:
     return dict(sorted(failed.items()))
 
 
-def _kept_rows(work: Work, record: CommitRecord) -> list[Row]:
+def _kept_rows(work: PreparedJob, record: CommitRecord) -> list[Row]:
     """The rows of a part that the pass leaves as they are. Raises OutputConflict for a part that was altered."""
     store, plan = work.ledger.store, work.plan
     assert record.part is not None, "a part without rows has no errors"

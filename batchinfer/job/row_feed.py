@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from batchinfer.io.rows import Inputs, RowBatch, stream
-from batchinfer.job.columns import Layout
+from batchinfer.job.columns import OutputLayout
 from batchinfer.job.gather import Gather
 from batchinfer.job.plan import JobPlan
 from batchinfer.job.results import Row, encode_row
@@ -59,7 +59,7 @@ class Feed:
 
     plan: JobPlan
     rows: RowPrompts
-    layout: Layout
+    layout: OutputLayout
     spool: Spool
     window: Window
     recover: Callable[[int], list[Row]]

@@ -14,8 +14,8 @@ from batchinfer.errors import BadParameters, InvalidInput, RowError, TemplateErr
 from batchinfer.io.rows import Inputs, RowBatch, rows_of
 from batchinfer.job.plan import check_columns, check_type
 from batchinfer.job.prompt_cells import chat_messages, parse_json, ready_prompt
-from batchinfer.openai.parse import Asked, WireModel, ask, parse
-from batchinfer.pipeline.encoding import Content, Framing
+from batchinfer.openai.parse import ParsedRequest, WireModel, ask, parse
+from batchinfer.pipeline.encoding import Content, PromptOptions
 from batchinfer.pipeline.scoring import Continuations, Measure, Pooled, Read, Rolling
 from batchinfer.request import SamplingParams
 from batchinfer.spec import JobSpec, PromptSpec
@@ -41,7 +41,7 @@ class RowPrompt(NamedTuple):
     params: SamplingParams | None
     error: RowError | None
     read: Read | None = None
-    framing: Framing | None = None
+    framing: PromptOptions | None = None
     place: int = 0
     of: int = 1
     shows_ids: bool = False
@@ -235,7 +235,7 @@ class RowPrompts:
         return render
 
 
-def asked_of(row: Row, model: WireModel) -> Asked:
+def asked_of(row: Row, model: WireModel) -> ParsedRequest:
     """What an openai-batch line asks for. Raises InvalidInput, BadParameters."""
     body = row["body"]
     return ask(parse(row["url"], parse_json(body, "body") if isinstance(body, str) else body), model)
@@ -251,7 +251,7 @@ def _choices(value: Any, column: str, measure: Measure, control: ControlTokens) 
     return Continuations(tuple(map(control.literal, value)), measure)
 
 
-def _framing(prompt: PromptSpec | None) -> Framing | None:
+def _framing(prompt: PromptSpec | None) -> PromptOptions | None:
     """What the job says about its prompts, if it says anything."""
     if prompt is None:
         return None
@@ -259,8 +259,8 @@ def _framing(prompt: PromptSpec | None) -> Framing | None:
     special = ready if prompt.add_special_tokens is None else prompt.add_special_tokens
     # a row fills in a template: that the text as a whole is none would be the template's control tokens as well
     tokens = prompt.special_tokens if prompt.template is None else None
-    framing = Framing(special, special_tokens=tokens, continues=prompt.continue_final_message)
-    return None if framing == Framing(ready) else framing
+    framing = PromptOptions(special, special_tokens=tokens, continues=prompt.continue_final_message)
+    return None if framing == PromptOptions(ready) else framing
 
 
 def _with_system(system: Callable[[Row], str], user: Callable[[Row], str]) -> Callable[[Row, ControlTokens], Content]:

@@ -17,12 +17,12 @@ from batchinfer.job.error_limit import judge
 from batchinfer.job.finalize import finalise, is_finished, read_totals
 from batchinfer.job.gather import Gather
 from batchinfer.job.ledger import CommitKey, CommitRecord, Listing
-from batchinfer.job.prepare import Work, prepare
+from batchinfer.job.prepare import PreparedJob, prepare
 from batchinfer.job.repeat import Repeat
 from batchinfer.job.report import Progress, Report, Silent, report_name
-from batchinfer.job.results import Encoder, Row
+from batchinfer.job.results import ResultEncoder, Row
 from batchinfer.job.row_feed import Feed, Window, open_rows
-from batchinfer.job.run_state import Pass, RunState, Seams, Worker
+from batchinfer.job.run_state import Dependencies, Pass, RunState, Worker
 from batchinfer.job.salvage import Salvage
 from batchinfer.job.shard import Shard
 from batchinfer.job.spool import Spool
@@ -44,7 +44,7 @@ def run_job(
     spool_dir: Path | None = None,
     drain: Drain | None = None,
     progress: Progress | None = None,
-    seams: Seams = Seams(),  # noqa: B008 - frozen
+    seams: Dependencies = Dependencies(),  # noqa: B008 - frozen
 ) -> Report:
     """Run a job, or what is left of it, and return the report that also stands beside the output.
 
@@ -65,7 +65,7 @@ def run_job(
     return state.report(None)
 
 
-def begin(spec: JobSpec, state: RunState) -> Work:
+def begin(spec: JobSpec, state: RunState) -> PreparedJob:
     """Plan, and agree with the plan on storage. From here on the output is ours and gets a report."""
     state.clock.enter("planning")
     worker = state.worker
@@ -80,7 +80,7 @@ def begin(spec: JobSpec, state: RunState) -> Work:
     return work
 
 
-def run_pass(work: Work, state: RunState, todo: Pass, listing: Listing, kept: Recover) -> None:
+def run_pass(work: PreparedJob, state: RunState, todo: Pass, listing: Listing, kept: Recover) -> None:
     """Run the chunks of a pass; `kept` gives the rows of a chunk that the pass leaves as they are.
 
     `listing`: the records by which `todo` was found.
@@ -116,7 +116,9 @@ def run_pass(work: Work, state: RunState, todo: Pass, listing: Listing, kept: Re
             worker.drain.on_request(None)
 
 
-def run_chunks(work: Work, state: RunState, spool: Spool, window: Window, folder: Folder, recover: Recover) -> None:
+def run_chunks(
+    work: PreparedJob, state: RunState, spool: Spool, window: Window, folder: Folder, recover: Recover
+) -> None:
     """The outer loop: every completion into the spool, every complete chunk to the committer."""
     plan, tally, drain, llm = work.plan, state.tally, state.worker.drain, state.llm
     assert llm is not None
@@ -127,7 +129,7 @@ def run_chunks(work: Work, state: RunState, spool: Spool, window: Window, folder
         folder.add(record)
 
     writer = PartWriter(work.ledger, work.layout, spool, state.todo.number, llm.wire)
-    encoder = Encoder(work.layout)
+    encoder = ResultEncoder(work.layout)
     # a commit that failed frees no window: closing it ends the stream of prompts, and with it the loop
     committer = Committer(writer, done, failed=window.close)
     feed = Feed(plan, work.rows, work.layout, spool, window, recover, committer.submit, state.opened, Gather())
@@ -147,13 +149,15 @@ def run_chunks(work: Work, state: RunState, spool: Spool, window: Window, folder
         raise tally.refusal(tally.all_rows, tally.all_errors, "stopped; raise errors.max and run again to go on")
 
 
-def _answers(work: Work, state: RunState, feed: Feed, llm: Answerer) -> closing[Generator[Completion, None, None]]:
+def _answers(
+    work: PreparedJob, state: RunState, feed: Feed, llm: Answerer
+) -> closing[Generator[Completion, None, None]]:
     """The engine at work; closing it stops the engine and its feeder."""
     prompts = feed.prompts(state.todo.chunks, work.spec.seed, llm.wire, work.spec.storage)
     return closing(feed.gather.rows(llm.run(prompts)))
 
 
-def _run_open(work: Work, state: RunState) -> None:
+def _run_open(work: PreparedJob, state: RunState) -> None:
     """Run this worker's chunks that no commit record names. Counts the errors of the others if a threshold is set."""
     listing, shard = work.ledger.listing(), state.worker.shard
     done = {key.chunk for key in listing.records}

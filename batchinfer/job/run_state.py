@@ -13,14 +13,14 @@ from batchinfer.errors import Drained, StorageError
 from batchinfer.io.fetch import ModelFiles
 from batchinfer.io.storage import Store
 from batchinfer.job.drain import Drain
-from batchinfer.job.prepare import Work
+from batchinfer.job.prepare import PreparedJob
 from batchinfer.job.repeat import Repeat
 from batchinfer.job.report import (
     Clock,
     Progress,
     Report,
+    RunSnapshot,
     Silent,
-    Snapshot,
     Tally,
     report_name,
     settle,
@@ -46,7 +46,7 @@ def open_store(spec: JobSpec) -> Store:
 
 
 @dataclass(frozen=True, slots=True)
-class Seams:
+class Dependencies:
     """What can be replaced: the store, who answers (a server has an engine already), how often the salvage is saved."""
 
     open_store: Callable[[JobSpec], Store] = open_store
@@ -62,7 +62,7 @@ class Worker:
     spool_dir: Path | None = None
     drain: Drain = field(default_factory=Drain)
     progress: Progress = field(default_factory=Silent)
-    seams: Seams = field(default_factory=Seams)
+    seams: Dependencies = field(default_factory=Dependencies)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ class RunState:
         self.clock = Clock()
         self.tally = Tally(max_errors=spec.errors.max)
         self.committed = 0  # chunks, by this run
-        self.work: Work | None = None
+        self.work: PreparedJob | None = None
         self.todo = Pass(0, [], [])
         self._rows_before = self._rows_open = 0  # that the pass covers
         self.llm: Answerer | None = None
@@ -117,10 +117,10 @@ class RunState:
     def show(self) -> None:
         self.worker.progress.update(self.snapshot())
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> RunSnapshot:
         tally, todo = self.tally, self.todo
         stats = self.llm.stats() if self.llm is not None else None
-        return Snapshot(
+        return RunSnapshot(
             phase=self.clock.phase,
             rows_total=self._rows_open + self._rows_before,
             rows_before=self._rows_before,

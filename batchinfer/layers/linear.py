@@ -58,8 +58,8 @@ class Linear(nn.Module):
         return held
 
     @property
-    def facts(self) -> ops.MapFacts:
-        return ops.MapFacts(self.held, self.bias)
+    def facts(self) -> ops.LinearWeights:
+        return ops.LinearWeights(self.held, self.bias)
 
     def forward(self, x_NI: Tensor) -> Tensor:
         return ops.linear(x_NI, self.matrix, self.bias)
@@ -84,8 +84,8 @@ class GatedLinear(StackedLinear):
         return ops.pack_gated(weight_OI, to)
 
     @property
-    def facts(self) -> ops.MapFacts:
-        return ops.MapFacts(self.held, self.bias, self.activation)
+    def facts(self) -> ops.LinearWeights:
+        return ops.LinearWeights(self.held, self.bias, self.activation)
 
     def forward(self, x_NI: Tensor) -> Tensor:
         return ops.gated_linear(x_NI, self.held, self.bias, self.activation)

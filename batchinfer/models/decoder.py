@@ -87,7 +87,7 @@ def _add(x_TE: Tensor, residual_TE: Tensor, norm: RMSNorm | None) -> Tensor:
     return residual_TE.add_(x_TE) if norm is None else norm.after_adding(x_TE, residual_TE)
 
 
-class Rounding(NamedTuple):
+class WeightPrecision(NamedTuple):
     """What matrices are rounded to, and what they are multiplied with; None: not at all. `ends`: embedding and head."""
 
     layers: torch.dtype | None = None
@@ -146,7 +146,7 @@ class Decoder(nn.Module):
         return None if self._screen is None else ops.linear_argmax(hidden_NE, self._screen)
 
     @cached_property
-    def _screen(self) -> ops.Screen | None:
+    def _screen(self) -> ops.ArgmaxBounds | None:
         """Made when it is first needed: where nothing is greedy it would be memory for nothing."""
         multipliers = self.config.multipliers
         if multipliers.logits_divisor != 1.0 or multipliers.logits_soft_cap is not None:  # they can make logits equal
@@ -157,7 +157,7 @@ class Decoder(nn.Module):
     def _head(self) -> ops.Packed | ops.Quantized:
         return (self.embedding if self.head is None else self.head).matrix
 
-    def pack(self, rounding: Rounding) -> None:
+    def pack(self, rounding: WeightPrecision) -> None:
         """Once the weights are read: every matrix that is multiplied with, into this machine's best form of it."""
         for module in self.layers.modules():
             if isinstance(module, Linear):

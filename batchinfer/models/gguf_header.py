@@ -90,7 +90,7 @@ def shared_header(path: Path | None) -> Iterator[None]:
 def _parse(path: Path, data: mmap.mmap) -> GGUFHeader:
     if data[:4] != b"GGUF":
         raise ValueError("it does not begin with the bytes GGUF")
-    reader = _Reader(data, 4)
+    reader = _HeaderReader(data, 4)
     version = reader.scalar("I")
     if version not in (2, 3):
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
@@ -114,7 +114,7 @@ def _parse(path: Path, data: mmap.mmap) -> GGUFHeader:
     return GGUFHeader(path, metadata, tensors, -(-reader.position // alignment) * alignment)
 
 
-class _Reader:
+class _HeaderReader:
     """A cursor over the file. Raises ValueError at a read past the end."""
 
     def __init__(self, data: mmap.mmap, position: int) -> None:

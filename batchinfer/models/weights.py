@@ -16,12 +16,12 @@ from batchinfer.errors import ModelError, suggest
 from batchinfer.layers.linear import Linear, StackedLinear
 from batchinfer.log import log
 from batchinfer.models.config import ModelConfig, load_config, parse_config
-from batchinfer.models.decoder import Decoder, Rounding
+from batchinfer.models.decoder import Decoder, WeightPrecision
 from batchinfer.models.file_kind import said
 from batchinfer.models.gguf import GGUFFile
 from batchinfer.models.json_file import read_json
 
-NOT_ROUNDED = Rounding()
+NOT_ROUNDED = WeightPrecision()
 _ONE_FILE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _EMBEDDING = "embed_tokens.weight"  # after the prefix of the text model
@@ -34,7 +34,7 @@ def load_decoder(
     dtype: torch.dtype,
     max_model_len: int | None = None,
     device: torch.device | str = "cpu",
-    rounding: Rounding = NOT_ROUNDED,
+    rounding: WeightPrecision = NOT_ROUNDED,
 ) -> Decoder:
     """From a directory with config.json and safetensors, or from a .gguf file. Raises ModelError.
 
@@ -44,7 +44,7 @@ def load_decoder(
         gguf = GGUFFile(path)
         config = _shortened(parse_config(gguf.config_dict(), str(path)), max_model_len)
         decoder = _empty(config, dtype, device)
-        filler = _Filler(decoder, config.family.prefixes[0], path)
+        filler = WeightLoader(decoder, config.family.prefixes[0], path)
         exact = dtype == torch.float32 and torch.device(device).type == "cpu" and rounding == NOT_ROUNDED
         weights = gguf.weights_in_blocks() if exact else gguf.weights()
         filler.fill((name, path, weight) for name, weight in weights)
@@ -54,7 +54,7 @@ def load_decoder(
         if config.tied and _own_head(path, shapes, _prefix(config, shapes)):
             config = replace(config, tied=False)
         decoder = _empty(config, dtype, device)
-        filler = _Filler(decoder, _prefix(config, shapes), path)
+        filler = WeightLoader(decoder, _prefix(config, shapes), path)
         filler.check(shapes)
         filler.fill(_read_safetensors(list(dict.fromkeys(file for file, _ in shapes.values()))))
     decoder.pack(rounding)
@@ -108,7 +108,7 @@ def _own_head(path: Path, shapes: Mapping[str, tuple[Path, tuple[int, ...]]], pr
     return True
 
 
-class _Place(NamedTuple):
+class _TensorPlace(NamedTuple):
     """What a weight fills: rows of a parameter. If that is a matrix: whose, and the names of its parts."""
 
     rows: Tensor
@@ -116,16 +116,16 @@ class _Place(NamedTuple):
     names: tuple[str, ...] = ()
 
 
-def _places(decoder: Decoder, prefix: str) -> dict[str, _Place]:
+def _places(decoder: Decoder, prefix: str) -> dict[str, _TensorPlace]:
     """Hugging Face's name of every weight → where it belongs."""
     family = decoder.config.family
     name = f"{prefix}{_EMBEDDING}"
     places = {
-        name: _Place(decoder.embedding.weight, decoder.embedding, (name,)),
-        f"{prefix}norm.weight": _Place(decoder.norm.weight),
+        name: _TensorPlace(decoder.embedding.weight, decoder.embedding, (name,)),
+        f"{prefix}norm.weight": _TensorPlace(decoder.norm.weight),
     }
     if decoder.head is not None:
-        places[_HEAD] = _Place(decoder.head.weight, decoder.head, (_HEAD,))
+        places[_HEAD] = _TensorPlace(decoder.head.weight, decoder.head, (_HEAD,))
     for ours, parameter in decoder.layers.named_parameters():
         layer, _, path = ours.partition(".")
         module, _, kind = path.rpartition(".")
@@ -140,7 +140,7 @@ def _places(decoder: Decoder, prefix: str) -> dict[str, _Place]:
             theirs = (family.norms.get(module) or _SAME_FOR_ALL[module],)
         names = tuple(f"{prefix}layers.{layer}.{name}.{kind}" for name in theirs)
         linear = owner if isinstance(owner, Linear) and parameter is owner.weight else None
-        places |= {name: _Place(piece, linear, names) for name, piece in zip(names, pieces, strict=True)}
+        places |= {name: _TensorPlace(piece, linear, names) for name, piece in zip(names, pieces, strict=True)}
     return places
 
 
@@ -152,7 +152,7 @@ _SAME_FOR_ALL = {
 }
 
 
-class _Filler:
+class WeightLoader:
     """Copies weights to where they belong, and knows which are missing, surplus or of the wrong shape."""
 
     def __init__(self, decoder: Decoder, prefix: str, path: Path) -> None:

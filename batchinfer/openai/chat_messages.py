@@ -9,13 +9,13 @@ import orjson
 
 from batchinfer.errors import BadParameters, InvalidInput
 from batchinfer.openai.request_models import ChatRequest, Message, TokenizeRequest
-from batchinfer.pipeline.encoding import Framing
+from batchinfer.pipeline.encoding import PromptOptions
 from batchinfer.text.messages import read_messages
 
 
 def conversation(
     body: ChatRequest | TokenizeRequest, given: Sequence[Message], chat_template: str | None
-) -> tuple[list[dict[str, Any]], Framing]:
+) -> tuple[list[dict[str, Any]], PromptOptions]:
     """The messages, and how they become a prompt: the template's variables, and how the prompt ends.
 
     chat_template: its source. Raises InvalidInput, BadParameters.
@@ -44,7 +44,7 @@ def conversation(
         raise BadParameters(problem, param="continue_final_message")
     # a template writes its special tokens itself
     special, continues = body.add_special_tokens is True, bool(body.continue_final_message)
-    return messages, Framing(special, values, special_tokens=body.special_tokens, continues=continues)
+    return messages, PromptOptions(special, values, special_tokens=body.special_tokens, continues=continues)
 
 
 def _tools(chat_template: str, tools: list[dict[str, Any]]) -> list[dict[str, Any]]:

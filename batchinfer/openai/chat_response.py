@@ -6,9 +6,9 @@ from typing import Any
 
 from batchinfer.openai.delta import Delta
 from batchinfer.openai.logprobs import TokenTexts, chat_logprobs, prompt_logprobs
-from batchinfer.openai.parse import Asked
+from batchinfer.openai.parse import ParsedRequest
 from batchinfer.openai.request_models import ChatRequest
-from batchinfer.openai.tools import NewId, Said, ToolStream, wire_call
+from batchinfer.openai.tools import NewId, ParsedAnswer, ToolStream, wire_call
 
 
 class ChatShape:
@@ -18,7 +18,7 @@ class ChatShape:
     chunk_kind = "chat.completion.chunk"
     prefix = "chatcmpl"
 
-    def __init__(self, texts: TokenTexts, asked: Asked, ids: list[int], new_id: NewId) -> None:
+    def __init__(self, texts: TokenTexts, asked: ParsedRequest, ids: list[int], new_id: NewId) -> None:
         body = asked.body
         assert isinstance(body, ChatRequest)
         self._texts = texts
@@ -58,7 +58,7 @@ class ChatShape:
         return pieces
 
     def _choice(self, delta: Delta) -> dict[str, Any]:
-        text, calls = Said(delta.text, []) if self._use is None else self._use.read(delta.text)
+        text, calls = ParsedAnswer(delta.text, []) if self._use is None else self._use.read(delta.text)
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if calls:
             message["content"] = text or None

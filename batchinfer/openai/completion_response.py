@@ -7,7 +7,7 @@ from typing import Any
 
 from batchinfer.openai.delta import Delta
 from batchinfer.openai.logprobs import CompletionLogprobs, CompletionTokens, Placed, TokenTexts, prompt_logprobs
-from batchinfer.openai.parse import Asked
+from batchinfer.openai.parse import ParsedRequest
 from batchinfer.openai.request_models import CompletionRequest
 from batchinfer.request import TokenLogprob
 
@@ -20,7 +20,7 @@ class CompletionShape:
     kind = chunk_kind = "text_completion"
     prefix = "cmpl"
 
-    def __init__(self, texts: TokenTexts, asked: Asked, ids: list[list[int]]) -> None:
+    def __init__(self, texts: TokenTexts, asked: ParsedRequest, ids: list[list[int]]) -> None:
         body = asked.body
         assert isinstance(body, CompletionRequest)
         self._texts = texts

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from batchinfer.openai.delta import Delta
-from batchinfer.openai.tools import NewId, Said, ToolStream, ToolUse
+from batchinfer.openai.tools import NewId, ParsedAnswer, ToolStream, ToolUse
 from batchinfer.request import TokenLogprob
 
 
@@ -19,7 +19,7 @@ class Head(NamedTuple):
 
 
 @dataclass(slots=True)
-class Block:
+class ContentBlock:
     """A text, or the arguments of a call, which has a name and an id. `logprobs` of a text's tokens, where known."""
 
     number: int
@@ -33,12 +33,12 @@ class Step(NamedTuple):
     """What happens to a block: `text` and `logprobs` are what is new of it."""
 
     what: Literal["open", "more", "close"]
-    block: Block
+    block: ContentBlock
     text: str = ""
     logprobs: list[TokenLogprob] | None = None
 
 
-class Blocks:
+class ContentBlocks:
     """Takes one answer, as it comes or whole. new_id: makes the ids of calls.
 
     An answer without tools is one text. One that says and calls nothing is an empty text.
@@ -48,20 +48,20 @@ class Blocks:
         self._use = use
         self._new_id = new_id
         self._stream = None if use is None else ToolStream(use, new_id)
-        self._open: Block | None = None
+        self._open: ContentBlock | None = None
         self._count = 0
         self._unshown: list[TokenLogprob] = []  # of tokens whose text is held back
         self.called = False
 
-    def whole(self, delta: Delta) -> list[Block]:
+    def whole(self, delta: Delta) -> list[ContentBlock]:
         """All blocks of an answer that is complete."""
-        said = Said(delta.text, []) if self._use is None else self._use.read(delta.text)
+        said = ParsedAnswer(delta.text, []) if self._use is None else self._use.read(delta.text)
         self.called = bool(said.calls)
         blocks = []
         if said.content or not said.calls:
-            blocks.append(Block(0, text=said.content, logprobs=delta.logprobs))
+            blocks.append(ContentBlock(0, text=said.content, logprobs=delta.logprobs))
         for call in said.calls:
-            blocks.append(Block(len(blocks), call.name, self._new_id(), call.arguments))
+            blocks.append(ContentBlock(len(blocks), call.name, self._new_id(), call.arguments))
         return blocks
 
     def push(self, delta: Delta) -> list[Step]:
@@ -93,7 +93,7 @@ class Blocks:
 
     def _begin(self, name: str | None = None, call_id: str = "") -> list[Step]:
         steps = self._close()
-        self._open = Block(self._count, name, call_id)
+        self._open = ContentBlock(self._count, name, call_id)
         self._count += 1
         return [*steps, Step("open", self._open)]
 

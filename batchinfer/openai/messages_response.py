@@ -6,18 +6,18 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from batchinfer.openai.content_blocks import Block, Blocks, Head, Step
+from batchinfer.openai.content_blocks import ContentBlock, ContentBlocks, Head, Step
 from batchinfer.openai.delta import Delta, Used
-from batchinfer.openai.parse import Asked
+from batchinfer.openai.parse import ParsedRequest
 
 
 class MessageAnswer:
     """new_id: makes an id from its prefix (toolu)."""
 
-    def __init__(self, asked: Asked, head: Head, new_id: Callable[[str], str]) -> None:
+    def __init__(self, asked: ParsedRequest, head: Head, new_id: Callable[[str], str]) -> None:
         self._head = head
         self._max_tokens = asked.params.max_tokens
-        self._blocks = Blocks(asked.use, lambda: new_id("toolu"))
+        self._blocks = ContentBlocks(asked.use, lambda: new_id("toolu"))
         self._last: Delta | None = None
 
     def whole(self, delta: Delta, used: Used) -> dict[str, Any]:
@@ -61,13 +61,13 @@ def _event(step: Step) -> dict[str, Any]:
     if step.what == "close":
         return {"type": "content_block_stop", "index": block.number}
     if step.what == "open":
-        empty = _content(Block(block.number, block.name, block.call_id))  # by now it may hold more
+        empty = _content(ContentBlock(block.number, block.name, block.call_id))  # by now it may hold more
         return {"type": "content_block_start", "index": block.number, "content_block": empty}
     kind, field = ("text_delta", "text") if block.name is None else ("input_json_delta", "partial_json")
     return {"type": "content_block_delta", "index": block.number, "delta": {"type": kind, field: step.text}}
 
 
-def _content(block: Block) -> dict[str, Any]:
+def _content(block: ContentBlock) -> dict[str, Any]:
     if block.name is None:
         return {"type": "text", "text": block.text}
     return {"type": "tool_use", "id": block.call_id, "name": block.name, "input": _input(block.text)}

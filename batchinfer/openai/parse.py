@@ -16,7 +16,7 @@ from batchinfer.openai.request_models import ChatRequest, CompletionRequest, Emb
 from batchinfer.openai.responses_request import ResponseRequest
 from batchinfer.openai.sampling_fields import chat_params, completion_params, effective, says_nothing
 from batchinfer.openai.tools import ToolUse, tool_use
-from batchinfer.pipeline.encoding import Content, Framing, Truncation
+from batchinfer.pipeline.encoding import Content, PromptOptions, Truncation
 from batchinfer.pipeline.scoring import Pooled
 from batchinfer.request import Pooling, SamplingParams
 from batchinfer.text.tokenizer import Tokenizer
@@ -59,7 +59,7 @@ class WireModel:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ParsedRequest:
     """`contents` are prompts, each of which gets `params.n` answers, or a vector where they are `read`.
 
     `nothing`: no tokens are wanted, and what the engine generates is not shown. `shows_prompt`: logprobs of the prompt
@@ -69,7 +69,7 @@ class Asked:
     body: Body
     contents: list[Content]
     params: SamplingParams
-    framing: Framing
+    framing: PromptOptions
     read: Pooled | None = None
     nothing: bool = False
     shows_prompt: bool = False
@@ -117,7 +117,7 @@ def field_of(url: Any, param: str | None) -> str | None:
     return param if param is None else names.get(param, param)
 
 
-def ask(body: Body, model: WireModel) -> Asked:
+def ask(body: Body, model: WireModel) -> ParsedRequest:
     """Raises BadParameters, InvalidInput."""
     if isinstance(body, Rephrased):
         asked = _ask_chat(body.chat(), model)
@@ -127,16 +127,16 @@ def ask(body: Body, model: WireModel) -> Asked:
     return _ask_completion(body, model.defaults) if isinstance(body, CompletionRequest) else _ask_vectors(body, model)
 
 
-def _ask_chat(body: ChatRequest, model: WireModel) -> Asked:
+def _ask_chat(body: ChatRequest, model: WireModel) -> ParsedRequest:
     use = tool_use(body, model.chat_template)
     forced = use.constraint if use is not None else None
     params = chat_params(body, model.defaults, forced, keep_special=use is not None and use.keeps_special)
     messages, framing = conversation(body, body.messages, model.chat_template)
     framing = replace(framing, whole_answer=True, truncation=_truncation(body))
-    return Asked(body, [messages], params, framing, shows_prompt=params.prompt_logprobs is not None, use=use)
+    return ParsedRequest(body, [messages], params, framing, shows_prompt=params.prompt_logprobs is not None, use=use)
 
 
-def _ask_completion(body: CompletionRequest, defaults: SamplingParams) -> Asked:
+def _ask_completion(body: CompletionRequest, defaults: SamplingParams) -> ParsedRequest:
     params = completion_params(body, defaults)
     contents = _contents(body.prompt, "prompt")
     if len(contents) * params.n > MAX_SAMPLES:
@@ -144,20 +144,20 @@ def _ask_completion(body: CompletionRequest, defaults: SamplingParams) -> Asked:
     framing = replace(_framing(body), whole_answer=True)
     nothing = says_nothing(body, defaults)
     shows = effective(body, "prompt_logprobs", defaults) is not None
-    return Asked(body, contents, params, framing, nothing=nothing, shows_prompt=shows)
+    return ParsedRequest(body, contents, params, framing, nothing=nothing, shows_prompt=shows)
 
 
-def _ask_vectors(body: EmbeddingRequest, model: WireModel) -> Asked:
+def _ask_vectors(body: EmbeddingRequest, model: WireModel) -> ParsedRequest:
     contents = _contents(body.input, "input")
     if len(contents) > MAX_SAMPLES:
         raise InvalidInput(f"{len(contents)} inputs are more than {MAX_SAMPLES}", param="input")
     read = Pooled(body.pooling or DEFAULT_POOLING, body.normalize is not False, body.dimensions)
-    return Asked(body, contents, model.defaults, _framing(body), read)
+    return ParsedRequest(body, contents, model.defaults, _framing(body), read)
 
 
-def _framing(body: CompletionRequest | EmbeddingRequest) -> Framing:
+def _framing(body: CompletionRequest | EmbeddingRequest) -> PromptOptions:
     special = body.add_special_tokens is not False
-    return Framing(special, truncation=_truncation(body), special_tokens=body.special_tokens)
+    return PromptOptions(special, truncation=_truncation(body), special_tokens=body.special_tokens)
 
 
 def _truncation(body: Body) -> Truncation | None:

@@ -13,7 +13,7 @@ from batchinfer.openai.content_blocks import Head
 from batchinfer.openai.delta import Delta, Used, usage
 from batchinfer.openai.embedding_response import embeddings
 from batchinfer.openai.logprobs import TokenTexts
-from batchinfer.openai.parse import Asked, WireModel
+from batchinfer.openai.parse import ParsedRequest, WireModel
 from batchinfer.openai.request_models import CompletionRequest, EmbeddingRequest
 from batchinfer.openai.responses_request import ResponseRequest
 from batchinfer.openai.responses_response import ResponseAnswer
@@ -21,7 +21,7 @@ from batchinfer.pipeline.encoding import Content
 from batchinfer.request import FinishReason, TokenLogprob
 
 
-class Said(NamedTuple):
+class SampleAnswer(NamedTuple):
     """One sample's answer. `ids` where they are shown."""
 
     text: str
@@ -31,7 +31,7 @@ class Said(NamedTuple):
     logprobs: list[TokenLogprob] | None
 
 
-class Read(NamedTuple):
+class PromptFacts(NamedTuple):
     """What is known of one prompt. `ids` where its logprobs or they are shown; `vector` where it was embedded."""
 
     ids: list[int]
@@ -57,7 +57,12 @@ class Answers:
         self._model = model
 
     def body(
-        self, asked: Asked, number: int, counted: PromptTokens, prompts: Sequence[Read], said: Sequence[Said]
+        self,
+        asked: ParsedRequest,
+        number: int,
+        counted: PromptTokens,
+        prompts: Sequence[PromptFacts],
+        said: Sequence[SampleAnswer],
     ) -> dict[str, Any]:
         """`said`: the n answers of each prompt, in order. `number` makes the ids. Raises RowError."""
         name = self._model.signature(asked.body)
@@ -93,7 +98,7 @@ def _ids(content: Content) -> list[int]:
     return [token for token in content if isinstance(token, int)]
 
 
-def _delta(asked: Asked, prompts: Sequence[Read], choice: int, said: Said) -> Delta:
+def _delta(asked: ParsedRequest, prompts: Sequence[PromptFacts], choice: int, said: SampleAnswer) -> Delta:
     if asked.nothing:
         return Delta(choice, "", [], [], "length", True)
     entries = said.logprobs or []

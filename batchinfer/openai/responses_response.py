@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from batchinfer.openai.content_blocks import Block, Blocks, Head, Step
+from batchinfer.openai.content_blocks import ContentBlock, ContentBlocks, Head, Step
 from batchinfer.openai.delta import Delta, Used
 from batchinfer.openai.logprobs import TokenTexts, chat_logprobs
-from batchinfer.openai.parse import Asked
+from batchinfer.openai.parse import ParsedRequest
 from batchinfer.openai.responses_request import ResponseRequest
 from batchinfer.request import TokenLogprob
 
@@ -16,14 +16,14 @@ from batchinfer.request import TokenLogprob
 class ResponseAnswer:
     """new_id: makes an id from its prefix (msg, fc, call)."""
 
-    def __init__(self, texts: TokenTexts, asked: Asked, head: Head, new_id: Callable[[str], str]) -> None:
+    def __init__(self, texts: TokenTexts, asked: ParsedRequest, head: Head, new_id: Callable[[str], str]) -> None:
         assert isinstance(asked.body, ResponseRequest)
         self._texts = texts
         self._asked = asked
         self._body = asked.body
         self._head = head
         self._new_id = new_id
-        self._blocks = Blocks(asked.use, lambda: new_id("call"))
+        self._blocks = ContentBlocks(asked.use, lambda: new_id("call"))
         self._number = 0  # of the next event
         self._item_id = ""  # of the open block
         self._output: list[dict[str, Any]] = []
@@ -70,9 +70,11 @@ class ResponseAnswer:
         number, self._number = self._number, self._number + 1
         return {"type": f"response.{kind}", "sequence_number": number, **values}
 
-    def _begin(self, block: Block) -> list[dict[str, Any]]:
+    def _begin(self, block: ContentBlock) -> list[dict[str, Any]]:
         self._item_id = self._id_of(block)
-        item = self._item(Block(block.number, block.name, block.call_id), "in_progress")  # by now it may hold more
+        item = self._item(
+            ContentBlock(block.number, block.name, block.call_id), "in_progress"
+        )  # by now it may hold more
         if block.name is not None:
             return [self._event("output_item.added", output_index=block.number, item=item)]
         part = item["content"].pop()
@@ -86,7 +88,7 @@ class ResponseAnswer:
         logprobs = self._logprobs(step.logprobs or [])
         return self._event("output_text.delta", **place, delta=step.text, logprobs=logprobs)
 
-    def _done(self, block: Block, status: str) -> list[dict[str, Any]]:
+    def _done(self, block: ContentBlock, status: str) -> list[dict[str, Any]]:
         item, place = self._item(block, status), self._place(block)
         self._output.append(item)
         if block.name is not None:
@@ -98,14 +100,14 @@ class ResponseAnswer:
             events = [said, self._event("content_part.done", **place, part=part)]
         return [*events, self._event("output_item.done", output_index=block.number, item=item)]
 
-    def _place(self, block: Block) -> dict[str, Any]:
+    def _place(self, block: ContentBlock) -> dict[str, Any]:
         place = {"item_id": self._item_id, "output_index": block.number}
         return place if block.name is not None else {**place, "content_index": 0}
 
-    def _id_of(self, block: Block) -> str:
+    def _id_of(self, block: ContentBlock) -> str:
         return self._new_id("msg" if block.name is None else "fc")
 
-    def _item(self, block: Block, status: str) -> dict[str, Any]:
+    def _item(self, block: ContentBlock, status: str) -> dict[str, Any]:
         if block.name is not None:
             call = {"call_id": block.call_id, "name": block.name, "arguments": block.text}
             return {"id": self._item_id, "type": "function_call", "status": status, **call}

@@ -24,7 +24,7 @@ class Call(NamedTuple):
     arguments: str
 
 
-class Said(NamedTuple):
+class ParsedAnswer(NamedTuple):
     """Text beside the calls, and the calls."""
 
     content: str
@@ -49,7 +49,7 @@ class ToolUse:
         """Whether special tokens mark calls, and must stay in the text."""
         return self.format is not None and keeps_special_tokens(self.format)
 
-    def read(self, text: str) -> Said:
+    def read(self, text: str) -> ParsedAnswer:
         """What a finished answer says. Text that is no call stays text."""
         if self.mode == "auto":
             content, calls = parse_tool_calls(text, self.format) if self.format else (text, [])
@@ -60,10 +60,10 @@ class ToolUse:
             calls_of = json.loads(text)  # integers of any size stay what they are
             return self._said("", [Call(one["name"], dump(one["parameters"]).decode()) for one in calls_of])
         except (ValueError, KeyError, TypeError, RecursionError):  # cut off by max_tokens
-            return Said(text, [])
+            return ParsedAnswer(text, [])
 
-    def _said(self, content: str, calls: list[Call]) -> Said:
-        return Said(content, calls[:1] if self.only_first else calls)
+    def _said(self, content: str, calls: list[Call]) -> ParsedAnswer:
+        return ParsedAnswer(content, calls[:1] if self.only_first else calls)
 
 
 class ToolStream:

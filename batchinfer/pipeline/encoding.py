@@ -33,7 +33,7 @@ class Truncation(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Framing:
+class PromptOptions:
     """What a request says about its prompt beside its content.
 
     special: whether the tokenizer adds its special tokens. variables: of the chat template, over those of the job.
@@ -50,7 +50,7 @@ class Framing:
     continues: bool = False
 
 
-_OF_A_ROW = Framing(special=False)
+_OF_A_ROW = PromptOptions(special=False)
 
 
 class Text(NamedTuple):
@@ -60,7 +60,7 @@ class Text(NamedTuple):
     special: bool
 
 
-class Encoder:
+class PromptEncoder:
     """Writes prompts with the chat template and tokenizes them.
 
     chat_kwargs: variables of the template that belong to it. special_tokens: what holds where a prompt says nothing.
@@ -78,7 +78,7 @@ class Encoder:
         self._chat_kwargs = chat_kwargs or {}
         self._special_tokens = special_tokens
 
-    def text(self, content: Content | None, framing: Framing | None) -> Text | list[int] | RowError:
+    def text(self, content: Content | None, framing: PromptOptions | None) -> Text | list[int] | RowError:
         """The prompt before it is tokenized, or token ids, or what is wrong."""
         if isinstance(content, str):
             literal = framing is not None and framing.special_tokens == "text"
@@ -118,7 +118,7 @@ class Encoder:
         framed = self._tokenizer.encode_batch([" "], add_special_tokens=True)[0]
         return [bos] if bos is not None and isinstance(framed, list) and framed[:1] == [bos] else []
 
-    def _render(self, messages: list[Any], framing: Framing) -> Text | RowError:
+    def _render(self, messages: list[Any], framing: PromptOptions) -> Text | RowError:
         if self._chat is None:
             return InvalidInput("this model has no chat template: give prompt.chat_template, or a ready prompt")
         turn = Turn(framing.continues, (framing.special_tokens or self._special_tokens) == "allow")

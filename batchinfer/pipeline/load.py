@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchinfer.engine.blocks import BlockPool
-from batchinfer.engine.engine import Runner
+from batchinfer.engine.engine import StepRunner
 from batchinfer.engine.fake import FakeAnswer, FakeRunner
 from batchinfer.errors import BadParameters, ModelError
 from batchinfer.io.fetch import ModelFiles
 from batchinfer.log import log
 from batchinfer.models.gguf_header import shared_header
 from batchinfer.models.json_file import end_ids, read_object
-from batchinfer.pipeline.prepare import Limits
+from batchinfer.pipeline.prepare import ModelLimits
 from batchinfer.request import SamplingParams
 from batchinfer.spec import EngineSpec, FakeSpec
 from batchinfer.text.chat import ChatTemplate
@@ -36,8 +36,8 @@ class Assembly:
     tokenizer: Tokenizer
     chat: ChatTemplate | None
     defaults: SamplingParams
-    limits: Limits
-    runner: Runner
+    limits: ModelLimits
+    runner: StepRunner
     pool: BlockPool
 
 
@@ -62,7 +62,7 @@ def assemble(
         else:
             runner, pool, context, vocab_size = _model_runner(engine, files.path)
     eos_ids = frozenset(token for token in tokenizer.eos_ids | end_ids(generation) if token < vocab_size)
-    limits = Limits(context, vocab_size, eos_ids)
+    limits = ModelLimits(context, vocab_size, eos_ids)
     return Assembly(tokenizer, chat, _defaults(generation, files), limits, runner, pool)
 
 
@@ -73,12 +73,12 @@ def load_text(source: ModelFiles | None, chat_template: str | None) -> tuple[Tok
     return tokenizer, ChatTemplate(template, tokenizer.special_tokens, tokenizer.control) if template else None
 
 
-def _model_runner(engine: EngineSpec, path: Path) -> tuple[Runner, BlockPool, int, int]:
+def _model_runner(engine: EngineSpec, path: Path) -> tuple[StepRunner, BlockPool, int, int]:
     """Load the weights and allocate the KV cache; (runner, pool, context in tokens, vocabulary size)."""
     # torch takes seconds to import: only here, where a model is really wanted
     import torch
 
-    from batchinfer.models.decoder import Rounding
+    from batchinfer.models.decoder import WeightPrecision
     from batchinfer.models.weights import load_decoder
     from batchinfer.runner.kv_cache import bytes_per_token, default_kv_tokens
     from batchinfer.runner.model_runner import ModelRunner
@@ -87,7 +87,7 @@ def _model_runner(engine: EngineSpec, path: Path) -> tuple[Runner, BlockPool, in
     # bfloat16 is for what is multiplied; sums, and all that lies between the matrices, gain nothing by it on a CPU.
     # int8 is for the layers: errors of embedding and LM head reach the logits at once
     ends = torch.bfloat16 if engine.dtype == "bfloat16" else None
-    rounding = Rounding(torch.int8 if engine.quantization == "int8" else ends, ends)
+    rounding = WeightPrecision(torch.int8 if engine.quantization == "int8" else ends, ends)
     dtype = torch.float16 if engine.dtype == "float16" else torch.float32
     kv_dtype: torch.dtype = getattr(torch, engine.kv_cache_dtype or engine.dtype or "float32")
     decoder = load_decoder(path, dtype, engine.max_model_len, rounding=rounding)
@@ -153,7 +153,7 @@ def quota_threads(root: Path = Path("/")) -> int:
     return max(1, int(shares)) if shares > 0 else sys.maxsize
 
 
-def _fake_runner(engine: EngineSpec, fake: FakeSpec, tokenizer: Tokenizer) -> tuple[Runner, BlockPool, int]:
+def _fake_runner(engine: EngineSpec, fake: FakeSpec, tokenizer: Tokenizer) -> tuple[StepRunner, BlockPool, int]:
     context = engine.max_model_len or FAKE_CONTEXT_TOKENS
     kv_tokens = engine.kv_cache_tokens or max(context, 512 * engine.max_num_seqs)
     low, high = fake.answer_tokens if isinstance(fake.answer_tokens, tuple) else (fake.answer_tokens,) * 2

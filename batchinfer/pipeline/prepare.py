@@ -15,7 +15,7 @@ from itertools import islice
 from typing import Any
 
 from batchinfer.errors import BadParameters, InvalidInput, RowError, TooLong
-from batchinfer.pipeline.encoding import Content, Encoder, Framing, SpecialTokens, Text
+from batchinfer.pipeline.encoding import Content, PromptEncoder, PromptOptions, SpecialTokens, Text
 from batchinfer.pipeline.scoring import Continuations, Pooled, Read, Rolling, pair, windows
 from batchinfer.request import Completion, Pooling, Request, SamplingParams
 from batchinfer.text.chat import ChatTemplate
@@ -42,7 +42,7 @@ class Prompt:
     key: int = 0
     error: RowError | None = None
     read: Read | None = None
-    framing: Framing | None = None
+    framing: PromptOptions | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class Prepared:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class ModelLimits:
     """What the model allows. `context` counts prompt and answer, in tokens."""
 
     context: int
@@ -83,14 +83,14 @@ class Preparer:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        limits: Limits,
+        limits: ModelLimits,
         defaults: SamplingParams,
         chat: ChatTemplate | None,
         chat_kwargs: Mapping[str, Any] | None = None,
         special_tokens: SpecialTokens | None = None,
     ) -> None:
-        """The last three: see `Encoder`."""
-        self.encoder = Encoder(tokenizer, chat, chat_kwargs, special_tokens)
+        """The last three: see `PromptEncoder`."""
+        self.encoder = PromptEncoder(tokenizer, chat, chat_kwargs, special_tokens)
         self._tokenizer = tokenizer
         self._limits = limits
         self._defaults = defaults

@@ -19,7 +19,7 @@ from batchinfer.errors import RowError
 from batchinfer.pipeline.prefix_order import PrefixOrder
 from batchinfer.pipeline.prepare import Feeder, Prepared, Preparer, Prompt
 from batchinfer.pipeline.scoring import Continuations, Pooled, best_choice, score_of
-from batchinfer.request import Completion, Finished, Output, Request
+from batchinfer.request import Completion, CompletionOutput, Finished, Request
 from batchinfer.text.tokenizer import Tokenizer
 
 _DETOKENIZE_TOGETHER = 32  # finished prompts that are turned into text in one call
@@ -160,7 +160,7 @@ class Stream:
         outputs = []
         for answer in answers:
             text = self._cut(prepared, answer, texts[answer.request.request_id])
-            outputs.append(Output(text, answer.token_ids, answer.finish_reason, answer.logprobs))
+            outputs.append(CompletionOutput(text, answer.token_ids, answer.finish_reason, answer.logprobs))
         first = answers[0]
         scored, cached = first.prompt_logprobs, first.cached_tokens
         return Completion(prepared.index, prepared.ids, outputs, prompt_logprobs=scored, cached_tokens=cached)

@@ -93,7 +93,9 @@ class ModelRunner:
         if not ops.rows_are_exact(self._device.type):  # then drafts alone are worth the time
             together_S = np.where(samples_S > 1, starts_S, starts_S + counts_S)
         if ((counts_S > 1) & (starts_S + counts_S > together_S)).any():
-            seats_S, starts_S, counts_S, samples_S = _apart(together_S, seats_S, starts_S, counts_S, samples_S)
+            seats_S, starts_S, counts_S, samples_S = split_decode_rows(
+                together_S, seats_S, starts_S, counts_S, samples_S
+            )
         sampling_S = samples_S > 0
         ends_S = starts_S + counts_S
         starts_X = np.zeros(len(counts_S) + 1, dtype=np.int64)
@@ -157,7 +159,7 @@ class ModelRunner:
         return torch.from_numpy(values).to(self._device, non_blocking=True)
 
 
-def _apart(
+def split_decode_rows(
     together_S: Ints, seats_S: Ints, starts_S: Ints, counts_S: Ints, samples_S: Ints
 ) -> tuple[Ints, Ints, Ints, Ints]:
     """Each token from position `together_S` on, where a prompt ends, as a sequence of its own: computed as one that

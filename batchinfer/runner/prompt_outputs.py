@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from batchinfer.engine.plan import Join, Read, Reading, StepPlan
+from batchinfer.engine.plan import Join, PromptRead, Reading, StepPlan
 from batchinfer.models.decoder import Decoder
 from batchinfer.request import Request, TokenLogprob
 from batchinfer.runner.logprobs import NOT_FINITE, token_logprobs
@@ -66,7 +66,9 @@ class PromptReader:
                 readings[place] = reading
         return [reading for reading in readings if reading is not None]
 
-    def _scores(self, hidden_RE: Tensor, reads: list[Read], requests: list[Request], slice_rows: int) -> list[Reading]:
+    def _scores(
+        self, hidden_RE: Tensor, reads: list[PromptRead], requests: list[Request], slice_rows: int
+    ) -> list[Reading]:
         targets_R = np.concatenate(
             [
                 np.array(request.prompt[read.first + 1 : read.first + 1 + read.rows], dtype=np.int64)

@@ -48,7 +48,7 @@ class Filters(NamedTuple):
     uniform_R: npt.NDArray[np.float64]
 
 
-class _Rows(NamedTuple):
+class _Candidates(NamedTuple):
     """Filters of some rows on the logits' device, as columns that broadcast over tokens.
 
     needs_total: some row has top_p without top_k. has_min_p: some row has min_p.
@@ -164,7 +164,7 @@ def log_sum_exp(logits_NV: Tensor, largest_N: Tensor) -> Tensor:
 # -- how one chunk is drawn ----------------------------------------------------------------------------------------
 
 
-def _draw_from_best(logits_NV: Tensor, count: int, rows: _Rows) -> tuple[Tensor, Tensor]:
+def _draw_from_best(logits_NV: Tensor, count: int, rows: _Candidates) -> tuple[Tensor, Tensor]:
     """Token ids, and which of them are right: those of rows where nothing outside the candidates could be kept."""
     values_NK, ids_NK = largest(logits_NV, count)
     scaled_NK = (values_NK - values_NK[:, :1]) / rows.temperature_R1
@@ -183,7 +183,7 @@ def _draw_from_best(logits_NV: Tensor, count: int, rows: _Rows) -> tuple[Tensor,
     return ids_NK.gather(1, place_N1)[:, 0], closed_N1[:, 0]
 
 
-def _draw_from_all(logits_NV: Tensor, rows: _Rows, sort: bool) -> Tensor:
+def _draw_from_all(logits_NV: Tensor, rows: _Candidates, sort: bool) -> Tensor:
     """Token ids drawn from the whole vocabulary; `sort` where top_k or top_p need all tokens in order."""
     vocab = logits_NV.shape[1]
     scaled_NV = (logits_NV - logits_NV.amax(1, keepdim=True)).div_(rows.temperature_R1)
@@ -208,7 +208,9 @@ def _draw_from_all(logits_NV: Tensor, rows: _Rows, sort: bool) -> Tensor:
     return (block_N1 * _BLOCK + _search(inner_NB, targets_N1 - before_N1))[:, 0]
 
 
-def _thresholds(scaled_NK: Tensor, weights_NK: Tensor, rows: _Rows, totals_N1: Tensor | None) -> tuple[Tensor, Tensor]:
+def _thresholds(
+    scaled_NK: Tensor, weights_NK: Tensor, rows: _Candidates, totals_N1: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """The lowest scaled logit that min_p and top_k keep, and the lowest that all filters keep.
 
     scaled_NK is in descending order. totals_N1, where not None, holds the weight that min_p leaves of each row's whole
@@ -228,7 +230,7 @@ def _thresholds(scaled_NK: Tensor, weights_NK: Tensor, rows: _Rows, totals_N1: T
     return limit_N1, torch.where(rows.top_p_R1 < 1, lowest_N1, limit_N1)
 
 
-def _sums(logits_NV: Tensor, largest_N1: Tensor, rows: _Rows | None) -> Tensor:
+def _sums(logits_NV: Tensor, largest_N1: Tensor, rows: _Candidates | None) -> Tensor:
     """The weight of each row's whole vocabulary, int64 [N, 1]: after temperature and min_p if `rows` is given."""
     sums = []
     for part in _slices(len(logits_NV), logits_NV, _SUM_ELEMENTS):
@@ -246,7 +248,7 @@ def _weights(scaled: Tensor) -> Tensor:
     return scaled.exp_().mul_(_SCALE).to(torch.int64)
 
 
-def _targets(total_N1: Tensor, rows: _Rows) -> Tensor:
+def _targets(total_N1: Tensor, rows: _Candidates) -> Tensor:
     """Whole numbers in [0, total): of a number of at most 1 - 2^-53 the product rounds below the total."""
     return (rows.uniform_R1 * total_N1.double()).to(torch.int64)
 
@@ -271,13 +273,13 @@ def _select(logits_NV: Tensor, rows_R: Ints) -> Tensor:
     return logits_NV.index_select(0, torch.from_numpy(rows_R).to(logits_NV.device))
 
 
-def _take(filters: Filters, chunk: Ints, device: torch.device) -> _Rows:
+def _take(filters: Filters, chunk: Ints, device: torch.device) -> _Candidates:
     def column(values_R: npt.NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(values_R[chunk][:, None]).to(device)
 
     with np.errstate(divide="ignore"):
         log_min_p_R = np.log(filters.min_p_R).astype(np.float32)
-    return _Rows(
+    return _Candidates(
         torch.from_numpy(chunk).to(device),
         column(filters.temperature_R),
         column(filters.top_k_R),

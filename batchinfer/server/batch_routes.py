@@ -49,7 +49,7 @@ Limit = Annotated[int, Query(ge=1, le=100)]
 FileLimit = Annotated[int, Query(ge=1, le=10_000)]
 
 
-class Runner(Protocol):
+class BatchQueue(Protocol):
     """Runs batches of a catalog."""
 
     @property
@@ -72,7 +72,7 @@ class NewBatch(BaseModel):
     metadata: Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)] | None = None
 
 
-def make_router(catalog: Catalog, runner: Runner, max_file_bytes: int = MAX_FILE_BYTES) -> APIRouter:
+def make_router(catalog: Catalog, runner: BatchQueue, max_file_bytes: int = MAX_FILE_BYTES) -> APIRouter:
     """The routes of both; ApiError and FastAPI's validation errors are left to the app's handlers."""
     router = APIRouter(responses={status: _documented(text) for status, text in _STATUSES.items()})
     _add_files(router, catalog, max_file_bytes)
@@ -152,7 +152,7 @@ def file_object(record: FileRecord) -> dict[str, Any]:
 # -- batches ------------------------------------------------------------------------------------------------------
 
 
-def _add_batches(router: APIRouter, catalog: Catalog, runner: Runner) -> None:
+def _add_batches(router: APIRouter, catalog: Catalog, runner: BatchQueue) -> None:
     @router.post("/v1/batches")
     def create_batch(asked: NewBatch) -> dict[str, Any]:
         record = _accept(catalog, runner, asked)
@@ -188,7 +188,7 @@ def _batch(catalog: Catalog, batch_id: str) -> BatchRecord:
     return record
 
 
-def _accept(catalog: Catalog, runner: Runner, asked: NewBatch) -> BatchRecord:
+def _accept(catalog: Catalog, runner: BatchQueue, asked: NewBatch) -> BatchRecord:
     """The record of a batch that may be tried. Raises ApiError."""
     if asked.endpoint not in runner.endpoints:
         known = ", ".join(runner.endpoints)

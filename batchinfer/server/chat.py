@@ -9,12 +9,12 @@ from batchinfer.openai.parse import ask
 from batchinfer.openai.request_models import ChatRequest
 from batchinfer.server.choices import Choices
 from batchinfer.server.frontend import Frontend
-from batchinfer.server.respond import Work
+from batchinfer.server.respond import ReplyWork
 
 
-async def prepare(frontend: Frontend, body: ChatRequest, name: str) -> Work:
+async def prepare(frontend: Frontend, body: ChatRequest, name: str) -> ReplyWork:
     """Raises ApiError, RowError."""
     asked = ask(body, frontend.model.wire)
     prepared = await frontend.prepare(await frontend.encode(asked), asked)
     shape = ChatShape(frontend.texts, asked, prepared[0].ids, lambda: f"call_{secrets.token_hex(12)}")
-    return Work(Choices(shape, name, body), prepared, live=asked.params.prompt_logprobs is None)
+    return ReplyWork(Choices(shape, name, body), prepared, live=asked.params.prompt_logprobs is None)

@@ -7,13 +7,13 @@ from batchinfer.openai.parse import ask
 from batchinfer.openai.request_models import CompletionRequest
 from batchinfer.server.choices import Choices
 from batchinfer.server.frontend import Frontend
-from batchinfer.server.respond import Work
+from batchinfer.server.respond import ReplyWork
 
 
-async def prepare(frontend: Frontend, body: CompletionRequest, name: str) -> Work:
+async def prepare(frontend: Frontend, body: CompletionRequest, name: str) -> ReplyWork:
     """Raises ApiError, RowError."""
     asked = ask(body, frontend.model.wire)
     prepared = await frontend.prepare(await frontend.encode(asked), asked)
     wants_prompt = asked.params.prompt_logprobs is not None
     shape = CompletionShape(frontend.texts, asked, [one.ids for one in prepared])
-    return Work(Choices(shape, name, body), prepared, live=not wants_prompt, nothing=asked.nothing)
+    return ReplyWork(Choices(shape, name, body), prepared, live=not wants_prompt, nothing=asked.nothing)

@@ -8,7 +8,7 @@ from starlette.responses import Response
 from starlette.types import Receive
 
 from batchinfer.openai.embedding_response import embeddings
-from batchinfer.openai.parse import Asked, ask
+from batchinfer.openai.parse import ParsedRequest, ask
 from batchinfer.openai.request_models import EmbeddingRequest
 from batchinfer.pipeline.prepare import Prepared
 from batchinfer.pipeline.scoring import Pooled
@@ -35,7 +35,7 @@ async def respond(frontend: Frontend, receive: Receive, body: EmbeddingRequest) 
     return await answer(frontend, receive, begin)
 
 
-async def _embed(frontend: Frontend, prepared: list[Prepared], asked: Asked) -> list[list[float]]:
+async def _embed(frontend: Frontend, prepared: list[Prepared], asked: ParsedRequest) -> list[list[float]]:
     read = asked.read
     assert read is not None
     generation = frontend.open(prepared, False)

@@ -39,7 +39,7 @@ class Event(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Snapshot:
+class EngineSnapshot:
     """What the engine was doing after its last step."""
 
     running: int = 0
@@ -76,7 +76,7 @@ class EngineLoop:
         self._events: list[Event] = []
         self._thread = threading.Thread(target=self._work, name="batchinfer-engine", daemon=True)
         self.failure: str | None = None
-        self.snapshot = Snapshot()
+        self.snapshot = EngineSnapshot()
 
     def start(self) -> None:
         self._thread.start()
@@ -196,7 +196,7 @@ class EngineLoop:
     def _note(self) -> None:
         scheduler = self._engine.scheduler
         num_blocks = len(scheduler.pool.blocks)
-        self.snapshot = Snapshot(
+        self.snapshot = EngineSnapshot(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
             used_blocks=num_blocks - scheduler.pool.num_free,

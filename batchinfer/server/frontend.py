@@ -11,10 +11,10 @@ from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
 from batchinfer.errors import RowError
-from batchinfer.llm import Parts
+from batchinfer.llm import EngineParts
 from batchinfer.openai.logprobs import TokenTexts
-from batchinfer.openai.parse import Asked, WireModel
-from batchinfer.pipeline.encoding import Content, Encoder, Framing, SpecialTokens, Text
+from batchinfer.openai.parse import ParsedRequest, WireModel
+from batchinfer.pipeline.encoding import Content, PromptEncoder, PromptOptions, SpecialTokens, Text
 from batchinfer.pipeline.prepare import Prepared, Prompt, mix
 from batchinfer.request import Completion, Request
 from batchinfer.server.engine_loop import EngineLoop, Event
@@ -30,7 +30,7 @@ _RETRY_LONGEST_S = 60
 class ServedModel:
     """A model as clients see it: the names that it answers to, the first of which it signs with."""
 
-    parts: Parts
+    parts: EngineParts
     names: tuple[str, ...]
     chat_template: str | None = None
     chat_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -43,8 +43,8 @@ class ServedModel:
         return WireModel(self.names, parts.tokenizer, template, parts.defaults)
 
     @cached_property
-    def encoder(self) -> Encoder:
-        return Encoder(self.parts.tokenizer, self.parts.chat, self.chat_kwargs, self.special_tokens)
+    def encoder(self) -> PromptEncoder:
+        return PromptEncoder(self.parts.tokenizer, self.parts.chat, self.chat_kwargs, self.special_tokens)
 
 
 class Generation:
@@ -89,7 +89,7 @@ class Generation:
         self._news.set()
 
 
-class Taker(Protocol):
+class EventSink(Protocol):
     """Gets the news of requests, in the asyncio thread."""
 
     def add_event(self, event: Event) -> None: ...
@@ -110,7 +110,7 @@ class Frontend:
         self.engine = EngineLoop(model.parts.engine, self._deliver, self._failed)
         self._seats = model.parts.max_num_seqs
         self._max_waiting = max_waiting
-        self._generations: dict[int, Taker] = {}
+        self._generations: dict[int, EventSink] = {}
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="batchinfer-prepare")
         # of its own: requests without a grammar do not wait for one that takes long to compile
         self._grammars = ThreadPoolExecutor(2, thread_name_prefix="batchinfer-grammar")
@@ -159,18 +159,18 @@ class Frontend:
         except RowError as error:
             raise of_row(error) from None
 
-    async def encode(self, asked: Asked) -> list[list[int]]:
+    async def encode(self, asked: ParsedRequest) -> list[list[int]]:
         """Token ids of what is asked, rendered by the chat template where it is messages. Raises ApiError."""
         return await self.in_pool(lambda: self.tokens_of(asked.contents, asked.framing))
 
-    async def prepare(self, prompts: Sequence[list[int]], asked: Asked) -> list[Prepared]:
+    async def prepare(self, prompts: Sequence[list[int]], asked: ParsedRequest) -> list[Prepared]:
         """Check token ids and parameters against the model. Raises ApiError for the first prompt that is wrong."""
         if asked.params.structured_outputs is not None and asked.read is None:
             compile_ = self.model.parts.preparer.compile
             await asyncio.get_running_loop().run_in_executor(self._grammars, lambda: compile_(asked.params))
         return await self.in_pool(lambda: self._prepare(prompts, asked))
 
-    def _prepare(self, prompts: Sequence[list[int]], asked: Asked) -> list[Prepared]:
+    def _prepare(self, prompts: Sequence[list[int]], asked: ParsedRequest) -> list[Prepared]:
         key = random.getrandbits(64)
         wanted = [
             Prompt(index, ids, asked.params, mix(key, index), read=asked.read, framing=asked.framing)
@@ -178,7 +178,7 @@ class Frontend:
         ]
         return [_sound(result) for result in self.model.parts.preparer.prepare(wanted)]
 
-    def tokens_of(self, contents: Sequence[Content], framing: Framing) -> list[list[int]]:
+    def tokens_of(self, contents: Sequence[Content], framing: PromptOptions) -> list[list[int]]:
         """Token ids of prompts of one kind; runs in the pool. Raises RowError."""
         encoder = self.model.encoder
         made = [_right(encoder.text(content, framing)) for content in contents]
@@ -213,7 +213,7 @@ class Frontend:
 
     # -- other threads' requests --------------------------------------------------------------------------------
 
-    def lend(self, request: Request, taker: Taker) -> None:
+    def lend(self, request: Request, taker: EventSink) -> None:
         """Run a request for another thread; `taker` gets its events in the asyncio thread."""
 
         def begin() -> None:

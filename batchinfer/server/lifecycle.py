@@ -28,7 +28,7 @@ _EXIT_NOT_FOUND = 127
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class ServeLimits:
     """When an endpoint ends by itself, in seconds; None is never. idle: without a request in flight."""
 
     lifetime_s: float | None = None
@@ -71,7 +71,7 @@ class Endpoint:
         gate: Gate,
         frontend: Frontend,
         sock: socket.socket,
-        limits: Limits,
+        limits: ServeLimits,
         background: Background | None = None,
     ) -> None:
         self._gate = gate

@@ -11,16 +11,16 @@ from batchinfer.openai.messages_response import MessageAnswer
 from batchinfer.openai.parse import ask
 from batchinfer.server.events import Events
 from batchinfer.server.frontend import Frontend
-from batchinfer.server.respond import Work, check_model
+from batchinfer.server.respond import ReplyWork, check_model
 from batchinfer.server.responses import new_id
 
 
-async def prepare(frontend: Frontend, body: MessagesRequest, name: str) -> Work:
+async def prepare(frontend: Frontend, body: MessagesRequest, name: str) -> ReplyWork:
     """Raises ApiError, RowError."""
     asked = ask(body, frontend.model.wire)
     prepared = await frontend.prepare(await frontend.encode(asked), asked)
     answer = MessageAnswer(asked, Head(new_id("msg"), int(time.time()), name), new_id)
-    return Work(Events(answer), prepared)
+    return ReplyWork(Events(answer), prepared)
 
 
 async def count(frontend: Frontend, body: CountRequest) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from batchinfer.server.engine_loop import Snapshot
+from batchinfer.server.engine_loop import EngineSnapshot
 
 _FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _PER_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
@@ -50,7 +50,7 @@ class Metrics:
             "batchinfer_disconnects", "Requests whose client went away before the end", registry=self.registry
         )
 
-    def watch(self, snapshot: Callable[[], Snapshot]) -> None:
+    def watch(self, snapshot: Callable[[], EngineSnapshot]) -> None:
         """Read the engine's own figures whenever somebody asks."""
         self.registry.register(_EngineFigures(snapshot))
 
@@ -81,7 +81,7 @@ class Metrics:
 
 
 class _EngineFigures(Collector):
-    def __init__(self, snapshot: Callable[[], Snapshot]) -> None:
+    def __init__(self, snapshot: Callable[[], EngineSnapshot]) -> None:
         self._snapshot = snapshot
 
     def collect(self) -> Iterator[Metric]:

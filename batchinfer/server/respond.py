@@ -32,7 +32,7 @@ class Answering(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class ReplyWork:
     """A request that is ready to run. `live`: its events leave step by step; else when their samples have ended.
 
     `nothing`: it asks for no tokens, and the engine is not asked for any.
@@ -75,7 +75,7 @@ def check_model(frontend: Frontend, name: str | None) -> str:
 
 
 async def respond(
-    frontend: Frontend, receive: Receive, body: SamplingBody, prepare: Callable[[str], Awaitable[Work]]
+    frontend: Frontend, receive: Receive, body: SamplingBody, prepare: Callable[[str], Awaitable[ReplyWork]]
 ) -> Response:
     """Answer a request for tokens; `prepare` gets the name to sign with.
 
@@ -114,7 +114,7 @@ async def answer(frontend: Frontend, receive: Receive, begin: Callable[[], Any])
     return response
 
 
-async def _stream(frontend: Frontend, work: Work, samples: Answering) -> Response:
+async def _stream(frontend: Frontend, work: ReplyWork, samples: Answering) -> Response:
     """Waits for the first events: what fails before them is still an error with a status."""
     chunks = _chunks(work, samples)
     try:
@@ -125,7 +125,7 @@ async def _stream(frontend: Frontend, work: Work, samples: Answering) -> Respons
     return EventStream(first, chunks, work.reply, samples.close, frontend.metrics)
 
 
-async def _chunks(work: Work, samples: Answering) -> AsyncGenerator[bytes, None]:
+async def _chunks(work: ReplyWork, samples: Answering) -> AsyncGenerator[bytes, None]:
     async for deltas in samples.batches() if work.live else _at_once(samples):
         chunk = work.reply.more(deltas, samples.used())
         if chunk:

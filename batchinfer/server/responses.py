@@ -11,15 +11,15 @@ from batchinfer.openai.responses_request import ResponseRequest
 from batchinfer.openai.responses_response import ResponseAnswer
 from batchinfer.server.events import Events
 from batchinfer.server.frontend import Frontend
-from batchinfer.server.respond import Work
+from batchinfer.server.respond import ReplyWork
 
 
-async def prepare(frontend: Frontend, body: ResponseRequest, name: str) -> Work:
+async def prepare(frontend: Frontend, body: ResponseRequest, name: str) -> ReplyWork:
     """Raises ApiError, RowError."""
     asked = ask(body, frontend.model.wire)
     prepared = await frontend.prepare(await frontend.encode(asked), asked)
     answer = ResponseAnswer(frontend.texts, asked, Head(new_id("resp"), int(time.time()), name), new_id)
-    return Work(Events(answer), prepared)
+    return ReplyWork(Events(answer), prepared)
 
 
 def new_id(prefix: str) -> str:

@@ -7,7 +7,7 @@ from starlette.responses import Response
 
 from batchinfer.openai.chat_messages import conversation
 from batchinfer.openai.request_models import DetokenizeRequest, TokenizeRequest
-from batchinfer.pipeline.encoding import Framing
+from batchinfer.pipeline.encoding import PromptOptions
 from batchinfer.server.errors import JsonResponse, bad_request
 from batchinfer.server.frontend import Frontend
 from batchinfer.server.respond import check_model
@@ -55,5 +55,5 @@ def _tokenize(frontend: Frontend, body: TokenizeRequest) -> list[int]:
     if body.messages is not None:
         messages, framing = conversation(body, body.messages, frontend.model.wire.chat_template)
         return frontend.tokens_of([messages], framing)[0]
-    framing = Framing(body.add_special_tokens is not False, special_tokens=body.special_tokens)
+    framing = PromptOptions(body.add_special_tokens is not False, special_tokens=body.special_tokens)
     return frontend.tokens_of([body.prompt or ""], framing)[0]

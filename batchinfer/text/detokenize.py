@@ -47,7 +47,7 @@ class StopStrings:
         return text[: end if self._include else start]
 
 
-class _Place(dict[int, "_Place"]):
+class _AutomatonState(dict[int, "_AutomatonState"]):
     """All of a text that matters for what follows; the next place by the next token, found out when it is asked for.
 
     `tail` is the longest end of the text that a stop string begins with, `pieces` the decoder after it. `found`: the
@@ -62,7 +62,7 @@ class _Place(dict[int, "_Place"]):
         self.pieces = pieces
         self.found = found
 
-    def __missing__(self, token_id: int) -> _Place:
+    def __missing__(self, token_id: int) -> _AutomatonState:
         return self.places.after(self, token_id)
 
 
@@ -77,18 +77,18 @@ class _Places:
         self._stop = stop
         self._beginnings = {text[:length] for text in stop for length in range(1, len(text))}
         self._longest = max(map(len, stop)) - 1
-        self.start = _Place(self, "", pieces, False)
-        self._known: dict[Hashable, _Place] = {}
+        self.start = _AutomatonState(self, "", pieces, False)
+        self._known: dict[Hashable, _AutomatonState] = {}
         self._forget()
 
-    def after(self, place: _Place, token_id: int) -> _Place:
+    def after(self, place: _AutomatonState, token_id: int) -> _AutomatonState:
         """Where `token_id` leads from `place`."""
         pieces, old = copy(place.pieces), len(place.tail)
         text = place.tail + pieces.push(token_id)
         whole = text + pieces.pending
         # only what this token completes: an earlier one may still stand in the tail
         found = any(whole.find(stop, max(0, old - len(stop) + 1)) >= 0 for stop in self._stop)
-        following = _Place(self, self._tail(text), pieces, found)
+        following = _AutomatonState(self, self._tail(text), pieces, found)
         if pieces.state is None:
             return following
         if self._moves >= _MOST_MOVES:
@@ -117,7 +117,7 @@ class _Checker:
 
     __slots__ = ("_early", "_place")
 
-    def __init__(self, start: _Place, min_tokens: int) -> None:
+    def __init__(self, start: _AutomatonState, min_tokens: int) -> None:
         self._place = start
         self._early = min_tokens  # tokens to come that no stop string may end with
 

@@ -18,7 +18,7 @@ from tokenizers.models import BPE
 from batchinfer.errors import ModelError
 from batchinfer.models.gguf_header import GGUFHeader, read_header
 from batchinfer.text.fast import FastTokenizer, TokenizerFacts, set_framing
-from batchinfer.text.spm import CONTROL, UNKNOWN, USER_DEFINED, Pieces, SpaceRules, bpe_tokenizer
+from batchinfer.text.spm import CONTROL, UNKNOWN, USER_DEFINED, PieceTable, SpaceRules, bpe_tokenizer
 
 _CONTRACTIONS = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
 _TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -137,7 +137,7 @@ def _sentencepiece(header: GGUFHeader, tokens: list[str], types: list[int]) -> R
     if len(scores) < len(tokens):
         raise ModelError(f"{header.path}: {len(tokens)} tokens but {len(scores)} scores")
     rules = SpaceRules(prefix=header.metadata.get("tokenizer.ggml.add_space_prefix", True))
-    return bpe_tokenizer(Pieces(tokens, types, scores), rules)
+    return bpe_tokenizer(PieceTable(tokens, types, scores), rules)
 
 
 def _add_tokens(header: GGUFHeader, rust: RustTokenizer, tokens: list[str], types: list[int]) -> None:

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from batchinfer.errors import ModelError
 from batchinfer.models.file_kind import said
 from batchinfer.text.fast import set_framing
-from batchinfer.text.spm import CONTROL, UNKNOWN, USER_DEFINED, Pieces, SpaceRules, bpe_tokenizer, unigram_tokenizer
+from batchinfer.text.spm import CONTROL, UNKNOWN, USER_DEFINED, PieceTable, SpaceRules, bpe_tokenizer, unigram_tokenizer
 
 _UNIGRAM, _BPE = 1, 2
 _NAMED = {"unk_token": (40, 0), "bos_token": (41, 1), "eos_token": (42, 2), "pad_token": (43, -1)}  # field, default id
@@ -30,7 +30,7 @@ _NAMED = {"unk_token": (40, 0), "bos_token": (41, 1), "eos_token": (42, 2), "pad
 class SentencePieceModel:
     """What the file says. `named` are its special tokens ("bos_token" → "<s>")."""
 
-    pieces: Pieces
+    pieces: PieceTable
     kind: int
     byte_fallback: bool
     charsmap: bytes
@@ -105,7 +105,7 @@ def _parse(data: bytes) -> SentencePieceModel:
         if 0 <= token_id < len(texts):
             named[name] = texts[token_id]
     return SentencePieceModel(
-        Pieces(texts, types, scores),
+        PieceTable(texts, types, scores),
         kind=trainer.get(3, _UNIGRAM),
         byte_fallback=bool(trainer.get(35, 0)),
         charsmap=normalizer.get(2, b""),

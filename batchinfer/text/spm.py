@@ -31,7 +31,7 @@ class SpaceRules:
 
 
 @dataclass(frozen=True)
-class Pieces:
+class PieceTable:
     """A vocabulary by id: the text, type and score (a log probability, or minus a rank) of every piece."""
 
     texts: Sequence[str]
@@ -43,7 +43,7 @@ class Pieces:
         return next((number for number, kind in enumerate(self.types) if kind == UNKNOWN), None)
 
 
-def bpe_tokenizer(pieces: Pieces, rules: SpaceRules, charsmap: bytes = b"") -> RustTokenizer:
+def bpe_tokenizer(pieces: PieceTable, rules: SpaceRules, charsmap: bytes = b"") -> RustTokenizer:
     """Return BPE in the order of the scores, with ▁ for spaces and bytes for what the vocabulary lacks.
 
     charsmap: sentencepiece's compiled table of normalization, empty for none.
@@ -54,7 +54,7 @@ def bpe_tokenizer(pieces: Pieces, rules: SpaceRules, charsmap: bytes = b"") -> R
     return _framed(RustTokenizer(model), rules, charsmap)
 
 
-def unigram_tokenizer(pieces: Pieces, rules: SpaceRules, charsmap: bytes, byte_fallback: bool) -> RustTokenizer:
+def unigram_tokenizer(pieces: PieceTable, rules: SpaceRules, charsmap: bytes, byte_fallback: bool) -> RustTokenizer:
     """Return the most likely segmentation by the scores."""
     scored = list(zip(pieces.texts, pieces.scores, strict=True))
     model = Unigram(scored, unk_id=pieces.unknown, byte_fallback=byte_fallback)
@@ -81,7 +81,7 @@ def _framed(rust: RustTokenizer, rules: SpaceRules, charsmap: bytes) -> RustToke
     return rust
 
 
-def _merges(pieces: Pieces) -> list[tuple[str, str]]:
+def _merges(pieces: PieceTable) -> list[tuple[str, str]]:
     """Every pair of pieces that spells a third, best score of the third first.
 
     Pieces that are split off before (control, user-defined) and byte pieces are no result of a merge.

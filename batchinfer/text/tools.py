@@ -208,7 +208,7 @@ class _OpenCall:
         self._start = start
         self._named = named
         self._name: str | None = named[1] if named is not None else None
-        self._whole = _Value(named.end() if named is not None else start)
+        self._whole = _JsonValue(named.end() if named is not None else start)
         self._arguments = self._whole if named is not None else None
         self._sent = 0
         self.announced = False
@@ -227,7 +227,7 @@ class _OpenCall:
                 self._name = json.loads(head[1])
             except ValueError:
                 return
-            self._arguments = _Value(head.end())
+            self._arguments = _JsonValue(head.end())
         self._arguments.scan(text)
 
     def pieces(self, text: str, index: int) -> list[ToolDelta]:
@@ -260,7 +260,7 @@ class _OpenCall:
         return ToolCall(name, json.dumps(arguments, ensure_ascii=False))
 
 
-class _Value:
+class _JsonValue:
     """A JSON object at `start` of a text that grows. `end`: behind its last brace, once that is there."""
 
     def __init__(self, start: int) -> None:

@@ -182,12 +182,12 @@ def test_latency_of_one_token_has_nothing_after_it(bench, tmp_path, capsys):
 def test_a_step_never_holds_more_than_the_batch(tiny_model):
     from batchinfer.bench import latency
     from batchinfer.bench.measured import load_subject
-    from batchinfer.bench.workload import Span, Synthetic
+    from batchinfer.bench.workload import Synthetic, TokenSpan
     from batchinfer.cli.options import model_spec
     from tests.bench.test_figures import make_machine
 
     subject = load_subject(model_spec(str(tiny_model), []))
-    plan = latency.Plan(Synthetic(input_tokens=Span(4, 9), output_tokens=Span(1, 9)), [3], 5)
+    plan = latency.Plan(Synthetic(input_tokens=TokenSpan(4, 9), output_tokens=TokenSpan(1, 9)), [3], 5)
     latency.measure(subject, plan, 3, make_machine())
     batches = [step.sequences for step in subject.llm.steps]
     assert max(batches) == 3 and sum(batches) >= 15 and batches.count(3) > len(batches) // 2

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from batchinfer import ops
-from batchinfer.bench.cost import LinearCost, Rates, StepWork, limit_of
+from batchinfer.bench.cost import LinearCost, MachineRates, StepWork, limit_of
 from batchinfer.layers.linear import Linear
-from batchinfer.models.decoder import Rounding
+from batchinfer.models.decoder import WeightPrecision
 from batchinfer.models.weights import load_decoder
 from tests.models.tiny import build
 
@@ -20,7 +20,7 @@ def test_cost_of_the_tiny_model(tiny_model):
         ops.use_eager("cpu")  # which adds no rows to fill a panel
         cost = LinearCost.of(load_decoder(tiny_model, torch.float32))
         half = LinearCost.of(load_decoder(tiny_model, torch.bfloat16))
-        eighth = LinearCost.of(load_decoder(tiny_model, torch.float32, rounding=Rounding(layers=torch.int8)))
+        eighth = LinearCost.of(load_decoder(tiny_model, torch.float32, rounding=WeightPrecision(layers=torch.int8)))
     # hidden 32, 4 heads and 2 kv heads of 8, feed-forward 48, 4 layers, vocabulary 96
     layer = 32 * (32 + 16 + 16) + 32 * 32 + 32 * (48 + 48) + 48 * 32
     assert (cost.layer_weights, cost.head_weights, cost.quantized) == (4 * layer, 32 * 96, False)
@@ -51,16 +51,16 @@ def test_cost_is_that_of_the_weights(name, tmp_path):
 def test_limit_takes_the_longer_time_of_each_step():
     cost = LinearCost(layer_weights=100, head_weights=50, layer_bytes=400, head_bytes=200)
     steps = [StepWork(tokens=64, sampled=0, sequences=1, seconds=9.0), StepWork(1, 1, 1, 9.0)]
-    limit = limit_of(cost, steps, Rates(layers=1000.0, head=1000.0, bytes=100.0))
+    limit = limit_of(cost, steps, MachineRates(layers=1000.0, head=1000.0, bytes=100.0))
     assert limit.arithmetic_s == pytest.approx(12.8 + 0.3)
     assert limit.weights_s == pytest.approx(4.0 + 6.0)
     assert limit.seconds == pytest.approx(12.8 + 6.0)
-    assert limit_of(cost, steps, Rates(4000.0, 1000.0, 100.0)).arithmetic_s == pytest.approx(3.2 + 0.05 + 0.1)
-    assert limit_of(cost, [], Rates(1.0, 1.0, 1.0)).seconds == 0
+    assert limit_of(cost, steps, MachineRates(4000.0, 1000.0, 100.0)).arithmetic_s == pytest.approx(3.2 + 0.05 + 0.1)
+    assert limit_of(cost, [], MachineRates(1.0, 1.0, 1.0)).seconds == 0
 
 
 def test_layers_of_8_bits_count_at_the_rate_of_8_bits(monkeypatch):
     monkeypatch.setattr("batchinfer.bench.cost.weight_bandwidth", lambda machine, size: float(size))
     machine = make_machine(gemm_per_s=10.0, int8_per_s=30.0)
-    assert Rates.of(machine, LinearCost(1, 1, 4, 4)) == (10.0, 10.0, 8.0)
-    assert Rates.of(machine, LinearCost(1, 1, 1, 4, quantized=True)) == (30.0, 10.0, 5.0)
+    assert MachineRates.of(machine, LinearCost(1, 1, 4, 4)) == (10.0, 10.0, 8.0)
+    assert MachineRates.of(machine, LinearCost(1, 1, 1, 4, quantized=True)) == (30.0, 10.0, 5.0)

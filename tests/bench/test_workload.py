@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 
 from batchinfer.bench.latency import parse_batches
-from batchinfer.bench.workload import Span, Synthetic, WorkloadFile, parse_span
+from batchinfer.bench.workload import Synthetic, TokenSpan, WorkloadFile, parse_span
 from batchinfer.errors import InputError, InputMissing, UsageError
-from batchinfer.pipeline.prepare import Limits
+from batchinfer.pipeline.prepare import ModelLimits
 
-LLM = SimpleNamespace(limits=Limits(context=64, vocab_size=96, eos_ids=frozenset({2})))
+LLM = SimpleNamespace(limits=ModelLimits(context=64, vocab_size=96, eos_ids=frozenset({2})))
 
 
 @pytest.mark.parametrize(("text", "span"), [("5", (5, 5)), (" 1-9 ", (1, 9)), ("7-7", (7, 7))])
@@ -27,7 +27,7 @@ def test_wrong_spans(text):
 
 
 def test_span_as_text():
-    assert (str(Span(3, 3)), str(Span(3, 9))) == ("3", "3-9")
+    assert (str(TokenSpan(3, 3)), str(TokenSpan(3, 9))) == ("3", "3-9")
 
 
 @pytest.mark.parametrize("text", ["", "0", "1,,2", "1,x", "-1", "²"])
@@ -38,7 +38,7 @@ def test_wrong_batches(text):
 
 
 def test_synthetic_lengths_and_prefix():
-    shape = Synthetic(200, Span(6, 12), Span(2, 5), shared_prefix=4, seed=3)
+    shape = Synthetic(200, TokenSpan(6, 12), TokenSpan(2, 5), shared_prefix=4, seed=3)
     prompts = shape.prompts(LLM)
     assert len(prompts) == 200
     assert {len(prompt.content) for prompt in prompts} == set(range(6, 13))
@@ -46,15 +46,15 @@ def test_synthetic_lengths_and_prefix():
     assert len({tuple(prompt.content[:4]) for prompt in prompts}) == 1
     assert len({tuple(prompt.content) for prompt in prompts}) > 190
     assert all(prompt.params.greedy and prompt.params.ignore_eos for prompt in prompts)
-    assert prompts == shape.prompts(LLM) != Synthetic(200, Span(6, 12), Span(2, 5), 4, seed=4).prompts(LLM)
+    assert prompts == shape.prompts(LLM) != Synthetic(200, TokenSpan(6, 12), TokenSpan(2, 5), 4, seed=4).prompts(LLM)
     assert "6-12 in, the first 4 of them shared, 2-5 out" in shape.describe()
 
 
 def test_synthetic_that_cannot_be():
     with pytest.raises(UsageError, match="--shared-prefix 6"):
-        Synthetic(1, Span(6, 12), Span(1, 1), shared_prefix=6)
+        Synthetic(1, TokenSpan(6, 12), TokenSpan(1, 1), shared_prefix=6)
     with pytest.raises(UsageError, match="65 tokens, and the context has 64"):
-        Synthetic(1, Span(6, 60), Span(1, 5)).prompts(LLM)
+        Synthetic(1, TokenSpan(6, 60), TokenSpan(1, 5)).prompts(LLM)
 
 
 def write(path, *lines):

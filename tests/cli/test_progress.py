@@ -9,19 +9,19 @@ import pytest
 
 from batchinfer.cli.progress import (
     LogProgress,
-    Rates,
+    RecentRates,
     TerminalProgress,
     cache_share,
     choose_progress,
     duration,
     seconds_left,
 )
-from batchinfer.job.report import Snapshot
+from batchinfer.job.report import RunSnapshot
 from batchinfer.log import log
 
 
-def snapshot(elapsed_s: float, rows: int = 0, **values) -> Snapshot:
-    return Snapshot("running", rows_total=100, rows_done=rows, elapsed_s=elapsed_s, **values)
+def snapshot(elapsed_s: float, rows: int = 0, **values) -> RunSnapshot:
+    return RunSnapshot("running", rows_total=100, rows_done=rows, elapsed_s=elapsed_s, **values)
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def lines(capsys):
 
 
 def test_rates_are_of_the_last_seconds():
-    rates = Rates()
+    rates = RecentRates()
     assert rates.tokens_per_s() == (0, 0)
     for second in range(201):
         slow = min(second, 100)  # nothing is generated after the first half
@@ -72,7 +72,7 @@ def test_log_lines_every_ten_seconds(lines):
 def test_terminal_line(lines):
     progress = TerminalProgress()
     try:
-        assert progress._line(Snapshot("loading")).plain == "loading …"
+        assert progress._line(RunSnapshot("loading")).plain == "loading …"
         progress.update(snapshot(0))
         progress.update(snapshot(10, rows=25, generated_tokens=500, computed_tokens=900, reused_tokens=100, errors=3))
         text = progress._line(snapshot(10, rows=25, computed_tokens=900, reused_tokens=100, errors=3)).plain

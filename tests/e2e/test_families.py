@@ -10,7 +10,7 @@ import torch
 
 from batchinfer.engine.blocks import BlockPool
 from batchinfer.engine.engine import Engine
-from batchinfer.engine.length_estimator import ExpectedLength
+from batchinfer.engine.length_estimator import OutputLengthEstimator
 from batchinfer.engine.scheduler import Scheduler
 from batchinfer.models.weights import load_decoder
 from batchinfer.request import Request, SamplingParams
@@ -35,7 +35,7 @@ def test_greedy_tokens_equal_those_of_transformers(name: str, tmp_path: Path) ->
     for caching, step_tokens in ((True, 16), (False, 1000)):
         runner = ModelRunner(decoder, 40, _BLOCK_SIZE, 8, decoder.config.context_tokens)
         scheduler = Scheduler(BlockPool(40, _BLOCK_SIZE, caching), 8, step_tokens)
-        scheduler.expected = ExpectedLength(quantile=0.0, enough=1)
+        scheduler.expected = OutputLengthEstimator(quantile=0.0, enough=1)
         scheduler.expected.observe(1)
         answers.append(_run(Engine(scheduler, runner), prompts))
         assert scheduler.stats.preemptions > 0

@@ -12,9 +12,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from batchinfer import LLM, SamplingParams
-from batchinfer.engine.length_estimator import ExpectedLength
+from batchinfer.engine.length_estimator import OutputLengthEstimator
 from batchinfer.errors import UsageError
-from batchinfer.request import Output
+from batchinfer.request import CompletionOutput
 from batchinfer.runner import kv_cache
 from tests.models.tiny import SIZES, build
 
@@ -32,7 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def answers(model: Path, preempt: bool = False, **options: object) -> list[Output]:
+def answers(model: Path, preempt: bool = False, **options: object) -> list[CompletionOutput]:
     """Of prompts that share beginnings; with `preempt` more are admitted than the cache holds."""
     rng = random.Random(2)
     words = range(3, SIZES["vocab_size"])
@@ -40,7 +40,7 @@ def answers(model: Path, preempt: bool = False, **options: object) -> list[Outpu
     prompts = [shared[: rng.randrange(30)] + rng.choices(words, k=rng.randrange(1, 30)) for _ in range(16)]
     llm = LLM(model, block_size=4, max_num_seqs=8, **options)
     if preempt:
-        llm._engine.scheduler.expected = ExpectedLength(quantile=0.0, enough=1)
+        llm._engine.scheduler.expected = OutputLengthEstimator(quantile=0.0, enough=1)
         llm._engine.scheduler.expected.observe(1)
     completions = llm.generate(prompts, GREEDY)
     assert (llm.stats().preemptions > 0) is preempt
@@ -48,7 +48,7 @@ def answers(model: Path, preempt: bool = False, **options: object) -> list[Outpu
     return [completion.outputs[0] for completion in completions]
 
 
-def tokens(outputs: list[Output]) -> list[list[int]]:
+def tokens(outputs: list[CompletionOutput]) -> list[list[int]]:
     return [output.token_ids for output in outputs]
 
 

@@ -15,7 +15,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from batchinfer.engine.engine import Engine
-from batchinfer.engine.length_estimator import ExpectedLength
+from batchinfer.engine.length_estimator import OutputLengthEstimator
 from batchinfer.engine.scheduler import Scheduler
 from batchinfer.io.fetch import ModelFiles
 from batchinfer.pipeline.load import assemble
@@ -52,7 +52,7 @@ def engine_answers(
     assembly = assemble(engine, ModelFiles(path, "test"), None, FakeSpec(), None)
     scheduler = Scheduler(assembly.pool, engine.max_num_seqs, engine.max_step_tokens)
     if preempt:
-        scheduler.expected = ExpectedLength(quantile=0.0, enough=1)  # admits far too much
+        scheduler.expected = OutputLengthEstimator(quantile=0.0, enough=1)  # admits far too much
         scheduler.expected.observe(1)
     loop = Engine(scheduler, assembly.runner)
     params = SamplingParams(temperature=0, max_tokens=_ANSWER_TOKENS)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from batchinfer import LLM, SamplingParams
-from batchinfer.engine.length_estimator import ExpectedLength
+from batchinfer.engine.length_estimator import OutputLengthEstimator
 from batchinfer.engine.stats import EngineStats
-from batchinfer.request import Output
+from batchinfer.request import CompletionOutput
 from tests.e2e.same_tokens import same_tokens
 from tests.e2e.test_kv_cache_dtype import model, tokens  # noqa: F401 - a fixture
 from tests.models.tiny import SIZES
@@ -37,10 +37,12 @@ def asked() -> list[tuple[list[int], SamplingParams]]:
     return found
 
 
-def answers(folder: Path, most: int, preempt: bool = False, **options: object) -> tuple[list[Output], EngineStats]:
+def answers(
+    folder: Path, most: int, preempt: bool = False, **options: object
+) -> tuple[list[CompletionOutput], EngineStats]:
     llm = LLM(folder, block_size=4, speculative_tokens=most, **{"max_num_seqs": 8, **options})
     if preempt:
-        llm._engine.scheduler.expected = ExpectedLength(quantile=0.0, enough=1)
+        llm._engine.scheduler.expected = OutputLengthEstimator(quantile=0.0, enough=1)
         llm._engine.scheduler.expected.observe(1)
     prompts, params = zip(*asked(), strict=True)
     completions = llm.generate(prompts, params)
@@ -48,7 +50,7 @@ def answers(folder: Path, most: int, preempt: bool = False, **options: object) -
     return [output for completion in completions for output in completion.outputs], llm.stats()
 
 
-def check_equal(found: list[Output], wanted: list[Output], plain_torch: bool) -> None:
+def check_equal(found: list[CompletionOutput], wanted: list[CompletionOutput], plain_torch: bool) -> None:
     assert tokens(found) == tokens(wanted)
     assert plain_torch or found == wanted  # its sums depend on how many rows there are
 

@@ -11,7 +11,7 @@ import pytest
 from batchinfer.engine import scheduler
 from batchinfer.engine.blocks import BlockPool
 from batchinfer.engine.engine import Engine
-from batchinfer.engine.length_estimator import ExpectedLength
+from batchinfer.engine.length_estimator import OutputLengthEstimator
 from batchinfer.engine.plan import StepPlan, StepResult
 from batchinfer.engine.scheduler import Scheduler
 from batchinfer.request import Finished, Request, SamplingParams, TokenLogprob
@@ -110,7 +110,7 @@ def test_who_only_decodes_can_be_preempted() -> None:
     """The newest leaves a plan into which it had come already, for an older one's next block."""
     requests = [make_request(number, [1 + number, 2, 3], 30) for number in range(6)]
     engine, _ = make_engine(20, 4)
-    engine.scheduler.expected = ExpectedLength(quantile=0.0, enough=1)
+    engine.scheduler.expected = OutputLengthEstimator(quantile=0.0, enough=1)
     engine.scheduler.expected.observe(1)
     found = run_all(engine, requests)
     assert engine.stats.preemptions > 0
@@ -166,7 +166,7 @@ def test_who_has_been_visited_can_be_preempted(block_size: int) -> None:
     shuffle = random.Random(block_size).shuffle
     requests = [make_request(number, [1 + number, 2, 3], 2 + number % 11) for number in range(150)]
     engine, runner = make_engine(24 // block_size, block_size)
-    engine.scheduler.expected = ExpectedLength(quantile=0.0, enough=1)
+    engine.scheduler.expected = OutputLengthEstimator(quantile=0.0, enough=1)
     engine.scheduler.expected.observe(1)
     run = runner.run
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from batchinfer.engine.blocks import BlockPool
 from batchinfer.engine.engine import Engine
 from batchinfer.engine.fake import FakeAnswer, FakeRunner
-from batchinfer.engine.length_estimator import ExpectedLength
-from batchinfer.engine.plan import Read, Reading, StepPlan, StepResult
+from batchinfer.engine.length_estimator import OutputLengthEstimator
+from batchinfer.engine.plan import PromptRead, Reading, StepPlan, StepResult
 from batchinfer.engine.scheduler import Scheduler
 from batchinfer.errors import EngineError, TooLong
 from batchinfer.request import Finished, Request, SamplingParams
@@ -42,7 +42,7 @@ def test_equals_naive_loop(caching: bool, max_step_tokens: int, num_blocks: int)
         for i in range(60)
     ]
     engine, _ = make_engine(num_blocks, max_step_tokens=max_step_tokens, caching=caching)
-    engine.scheduler.expected = ExpectedLength(quantile=0.0, enough=1)  # far too low: preemption must happen
+    engine.scheduler.expected = OutputLengthEstimator(quantile=0.0, enough=1)  # far too low: preemption must happen
     answers = run_all(engine, requests)
     for request in requests:
         assert answers[request.request_id].token_ids == naive(request)
@@ -66,7 +66,7 @@ def test_prompts_are_read_once_and_whole(caching: bool, max_step_tokens: int, nu
         kind = rng.choice(reads)
         requests.append(make_reading(i, prompt, 12 if not kind else rng.choice([0, 0, 1, 12]), **kind))
     engine, _ = make_engine(num_blocks, max_step_tokens=max_step_tokens, caching=caching)
-    engine.scheduler.expected = ExpectedLength(quantile=0.0, enough=1)
+    engine.scheduler.expected = OutputLengthEstimator(quantile=0.0, enough=1)
     answers = run_all(engine, requests)
     for request in requests:
         answer = answers[request.request_id]
@@ -302,7 +302,7 @@ def test_fake_answers_depend_on_the_request_alone() -> None:
 
 
 def test_expected_length_is_a_running_quantile() -> None:
-    expected = ExpectedLength(quantile=0.8, window=100, enough=10)
+    expected = OutputLengthEstimator(quantile=0.8, window=100, enough=10)
     assert expected.tokens(1000) == 256 and expected.tokens(20) == 20
     for length in range(1, 101):
         expected.observe(length)
@@ -315,7 +315,7 @@ def test_expected_length_is_a_running_quantile() -> None:
 def test_admission_by_expected_length_prevents_preemption() -> None:
     """Once lengths are known, hardly anything is preempted, although max_tokens alone would fit two at a time."""
     engine, _ = make_engine(num_blocks=64, block_size=4, max_num_seqs=32)
-    engine.scheduler.expected = ExpectedLength(enough=4)
+    engine.scheduler.expected = OutputLengthEstimator(enough=4)
     requests = [make_request(i, [1 + i % 40, 2, 3, i // 40 + 1], 100) for i in range(300)]
     answers = run_all(engine, requests)
     assert all(answers[r.request_id].token_ids == naive(r) for r in requests)
@@ -325,7 +325,7 @@ def test_admission_by_expected_length_prevents_preemption() -> None:
 def test_admission_knows_the_length_of_what_nothing_ends_early() -> None:
     """Short answers before say nothing about those: what they will take is set aside, and nothing is preempted."""
     engine, _ = make_engine(num_blocks=64, block_size=4, max_num_seqs=32)
-    engine.scheduler.expected = ExpectedLength(enough=1)
+    engine.scheduler.expected = OutputLengthEstimator(enough=1)
     engine.scheduler.expected.observe(1)
     requests = [Request(i, [1 + i], SamplingParams(temperature=0), 60) for i in range(20)]
     assert len(run_all(engine, requests)) == 20
@@ -360,7 +360,7 @@ def test_golden_plan_with_reads() -> None:
     scheduler.update(StepResult([], readings=[Reading(["a", "b", "c", "d"])]))
     assert scheduler.take_finished()[0].prompt_logprobs == [None, None, None, "a", "b", "c", "d"]
     plan = scheduler.schedule()
-    assert (plan.counts, plan.samples, plan.reads) == ([2], [True], (Read(0, 0, 2),))
+    assert (plan.counts, plan.samples, plan.reads) == ([2], [True], (PromptRead(0, 0, 2),))
 
 
 @given(st.data())

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from batchinfer.engine.blocks import BlockPool
-from batchinfer.engine.length_estimator import ExpectedLength
+from batchinfer.engine.length_estimator import OutputLengthEstimator
 from batchinfer.engine.plan import StepResult
 from batchinfer.engine.prompt_lookup import MAX_ROWS, Lookup
 from batchinfer.engine.scheduler import Scheduler
@@ -98,7 +98,7 @@ def test_drafts_with_too_few_blocks() -> None:
     """They take none that others were promised or hold, and what is preempted is computed again as it was."""
     requests = [make_request(i, [REPEATS, 1, 2, 3 + i % 20, 4 + i % 3], 40) for i in range(60)]
     engine, _ = make_engine(24, 4, speculative_tokens=4)
-    engine.scheduler.expected = ExpectedLength(quantile=0.0, enough=1)
+    engine.scheduler.expected = OutputLengthEstimator(quantile=0.0, enough=1)
     answers = run_all(engine, requests)
     assert engine.stats.preemptions > 0 and engine.stats.accepted_tokens > 0
     for request in requests:

@@ -6,7 +6,7 @@ import json
 import pyarrow.parquet as pq
 import zstandard
 
-from batchinfer.io.rows import Span, rows_of, scan, stream
+from batchinfer.io.rows import RowSpan, rows_of, scan, stream
 from batchinfer.spec import InputSpec, StorageSpec
 
 LOCAL = StorageSpec()
@@ -38,7 +38,7 @@ def scan_all(*paths, storage=LOCAL, **settings):
 def spans_of(inputs, step=1000):
     for number, file in enumerate(inputs.files):
         for start in range(0, file.rows, step):
-            yield Span(number, start, min(step, file.rows - start))
+            yield RowSpan(number, start, min(step, file.rows - start))
 
 
 def read_all(inputs, spans=None, storage=LOCAL):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from batchinfer.errors import InputError
 from batchinfer.io import json_array, jsonl, lines
-from batchinfer.io.rows import Span
+from batchinfer.io.rows import RowSpan
 from tests.io.reading import compress, read_all, scan_all
 
 SUFFIXES = ("json", "jsonl", "json.gz", "json.zst")
@@ -116,7 +116,7 @@ def test_seeking(tmp_path, monkeypatch, indent):
     rows[150] = "no object"
     inputs = scan_all(write(tmp_path / "a.json", "\ufeff" + json.dumps(rows, indent=indent, ensure_ascii=False)))
     assert len(inputs.files[0].index) == 19
-    spans = [Span(0, 3, 2), Span(0, 97, 4), Span(0, 150, 1), Span(0, 199, 1)]
+    spans = [RowSpan(0, 3, 2), RowSpan(0, 97, 4), RowSpan(0, 150, 1), RowSpan(0, 199, 1)]
     found, errors = read_all(inputs, spans)
     assert [row["i"] for row in found] == [3, 4, 97, 98, 99, 100, None, 199]
     assert "element [150]" in errors[6] and (indent is None) == (":1," in errors[6])

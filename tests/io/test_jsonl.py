@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from batchinfer.errors import InputError, InvalidInput
 from batchinfer.io import jsonl, lines
-from batchinfer.io.rows import Inputs, Span, stream, write_rows
+from batchinfer.io.rows import Inputs, RowSpan, stream, write_rows
 from batchinfer.io.source import LocalSource, Sources
 from tests.io.reading import LOCAL, compress, read_all, scan_all, write_lines, write_parquet
 
@@ -49,7 +49,7 @@ class TestTypes:
         inputs = scan_all(path)
         assert inputs.schema.field("x").type == kind
         assert inputs.text_json == (frozenset("x") if text else frozenset())
-        [(_, batch)] = stream(inputs, [Span(0, 0, len(values))], LOCAL)
+        [(_, batch)] = stream(inputs, [RowSpan(0, 0, len(values))], LOCAL)
         out = tmp_path / "out.jsonl"
         write_rows(out, batch.table, "jsonl", None, inputs.text_json)
         written = [json.loads(line)["x"] for line in out.read_text().splitlines()]
@@ -199,7 +199,7 @@ class TestSeeking:
         mixed = [line for i, row in enumerate(rows) for line in ([b"", row] if i % 7 == 0 else [row])]
         inputs = scan_all(write_lines(tmp_path / f"a.{suffix}", mixed, end="\r\n"))
         assert len(inputs.files[0].index) == (29 if suffix == "jsonl" else 0)
-        spans = [Span(0, 5, 10), Span(0, 15, 80), Span(0, 1234, 1), Span(0, 1235, 500), Span(0, 2999, 1)]
+        spans = [RowSpan(0, 5, 10), RowSpan(0, 15, 80), RowSpan(0, 1234, 1), RowSpan(0, 1235, 500), RowSpan(0, 2999, 1)]
         found, _ = read_all(inputs, spans)
         assert found == [row for span in spans for row in rows[span.start : span.start + span.count]]
 
@@ -212,7 +212,7 @@ class TestSeeking:
             "batchinfer.io.source.LocalSource.read_at",
             lambda self, offset, length: read.append(length) or real(self, offset, length),
         )
-        read_all(inputs, [Span(0, 1990, 10)])
+        read_all(inputs, [RowSpan(0, 1990, 10)])
         assert sum(read) < 150_000
 
     def test_line_numbers_after_a_seek(self, tmp_path, monkeypatch):
@@ -220,7 +220,7 @@ class TestSeeking:
         rows = [{"i": i} for i in range(50)]
         rows[45] = b"{"
         path = write_lines(tmp_path / "a.jsonl", [b"", b"", *rows])
-        _, errors = read_all(scan_all(path), [Span(0, 44, 3)])
+        _, errors = read_all(scan_all(path), [RowSpan(0, 44, 3)])
         assert errors[1].startswith(f"{path}:48:")
 
 
@@ -247,7 +247,7 @@ class TestBatchLines:
         inputs = scan_all(path, format="openai-batch")
         assert inputs.schema.names == ["custom_id", "method", "url", "body"]
         assert inputs.text_json == {"body"}
-        [(_, batch)] = stream(inputs, [Span(0, 0, 9)], LOCAL)
+        [(_, batch)] = stream(inputs, [RowSpan(0, 0, 9)], LOCAL)
         assert json.loads(batch.table["body"][0].as_py()) == good["body"]
         assert {i: str(e).removeprefix(path) for i, e in batch.errors.items() if i != 3} == {
             1: ":2: custom_id must be a string",
@@ -282,7 +282,7 @@ def test_round_trip(tmp_path, rows, suffix, compression):
     """Any JSON comes out as it went in, absent keys as null."""
     source = write_lines(tmp_path / f"in.{suffix}", rows)
     inputs = scan_all(source)
-    [(_, batch)] = stream(inputs, [Span(0, 0, len(rows))], LOCAL)
+    [(_, batch)] = stream(inputs, [RowSpan(0, 0, len(rows))], LOCAL)
     assert batch.errors == {}
     assert batch.table.num_rows == len(rows)
     assume(inputs.schema.names)  # a table without columns has no lines to write
@@ -323,7 +323,7 @@ def _repr(row):
 def _plain(inputs):
     """Rows by Python's own parser, which keeps every digit."""
     found = []
-    for _, batch in stream(inputs, [Span(0, 0, inputs.files[0].rows)], LOCAL):
+    for _, batch in stream(inputs, [RowSpan(0, 0, inputs.files[0].rows)], LOCAL):
         for row in batch.table.to_pylist():
             json_text = {name: json.loads(row[name]) for name in inputs.text_json if row[name] is not None}
             found.append(row | json_text)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from batchinfer.errors import InputError, SpoolError
 from batchinfer.io import parquet
-from batchinfer.io.rows import Span, rows_of, stream, write_rows
+from batchinfer.io.rows import RowSpan, rows_of, stream, write_rows
 from batchinfer.io.types import fit
 from tests.io.reading import LOCAL, read_all, scan_all, write_parquet
 
@@ -26,7 +26,7 @@ class TestReading:
         table = numbered(5000)
         inputs = scan_all(write_parquet(tmp_path / "a.parquet", table, row_group_size=group))
         assert inputs.files[0].rows == 5000
-        spans = [Span(0, 0, 1), Span(0, 36, 3), Span(0, 39, 1500), Span(0, 3001, 999), Span(0, 4999, 1)]
+        spans = [RowSpan(0, 0, 1), RowSpan(0, 36, 3), RowSpan(0, 39, 1500), RowSpan(0, 3001, 999), RowSpan(0, 4999, 1)]
         found, errors = read_all(inputs, spans)
         assert [row["i"] for row in found] == [i for span in spans for i in range(span.start, span.start + span.count)]
         assert errors == {}
@@ -34,7 +34,7 @@ class TestReading:
     def test_spans_of_several_files_in_any_order(self, tmp_path):
         paths = [write_parquet(tmp_path / f"{n}.parquet", numbered(100, n * 100)) for n in range(3)]
         inputs = scan_all(*paths)
-        found, _ = read_all(inputs, [Span(2, 5, 2), Span(0, 1, 1), Span(2, 0, 1), Span(1, 99, 1)])
+        found, _ = read_all(inputs, [RowSpan(2, 5, 2), RowSpan(0, 1, 1), RowSpan(2, 0, 1), RowSpan(1, 99, 1)])
         assert [row["i"] for row in found] == [205, 206, 1, 200, 199]
 
     def test_large_cells_are_decoded_few_at_a_time(self, tmp_path):
@@ -42,14 +42,14 @@ class TestReading:
             write_parquet(tmp_path / "a.parquet", pa.table({"t": [f"{i}" * 500_000 for i in range(10, 74)]}))
         )
         with pq.ParquetFile(inputs.files[0].url) as file:
-            assert parquet._Rows(file, ["t"])._batch_rows <= 8
-        assert sum(len(row["t"]) for row in read_all(inputs, [Span(0, 28, 4)])[0]) == 4_000_000
+            assert parquet._ParquetRows(file, ["t"])._batch_rows <= 8
+        assert sum(len(row["t"]) for row in read_all(inputs, [RowSpan(0, 28, 4)])[0]) == 4_000_000
 
     def test_invalid_utf8_is_its_rows_error(self, tmp_path):
         binary = pa.array([b"fine", b"\xed\xa0\x80", None, b"\xff", b"fine"])
         strings = pa.StringArray.from_buffers(5, binary.buffers()[1], binary.buffers()[2], binary.buffers()[0], 1)
         path = write_parquet(tmp_path / "a.parquet", pa.table({"i": range(5), "t": strings}))
-        found, errors = read_all(scan_all(path), [Span(0, 0, 2), Span(0, 2, 3)])
+        found, errors = read_all(scan_all(path), [RowSpan(0, 0, 2), RowSpan(0, 2, 3)])
         assert [row["t"] for row in found] == ["fine", None, None, None, "fine"]
         assert [row["i"] for row in found] == [0, 1, 2, 3, 4]
         assert errors == {
@@ -81,14 +81,14 @@ class TestReading:
         table = pa.table({"i": range(5), "t": column, "d": spans})
         path = write_parquet(tmp_path / "a.parquet", table, row_group_size=3)
         inputs = scan_all(path)
-        for cut in ([Span(0, 0, 5)], [Span(0, 0, 1), Span(0, 1, 3), Span(0, 4, 1)]):
+        for cut in ([RowSpan(0, 0, 5)], [RowSpan(0, 0, 1), RowSpan(0, 1, 3), RowSpan(0, 4, 1)]):
             found, errors = read_all(inputs, cut)
             assert [row["i"] for row in found] == [0, 1, 2, 3, 4]
             assert [row["d"] for row in found] == spans.to_pylist()
             assert errors == {n: f"{path}: row {n}: column 't' is not valid UTF-8" for n in (1, 3)}
             good = [row["t"] is None for row in found]
             assert good == [False, True, False, True, False]
-        part = stream(inputs, [Span(0, 0, 5)], LOCAL)
+        part = stream(inputs, [RowSpan(0, 0, 5)], LOCAL)
         write_rows(tmp_path / "out.parquet", next(part)[1].table, "parquet", None)
         assert pq.read_table(tmp_path / "out.parquet").num_rows == 5
 
@@ -142,10 +142,10 @@ class TestReading:
             for number in range(3):
                 writer.write_table(group(number))
         inputs = scan_all(tmp_path / "a.parquet")
-        found, errors = read_all(inputs, [Span(0, 0, 250), Span(0, 250, 50)])
+        found, errors = read_all(inputs, [RowSpan(0, 0, 250), RowSpan(0, 250, 50)])
         values = [f"{number} {n}" for number in range(3) for n in range(100)]
         assert errors == {} and found == [{"d": text, "s": {"d": text}, "l": [text]} for text in values]
-        [(_, batch)] = stream(inputs, [Span(0, 0, 300)], LOCAL)
+        [(_, batch)] = stream(inputs, [RowSpan(0, 0, 300)], LOCAL)
         held = [fit(batch.table.column(field.name), field.type) for field in inputs.schema]
         write_rows(tmp_path / "out", pa.table(held, schema=inputs.schema), form, None)
         if form == "parquet":
@@ -206,7 +206,9 @@ def test_round_trip(tmp_path, table, cut, group, compression):
     inputs = scan_all(source)
     batches = [
         batch.table
-        for _, batch in stream(inputs, [Span(0, s, min(cut, len(table) - s)) for s in range(0, len(table), cut)], LOCAL)
+        for _, batch in stream(
+            inputs, [RowSpan(0, s, min(cut, len(table) - s)) for s in range(0, len(table), cut)], LOCAL
+        )
     ]
     rows = pa.concat_tables(batches)
     streamed = pa.table([fit(rows.column(field.name), field.type) for field in inputs.schema], schema=inputs.schema)
@@ -235,12 +237,12 @@ def test_disk_full_is_a_spool_error(tmp_path, form):
 
 _MEMORY = """
 import sys
-from batchinfer.io.rows import Span, rows_of, scan, stream
+from batchinfer.io.rows import RowSpan, rows_of, scan, stream
 from batchinfer.spec import InputSpec, StorageSpec
 inputs = scan(InputSpec(path=(sys.argv[1],)), StorageSpec())
 rows = inputs.files[0].rows
 total = 0
-for span, batch in stream(inputs, (Span(0, start, 1000) for start in range(0, rows, 1000)), StorageSpec()):
+for span, batch in stream(inputs, (RowSpan(0, start, 1000) for start in range(0, rows, 1000)), StorageSpec()):
     total += len(rows_of(batch.table, inputs.schema.names))
 assert total == rows
 # not ru_maxrss: a child inherits its parent's

@@ -10,7 +10,7 @@ import pytest
 
 from batchinfer.errors import AccessDenied, InputError, InputMissing, SpecError, StorageError
 from batchinfer.io import filesystem
-from batchinfer.io.rows import InputFile, Inputs, Span, scan, stream
+from batchinfer.io.rows import InputFile, Inputs, RowSpan, scan, stream
 from batchinfer.spec import InputSpec, StorageSpec
 from tests.io.reading import LOCAL, read_all, scan_all, spans_of, write_lines, write_parquet
 
@@ -202,7 +202,7 @@ class TestReadAhead:
         inputs = scan_all(write_parquet(tmp_path / "a.parquet", pa.table({"x": range(10)})))
 
         def spans():
-            yield Span(0, 0, 5)
+            yield RowSpan(0, 0, 5)
             raise KeyError("spans")
 
         reading = stream(inputs, spans(), LOCAL)
@@ -296,7 +296,7 @@ def test_unread_columns_and_row_groups_are_not_fetched(faults):
     assert _fetched(faults) < 3 << 20
     read_all(inputs.select(["x"]), storage=faults.storage)
     assert _fetched(faults) < 5 << 20
-    read_all(inputs.select(["big"]), [Span(0, 19_990, 10)], faults.storage)
+    read_all(inputs.select(["big"]), [RowSpan(0, 19_990, 10)], faults.storage)
     assert _fetched(faults) < 8 << 20
     read_all(inputs, storage=faults.storage)
     assert _fetched(faults) > 20_000_000

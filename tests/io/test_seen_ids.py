@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from batchinfer.errors import InputError, SpoolError
 from batchinfer.io import seen_ids
-from batchinfer.io.rows import Span, scan, stream
+from batchinfer.io.rows import RowSpan, scan, stream
 from batchinfer.io.seen_ids import SeenIds
 from batchinfer.spec import InputSpec, StorageSpec
 from tests.io.reading import write_lines
@@ -61,7 +61,7 @@ def requests(*ids):
 
 def read(tmp_path, pattern, **fields):
     inputs = scan(InputSpec(path=str(tmp_path / pattern), format="openai-batch", **fields), StorageSpec())
-    spans = [Span(number, 0, file.rows) for number, file in enumerate(inputs.files)]
+    spans = [RowSpan(number, 0, file.rows) for number, file in enumerate(inputs.files)]
     return {
         (span.file, offset): str(error)
         for span, batch in stream(inputs, spans, StorageSpec())

@@ -14,9 +14,9 @@ from batchinfer.errors import StorageError
 from batchinfer.io.filesystem import Retry
 from batchinfer.io.storage import Listed, Store
 from batchinfer.job.run import run_job
-from batchinfer.job.run_state import Seams
+from batchinfer.job.run_state import Dependencies
 from batchinfer.openai.parse import WireModel
-from batchinfer.request import Completion, Output, SamplingParams
+from batchinfer.request import Completion, CompletionOutput, SamplingParams
 from batchinfer.spec import parse_spec
 from batchinfer.text.tokenizer import ByteTokenizer
 
@@ -133,7 +133,7 @@ class ScriptedLLM:
         if isinstance(said, Exception):
             return Completion(prompt.index, ids, error=said)
         text = said or f"{prompt.content}!"
-        outputs = [Output(f"{text}{n or ''}", [n, 7], "stop") for n in range(params.n)]
+        outputs = [CompletionOutput(f"{text}{n or ''}", [n, 7], "stop") for n in range(params.n)]
         return Completion(prompt.index, ids, outputs)
 
 
@@ -167,7 +167,7 @@ def run(spec, llm=None, store=None, job=run_job, **worker):
         seams["load_llm"] = lambda *_: llm
     if store is not None:
         seams["open_store"] = lambda _: store
-    return job(spec, seams=Seams(**seams), **worker)
+    return job(spec, seams=Dependencies(**seams), **worker)
 
 
 def rows_of_output(path):

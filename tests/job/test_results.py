@@ -10,9 +10,9 @@ from batchinfer.errors import ROW_ERRORS
 from batchinfer.io.rows import InputFile, Inputs
 from batchinfer.job.columns import output_layout
 from batchinfer.job.openai_lines import build_lines, rows_of_lines
-from batchinfer.job.results import Encoder, build_table, count, decode, encode_row, rows_of_part
+from batchinfer.job.results import ResultEncoder, build_table, count, decode, encode_row, rows_of_part
 from batchinfer.openai.parse import WireModel
-from batchinfer.request import Completion, Output, SamplingParams, TokenLogprob
+from batchinfer.request import Completion, CompletionOutput, SamplingParams, TokenLogprob
 from batchinfer.spec import parse_spec
 from batchinfer.text.tokenizer import ByteTokenizer
 
@@ -44,7 +44,9 @@ LOGPROBS = st.lists(
     ),
     max_size=3,
 )
-OUTPUTS = st.builds(Output, st.text(max_size=20), TOKENS, st.sampled_from(["stop", "length"]), st.none() | LOGPROBS)
+OUTPUTS = st.builds(
+    CompletionOutput, st.text(max_size=20), TOKENS, st.sampled_from(["stop", "length"]), st.none() | LOGPROBS
+)
 
 
 def completions(samples):
@@ -70,7 +72,7 @@ LAYOUTS = {
 def test_a_part_gives_back_the_rows_it_was_made_from(name, data):
     samples, layout = LAYOUTS[name]
     answers = data.draw(completions(samples))
-    encoder = Encoder(layout)
+    encoder = ResultEncoder(layout)
     lines = [encoder.line(3 * place, answer) for place, answer in enumerate(answers)]
     rows = decode(b"\n".join(reversed(lines)) + b"\n")
     assert [row.offset for row in rows] == [3 * place for place in range(len(answers))]
@@ -89,7 +91,7 @@ def test_a_part_gives_back_the_rows_it_was_made_from(name, data):
 @given(answers=completions(2), chat=st.booleans())
 def test_batch_lines_give_back_the_rows_they_were_made_from(answers, chat):
     layout = layout_of(BATCH)
-    encoder = Encoder(layout)
+    encoder = ResultEncoder(layout)
     rows = decode(b"\n".join(encoder.line(place, answer) for place, answer in enumerate(answers)))
     url = "/v1/chat/completions" if chat else "/v1/completions"
     body = {"messages": [{"role": "user", "content": "x"}]} if chat else {"prompt": "x"}
@@ -109,7 +111,7 @@ def test_batch_lines_give_back_the_rows_they_were_made_from(answers, chat):
 
 
 def test_surrogates_in_an_error_do_not_stop_a_job():
-    line = Encoder(layout_of()).line(0, Completion(0, [], error=ROW_ERRORS[0]("bad \ud800 text")))
+    line = ResultEncoder(layout_of()).line(0, Completion(0, [], error=ROW_ERRORS[0]("bad \ud800 text")))
     assert decode(line)[0].error == ["invalid_input", "bad ? text"]
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from batchinfer.errors import AccessDenied, BatchInferError, EngineFailure
 from batchinfer.job.inspect.status import read_status
-from batchinfer.job.ledger import Ledger, Output
+from batchinfer.job.ledger import JobOutput, Ledger
 from batchinfer.job.plan import load_plan
 from batchinfer.job.prefetch import ahead
 from batchinfer.job.retry import retry_job
@@ -23,7 +23,7 @@ CHUNKS = 300
 
 def status_of(store):
     plan = load_plan(store)
-    return read_status(Output(store, plan, None, Ledger(store, plan)))
+    return read_status(JobOutput(store, plan, None, Ledger(store, plan)))
 
 
 def finish(tmp_path, store=None, chunks=CHUNKS, llm=None, shards=1, **worker):

@@ -15,7 +15,7 @@ from batchinfer.job.inspect.preview import preview
 from batchinfer.job.inspect.status import describe, read_status
 from batchinfer.job.inspect.verify import audit
 from batchinfer.job.inspect.verify_report import Audit
-from batchinfer.job.ledger import Ledger, Output
+from batchinfer.job.ledger import JobOutput, Ledger
 from batchinfer.job.plan import load_plan
 from batchinfer.job.retry import retry_job
 from batchinfer.spec import StorageSpec, parse_spec
@@ -137,7 +137,7 @@ def test_totals_count_what_a_stopped_run_scored(rows, section):
     report = run(spec, store=stopped)
     assert report.rows["recovered"] >= 7 and report.totals == expected
     assert report.totals["scored_tokens"] == (10 * 3 if section else 10 * 5) > report.tokens["scored"] > 0
-    done = describe(read_status(Output(stopped, load_plan(stopped), spec, Ledger(stopped, load_plan(stopped)))))
+    done = describe(read_status(JobOutput(stopped, load_plan(stopped), spec, Ledger(stopped, load_plan(stopped)))))
     assert f"{report.totals['scored_tokens']} scored" in done
 
 

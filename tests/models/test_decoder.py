@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from batchinfer import ops
-from batchinfer.models.decoder import Rounding
+from batchinfer.models.decoder import WeightPrecision
 from batchinfer.models.weights import load_decoder
 from tests.models.tiny import MODELS, SIZES, Paged, build
 
@@ -68,7 +68,7 @@ def test_layers_in_one_call_give_what_their_ops_give(name, layers, tmp_path, pla
     if plain_torch:
         pytest.skip("--eager-kernels")
     build(name, tmp_path)
-    decoder = load_decoder(tmp_path, torch.float32, rounding=Rounding(layers))
+    decoder = load_decoder(tmp_path, torch.float32, rounding=WeightPrecision(layers))
     rows, called = _rows(43, 35, 38), []
 
     def compute(at_once):

@@ -12,7 +12,7 @@ from gguf import GGUFWriter
 from batchinfer import ops
 from batchinfer.layers.linear import Linear
 from batchinfer.models import gguf_blocks
-from batchinfer.models.decoder import Rounding
+from batchinfer.models.decoder import WeightPrecision
 from batchinfer.models.gguf import GGUFFile
 from batchinfer.models.weights import load_decoder
 from tests.models.gguf_files import finish
@@ -126,7 +126,7 @@ def test_what_has_an_infinite_scale_is_float32(tmp_path):
 
 def test_other_types_of_numbers_take_the_weights_as_before(tmp_path):
     _write(tmp_path / "m.gguf", {"*": GGMLType.Q4_1})
-    for dtype, rounding in ((torch.bfloat16, Rounding()), (torch.float32, Rounding(layers=torch.int8))):
+    for dtype, rounding in ((torch.bfloat16, WeightPrecision()), (torch.float32, WeightPrecision(layers=torch.int8))):
         decoder = load_decoder(tmp_path / "m.gguf", dtype, rounding=rounding)
         assert _logits(decoder).std() > 0.1
         assert not isinstance(decoder.embedding.matrix, ops.cpu.PackedBlocks)

@@ -14,8 +14,8 @@ from batchinfer.errors import InvalidInput, SpecError
 from batchinfer.io.rows import RowBatch
 from batchinfer.job.prepare import draft_plan
 from batchinfer.openai.parse import WireModel, ask, parse
-from batchinfer.pipeline.encoding import Content, Framing
-from batchinfer.pipeline.prepare import Limits, Prepared, Preparer, Prompt
+from batchinfer.pipeline.encoding import Content, PromptOptions
+from batchinfer.pipeline.prepare import ModelLimits, Prepared, Preparer, Prompt
 from batchinfer.pipeline.scoring import Pooled, Read, Rolling, continuations
 from batchinfer.request import Completion, SamplingParams
 from batchinfer.text.chat import ChatTemplate
@@ -47,10 +47,10 @@ FRAMED, BARE = tokenizer(), tokenizer(framed=False)
 
 def preparer(found: FastTokenizer, **chat: Any) -> Preparer:
     template = ChatTemplate(CHATML, found.special_tokens, found.control)
-    return Preparer(found, Limits(400, 259, found.eos_ids), SamplingParams(max_tokens=4), template, **chat)
+    return Preparer(found, ModelLimits(400, 259, found.eos_ids), SamplingParams(max_tokens=4), template, **chat)
 
 
-def ids_of(content: Content, framing: Framing | None = None, read: Read | None = None, **chat: Any) -> list[int]:
+def ids_of(content: Content, framing: PromptOptions | None = None, read: Read | None = None, **chat: Any) -> list[int]:
     """Of the first request, by the tokenizer that frames texts."""
     [made] = preparer(FRAMED, **chat).prepare([Prompt(0, content, read=read, framing=framing)])
     assert isinstance(made, Prepared), made
@@ -65,11 +65,13 @@ def shown(ids: list[int]) -> str:
 
 def test_a_text_that_begins_with_bos_gets_no_second() -> None:
     assert shown(ids_of("a")) == "⟨s⟩a⟨/s⟩"
-    assert shown(ids_of("<s>a")) == "⟨s⟩a⟨/s⟩" and shown(ids_of("<s>a", Framing(True))) == "⟨s⟩a⟨/s⟩"
+    assert shown(ids_of("<s>a")) == "⟨s⟩a⟨/s⟩" and shown(ids_of("<s>a", PromptOptions(True))) == "⟨s⟩a⟨/s⟩"
     assert shown(ids_of("a<s>")) == "⟨s⟩a⟨s⟩⟨/s⟩"
-    assert shown(ids_of("<s>a", Framing(False))) == "⟨s⟩a" and shown(ids_of("a", Framing(False))) == "a"
+    assert shown(ids_of("<s>a", PromptOptions(False))) == "⟨s⟩a" and shown(ids_of("a", PromptOptions(False))) == "a"
     messages = [{"role": "u", "content": "a"}]
-    assert shown(ids_of(messages)) == "u:a⟨end⟩A:" and shown(ids_of(messages, Framing(True))) == "⟨s⟩u:a⟨end⟩A:⟨/s⟩"
+    assert (
+        shown(ids_of(messages)) == "u:a⟨end⟩A:" and shown(ids_of(messages, PromptOptions(True))) == "⟨s⟩u:a⟨end⟩A:⟨/s⟩"
+    )
     assert ids_of([BOS, 97]) == [BOS, 97], "token ids are as they are"
     for context in ("<s>a", "a"):
         assert shown(ids_of(context, read=continuations(["b"]))) == "⟨s⟩ab"
@@ -78,7 +80,7 @@ def test_a_text_that_begins_with_bos_gets_no_second() -> None:
 
 def test_an_empty_text_is_a_prompt_where_it_has_tokens() -> None:
     assert shown(ids_of("")) == "⟨s⟩⟨/s⟩" and shown(ids_of("", read=Pooled("last"))) == "⟨s⟩⟨/s⟩"
-    empty = [("", Framing(False), None), ("", None, Rolling()), ([], None, None)]
+    empty = [("", PromptOptions(False), None), ("", None, Rolling()), ([], None, None)]
     for content, framing, read in empty:
         [made] = preparer(FRAMED).prepare([Prompt(0, content, framing=framing, read=read)])
         assert isinstance(made, Completion) and "empty" in str(made.error)
@@ -89,28 +91,31 @@ def test_an_empty_text_is_a_prompt_where_it_has_tokens() -> None:
 def test_messages_hold_text_and_ready_prompts_what_they_say() -> None:
     messages = [{"role": "u", "content": "a<|end|>"}]
     assert shown(ids_of(messages)) == "u:a<|end|>⟨end⟩A:"
-    assert shown(ids_of(messages, Framing(False, special_tokens="allow"))) == "u:a⟨end⟩⟨end⟩A:"
+    assert shown(ids_of(messages, PromptOptions(False, special_tokens="allow"))) == "u:a⟨end⟩⟨end⟩A:"
     assert shown(ids_of(messages, special_tokens="allow")) == "u:a⟨end⟩⟨end⟩A:"
-    assert shown(ids_of(messages, Framing(False, special_tokens="text"), special_tokens="allow")) == "u:a<|end|>⟨end⟩A:"
+    assert (
+        shown(ids_of(messages, PromptOptions(False, special_tokens="text"), special_tokens="allow"))
+        == "u:a<|end|>⟨end⟩A:"
+    )
     assert shown(ids_of("a<|end|>")) == "⟨s⟩a⟨end⟩⟨/s⟩"
     assert shown(ids_of("a<|end|>", special_tokens="text")) == "⟨s⟩a⟨end⟩⟨/s⟩"
-    assert shown(ids_of("<s><|end|>", Framing(True, special_tokens="text"))) == "⟨s⟩<s><|end|>⟨/s⟩"
+    assert shown(ids_of("<s><|end|>", PromptOptions(True, special_tokens="text"))) == "⟨s⟩<s><|end|>⟨/s⟩"
 
 
 def test_variables_of_a_request_hold_text_and_those_of_the_job_control_tokens() -> None:
     found = ChatTemplate("{{ bos_token }}{{ x }}{{ messages[0].content }}", FRAMED.special_tokens, FRAMED.control)
-    limits, defaults = Limits(400, 259, FRAMED.eos_ids), SamplingParams(max_tokens=4)
+    limits, defaults = ModelLimits(400, 259, FRAMED.eos_ids), SamplingParams(max_tokens=4)
     messages = [{"role": "u", "content": "</s>"}]
     for given, expected in (({}, "⟨s⟩⟨end⟩</s>"), ({"x": "<|end|>"}, "⟨s⟩<|end|></s>")):
         made = Preparer(FRAMED, limits, defaults, found, {"x": "<|end|>"}).prepare(
-            [Prompt(0, messages, framing=Framing(False, given))]
+            [Prompt(0, messages, framing=PromptOptions(False, given))]
         )[0]
         assert isinstance(made, Prepared) and shown(made.ids) == expected
 
 
 @pytest.mark.parametrize("name", ["turn", "defaults", "self", "data"])
 def test_variables_may_have_any_name(name: str) -> None:
-    assert shown(ids_of([{"role": "u", "content": "a"}], Framing(False, {name: "b"}))) == "u:a⟨end⟩A:"
+    assert shown(ids_of([{"role": "u", "content": "a"}], PromptOptions(False, {name: "b"}))) == "u:a⟨end⟩A:"
 
 
 # ---- jobs
@@ -124,7 +129,7 @@ def prompts_of_job(tmp_path: Any, columns: dict[str, list[Any]], **sections: Any
     draft = draft_plan(spec)
     said = (spec.prompt.chat_template_kwargs, spec.prompt.special_tokens) if spec.prompt else ()
     template = ChatTemplate(CHATML, FRAMED.special_tokens, FRAMED.control)
-    limits, defaults = Limits(400, 259, FRAMED.eos_ids), SamplingParams(max_tokens=4)
+    limits, defaults = ModelLimits(400, 259, FRAMED.eos_ids), SamplingParams(max_tokens=4)
     model = WireModel(("m",), FRAMED, CHATML, defaults)
     rows = list(draft.rows.prompts(RowBatch(table, {}), list(range(table.num_rows)), frozenset(), model))
     prompts = [Prompt(0, row.content, row.params, error=row.error, read=row.read, framing=row.framing) for row in rows]

@@ -11,7 +11,7 @@ from batchinfer.engine.plan import StepPlan, StepResult
 from batchinfer.errors import EngineFailure
 from batchinfer.pipeline.prepare import Prepared
 from batchinfer.pipeline.stream import Repeats, _Group
-from batchinfer.request import Output, Request
+from batchinfer.request import CompletionOutput, Request
 from batchinfer.spec import FakeSpec
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20)
@@ -88,7 +88,7 @@ def prepared(index: int, ids: list[int]) -> Prepared:
 def test_recent_answers_are_bounded() -> None:
     repeats = Repeats(max_tokens=30)
     groups = [_Group(prepared(i, [i] * 9)) for i in range(5)]
-    answer = Completion(0, [], [Output("x", [1], "stop")])
+    answer = Completion(0, [], [CompletionOutput("x", [1], "stop")])
     for group in groups:
         assert repeats.find(group) is None
         repeats.answered(group, answer)

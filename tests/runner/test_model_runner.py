@@ -14,7 +14,7 @@ from batchinfer_kernels.cpu.linear_argmax import make_screen
 from batchinfer import ops
 from batchinfer.engine.blocks import BlockPool
 from batchinfer.engine.engine import Engine
-from batchinfer.engine.length_estimator import ExpectedLength
+from batchinfer.engine.length_estimator import OutputLengthEstimator
 from batchinfer.engine.plan import Grown, Join, StepPlan
 from batchinfer.engine.scheduler import Scheduler
 from batchinfer.models.weights import load_decoder
@@ -182,7 +182,7 @@ def make_engine(decoder, num_blocks: int, seats=6, caching=True, budget=24, bloc
     for layer in runner.cache.layers:
         layer.fill_(math.nan)  # whatever is read before it was written shows
     engine = Engine(Scheduler(BlockPool(num_blocks, block_size, caching), seats, budget), runner)
-    engine.scheduler.expected = ExpectedLength(quantile=0.0, enough=1)  # far too low: sequences get preempted
+    engine.scheduler.expected = OutputLengthEstimator(quantile=0.0, enough=1)  # far too low: sequences get preempted
     return engine
 
 

@@ -11,7 +11,7 @@ import torch
 
 from batchinfer.engine.blocks import BlockPool
 from batchinfer.engine.engine import Engine
-from batchinfer.engine.length_estimator import ExpectedLength
+from batchinfer.engine.length_estimator import OutputLengthEstimator
 from batchinfer.engine.scheduler import Scheduler
 from batchinfer.models.weights import load_decoder
 from batchinfer.request import Finished, Request, SamplingParams
@@ -51,7 +51,7 @@ def engine_of(decoder, num_blocks: int, seats: int, budget: int, caching: bool =
     for layer in runner.cache.layers:
         layer.fill_(math.nan)
     engine = Engine(Scheduler(BlockPool(num_blocks, 4, caching), seats, budget), runner)
-    engine.scheduler.expected = ExpectedLength(quantile=0.0, enough=1)  # far too low: sequences get preempted
+    engine.scheduler.expected = OutputLengthEstimator(quantile=0.0, enough=1)  # far too low: sequences get preempted
     engine.scheduler.expected.observe(1)
     return engine
 

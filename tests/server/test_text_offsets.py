@@ -13,7 +13,7 @@ from batchinfer.openai.delta import Delta
 from batchinfer.openai.logprobs import TokenTexts
 from batchinfer.openai.parse import WireModel, ask, parse
 from batchinfer.openai.text_offsets import prompt_offsets
-from batchinfer.pipeline.prepare import Limits, Prepared, Preparer, Prompt
+from batchinfer.pipeline.prepare import ModelLimits, Prepared, Preparer, Prompt
 from batchinfer.request import SamplingParams, TokenLogprob
 from batchinfer.server.text_stream import TextStream
 from batchinfer.text.tokenizer import ByteTokenizer, Tokenizer
@@ -27,7 +27,7 @@ def tables(found: Tokenizer, ids: list[int], cuts: list[int], prompt: str = "", 
     """The answer `ids` to one prompt, whole and in pieces: the choices that a client gets of it."""
     model = WireModel(("m",), found, None, SamplingParams(max_tokens=99))
     asked = ask(parse("/v1/completions", {"prompt": prompt or "x", "logprobs": 1, **body}), model)
-    preparer = Preparer(found, Limits(1000, found.vocab_size, frozenset({EOS})), SamplingParams(), None)
+    preparer = Preparer(found, ModelLimits(1000, found.vocab_size, frozenset({EOS})), SamplingParams(), None)
     [prepared] = preparer.prepare([Prompt(0, prompt or "x", asked.params, framing=asked.framing)])
     assert isinstance(prepared, Prepared)
     request = prepared.requests[0]

@@ -5,13 +5,13 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchinfer.pipeline.prepare import Limits, Prepared, Preparer, Prompt
+from batchinfer.pipeline.prepare import ModelLimits, Prepared, Preparer, Prompt
 from batchinfer.request import SamplingParams
 from batchinfer.server.text_stream import TextStream
 from batchinfer.text.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
-PREPARER = Preparer(TOKENIZER, Limits(1000, 258, frozenset({257})), SamplingParams(), None)
+PREPARER = Preparer(TOKENIZER, ModelLimits(1000, 258, frozenset({257})), SamplingParams(), None)
 
 
 def prepared_with(**values) -> Prepared:

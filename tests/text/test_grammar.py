@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
 from batchinfer.errors import BadParameters
-from batchinfer.pipeline.prepare import Limits, Prepared, Preparer, Prompt
+from batchinfer.pipeline.prepare import ModelLimits, Prepared, Preparer, Prompt
 from batchinfer.request import Constraint, Matcher, SamplingParams
 from batchinfer.structured import MAX_CHARACTERS, StructuredOutputs
 from batchinfer.text.fast import FastTokenizer, TokenizerFacts
@@ -324,7 +324,7 @@ def test_what_takes_too_long_is_refused_once_and_hurts_nobody(given, why):
 def test_nobody_waits_for_a_grammar_that_takes_long(monkeypatch):
     """Neither prompts without one, nor those with one that is compiled already."""
     grammar = {"regex": "b+"}
-    limits = Limits(100, 258, frozenset({EOS}))
+    limits = ModelLimits(100, 258, frozenset({EOS}))
     preparer = Preparer(ByteTokenizer(), limits, SamplingParams(), None)
     known = SamplingParams(structured_outputs=StructuredOutputs.of(grammar))
     preparer.compile(known)

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 from batchinfer.errors import OutputConflict
 from batchinfer.io.fetch import ModelFiles, fetch_model
-from batchinfer.io.rows import Span, stream
+from batchinfer.io.rows import RowSpan, stream
 from batchinfer.io.storage import Store
 from batchinfer.job.ledger import Ledger
 from batchinfer.job.output_claim import find_plan
@@ -25,7 +25,7 @@ from batchinfer.job.row_prompts import RowPrompt
 from batchinfer.job.shard import Shard
 from batchinfer.openai.parse import WireModel
 from batchinfer.pipeline.load import FAKE_CONTEXT_TOKENS, load_text
-from batchinfer.pipeline.prepare import Limits, Prepared, Preparer
+from batchinfer.pipeline.prepare import ModelLimits, Prepared, Preparer
 from batchinfer.request import Completion, SamplingParams
 from batchinfer.spec import FAKE_MODEL, JobSpec
 
@@ -95,7 +95,7 @@ class _Measure:
         defaults = SamplingParams.from_mapping(spec.sampling_values)
         tokenizer, chat = load_text(_text_files(spec), spec.prompt.chat_template if spec.prompt else None)
         self.context_tokens = _context_tokens(spec)
-        limits = Limits(self.context_tokens, tokenizer.vocab_size, tokenizer.eos_ids)
+        limits = ModelLimits(self.context_tokens, tokenizer.vocab_size, tokenizer.eos_ids)
         said = (spec.prompt.chat_template_kwargs, spec.prompt.special_tokens) if spec.prompt else ()
         self._preparer = Preparer(tokenizer, limits, defaults, chat, *said)
         self._model = WireModel((spec.model,), tokenizer, chat.source if chat else None, defaults)
@@ -122,7 +122,7 @@ class _Measure:
         sample.prefix_tokens = _shared(prompts)
         return sample
 
-    def _prepared(self, span: Span, rows: Iterable[RowPrompt]) -> list[Prepared | Completion]:
+    def _prepared(self, span: RowSpan, rows: Iterable[RowPrompt]) -> list[Prepared | Completion]:
         return self._preparer.prepare([numbered(row, span.start + row.offset, 0) for row in rows])
 
 
@@ -141,17 +141,17 @@ def _context_tokens(spec: JobSpec) -> int:
     return min(own, spec.engine.max_model_len or own)
 
 
-def _spans(plan: JobPlan, rows: int) -> list[Span]:
+def _spans(plan: JobPlan, rows: int) -> list[RowSpan]:
     """`rows` rows in a few stretches, evenly over what the job covers; all of it if that is no more."""
     if rows >= plan.rows:
         return list(plan.chunks)
     count = min(_SPANS, rows)
-    spans: list[Span] = []
+    spans: list[RowSpan] = []
     for place in range(count):
         index = place * plan.rows // count
         chunk = plan.chunk_of(index)
         file, start = plan.chunks[chunk].file, plan.chunks[chunk].start + index - plan.bases[chunk]
-        spans.append(Span(file, start, min(-(-rows // count), plan.taken[file] - start)))
+        spans.append(RowSpan(file, start, min(-(-rows // count), plan.taken[file] - start)))
     return spans
 
 

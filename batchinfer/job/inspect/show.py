@@ -9,9 +9,9 @@ from itertools import zip_longest
 from typing import Any, TypeVar
 
 from batchinfer.errors import InfrastructureError, OutputConflict, UsageError, UserError, command
-from batchinfer.io.rows import Span, rows_of, stream
-from batchinfer.job.columns import Layout, output_layout
-from batchinfer.job.ledger import CommitRecord, Output
+from batchinfer.io.rows import RowSpan, rows_of, stream
+from batchinfer.job.columns import OutputLayout, output_layout
+from batchinfer.job.ledger import CommitRecord, JobOutput
 from batchinfer.job.part_reader import read_part
 from batchinfer.log import log
 from batchinfer.spec import StorageSpec
@@ -38,7 +38,7 @@ class Shown:
 
 
 def pick(
-    output: Output, storage: StorageSpec, count: int, *, errors: bool = False, row: int | None = None
+    output: JobOutput, storage: StorageSpec, count: int, *, errors: bool = False, row: int | None = None
 ) -> list[Shown]:
     """At most `count` rows: spread over what is committed, or the first error rows, or those at position `row`.
 
@@ -74,7 +74,7 @@ def _spread(items: list[T], count: int) -> list[T]:
 
 
 def rows_of_record(
-    output: Output, layout: Layout, record: CommitRecord, errors: bool, row: int | None = None
+    output: JobOutput, layout: OutputLayout, record: CommitRecord, errors: bool, row: int | None = None
 ) -> list[Shown]:
     """The rows of a part, or its error rows, or those at position `row`; with the carried columns as their input."""
     if record.part is None or (errors and not record.errors):
@@ -93,7 +93,7 @@ def rows_of_record(
     return [one for one in shown if not errors or one.failed]
 
 
-def _shown(values: dict[str, Any], layout: Layout, file: str, first: int) -> Shown:
+def _shown(values: dict[str, Any], layout: OutputLayout, file: str, first: int) -> Shown:
     if layout.format == "openai-batch":
         number = int(values.pop("id").rpartition("_")[2]) - first
         return Shown(file, number, {"custom_id": values.pop("custom_id")}, values)
@@ -102,7 +102,7 @@ def _shown(values: dict[str, Any], layout: Layout, file: str, first: int) -> Sho
     return Shown(file, int(added["row"]), carried, added)
 
 
-def _with_inputs(output: Output, storage: StorageSpec, shown: list[Shown]) -> list[Shown]:
+def _with_inputs(output: JobOutput, storage: StorageSpec, shown: list[Shown]) -> list[Shown]:
     """The whole input rows in place of the carried columns, where the input can still be read."""
     inputs = output.plan.inputs
     if set(inputs.schema.names) <= set(shown[0].input):
@@ -113,7 +113,7 @@ def _with_inputs(output: Output, storage: StorageSpec, shown: list[Shown]) -> li
     wanted = sorted({(numbers[one.file], one.row) for one in shown})
     whole: dict[tuple[int, int], dict[str, Any]] = {}
     try:
-        for span, batch in stream(inputs, [Span(file, row, 1) for file, row in wanted], storage):
+        for span, batch in stream(inputs, [RowSpan(file, row, 1) for file, row in wanted], storage):
             whole[span.file, span.start] = rows_of(batch.table, inputs.schema.names, inputs.text_json)[0]
     except (UserError, InfrastructureError) as error:
         log.warning("the input cannot be read; showing only what the output carries of it", reason=str(error))

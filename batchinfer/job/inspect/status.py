@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from batchinfer.job.finalize import is_finished
-from batchinfer.job.ledger import Output
+from batchinfer.job.ledger import JobOutput
 from batchinfer.job.salvage import SALVAGE, is_journal
 from batchinfer.job.shard import Shard
 
@@ -43,7 +43,7 @@ class Status:
     shards: list[ShardShare] = field(default_factory=list)
 
 
-def read_status(output: Output, shards: int = 1) -> Status:
+def read_status(output: JobOutput, shards: int = 1) -> Status:
     """`shards` above 1 adds the share of each of that many workers."""
     plan = output.plan
     finished = is_finished(output.store)

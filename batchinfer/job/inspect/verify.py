@@ -16,7 +16,7 @@ from typing import Any
 from batchinfer.errors import InputMissing
 from batchinfer.io.storage import Store
 from batchinfer.job.inspect.verify_commits import SUMMED, Commits, parse_object
-from batchinfer.job.inspect.verify_report import Audit, Chunk, Layout, name_spans
+from batchinfer.job.inspect.verify_report import Audit, Chunk, PlannedOutput, name_spans
 from batchinfer.job.inspect.verify_rows import Reach, check_parts
 from batchinfer.spec import JobSpec, StorageSpec
 
@@ -37,7 +37,7 @@ def audit(url: str, storage: StorageSpec, spec: JobSpec | None = None) -> Audit:
             raise InputMissing(f"{store.url} holds no plan.json: no job has written there")
         return result
     try:
-        layout = Layout.of(plan, job or {})
+        layout = PlannedOutput.of(plan, job or {})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         result.note("plan.json", f"damaged: {error!r}")
         return result

@@ -48,7 +48,7 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Layout:
+class PlannedOutput:
     """What plan.json and job.json say about the output's shape."""
 
     chunks: list[Chunk]
@@ -63,7 +63,7 @@ class Layout:
         return self.format != "parquet"
 
     @classmethod
-    def of(cls, plan: Mapping[str, Any], job: Mapping[str, Any]) -> Layout:
+    def of(cls, plan: Mapping[str, Any], job: Mapping[str, Any]) -> PlannedOutput:
         chunks: list[Chunk] = []
         base = 0
         for number, file in enumerate(plan["files"]):

@@ -12,10 +12,10 @@ import pyarrow as pa
 
 from batchinfer.errors import BatchInferError, InputMissing, OutputConflict, RowError, UserError
 from batchinfer.io.json_text import finite
-from batchinfer.io.rows import Inputs, RowBatch, Span, rows_of, stream
+from batchinfer.io.rows import Inputs, RowBatch, RowSpan, rows_of, stream
 from batchinfer.io.storage import Store
 from batchinfer.job.inspect.verify_commits import Commits
-from batchinfer.job.inspect.verify_report import Audit, Chunk, Difference, Layout, Record, name_rows
+from batchinfer.job.inspect.verify_report import Audit, Chunk, Difference, PlannedOutput, Record, name_rows
 from batchinfer.job.part_reader import read_part
 from batchinfer.job.plan import load_plan
 from batchinfer.job.prefetch import ahead
@@ -48,7 +48,7 @@ class _PartRow(NamedTuple):
     carried: dict[str, Any]
 
 
-def check_parts(store: Store, reach: Reach, layout: Layout, commits: Commits, result: Audit) -> None:
+def check_parts(store: Store, reach: Reach, layout: PlannedOutput, commits: Commits, result: Audit) -> None:
     """Every part against its record and the input. Parts are read side by side, ahead of the one that is looked at."""
     source = _Source(store, reach, layout, [layout.chunks[number] for number in commits.chosen], result)
 
@@ -62,7 +62,7 @@ def check_parts(store: Store, reach: Reach, layout: Layout, commits: Commits, re
         if part.record is None:
             continue
         result.chunks += 1
-        found = _part_rows(part, part.record, _Reader(part.chunk, layout, source.compared), result)
+        found = _part_rows(part, part.record, _RowReader(part.chunk, layout, source.compared), result)
         if found is None:
             continue
         if wanted is not None:
@@ -84,7 +84,7 @@ def _cost(item: tuple[int, Record | None]) -> int:
     return 1 if item[1] is None else 1 + max(0, item[1].values.get("bytes", 0)) // _PART_BYTES
 
 
-def _part_rows(part: _Part, record: Record, reader: _Reader, result: Audit) -> list[_PartRow] | None:
+def _part_rows(part: _Part, record: Record, reader: _RowReader, result: Audit) -> list[_PartRow] | None:
     """The rows of a record's part, whose size and hash are compared; None if it cannot be read."""
     if record.part is None:
         return []
@@ -108,11 +108,11 @@ def _part_rows(part: _Part, record: Record, reader: _Reader, result: Audit) -> l
 
 
 @dataclass(frozen=True, slots=True)
-class _Reader:
+class _RowReader:
     """Reads the parts of one chunk. `compared`: the input columns whose values are looked at."""
 
     chunk: Chunk
-    layout: Layout
+    layout: PlannedOutput
     compared: tuple[str, ...]
 
     def rows(self, data: bytes, name: str) -> list[_PartRow]:
@@ -194,7 +194,7 @@ class _Wanted:
 class _Source:
     """The input, read once from beginning to end; a file that is gone or changed is a difference, and ends it."""
 
-    def __init__(self, store: Store, reach: Reach, layout: Layout, chunks: list[Chunk], result: Audit) -> None:
+    def __init__(self, store: Store, reach: Reach, layout: PlannedOutput, chunks: list[Chunk], result: Audit) -> None:
         self.compared: tuple[str, ...] = ()
         self._layout = layout
         self._lost = reach.spec is None
@@ -202,14 +202,14 @@ class _Source:
         self._text_json: frozenset[str] = frozenset()
         self._judged: frozenset[str] = frozenset()
         self._filter = RowFilter(layout.where) if layout.where is not None else None
-        self._batches: Iterator[tuple[Span, RowBatch]] = iter(())
+        self._batches: Iterator[tuple[RowSpan, RowBatch]] = iter(())
         try:
             inputs = _inputs(store, reach.spec)
             self._text_json = inputs.text_json
             self.compared = tuple(name for name in inputs.schema.names if _plain(inputs, name, layout.lines))
             self._judged = self._filter.columns(inputs.schema.names) if self._filter else frozenset()
             read = {*self.compared, *self._judged}
-            spans = [Span(chunk.file, chunk.start, chunk.stop - chunk.start) for chunk in chunks]
+            spans = [RowSpan(chunk.file, chunk.start, chunk.stop - chunk.start) for chunk in chunks]
             self._batches = stream(inputs.select(read), spans, reach.storage)
         except BatchInferError as error:
             self._fail(error)

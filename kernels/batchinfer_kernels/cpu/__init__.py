@@ -17,7 +17,7 @@ from batchinfer_kernels.cpu.linear import (
     pack_linear,
     packed_rows,
 )
-from batchinfer_kernels.cpu.linear_argmax import Screen, linear_argmax, screen
+from batchinfer_kernels.cpu.linear_argmax import ArgmaxBounds, linear_argmax, screen
 from batchinfer_kernels.cpu.memory import populate
 from batchinfer_kernels.cpu.paged_attention import paged_attention
 from batchinfer_kernels.cpu.rms_norm import add_rms_norm, rms_norm
@@ -25,13 +25,13 @@ from batchinfer_kernels.cpu.rope_kv_write import rope_kv_write
 from batchinfer_kernels.cpu.step_index import step_index
 
 __all__ = [
+    "ArgmaxBounds",
     "DecoderLayers",
     "GatedPanels",
     "PackedBlocks",
     "PackedLinear",
     "QuantizedPanels",
     "RoundedPanels",
-    "Screen",
     "add_rms_norm",
     "copy_blocks",
     "decoder_layers",

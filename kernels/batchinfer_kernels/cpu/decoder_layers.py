@@ -25,7 +25,7 @@ from batchinfer_kernels.cpu.structs import (
     NormStruct,
     StepStruct,
 )
-from batchinfer_kernels.eager.layer_facts import DecoderFacts, LayerFacts, MapFacts, NormFacts
+from batchinfer_kernels.eager.layer_facts import DecoderFacts, LayerFacts, LinearWeights, NormFacts
 from batchinfer_kernels.eager.step_index import StepIndex
 
 
@@ -99,9 +99,9 @@ class DecoderLayers:
 def decoder_layers(facts: DecoderFacts) -> DecoderLayers | None:
     """None if something in them has a form that C++ does not know."""
     parts = [part for layer in facts.layers for part in layer]
-    panels = [_panels(part) for part in parts if isinstance(part, MapFacts)]
+    panels = [_panels(part) for part in parts if isinstance(part, LinearWeights)]
     vectors = [part.weight_E for part in parts if isinstance(part, NormFacts)]
-    vectors += [part.bias_O for part in parts if isinstance(part, MapFacts) and part.bias_O is not None]
+    vectors += [part.bias_O for part in parts if isinstance(part, LinearWeights) and part.bias_O is not None]
     plain = all(x.dtype == torch.float32 and x.is_contiguous() for x in vectors)
     variants = {id(p.functions): p.functions for p in panels if p is not None}
     if None in panels or not plain or len(variants) != 1:
@@ -109,7 +109,7 @@ def decoder_layers(facts: DecoderFacts) -> DecoderLayers | None:
     return DecoderLayers(facts, *variants.values())
 
 
-def _panels(facts: MapFacts) -> Panels | None:
+def _panels(facts: LinearWeights) -> Panels | None:
     """What of the matrix C++ reads: packed, and with gates in its panels where there is an activation."""
     matrix = facts.matrix
     if facts.activation is None:
@@ -118,7 +118,7 @@ def _panels(facts: MapFacts) -> Panels | None:
 
 
 def _layer(facts: LayerFacts) -> LayerStruct:
-    parts = [_matrix(part) if isinstance(part, MapFacts) else _norm(part) for part in facts[:10]]
+    parts = [_matrix(part) if isinstance(part, LinearWeights) else _norm(part) for part in facts[:10]]
     return LayerStruct(*parts, facts.window or 0, -1 if facts.rope is None else facts.rope)
 
 
@@ -128,7 +128,7 @@ def _norm(facts: NormFacts | None) -> NormStruct:
     return NormStruct(facts.weight_E.data_ptr(), len(facts.weight_E), facts.eps, facts.offset)
 
 
-def _matrix(facts: MapFacts) -> MatrixStruct:
+def _matrix(facts: LinearWeights) -> MatrixStruct:
     panels = _panels(facts)
     assert panels is not None
     made = MatrixStruct(panels.panels.data_ptr(), in_features=panels.in_features, out_features=panels.out_features)

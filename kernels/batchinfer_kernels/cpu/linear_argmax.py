@@ -15,7 +15,7 @@ _LONGEST = 1e18  # products of two such lengths are finite
 
 
 @dataclass(frozen=True, slots=True)
-class Screen:
+class ArgmaxBounds:
     """What tells where the largest output feature can be, beside the matrix that says which it is."""
 
     packed: PackedLinear | PackedBlocks
@@ -24,14 +24,14 @@ class Screen:
     errors_O: Tensor  # float32: of what rounding them takes off
 
 
-def screen(packed: Any) -> Screen | None:
+def screen(packed: Any) -> ArgmaxBounds | None:
     """None where it would gain nothing: rounded products must be the faster ones, and the matrix a float32 one."""
     if not isinstance(packed, PackedLinear | PackedBlocks) or packed.functions.rounded_together() == 1:
         return None
     return make_screen(packed)
 
 
-def make_screen(packed: PackedLinear | PackedBlocks) -> Screen | None:
+def make_screen(packed: PackedLinear | PackedBlocks) -> ArgmaxBounds | None:
     """None for weights that are not finite, or so large that their products may not be."""
     panels = rounded_panels(packed.out_features, packed.in_features, packed.functions)
     lengths_O, errors_O = torch.empty(2, panels.shape[0] * panels.shape[2])
@@ -47,10 +47,10 @@ def make_screen(packed: PackedLinear | PackedBlocks) -> Screen | None:
     )
     if not bool((lengths_O < _LONGEST).all()):
         return None
-    return Screen(packed, panels, lengths_O, errors_O)
+    return ArgmaxBounds(packed, panels, lengths_O, errors_O)
 
 
-def linear_argmax(x_NI: Tensor, screen: Screen) -> tuple[Tensor, Tensor]:
+def linear_argmax(x_NI: Tensor, screen: ArgmaxBounds) -> tuple[Tensor, Tensor]:
     if x_NI.stride(-1) != 1:
         x_NI = x_NI.contiguous()
     packed = screen.packed

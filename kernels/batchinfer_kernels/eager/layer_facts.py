@@ -19,7 +19,7 @@ class NormFacts(NamedTuple):
     offset: float
 
 
-class MapFacts(NamedTuple):
+class LinearWeights(NamedTuple):
     """As `linear` takes it, or with an activation as `gated_linear` does."""
 
     matrix: Any  # in a form that the backend packed it into, or any other
@@ -36,10 +36,10 @@ class LayerFacts(NamedTuple):
     attention_post_norm: NormFacts | None
     mlp_norm: NormFacts | None
     mlp_post_norm: NormFacts | None
-    qkv: MapFacts
-    out: MapFacts
-    gate_up: MapFacts
-    down: MapFacts
+    qkv: LinearWeights
+    out: LinearWeights
+    gate_up: LinearWeights
+    down: LinearWeights
     window: int | None
     rope: int | None  # its number among the model's
 
