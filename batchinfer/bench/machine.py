@@ -109,6 +109,8 @@ def describe(machine: Machine) -> str:
         ),
         ("date", machine.date),
     ]
+    if not ops.int8_is_faster("cpu"):
+        lines.insert(-1, ("int8", f"no faster than float32: the {machine.kernels} kernels have no VNNI instructions"))
     return "\n".join([facts(lines), *(f"note: {note}" for note in machine.notes)])
 
 

@@ -112,9 +112,21 @@ def _model_runner(engine: EngineSpec, path: Path) -> tuple[StepRunner, BlockPool
         kv_cache_tokens=num_blocks * engine.block_size,
         threads=torch.get_num_threads(),
     )
+    _warn_of_slow_int8(engine)
     _tell_of_longrope(decoder.config.ropes, context)
     pool = BlockPool(num_blocks, engine.block_size, engine.enable_prefix_caching)
     return runner, pool, context, decoder.config.vocab_size
+
+
+def _warn_of_slow_int8(engine: EngineSpec) -> None:
+    """Log that 8-bit matrices bring rounding but no speed, where that is so."""
+    from batchinfer import ops
+
+    if engine.quantization == "int8" and not ops.int8_is_faster("cpu"):
+        log.warning(
+            "engine.quantization: int8 will not be faster than float32 here: the kernels have no VNNI instructions",
+            kernels=next(iter(ops.backends("cpu"))),
+        )
 
 
 def _tell_of_longrope(ropes: Sequence[RopeConfig], context_tokens: int) -> None:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from batchinfer_kernels import cpu
 
 from batchinfer.bench import machine, session
 from batchinfer.bench.json_file import json_file
@@ -98,6 +99,15 @@ def test_a_busy_machine_is_noted():
     assert make_machine(load_average=1.0).notes == [] == make_machine(load_average=None).notes
     busy = make_machine(load_average=1.01)
     assert "load average 1.01 on 4 cores" in busy.notes[0] and f"note: {busy.notes[0]}" in describe(busy)
+
+
+@pytest.mark.parametrize("vnni", [True, False])
+def test_int8_is_said_to_be_no_faster_without_vnni(monkeypatch, vnni):
+    monkeypatch.setattr(cpu, "has_vnni", lambda: vnni)
+    said = "no faster than float32: the C++ avx2 kernels have no VNNI instructions" in describe(
+        make_machine(kernels="C++ avx2")
+    )
+    assert said != vnni
 
 
 def test_what_changed_meanwhile_is_noted(monkeypatch):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from batchinfer_kernels import cpu
 
 from batchinfer.errors import ModelError
 from batchinfer.io.fetch import ModelFiles
@@ -56,3 +57,11 @@ def test_longrope_says_once_which_factors_it_takes(tmp_path: Path, capfd: pytest
     for context, said in ((None, 1), (32, 0)):
         _model_runner(EngineSpec(kv_cache_tokens=256, max_model_len=context), tmp_path)
         assert capfd.readouterr().err.count("longrope: ") == said
+
+
+@pytest.mark.parametrize(("quantization", "vnni", "said"), [("int8", False, 1), ("int8", True, 0), (None, False, 0)])
+def test_int8_without_vnni_logs_that_it_is_no_faster(tmp_path, capfd, monkeypatch, quantization, vnni, said) -> None:
+    build("llama", tmp_path)
+    monkeypatch.setattr(cpu, "has_vnni", lambda: vnni)
+    _model_runner(EngineSpec(kv_cache_tokens=256, quantization=quantization), tmp_path)
+    assert capfd.readouterr().err.count("int8 will not be faster than float32") == said

@@ -7,7 +7,7 @@ from batchinfer_kernels.cpu.activation import gelu_mul, silu_mul
 from batchinfer_kernels.cpu.copy_blocks import copy_blocks
 from batchinfer_kernels.cpu.decoder_layers import DecoderLayers, decoder_layers
 from batchinfer_kernels.cpu.gated_linear import GatedPanels, gated_linear, pack_gated
-from batchinfer_kernels.cpu.library import problem, variant
+from batchinfer_kernels.cpu.library import has_vnni, problem, variant
 from batchinfer_kernels.cpu.linear import (
     PackedBlocks,
     PackedLinear,
@@ -37,6 +37,7 @@ __all__ = [
     "decoder_layers",
     "gated_linear",
     "gelu_mul",
+    "has_vnni",
     "linear",
     "linear_argmax",
     "pack_gated",

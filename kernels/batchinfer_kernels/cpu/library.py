@@ -16,6 +16,7 @@ import torch
 from batchinfer_kernels.cpu.structs import STRUCTS, layout_text
 
 VARIANTS = ("amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "baseline")  # the best first
+WITH_VNNI = {"amx", "avx512_bf16", "avx512_vnni"}  # an instruction for sums of products of 8-bit integers
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _PATH = Path(__file__).with_name("_ops.so")
@@ -135,6 +136,11 @@ def variant() -> str:
     """The name of the one in use."""
     used = functions()
     return next(name for name in variants() if load(name) is used)
+
+
+def has_vnni() -> bool:
+    """Return True if the variant in use multiplies 8-bit integers faster than float32."""
+    return variant() in WITH_VNNI
 
 
 def problem() -> str | None:
