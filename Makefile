@@ -1,6 +1,7 @@
 # Every target does its own set-up: an environment in .venv, a model in .models. Nothing else on the machine changes.
 #   make demo    240 prompts through SmolLM2-135M on the CPU, then a look at the results and an audit
-#   make test    the tests                     make check   format, lint, types, import contracts, then the tests
+#   make test    the tests, with a sample of their large tables
+#   make check   format, lint, types, import contracts, then every test (make test-all)
 #   make model   only fetch the model          make clean   remove what the targets made
 #   make peers   other engines beside this one on the same work
 #   make clients  real clients (lm-eval, openai, inspect-ai, guidellm, aiperf, llm, schemathesis), a soak
@@ -10,13 +11,15 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+# on all cores; an idle worker takes tests from a busy one
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 MODEL := .models/SmolLM2-135M-Instruct.Q4_1.gguf
 JOB := jobs/quickstart.yaml
 OUT := output/quickstart
 SOURCES := pyproject.toml requirements.lock setup.py $(wildcard kernels/csrc/*)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test check model peers clients clean
+.PHONY: demo test test-all check model peers clients clean
 
 demo: $(VENV)/.base $(MODEL)
 	$(BIN)/batchinfer --no-log-json run $(JOB)
@@ -24,14 +27,17 @@ demo: $(VENV)/.base $(MODEL)
 	$(BIN)/batchinfer verify $(OUT)
 
 test: $(VENV)/.dev $(MODEL)
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+test-all: $(VENV)/.dev $(MODEL)
+	$(PYTEST) --all
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(MAKE) --no-print-directory test
+	$(MAKE) --no-print-directory test-all
 
 model: $(MODEL)
 

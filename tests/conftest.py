@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-pytest_plugins = ["tests.servers"]
+pytest_plugins = ["tests.sampling", "tests.servers"]
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the command line does; see there
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # workers share the cores, and so do their subprocesses
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 _ROOT = Path(__file__).parent.parent
 
