@@ -143,7 +143,7 @@ def _job_values(spec: JobSpec) -> dict[str, Any]:
 def _check_packages() -> None:
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        raise UsageError(f"serve needs more packages ({', '.join(missing)}): pip install 'batchinfer[serve]'")
+        raise UsageError(f"serve needs more packages: pip install {' '.join(missing)}")
 
 
 def _load(spec: JobSpec, names: list[str] | None) -> ServedModel:

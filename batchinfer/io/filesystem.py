@@ -37,7 +37,12 @@ RETRY_S = 60.0
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 20
 
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "abfss": "azure", "az": "azure"}
+# The package that brings each protocol to fsspec.
+_PACKAGES = {
+    **dict.fromkeys(("s3", "s3a"), "s3fs"),
+    **dict.fromkeys(("gs", "gcs"), "gcsfs"),
+    **dict.fromkeys(("abfs", "abfss", "az"), "adlfs"),
+}
 _S3 = ("s3", "s3a")
 _ESCAPED = re.compile("%(?:2A|3F|5B)", re.IGNORECASE)  # the characters of a glob
 
@@ -148,8 +153,8 @@ def connect(url: str, options: StorageSpec) -> Any:
             arguments[name] = {**ours, **value} if isinstance(ours, dict) and isinstance(value, dict) else value
         filesystem = fsspec.filesystem(protocol, **{**fresh, **arguments})
     except ImportError as error:
-        extra = _EXTRAS.get(protocol)
-        hint = f"pip install 'batchinfer[{extra}]'" if extra else str(error)
+        package = _PACKAGES.get(protocol)
+        hint = f"pip install {package}" if package else str(error)
         raise UserError(f"{url}: {protocol}:// needs a package that is not installed: {hint}") from None
     except (ValueError, TypeError, KeyError) as error:
         raise SpecError(f"{url}: cannot be reached with these storage options: {error}") from None

@@ -1,4 +1,4 @@
-"""Structured outputs compiled against a tokenizer, by llguidance (`pip install 'batchinfer[structured]'`).
+"""Structured outputs compiled against a tokenizer, by llguidance (`pip install llguidance`).
 
 Why llguidance and not xgrammar: both are maintained, write bit masks and cover JSON schema, expressions and grammars.
 llguidance is one wheel of 3 MB without dependencies (MIT); xgrammar's is 1.3 MB and requires transformers and triton
@@ -264,7 +264,7 @@ def _library() -> Any:
     try:
         import llguidance
     except ImportError:
-        raise BadParameters("structured_outputs needs llguidance: pip install 'batchinfer[structured]'") from None
+        raise BadParameters("structured_outputs needs llguidance: pip install llguidance") from None
     return llguidance
 
 

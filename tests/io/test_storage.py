@@ -305,8 +305,8 @@ class TestRefusals:
             raise ImportError("Install s3fs to access S3")
 
         monkeypatch.setattr(fsspec, "filesystem", missing)
-        for url, extra in (("s3://b/x", "s3"), ("gs://b/x", "gcs"), ("abfs://b/x", "azure")):
-            with pytest.raises(UserError, match=rf"pip install 'batchinfer\[{extra}\]'"):
+        for url, package in (("s3://b/x", "s3fs"), ("gs://b/x", "gcsfs"), ("abfs://b/x", "adlfs")):
+            with pytest.raises(UserError, match=f"pip install {package}$"):
                 Store.open(url, StorageSpec())
 
     def test_unknown_protocol_and_misplaced_options(self):

@@ -293,7 +293,7 @@ def test_what_a_job_may_ask_passes_without_a_tokenizer():
 
 def test_without_the_library_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(BadParameters, match=r"pip install 'batchinfer\[structured\]'"):
+    with pytest.raises(BadParameters, match=r"pip install llguidance"):
         compiled(byte_grammars(), regex="a")
 
 
