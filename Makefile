@@ -3,6 +3,7 @@
 #   make test    the tests, with a sample of their large tables
 #   make check   format, lint, types, import contracts, then every test (make test-all)
 #   make model   only fetch the model          make clean   remove what the targets made
+#   make docs    the documentation, into site/
 #   make peers   other engines beside this one on the same work
 #   make clients  real clients (lm-eval, openai, inspect-ai, guidellm, aiperf, llm, schemathesis), a soak
 
@@ -19,7 +20,7 @@ OUT := output/quickstart
 SOURCES := pyproject.toml requirements.lock setup.py $(wildcard kernels/csrc/*)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-all check model peers clients clean
+.PHONY: demo test test-all check docs model peers clients clean
 
 demo: $(VENV)/.base $(MODEL)
 	$(BIN)/batchinfer --no-log-json run $(JOB)
@@ -37,7 +38,11 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(MAKE) --no-print-directory docs
 	$(MAKE) --no-print-directory test-all
+
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 model: $(MODEL)
 
@@ -68,7 +73,7 @@ clients: $(VENV)/.dev $(MODEL) .clients/.made
 	$(BIN)/python -m tests.clients.run $(CHECKS)
 
 clean:
-	rm -rf $(VENV) .clients .peers .models output build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .clients .peers .models output build site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 $(VENV)/.made:
 	@test -n "$(PYTHON)" || { echo "batchinfer needs Python 3.11 or newer: install one, or name it with make PYTHON=..." >&2; exit 1; }

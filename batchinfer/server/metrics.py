@@ -1,4 +1,4 @@
-"""What Prometheus reads at /metrics. Names and meanings stand in the README's table, which a test compares."""
+"""What Prometheus reads at /metrics. Names and meanings stand in docs/server.md, whose table a test compares."""
 
 from __future__ import annotations
 

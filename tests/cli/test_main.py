@@ -61,6 +61,10 @@ def output_rows(out: Path) -> int:
     return sum(pq.read_metadata(part).num_rows for part in (out / "parts").iterdir())
 
 
+def docs_page(name: str) -> str:
+    return (frozen.ROOT / "docs" / name).read_text(encoding="utf-8")
+
+
 # -- frozen pages --------------------------------------------------------------------------------------------------
 
 
@@ -68,28 +72,28 @@ def test_help_pages_are_as_frozen():
     assert frozen.help_pages() == frozen.HELP.read_text(encoding="utf-8"), "meant? then: python -m tests.frozen"
 
 
-def test_readme_lists_the_job_fields():
-    text = frozen.README.read_text(encoding="utf-8")
-    assert frozen.section(text, "job") == frozen.job_table(), "meant? then: python -m tests.frozen"
-    assert len(frozen.job_fields()) <= 54
+def test_job_fields_are_as_frozen():
+    frozen_table = frozen.FIELDS.read_text(encoding="utf-8").strip()
+    assert frozen.generated.job_table() == frozen_table, "meant? then: python -m tests.frozen"
+    assert len(frozen.generated.job_fields()) <= 54
 
 
 def test_every_exit_code_is_documented():
-    readme = frozen.README.read_text(encoding="utf-8")
+    page = docs_page("jobs/exit-codes.md")
     help_page = frozen.HELP.read_text(encoding="utf-8")
     for code in {0, *frozen.exit_codes()}:
         assert re.search(rf"^ +{code}  \S", help_page, re.MULTILINE), code
-        assert re.search(rf"^\| {code} \| ", readme, re.MULTILINE), code
+        assert re.search(rf"^\| {code} \| ", page, re.MULTILINE), code
 
 
-def test_readme_lists_the_shard_platforms():
-    readme = frozen.README.read_text(encoding="utf-8")
+def test_docs_list_the_shard_platforms():
+    page = docs_page("jobs/shards.md")
     for name, variables in _PLATFORMS.items():
-        assert all(f"`{variable}`" in readme for variable in filter(None, variables)), name
+        assert all(f"`{variable}`" in page for variable in filter(None, variables)), name
 
 
 @pytest.mark.parametrize("samples", ["list", "rows"])
-def test_readme_lists_the_output_columns(tmp_path, samples):
+def test_docs_list_the_output_columns(tmp_path, samples):
     from batchinfer.io.rows import scan
     from batchinfer.job.columns import output_layout
     from tests.job.outputs import make_spec
@@ -97,9 +101,9 @@ def test_readme_lists_the_output_columns(tmp_path, samples):
     write_input(tmp_path)
     spec = make_spec(tmp_path, output={"token_ids": True, "samples": samples}, sampling={"n": 2, "logprobs": 1})
     layout = output_layout(spec, scan(spec.input, spec.storage))
-    readme = frozen.README.read_text(encoding="utf-8")
+    page = docs_page("jobs/outputs.md")
     for name in set(layout.schema.names) - set(layout.carried):
-        assert re.search(rf"^\| `{name}` \| ", readme, re.MULTILINE), name
+        assert re.search(rf"^\| `{name}` \| ", page, re.MULTILINE), name
 
 
 # -- a job from start to finish ------------------------------------------------------------------------------------

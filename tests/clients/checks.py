@@ -37,9 +37,9 @@ def lm_eval(place: Place) -> str:
 
 
 def one_line(place: Place) -> str:
-    """The line that README prints, as it stands there, and the exit code of a command that fails."""
-    readme = (place.root / "README.md").read_text()
-    line = readme.partition("One line evaluates a model:")[2].split("```")[1].strip()
+    """The line that docs/server.md prints, as it stands there, and the exit code of a command that fails."""
+    page = (place.root / "docs" / "server.md").read_text()
+    line = page.partition("One line evaluates a model:")[2].split("```sh\n")[1].split("```")[0].strip()
     path = f"{Path(sys.executable).parent}:{place.main / 'bin'}:{os.environ['PATH']}"
     # offline: what lm-eval would have downloaded
     python, data, cache = place.main / "bin/python", place.work / "gsm8k", place.work / "datasets"

@@ -10,7 +10,7 @@ import pytest
 from batchinfer.cli.main import main
 from batchinfer.job.drain import Drain
 from batchinfer.job.inspect.verify import audit
-from batchinfer.spec import StorageSpec, load_spec
+from batchinfer.spec import StorageSpec
 
 ROOT = Path(__file__).parent.parent.parent
 JOBS = sorted((ROOT / "jobs").glob("*.yaml"))
@@ -36,11 +36,3 @@ def test_quickstart_data():
         line = next(line for line in readme.splitlines() if line.startswith(f"| {source} |"))
         count = sum(row["source"] == source for row in rows)
         assert f"| {count} |" in line and line.endswith(f"| {license_} |")
-
-
-def test_readme_shows_the_quickstart():
-    shown = (ROOT / "README.md").read_text(encoding="utf-8").split("```yaml\n")[1].split("```")[0]
-    job = (ROOT / "jobs" / "quickstart.yaml").read_text(encoding="utf-8")
-    kept = [line for line in job.splitlines() if not line.startswith("#")]
-    assert shown.splitlines() == kept
-    assert load_spec(ROOT / "jobs" / "quickstart.yaml").input.path == ("jobs/data/quickstart.parquet",)

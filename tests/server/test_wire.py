@@ -382,14 +382,14 @@ def test_a_bug_is_a_500_with_a_body(fake, monkeypatch, capfd):
     assert "ZeroDivisionError" in capfd.readouterr().err
 
 
-def test_metrics_are_those_of_the_readme(fake):
+def test_metrics_are_those_of_the_docs(fake):
     fake.completion(prompt="x" * 40, max_tokens=3, ignore_eos=True)
     fake.refused(COMPLETIONS, {"prompt": ""})
     text = fake.get("/metrics").text
     names = set(re.findall(r"^# TYPE (\w+)", text, re.MULTILINE))
     names = {name.removesuffix("_total") for name in names if not name.endswith("_created")}
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    documented = set(re.findall(r"^\| `(batchinfer_\w+)`", readme, re.MULTILINE))
+    page = (Path(__file__).parents[2] / "docs" / "server.md").read_text(encoding="utf-8")
+    documented = set(re.findall(r"^\| `(batchinfer_\w+)`", page, re.MULTILINE))
     assert names == documented
     value = dict(re.findall(r"^(\S+) (\S+)$", text, re.MULTILINE))
     assert float(value["batchinfer_generated_tokens_total"]) >= 3
