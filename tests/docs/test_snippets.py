@@ -87,7 +87,11 @@ def _needs_model(page: Path) -> bool:
 
 
 @pytest.mark.parametrize(
-    "page", [pytest.param(page, id=name_of(page), marks=[pytest.mark.model] * _needs_model(page)) for page in PAGES]
+    "page",
+    [
+        pytest.param(page, id=name_of(page), marks=[pytest.mark.edge, *[pytest.mark.model] * _needs_model(page)])
+        for page in PAGES
+    ],
 )
 def test_snippets(page, place, request):
     blocks = blocks_of(page)
@@ -134,7 +138,7 @@ def run_yaml(block: Block, place: Place) -> None:
 
 
 def check_manifest(values) -> None:
-    """A Kubernetes Job: its command is ours, and it says of how many it is one."""
+    """Check a Kubernetes Job: its command is ours, and it passes its number of completions."""
     [container] = values["spec"]["template"]["spec"]["containers"]
     assert container["command"][0] == "batchinfer"
     commands.check_batchinfer(container["command"][1:])
@@ -222,7 +226,7 @@ def run_array(arguments: list[str], place: Place) -> None:
 
 
 def run_text(block: Block, place: Place) -> None:
-    """A tree of an output has the names that a job leaves; paths of the source tree in a diagram exist."""
+    """Check that a tree of an output has the names that a job leaves, and that paths in a diagram exist."""
     first = block.text.splitlines()[0]
     if first.startswith("output/"):
         shown = set(re.findall(r"^  (\S+)", block.text, re.MULTILINE))
