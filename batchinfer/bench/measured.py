@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from batchinfer.io.fetch import ModelFiles, fetch_model
 from batchinfer.llm import LLM, Defaults, make_engine
 from batchinfer.pipeline.load import Assembly, use_threads
 from batchinfer.pipeline.prepare import ModelLimits
+from batchinfer.request import Constraint
 from batchinfer.spec import FAKE_MODEL, EngineSpec, JobSpec
 
 if TYPE_CHECKING:
@@ -27,9 +29,9 @@ class NotingRunner:
         self.runner = runner
         self.steps: list[StepWork] = []
 
-    def run(self, plan: StepPlan) -> StepResult:
+    def run_step(self, plan: StepPlan, constraints: Mapping[int, Constraint]) -> StepResult:
         start = perf_counter()
-        result = self.runner.run(plan)
+        result = self.runner.run_step(plan, constraints)
         seconds = perf_counter() - start
         self.steps.append(StepWork(len(plan.tokens), len(result.tokens), len(plan.seats), seconds))
         return result

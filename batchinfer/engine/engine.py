@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 from batchinfer.engine.plan import StepPlan, StepResult
@@ -9,15 +10,17 @@ from batchinfer.engine.scheduler import Scheduler
 from batchinfer.engine.stats import EngineStats
 from batchinfer.errors import EngineError
 from batchinfer.log import log
-from batchinfer.request import Finished, Request
+from batchinfer.request import Constraint, Finished, Request
 
 _MAX_FAILED_STEPS = 64
 
 
 class StepRunner(Protocol):
-    """Computes a step. An exception means that nothing of the step counts; the runner stays usable."""
+    """Computes steps. An exception means that nothing of the step counts; the runner stays usable."""
 
-    def run(self, plan: StepPlan) -> StepResult: ...
+    def run_step(self, plan: StepPlan, constraints: Mapping[int, Constraint]) -> StepResult:
+        """Run a plan. `constraints`: compiled grammars of sequences that join with it, by seat."""
+        ...
 
 
 class Engine:
@@ -41,7 +44,7 @@ class Engine:
         plan = self.scheduler.schedule()
         if plan.seats:
             try:
-                result = self._runner.run(plan)
+                result = self._runner.run_step(plan, self._constraints(plan))
             except Exception as error:
                 self._recover(error)
             else:
@@ -65,6 +68,15 @@ class Engine:
     @property
     def stats(self) -> EngineStats:
         return self.scheduler.stats
+
+    def _constraints(self, plan: StepPlan) -> dict[int, Constraint]:
+        """Return the compiled grammars of the sequences that join with `plan`, by seat: a plan is plain data."""
+        found = {}
+        for join in plan.joins:
+            sequence = self.scheduler.running.get(join.seat)  # None: it left in the step that admitted it
+            if sequence is not None and sequence.request.constraint is not None:
+                found[join.seat] = sequence.request.constraint
+        return found
 
     def _recover(self, error: Exception) -> None:
         self._failed_steps += 1

@@ -9,11 +9,11 @@ from __future__ import annotations
 import time
 import zlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from batchinfer.engine.plan import PromptRead, Reading, StepPlan, StepResult
-from batchinfer.request import MAX_LOGPROBS, Request, TokenLogprob
+from batchinfer.engine.plan import Join, PromptRead, Reading, StepPlan, StepResult
+from batchinfer.request import MAX_LOGPROBS, Constraint, TokenLogprob
 
 _STRIDE = 2654435761  # Knuth's multiplicative constant: neighbouring positions give unrelated tokens
 _HIDDEN = 16  # numbers in a hidden state
@@ -36,15 +36,15 @@ class FakeRunner:
         self._answer = answer
         self._step_s = step_s
         self._seats: dict[int, tuple[int, int]] = {}  # seat → (where in the vocabulary it begins, position of its end)
-        self._requests: dict[int, Request] = {}  # by seat
+        self._joins: dict[int, Join] = {}  # by seat
         self._with_logprobs: set[int] = set()  # seats
 
-    def run(self, plan: StepPlan) -> StepResult:
-        """Sample for every sequence that samples; nothing is computed."""
+    def run_step(self, plan: StepPlan, constraints: Mapping[int, Constraint] | None = None) -> StepResult:
+        """Sample for every sequence that samples. Nothing is computed, and no grammar is followed."""
         if self._step_s:
             time.sleep(self._step_s)
         for join in plan.joins:
-            self._sit(join.seat, join.request)
+            self._seat_sequence(join)
         vocabulary, size, eos_id = self._answer.vocabulary, len(self._answer.vocabulary), self._answer.eos_id
         tokens = []
         for seat, start, count, samples in zip(plan.seats, plan.starts, plan.counts, plan.samples, strict=True):
@@ -52,27 +52,27 @@ class FakeRunner:
                 first, last = self._seats[seat]
                 tokens.append(vocabulary[(first + end * _STRIDE) % size] if end != last else eos_id)
         logprobs = None if self._with_logprobs.isdisjoint(plan.seats) else self._logprobs(plan, tokens)
-        readings = [self._read(self._requests[plan.seats[read.place]], read) for read in plan.reads]
+        readings = [self._read_prompt(self._joins[plan.seats[read.place]], read) for read in plan.reads]
         return StepResult(tokens, logprobs, readings=readings)
 
-    def _sit(self, seat: int, request: Request) -> None:
-        answer, prompt = self._answer, len(request.prompt)
-        seed = zlib.crc32(array("q", request.prompt).tobytes())
-        if not request.params.greedy:
-            seed = zlib.crc32(request.key.to_bytes(8, "little"), seed)
+    def _seat_sequence(self, join: Join) -> None:
+        answer, prompt, seat = self._answer, len(join.prompt), join.seat
+        seed = zlib.crc32(array("q", join.prompt).tobytes())
+        if not join.params.greedy:
+            seed = zlib.crc32(join.key.to_bytes(8, "little"), seed)
         length = answer.shortest + seed % (answer.longest - answer.shortest + 1)
-        if answer.eos_id not in request.stop_ids or length <= request.params.min_tokens:
+        if answer.eos_id not in join.stop_ids or length <= join.params.min_tokens:
             length = 0  # no token has this number: it goes on to max_tokens
         self._seats[seat] = (seed - prompt * _STRIDE) % len(answer.vocabulary), prompt + length - 1
-        self._requests[seat] = request
-        (self._with_logprobs.discard if request.params.logprobs is None else self._with_logprobs.add)(seat)
+        self._joins[seat] = join
+        (self._with_logprobs.discard if join.params.logprobs is None else self._with_logprobs.add)(seat)
 
     def _logprobs(self, plan: StepPlan, tokens: list[int]) -> list[TokenLogprob | None]:
         """Every chosen token is certain: logprob 0. Others that a request names have -100."""
         entries: list[TokenLogprob | None] = []
         sampling = (seat for seat, samples in zip(plan.seats, plan.samples, strict=True) for _ in range(samples))
         for seat, token in zip(sampling, tokens, strict=True):
-            params = self._requests[seat].params
+            params = self._joins[seat].params
             if params.logprobs is None:
                 entries.append(None)
                 continue
@@ -80,21 +80,21 @@ class FakeRunner:
             entries.append(TokenLogprob(token, 0.0, tuple((one, 0.0 if one == token else -100.0) for one in shown)))
         return entries
 
-    def _read(self, request: Request, read: PromptRead) -> Reading:
+    def _read_prompt(self, join: Join, read: PromptRead) -> Reading:
         rows = range(read.first, read.first + read.rows)
-        if request.pooling is None:
-            return Reading([self._scored(request, row + 1) for row in rows])
-        seeds = [(request.prompt[row] + row) * _STRIDE for row in rows]
+        if join.pooling is None:
+            return Reading([self._score_token(join, row + 1) for row in rows])
+        seeds = [(join.prompt[row] + row) * _STRIDE for row in rows]
         return Reading(
             hidden=array("d", [sum((seed >> axis) % 201 - 100 for seed in seeds) for axis in range(_HIDDEN)])
         )
 
-    def _scored(self, request: Request, position: int) -> TokenLogprob:
+    def _score_token(self, join: Join, position: int) -> TokenLogprob:
         """The best tokens are neighbours in the vocabulary, 0.1 apart; the token is one of them, or far behind."""
         vocabulary = self._answer.vocabulary
-        token, before = request.prompt[position], request.prompt[position - 1]
+        token, before = join.prompt[position], join.prompt[position - 1]
         first = (before * _STRIDE + position) % len(vocabulary)
         count = min(MAX_LOGPROBS, len(vocabulary))
         best = [(vocabulary[(first + rank) % len(vocabulary)], -(rank + 1) / 10) for rank in range(count)]
         logprob = dict(best).get(token, -5.0 - (token * _STRIDE + position) % 100 / 10)
-        return TokenLogprob(token, logprob, tuple(best[: request.params.prompt_logprobs or 0]))
+        return TokenLogprob(token, logprob, tuple(best[: join.params.prompt_logprobs or 0]))

@@ -388,7 +388,7 @@ class Scheduler:
             sequence.promised = promised
             self._promised += promised
             self.running[sequence.seat] = self._decoding.others[sequence.seat] = sequence
-            making.joins.append(Join(sequence.seat, sequence.request, tuple(sequence.output)))
+            making.joins.append(Join.of_request(sequence.seat, sequence.request, sequence.output))
             taken = self._advance(sequence, budget, making)
             if taken == 0:
                 return

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from batchinfer.errors import BadParameters
-from batchinfer.request import Constraint, Matcher, Request
+from batchinfer.request import Constraint, Matcher
 
 Ints = npt.NDArray[np.int64]
 _TOGETHER = 1 << 21  # logits at once: what they are compared with should stay in the processor's cache
@@ -33,20 +33,20 @@ class Accepted(NamedTuple):
     failed: dict[int, BadParameters]
 
 
-class Constraints:
-    """Seat-indexed: `join` when a sequence takes a seat, `apply` before tokens are chosen, `append` after."""
+class GrammarMasks:
+    """Seat-indexed: `seat_sequence` when a sequence takes a seat, `apply` before tokens are chosen, `append` after."""
 
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
         self._held: dict[int, _Held] = {}
         self._masks_RW = np.zeros((0, -(-vocab_size // 32)), dtype=np.int32)
 
-    def join(self, seat: int, request: Request, output: Sequence[int]) -> bool:
-        """Replace what `seat` had; whether this request has a grammar. `output` is taken in again."""
+    def seat_sequence(self, seat: int, constraint: Constraint | None, output: Sequence[int]) -> bool:
+        """Replace the matcher of `seat` by one that has accepted `output`. Return True if there is a grammar."""
         self._held.pop(seat, None)
-        if request.constraint is None:
+        if constraint is None:
             return False
-        self._held[seat] = _Held(request.constraint, request.constraint.matcher(output))
+        self._held[seat] = _Held(constraint, constraint.matcher(output))
         return True
 
     def apply(self, logits_NV: Tensor, rows_R: Ints, seats_R: Ints) -> dict[int, BadParameters]:

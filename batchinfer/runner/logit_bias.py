@@ -7,7 +7,7 @@ The tables are host arrays: a seat's entries change when a sequence joins, and o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from batchinfer.request import Request
+from batchinfer.engine.plan import Join
 
 Ints = npt.NDArray[np.int64]
 _ALWAYS = np.iinfo(np.int64).max
@@ -47,7 +47,7 @@ class _Tables(NamedTuple):
 
 
 class LogitEdits:
-    """Seat-indexed: `join` when a sequence takes a seat, `apply` before tokens are chosen, `append` after."""
+    """Seat-indexed: `seat_sequence` when a sequence takes a seat, `apply` before tokens are chosen, `append` after."""
 
     def __init__(self, max_num_seqs: int, vocab_size: int) -> None:
         self._vocab_size = vocab_size
@@ -55,9 +55,10 @@ class LogitEdits:
         self._tables: _Tables | None = None
         self._tails_SL = np.full((max_num_seqs, 0), -2, dtype=np.int64)  # by seat: the last tokens of its output
 
-    def join(self, seat: int, request: Request, output: Sequence[int]) -> bool:
-        """Replace what `seat` had; whether this request has any edits. Ids beyond the vocabulary are left out."""
-        entries = self._compile(request)
+    def seat_sequence(self, join: Join) -> bool:
+        """Replace the entries of the seat. Return True if there are any. Ids beyond the vocabulary are left out."""
+        seat = join.seat
+        entries = self._compile_entries(join)
         if entries is None:
             if self._entries.pop(seat, None) is not None:
                 self._tables = None
@@ -72,7 +73,7 @@ class LogitEdits:
         length = self._tails_SL.shape[1]
         if length:
             self._tails_SL[seat] = -2
-            tail = list(output[-length:])
+            tail = list(join.output[-length:])
             self._tails_SL[seat, length - len(tail) :] = tail
         return True
 
@@ -99,18 +100,18 @@ class LogitEdits:
             self._tails_SL[seats_N, :-1] = self._tails_SL[seats_N, 1:]
             self._tails_SL[seats_N, -1] = tokens_N
 
-    def _compile(self, request: Request) -> _Entries | None:
-        params = request.params
-        if not (params.logit_bias or params.allowed_token_ids or params.min_tokens or request.bad_words):
+    def _compile_entries(self, join: Join) -> _Entries | None:
+        params = join.params
+        if not (params.logit_bias or params.allowed_token_ids or params.min_tokens or join.bad_words):
             return None
         bias = params.logit_bias or {}
-        single = {word[0] for word in request.bad_words if len(word) == 1}
-        stops = request.stop_ids if params.min_tokens else frozenset()
+        single = {word[0] for word in join.bad_words if len(word) == 1}
+        stops = join.stop_ids if params.min_tokens else frozenset()
         added = [(token, amount, _ALWAYS) for token, amount in bias.items()]
         added += [(token, -math.inf, _ALWAYS) for token in sorted(single)]
         added += [(token, -math.inf, min(params.min_tokens, _ALWAYS)) for token in sorted(stops)]
         added = [entry for entry in added if 0 <= entry[0] < self._vocab_size]
-        words = [word for word in request.bad_words if len(word) > 1 and 0 <= word[-1] < self._vocab_size]
+        words = [word for word in join.bad_words if len(word) > 1 and 0 <= word[-1] < self._vocab_size]
         allowed = {token for token in params.allowed_token_ids or () if 0 <= token < self._vocab_size}
         if not (added or words or allowed):
             return None

@@ -10,6 +10,7 @@ V vocabulary
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ from batchinfer.engine.plan import StepPlan, StepResult
 from batchinfer.errors import RowError
 from batchinfer.layers.attention import StepInputs
 from batchinfer.models.decoder import Decoder
+from batchinfer.request import Constraint
 from batchinfer.runner.kv_cache import KVCache
 from batchinfer.runner.prompt_outputs import PromptReader
 from batchinfer.runner.sampler import Sampler
@@ -63,11 +65,14 @@ class ModelRunner:
         self._tables_SB = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int32)
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> StepResult:
-        """One forward pass over the plan's tokens. Raises whatever goes wrong; the runner stays usable."""
+    def run_step(self, plan: StepPlan, constraints: Mapping[int, Constraint] | None = None) -> StepResult:
+        """Run one forward pass over the plan's tokens. `constraints`: grammars of sequences that join, by seat.
+
+        Raises whatever goes wrong; the runner stays usable.
+        """
         for join in plan.joins:
-            self.sampler.join(join)
-            self.reader.join(join)
+            self.sampler.seat_sequence(join, constraints.get(join.seat) if constraints else None)
+            self.reader.seat_sequence(join)
         for seat, first, blocks in plan.grown:
             self._tables_SB[seat, first : first + len(blocks)] = blocks
         if not plan.seats:

@@ -7,14 +7,12 @@ the text, and only sequences that use a penalty have any.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from batchinfer.request import Request
+from batchinfer.engine.plan import Join
 
 Ints = npt.NDArray[np.int64]
 _NONE = -1
@@ -22,7 +20,7 @@ _MILDEST, _HARSHEST = 1e-30, 1e30  # beyond, float32 logits would overflow
 
 
 class Penalties:
-    """Seat-indexed: `join` when a sequence takes a seat, `apply` before tokens are chosen, `append` after.
+    """Seat-indexed: `seat_sequence` when a sequence takes a seat, `apply` before tokens are chosen, `append` after.
 
     Legend: P places, one per sequence with penalties · L distinct tokens · M such tokens of all rows together.
     """
@@ -36,17 +34,17 @@ class Penalties:
         self._lengths_P = np.zeros(0, dtype=np.int64)
         self._amounts_P3 = np.zeros((0, 3), dtype=np.float32)  # repetition, presence, frequency
 
-    def join(self, seat: int, request: Request, output: Sequence[int]) -> bool:
-        """Replace what `seat` had; whether this request has any penalty."""
+    def seat_sequence(self, join: Join) -> bool:
+        """Replace the counts of the seat. Return True if the sequence has any penalty."""
+        seat, params, output = join.seat, join.params, join.output
         if self._places[seat] != _NONE:
             self._free.append(int(self._places[seat]))
             self._places[seat] = _NONE
-        params = request.params
         if not params.penalised:
             return False
         repetition = min(max(params.repetition_penalty, _MILDEST), _HARSHEST)
         amounts = (repetition, params.presence_penalty, params.frequency_penalty)
-        prompt = np.array(request.prompt if params.repetition_penalty != 1.0 else [], dtype=np.int64)
+        prompt = np.array(join.prompt if params.repetition_penalty != 1.0 else [], dtype=np.int64)
         both = np.concatenate([np.array(output, dtype=np.int64), prompt])
         tokens_L, inverse = np.unique(both, return_inverse=True)
         counts_L = np.bincount(inverse[: len(output)], minlength=len(tokens_L))

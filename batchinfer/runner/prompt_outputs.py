@@ -17,7 +17,7 @@ from torch import Tensor
 
 from batchinfer.engine.plan import Join, PromptRead, Reading, StepPlan
 from batchinfer.models.decoder import Decoder
-from batchinfer.request import Request, TokenLogprob
+from batchinfer.request import TokenLogprob
 from batchinfer.runner.logprobs import NOT_FINITE, token_logprobs
 from batchinfer.runner.sample_tokens import argmax
 
@@ -27,18 +27,18 @@ _NOT_FINITE_STATES = NOT_FINITE.replace("logits", "hidden states")
 
 
 class PromptReader:
-    """`join` for every sequence that takes a seat; then per step `rows` before the forward pass and `read` after it."""
+    """Call `seat_sequence` when a sequence takes a seat; per step, `rows` before the forward pass and `read` after."""
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
-        self._requests: dict[int, Request] = {}
+        self._joins: dict[int, Join] = {}
 
-    def join(self, join: Join) -> None:
-        request = join.request
-        if request.score_from is not None or request.pooling is not None:
-            self._requests[join.seat] = request
+    def seat_sequence(self, join: Join) -> None:
+        """Keep the prompt of a sequence that takes a seat, if it is read."""
+        if join.reads_prompt:
+            self._joins[join.seat] = join
         else:
-            self._requests.pop(join.seat, None)
+            self._joins.pop(join.seat, None)
 
     def rows(self, plan: StepPlan, query_starts: Ints) -> Ints:
         """Which of the step's tokens are read, [R] indices into T. query_starts [S]: each sequence's first token."""
@@ -52,31 +52,28 @@ class PromptReader:
         """One result per read. Of at most `slice_rows` rows there are logits at once."""
         ends = np.cumsum([read.rows for read in plan.reads]).tolist()
         parts = [slice(end - read.rows, end) for read, end in zip(plan.reads, ends, strict=True)]
-        requests = [self._requests[plan.seats[read.place]] for read in plan.reads]
+        joins = [self._joins[plan.seats[read.place]] for read in plan.reads]
         readings: list[Reading | None] = [
-            None if request.pooling is None else _pooled(hidden_RE[part])
-            for request, part in zip(requests, parts, strict=True)
+            None if join.pooling is None else _pooled(hidden_RE[part]) for join, part in zip(joins, parts, strict=True)
         ]
         scored = [place for place, reading in enumerate(readings) if reading is None]
         if len(scored) < len(readings) and scored:
             hidden_RE = torch.cat([hidden_RE[parts[place]] for place in scored])
         if scored:
-            reads, owners = [plan.reads[place] for place in scored], [requests[place] for place in scored]
+            reads, owners = [plan.reads[place] for place in scored], [joins[place] for place in scored]
             for place, reading in zip(scored, self._scores(hidden_RE, reads, owners, slice_rows), strict=True):
                 readings[place] = reading
         return [reading for reading in readings if reading is not None]
 
-    def _scores(
-        self, hidden_RE: Tensor, reads: list[PromptRead], requests: list[Request], slice_rows: int
-    ) -> list[Reading]:
+    def _scores(self, hidden_RE: Tensor, reads: list[PromptRead], joins: list[Join], slice_rows: int) -> list[Reading]:
         targets_R = np.concatenate(
             [
-                np.array(request.prompt[read.first + 1 : read.first + 1 + read.rows], dtype=np.int64)
-                for read, request in zip(reads, requests, strict=True)
+                np.array(join.prompt[read.first + 1 : read.first + 1 + read.rows], dtype=np.int64)
+                for read, join in zip(reads, joins, strict=True)
             ]
         )
         counts = [read.rows for read in reads]
-        best_R = np.repeat([request.params.prompt_logprobs or 0 for request in requests], counts)
+        best_R = np.repeat([join.params.prompt_logprobs or 0 for join in joins], counts)
         entries: list[TokenLogprob] = []
         unsound = np.zeros(len(targets_R), dtype=bool)
         for start in range(0, len(targets_R), slice_rows):

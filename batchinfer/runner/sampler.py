@@ -19,8 +19,8 @@ from torch import Tensor
 
 from batchinfer.engine.plan import Join, StepResult
 from batchinfer.errors import BadParameters, RowError
-from batchinfer.request import Request, SamplingParams, TokenLogprob
-from batchinfer.runner.grammar_mask import Constraints
+from batchinfer.request import Constraint, SamplingParams, TokenLogprob
+from batchinfer.runner.grammar_mask import GrammarMasks
 from batchinfer.runner.logit_bias import LogitEdits
 from batchinfer.runner.logprobs import NOT_FINITE, token_logprobs
 from batchinfer.runner.penalties import Penalties
@@ -51,10 +51,10 @@ class _Seats:
         self.min_p = np.zeros(count, dtype=np.float64)
         self.num_logprobs = np.zeros(count, dtype=np.int64)
 
-    def join(self, seat: int, request: Request) -> None:
-        params = request.params
-        self.prompt_tokens[seat] = len(request.prompt)
-        self.keys[seat] = request.key & 0xFFFF_FFFF_FFFF_FFFF
+    def seat_sequence(self, join: Join) -> None:
+        seat, params = join.seat, join.params
+        self.prompt_tokens[seat] = len(join.prompt)
+        self.keys[seat] = join.key & 0xFFFF_FFFF_FFFF_FFFF
         self.temperature[seat] = min(params.temperature, _HOTTEST)
         self.top_k[seat] = min(max(params.top_k, 0), _INT64_MAX)
         self.top_p[seat] = params.top_p
@@ -72,14 +72,14 @@ class _Seats:
 
 
 class Sampler:
-    """`join` for every sequence that takes a seat, then `sample` once per step."""
+    """Call `seat_sequence` for every sequence that takes a seat, then `sample` once per step."""
 
     def __init__(self, max_num_seqs: int, vocab_size: int) -> None:
         self._vocab_size = vocab_size
         self._seats = _Seats(max_num_seqs)
         self._edits = LogitEdits(max_num_seqs, vocab_size)
         self._penalties = Penalties(max_num_seqs, vocab_size)
-        self._constraints = Constraints(vocab_size)
+        self._grammars = GrammarMasks(vocab_size)
         self._refusals: dict[int, str] = {}
         self._named: dict[int, tuple[int, ...]] = {}  # tokens whose logprobs a seat's request wants
 
@@ -88,23 +88,26 @@ class Sampler:
         """Lengths of prompts, by seat."""
         return self._seats.prompt_tokens
 
-    def join(self, join: Join) -> None:
-        """Take in a sequence's parameters. Those that do not suit this model make its first sample fail."""
-        seat, request, output = join
-        params = request.params
-        self._seats.join(seat, request)
+    def seat_sequence(self, join: Join, constraint: Constraint | None = None) -> None:
+        """Compile the parameters of a sequence that takes a seat; `constraint` is the grammar that it must follow.
+
+        Parameters that this model cannot honour make its first sample fail.
+        """
+        seat, params = join.seat, join.params
+        self._seats.seat_sequence(join)
         refusal = self._refusal(params)
         self._refusals[seat] = refusal
         self._named[seat] = params.logprob_token_ids or ()
-        edited = self._edits.join(seat, request, output)
-        penalised = self._penalties.join(seat, request, output)
+        edited = self._edits.seat_sequence(join)
+        penalised = self._penalties.seat_sequence(join)
+        constrained = self._grammars.seat_sequence(seat, constraint, join.output)
         self._seats.flags[seat] = (
             _RANDOM * (params.temperature >= _COLDEST and params.top_k != 1)
             | _EDITED * edited
             | _PENALISED * penalised
             | _LOGPROBS * (params.logprobs is not None)
             | _REFUSED * bool(refusal)
-            | _CONSTRAINED * self._constraints.join(seat, request, output)
+            | _CONSTRAINED * constrained
         )
 
     def sample(self, logits_NV: Tensor, seats: Ints, positions: Ints) -> StepResult:
@@ -139,7 +142,7 @@ class Sampler:
         if edits_logits:
             self._append(seats, tokens, flags_N)
             rows_R = np.nonzero(sound_N & ((flags_N & _CONSTRAINED) != 0))[0]
-            ended, refused = self._constraints.append(rows_R, seats[rows_R], tokens[rows_R])
+            ended, refused = self._grammars.append(rows_R, seats[rows_R], tokens[rows_R])
             failed = {**failed, **refused}
         logprobs = None
         if asked & _LOGPROBS:
@@ -157,7 +160,7 @@ class Sampler:
 
     def _constrain(self, logits_NV: Tensor, seats: Ints, flags_N: npt.NDArray[np.uint8]) -> dict[int, BadParameters]:
         rows_R = np.nonzero(flags_N & _CONSTRAINED)[0]
-        return self._constraints.apply(logits_NV, rows_R, seats[rows_R]) if len(rows_R) else {}
+        return self._grammars.apply(logits_NV, rows_R, seats[rows_R]) if len(rows_R) else {}
 
     def _edit(
         self, logits_NV: Tensor, seats: Ints, positions: Ints, flags_N: npt.NDArray[np.uint8]

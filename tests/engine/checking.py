@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Mapping
 
 from batchinfer.engine.blocks import BlockPool
 from batchinfer.engine.engine import Engine
-from batchinfer.engine.plan import Reading, StepPlan, StepResult
+from batchinfer.engine.plan import Join, Reading, StepPlan, StepResult
 from batchinfer.engine.scheduler import Scheduler
-from batchinfer.request import Request, SamplingParams, TokenLogprob
+from batchinfer.request import Constraint, Request, SamplingParams, TokenLogprob
 
 VOCAB = 50
 EOS = 0
@@ -39,16 +40,16 @@ class CheckingRunner:
         self._block_size = block_size
         self._tables: dict[int, list[int]] = {}
         self._known: dict[int, list[int]] = {}
-        self._requests: dict[int, Request] = {}
+        self._joins: dict[int, Join] = {}
         self._slots: dict[int, tuple[int, ...] | None] = {}
         self.fail_if = lambda plan: False
         self.poison: int | None = None
 
-    def run(self, plan: StepPlan) -> StepResult:
+    def run_step(self, plan: StepPlan, constraints: Mapping[int, Constraint]) -> StepResult:
         for join in plan.joins:
             self._tables[join.seat] = []
-            self._known[join.seat] = [*join.request.prompt, *join.output]
-            self._requests[join.seat] = join.request
+            self._known[join.seat] = [*join.prompt, *join.output]
+            self._joins[join.seat] = join
         for seat, first, blocks in plan.grown:
             table = self._tables[seat]
             assert first == len(table), "a table grew with a gap"
@@ -96,9 +97,9 @@ class CheckingRunner:
         for index, first, count in plan.reads:
             start, computed = plan.starts[index], plan.counts[index]
             assert count > 0 and start <= first and first + count <= start + computed, "a row is read, not computed"
-            known, request = self._known[plan.seats[index]], self._requests[plan.seats[index]]
+            known, join = self._known[plan.seats[index]], self._joins[plan.seats[index]]
             rows = range(first, first + count)
-            if request.pooling is None:
+            if join.pooling is None:
                 readings.append(Reading([score(known[: row + 1], known[row + 1]) for row in rows]))
             else:
                 states = [state(known[: row + 1]) for row in rows]

@@ -29,7 +29,7 @@ class Counting:
         self.decoded: list[list[int]] = []  # seats, by step
         self.tokens: list[int] = []  # computed, by step
 
-    def run(self, plan: StepPlan) -> StepResult:
+    def run_step(self, plan: StepPlan, constraints: object) -> StepResult:
         self.decoded.append([seat for seat, count in zip(plan.seats, plan.counts, strict=True) if count == 1])
         self.tokens.append(len(plan.tokens))
         return StepResult([10 + row for row in range(sum(plan.samples))], **self._more(plan.step))
@@ -168,15 +168,15 @@ def test_who_has_been_visited_can_be_preempted(block_size: int) -> None:
     engine, runner = make_engine(24 // block_size, block_size)
     engine.scheduler.expected = OutputLengthEstimator(quantile=0.0, enough=1)
     engine.scheduler.expected.observe(1)
-    run = runner.run
+    run_step = runner.run_step
 
-    def only_who_runs_grows(plan: StepPlan) -> StepResult:
+    def only_who_runs_grows(plan: StepPlan, constraints: object) -> StepResult:
         assert {grown.seat for grown in plan.grown} <= engine.scheduler.running.keys()
         for due in engine.scheduler._decoding._calendar.values():
             shuffle(due)
-        return run(plan)
+        return run_step(plan, constraints)
 
-    runner.run = only_who_runs_grows
+    runner.run_step = only_who_runs_grows
     found = run_all(engine, requests)
     assert {number: answer.token_ids for number, answer in found.items()} == {n.request_id: naive(n) for n in requests}
     assert engine.stats.preemptions > 20

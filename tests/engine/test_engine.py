@@ -247,7 +247,7 @@ def test_engine_gives_up_when_every_step_fails() -> None:
 
 def test_failed_rows_of_a_result_end_alone() -> None:
     class Flaky:
-        def run(self, plan: StepPlan) -> StepResult:
+        def run_step(self, plan: StepPlan, constraints: object) -> StepResult:
             return StepResult([7] * sum(plan.samples), failed={0: "logits are not finite"})
 
     engine = Engine(Scheduler(BlockPool(100, 4), 4, 64), Flaky())
@@ -339,7 +339,10 @@ def test_golden_plan() -> None:
     scheduler.add(first)
     scheduler.add(second)
     plan = scheduler.schedule()
-    assert [(j.seat, j.request.request_id, j.output) for j in plan.joins] == [(0, 0, ()), (1, 1, ())]
+    assert [(join.seat, join.prompt, join.output) for join in plan.joins] == [
+        (0, first.prompt, ()),
+        (1, second.prompt, ()),
+    ]
     assert [tuple(g) for g in plan.grown] == [(0, 0, (0,)), (1, 0, (0, 1))]
     assert (plan.seats, plan.starts, plan.counts, plan.samples) == ([0, 1], [0, 4], [4, 1], [False, True])
     assert plan.tokens == [1, 2, 3, 4, 9]

@@ -129,12 +129,12 @@ class Recording:
         self._inner = llm._engine._runner
         llm._engine._runner = self
 
-    def run(self, plan: StepPlan) -> StepResult:
+    def run_step(self, plan: StepPlan, constraints: object) -> StepResult:
         if not self.steps:
-            self.first = [join.request.max_tokens for join in plan.joins]
+            self.first = [join.params.max_tokens for join in plan.joins]
         self.steps += 1
         self.begun.set()
-        return self._inner.run(plan)
+        return self._inner.run_step(plan, constraints)
 
 
 def lengths(count_: int) -> list[int]:

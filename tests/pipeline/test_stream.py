@@ -50,7 +50,7 @@ def test_an_error_reaches_the_followers_and_is_not_kept() -> None:
         def __init__(self) -> None:
             self.failing = True
 
-        def run(self, plan: StepPlan) -> StepResult:
+        def run_step(self, plan: StepPlan, constraints: object) -> StepResult:
             count = sum(plan.samples)
             failed = dict.fromkeys(range(count), "broken") if self.failing else None
             return StepResult([7] * count, failed=failed)

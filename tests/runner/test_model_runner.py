@@ -85,7 +85,7 @@ def test_inputs_equal_plain_loops():
             count = int(generator.choice([1, 1, 2, 7]))
             if computed[seat] == 0 or computed[seat] + count > 60:
                 prompts[seat] = int(generator.integers(1, 60))
-                joins.append(Join(seat, greedy([1] * prompts[seat]), ()))
+                joins.append(Join.of_request(seat, greedy([1] * prompts[seat])))
                 tables[seat], computed[seat] = [], 0
             needed = -(-(computed[seat] + count) // size) - len(tables[seat])
             if needed > 0:
@@ -95,7 +95,7 @@ def test_inputs_equal_plain_loops():
             tokens = generator.integers(0, 40, count).tolist()
             work.append((seat, computed[seat], tokens, bool(generator.random() < 0.6)))
             computed[seat] += count
-        result = runner.run(plan(joins, grown, work))
+        result = runner.run_step(plan(joins, grown, work))
         inputs = decoder.seen[-1]
         flat = [(seat, start + i, token) for seat, start, tokens, _ in work for i, token in enumerate(tokens)]
         assert inputs.tokens_T.tolist() == [token for *_, token in flat]
@@ -126,25 +126,29 @@ def test_inputs_equal_plain_loops():
 def test_only_sampled_rows_reach_the_head():
     decoder = Echo()
     runner = ModelRunner(decoder, 10, 4, 3, 16)
-    joins = [Join(seat, greedy([1, 2, 3, 4]), ()) for seat in range(3)]
+    joins = [Join.of_request(seat, greedy([1, 2, 3, 4])) for seat in range(3)]
     grown = [(seat, 0, (seat,)) for seat in range(3)]
-    result = runner.run(plan(joins, grown, [(0, 0, [1, 2, 3, 4], True), (1, 0, [1, 2], False), (2, 0, [5], False)]))
+    result = runner.run_step(
+        plan(joins, grown, [(0, 0, [1, 2, 3, 4], True), (1, 0, [1, 2], False), (2, 0, [5], False)])
+    )
     assert len(result.tokens) == decoder.head_rows == 1
-    result = runner.run(plan((), (), [(1, 2, [3], False)]))
+    result = runner.run_step(plan((), (), [(1, 2, [3], False)]))
     assert result.tokens == [] and result.logprobs is None and decoder.head_rows == 1
-    assert runner.run(plan()).tokens == [] and len(decoder.seen) == 2
+    assert runner.run_step(plan()).tokens == [] and len(decoder.seen) == 2
 
 
 def test_rows_go_through_the_head_in_parts(monkeypatch):
     """Thousands of rows over a large vocabulary would not fit at once; parts must not change a thing."""
     requests = [greedy([1, 2], seat, temperature=seat % 3 / 2, logprobs=2 if seat % 2 else None) for seat in range(11)]
     work = [(seat, 0, [seat, 2], seat != 4) for seat in range(11)]
-    step = plan([Join(seat, one, ()) for seat, one in enumerate(requests)], [(s, 0, (s,)) for s in range(11)], work)
+    step = plan(
+        [Join.of_request(seat, one) for seat, one in enumerate(requests)], [(s, 0, (s,)) for s in range(11)], work
+    )
     results = []
     for size in (1 << 29, 4 * 40 * 3):
         monkeypatch.setattr("batchinfer.runner.model_runner._LOGITS_BYTES", size)
         decoder = Echo()
-        results.append(ModelRunner(decoder, 20, 4, 11, 8).run(step))
+        results.append(ModelRunner(decoder, 20, 4, 11, 8).run_step(step))
         assert decoder.head_rows == 10
     assert results[0] == results[1] and len(results[0].tokens) == 10
 
@@ -154,10 +158,10 @@ def test_failed_rows_keep_their_number_across_parts(monkeypatch):
     decoder = Echo()
     decoder.table[(9 * 31 + 0) % 997, 3] = math.nan
     runner = ModelRunner(decoder, 20, 4, 5, 8)
-    joins = [Join(seat, greedy([1]), ()) for seat in range(5)]
+    joins = [Join.of_request(seat, greedy([1])) for seat in range(5)]
     tokens = [4, 5, 9, 6, 9]
     work = [(seat, 0, [tokens[seat]], True) for seat in range(5)]
-    result = runner.run(plan(joins, [(seat, 0, (seat,)) for seat in range(5)], work))
+    result = runner.run_step(plan(joins, [(seat, 0, (seat,)) for seat in range(5)], work))
     assert set(result.failed) == {2, 4} and len(result.tokens) == 5
 
 
@@ -166,15 +170,15 @@ def test_tokens_beyond_the_vocabulary_never_reach_the_model(token):
     decoder = Echo()
     runner = ModelRunner(decoder, 4, 4, 1, 8)
     with pytest.raises(ValueError, match=f"token {token} is not in the model's vocabulary of 40 tokens"):
-        runner.run(plan([Join(0, greedy([1]), ())], [(0, 0, (0,))], [(0, 0, [1, token], True)]))
+        runner.run_step(plan([Join.of_request(0, greedy([1]))], [(0, 0, (0,))], [(0, 0, [1, token], True)]))
     assert not decoder.seen
 
 
 def test_a_sequence_beyond_the_context_is_refused():
     runner = ModelRunner(Echo(), 8, 4, 1, 8)
-    runner.run(plan([Join(0, greedy([1]), ())], [(0, 0, (0, 1))], [(0, 0, [1] * 8, True)]))
+    runner.run_step(plan([Join.of_request(0, greedy([1]))], [(0, 0, (0, 1))], [(0, 0, [1] * 8, True)]))
     with pytest.raises(ValueError, match="9 tokens is beyond the context of 8"):
-        runner.run(plan((), (), [(0, 8, [1], True)]))
+        runner.run_step(plan((), (), [(0, 8, [1], True)]))
 
 
 def make_engine(decoder, num_blocks: int, seats=6, caching=True, budget=24, block_size=4) -> Engine:
@@ -226,7 +230,7 @@ def alone(decoder, one: Request) -> list[int]:
     while len(output) < one.max_tokens:
         logits = Paged(decoder, sequences=1).step({0: [*one.prompt, *output]})[-1:]
         sampler = Sampler(1, decoder.config.vocab_size)
-        sampler.join(Join(0, one, tuple(output)))
+        sampler.seat_sequence(Join.of_request(0, one, tuple(output)))
         position = len(one.prompt) + len(output)
         output += sampler.sample(logits, np.array([0]), np.array([position])).tokens
         if output[-1] in one.stop_ids:
@@ -314,7 +318,7 @@ def test_a_16_bit_cache_holds_a_float32_model(tiny_llama):
     runner = ModelRunner(tiny_llama, 20, 4, 2, 64, kv_dtype=torch.bfloat16)
     assert runner.cache.layers[0].dtype == torch.bfloat16
     request = greedy([5, 6, 7, 8])
-    result = runner.run(plan([Join(0, request, ())], [(0, 0, (3,))], [(0, 0, request.prompt, True)]))
+    result = runner.run_step(plan([Join.of_request(0, request)], [(0, 0, (3,))], [(0, 0, request.prompt, True)]))
     exact = Paged(tiny_llama, sequences=1).step({0: request.prompt})[-1]
     assert exact[result.tokens[0]] > exact.max() - 0.1
 

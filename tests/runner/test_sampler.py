@@ -31,7 +31,8 @@ class Batch:
             self.join(number)
 
     def join(self, number: int) -> None:
-        self.sampler.join(Join(self.seats[number], self.requests[number], tuple(self.outputs[number])))
+        one = self.requests[number]
+        self.sampler.seat_sequence(Join.of_request(self.seats[number], one, self.outputs[number]), one.constraint)
 
     def step(self, logits: torch.Tensor, members: list[int] | None = None):
         """One token for each of `members`, whose logits are the rows in that order."""
@@ -301,9 +302,9 @@ def test_a_seat_forgets_who_had_it_before():
     logits = torch.randn(1, 50)
     seat, position = np.array([1]), np.array([3])
     for _ in range(3):
-        sampler.join(Join(1, request(special, stop_ids=(7,), bad_words=((1, 2, 3), (4,))), (1, 2)))
+        sampler.seat_sequence(Join.of_request(1, request(special, stop_ids=(7,), bad_words=((1, 2, 3), (4,))), (1, 2)))
         sampler.sample(logits.clone(), seat, position + 2)
-        sampler.join(Join(1, request(SamplingParams(temperature=0.0)), ()))
+        sampler.seat_sequence(Join.of_request(1, request(SamplingParams(temperature=0.0))))
         result = sampler.sample(logits.clone(), seat, position)
         assert result.tokens == [int(logits.argmax())] and result.logprobs is None and result.failed is None
 
@@ -355,9 +356,9 @@ def test_penalty_memory_follows_the_text_not_the_vocabulary():
     assert penalties._tokens_PL.size == 0
     for seat in range(20):
         one = request(SamplingParams(repetition_penalty=1.1), prompt=range(100))
-        sampler.join(Join(seat, one, ()))
+        sampler.seat_sequence(Join.of_request(seat, one))
     for seat in range(200):
-        sampler.join(Join(seat % 3, request(SamplingParams(presence_penalty=1.0)), ()))
+        sampler.seat_sequence(Join.of_request(seat % 3, request(SamplingParams(presence_penalty=1.0))))
     assert penalties._tokens_PL.nbytes < 64 * 256 * 4
 
 

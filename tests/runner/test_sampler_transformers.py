@@ -72,7 +72,7 @@ def test_penalties_and_bias_equal_transformers():
             (SamplingParams(temperature=0.0), ((output[-1], int(logits.argmax())), (5,)), banned),
         ):
             sampler = Sampler(1, vocab)
-            sampler.join(Join(0, request(params, prompt, bad_words=words), tuple(output)))
+            sampler.seat_sequence(Join.of_request(0, request(params, prompt, bad_words=words), tuple(output)))
             edited = logits.clone()
             result = sampler.sample(edited, np.array([0]), np.array([11]))
             assert result.tokens == [int(wanted.argmax())], case

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from tokenizers import Tokenizer as RustTokenizer
 
 from batchinfer.engine.plan import StepPlan, StepResult
 from batchinfer.llm import LLM
+from batchinfer.request import Constraint
 from batchinfer.server.app import AppOptions, create_app
 from batchinfer.server.frontend import Frontend, ServedModel
 from batchinfer.server.metrics import Metrics
@@ -124,11 +125,11 @@ class Held:
         self.free = threading.Event()
         self.steps = 0
 
-    def run(self, plan: StepPlan) -> StepResult:
+    def run_step(self, plan: StepPlan, constraints: Mapping[int, Constraint]) -> StepResult:
         while not self.free.is_set() and not self._go.acquire(timeout=0.01):
             pass
         self.steps += 1
-        return self._runner.run(plan)
+        return self._runner.run_step(plan, constraints)
 
     def step(self, count: int = 1) -> None:
         for _ in range(count):
@@ -137,7 +138,7 @@ class Held:
     def breaks(self, after: int) -> None:
         """Lets so many steps run, and fails at every later one."""
 
-        def broken(plan: StepPlan) -> StepResult:
+        def broken(plan: StepPlan, constraints: object) -> StepResult:
             raise RuntimeError("broken")
 
         end = time.monotonic() + 10
@@ -145,7 +146,7 @@ class Held:
         while self.steps < after:
             assert time.monotonic() < end, "the steps did not run"
             time.sleep(0.005)
-        self._runner.run = broken
+        self._runner.run_step = broken
         self.free.set()
 
 

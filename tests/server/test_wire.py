@@ -303,10 +303,10 @@ def test_an_engine_that_gives_up(held):
     runner.step(4)
     wait_until(lambda: runner.steps == 4)
 
-    def broken(plan):
+    def broken(plan, constraints):
         raise RuntimeError("no memory left")
 
-    runner._runner.run = broken
+    runner._runner.run_step = broken
     endpoint.frontend.model.parts.engine._recover = _give_up
     runner.free.set()
     whole, streamed = (one.result(10) for one in waiting)
@@ -325,14 +325,14 @@ def _give_up(error):
 
 def test_one_step_that_fails_is_one_requests_error(held):
     endpoint, runner = held
-    real = runner._runner.run
+    real = runner._runner.run_step
 
-    def picky(plan):
+    def picky(plan, constraints):
         if any(seat_prompt(endpoint, seat) == [66] for seat in plan.seats):
             raise ValueError("bad row")
-        return real(plan)
+        return real(plan, constraints)
 
-    runner._runner.run = picky
+    runner._runner.run_step = picky
     runner.free.set()
     assert endpoint.refused(COMPLETIONS, {"prompt": "B"}, 500)["code"] == "engine_failure"
     assert endpoint.completion(prompt="A", max_tokens=2)
