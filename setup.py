@@ -1,7 +1,7 @@
-"""Compiles the CPU kernels with the system's C++ compiler; everything else is in pyproject.toml.
+"""Build of the CPU kernels with the system's C++ compiler; all other metadata is in pyproject.toml.
 
-One source becomes one library: compiled once per instruction set, and the library's user chooses among them at run
-time. Where there is no compiler, or it fails, the install goes on without the library, and plain torch serves.
+One source is compiled once per instruction set and linked into one library, which selects a variant at run time.
+Without a working compiler the install succeeds without the library, and plain torch is used.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 
 class BuildKernels(build_ext):
-    """Compiler and linker called directly: no Python or torch headers, and no OpenMP runtime (see csrc/parallel.h)."""
+    """Build step that calls compiler and linker directly.
+
+    The library needs no Python or torch headers and no OpenMP runtime (see csrc/parallel.h).
+    """
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split("."))) + ".so"
@@ -41,24 +44,24 @@ class BuildKernels(build_ext):
         objects = Path(self.build_temp)
         objects.mkdir(parents=True, exist_ok=True)
         command = [*compiler.split(), *FLAGS]
-        known = {name: flags for name, flags in VARIANTS.items() if _knows([*command, *flags])}
+        variants = {name: flags for name, flags in VARIANTS.items() if _accepts_flags([*command, *flags])}
         compiles = [
             [*command, *flags, f"-DVARIANT={name}", "-c", str(SOURCES / "ops.cpp"), "-o", str(objects / f"{name}.o")]
-            for name, flags in known.items()
+            for name, flags in variants.items()
         ]
         compiles.append([*command, "-c", str(SOURCES / "cpu_features.cpp"), "-o", str(objects / "cpu_features.o")])
         _run_all(compiles)
         library = Path(self.get_ext_fullpath(ext.name))
         library.parent.mkdir(parents=True, exist_ok=True)
-        linked = [str(objects / f"{name}.o") for name in (*known, "cpu_features")]
-        made = objects / "_ops.so"
-        _run_all([[*command, "-shared", *linked, "-o", str(made)]])
-        shutil.copyfile(made, library.with_suffix(".new"))
-        library.with_suffix(".new").replace(library)  # a process that has the old one loaded keeps it
+        inputs = [str(objects / f"{name}.o") for name in (*variants, "cpu_features")]
+        built = objects / "_ops.so"
+        _run_all([[*command, "-shared", *inputs, "-o", str(built)]])
+        shutil.copyfile(built, library.with_suffix(".new"))
+        library.with_suffix(".new").replace(library)  # atomic: a process that has the old library loaded keeps it
 
 
-def _knows(command: list[str]) -> bool:
-    """Whether a compiler has these flags: an older one lacks the newest instruction sets."""
+def _accepts_flags(command: list[str]) -> bool:
+    """Return True if the compiler accepts these flags: older compilers lack the newest instruction sets."""
     try:
         return subprocess.run([*command, "-E", "-x", "c++", os.devnull], capture_output=True).returncode == 0
     except OSError as error:
@@ -66,7 +69,7 @@ def _knows(command: list[str]) -> bool:
 
 
 def _run_all(commands: list[list[str]]) -> None:
-    """At the same time."""
+    """Run commands in parallel. Raises CompileError if one fails."""
     running = [subprocess.Popen(command) for command in commands]
     failed = [process.args for process in running if process.wait()]
     if failed:

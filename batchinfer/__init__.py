@@ -1,4 +1,4 @@
-"""batchinfer: offline LLM inference over tables of text, exactly one result per row."""
+"""Offline LLM inference over tables of text: exactly one result per input row."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Load the public names on first use, so that `import batchinfer` stays light."""
+    """Import a public name on first use, so that `import batchinfer` stays light."""
     if name == "LLM":
         from batchinfer.llm import LLM
 

@@ -1,4 +1,4 @@
-"""Log lines on stderr: plain text on a terminal, one JSON object a line elsewhere."""
+"""Structured log on stderr: plain text on a terminal, one JSON object per line elsewhere."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 
 
 class Log:
-    """Writes events: a message and named values. Values that JSON does not know are written as text."""
+    """Logger of events: a message and named values. Values without a JSON form are written as text."""
 
     def __init__(self, stream: TextIO | None = None, level: str = "info", as_json: bool | None = None) -> None:
         self._stream = stream
@@ -51,7 +51,7 @@ class Log:
             pairs = "  ".join(f"{name}={value}" for name, value in values.items())
             mark = "" if level == "info" else f"{level}: "
             line = f"{mark}{message}{'  ' + pairs if pairs else ''}"
-        # one write per line: lines of several threads must not mix
+        # one write per line, so that lines of several threads do not interleave
         stream.write(line + "\n")
         stream.flush()
 

@@ -1,4 +1,4 @@
-"""Numbers as people, programs and tables write them. Text is none, and neither is true."""
+"""Conversion of numbers from Python, JSON, YAML and tables to int and float. Text and booleans are not numbers."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from decimal import Decimal
 from numbers import Integral, Real
 from typing import Any
 
-_DIGITS = 40  # a decimal with more of them before its point stays one: no field takes such a number
+_DIGITS = 40  # a Decimal with more integral digits is left alone: no field accepts such a number
 
 
-def whole(value: Any) -> Any:
-    """5.0, Decimal("5") and other libraries' integers as the int that they are; anything else as it is."""
+def to_integer(value: Any) -> Any:
+    """Return integral values (5.0, Decimal("5"), other libraries' integers) as int and anything else unchanged."""
     kind = type(value)
     if kind is int or kind is bool:
         return value
@@ -20,12 +20,15 @@ def whole(value: Any) -> Any:
         return int(value) if small and value == value.to_integral_value() else value
     if isinstance(value, Integral):
         return int(value)
-    size = number(value)  # neither infinity nor NaN is an integer
+    size = to_number(value)  # neither infinity nor NaN is an integer
     return int(size) if size is not None and math.isfinite(size) and size == int(size) else value
 
 
-def number(value: Any) -> int | float | None:
-    """A value as an int or a float; None if it is no number. What a float cannot hold is infinite."""
+def to_number(value: Any) -> int | float | None:
+    """Return a value as int or float, or None if it is not a number.
+
+    Numbers outside the range of a float become infinite.
+    """
     if isinstance(value, bool) or not isinstance(value, Real | Decimal):
         return None
     try:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple, Protocol, cast
 
-from batchinfer.errors import BadParameters, RowError, shown, suggest
-from batchinfer.numeric import number, whole
+from batchinfer.errors import BadParameters, RowError, format_value, suggest
+from batchinfer.numeric import to_integer, to_number
 from batchinfer.structured import StructuredOutputs
 
 FinishReason = Literal["stop", "length", "error"]
@@ -80,7 +80,7 @@ class SamplingParams:
                 object.__setattr__(self, name, plain)
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
             if not isinstance(getattr(self, name), bool):
-                raise BadParameters(f"{name} must be true or false, got {shown(getattr(self, name))}")
+                raise BadParameters(f"{name} must be true or false, got {format_value(getattr(self, name))}")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise BadParameters(f"min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}")
         if self.max_tokens == 0 and self.prompt_logprobs is None:
@@ -128,11 +128,13 @@ class _Range(NamedTuple):
         """`value` as a plain number. Raises BadParameters."""
         if value is None and self.optional:
             return None
-        given = whole(value) if self.whole else number(value)
+        given = to_integer(value) if self.whole else to_number(value)
         if given is None or (self.whole and type(given) is not int):
-            raise BadParameters(f"{name} must be {'an integer' if self.whole else 'a number'}, got {shown(value)}")
+            raise BadParameters(
+                f"{name} must be {'an integer' if self.whole else 'a number'}, got {format_value(value)}"
+            )
         if not self.low <= given <= self.high or given == math.inf or (self.above and given == self.low):
-            raise BadParameters(f"{name} must be {self._words(given)}, got {shown(value)}")
+            raise BadParameters(f"{name} must be {self._words(given)}, got {format_value(value)}")
         return cast(int | float, given)
 
     def _words(self, given: int | float) -> str:
@@ -168,13 +170,13 @@ def _freeze(params: SamplingParams, name: str) -> None:
     if name == "stop" and isinstance(value, str):
         value = (value,)
     if isinstance(value, str) or not isinstance(value, Sequence):
-        raise BadParameters(f"{name} must be a list, got {shown(value)}")
+        raise BadParameters(f"{name} must be a list, got {format_value(value)}")
     texts = name in ("stop", "bad_words")
-    items = tuple(value if texts else map(whole, value))
+    items = tuple(value if texts else map(to_integer, value))
     for entry in items:
         if type(entry) is not (str if texts else int) or entry == "":
             wanted = "a non-empty string" if texts else "a token id"
-            raise BadParameters(f"{name} holds {shown(entry)}; every item must be {wanted}")
+            raise BadParameters(f"{name} holds {format_value(entry)}; every item must be {wanted}")
     object.__setattr__(params, name, items)
 
 
@@ -192,13 +194,15 @@ def _name_logprobs(params: SamplingParams, ids: tuple[int, ...]) -> None:
 def _bias(value: Any) -> dict[int, float]:
     """Token ids may be text: JSON has no other keys."""
     if not isinstance(value, Mapping):
-        raise BadParameters(f"logit_bias must map token ids to numbers, got {shown(value)}")
+        raise BadParameters(f"logit_bias must map token ids to numbers, got {format_value(value)}")
     bias = {}
     for key, given in value.items():
-        token = int(key) if isinstance(key, str) and _TOKEN_ID.fullmatch(key) else whole(key)
-        amount = number(given)
+        token = int(key) if isinstance(key, str) and _TOKEN_ID.fullmatch(key) else to_integer(key)
+        amount = to_number(given)
         if type(token) is not int or amount is None:
-            raise BadParameters(f"logit_bias must map token ids to numbers, got {shown(key)}: {shown(given)}")
+            raise BadParameters(
+                f"logit_bias must map token ids to numbers, got {format_value(key)}: {format_value(given)}"
+            )
         if not -100.0 <= amount <= 100.0:
             raise BadParameters(f"logit_bias of token {token} must be in [-100, 100], got {given!r}")
         bias[token] = float(amount)

@@ -1,4 +1,4 @@
-"""What is wrong with a job's values, in words: the key, what it takes, what it got, and what was perhaps meant."""
+"""Validation messages for job files: the key, the values it accepts, the value it got, and the nearest known name."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from annotated_types import Ge, Le
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from batchinfer.errors import plain, shown, suggest
+from batchinfer.errors import format_value, normalize_name, suggest
 from batchinfer.request import SamplingParams
 from batchinfer.yaml_text import Place
 
 Problem = tuple[Place, str]
-"""A key, and what is wrong with it."""
+"""A key and the message about it."""
 
 SAMPLING = "sampling"  # the section whose keys are not fields of a model
 _SAMPLING_KEYS = (*(field.name for field in dataclasses.fields(SamplingParams)), "column")
 
-# what other tools call our keys and values
+# names of our keys and values in other tools
 OTHER_NAMES = {
     "maxnewtokens": "sampling.max_tokens",
     "maxcompletiontokens": "sampling.max_tokens",
@@ -60,28 +60,28 @@ _BOOLEANS = {"yes": "true", "y": "true", "on": "true", "no": "false", "n": "fals
 
 
 def unknown_keys(model: type[BaseModel], values: Mapping[Any, Any], place: Place = ()) -> Iterator[Problem]:
-    """Keys that no field has, at every level that has fields."""
+    """Yield a problem for each unknown key, in the mapping and in every nested section."""
     known = _keys(model, place)
     for key, value in values.items():
         here = (*place, key if isinstance(key, str) else repr(key))
         if key not in known:
-            near = _meant(model, here, known)
+            near = _suggest_key(model, here, known)
             yield here, f"unknown key{near} (known: {', '.join(known)})"
         elif isinstance(value, Mapping) and (_section(model, here) is not None or here == (SAMPLING,)):
             yield from unknown_keys(model, value, here)
 
 
-def _meant(model: type[BaseModel], place: Place, known: list[str]) -> str:
-    """`"; did you mean 'x'?"`: a key beside it, or one of another section."""
+def _suggest_key(model: type[BaseModel], place: Place, known: list[str]) -> str:
+    """Return `"; did you mean 'x'?"` for the nearest key of the same section or of another one, or an empty string."""
     *parents, key = map(str, place)
-    name = plain(key)
+    name = normalize_name(key)
     everywhere = [".".join(found) for found in _all_keys(model)]
-    beside = {plain(other): other for other in known}
-    elsewhere = {plain(other.rpartition(".")[2]): other for other in reversed(everywhere)}
-    whole_path = {plain(other): other for other in everywhere}  # engine.maxNumSeqs as one key
+    beside = {normalize_name(other): other for other in known}
+    elsewhere = {normalize_name(other.rpartition(".")[2]): other for other in reversed(everywhere)}
+    whole_path = {normalize_name(other): other for other in everywhere}  # engine.maxNumSeqs as one key
     exact = beside.get(name) or whole_path.get(name) or elsewhere.get(name) or OTHER_NAMES.get(name)
-    if exact is None and ":" in key and plain(key.partition(":")[0]) in beside:
-        return "; a colon and a space end a key"
+    if exact is None and ":" in key and normalize_name(key.partition(":")[0]) in beside:
+        return "; a key ends with a colon and a space"
     if exact is None:
         close = difflib.get_close_matches(name, beside, 1, 0.6)
         exact = beside[close[0]] if close else None
@@ -112,17 +112,20 @@ def _keys(model: type[BaseModel], place: Place) -> list[str]:
 
 
 def _section(model: type[BaseModel], place: Place) -> type[BaseModel] | None:
-    """The model of a section; of the job itself if `place` is empty."""
-    found: type[BaseModel] | None = model
+    """Return the model of the section at `place`, or None; an empty `place` is the job itself."""
+    section: type[BaseModel] | None = model
     for part in place:
-        info = found.model_fields.get(str(part)) if found is not None else None
+        info = section.model_fields.get(str(part)) if section is not None else None
         options = _options(info.annotation) if info is not None else []
-        found = next((one for one in options if isinstance(one, type) and issubclass(one, BaseModel)), None)
-    return found
+        section = next((one for one in options if isinstance(one, type) and issubclass(one, BaseModel)), None)
+    return section
 
 
 def wrong_value(model: type[BaseModel], problem: Any, values: Mapping[str, Any]) -> Problem:
-    """One of pydantic's errors. Of its place only what `values` have counts: it adds names of union branches."""
+    """Convert one of pydantic's errors to a problem.
+
+    Pydantic adds the names of union branches to an error's location: only the parts that exist in `values` are kept.
+    """
     place: Place = ()
     section: type[BaseModel] | None = model
     info: FieldInfo | None = None
@@ -142,21 +145,21 @@ def wrong_value(model: type[BaseModel], problem: Any, values: Mapping[str, Any])
     if kind == "string_too_short":
         return place, "must not be empty"
     if kind == "value_error":
-        return _of_parameter(message) if place == (SAMPLING,) else (place, message)
+        return _split_parameter(message) if place == (SAMPLING,) else (place, message)
     item = isinstance(place[-1], int) if place else False
-    wanted = "text" if item else _wanted(info, section)
-    return place, f"must be {wanted}, got {shown(problem['input'])}{_hint(wanted, problem['input'])}"
+    expected = "text" if item else _describe_type(info, section)
+    return place, f"must be {expected}, got {format_value(problem['input'])}{_hint(expected, problem['input'])}"
 
 
-def _of_parameter(message: str) -> Problem:
-    """`max_tokens must be …`, `structured_outputs.json is …`: with the parameter as the key."""
+def _split_parameter(message: str) -> Problem:
+    """Split `max_tokens must be …` or `structured_outputs.json is …` into the parameter's key and the rest."""
     match = re.match(r"([a-z_]+(?:\.[a-z_]+)*):? ", message)
     if match is None or match[1].partition(".")[0] not in _SAMPLING_KEYS:
         return (SAMPLING,), message
     return (SAMPLING, *match[1].split(".")), message[match.end() :]
 
 
-def _wanted(info: FieldInfo | None, section: type[BaseModel] | None) -> str:
+def _describe_type(info: FieldInfo | None, section: type[BaseModel] | None) -> str:
     if section is not None:
         return f"a mapping with {', '.join(section.model_fields)}"
     assert info is not None
@@ -167,8 +170,8 @@ def _wanted(info: FieldInfo | None, section: type[BaseModel] | None) -> str:
             return "one of " + ", ".join(map(str, get_args(option)))
         if get_origin(option) is tuple:
             return "text, or a list of texts"
-    wanted = " or ".join(dict.fromkeys(names[get_origin(option) or option] for option in options))
-    return wanted + _bounds(info.metadata)
+    types = " or ".join(dict.fromkeys(names[get_origin(option) or option] for option in options))
+    return types + _bounds(info.metadata)
 
 
 def _bounds(metadata: Iterable[Any]) -> str:
@@ -180,24 +183,24 @@ def _bounds(metadata: Iterable[Any]) -> str:
 
 
 def _options(annotation: Any) -> list[Any]:
-    """The types of a union, less None and what is added to them."""
+    """Return the member types of a union without None and without annotations."""
     origin = get_origin(annotation)
     if origin in (Union, UnionType):
         return [one for part in get_args(annotation) if part is not type(None) for one in _options(part)]
     return _options(get_args(annotation)[0]) if origin is Annotated else [annotation]
 
 
-def _hint(wanted: str, value: Any) -> str:
-    if wanted.startswith("text"):
-        return "; in quotes it is text" if not isinstance(value, list | tuple) and value is not None else ""
+def _hint(expected: str, value: Any) -> str:
+    if expected.startswith("text"):
+        return "; put it in quotes to make it text" if not isinstance(value, list | tuple) and value is not None else ""
     if not isinstance(value, str):
         return ""
-    said = value.strip().casefold()
-    if wanted == "true or false":
-        return f"; write {_BOOLEANS[said]}" if said in _BOOLEANS else ""
-    if wanted.startswith("one of "):
-        allowed = wanted.removeprefix("one of ").split(", ")
-        other = OTHER_VALUES.get(said, "")
-        return f"; did you mean {other!r}?" if other in allowed else suggest(said, allowed)
-    number = re.fullmatch(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?", said)
-    return "; it is a number without quotes" if number and ("integer" in wanted or "number" in wanted) else ""
+    text = value.strip().casefold()
+    if expected == "true or false":
+        return f"; write {_BOOLEANS[text]}" if text in _BOOLEANS else ""
+    if expected.startswith("one of "):
+        allowed = expected.removeprefix("one of ").split(", ")
+        other = OTHER_VALUES.get(text, "")
+        return f"; did you mean {other!r}?" if other in allowed else suggest(text, allowed)
+    is_number = re.fullmatch(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?", text)
+    return "; without quotes it is a number" if is_number and ("integer" in expected or "number" in expected) else ""

@@ -1,8 +1,8 @@
 """YAML by the core schema of YAML 1.2 (https://yaml.org/spec/1.2.2/#103-core-schema), with a line for every key.
 
-PyYAML scans and parses; what values mean is decided here, since its own answer is that of YAML 1.1: `yes`, `on`,
-`1_000`, `12:30` and `2024-01-01` are text, `1e-3`, `012` and `0o17` are numbers. Keys are text as they are written, a
-key given twice is an error, and aliases can neither recurse nor multiply beyond `MAX_VALUES`.
+PyYAML scans and parses; scalars are resolved here, because PyYAML resolves them by YAML 1.1: `yes`, `on`, `1_000`,
+`12:30` and `2024-01-01` are text, `1e-3`, `012` and `0o17` are numbers. Keys are text as written, a duplicate key is an
+error, and aliases can neither recurse nor multiply beyond `MAX_VALUES`.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from yaml.scanner import Scanner
 from batchinfer.errors import SpecError
 
 Place = tuple[int | str, ...]
-"""Keys and indices from the top down; an index and its text mean the same."""
+"""Keys and indices from the root down; an index and its text are the same."""
 
 MAX_BYTES = 1 << 20
-MAX_VALUES = 100_000  # with every alias written out
+MAX_VALUES = 100_000  # with every alias expanded
 MAX_DEPTH = 100
 
 _CORE = "tag:yaml.org,2002:"
 _MERGE = "<<"
-_RECURSIVE = "an alias stands for something that holds the alias itself"
+_RECURSIVE = "an alias refers to a value that contains the alias itself"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _BREAK = re.compile("\r\n|\n|\r")
 _COMMENT = re.compile(r"[ \t]+(#[^\r\n]*)")
 _TEMPLATE = re.compile(r"\{[{%#]")
-_ALIKE = "keys beside each other are indented alike"
+_SAME_INDENT = "keys of one mapping have the same indentation"
 _QUOTE_TEMPLATE = "text with {{ … }} must be in quotes, or in lines of its own below a |"
 
 _NULL = re.compile(r"null|Null|NULL|~|")
@@ -49,39 +49,39 @@ _FLOAT = re.compile(
 )
 _FORMS = {"null": _NULL, "bool": _BOOL, "int": _INT, "float": _FLOAT}
 
-# what PyYAML's messages say → what to do about it; the first that fits
+# part of PyYAML's message → advice; the first match counts
 _ADVICE = (
     (
         "mapping values are not allowed",
-        f"a text that holds a colon and a space must be in quotes, and {_ALIKE}",
+        f"a text that holds a colon and a space must be in quotes, and {_SAME_INDENT}",
     ),
     ("scanning an alias", "a value that begins with * must be in quotes"),
-    ("undefined alias", "no anchor & of that name stands before it; a value that begins with * must be in quotes"),
+    ("undefined alias", "no anchor & with that name comes before it; a value that begins with * must be in quotes"),
     ("scanning an anchor", "a value that begins with & must be in quotes"),
     ("'\\t' that cannot start", "indent with spaces, not with tabs"),
     ("that cannot start any token", "a value that begins with it must be in quotes"),
-    ("unknown escape character", "in double quotes a \\ begins an escape: write \\\\, or use single quotes"),
-    ("quoted scalar", "a quotation mark that opens here is not closed"),
+    ("unknown escape character", "in double quotes \\ begins an escape: write \\\\, or use single quotes"),
+    ("quoted scalar", "the quotation mark that opens here is not closed"),
     ("expected a single document", "a file holds one document: nothing may follow a second ---"),
     (
         "found '<scalar>'",
         "nothing may follow a closing quotation mark, or a tab in a text without them; within '…' a ' is written ''",
     ),
-    ("expected '<document start>'", _ALIKE),
-    ("expected <block end>", f"{_ALIKE}, and so are the items of a list"),
+    ("expected '<document start>'", _SAME_INDENT),
+    ("expected <block end>", f"{_SAME_INDENT}, and so do the items of a list"),
     ("sequence entries are not allowed", "a value that begins with - must be in quotes, and items begin lines"),
     ("chomping or indentation", "the text after | or > begins on the next line"),
     ("found ']'", "a value that begins with it must be in quotes"),
     ("found '}'", "a value that begins with it must be in quotes"),
     ("flow sequence", "a list that opens with [ is closed with ], and a comma stands between its items"),
     ("flow mapping", "a mapping that opens with { is closed with }, and a comma stands between its keys"),
-    ("flow node", "a [ or { that opens here is not closed"),
+    ("flow node", "the [ or { that opens here is not closed"),
     ("expected ':'", "a line is a key, a colon, a space and a value"),
 )
 
 
 class NotYaml(SpecError):
-    """The text is not YAML at all; other SpecErrors are about YAML that must not be taken as it stands."""
+    """Text that is not YAML at all. Other SpecErrors are about valid YAML that is rejected."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,21 +96,21 @@ class Document:
     comments: dict[tuple[str, ...], str] = field(default_factory=dict)
 
     def line(self, place: Iterable[int | str]) -> int:
-        """The line of the deepest part of a place that is there."""
+        """Return the line of `place`, or of its deepest part that exists."""
         parts = tuple(map(str, place))
         return next((self.lines[parts[:n]] for n in range(len(parts), -1, -1) if parts[:n] in self.lines), 1)
 
 
 def read_yaml(data: bytes | str, source: str) -> Document:
-    """Raises SpecError that begins with `source` and a line."""
-    text = data if isinstance(data, str) else _decoded(data, source)
+    """Parse YAML text. Raises SpecError, prefixed with `source` and a line."""
+    text = data if isinstance(data, str) else _decode(data, source)
     places = _Lines(text, source)
     try:
         node = _Composer(text).get_single_node()
     except ReaderError as error:
         raise places.fault(error.position, f"not text: it holds the character U+{int(error.character):04X}") from None
     except MarkedYAMLError as error:
-        raise _syntax(error, text, places) from None
+        raise _syntax_error(error, text, places) from None
     except (YAMLError, ValueError, OverflowError) as error:  # the last two: "\U99999999" in a quoted text
         raise NotYaml(f"{source}: not YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
@@ -121,9 +121,9 @@ def read_yaml(data: bytes | str, source: str) -> Document:
     return Document(builder.build(node, ()), builder.lines, builder.comments)
 
 
-def _decoded(data: bytes, source: str) -> str:
+def _decode(data: bytes, source: str) -> str:
     if len(data) > MAX_BYTES:
-        raise NotYaml(f"{source}: not a job file: it has {len(data):,} bytes, and {MAX_BYTES:,} are the most")
+        raise NotYaml(f"{source}: not a job file: it has {len(data):,} bytes, and the limit is {MAX_BYTES:,}")
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise NotYaml(f"{source}:1: this is UTF-16; save the file as UTF-8")
     zero = data.find(b"\0")
@@ -139,7 +139,7 @@ def _decoded(data: bytes, source: str) -> str:
 
 
 class _Lines:
-    """Where the lines of a text begin, as editors count them."""
+    """Index of the line starts of a text, counted as editors count them."""
 
     def __init__(self, text: str, source: str) -> None:
         self._starts = [0, *(match.end() for match in _BREAK.finditer(text))]
@@ -153,7 +153,7 @@ class _Lines:
 
 
 class _Composer(Reader, Scanner, Parser, Composer, BaseResolver):
-    """Nodes with the tags of the core schema."""
+    """Composer whose nodes have the tags of the core schema."""
 
     def __init__(self, text: str) -> None:
         Reader.__init__(self, text)
@@ -163,7 +163,7 @@ class _Composer(Reader, Scanner, Parser, Composer, BaseResolver):
         BaseResolver.__init__(self)
 
     def scan_to_next_token(self) -> None:
-        """Tabs are white space, except where they would indent; PyYAML takes none."""
+        """Skip tabs as white space, except where they would indent; PyYAML accepts none."""
         Scanner.scan_to_next_token(self)
         while self.peek() == "\t":
             blanks = next(number for number in count(1) if self.peek(number) not in " \t")
@@ -182,17 +182,20 @@ class _Composer(Reader, Scanner, Parser, Composer, BaseResolver):
         )
 
 
-def _syntax(error: MarkedYAMLError, text: str, places: _Lines) -> SpecError:
-    """Where and what, and what to do; the line with an unquoted template is the one to look at."""
-    said = f"{error.context or ''} {error.problem or ''}"
+def _syntax_error(error: MarkedYAMLError, text: str, places: _Lines) -> SpecError:
+    """Convert PyYAML's error to one with a line and advice.
+
+    If a line holds an unquoted template, the error is about that line.
+    """
+    message = f"{error.context or ''} {error.problem or ''}"
     marks = [mark for mark in (error.problem_mark, error.context_mark) if mark is not None]
-    advice = next((advice for part, advice in _ADVICE if part in said), "")
+    advice = next((advice for pattern, advice in _ADVICE if pattern in message), "")
     if not advice.startswith(("in double quotes", "a quotation mark", "a file holds")):
         for mark in marks:
             if _TEMPLATE.search(_line_of(text, mark)):
                 return places.fault(mark.index, f"not YAML: {_QUOTE_TEMPLATE}")
-    if "quoted scalar" in said:
-        marks.reverse()  # the place where it opens
+    if "quoted scalar" in message:
+        marks.reverse()  # report the opening quotation mark
     problem = " ".join((error.problem or error.context or "").split())
     index = min(marks[0].index, max(len(text.rstrip()) - 1, 0)) if marks else 0
     return places.fault(index, f"not YAML: {problem}{f'; {advice}' if advice else ''}")
@@ -205,7 +208,7 @@ def _line_of(text: str, mark: Mark) -> str:
 
 
 class _Builder:
-    """From nodes to plain values."""
+    """Converter from YAML nodes to plain values."""
 
     def __init__(self, text: str, places: _Lines) -> None:
         self.lines: dict[tuple[str, ...], int] = {}
@@ -228,28 +231,28 @@ class _Builder:
         if isinstance(node, MappingNode):
             value: Any = self._mapping(node, place)
         else:
-            self._plain_tag(node, place, "seq")
+            self._check_tag(node, place, "seq")
             value = [self.build(item, (*place, str(number))) for number, item in enumerate(node.value)]
         self._open.discard(node)
         return value
 
     def _mapping(self, node: MappingNode, place: tuple[str, ...]) -> dict[str, Any]:
-        self._plain_tag(node, place, "map")
-        made = {}
+        self._check_tag(node, place, "map")
+        values = {}
         for name, (key, value) in self._pairs(node, place).items():
             self.lines[*place, name] = self._line(key)
-            made[name] = self.build(value, (*place, name))
-        return made
+            values[name] = self.build(value, (*place, name))
+        return values
 
     def _pairs(self, node: MappingNode, place: tuple[str, ...]) -> dict[str, tuple[Node, Node]]:
-        """Its keys and those that `<<` brings in, which its own go before."""
+        """Return the keys of a mapping and of its `<<` merges; its own keys take precedence."""
         own: dict[str, tuple[Node, Node]] = {}
         for key, value in node.value:
             self._count(key, place)
             name = self._key(node, key, place)
             if name in own:
                 first = self._line(own[name][0])
-                raise self._fault(key, (*place, name), f"given twice; it stands on line {first} already")
+                raise self._fault(key, (*place, name), f"given twice; the first is on line {first}")
             own[name] = (key, value)
         merge = own.get(_MERGE)
         if merge is None or not isinstance(merge[0], ScalarNode) or merge[0].style is not None:  # quoted, it is text
@@ -258,20 +261,20 @@ class _Builder:
         return self._merged(*merge, place) | own
 
     def _merged(self, key: Node, value: Node, place: tuple[str, ...]) -> dict[str, tuple[Node, Node]]:
-        """What `<<` brings in; of several mappings the first that has a key counts."""
-        found: dict[str, tuple[Node, Node]] = {}
+        """Return the keys that `<<` merges; the first of several mappings takes precedence."""
+        pairs: dict[str, tuple[Node, Node]] = {}
         for other in value.value if isinstance(value, SequenceNode) else [value]:
             if not isinstance(other, MappingNode):
-                raise self._fault(key, place, "<< takes an alias of a mapping, or a list of them")
+                raise self._fault(key, place, "<< must be an alias of a mapping, or a list of such aliases")
             if other in self._open:
                 raise self._fault(key, place, _RECURSIVE)
             self._open.add(other)
-            found = self._pairs(other, place) | found
+            pairs = self._pairs(other, place) | pairs
             self._open.discard(other)
-        return found
+        return pairs
 
     def _key(self, node: MappingNode, key: Node, place: tuple[str, ...]) -> str:
-        """Keys are text as it is written, as in JSON."""
+        """Return a key as text as it is written, as in JSON."""
         if isinstance(key, ScalarNode):
             return self._whole_text(key, place)
         if self._text.startswith("{{", node.start_mark.index):
@@ -289,7 +292,7 @@ class _Builder:
             return self._whole_text(node, place)
         form = _FORMS.get(kind)
         if form is None or not form.fullmatch(node.value):
-            raise self._fault(node, place, f"the tag {node.tag} does not go with it" if form else _tag(node))
+            raise self._fault(node, place, f"the tag {node.tag} does not fit the value" if form else _tag(node))
         return self._number(node, place) if kind in ("int", "float") else _CONSTANTS[node.value.lower()]
 
     def _number(self, node: ScalarNode, place: tuple[str, ...]) -> int | float:
@@ -302,7 +305,7 @@ class _Builder:
             raise self._fault(node, place, f"a number of {len(text):,} digits") from None
 
     def _whole_text(self, node: ScalarNode, place: tuple[str, ...]) -> str:
-        """JSON writes a character beyond 16 bits as two escapes."""
+        """Join surrogate pairs, as JSON escapes a character beyond 16 bits. Raises SpecError for half a pair."""
         text: str = node.value
         if not _SURROGATE.search(text):
             return text
@@ -311,14 +314,14 @@ class _Builder:
         except UnicodeDecodeError:
             raise self._fault(node, place, "half of a character: \\ud800 to \\udfff come in pairs") from None
 
-    def _plain_tag(self, node: Node, place: tuple[str, ...], wanted: str) -> None:
-        if node.tag != _CORE + wanted:
+    def _check_tag(self, node: Node, place: tuple[str, ...], tag: str) -> None:
+        if node.tag != _CORE + tag:
             raise self._fault(node, place, _tag(node))
 
     def _count(self, node: Node, place: tuple[str, ...]) -> None:
         self._left -= 1
         if self._left < 0:
-            raise self._fault(node, place, f"more than {MAX_VALUES:,} values, with every alias written out")
+            raise self._fault(node, place, f"more than {MAX_VALUES:,} values, with every alias expanded")
 
     def _line(self, node: Node) -> int:
         return self._places.at(node.start_mark.index)
@@ -335,6 +338,6 @@ def _tag(node: Node) -> str:
 
 
 def dotted(place: Iterable[int | str]) -> str:
-    """`engine.max_num_seqs`; a key with other characters is in quotes."""
+    """Return a place as `engine.max_num_seqs`; keys with other characters are quoted."""
     parts = map(str, place)
     return ".".join(part if re.fullmatch(r"[\w-]+", part) else repr(part) for part in parts)

@@ -1,4 +1,4 @@
-"""Fixtures that every test folder may use."""
+"""Fixtures shared by all test folders."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 pytest_plugins = ["tests.sampling", "tests.servers"]
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the command line does; see there
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the command line sets it, for the reason given there
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # workers share the cores, and so do their subprocesses
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
@@ -21,21 +21,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--eager-kernels"):
-        from batchinfer import ops  # only here: torch takes seconds, and few folders' tests need it
+        from batchinfer import ops  # imported late: torch takes seconds, and few test folders need it
 
         ops.use_eager("cpu")
 
 
 @pytest.fixture(scope="session")
 def plain_torch(pytestconfig: pytest.Config) -> bool:
-    """Whether no C++ runs: what torch computes of a row can depend, in its last bits, on the rows beside it."""
+    """Return True if no C++ runs.
+
+    Torch's results for a row can depend, in the last bits, on the other rows of the batch.
+    """
     return bool(pytestconfig.getoption("--eager-kernels"))
 
 
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
-    """The model of the quickstart; tests that use it carry the marker `model`."""
+    """Return the path of the quickstart's model. Tests that use it carry the marker `model`."""
     path = Path(os.environ.get("BATCHINFER_TEST_MODEL", _ROOT / ".models" / "SmolLM2-135M-Instruct.Q4_1.gguf"))
     if not path.is_file():
-        pytest.fail(f"{path} is not there: run `make model`, or point BATCHINFER_TEST_MODEL at the GGUF file")
+        pytest.fail(f"{path} does not exist: run `make model`, or point BATCHINFER_TEST_MODEL at the GGUF file")
     return path

@@ -1,6 +1,6 @@
-"""What users see and a change must show in a diff: CLI help pages and the keys of a job file.
+"""Generator of the frozen texts: CLI help pages and the keys of a job file, so that changes show in a diff.
 
-`python -m tests.frozen` writes them anew after a change that is meant.
+`python -m tests.frozen` rewrites them after an intended change.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ FIELDS = Path(__file__).parent / "golden" / "job_fields.md"
 
 
 def _load() -> ModuleType:
-    """Return docs/generated.py, a hook of mkdocs and no module of a package."""
+    """Import docs/generated.py, which is a hook of mkdocs and not a module of a package."""
     spec = importlib.util.spec_from_file_location("docs_generated", ROOT / "docs" / "generated.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -34,12 +34,12 @@ def help_pages() -> str:
 
 
 def exit_codes() -> dict[int, list[str]]:
-    """Return the errors of ours by exit code, in the order of the tree."""
-    found: dict[int, list[str]] = {}
+    """Return exit code → names of our errors, in the order of the tree."""
+    names: dict[int, list[str]] = {}
     for value in vars(errors).values():
         if isinstance(value, type) and issubclass(value, errors.BatchInferError):
-            found.setdefault(value.exit_code, []).append(value.__name__)
-    return found
+            names.setdefault(value.exit_code, []).append(value.__name__)
+    return names
 
 
 def write() -> None:

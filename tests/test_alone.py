@@ -1,4 +1,4 @@
-"""What a prompt is answered is its own affair: alone, among others, and in any order it is the same."""
+"""Property tests: a prompt's completion does not depend on the other prompts or on their order."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ PARAMS: list[dict[str, Any]] = [
     {"structured_outputs": {"json": {"type": "object"}}},
     {"logit_bias": {5: 1.0}},
 ]
-FRAMINGS = [None, PromptOptions(True, {}, whole_answer=True), PromptOptions(False, {"add_generation_prompt": False})]
+OPTIONS = [None, PromptOptions(True, {}, whole_answer=True), PromptOptions(False, {"add_generation_prompt": False})]
 
 
-def generated() -> st.SearchStrategy[Prompt]:
+def generate_prompts() -> st.SearchStrategy[Prompt]:
     params = st.sampled_from(PARAMS).map(lambda given: SamplingParams(**{"temperature": 0, "max_tokens": 20, **given}))
     contents = st.sampled_from(["is", "is ", "is\n", [105, 115], CHAT])
-    return st.builds(Prompt, st.just(0), contents, params, st.integers(0, 2), framing=st.sampled_from(FRAMINGS))
+    return st.builds(Prompt, st.just(0), contents, params, st.integers(0, 2), framing=st.sampled_from(OPTIONS))
 
 
-def read() -> st.SearchStrategy[Prompt]:
+def score_and_embed_prompts() -> st.SearchStrategy[Prompt]:
     texts = st.lists(st.sampled_from(TEXTS), min_size=1, max_size=2)
     scored = st.builds(continuations, texts, st.sampled_from(["sum", "tokens", "characters"]))
     pooled = st.builds(Pooled, st.sampled_from(["mean", "last", "cls"]), st.booleans(), st.sampled_from([None, 16, 3]))
@@ -63,12 +63,12 @@ def fake_llm() -> LLM:
     return LLM("fake", fake=FakeSpec(answer_tokens=(3, 15)), max_model_len=90, kv_cache_tokens=400, max_num_seqs=4)
 
 
-def answers(llm: LLM, prompts: list[Prompt]) -> list[Completion]:
-    """In order; without what depends on others and may."""
+def completions_of(llm: LLM, prompts: list[Prompt]) -> list[Completion]:
+    """Return the completions in prompt order, with the fields cleared that may depend on other prompts."""
     numbered = [replace(prompt, index=index) for index, prompt in enumerate(prompts)]
-    found = sorted(llm.run(numbered), key=lambda completion: completion.index)
-    assert [completion.index for completion in found] == list(range(len(prompts)))
-    return [replace(completion, index=0, cached_tokens=0) for completion in found]
+    completions = sorted(llm.run(numbered), key=lambda completion: completion.index)
+    assert [completion.index for completion in completions] == list(range(len(prompts)))
+    return [replace(completion, index=0, cached_tokens=0) for completion in completions]
 
 
 @pytest.fixture(scope="module")
@@ -79,25 +79,30 @@ def shared() -> LLM:
 ALONE: dict[str, Completion] = {}
 
 
-def same(found: Completion, prompt: Prompt) -> bool:
+def equals_single_run(completion: Completion, prompt: Prompt) -> bool:
     key = repr(prompt)
     if key not in ALONE:
-        ALONE[key] = answers(fake_llm(), [prompt])[0]
+        ALONE[key] = completions_of(fake_llm(), [prompt])[0]
     alone = ALONE[key]
-    return replace(found, error=None) == replace(alone, error=None) and repr(found.error) == repr(alone.error)
+    return replace(completion, error=None) == replace(alone, error=None) and repr(completion.error) == repr(alone.error)
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.one_of(generated(), read()), min_size=2, max_size=24), st.randoms(use_true_random=False))
-def test_answers_among_others_are_those_alone(shared, prompts, rng):
+@given(
+    st.lists(st.one_of(generate_prompts(), score_and_embed_prompts()), min_size=2, max_size=24),
+    st.randoms(use_true_random=False),
+)
+def test_completion_in_a_batch_equals_single_run(shared, prompts, rng):
     prompts = prompts + rng.sample(prompts, len(prompts))
-    for prompt, found in zip(prompts, answers(shared, prompts), strict=True):
-        assert same(found, prompt), prompt
+    for prompt, completion in zip(prompts, completions_of(shared, prompts), strict=True):
+        assert equals_single_run(completion, prompt), prompt
 
 
-def test_spaces_at_the_end_of_a_context_are_part_of_what_is_scored():
+def test_score_counts_trailing_spaces_of_the_context():
     pairs = [("France is", " Paris"), ("France is ", " Paris"), ("France is\n", " Paris")]
     expected = [fake_llm().score([pair])[0].scores for pair in pairs]
     for order in ([0, 1, 2], [2, 1, 0], [1, 0, 2]):
-        assert [found.scores for found in fake_llm().score([pairs[i] for i in order])] == [expected[i] for i in order]
+        assert [completion.scores for completion in fake_llm().score([pairs[i] for i in order])] == [
+            expected[i] for i in order
+        ]
     assert len({scores[0].logprob for scores in expected}) == 3

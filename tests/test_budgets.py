@@ -1,7 +1,7 @@
-"""The shape of the code, held: file and function lengths, parameters, attributes, nesting, annotations, import cycles.
+"""Style budgets: lengths of files and functions, parameters, attributes, nesting, annotations, import cycles.
 
-Lengths are physical lines. A function runs from `def` to its last line; decorators do not count, `self` and `cls`
-are no parameters. Nesting counts if, for, while, with, try and match; an elif is as deep as its if.
+Lengths are physical lines. A function runs from `def` to its last line; decorators, `self` and `cls` do not count.
+Nesting counts if, for, while, with, try and match; an elif is as deep as its if.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ SOURCES = sorted([*ROOT.glob("batchinfer/**/*.py"), *ROOT.glob("kernels/**/*.py"
 
 FILE_LINES = 450
 FUNCTION_LINES = 70
-KERNEL_LINES = 150  # a kernel's body is one long recipe
+KERNEL_LINES = 150  # a kernel's body is one long sequence of steps
 FUNCTION_LINES_P95 = 40
 PARAMETERS = 6
 CONSTRUCTOR_PARAMETERS = 8
 ATTRIBUTES = 15
-DECLARATIONS = {"SamplingParams", "SamplingBody"}  # lists of what a user can ask for, as wide as that is
+DECLARATIONS = {"SamplingParams", "SamplingBody"}  # lists of user-settable fields, as long as the API is
 NESTING = 3
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -69,7 +69,7 @@ def nesting(node: ast.AST) -> int:
 
 
 def attributes_of(node: ast.ClassDef) -> set[str]:
-    """What methods store on self, and what the class body declares with a type."""
+    """Return the attributes that methods assign on self and the annotated names of the class body."""
     declared = {n.target.id for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
     stored = {
         n.attr
@@ -87,15 +87,18 @@ def module_name(path: Path) -> str:
 
 
 def imports_of(tree: ast.AST, known: set[str]) -> set[str]:
-    """Modules of ours that `tree` imports, inside functions too; a package is meant only where nothing below it is."""
-    found: set[str] = set()
+    """Return the modules of this tree that `tree` imports, inside functions too.
+
+    An import of a name from a package counts as the package only if no module has that name.
+    """
+    imported: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= {name if name in known else node.module for name in names}
-    return found & known
+            imported |= {name if name in known else node.module for name in names}
+    return imported & known
 
 
 @pytest.fixture(scope="module")
@@ -108,21 +111,21 @@ def functions(trees: dict[Path, ast.Module]) -> list[FunctionFacts]:
     return [facts for path, tree in trees.items() for facts in functions_of(tree, str(path.relative_to(ROOT)))]
 
 
-def none_over(found: Iterable[object]) -> None:
-    lines = [str(one) for one in found]
+def assert_none(violations: Iterable[object]) -> None:
+    lines = [str(violation) for violation in violations]
     assert not lines, "over budget:\n" + "\n".join(lines)
 
 
 def test_files_are_short():
     long = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCES}
-    none_over(f"{where}: {lines} lines" for where, lines in long.items() if lines > FILE_LINES)
+    assert_none(f"{where}: {lines} lines" for where, lines in long.items() if lines > FILE_LINES)
 
 
 def test_functions_are_short(functions):
     def limit(facts: FunctionFacts) -> int:
         return KERNEL_LINES if facts.where.startswith("kernels/") else FUNCTION_LINES
 
-    none_over(f"{f.where}: {f.lines} lines" for f in functions if f.lines > limit(f))
+    assert_none(f"{f.where}: {f.lines} lines" for f in functions if f.lines > limit(f))
     lengths = sorted(f.lines for f in functions)
     assert lengths[max(0, -(-len(lengths) * 95 // 100) - 1)] <= FUNCTION_LINES_P95
 
@@ -132,19 +135,19 @@ def test_functions_take_few_parameters(functions):
         return CONSTRUCTOR_PARAMETERS if facts.name in ("__init__", "__new__") else PARAMETERS
 
     ours = [f for f in functions if not f.where.startswith("kernels/")]
-    none_over(f"{f.where}: {f.parameters} parameters" for f in ours if f.parameters > limit(f))
+    assert_none(f"{f.where}: {f.parameters} parameters" for f in ours if f.parameters > limit(f))
 
 
 def test_nesting_is_shallow(functions):
-    none_over(f"{f.where}: nesting {f.nesting}" for f in functions if f.nesting > NESTING)
+    assert_none(f"{f.where}: nesting {f.nesting}" for f in functions if f.nesting > NESTING)
 
 
 def test_everything_is_annotated(functions):
-    none_over(f"{f.where}: not fully annotated" for f in functions if not f.annotated)
+    assert_none(f"{f.where}: not fully annotated" for f in functions if not f.annotated)
 
 
 def test_classes_own_few_attributes(trees):
-    none_over(
+    assert_none(
         f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {len(attributes_of(node))} attributes"
         for path, tree in trees.items()
         for node in ast.walk(tree)
@@ -158,7 +161,7 @@ def test_no_import_cycles(trees):
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle
 
 
-def test_measures_see_what_they_should():
+def test_measures_of_a_sample_source_are_as_counted_by_hand():
     source = """
 class Wide:
     declared: int = 0

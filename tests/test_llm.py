@@ -1,4 +1,4 @@
-"""The Python API over the fake model: order, errors, samples, stop strings, closing, and what one bad prompt spoils."""
+"""Tests of the Python API with the fake model: order, errors, samples, stop strings, closing, invalid prompts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def fake_llm(**options: object) -> LLM:
     return LLM("fake", fake=FakeSpec(answer_tokens=(3, 30)), **options)
 
 
-def test_generate_keeps_input_order_and_repeats() -> None:
+def test_generate_returns_input_order_and_is_deterministic() -> None:
     llm = fake_llm(max_num_seqs=8)
     prompts = [f"prompt number {i} " * (i % 7 + 1) for i in range(50)]
     first = llm.generate(prompts, SamplingParams(max_tokens=64))
@@ -32,7 +32,7 @@ def test_generate_keeps_input_order_and_repeats() -> None:
     assert [c.outputs for c in first] == [c.outputs for c in again]
 
 
-def test_prompts_of_every_kind_and_bad_ones() -> None:
+def test_generate_accepts_every_prompt_type_and_reports_invalid_ones() -> None:
     llm = fake_llm(max_model_len=100)
     prompts: list[object] = [
         "text",
@@ -58,7 +58,7 @@ def test_prompts_of_every_kind_and_bad_ones() -> None:
     assert all(not c.outputs for c in completions if c.error)
 
 
-def test_one_sampling_params_each_and_too_few() -> None:
+def test_generate_pairs_params_with_prompts_and_refuses_too_few() -> None:
     llm = fake_llm()
     completions = llm.generate(["a", "b"], [SamplingParams(max_tokens=1), SamplingParams(max_tokens=2)])
     assert [len(c.outputs[0].token_ids) for c in completions] == [1, 2]
@@ -68,7 +68,7 @@ def test_one_sampling_params_each_and_too_few() -> None:
     assert len(llm.generate(["still", "works"])) == 2
 
 
-def test_samples_differ_and_repeat_with_the_seed() -> None:
+def test_samples_differ_and_are_reproducible_with_the_seed() -> None:
     params = SamplingParams(n=4, temperature=1.0, max_tokens=40)
     first, second = (fake_llm(seed=5).generate(["same prompt"] * 2, params) for _ in range(2))
     assert [c.outputs for c in first] == [c.outputs for c in second]
@@ -79,7 +79,7 @@ def test_samples_differ_and_repeat_with_the_seed() -> None:
     assert seeded[0].outputs[0] != seeded[0].outputs[1]
 
 
-def test_stop_strings_cut_the_text() -> None:
+def test_stop_string_ends_the_text_after_min_tokens() -> None:
     llm = fake_llm()
     greedy = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
     whole = llm.generate(["stop me"], greedy)[0].outputs[0].text
@@ -93,7 +93,7 @@ def test_stop_strings_cut_the_text() -> None:
         assert output.finish_reason == "stop"
         assert output.text == whole[: end + 2 * include]
         assert len(output.token_ids) == end + 2
-    # a stop string that is complete after min_tokens tokens neither ends the answer nor cuts its text
+    # a stop string that is complete before min_tokens tokens neither ends the sequence nor cuts its text
     for min_tokens in (end + 1, end + 2, end + 5):
         later = whole[end + 6]
         params = replace(greedy, stop=(stop, later), min_tokens=min_tokens)
@@ -105,10 +105,10 @@ def test_stop_strings_cut_the_text() -> None:
         )
 
 
-def test_stream_takes_an_endless_iterator_and_closes() -> None:
+def test_stream_of_endless_prompts_is_lazy_and_closes() -> None:
     llm = fake_llm(max_num_seqs=4)
-    taken = itertools.count()
-    stream = llm.stream((f"prompt {next(taken)}" for _ in itertools.count()), SamplingParams(max_tokens=5))
+    produced = itertools.count()
+    stream = llm.stream((f"prompt {next(produced)}" for _ in itertools.count()), SamplingParams(max_tokens=5))
     seen = [next(stream) for _ in range(100)]
     assert len({completion.index for completion in seen}) == 100
     with pytest.raises(UsageError, match="already running"):
@@ -116,11 +116,11 @@ def test_stream_takes_an_endless_iterator_and_closes() -> None:
     before = threading.active_count()
     stream.close()
     assert threading.active_count() == before - 1
-    assert next(taken) < 2048 + 8 * 64, "look-ahead is bounded"
+    assert next(produced) < 2048 + 8 * 64, "look-ahead is bounded"
     assert llm.generate(["again"])[0].error is None
 
 
-def test_an_exception_of_the_prompts_is_raised_and_leaves_the_engine_clean() -> None:
+def test_exception_of_the_prompt_iterator_is_raised_and_the_engine_stays_usable() -> None:
     def prompts() -> Iterator[str]:
         yield from ("a", "b", "c")
         raise ConnectionError("the reader broke")
@@ -131,23 +131,23 @@ def test_an_exception_of_the_prompts_is_raised_and_leaves_the_engine_clean() -> 
     assert llm.generate(["after"])[0].error is None
 
 
-def test_prompt_errors_pass_through_run() -> None:
+def test_run_passes_prompt_errors_through() -> None:
     llm = fake_llm()
     items = [Prompt(7, None, error=TemplateError("no column x")), Prompt(9, "fine")]
     completions = {c.index: c for c in llm.run(items)}
     assert isinstance(completions[7].error, TemplateError) and completions[9].error is None
 
 
-def test_bad_sampling_of_one_prompt() -> None:
+def test_invalid_sampling_fails_only_its_own_prompt() -> None:
     llm = fake_llm()
-    given = [SamplingParams(), SamplingParams(logit_bias={5000: 1.0}), SamplingParams(stop_token_ids=(7000,))]
-    errors = [c.error for c in llm.generate(["a", "b", "c"], given)]
+    params = [SamplingParams(), SamplingParams(logit_bias={5000: 1.0}), SamplingParams(stop_token_ids=(7000,))]
+    errors = [c.error for c in llm.generate(["a", "b", "c"], params)]
     assert errors[0] is None
     assert isinstance(errors[1], RowError) and "logit_bias names token 5000" in str(errors[1])
     assert isinstance(errors[2], RowError) and "stop_token_ids names token 7000" in str(errors[2])
 
 
-def test_stats_and_prefix_reuse() -> None:
+def test_stats_count_reused_prefix_tokens() -> None:
     llm = fake_llm()
     llm.generate(["a long shared prefix of many bytes, longer than a block or two " + str(i) for i in range(20)])
     stats = llm.stats()
@@ -155,21 +155,21 @@ def test_stats_and_prefix_reuse() -> None:
     assert stats.generated_tokens > 0 and stats.steps > 0 and stats.preemptions == 0
 
 
-def test_unknown_option_has_a_suggestion() -> None:
+def test_unknown_option_is_refused_with_a_suggestion() -> None:
     with pytest.raises(UsageError, match="did you mean 'max_num_seqs'"):
         LLM("fake", max_num_seq=3)
     with pytest.raises(UsageError, match="kv_cache_tokens"):
         LLM("fake", kv_cache_tokens=-1)
 
 
-def test_logprobs_and_public_types() -> None:
+def test_logprobs_have_one_entry_per_token() -> None:
     completion = fake_llm().generate(["a"], SamplingParams(logprobs=2, max_tokens=3))[0]
     assert isinstance(completion, Completion)
     entries = completion.outputs[0].logprobs
     assert entries is not None and [e.token_id for e in entries] == completion.outputs[0].token_ids
 
 
-def test_logprobs_of_named_tokens() -> None:
+def test_logprob_token_ids_select_the_logprobs() -> None:
     params = SamplingParams(max_tokens=4, logprob_token_ids=[65, 66, 65], ignore_eos=True)
     assert params.logprob_token_ids == (65, 66) and params.logprobs == 0
     (completion,) = fake_llm().generate(["hello"], params)

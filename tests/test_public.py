@@ -1,4 +1,4 @@
-"""The public surface of the package, and what importing it costs."""
+"""Tests of the package's public names and of its import time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HEAVY = (
 )
 
 
-def test_public_names():
+def test_all_lists_the_public_names_and_unknown_ones_raise():
     assert batchinfer.__all__ == ["LLM", "Completion", "SamplingParams", "__version__"]
     assert all(getattr(batchinfer, name) for name in batchinfer.__all__)
     with pytest.raises(AttributeError, match="no attribute 'Llm'"):
@@ -47,16 +47,16 @@ def loaded_by(code: str) -> set[str]:
         "from batchinfer.job.drain import Drain; from batchinfer.job.shard import resolve_shard",
     ],
 )
-def test_light_imports(code):
+def test_import_loads_no_heavy_module(code):
     assert loaded_by(code).isdisjoint(HEAVY)
 
 
-def test_help_of_a_command_is_light():
+def test_command_help_loads_no_heavy_module():
     # some versions of typer import pydantic to read a command's arguments
     for command in (["run"], ["bench"], ["bench", "throughput"], ["bench", "host"], ["serve"]):
         code = f"from batchinfer.cli.main import main; main({[*command, '--help']})"
         assert loaded_by(code).isdisjoint({*HEAVY} - {"pydantic"}), command
 
 
-def test_params_come_without_torch():
+def test_sampling_params_import_without_torch():
     assert "torch" not in loaded_by("from batchinfer import SamplingParams, Completion")

@@ -1,4 +1,4 @@
-"""Sampling parameters: numbers in any form that means them, and bounds that messages give as they are."""
+"""Tests of sampling parameters: number types, bounds and their messages."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from batchinfer.errors import BadParameters, InvalidInput
 from batchinfer.openai.parse import parse
 from batchinfer.request import _RANGES, SamplingParams
 
-WHOLE = [name for name, limits in _RANGES.items() if limits.whole]
+INTEGER_FIELDS = [name for name, limits in _RANGES.items() if limits.whole]
 FIVE = [5.0, Decimal(5), Decimal("5.00"), Decimal("5E0"), np.int64(5), np.float64(5), np.uint8(5), np.float32(5)]
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", INTEGER_FIELDS)
 @pytest.mark.parametrize("five", FIVE, ids=repr)
-def test_whole_numbers(name, five):
+def test_integer_field_accepts_integral_values_of_any_type(name, five):
     value = getattr(SamplingParams(**{name: five}), name)
     assert value == 5 and type(value) is int
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", INTEGER_FIELDS)
 @pytest.mark.parametrize(
     "value", [5.5, True, False, "5", math.inf, math.nan, Decimal("5.5"), Decimal("NaN"), Decimal("1E+900000"), [5]]
 )
-def test_what_is_no_whole_number(name, value):
+def test_integer_field_refuses_other_values(name, value):
     with pytest.raises(BadParameters, match=f"^{name} must be an integer, got "):
         SamplingParams(**{name: value})
 
 
 @pytest.mark.parametrize("half", [Decimal("0.5"), np.float32(0.5), Fraction(1, 2)], ids=repr)
-def test_numbers(half):
+def test_float_field_accepts_any_real_type(half):
     params = SamplingParams(temperature=half, top_p=half, logit_bias={"5": half})
     assert type(params.temperature) is float and params.top_p == 0.5 and params.logit_bias == {5: 0.5}
 
@@ -65,7 +65,7 @@ def test_numbers(half):
         ("seed", -1 << 64, "at least -9223372036854775808, got -18446744073709551616"),
     ],
 )
-def test_bounds_are_said_as_they_are(name, value, message):
+def test_value_out_of_range_is_refused_with_the_bound(name, value, message):
     with pytest.raises(BadParameters) as caught:
         SamplingParams(**{name: value})
     assert str(caught.value).startswith(f"{name} must be {message}")
@@ -73,7 +73,7 @@ def test_bounds_are_said_as_they_are(name, value, message):
 
 @given(st.sampled_from(sorted(_RANGES)), st.floats() | st.integers() | st.decimals() | st.fractions() | st.booleans())
 @settings(max_examples=300, deadline=None)
-def test_any_number_is_taken_as_what_it_is_or_refused_by_name(name, value):
+def test_any_number_is_accepted_unchanged_or_refused_by_name(name, value):
     try:
         params = SamplingParams(**{name: value, "max_tokens": 1 << 62} if name == "min_tokens" else {name: value})
     except BadParameters as error:
@@ -83,7 +83,7 @@ def test_any_number_is_taken_as_what_it_is_or_refused_by_name(name, value):
         assert type(got) in (int, float) and math.isclose(got, value, abs_tol=1e-300)
 
 
-def test_token_ids():
+def test_token_id_fields_accept_integers_and_refuse_others():
     params = SamplingParams(
         stop_token_ids=[5.0, Decimal(6)], allowed_token_ids=[np.int32(7)], logit_bias={5.0: 1, "6": 2}
     )
@@ -104,7 +104,7 @@ def test_token_ids():
             SamplingParams(**{name: value})
 
 
-def test_unknown_names():
+def test_unknown_parameter_is_refused_with_a_suggestion():
     for name, near in (("maxTokens", "max_tokens"), ("top-p", "top_p"), ("Temperature", "temperature"), (5, None)):
         with pytest.raises(BadParameters) as caught:
             SamplingParams.from_mapping({name: 1})
@@ -112,7 +112,7 @@ def test_unknown_names():
 
 
 @pytest.mark.parametrize("name", ["max_tokens", "min_tokens", "n", "best_of", "top_k", "seed", "max_completion_tokens"])
-def test_bodies_take_whole_numbers(name):
+def test_request_body_integer_accepts_5_0_and_refuses_5_5(name):
     def body(value):
         return parse("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], name: value})
 
@@ -142,7 +142,7 @@ def test_bodies_take_whole_numbers(name):
         ({"stream_options": "x" * 99}, 'stream_options: must be an object, got "' + "x" * 59 + "…"),
     ],
 )
-def test_bodies_say_what_a_field_must_be(fields, message):
+def test_request_body_error_names_the_expected_type(fields, message):
     with pytest.raises(InvalidInput) as caught:
         parse("/v1/completions", {"prompt": "x", **fields})
     assert str(caught.value) == message

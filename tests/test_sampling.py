@@ -1,4 +1,4 @@
-"""Sampling of large parameter tables (tests/sampling.py)."""
+"""Tests of the sampling of large parameter tables (tests/sampling.py)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests import sampling
 
 @dataclass(frozen=True)
 class FakeItem:
-    """What sampling reads of a collected test."""
+    """Stand-in for a collected test, with the attributes that sampling reads."""
 
     function: str
     case: int
@@ -34,24 +34,24 @@ class FakeItem:
 LARGE = [*(FakeItem("test_large", n) for n in range(90)), FakeItem("test_large", 90, ("edge",))]
 
 
-def test_small_tables_are_kept_whole():
+def test_small_table_is_kept_whole():
     small = [FakeItem("test_small", n) for n in range(sampling.MOST)]
     assert sampling.sample(small) == set(small)
 
 
-def test_large_tables_are_sampled_and_their_edge_cases_kept():
+def test_large_table_is_sampled_and_keeps_its_edge_cases():
     chosen = sampling.sample(LARGE)
     assert len(chosen) == sampling.MOST + 1 and LARGE[-1] in chosen
 
 
-def test_every_backend_gets_a_sample_of_its_own():
+def test_each_backend_gets_its_own_sample():
     items = [FakeItem("test_op", n, backend=backend) for n in range(50) for backend in "ab"]
     chosen = sampling.sample(items)
     cases = {backend: {item.case for item in chosen if item.backend == backend} for backend in "ab"}
     assert len(cases["a"]) == len(cases["b"]) == sampling.MOST and cases["a"] != cases["b"]
 
 
-def test_the_sample_is_the_same_within_a_version_and_another_in_the_next(monkeypatch: pytest.MonkeyPatch):
+def test_sample_changes_only_with_the_version(monkeypatch: pytest.MonkeyPatch):
     chosen = sampling.sample(LARGE)
     assert sampling.sample(LARGE) == chosen
     monkeypatch.setattr(sampling, "__version__", "9.9.9")

@@ -1,4 +1,4 @@
-"""Job files: unknown keys and wrong values are named with file, line, key and what was perhaps meant."""
+"""Tests of job files: unknown keys and wrong values are reported with file, line, key and a suggestion."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ JOB = {"model": "fake", "input": {"path": "i"}, "prompt": {"user": "x"}, "output
 TEXT = 'model: fake\ninput: {path: in.jsonl}\nprompt: {user: "{{ text }}"}\noutput: {path: out}\n'
 
 
-def refusal(extra) -> str:
+def error_of(extra) -> str:
     with pytest.raises(SpecError) as caught:
         parse_spec({**JOB, **extra})
     return str(caught.value)
@@ -27,7 +27,7 @@ def refusal(extra) -> str:
 
 @pytest.fixture
 def job(tmp_path):
-    """Writes a job file and loads it."""
+    """Return a function that writes a job file and loads it."""
 
     def load(text, overrides=None, head=TEXT):
         path = tmp_path / "job.yaml"
@@ -64,7 +64,7 @@ def job(tmp_path):
         ('"a.b c": 1', "'a.b c'", None),
     ],
 )
-def test_unknown_keys(job, line, key, meant):
+def test_unknown_key_is_reported_with_line_and_suggestion(job, line, key, meant):
     with pytest.raises(SpecError) as caught:
         job(line)
     message = str(caught.value)
@@ -72,7 +72,7 @@ def test_unknown_keys(job, line, key, meant):
     assert (f"; did you mean {meant!r}" if meant else "unknown key (known: ") in message
 
 
-def test_all_unknown_keys_are_listed(job):
+def test_several_unknown_keys_are_all_reported(job):
     with pytest.raises(SpecError) as caught:
         job("engine:\n  a: 1\n  b: 2\nc: 3\n")
     assert [line.split(": unknown")[0].rpartition("/")[2] for line in str(caught.value).splitlines()] == [
@@ -82,7 +82,7 @@ def test_all_unknown_keys_are_listed(job):
     ]
 
 
-def test_names_of_other_tools_lead_to_ours():
+def test_every_synonym_maps_to_an_existing_key_or_value():
     for key in OTHER_NAMES.values():
         section, _, name = key.partition(".")
         assert name in f"{list(SamplingParams.__match_args__)}" if section == "sampling" else (section, name) in FIELDS
@@ -90,8 +90,8 @@ def test_names_of_other_tools_lead_to_ours():
     assert all(repr(value) in literals for value in OTHER_VALUES.values())
 
 
-def test_a_missing_space_after_a_colon():
-    assert "a colon and a space end a key" in refusal({"seed:1": None})
+def test_key_without_space_after_colon_is_explained():
+    assert "a key ends with a colon and a space" in error_of({"seed:1": None})
 
 
 ODD = st.text(max_size=8) | st.integers() | st.none() | st.floats() | st.booleans() | st.tuples(st.integers())
@@ -99,7 +99,7 @@ ODD = st.text(max_size=8) | st.integers() | st.none() | st.floats() | st.boolean
 
 @given(ODD, st.sampled_from([(), ("engine",), ("input",), ("sampling",), ("errors",)]))
 @settings(max_examples=150, deadline=None)
-def test_any_odd_key_is_named(key, parents):
+def test_any_odd_key_is_accepted_or_reported_by_name(key, parents):
     values = {name: dict(value) if isinstance(value, dict) else value for name, value in JOB.items()}
     inner = values
     for name in parents:
@@ -128,7 +128,7 @@ FIELDS = [
 
 @given(st.sampled_from(FIELDS), VALUES)
 @settings(max_examples=400, deadline=None)
-def test_any_value_is_taken_or_refused_by_its_key(field, value):
+def test_any_value_is_accepted_or_refused_by_its_key(field, value):
     name, key = field
     inner = JOB.get(name) if isinstance(JOB.get(name), dict) else {}
     try:
@@ -148,7 +148,7 @@ def test_any_value_is_taken_or_refused_by_its_key(field, value):
         ({"sampling": 5}, "sampling: must be a mapping, got 5"),
         ({"seed": 1.5}, "seed: must be an integer, got 1.5"),
         ({"seed": True}, "seed: must be an integer, got true"),
-        ({"seed": "5"}, "seed: must be an integer, got '5'; it is a number without quotes"),
+        ({"seed": "5"}, "seed: must be an integer, got '5'; without quotes it is a number"),
         ({"seed": 1 << 63}, "seed: must fit 64 bits"),
         ({"seed": math.inf}, "seed: must be an integer, got inf"),
         (
@@ -160,11 +160,11 @@ def test_any_value_is_taken_or_refused_by_its_key(field, value):
         ({"engine": {"kv_cache_tokens": 1}}, "engine.kv_cache_tokens: must be an integer, at least 32, got 1"),
         (
             {"fake": {"step_s": "1"}},
-            "fake.step_s: must be a number, at least 0, got '1'; it is a number without quotes",
+            "fake.step_s: must be a number, at least 0, got '1'; without quotes it is a number",
         ),
         ({"output": {"path": "o", "token_ids": "yes"}}, "must be true or false, got 'yes'; write true"),
         ({"output": {"path": "o", "token_ids": 1}}, "output.token_ids: must be true or false, got 1"),
-        ({"output": {"path": 5}}, "output.path: must be text, got 5; in quotes it is text"),
+        ({"output": {"path": 5}}, "output.path: must be text, got 5; put it in quotes to make it text"),
         ({"output": {"path": None}}, "output.path: must be text, got null"),
         ({"output": {"path": "o", "format": "json"}}, "did you mean 'jsonl'?"),
         ({"output": {}}, "output.path: missing"),
@@ -186,11 +186,11 @@ def test_any_value_is_taken_or_refused_by_its_key(field, value):
         ({"prompt": {"user": {"text": None}}}, "prompt.user: must be text, got a mapping"),
     ],
 )
-def test_wrong_values(extra, message):
-    assert message in refusal(extra)
+def test_wrong_value_is_reported_with_key_and_expected_type(extra, message):
+    assert message in error_of(extra)
 
 
-def test_whole_numbers_and_lists():
+def test_integral_floats_and_lists_are_converted():
     spec = parse_spec(
         {
             **JOB,
@@ -206,7 +206,7 @@ def test_whole_numbers_and_lists():
     assert type(parse_spec({**JOB, "errors": {"max": 1.0}}).errors.max) is float
 
 
-def test_what_a_job_file_saves_is_read_again():
+def test_dumped_spec_parses_to_an_equal_spec():
     spec = parse_spec({**JOB, "score": {"choices": ["a", "b"]}, "task": "choose", "fake": {"answer_tokens": [1, 2]}})
     assert parse_spec(spec.model_dump(mode="json")) == spec
 
@@ -214,17 +214,17 @@ def test_what_a_job_file_saves_is_read_again():
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
-def test_empty_sections_and_null_are_defaults(job):
+def test_empty_section_and_null_mean_defaults(job):
     spec = job("engine:\n  # max_num_seqs: 4\nseed: null\n")
     assert spec.engine.max_num_seqs == 256 and spec.seed == 0
 
 
-def test_keys_for_anchors(job):
+def test_x_keys_hold_anchors_and_are_ignored(job):
     spec = job("x-common: &common {max_tokens: 5}\nsampling: {<<: *common, temperature: 0}\n")
     assert spec.sampling == {"max_tokens": 5, "temperature": 0}
 
 
-def test_an_alias_does_not_tie_two_sections_together(job):
+def test_override_of_an_aliased_section_leaves_the_other_unchanged(job):
     spec = job(
         "x-a: &a {path: i}\ninput: *a\noutput: *a\n", {"output.path": "p"}, head="model: fake\nprompt: {user: x}\n"
     )
@@ -241,17 +241,17 @@ def test_an_alias_does_not_tie_two_sections_together(job):
         (b"PAR1\0\0", "job.yaml:1: not text"),
     ],
 )
-def test_files_that_are_no_jobs(job, data, message):
+def test_file_without_a_job_mapping_is_refused(job, data, message):
     with pytest.raises(SpecError, match=message):
         job(data)
 
 
-def test_a_directory_is_no_job_file(tmp_path):
+def test_directory_as_job_file_is_refused(tmp_path):
     with pytest.raises(SpecError, match="cannot be read"):
         load_spec(tmp_path)
 
 
-def test_settings_are_named_as_such(job):
+def test_error_in_a_setting_is_located_at_set(job):
     for overrides, message in (
         ({"engine.max_num_sqes": 4}, "--set: engine.max_num_sqes: unknown key"),
         ({"sampling": {"topP": 1}}, "--set sampling: sampling.topP: unknown key"),
@@ -263,7 +263,7 @@ def test_settings_are_named_as_such(job):
         assert message in str(caught.value)
 
 
-def test_a_comment_that_cuts_a_template_is_told(job, capfd):
+def test_comment_that_cuts_a_template_is_warned_about(job, capfd):
     job("", head=TEXT.replace('"{{ text }}"', "be brief # {{ text }}\n  "))
     assert "job.yaml:3: prompt.user: ends before '# {{ text }}'" in capfd.readouterr().err.replace('\\"', '"')
     job("score: {choices: [a, b # c\n]}\ntask: choose\n")
@@ -272,7 +272,7 @@ def test_a_comment_that_cuts_a_template_is_told(job, capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_locate(tmp_path):
+def test_locate_returns_the_line_of_the_deepest_existing_key(tmp_path):
     path = tmp_path / "job.yaml"
     path.write_text("\ufeffmodel: fake\nx-a: &a\n  max_tokens: 5\nsampling:\n  <<: *a\n  stop: [a,\n    b]\n", "utf-8")
     lines = {
@@ -303,8 +303,8 @@ def test_locate(tmp_path):
 # -- settings --------------------------------------------------------------------------------------------------------
 
 
-def test_settings_are_yaml_or_text():
-    given = {
+def test_setting_is_parsed_as_yaml_or_kept_as_text():
+    cases = {
         "a": ("1e-3", 0.001),
         "b": ("no", "no"),
         "c": ("{{ text }}", "{{ text }}"),
@@ -318,8 +318,8 @@ def test_settings_are_yaml_or_text():
         "j": ("a=b", "a=b"),
         "k": ("@x", "@x"),
     }
-    assert parse_settings([f"{key}={text}" for key, (text, _) in given.items()]) == {
-        k: v for k, (_, v) in given.items()
+    assert parse_settings([f"{key}={text}" for key, (text, _) in cases.items()]) == {
+        k: v for k, (_, v) in cases.items()
     }
 
 
@@ -333,7 +333,7 @@ def test_settings_are_yaml_or_text():
         (["=1"], "must be KEY=VALUE"),
     ],
 )
-def test_wrong_settings(settings_, message):
+def test_invalid_setting_is_refused(settings_, message):
     with pytest.raises((UsageError, SpecError), match=message):
         parse_settings(settings_)
     assert parse_settings(["a={}", "a.b=1"]) == {"a": {}, "a.b": 1}
@@ -341,14 +341,14 @@ def test_wrong_settings(settings_, message):
 
 @given(st.text(max_size=30))
 @settings(max_examples=150, deadline=None)
-def test_any_setting_is_read_or_refused(text):
+def test_any_setting_is_accepted_or_refused_by_its_key(text):
     try:
         parse_settings([f"a={text}"])
     except BatchInferError as error:
         assert "--set a" in str(error)
 
 
-def test_a_job_as_other_tools_dump_it(tmp_path):
+def test_job_dumped_by_pyyaml_in_flow_style_loads(tmp_path):
     path = tmp_path / "job.json"
     path.write_text(yaml.safe_dump(JOB, default_flow_style=True))
     assert load_spec(path) == parse_spec(JOB)

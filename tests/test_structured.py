@@ -1,4 +1,4 @@
-"""`structured_outputs` and `response_format` as values: what is understood, what is refused and by which name."""
+"""Tests of `structured_outputs` and `response_format` as values: accepted forms, and errors that name the field."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SCHEMA = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {"type
         ({"grammar": 'start: "x"'}, "grammar", 'start: "x"'),
     ],
 )
-def test_mappings_become_frozen_values(given, kind, value):
+def test_mapping_is_parsed_to_a_hashable_value(given, kind, value):
     params = SamplingParams(structured_outputs=given)
     assert params.structured_outputs == StructuredOutputs(kind, value)
     assert hash(params) == hash(SamplingParams(structured_outputs=dict(given)))
@@ -34,7 +34,7 @@ def test_mappings_become_frozen_values(given, kind, value):
 
 
 @pytest.mark.parametrize("given", [None, {"json": None, "regex": None}, {"json_object": False}])
-def test_nothing_asked(given):
+def test_mapping_without_constraint_is_none(given):
     assert SamplingParams(structured_outputs=given).structured_outputs is None
 
 
@@ -65,12 +65,12 @@ def test_nothing_asked(given):
         ({"choice": ["a" * 1000] * 200}, "choice has 200000 characters"),
     ],
 )
-def test_what_is_wrong_is_named(given, message):
+def test_invalid_constraint_is_refused_by_name(given, message):
     with pytest.raises(BadParameters, match=message.replace("(", r"\(")):
         SamplingParams(structured_outputs=given)
 
 
-def test_response_format():
+def test_response_format_is_parsed_or_refused():
     schema = {"type": "json_schema", "json_schema": {"name": "n", "strict": True, "schema": SCHEMA}}
     assert from_response_format(schema) == StructuredOutputs.of({"json": SCHEMA})
     assert from_response_format({"type": "json_object"}) == StructuredOutputs("json_object", "")
@@ -80,7 +80,7 @@ def test_response_format():
             from_response_format(wrong)
 
 
-def test_a_job_file_takes_it_and_names_the_line():
+def test_job_file_accepts_structured_outputs_and_reports_unknown_keys():
     job = {"model": "fake", "input": {"path": "x"}, "prompt": {"column": "c"}, "output": {"path": "o"}}
     spec = parse_spec({**job, "sampling": {"structured_outputs": {"choice": ["a"]}}})
     assert spec.sampling_values["structured_outputs"] == {"choice": ["a"]}

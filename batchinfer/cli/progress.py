@@ -9,7 +9,7 @@ import sys
 from collections import deque
 from typing import TYPE_CHECKING
 
-from batchinfer.errors import command
+from batchinfer.errors import shell_command
 from batchinfer.log import log
 
 if TYPE_CHECKING:
@@ -168,9 +168,9 @@ def summary(report: Report) -> str:
             f"{tokens['prompt']:,} tokens in ({report.rates['cache_reuse']:.0%} from the prefix cache), {_made(report)}"
         )
     if not report.complete:
-        lines.append(f"other workers are not done; how far they are: {command('status', output)}")
-    failed = [command("show", output, "--errors")] if rows["failed"] else []
-    commands = [command("show", output), *failed, command("verify", output)]
+        lines.append(f"other workers are not done; how far they are: {shell_command('status', output)}")
+    failed = [shell_command("show", output, "--errors")] if rows["failed"] else []
+    commands = [shell_command("show", output), *failed, shell_command("verify", output)]
     return "\n".join([*lines, f"output: {output}", "next:", *(f"  {line}" for line in commands)])
 
 

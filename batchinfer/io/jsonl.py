@@ -19,7 +19,7 @@ import orjson
 import pyarrow as pa
 import zstandard
 
-from batchinfer.errors import InputError, InvalidInput, shown
+from batchinfer.errors import InputError, InvalidInput, format_value
 from batchinfer.io import requests
 from batchinfer.io.inputs import (
     MAX_LINE_BYTES,
@@ -64,7 +64,7 @@ def parse(raw: bytes | None) -> dict[str, Any]:
 
 
 def _describe(value: Any) -> str:
-    return "a list" if isinstance(value, list) else "a string" if isinstance(value, str) else shown(value)
+    return "a list" if isinstance(value, list) else "a string" if isinstance(value, str) else format_value(value)
 
 
 class _Types:

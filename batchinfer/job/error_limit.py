@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from batchinfer.errors import command
+from batchinfer.errors import shell_command
 from batchinfer.job.inspect.show import rows_of_record
 from batchinfer.job.ledger import CommitRecord, JobOutput
 from batchinfer.job.prepare import PreparedJob
@@ -24,7 +24,7 @@ def judge(work: PreparedJob, state: RunState) -> None:
         rows, errors = _committed(work)
     if not tally.exceeds(rows, errors):
         return
-    ending = f"the output is complete: {command('show', work.ledger.store.url, '--errors')}"
+    ending = f"the output is complete: {shell_command('show', work.ledger.store.url, '--errors')}"
     if manifest is None:
         ending = "other workers are not done"
     if tally.max_errors is None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from batchinfer.errors import ModelError, shown
+from batchinfer.errors import ModelError, format_value
 from batchinfer.layers.attention import AttentionConfig
 from batchinfer.layers.mlp import ACTIVATIONS, MLPConfig
 from batchinfer.layers.rotary import SCALINGS, RopeConfig
@@ -136,7 +136,7 @@ class _Facts:
         return self.number(key) if key in self.values else None
 
     def wrong(self, key: str, wanted: str) -> ModelError:
-        got = f"got {shown(self.values[key])}" if key in self.values else "it is missing"
+        got = f"got {format_value(self.values[key])}" if key in self.values else "it is missing"
         return ModelError(f"{self.where}: {key!r} must be {wanted}; {got}")
 
 
@@ -226,7 +226,7 @@ def _ropes(facts: _Facts, family: Family) -> tuple[tuple[RopeConfig, ...], dict[
 
 def _rope(facts: _Facts, written: Mapping[str, Any], theta: float) -> RopeConfig:
     if not isinstance(written, dict):
-        raise ModelError(f"{facts.where}: a rope must be an object, got {shown(written)}")
+        raise ModelError(f"{facts.where}: a rope must be an object, got {format_value(written)}")
     rope = _Facts(written, f"{facts.where}: rope")
     values = rope.values
     kind = values.get("rope_type") or values.get("type") or "default"

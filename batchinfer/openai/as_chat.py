@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from pydantic import ValidationError
 
-from batchinfer.errors import BadParameters, InvalidInput, shown
+from batchinfer.errors import BadParameters, InvalidInput, format_value
 from batchinfer.openai.request_models import ChatRequest, SamplingBody, of_validation
 
 _CHANGES = "it would change the result"
@@ -71,7 +71,7 @@ def text_parts(content: Any, kinds: Mapping[str, str], place: str, param: str) -
         kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
         text = part.get(kinds[kind]) if isinstance(part, Mapping) and isinstance(kind, str) and kind in kinds else None
         if not isinstance(text, str):
-            raise InvalidInput(f"{place}[{number}]: {shown(kind)} is not supported; only text is", param=param)
+            raise InvalidInput(f"{place}[{number}]: {format_value(kind)} is not supported; only text is", param=param)
         parts.append({"type": "text", "text": text})
     return parts
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from batchinfer.errors import BadParameters, InvalidInput, shown
+from batchinfer.errors import BadParameters, InvalidInput, format_value
 from batchinfer.openai.as_chat import Refused, Rephrased, changing, function, plain, text_parts
 from batchinfer.openai.request_models import ChatRequest
 
@@ -92,7 +92,9 @@ def _messages(body: CountRequest) -> list[dict[str, Any]]:
     for number, message in enumerate(body.messages):
         place, role = f"messages[{number}]", message.get("role")
         if role not in _ROLES:
-            raise InvalidInput(f"{place}: role must be one of {', '.join(_ROLES)}, got {shown(role)}", param="messages")
+            raise InvalidInput(
+                f"{place}: role must be one of {', '.join(_ROLES)}, got {format_value(role)}", param="messages"
+            )
         content = message.get("content")
         if isinstance(content, str):
             messages.append({"role": role, "content": content})
@@ -154,7 +156,9 @@ def _choice(choice: Mapping[str, Any]) -> str | dict[str, Any]:
     if kind == "tool":
         return {"type": "function", "function": {"name": choice.get("name")}}
     if not isinstance(kind, str) or kind not in _CHOICES:
-        raise BadParameters(f"tool_choice.type must be auto, any, tool or none, got {shown(kind)}", param="tool_choice")
+        raise BadParameters(
+            f"tool_choice.type must be auto, any, tool or none, got {format_value(kind)}", param="tool_choice"
+        )
     return _CHOICES[kind]
 
 

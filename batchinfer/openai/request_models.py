@@ -9,11 +9,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from batchinfer.errors import InvalidInput
-from batchinfer.numeric import whole
+from batchinfer.numeric import to_integer
 from batchinfer.pipeline.encoding import SpecialTokens
 
 TruncationSide = Literal["left", "right"]
-Whole = Annotated[int, BeforeValidator(whole)]  # 5.0 is one: JSON has but one kind of number
+Whole = Annotated[int, BeforeValidator(to_integer)]  # 5.0 is one: JSON has but one kind of number
 TokenIds = list[Annotated[int, Field(ge=0)]]
 
 

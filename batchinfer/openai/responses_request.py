@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from batchinfer.errors import BadParameters, InvalidInput, shown
+from batchinfer.errors import BadParameters, InvalidInput, format_value
 from batchinfer.openai.as_chat import Refused, Rephrased, changing, function, plain, text_parts
 from batchinfer.openai.request_models import ChatRequest, Whole
 
@@ -101,13 +101,13 @@ def _add_item(messages: list[dict[str, Any]], item: Mapping[str, Any], place: st
         content = plain(text_parts(item.get("output"), _PARTS, f"{place}.output", "input"))
         messages.append({"role": "tool", "tool_call_id": item["call_id"], "content": content})
     elif kind != "reasoning":  # of an earlier turn, which models are not shown again
-        raise InvalidInput(f"{place}: an item of type {shown(kind)} is not supported", param="input")
+        raise InvalidInput(f"{place}: an item of type {format_value(kind)} is not supported", param="input")
 
 
 def _add_message(messages: list[dict[str, Any]], item: Mapping[str, Any], place: str) -> None:
     role = item.get("role")
     if role not in _ROLES:
-        raise InvalidInput(f"{place}: role must be one of {', '.join(_ROLES)}, got {shown(role)}", param="input")
+        raise InvalidInput(f"{place}: role must be one of {', '.join(_ROLES)}, got {format_value(role)}", param="input")
     parts = text_parts(item.get("content"), _PARTS, f"{place}.content", "input")
     if role in ("system", "developer"):
         role = "system"  # the newer name of the same
@@ -120,7 +120,7 @@ def _add_message(messages: list[dict[str, Any]], item: Mapping[str, Any], place:
 
 def _tool(tool: Mapping[str, Any], place: str) -> dict[str, Any]:
     if tool.get("type") != "function":
-        problem = f"{place}: a tool of type {shown(tool.get('type'))} is not supported; functions are"
+        problem = f"{place}: a tool of type {format_value(tool.get('type'))} is not supported; functions are"
         raise BadParameters(problem, param="tools")
     return function(tool.get("name"), tool.get("description"), tool.get("parameters"), place)
 
@@ -129,9 +129,8 @@ def _choice(choice: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
     if not isinstance(choice, dict):
         return choice
     if choice.get("type") != "function":
-        problem = (
-            f"tool_choice of type {shown(choice.get('type'))} is not supported; auto, none, required and a function are"
-        )
+        kind = format_value(choice.get("type"))
+        problem = f"tool_choice of type {kind} is not supported; auto, none, required and a function are"
         raise BadParameters(problem, param="tool_choice")
     return {"type": "function", "function": {"name": choice.get("name")}}
 

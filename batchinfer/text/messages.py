@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from batchinfer.errors import InvalidInput, TemplateError, shown
+from batchinfer.errors import InvalidInput, TemplateError, format_value
 
 _PROBE = "probe-of-the-template"
 _WRITTEN_OUT = re.compile(r"""['"]type['"]""")  # a list of parts that was printed as it is
@@ -106,7 +106,7 @@ def _text(part: Any, place: str) -> str:
     if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-    raise InvalidInput(f"{place}: content part of type {shown(kind)}; only text is supported", param="messages")
+    raise InvalidInput(f"{place}: content part of type {format_value(kind)}; only text is supported", param="messages")
 
 
 def _shape(message: dict[str, Any], forms: ContentForms) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The example jobs: each parses, and runs with fake answers from the repository's root."""
+"""Tests of the example jobs: each parses and runs with the fake model from the repository's root."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ JOBS = sorted((ROOT / "jobs").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.stem)
-def test_example_runs(job, tmp_path, monkeypatch):
+def test_example_job_runs_and_verifies(job, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(Drain, "install", lambda self: None)
     settings = ["--set", f"output.path={tmp_path / 'out'}", "--set", "model=fake", "--set", "fake.step_s=0"]
     assert main(["run", str(job), *settings]) == 0
-    found = audit(str(tmp_path / "out"), StorageSpec())
-    assert found.differences == [] and found.rows > 0
+    report = audit(str(tmp_path / "out"), StorageSpec())
+    assert report.differences == [] and report.rows > 0
 
 
-def test_quickstart_data():
+def test_quickstart_data_matches_its_readme():
     table = pq.read_table(ROOT / "jobs" / "data" / "quickstart.parquet")
     rows = table.to_pylist()
     assert len(rows) == 240 and len({row["id"] for row in rows}) == 240

@@ -1,1 +1,1 @@
-"""Other engines beside this one on the same work: `make peers`."""
+"""Benchmark of other engines on the same workloads: `make peers`."""

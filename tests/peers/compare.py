@@ -1,9 +1,9 @@
-"""Engines in turn on the same workloads, and a table of medians for the README.
+"""Comparison of engines on the same workloads, run in turn; prints a table of medians for the README.
 
-python -m tests.peers.compare FOLDER [ROUNDS]        FOLDER as `make peers` makes it
+python -m tests.peers.compare FOLDER [ROUNDS] FOLDER as `make peers` prepares it
 
-All compute in float32 and, where the processor has instructions for it, in bfloat16. Before each run the float32 GEMM
-rate is measured, and from it the time of the linear layers alone.
+All compute in float32 and, if the processor has instructions for it, in bfloat16. Before each run the float32 GEMM rate
+is measured; the time of the linear layers alone is derived from it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ENVIRONMENT = os.environ | {"GOMP_SPINCOUNT": "10000"}  # as `batchinfer run` se
 
 
 def commands(folder: Path) -> dict[str, list[str]]:
-    """Name → how it is started; engines that are not installed are left out, and what this processor cannot do."""
+    """Return name → command line of each engine, without engines or precisions that this machine lacks."""
     here = Path(__file__).parent
     ours = [sys.executable, "-m", "tests.peers.run_batchinfer", str(folder / "model")]
     blocks = [*ours[:-1], str(folder / "model.gguf")]
@@ -42,11 +42,11 @@ def commands(folder: Path) -> dict[str, list[str]]:
     return {name: command for name, command in runs.items() if Path(command[0]).exists()}
 
 
-def run(command: list[str], folder: Path) -> dict[str, dict[str, float]]:
-    """Workload → what the engine printed about it."""
+def run_engine(command: list[str], folder: Path) -> dict[str, dict[str, float]]:
+    """Run one engine and return workload → its printed results."""
     files = [str(folder / f"{name}.jsonl") for name in WORKLOADS]
-    done = subprocess.run([*command, *files], stdout=subprocess.PIPE, text=True, check=True, env=ENVIRONMENT)
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    process = subprocess.run([*command, *files], stdout=subprocess.PIPE, text=True, check=True, env=ENVIRONMENT)
+    lines = [json.loads(line) for line in process.stdout.splitlines() if line.startswith("{")]
     return dict(zip(WORKLOADS, lines, strict=True))
 
 
@@ -58,16 +58,18 @@ def main(folder: Path, rounds: int) -> None:
         for name, command in commands(folder).items():
             machine = look_at()
             rates.append(machine.gemm_per_s)
-            runs.setdefault(name, []).append(found := run(command, folder))
-            print(f"round {number + 1}: {name}: {json.dumps(found)}", file=sys.stderr, flush=True)
+            runs.setdefault(name, []).append(results := run_engine(command, folder))
+            print(f"round {number + 1}: {name}: {json.dumps(results)}", file=sys.stderr, flush=True)
     rate = median(rates)
     print(f"{machine.cpu}, {machine.threads} threads, {datetime.now(UTC):%Y-%m-%d}, {rounds} rounds")
     print(f"GEMM {rate / 1e9:.0f} GFLOP/s, kernels {machine.kernels}, torch {machine.torch}\n")
     print("| engine | version | start, s | mixed, tokens/s | label, tokens/s |\n|---|---|---|---|---|")
-    for name, found in runs.items():
-        speeds = [median((tokens[w] + one[w]["generated"]) / one[w]["seconds"] for one in found) for w in WORKLOADS]
-        start = median(one["mixed"]["start_s"] for one in found)
-        version = found[0]["mixed"]["version"]
+    for name, rounds_of_engine in runs.items():
+        speeds = [
+            median((tokens[w] + one[w]["generated"]) / one[w]["seconds"] for one in rounds_of_engine) for w in WORKLOADS
+        ]
+        start = median(one["mixed"]["start_s"] for one in rounds_of_engine)
+        version = rounds_of_engine[0]["mixed"]["version"]
         print(f"| {name} | {version} | {start:.1f} | " + " | ".join(f"{speed:,.0f}" for speed in speeds) + " |")
     ours = runs["batchinfer, float32"][0]
     limits = [(tokens[w] + ours[w]["generated"]) * rate / ours[w]["operations"] for w in WORKLOADS]

@@ -1,9 +1,10 @@
-"""What every engine gets: the quickstart model as each of them reads it, and the workloads as token ids.
+"""Inputs of the comparison: the quickstart model in each engine's format, and the workloads as token ids.
 
 python -m tests.peers.prepare MODEL.gguf FOLDER
 
-mixed: lengths spread as in chat logs, nothing shared. label: one instruction of 600 tokens, short rows, short answers.
-The text is the documentation of Python's standard library. Output lengths are fixed: greedy, end of sequence ignored.
+mixed: lengths distributed as in chat logs, no shared prefix. label: one instruction of 600 tokens, short rows, short
+outputs. The text is the documentation of Python's standard library. Output lengths are fixed: greedy, end of sequence
+ignored.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def workloads(model: Path) -> dict[str, list[dict[str, object]]]:
 
 
 def write_float16(model: Path, to: Path) -> None:
-    """Matrices in float16: OpenVINO reads GGUF, but not Q4_1."""
+    """Write a GGUF file with float16 matrices: OpenVINO reads GGUF, but not Q4_1."""
     reader = gguf.GGUFReader(model)
     architecture = reader.fields["general.architecture"].contents()
     writer = gguf.GGUFWriter(to, architecture)

@@ -1,6 +1,6 @@
-"""This engine, as the others are run.
+"""Run of batchinfer on the comparison's workloads.
 
-python -m tests.peers.run_batchinfer MODEL [--NAME=VALUE] WORKLOAD.jsonl ...    a JSON line per workload
+python -m tests.peers.run_batchinfer MODEL [--NAME=VALUE] WORKLOAD.jsonl ... prints a JSON line per workload
 
 NAME is a field of the engine: dtype, quantization.
 """
@@ -34,7 +34,7 @@ def main(model: str, arguments: list[str]) -> None:
         cost = LinearCost.of(Decoder(config))
     for workload in (argument for argument in arguments if not argument.startswith("--")):
         rows = [json.loads(line) for line in Path(workload).read_text().splitlines()]
-        before = replace(llm.stats())  # a copy: the counters go on
+        before = replace(llm.stats())  # a copy, because the counters are cumulative and mutable
         began = time.perf_counter()
         answers = llm.generate(
             [row["ids"] for row in rows],
@@ -45,8 +45,8 @@ def main(model: str, arguments: list[str]) -> None:
         generated = done.generated_tokens - before.generated_tokens
         computed = done.prompt_tokens_computed - before.prompt_tokens_computed + generated - len(rows)
         assert generated == sum(len(answer.outputs[0].token_ids) for answer in answers)
-        found = {"seconds": seconds, "generated": generated, "start_s": start_s, "version": batchinfer.__version__}
-        print(json.dumps(found | {"operations": cost.operations(computed, generated)}), flush=True)
+        result = {"seconds": seconds, "generated": generated, "start_s": start_s, "version": batchinfer.__version__}
+        print(json.dumps(result | {"operations": cost.operations(computed, generated)}), flush=True)
 
 
 if __name__ == "__main__":

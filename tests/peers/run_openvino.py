@@ -1,8 +1,8 @@
-"""OpenVINO GenAI's continuous batching with prefix caching; runs in an environment of its own.
+"""Run of OpenVINO GenAI (continuous batching, prefix caching), in its own environment.
 
-python run_openvino.py MODEL_F16.gguf [--dtype=bfloat16] WORKLOAD.jsonl ...    prints a JSON line per workload
+python run_openvino.py MODEL_F16.gguf [--dtype=bfloat16] WORKLOAD.jsonl ... prints a JSON line per workload
 
-Unless told, it computes in bfloat16 wherever the processor has instructions for it.
+The precision is always set, because OpenVINO defaults to bfloat16 on processors with instructions for it.
 """
 
 import importlib.metadata
@@ -31,18 +31,20 @@ def main(model: str, arguments: list[str]) -> None:
         began = time.perf_counter()
         handles = []
         for row in rows:
-            wanted = genai.GenerationConfig()
-            wanted.max_new_tokens = row["max_tokens"]
-            wanted.ignore_eos = True
-            wanted.do_sample = False
-            handles.append(pipeline.add_request(row["id"], openvino.Tensor(np.array([row["ids"]], np.int64)), wanted))
+            config_of_row = genai.GenerationConfig()
+            config_of_row.max_new_tokens = row["max_tokens"]
+            config_of_row.ignore_eos = True
+            config_of_row.do_sample = False
+            handles.append(
+                pipeline.add_request(row["id"], openvino.Tensor(np.array([row["ids"]], np.int64)), config_of_row)
+            )
         while pipeline.has_non_finished_requests():
             pipeline.step()
         answers = [output.generated_ids for handle in handles for output in handle.read_all()]
         seconds = time.perf_counter() - began
-        found = {"seconds": seconds, "generated": sum(map(len, answers)), "start_s": start_s}
-        found["version"] = importlib.metadata.version("openvino-genai")
-        print(json.dumps(found), flush=True)
+        result = {"seconds": seconds, "generated": sum(map(len, answers)), "start_s": start_s}
+        result["version"] = importlib.metadata.version("openvino-genai")
+        print(json.dumps(result), flush=True)
 
 
 main(sys.argv[1], sys.argv[2:])

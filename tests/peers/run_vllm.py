@@ -1,6 +1,6 @@
-"""vLLM's CPU build with prefix caching on both cores; runs in an environment of its own.
+"""Run of vLLM's CPU build (prefix caching, both cores), in its own environment.
 
-python run_vllm.py MODEL_FOLDER [--dtype=bfloat16] WORKLOAD.jsonl ...    prints a JSON line per workload
+python run_vllm.py MODEL_FOLDER [--dtype=bfloat16] WORKLOAD.jsonl ... prints a JSON line per workload
 """
 
 import importlib.metadata
@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{(os.cpu_count() or 1) - 1}")  # else it leaves a core idle
+os.environ.setdefault(
+    "VLLM_CPU_OMP_THREADS_BIND", f"0-{(os.cpu_count() or 1) - 1}"
+)  # by default vLLM leaves a core idle
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -32,15 +34,15 @@ def main(model: str, arguments: list[str]) -> None:
     for path in (argument for argument in arguments if not argument.startswith("--")):
         rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
         prompts = [TokensPrompt(prompt_token_ids=row["ids"]) for row in rows]
-        wanted = {"temperature": 0, "ignore_eos": True, "detokenize": False}
-        params = [SamplingParams(max_tokens=row["max_tokens"], **wanted) for row in rows]
+        common = {"temperature": 0, "ignore_eos": True, "detokenize": False}
+        params = [SamplingParams(max_tokens=row["max_tokens"], **common) for row in rows]
         llm.reset_prefix_cache()
         began = time.perf_counter()
         answers = llm.generate(prompts, params, use_tqdm=False)
         seconds = time.perf_counter() - began
-        found = {"seconds": seconds, "generated": sum(len(answer.outputs[0].token_ids) for answer in answers)}
-        found |= {"start_s": start_s, "version": importlib.metadata.version("vllm-cpu")}
-        print(json.dumps(found), flush=True)
+        result = {"seconds": seconds, "generated": sum(len(answer.outputs[0].token_ids) for answer in answers)}
+        result |= {"start_s": start_s, "version": importlib.metadata.version("vllm-cpu")}
+        print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any, TypeVar
 
-from batchinfer.errors import InfrastructureError, OutputConflict, UsageError, UserError, command
+from batchinfer.errors import InfrastructureError, OutputConflict, UsageError, UserError, shell_command
 from batchinfer.io.rows import RowSpan, rows_of, stream
 from batchinfer.job.columns import OutputLayout, output_layout
 from batchinfer.job.ledger import CommitRecord, JobOutput
@@ -82,7 +82,8 @@ def rows_of_record(
     data = output.store.read(record.part)
     if data is None:
         raise OutputConflict(
-            f"{output.store.url}/{record.part}: missing; {command('verify', output.store.url)} lists what is wrong"
+            f"{output.store.url}/{record.part}: missing; "
+            f"{shell_command('verify', output.store.url)} lists what is wrong"
         )
     span = output.plan.chunks[record.chunk]
     file = output.plan.inputs.files[span.file].url
