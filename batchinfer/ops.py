@@ -16,11 +16,11 @@ from types import ModuleType
 from typing import Literal, NamedTuple
 
 import numpy.typing as npt
-import torch
 from batchinfer_kernels import cpu, eager
 from batchinfer_kernels.eager.block_matrix import BLOCK, BlockMatrix, stacked_blocks
 from batchinfer_kernels.eager.layer_facts import DecoderFacts, LayerFacts, LinearWeights, NormFacts
 from batchinfer_kernels.eager.step_index import StepIndex
+from batchinfer_kernels.formats import Precision
 from torch import Tensor
 
 from batchinfer.log import log
@@ -36,6 +36,7 @@ __all__ = [
     "LinearWeights",
     "NormFacts",
     "Packed",
+    "Precision",
     "Quantized",
     "ScoreRule",
     "StepIndex",
@@ -243,19 +244,19 @@ def gelu_mul(x_T2F: Tensor) -> Tensor:
     return out
 
 
-def pack_linear(weight_OI: Tensor | BlockMatrix, to: torch.dtype | None = None) -> Packed | Quantized:
-    """The matrix in the form that `linear` multiplies with fastest on its device. A copy, or the matrix itself.
+def pack_linear(weight_OI: Tensor | BlockMatrix, precision: Precision) -> Packed | Quantized:
+    """Return the matrix in the form that `linear` multiplies with fastest on its device: a copy, or the matrix itself.
 
-    What is in blocks gives the results of its float32 numbers, whether a backend keeps the blocks or not.
-    `to` int8 rounds it to 8 bits, symmetric, with a scale per output feature; bfloat16 to that.
+    A matrix in blocks gives the results of its float32 numbers, whether a backend keeps the blocks or not.
+    Raises ValueError for a precision that a matrix of this dtype is not rounded to (see Precision).
     """
-    packed: Packed | Quantized = _backend(weight_OI).pack_linear(weight_OI, to)
+    packed: Packed | Quantized = _backend(weight_OI).pack_linear(weight_OI, precision)
     return packed
 
 
-def pack_gated(weight_GI: Tensor | BlockMatrix, to: torch.dtype | None = None) -> Packed | Quantized | Gated:
+def pack_gated(weight_GI: Tensor | BlockMatrix, precision: Precision) -> Packed | Quantized | Gated:
     """The matrix [2F, I] of gates and then of what they multiply, in the form that `gated_linear` is fastest with."""
-    packed: Packed | Quantized | Gated = _backend(weight_GI).pack_gated(weight_GI, to)
+    packed: Packed | Quantized | Gated = _backend(weight_GI).pack_gated(weight_GI, precision)
     return packed
 
 

@@ -334,7 +334,7 @@ def _packed(layer: Callable[[], Linear], rows: int, dtype: torch.dtype) -> Calla
 
 def _ready(layer: Linear, dtype: torch.dtype) -> Linear:
     layer.weight.uniform_(-0.1, 0.1)
-    layer.pack(None if dtype == torch.float32 else dtype)
+    layer.pack(ops.Precision(str(dtype).removeprefix("torch.")))
     return layer
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from batchinfer import ops
+from batchinfer.ops import Precision
 
 Held = ops.Packed | ops.Quantized | ops.Gated
 
@@ -26,20 +27,17 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
         self._packed: Held | None = None
 
-    def pack(self, to: torch.dtype | None = None) -> None:
-        """Once the weight is read: into the form that this machine multiplies with fastest. Gives back its memory.
-
-        `to` as in ops.pack_linear.
-        """
+    def pack(self, precision: Precision) -> None:
+        """Replace the weight, once it is read, by the form that its device multiplies with fastest."""
         if self._packed is None:
-            self._keep(self._pack(self.weight, to))
+            self._keep(self._pack(self.weight, precision))
 
     def take(self, blocks_OI: ops.BlockMatrix) -> None:
         """Instead of reading the weight and packing it."""
-        self._keep(self._pack(blocks_OI, None))
+        self._keep(self._pack(blocks_OI, Precision.FLOAT32))
 
-    def _pack(self, weight_OI: Tensor | ops.BlockMatrix, to: torch.dtype | None) -> Held:
-        return ops.pack_linear(weight_OI, to)
+    def _pack(self, weight_OI: Tensor | ops.BlockMatrix, precision: Precision) -> Held:
+        return ops.pack_linear(weight_OI, precision)
 
     def _keep(self, packed: Held) -> None:
         self._packed = packed
@@ -80,8 +78,8 @@ class GatedLinear(StackedLinear):
         super().__init__(in_features, (size, size), bias)
         self.activation = activation
 
-    def _pack(self, weight_OI: Tensor | ops.BlockMatrix, to: torch.dtype | None) -> Held:
-        return ops.pack_gated(weight_OI, to)
+    def _pack(self, weight_OI: Tensor | ops.BlockMatrix, precision: Precision) -> Held:
+        return ops.pack_gated(weight_OI, precision)
 
     @property
     def facts(self) -> ops.LinearWeights:

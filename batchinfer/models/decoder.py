@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property, partial
-from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from batchinfer import ops
@@ -20,6 +18,7 @@ from batchinfer.layers.mlp import MLP
 from batchinfer.layers.norm import RMSNorm
 from batchinfer.layers.rotary import Rotary
 from batchinfer.models.config import LayerConfig, ModelConfig
+from batchinfer.models.precision import WeightPrecision
 
 
 class DecoderLayer(nn.Module):
@@ -87,13 +86,6 @@ def _add(x_TE: Tensor, residual_TE: Tensor, norm: RMSNorm | None) -> Tensor:
     return residual_TE.add_(x_TE) if norm is None else norm.after_adding(x_TE, residual_TE)
 
 
-class WeightPrecision(NamedTuple):
-    """What matrices are rounded to, and what they are multiplied with; None: not at all. `ends`: embedding and head."""
-
-    layers: torch.dtype | None = None
-    ends: torch.dtype | None = None
-
-
 class Decoder(nn.Module):
     """Call it for hidden states of the rows that come out, `logits` for their logits. Weights: models.weights."""
 
@@ -157,15 +149,15 @@ class Decoder(nn.Module):
     def _head(self) -> ops.Packed | ops.Quantized:
         return (self.embedding if self.head is None else self.head).matrix
 
-    def pack(self, rounding: WeightPrecision) -> None:
-        """Once the weights are read: every matrix that is multiplied with, into this machine's best form of it."""
+    def pack(self, precision: WeightPrecision) -> None:
+        """Pack every matrix that is multiplied with, once the weights are read."""
         for module in self.layers.modules():
             if isinstance(module, Linear):
-                module.pack(rounding.layers)
+                module.pack(precision.layers)
         if self.head is not None:
-            self.head.pack(rounding.ends)
-        if self.head is None or rounding.ends is not None:
-            self.embedding.pack(rounding.ends)
+            self.head.pack(precision.ends)
+        if self.head is None or precision.ends != precision.activations:  # else rows are only looked up
+            self.embedding.pack(precision.ends)
         attention = self.config.attention
         layers = zip(self.layers, self.config.layers, strict=True)
         facts = ops.DecoderFacts(

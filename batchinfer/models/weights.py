@@ -16,12 +16,12 @@ from batchinfer.errors import ModelError, suggest
 from batchinfer.layers.linear import Linear, StackedLinear
 from batchinfer.log import log
 from batchinfer.models.config import ModelConfig, load_config, parse_config
-from batchinfer.models.decoder import Decoder, WeightPrecision
+from batchinfer.models.decoder import Decoder
 from batchinfer.models.file_kind import said
 from batchinfer.models.gguf import GGUFFile
 from batchinfer.models.json_file import read_json
+from batchinfer.models.precision import EXACT, WeightPrecision
 
-NOT_ROUNDED = WeightPrecision()
 _ONE_FILE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _EMBEDDING = "embed_tokens.weight"  # after the prefix of the text model
@@ -31,21 +31,20 @@ _NEVER_NEEDED = ".rotary_emb.inv_freq"  # old Llama files hold what follows from
 
 def load_decoder(
     path: Path,
-    dtype: torch.dtype,
+    precision: WeightPrecision = EXACT,
     max_model_len: int | None = None,
     device: torch.device | str = "cpu",
-    rounding: WeightPrecision = NOT_ROUNDED,
 ) -> Decoder:
-    """From a directory with config.json and safetensors, or from a .gguf file. Raises ModelError.
+    """Load a decoder from a directory with config.json and safetensors, or from a .gguf file. Raises ModelError.
 
-    `max_model_len` shortens the context; decoder.config.context_tokens says what it then is.
+    `max_model_len` shortens the context: decoder.config.context_tokens.
     """
     if path.suffix == ".gguf":
         gguf = GGUFFile(path)
         config = _shortened(parse_config(gguf.config_dict(), str(path)), max_model_len)
-        decoder = _empty(config, dtype, device)
+        decoder = _empty(config, precision.activations.dtype, device)
         filler = WeightLoader(decoder, config.family.prefixes[0], path)
-        exact = dtype == torch.float32 and torch.device(device).type == "cpu" and rounding == NOT_ROUNDED
+        exact = torch.device(device).type == "cpu" and precision == EXACT
         weights = gguf.weights_in_blocks() if exact else gguf.weights()
         filler.fill((name, path, weight) for name, weight in weights)
     else:
@@ -53,11 +52,11 @@ def load_decoder(
         shapes = _safetensors_shapes(path)
         if config.tied and _own_head(path, shapes, _prefix(config, shapes)):
             config = replace(config, tied=False)
-        decoder = _empty(config, dtype, device)
+        decoder = _empty(config, precision.activations.dtype, device)
         filler = WeightLoader(decoder, _prefix(config, shapes), path)
         filler.check(shapes)
         filler.fill(_read_safetensors(list(dict.fromkeys(file for file, _ in shapes.values()))))
-    decoder.pack(rounding)
+    decoder.pack(precision)
     return decoder.eval()
 
 

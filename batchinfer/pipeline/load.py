@@ -78,19 +78,14 @@ def _model_runner(engine: EngineSpec, path: Path) -> tuple[StepRunner, BlockPool
     # torch takes seconds to import: only here, where a model is really wanted
     import torch
 
-    from batchinfer.models.decoder import WeightPrecision
+    from batchinfer.models.precision import weight_precision
     from batchinfer.models.weights import load_decoder
     from batchinfer.runner.kv_cache import bytes_per_token, default_kv_tokens
     from batchinfer.runner.model_runner import ModelRunner
 
     use_threads(engine.num_threads)
-    # bfloat16 is for what is multiplied; sums, and all that lies between the matrices, gain nothing by it on a CPU.
-    # int8 is for the layers: errors of embedding and LM head reach the logits at once
-    ends = torch.bfloat16 if engine.dtype == "bfloat16" else None
-    rounding = WeightPrecision(torch.int8 if engine.quantization == "int8" else ends, ends)
-    dtype = torch.float16 if engine.dtype == "float16" else torch.float32
     kv_dtype: torch.dtype = getattr(torch, engine.kv_cache_dtype or engine.dtype or "float32")
-    decoder = load_decoder(path, dtype, engine.max_model_len, rounding=rounding)
+    decoder = load_decoder(path, weight_precision(engine.dtype, engine.quantization), engine.max_model_len)
     context = decoder.config.context_tokens
     kv_tokens = engine.kv_cache_tokens
     if kv_tokens is None:

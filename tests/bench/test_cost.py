@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from batchinfer import ops
 from batchinfer.bench.cost import LinearCost, MachineRates, StepWork, limit_of
 from batchinfer.layers.linear import Linear
-from batchinfer.models.decoder import WeightPrecision
+from batchinfer.models.precision import WeightPrecision
 from batchinfer.models.weights import load_decoder
+from batchinfer.ops import Precision
 from tests.models.tiny import build
 
 from .test_figures import make_machine
@@ -18,9 +18,9 @@ from .test_figures import make_machine
 def test_cost_of_the_tiny_model(tiny_model):
     with ops.keeping_backend("cpu"):
         ops.use_eager("cpu")  # which adds no rows to fill a panel
-        cost = LinearCost.of(load_decoder(tiny_model, torch.float32))
-        half = LinearCost.of(load_decoder(tiny_model, torch.bfloat16))
-        eighth = LinearCost.of(load_decoder(tiny_model, torch.float32, rounding=WeightPrecision(layers=torch.int8)))
+        cost = LinearCost.of(load_decoder(tiny_model))
+        half = LinearCost.of(load_decoder(tiny_model, WeightPrecision.of_all(Precision.BFLOAT16)))
+        eighth = LinearCost.of(load_decoder(tiny_model, WeightPrecision(layers=Precision.INT8)))
     # hidden 32, 4 heads and 2 kv heads of 8, feed-forward 48, 4 layers, vocabulary 96
     layer = 32 * (32 + 16 + 16) + 32 * 32 + 32 * (48 + 48) + 48 * 32
     assert (cost.layer_weights, cost.head_weights, cost.quantized) == (4 * layer, 32 * 96, False)
@@ -37,7 +37,7 @@ def test_cost_of_the_tiny_model(tiny_model):
 @pytest.mark.parametrize("name", ["llama-tied", "qwen3", "gemma2"])
 def test_cost_is_that_of_the_weights(name, tmp_path):
     build(name, tmp_path)
-    decoder = load_decoder(tmp_path, torch.float32)
+    decoder = load_decoder(tmp_path)
     cost = LinearCost.of(decoder)
     weights = [
         module.in_features * module.out_features for module in decoder.layers.modules() if isinstance(module, Linear)

@@ -30,7 +30,7 @@ def test_greedy_tokens_equal_those_of_transformers(name: str, tmp_path: Path) ->
         shared[: rng.randrange(30)] + [rng.randrange(3, SIZES["vocab_size"]) for _ in range(rng.randrange(1, 30))]
         for _ in range(12)
     ]
-    decoder = load_decoder(tmp_path, torch.float32)
+    decoder = load_decoder(tmp_path)
     answers = []
     for caching, step_tokens in ((True, 16), (False, 1000)):
         runner = ModelRunner(decoder, 40, _BLOCK_SIZE, 8, decoder.config.context_tokens)

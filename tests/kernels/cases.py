@@ -111,6 +111,13 @@ def linear_inputs(shape, dtype, kept=None):
     return seeded(rows, in_features, seed=0, dtype=dtype), weight, seeded(out_features, seed=2, dtype=dtype)
 
 
+def pack_unrounded(pack, weight):
+    """Return the matrix packed in the precision of its dtype; float64 has none, and stays as it is."""
+    if weight.dtype == torch.float64:
+        return weight
+    return pack(weight, ops.Precision(str(weight.dtype).removeprefix("torch.")))
+
+
 def make_blocks(in_features, out_features, bits, with_mins, seed=0):
     """All values there are, and scales of either sign, some of them subnormal."""
     generator = torch.Generator().manual_seed(seed)

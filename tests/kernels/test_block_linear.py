@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from batchinfer import ops
+from batchinfer.ops import Precision
 from tests.kernels.cases import BLOCK_KINDS, BLOCK_SHAPES, make_blocks
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -36,7 +37,7 @@ def test_blocks_change_no_bit(shape, kind):
     matrix = make_blocks(in_features, out_features, *kind)
     generator = torch.Generator().manual_seed(1)
     x, bias = torch.randn(rows, in_features, generator=generator), torch.randn(out_features, generator=generator)
-    blocks, floats = ops.pack_linear(matrix), ops.pack_linear(_exact_in_float32(matrix))
+    blocks, floats = (ops.pack_linear(one, Precision.FLOAT32) for one in (matrix, _exact_in_float32(matrix)))
     for given in (None, bias):
         for count in {n for n in (1, 2, 3, 4, rows // 2, rows) if n <= rows}:
             got = ops.linear(x[:count], blocks, given)
@@ -48,14 +49,14 @@ def test_blocks_change_no_bit(shape, kind):
 def test_rows_that_share_sets_of_the_cache(in_features, kind):
     matrix = make_blocks(in_features, 40, *kind)
     x = torch.randn(9, 2 * in_features, generator=torch.Generator().manual_seed(1))[:, in_features:]
-    got = ops.linear(x, ops.pack_linear(matrix), None)
-    assert torch.equal(got, ops.linear(x, ops.pack_linear(_exact_in_float32(matrix)), None))
+    got = ops.linear(x, ops.pack_linear(matrix, Precision.FLOAT32), None)
+    assert torch.equal(got, ops.linear(x, ops.pack_linear(_exact_in_float32(matrix), Precision.FLOAT32), None))
 
 
 def test_packed_rows_are_the_matrix_s_rows(kind):
     matrix = make_blocks(160, 70, *kind)
     rows = torch.tensor([69, 0, 33, 33, 31, 32, 7, 8, 3, 4, 15, 16])
-    packed = ops.pack_linear(matrix)
+    packed = ops.pack_linear(matrix, Precision.FLOAT32)
     assert torch.equal(ops.packed_rows(packed, rows), _exact_in_float32(matrix)[rows])
     assert ops.packed_rows(packed, rows[:0]).shape == (0, 160)
     with pytest.raises(IndexError):
@@ -66,7 +67,7 @@ def test_blocks_take_their_bits_and_those_of_scales(backend, kind):
     if backend == "eager":
         pytest.skip("keeps the matrix in float32")
     bits, with_mins = kind
-    stored = ops.stored_bytes(ops.pack_linear(make_blocks(320, 96, *kind)))
+    stored = ops.stored_bytes(ops.pack_linear(make_blocks(320, 96, *kind), Precision.FLOAT32))
     assert stored == 320 * 96 * (bits + 16 * (1 + with_mins) / ops.BLOCK) / 8
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from batchinfer import ops
-from tests.kernels.cases import GATED_LINEAR_SHAPES, TOLERANCE, linear_inputs, seeded
+from batchinfer.ops import Precision
+from tests.kernels.cases import GATED_LINEAR_SHAPES, TOLERANCE, linear_inputs, pack_unrounded, seeded
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -33,7 +34,7 @@ def _forms(weight):
 @pytest.mark.parametrize("shape", GATED_LINEAR_SHAPES, ids=str)
 def test_gated_linear(shape, dtype):
     x, weight, bias = _inputs(shape, dtype)
-    packed = ops.pack_gated(weight)
+    packed = pack_unrounded(ops.pack_gated, weight)
     for given in (None, bias):
         sums = x.double() @ weight.double().T + (0 if given is None else given.double())
         gate, up = sums.chunk(2, dim=-1)
@@ -54,36 +55,36 @@ def test_in_one_as_in_two(shape, form, activation):
     x, weight, bias = _inputs(shape)
     weight = _forms(weight)[form]
     for given in (None, bias):
-        expected = OPS[activation](ops.linear(x, ops.pack_linear(weight), given))
-        got = ops.gated_linear(x, ops.pack_gated(weight), given, activation)
+        expected = OPS[activation](ops.linear(x, ops.pack_linear(weight, Precision.FLOAT32), given))
+        got = ops.gated_linear(x, ops.pack_gated(weight, Precision.FLOAT32), given, activation)
         assert torch.equal(got, expected) and got.std() > 0.01
 
 
-@pytest.mark.parametrize("to", [torch.int8, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("precision", [Precision.INT8, Precision.BFLOAT16])
 @pytest.mark.parametrize("activation", OPS)
 @pytest.mark.parametrize("shape", [(1, 64, 16), (3, 101, 48), (40, 160, 24), (70, 576, 1536)], ids=str)
-def test_rounded_as_in_two(shape, activation, to):
+def test_rounded_as_in_two(shape, activation, precision):
     x, weight, bias = _inputs(shape)
     for given in (None, bias):
-        expected = OPS[activation](ops.linear(x, ops.pack_linear(weight, to), given))
-        assert torch.equal(ops.gated_linear(x, ops.pack_gated(weight, to), given, activation), expected)
+        expected = OPS[activation](ops.linear(x, ops.pack_linear(weight, precision), given))
+        assert torch.equal(ops.gated_linear(x, ops.pack_gated(weight, precision), given, activation), expected)
 
 
-@pytest.mark.parametrize("to", [torch.int8, torch.bfloat16], ids=str)
-def test_blocks_are_rounded_as_their_float32_numbers(to):
+@pytest.mark.parametrize("precision", [Precision.INT8, Precision.BFLOAT16])
+def test_blocks_are_rounded_as_their_float32_numbers(precision):
     _, weight, _ = _inputs((1, 64, 48))
     blocks = _forms(weight)["blocks"]
     x = seeded(3, 64, seed=3, dtype=torch.float32)
-    one, other = (ops.gated_linear(x, ops.pack_gated(w, to), None, "silu") for w in (blocks, blocks.float()))
+    one, other = (ops.gated_linear(x, ops.pack_gated(w, precision), None, "silu") for w in (blocks, blocks.float()))
     assert torch.equal(one, other)
 
 
 def test_what_comes_out_goes_into_a_linear_layer_without_a_copy(backend):
     """Its rows do not fall into the same lines of a cache; torch and other ops take them as they are."""
     x, weight, _ = _inputs((6, 64, 512))
-    out = ops.gated_linear(x, ops.pack_gated(weight), None, "silu")
+    out = ops.gated_linear(x, ops.pack_gated(weight, Precision.FLOAT32), None, "silu")
     assert out.stride(0) == (512 if backend == "eager" else 528)
-    down = ops.pack_linear(_inputs((1, 512, 20))[1])
+    down = ops.pack_linear(_inputs((1, 512, 20))[1], Precision.FLOAT32)
     assert torch.equal(ops.linear(out, down, None), ops.linear(out.contiguous(), down, None))
     normed = ops.rms_norm(out, torch.ones(512), 1e-5)
     assert normed.stride(0) == out.stride(0)
@@ -92,4 +93,5 @@ def test_what_comes_out_goes_into_a_linear_layer_without_a_copy(backend):
 
 def test_stored_bytes_are_those_of_what_is_inside():
     _, weight, _ = _inputs((1, 64, 32))
-    assert ops.stored_bytes(ops.pack_gated(weight)) == ops.stored_bytes(ops.pack_linear(weight))
+    gated, plain = (pack(weight, Precision.FLOAT32) for pack in (ops.pack_gated, ops.pack_linear))
+    assert ops.stored_bytes(gated) == ops.stored_bytes(plain)

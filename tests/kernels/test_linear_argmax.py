@@ -10,6 +10,7 @@ import torch
 from batchinfer_kernels.cpu.linear_argmax import make_screen
 
 from batchinfer import ops
+from batchinfer.ops import Precision
 from tests.kernels.cases import BLOCK_KINDS, BLOCK_SHAPES, LINEAR_SHAPES, linear_inputs, make_blocks, on_threads
 
 pytestmark = pytest.mark.usefixtures("compiled")
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("compiled")
 
 def check(x, weight):
     """Against all output features; NumPy takes the first of equals, and a NaN before all numbers."""
-    packed = ops.pack_linear(weight)
+    packed = ops.pack_linear(weight, Precision.FLOAT32)
     whole = ops.linear(x, packed, None).numpy()
     ids = torch.from_numpy(np.argmax(whole, axis=1))
     got_values, got_ids = ops.linear_argmax(x, make_screen(packed))
@@ -72,7 +73,7 @@ def test_a_row_that_is_not_finite_is_looked_at_whole(bad):
 
 def test_a_row_s_result_depends_on_nothing_else():
     x, weight, _ = linear_inputs((61, 576, 3000), torch.float32)
-    screen = make_screen(ops.pack_linear(weight))
+    screen = make_screen(ops.pack_linear(weight, Precision.FLOAT32))
     values, ids = ops.linear_argmax(x, screen)
     for threads, rows in ((1, 1), (3, 13), (2, 29)):
         for start in range(0, len(x), rows):
@@ -95,8 +96,8 @@ def test_where_there_are_no_bounds(backend):
     for bad in (math.nan, math.inf, 1e30):
         broken = weight.clone()
         broken[69, 63] = bad
-        assert make_screen(ops.pack_linear(broken)) is None
-    has_screen = ops.screen(ops.pack_linear(weight)) is not None
+        assert make_screen(ops.pack_linear(broken, Precision.FLOAT32)) is None
+    has_screen = ops.screen(ops.pack_linear(weight, Precision.FLOAT32)) is not None
     assert has_screen == (backend in ("amx", "avx512_bf16"))
-    for rounded in (weight, ops.pack_linear(weight, torch.int8), ops.pack_linear(weight, torch.bfloat16)):
+    for rounded in (weight, ops.pack_linear(weight, Precision.INT8), ops.pack_linear(weight, Precision.BFLOAT16)):
         assert ops.screen(rounded) is None

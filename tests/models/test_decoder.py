@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from batchinfer import ops
-from batchinfer.models.decoder import WeightPrecision
+from batchinfer.models.precision import WeightPrecision
 from batchinfer.models.weights import load_decoder
+from batchinfer.ops import Precision
 from tests.models.tiny import MODELS, SIZES, Paged, build
 
 SPANS = (
@@ -57,18 +58,18 @@ def _farthest(logits, others):
 def test_logits_equal_those_of_transformers(name, tmp_path):
     model = build(name, tmp_path)
     rows = _rows(43, 35, 38)  # all beyond every window and every original context
-    paged = Paged(load_decoder(tmp_path, torch.float32), sequences=3)
+    paged = Paged(load_decoder(tmp_path), sequences=3)
     _assert_equal(_compute(paged, rows, SPANS), model, rows)
 
 
-@pytest.mark.parametrize("layers", [None, torch.int8, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layers", [Precision.FLOAT32, Precision.INT8, Precision.BFLOAT16])
 @pytest.mark.parametrize("name", MODELS)
 def test_layers_in_one_call_give_what_their_ops_give(name, layers, tmp_path, plain_torch, monkeypatch):
     """Bit for bit, in every form of the weights."""
     if plain_torch:
         pytest.skip("--eager-kernels")
     build(name, tmp_path)
-    decoder = load_decoder(tmp_path, torch.float32, rounding=WeightPrecision(layers))
+    decoder = load_decoder(tmp_path, WeightPrecision(layers=layers))
     rows, called = _rows(43, 35, 38), []
 
     def compute(at_once):
@@ -88,7 +89,7 @@ def test_layers_in_one_call_give_what_their_ops_give(name, layers, tmp_path, pla
 def test_layers_are_computed_one_by_one_on_another_backend(tmp_path):
     """What was packed by C++ stays with it; norms and attention are the reference's."""
     model = build("gemma2", tmp_path)
-    decoder, rows = load_decoder(tmp_path, torch.float32), _rows(43, 35, 38)
+    decoder, rows = load_decoder(tmp_path), _rows(43, 35, 38)
     with ops.keeping_backend("cpu"):
         ops.use_eager("cpu")
         _assert_equal(_compute(Paged(decoder, sequences=3), rows, SPANS), model, rows)
@@ -97,5 +98,5 @@ def test_layers_are_computed_one_by_one_on_another_backend(tmp_path):
 def test_longrope_takes_the_short_factors_where_the_context_is_limited(tmp_path):
     model = build("phi3-longrope", tmp_path)
     rows = _rows(32)
-    paged = Paged(load_decoder(tmp_path, torch.float32, max_model_len=32), sequences=1)
+    paged = Paged(load_decoder(tmp_path, max_model_len=32), sequences=1)
     _assert_equal(_compute(paged, rows, [{0: (0, 20)}, {0: (20, 32)}]), model, rows)

@@ -12,9 +12,10 @@ from gguf import GGUFWriter
 from batchinfer import ops
 from batchinfer.layers.linear import Linear
 from batchinfer.models import gguf_blocks
-from batchinfer.models.decoder import WeightPrecision
 from batchinfer.models.gguf import GGUFFile
+from batchinfer.models.precision import WeightPrecision
 from batchinfer.models.weights import load_decoder
+from batchinfer.ops import Precision
 from tests.models.gguf_files import finish
 from tests.models.tiny import Paged
 
@@ -69,14 +70,14 @@ def _logits(decoder):
 
 def _with_and_without(path, monkeypatch):
     """Decoders of the same file: as it is loaded, and from float32 weights."""
-    kept = load_decoder(path, torch.float32)
+    kept = load_decoder(path)
     monkeypatch.setattr(GGUFFile, "weights_in_blocks", GGUFFile.weights)
-    return kept, load_decoder(path, torch.float32)
+    return kept, load_decoder(path)
 
 
 def _in_blocks(decoder):
     """The names of the matrices that are."""
-    if isinstance(ops.pack_linear(torch.ones(1, 1)), torch.Tensor):
+    if isinstance(ops.pack_linear(torch.ones(1, 1), Precision.FLOAT32), torch.Tensor):
         pytest.skip("the reference keeps float32")
     linears = {name: module.held for name, module in decoder.named_modules() if isinstance(module, Linear)}
     held = {name: each.packed if isinstance(each, ops.Gated) else each for name, each in linears.items()}
@@ -126,8 +127,8 @@ def test_what_has_an_infinite_scale_is_float32(tmp_path):
 
 def test_other_types_of_numbers_take_the_weights_as_before(tmp_path):
     _write(tmp_path / "m.gguf", {"*": GGMLType.Q4_1})
-    for dtype, rounding in ((torch.bfloat16, WeightPrecision()), (torch.float32, WeightPrecision(layers=torch.int8))):
-        decoder = load_decoder(tmp_path / "m.gguf", dtype, rounding=rounding)
+    for precision in (WeightPrecision.of_all(Precision.BFLOAT16), WeightPrecision(layers=Precision.INT8)):
+        decoder = load_decoder(tmp_path / "m.gguf", precision)
         assert _logits(decoder).std() > 0.1
         assert not isinstance(decoder.embedding.matrix, ops.cpu.PackedBlocks)
 

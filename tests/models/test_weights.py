@@ -13,15 +13,18 @@ from safetensors.torch import load_file, save_file
 from batchinfer.errors import ModelError
 from batchinfer.layers.linear import Linear
 from batchinfer.models.config import load_config
+from batchinfer.models.precision import EXACT, WeightPrecision
 from batchinfer.models.weights import load_decoder
+from batchinfer.ops import Precision
 from tests.models.gguf_files import write_model
 from tests.models.tiny import Paged, build
 
+IN_BFLOAT16 = WeightPrecision.of_all(Precision.BFLOAT16)
 TOKENS = [5, 17, 40, 3, 90, 41]
 
 
-def _logits(path, dtype=torch.float32, **options):
-    return Paged(load_decoder(path, dtype, **options), sequences=1).step({0: TOKENS})
+def _logits(path, precision=EXACT):
+    return Paged(load_decoder(path, precision), sequences=1).step({0: TOKENS})
 
 
 def _rewrite(folder, change):
@@ -50,7 +53,7 @@ def test_a_gguf_file_is_read_like_the_directory(tmp_path):
     del model.model.layers[3:]
     write_model(short, "llama", model)
     with pytest.raises(ModelError, match=r"short\.gguf: model\.layers\.3\..* missing"):
-        load_decoder(short, torch.float32)
+        load_decoder(short)
 
 
 def test_dtypes_are_converted_while_reading(tmp_path):
@@ -58,10 +61,10 @@ def test_dtypes_are_converted_while_reading(tmp_path):
     model.to(torch.bfloat16).save_pretrained(tmp_path / "16")
     exact = _logits(tmp_path / "32")
     widened = _logits(tmp_path / "16")
-    narrow = load_decoder(tmp_path / "32", torch.bfloat16)
+    narrow = load_decoder(tmp_path / "32", IN_BFLOAT16)
     assert {weight.dtype for weight in narrow.parameters()} == {torch.bfloat16}
     assert 1e-4 < (widened - exact).abs().max() < 0.1
-    assert torch.equal(Paged(narrow, sequences=1).step({0: TOKENS}), _logits(tmp_path / "16", dtype=torch.bfloat16))
+    assert torch.equal(Paged(narrow, sequences=1).step({0: TOKENS}), _logits(tmp_path / "16", IN_BFLOAT16))
 
 
 def test_loading_imports_nothing_slow(tmp_path):
@@ -69,7 +72,7 @@ def test_loading_imports_nothing_slow(tmp_path):
     build("llama", tmp_path)
     script = (
         "import pathlib, sys, torch; from batchinfer.models.weights import load_decoder; "
-        f"load_decoder(pathlib.Path({str(tmp_path)!r}), torch.float32); print(*sys.modules)"
+        f"load_decoder(pathlib.Path({str(tmp_path)!r})); print(*sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert not {"sympy", "torch._dynamo", "torch._inductor"} & set(result.stdout.split())
@@ -77,13 +80,13 @@ def test_loading_imports_nothing_slow(tmp_path):
 
 def test_the_default_dtype_is_left_as_it_was(tmp_path):
     build("llama", tmp_path)
-    assert load_decoder(tmp_path, torch.bfloat16).embedding.weight.dtype == torch.bfloat16
+    assert load_decoder(tmp_path, IN_BFLOAT16).embedding.weight.dtype == torch.bfloat16
     assert torch.get_default_dtype() == torch.float32
 
 
 def test_tied_weights_are_one_matrix(tmp_path):
     build("llama-tied", tmp_path)
-    decoder = load_decoder(tmp_path, torch.float32)
+    decoder = load_decoder(tmp_path)
     linears = [module for module in decoder.modules() if isinstance(module, Linear)]
     assert decoder.head is None and decoder.embedding in linears
     norms = sum(weight.numel() for weight in decoder.parameters() if weight.ndim == 1)
@@ -97,7 +100,7 @@ def test_a_tied_head_in_the_file_that_is_the_embedding_changes_nothing(tmp_path)
     before = _logits(tmp_path)
     _rewrite(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     assert torch.equal(_logits(tmp_path), before)
-    assert load_decoder(tmp_path, torch.float32).head is None
+    assert load_decoder(tmp_path).head is None
 
 
 def test_a_tied_model_whose_file_has_another_head_uses_the_file_s(tmp_path, capfd):
@@ -138,13 +141,13 @@ def test_a_file_that_holds_something_else_is_said_to(content, expected, name, tm
     build("llama", tmp_path)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ModelError, match=f"{name} is {expected}"):
-        load_decoder(tmp_path, torch.float32)
+        load_decoder(tmp_path)
 
 
 def test_buffers_of_old_llama_files_are_left_out(tmp_path):
     build("llama", tmp_path)
     _rewrite(tmp_path, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
-    load_decoder(tmp_path, torch.float32)
+    load_decoder(tmp_path)
 
 
 @pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model."])
@@ -206,7 +209,7 @@ def test_what_is_wrong_is_named(name, change, said, tmp_path):
     build(name, tmp_path)
     _rewrite(tmp_path, change)
     with pytest.raises(ModelError) as caught:
-        load_decoder(tmp_path, torch.float32)
+        load_decoder(tmp_path)
     for part in [*said, str(tmp_path)]:
         assert part in str(caught.value)
 
@@ -219,16 +222,16 @@ def test_files_that_are_not_there_or_not_whole(tmp_path):
     for cut in (content[:4], content[:-10], b"\xff" * 100):
         shard.write_bytes(cut)
         with pytest.raises(ModelError, match=f"{shard.name} is not a whole safetensors file"):
-            load_decoder(tmp_path / "many", torch.float32)
+            load_decoder(tmp_path / "many")
     shard.unlink()
     with pytest.raises(ModelError, match=f"names {shard.name}, which is not there"):
-        load_decoder(tmp_path / "many", torch.float32)
+        load_decoder(tmp_path / "many")
     (tmp_path / "many" / "model.safetensors.index.json").write_text('{"weight_map": 3}')
     with pytest.raises(ModelError, match="not a safetensors index"):
-        load_decoder(tmp_path / "many", torch.float32)
+        load_decoder(tmp_path / "many")
     (tmp_path / "one" / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="holds neither"):
-        load_decoder(tmp_path / "one", torch.float32)
+        load_decoder(tmp_path / "one")
 
 
 def test_an_index_cannot_name_files_elsewhere(tmp_path):
@@ -237,12 +240,12 @@ def test_an_index_cannot_name_files_elsewhere(tmp_path):
     index = {"weight_map": {"lm_head.weight": "../one/model.safetensors"}}
     (tmp_path / "many" / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ModelError, match=r"\.\./one"):
-        load_decoder(tmp_path / "many", torch.float32)
+        load_decoder(tmp_path / "many")
 
 
 def test_max_model_len_shortens_the_context_and_never_stretches_it(tmp_path):
     build("llama", tmp_path)
-    assert load_decoder(tmp_path, torch.float32).config.context_tokens == 128
-    assert load_decoder(tmp_path, torch.float32, max_model_len=50).config.context_tokens == 50
+    assert load_decoder(tmp_path).config.context_tokens == 128
+    assert load_decoder(tmp_path, max_model_len=50).config.context_tokens == 50
     with pytest.raises(ModelError, match="129 is above the model's context of 128"):
-        load_decoder(tmp_path, torch.float32, max_model_len=129)
+        load_decoder(tmp_path, max_model_len=129)

@@ -242,7 +242,7 @@ def alone(decoder, one: Request) -> list[int]:
 def tiny_llama(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama")
     build("llama", folder)
-    return load_decoder(folder, torch.float32)
+    return load_decoder(folder)
 
 
 @pytest.fixture(scope="module")
@@ -296,7 +296,7 @@ def test_logits_are_the_same_bits_however_prompts_are_cut(tiny_llama, caching, n
 def test_greedy_rows_that_are_found_by_bounds_are_those_of_all_logits(tmp_path, monkeypatch):
     """Steps of greedy rows alone take the LM head's shorter way, others the long one, with the same tokens."""
     build("llama", tmp_path)
-    decoder = load_decoder(tmp_path, torch.float32)
+    decoder = load_decoder(tmp_path)
     if isinstance(decoder.head.matrix, torch.Tensor):
         pytest.skip("--eager-kernels")
     requests = [greedy([9, 8, 7, 10 + number], number, max_tokens=5 + number) for number in range(12)]

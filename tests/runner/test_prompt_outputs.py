@@ -27,14 +27,14 @@ CLOSE = {"rel": 0, "abs": 2e-5}
 def family(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     reference = build(request.param, folder)
-    return load_decoder(folder, torch.float32), reference
+    return load_decoder(folder), reference
 
 
 @pytest.fixture(scope="module")
 def tiny_llama(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama")
     reference = build("llama", folder)
-    return load_decoder(folder, torch.float32), reference
+    return load_decoder(folder), reference
 
 
 def prompts_of(count: int, longest: int = 60) -> list[list[int]]:

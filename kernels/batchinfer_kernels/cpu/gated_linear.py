@@ -23,6 +23,7 @@ from batchinfer_kernels.cpu.linear import (
     pack_linear,
 )
 from batchinfer_kernels.cpu.memory import empty_rows
+from batchinfer_kernels.formats import Precision
 
 ACTIVATIONS = {"silu": (1, silu_mul), "gelu": (2, gelu_mul)}  # csrc/elementwise.h's number, the op
 
@@ -34,13 +35,13 @@ class GatedPanels:
     packed: Panels
 
 
-def pack_gated(weight_GI: Tensor | eager.BlockMatrix, to: torch.dtype | None) -> Matrix | GatedPanels:
+def pack_gated(weight_GI: Tensor | eager.BlockMatrix, precision: Precision) -> Matrix | GatedPanels:
     """GatedPanels of float32 or blocks, where panels come out even; otherwise what pack_linear makes."""
     rows, panel = weight_GI.shape[0], functions().linear_panel()
     even = known(weight_GI) and rows % panel == 0
     if even:
         weight_GI = weight_GI[torch.arange(rows).view(2, -1, panel // 2).transpose(0, 1).flatten()]
-    packed = pack_linear(weight_GI, to)
+    packed = pack_linear(weight_GI, precision)
     return GatedPanels(packed) if even and isinstance(packed, Panels) else packed
 
 

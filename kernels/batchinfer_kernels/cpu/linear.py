@@ -10,6 +10,7 @@ from torch import Tensor
 from batchinfer_kernels import eager
 from batchinfer_kernels.cpu.library import TYPES, Functions, checked, functions
 from batchinfer_kernels.cpu.memory import empty
+from batchinfer_kernels.formats import Precision, keeps_numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +52,12 @@ _ROUNDED = 6  # csrc/ops.cpp's type
 _BLOCK_TYPES = {(8, False): 3, (4, False): 4, (4, True): 5}  # (bits, with minima)
 
 
-def pack_linear(weight_OI: Tensor | eager.BlockMatrix, to: torch.dtype | None) -> Matrix:
+def pack_linear(weight_OI: Tensor | eager.BlockMatrix, precision: Precision) -> Matrix:
     """Copies. Numbers that 16 bits hold exactly (a bfloat16 checkpoint's) are kept in 16: half the memory to read."""
     if not known(weight_OI):
-        return eager.pack_linear(weight_OI, to)
-    if to == torch.int8:
-        return _pack_quantized(weight_OI)
-    if to == torch.bfloat16:
-        return _pack_rounded(weight_OI.float())
+        return eager.pack_linear(weight_OI, precision)
+    if not keeps_numbers(weight_OI.dtype, precision):
+        return _pack_quantized(weight_OI) if precision is Precision.INT8 else _pack_rounded(weight_OI.float())
     if isinstance(weight_OI, eager.BlockMatrix):
         return _pack_blocks(weight_OI)
     chosen = functions()
@@ -125,7 +124,7 @@ class QuantizedPanels:
 
 
 def _pack_quantized(weight_OI: Tensor | eager.BlockMatrix) -> QuantizedPanels:
-    matrix = eager.pack_linear(weight_OI, torch.int8)
+    matrix = eager.pack_linear(weight_OI, Precision.INT8)
     assert isinstance(matrix, eager.QuantizedMatrix)
     chosen = functions()
     panel = chosen.linear_panel()

@@ -30,6 +30,11 @@ class BlockMatrix:
         return self.values_OI.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype that holds the matrix's numbers exactly."""
+        return torch.float32
+
+    @property
     def is_cpu(self) -> bool:
         return self.values_OI.is_cpu
 

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from batchinfer_kernels.eager.block_matrix import BlockMatrix
 from batchinfer_kernels.eager.quantized_linear import QuantizedMatrix, pack_quantized, quantized_linear
 from batchinfer_kernels.eager.rounded_linear import RoundedMatrix, pack_rounded, rounded_linear
+from batchinfer_kernels.formats import Precision, keeps_numbers
 
 Matrix = Tensor | RoundedMatrix | QuantizedMatrix
 
 
-def pack_linear(weight_OI: Tensor | BlockMatrix, to: torch.dtype | None) -> Matrix:
-    if to == torch.int8:
-        return pack_quantized(weight_OI)
-    if to == torch.bfloat16:
-        return pack_rounded(weight_OI)
-    return weight_OI if isinstance(weight_OI, Tensor) else weight_OI.float()
+def pack_linear(weight_OI: Tensor | BlockMatrix, precision: Precision) -> Matrix:
+    if keeps_numbers(weight_OI.dtype, precision):
+        return weight_OI if isinstance(weight_OI, Tensor) else weight_OI.float()
+    return pack_quantized(weight_OI) if precision is Precision.INT8 else pack_rounded(weight_OI)
 
 
 def linear(x_NI: Tensor, packed: Matrix, bias_O: Tensor | None) -> Tensor:
