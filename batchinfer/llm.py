@@ -18,7 +18,7 @@ from batchinfer.engine.scheduler import Scheduler
 from batchinfer.engine.stats import EngineStats
 from batchinfer.errors import BadParameters, ModelError, SpecError, UsageError
 from batchinfer.io.fetch import ModelFiles, fetch_model
-from batchinfer.openai.parse import WireModel
+from batchinfer.openai.parse import ModelFacts
 from batchinfer.pipeline.encoding import Content, SpecialTokens
 from batchinfer.pipeline.load import Assembly, assemble
 from batchinfer.pipeline.prepare import ModelLimits, Preparer, Prompt, mix
@@ -59,11 +59,11 @@ _MISSING = SamplingParams()  # marks a prompt beyond the last of the given param
 class Answerer(Protocol):
     """What a job needs of a model: an LLM of its own, or a share of the engine that a server runs.
 
-    `wire.defaults` hold for prompts that bring no parameters; the rest of `wire` is for rows that are requests.
+    `model_facts.defaults` apply to prompts without parameters; the rest of `model_facts` is for rows that are requests.
     """
 
     @property
-    def wire(self) -> WireModel: ...
+    def model_facts(self) -> ModelFacts: ...
 
     def run(self, prompts: Iterable[Prompt]) -> Generator[Completion, None, None]:
         """Answer prompts in any order, each exactly once. `prompts` is read in a thread, a bounded number ahead.
@@ -187,11 +187,11 @@ class LLM:
         return sorted(self.run(prompts), key=lambda completion: completion.index)
 
     @property
-    def wire(self) -> WireModel:
+    def model_facts(self) -> ModelFacts:
         """See `Answerer`."""
         chat = self._assembly.chat
         template = chat.source if chat else None
-        return WireModel((self.model_name,), self._tokenizer, template, self.default_params)
+        return ModelFacts((self.model_name,), self._tokenizer, template, self.default_params)
 
     def stats(self) -> EngineStats:
         """Counters since the model was loaded: of tokens (prompts, answers, drafts), steps and preemptions."""

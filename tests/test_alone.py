@@ -45,7 +45,7 @@ OPTIONS = [None, PromptOptions(True, {}, whole_answer=True), PromptOptions(False
 def generate_prompts() -> st.SearchStrategy[Prompt]:
     params = st.sampled_from(PARAMS).map(lambda given: SamplingParams(**{"temperature": 0, "max_tokens": 20, **given}))
     contents = st.sampled_from(["is", "is ", "is\n", [105, 115], CHAT])
-    return st.builds(Prompt, st.just(0), contents, params, st.integers(0, 2), framing=st.sampled_from(OPTIONS))
+    return st.builds(Prompt, st.just(0), contents, params, st.integers(0, 2), options=st.sampled_from(OPTIONS))
 
 
 def score_and_embed_prompts() -> st.SearchStrategy[Prompt]:

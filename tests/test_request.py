@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchinfer.errors import BadParameters, InvalidInput
-from batchinfer.openai.parse import parse
+from batchinfer.openai.parse import parse_body
 from batchinfer.request import _RANGES, SamplingParams
 
 INTEGER_FIELDS = [name for name, limits in _RANGES.items() if limits.whole]
@@ -114,13 +114,13 @@ def test_unknown_parameter_is_refused_with_a_suggestion():
 @pytest.mark.parametrize("name", ["max_tokens", "min_tokens", "n", "best_of", "top_k", "seed", "max_completion_tokens"])
 def test_request_body_integer_accepts_5_0_and_refuses_5_5(name):
     def body(value):
-        return parse("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], name: value})
+        return parse_body("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], name: value})
 
     assert getattr(body(5.0), name) == 5 and type(getattr(body(5.0), name)) is int
     for value in (5.5, True, "5"):
         with pytest.raises(InvalidInput, match=f"^{name}: "):
             body(value)
-    lists = parse(
+    lists = parse_body(
         "/v1/completions", {"prompt": "x", "logprobs": 2.0, "stop_token_ids": [5.0], "allowed_token_ids": [6]}
     )
     assert (lists.logprobs, lists.stop_token_ids) == (2, [5])
@@ -144,9 +144,9 @@ def test_request_body_integer_accepts_5_0_and_refuses_5_5(name):
 )
 def test_request_body_error_names_the_expected_type(fields, message):
     with pytest.raises(InvalidInput) as caught:
-        parse("/v1/completions", {"prompt": "x", **fields})
+        parse_body("/v1/completions", {"prompt": "x", **fields})
     assert str(caught.value) == message
     with pytest.raises(InvalidInput, match=r"^messages: is required$"):
-        parse("/v1/chat/completions", {})
+        parse_body("/v1/chat/completions", {})
     with pytest.raises(InvalidInput, match=r"^encoding_format: must be 'float' or 'base64', got 5$"):
-        parse("/v1/embeddings", {"input": "x", "encoding_format": 5})
+        parse_body("/v1/embeddings", {"input": "x", "encoding_format": 5})

@@ -32,7 +32,7 @@ from batchinfer.job.run_state import Dependencies, open_store
 from batchinfer.job.spool import Spool
 from batchinfer.llm import Answerer
 from batchinfer.log import log
-from batchinfer.openai.parse import ROUTES, WireModel
+from batchinfer.openai.parse import ROUTES, ModelFacts
 from batchinfer.pipeline.prepare import Prompt
 from batchinfer.request import Completion
 from batchinfer.spec import JobSpec, parse_spec
@@ -47,7 +47,7 @@ class Refusing:
     """Answers every prompt with the same error."""
 
     error: RowError
-    wire: WireModel
+    model_facts: ModelFacts
 
     def run(self, prompts: Iterable[Prompt]) -> Generator[Completion, None, None]:
         for prompt in prompts:
@@ -187,7 +187,7 @@ class BatchRunner:
     def _run_job(self, record: BatchRecord, drain: Drain) -> None:
         refusal = _refusal(record)
         llm = self._llm
-        answerer = llm if refusal is None else Refusing(refusal, llm.wire)
+        answerer = llm if refusal is None else Refusing(refusal, llm.model_facts)
         run_job(
             self._spec(record),
             spool_dir=self._catalog.root / "spool",

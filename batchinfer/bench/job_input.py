@@ -37,7 +37,7 @@ class JobInput:
             for number, (_, batch) in enumerate(batches):
                 base = plan.bases[number]
                 wanted = rows.select(batch, inputs.text_json)
-                for prompt in rows.prompts(batch, wanted, inputs.text_json, llm.wire):
+                for prompt in rows.prompts(batch, wanted, inputs.text_json, llm.model_facts):
                     index = base + prompt.offset
                     made.append(numbered(prompt, index, mix(spec.seed, index)))
         self._rows = len(made)

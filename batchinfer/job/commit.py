@@ -20,7 +20,7 @@ from batchinfer.job.openai_lines import build_lines, with_bodies
 from batchinfer.job.results import build_table, count, decode
 from batchinfer.job.spool import Spool
 from batchinfer.log import log
-from batchinfer.openai.parse import WireModel
+from batchinfer.openai.parse import ModelFacts
 
 _THREADS = 2  # one builds while the other uploads
 _GRACE_S = 0.5
@@ -34,7 +34,7 @@ class PartWriter:
     layout: OutputLayout
     spool: Spool
     pass_number: int
-    model: WireModel
+    model: ModelFacts
 
     def commit(self, chunk: int) -> CommitRecord:
         plan = self.ledger.plan

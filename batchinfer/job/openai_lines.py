@@ -1,8 +1,8 @@
-"""Answers of openai-batch rows: as the response lines that OpenAI's batch endpoint returns, or as a column's cells.
+"""Responses to openai-batch rows: lines as OpenAI's batch endpoint returns them, or bodies as cells of a column.
 
 Nothing in them depends on the time: `created` is 0, ids follow from the row. Only `cached_tokens`, how much of a prompt
-the prefix cache held, depends on what ran before. What stands in the body is the matter of `wire`, which writes the
-endpoint's answers as well.
+the prefix cache held, depends on what ran before. `batchinfer.openai` writes the bodies,
+here as for the endpoint.
 """
 
 from __future__ import annotations
@@ -15,52 +15,59 @@ import pyarrow as pa
 from batchinfer.job.columns import BODY, OutputLayout
 from batchinfer.job.results import Row
 from batchinfer.job.row_prompts import asked_of
-from batchinfer.openai.json_text import dump
-from batchinfer.openai.parse import ParsedRequest, WireModel, field_of
+from batchinfer.openai.json_text import dump_json
+from batchinfer.openai.parse import ModelFacts, ParsedRequest, route_field
 from batchinfer.openai.request_models import CompletionRequest
-from batchinfer.openai.response_bodies import Answers, PromptFacts, PromptTokens, SampleAnswer, problem, tokens_of
+from batchinfer.openai.response_bodies import (
+    PromptResult,
+    PromptTokenCounts,
+    ResponseBodies,
+    SampleResult,
+    error_response,
+    usage_tokens,
+)
 from batchinfer.request import FinishReason, TokenLogprob
 
 _ID = "batch_req_"
 
 
-def build_lines(layout: OutputLayout, rows: list[Row], carried: pa.Table, base: int, model: WireModel) -> pa.Table:
+def build_lines(layout: OutputLayout, rows: list[Row], carried: pa.Table, base: int, model: ModelFacts) -> pa.Table:
     """The part of a chunk. `carried` has the requests of the same rows; `base` is the job's index of offset 0."""
     ids = [base + row.offset for row in rows]
-    answers = Answers(model)
+    bodies = ResponseBodies(model)
     columns = {
         "id": [f"{_ID}{number:09d}" for number in ids],
         "custom_id": carried.column("custom_id").to_pylist(),
         "response": [
-            dump(_response(row, number, line, answers, model)).decode()
+            dump_json(_response(row, number, line, bodies, model)).decode()
             for row, number, line in zip(rows, ids, carried.to_pylist(), strict=True)
         ],
-        "error": [dump(_error(row)).decode() if row.error else None for row in rows],
+        "error": [dump_json(_error(row)).decode() if row.error else None for row in rows],
     }
     return pa.table(columns, schema=layout.schema)
 
 
-def with_bodies(layout: OutputLayout, rows: list[Row], carried: pa.Table, base: int, model: WireModel) -> list[Row]:
+def with_bodies(layout: OutputLayout, rows: list[Row], carried: pa.Table, base: int, model: ModelFacts) -> list[Row]:
     """The rows of a table of openai-batch input; those whose answer is more than the columns hold have its body."""
     if not layout.has(BODY):
         return rows
-    answers = Answers(model)
+    bodies = ResponseBodies(model)
     requests = carried.select(["url", "body"]).to_pylist()
     made = []
     for row, line in zip(rows, requests, strict=True):
         if row.error is None and BODY not in (row.read or {}):  # one that a retry keeps may have it
-            made.append(_with_body(layout, row, base, asked_of(line, model), answers))
+            made.append(_with_body(layout, row, base, asked_of(line, model), bodies))
         else:
             made.append(row)
     return made
 
 
-def _with_body(layout: OutputLayout, row: Row, base: int, asked: ParsedRequest, answers: Answers) -> Row:
+def _with_body(layout: OutputLayout, row: Row, base: int, asked: ParsedRequest, bodies: ResponseBodies) -> Row:
     echoes = isinstance(asked.body, CompletionRequest) and bool(asked.body.echo)
     no_place = len(row.samples) > 1 and not (layout.listed or layout.exploded)
-    if not (no_place or echoes or asked.shows_ids or asked.read is not None or asked.use is not None):
+    if not (no_place or echoes or asked.returns_token_ids or asked.pooling is not None or asked.tool_use is not None):
         return row
-    body = dump(_answer(row, base + row.offset, asked, answers)).decode()
+    body = dump_json(_answer(row, base + row.offset, asked, bodies)).decode()
     return row._replace(read={**(row.read or {}), BODY: body})
 
 
@@ -70,7 +77,7 @@ def rows_of_lines(lines: Iterable[dict[str, Any]], base: int) -> list[Row]:
     for line in lines:
         offset = int(line["id"].removeprefix(_ID)) - base
         body, failed = line["response"]["body"], line["error"]
-        prompt_tokens, answer_tokens = tokens_of(body["usage"])
+        prompt_tokens, answer_tokens = usage_tokens(body["usage"])
         if failed is not None:
             param = body["error"]["param"]
             why = [failed["code"], failed["message"], *([] if param is None else [param])]
@@ -81,29 +88,29 @@ def rows_of_lines(lines: Iterable[dict[str, Any]], base: int) -> list[Row]:
     return sorted(rows, key=lambda row: row.offset)
 
 
-def _response(row: Row, number: int, line: dict[str, Any], answers: Answers, model: WireModel) -> dict[str, Any]:
+def _response(row: Row, number: int, line: dict[str, Any], bodies: ResponseBodies, model: ModelFacts) -> dict[str, Any]:
     read = row.read or {}
     if "response" in read:
         kept: dict[str, Any] = read["response"]
         return kept
     if row.error is not None:
         kind, message, *param = row.error
-        named = field_of(line["url"], param[0] if param else None)
-        status, body = problem(kind, message, named, row.prompt_tokens)
+        named = route_field(line["url"], param[0] if param else None)
+        status, body = error_response(kind, message, named, row.prompt_tokens)
     else:
-        status, body = 200, _answer(row, number, asked_of(line, model), answers)
+        status, body = 200, _answer(row, number, asked_of(line, model), bodies)
     return {"status_code": status, "request_id": f"req_{number:09d}", "body": body}
 
 
-def _answer(row: Row, number: int, asked: ParsedRequest, answers: Answers) -> dict[str, Any]:
+def _answer(row: Row, number: int, asked: ParsedRequest, bodies: ResponseBodies) -> dict[str, Any]:
     read = row.read or {}
     known = read.get("prompts") or [[[], None, None]] * len(asked.contents)
-    prompts = [PromptFacts(ids, _entries(logprobs), vector) for ids, logprobs, vector in known]
+    prompts = [PromptResult(ids, _entries(logprobs), vector) for ids, logprobs, vector in known]
     said = [
-        SampleAnswer(cast(str, text), cast(FinishReason, reason), tokens, ids, _entries(logprobs))
+        SampleResult(cast(str, text), cast(FinishReason, reason), tokens, ids, _entries(logprobs))
         for text, reason, tokens, ids, logprobs in row.samples
     ]
-    return answers.body(asked, number, PromptTokens(row.prompt_tokens, read.get("cached", 0)), prompts, said)
+    return bodies.build_body(asked, number, PromptTokenCounts(row.prompt_tokens, read.get("cached", 0)), prompts, said)
 
 
 def _error(row: Row) -> dict[str, str]:

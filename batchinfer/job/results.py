@@ -21,7 +21,7 @@ import pyarrow as pa
 from batchinfer.io.json_text import finite
 from batchinfer.io.types import fit
 from batchinfer.job.columns import BODY, ERROR, OK, READ_COLUMNS, OutputLayout
-from batchinfer.openai.sampling_fields import param_of
+from batchinfer.openai.sampling_fields import error_param
 from batchinfer.request import Completion, CompletionOutput, TokenLogprob
 
 _OF_PROMPT = "prompt_logprobs"
@@ -69,7 +69,7 @@ class ResultEncoder:
         ids = prompt if self._ids else None
         error = completion.error
         if error is not None:
-            param = param_of(error) if self._lines else None
+            param = error_param(error) if self._lines else None
             why = (error.kind, str(error)) if param is None else (error.kind, str(error), param)
             return _dumps((offset, len(prompt), ids, (), why))
         samples = [self._sample(output, shows_ids) for output in completion.outputs]

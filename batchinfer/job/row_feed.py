@@ -15,7 +15,7 @@ from batchinfer.job.plan import JobPlan
 from batchinfer.job.results import Row, encode_row
 from batchinfer.job.row_prompts import RowPrompt, RowPrompts
 from batchinfer.job.spool import Spool
-from batchinfer.openai.parse import WireModel
+from batchinfer.openai.parse import ModelFacts
 from batchinfer.pipeline.prepare import Prompt, mix
 from batchinfer.spec import StorageSpec
 
@@ -67,7 +67,7 @@ class Feed:
     opened: Callable[[list[Row], int], None]
     gather: Gather
 
-    def prompts(self, chunks: list[int], seed: int, model: WireModel, storage: StorageSpec) -> Iterator[Prompt]:
+    def prompts(self, chunks: list[int], seed: int, model: ModelFacts, storage: StorageSpec) -> Iterator[Prompt]:
         """Runs in the engine's feeder thread. What `gather` gives back has its row's index in the whole job."""
         inputs = self.plan.inputs.select(self.rows.read_columns | set(self.layout.needed))
         spans = (self.plan.chunks[chunk] for chunk in chunks)
@@ -104,7 +104,7 @@ class Feed:
 def numbered(prompt: RowPrompt, index: int, key: int) -> Prompt:
     """A row's prompt for the engine. key: of the row's random numbers."""
     key = mix(key, prompt.place) if prompt.place else key
-    return Prompt(index, prompt.content, prompt.params, key, prompt.error, prompt.read, prompt.framing)
+    return Prompt(index, prompt.content, prompt.params, key, prompt.error, prompt.read, prompt.options)
 
 
 def open_rows(chunk_rows: Iterable[int], max_num_seqs: int) -> int:

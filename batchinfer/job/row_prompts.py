@@ -14,7 +14,7 @@ from batchinfer.errors import BadParameters, InvalidInput, RowError, TemplateErr
 from batchinfer.io.rows import Inputs, RowBatch, rows_of
 from batchinfer.job.plan import check_columns, check_type
 from batchinfer.job.prompt_cells import chat_messages, parse_json, ready_prompt
-from batchinfer.openai.parse import ParsedRequest, WireModel, ask, parse
+from batchinfer.openai.parse import ModelFacts, ParsedRequest, parse_body, parse_request
 from batchinfer.pipeline.encoding import Content, PromptOptions
 from batchinfer.pipeline.scoring import Continuations, Measure, Pooled, Read, Rolling
 from batchinfer.request import SamplingParams
@@ -41,7 +41,7 @@ class RowPrompt(NamedTuple):
     params: SamplingParams | None
     error: RowError | None
     read: Read | None = None
-    framing: PromptOptions | None = None
+    options: PromptOptions | None = None
     place: int = 0
     of: int = 1
     shows_ids: bool = False
@@ -67,7 +67,7 @@ class RowPrompts:
         self._types: dict[str, str] = {"sampling.column": "tm"}
         self._content, self._reads_body = self._compile(spec)
         self._read = self._compile_read(spec)
-        self._framing = _framing(spec.prompt)
+        self._options = _options(spec.prompt)
         self._allows_control = spec.prompt is not None and spec.prompt.special_tokens == "allow"
 
     @property
@@ -115,7 +115,7 @@ class RowPrompts:
         return kept
 
     def prompts(
-        self, batch: RowBatch, wanted: list[int], text_json: frozenset[str], model: WireModel
+        self, batch: RowBatch, wanted: list[int], text_json: frozenset[str], model: ModelFacts
     ) -> Iterator[RowPrompt]:
         """The prompts of the rows at the `wanted` offsets (ascending). Python rows exist a slice at a time."""
         table = batch.table if len(wanted) == batch.table.num_rows else batch.table.take(pa.array(wanted, pa.int64()))
@@ -134,11 +134,13 @@ class RowPrompts:
             else:
                 yield from made
 
-    def _requests(self, row: Row, offset: int, model: WireModel) -> list[RowPrompt]:
+    def _requests(self, row: Row, offset: int, model: ModelFacts) -> list[RowPrompt]:
         if self._reads_body:
             asked = asked_of(row, model)
-            row_prompt = RowPrompt(offset, None, asked.params, None, asked.read, asked.framing, of=len(asked.contents))
-            row_prompt = row_prompt._replace(shows_ids=asked.shows_ids)
+            row_prompt = RowPrompt(
+                offset, None, asked.params, None, asked.pooling, asked.options, of=len(asked.contents)
+            )
+            row_prompt = row_prompt._replace(shows_ids=asked.returns_token_ids)
             return [row_prompt._replace(content=content, place=place) for place, content in enumerate(asked.contents)]
         params: SamplingParams | None = None
         control = _NO_CONTROL if self._allows_control else model.tokenizer.control
@@ -148,7 +150,7 @@ class RowPrompts:
         if params is not None and params.n > 1 and not self._many:
             raise BadParameters("n of a row above 1 needs output.samples: rows, or n above 1 in the job's sampling")
         read = None if self._read is None else self._read(row, control)
-        return [RowPrompt(offset, content, params, None, read, self._framing)]
+        return [RowPrompt(offset, content, params, None, read, self._options)]
 
     def _override(self, value: Any, defaults: SamplingParams) -> SamplingParams | None:
         if value is None:
@@ -235,10 +237,10 @@ class RowPrompts:
         return render
 
 
-def asked_of(row: Row, model: WireModel) -> ParsedRequest:
+def asked_of(row: Row, model: ModelFacts) -> ParsedRequest:
     """What an openai-batch line asks for. Raises InvalidInput, BadParameters."""
     body = row["body"]
-    return ask(parse(row["url"], parse_json(body, "body") if isinstance(body, str) else body), model)
+    return parse_request(parse_body(row["url"], parse_json(body, "body") if isinstance(body, str) else body), model)
 
 
 def _choices(value: Any, column: str, measure: Measure, control: ControlTokens) -> Continuations:
@@ -251,7 +253,7 @@ def _choices(value: Any, column: str, measure: Measure, control: ControlTokens) 
     return Continuations(tuple(map(control.literal, value)), measure)
 
 
-def _framing(prompt: PromptSpec | None) -> PromptOptions | None:
+def _options(prompt: PromptSpec | None) -> PromptOptions | None:
     """What the job says about its prompts, if it says anything."""
     if prompt is None:
         return None
@@ -259,8 +261,8 @@ def _framing(prompt: PromptSpec | None) -> PromptOptions | None:
     special = ready if prompt.add_special_tokens is None else prompt.add_special_tokens
     # a row fills in a template: that the text as a whole is none would be the template's control tokens as well
     tokens = prompt.special_tokens if prompt.template is None else None
-    framing = PromptOptions(special, special_tokens=tokens, continues=prompt.continue_final_message)
-    return None if framing == PromptOptions(ready) else framing
+    options = PromptOptions(special, special_tokens=tokens, continues=prompt.continue_final_message)
+    return None if options == PromptOptions(ready) else options
 
 
 def _with_system(system: Callable[[Row], str], user: Callable[[Row], str]) -> Callable[[Row, ControlTokens], Content]:

@@ -128,7 +128,7 @@ def run_chunks(
         window.leave(plan.chunks[record.chunk].count)
         folder.add(record)
 
-    writer = PartWriter(work.ledger, work.layout, spool, state.todo.number, llm.wire)
+    writer = PartWriter(work.ledger, work.layout, spool, state.todo.number, llm.model_facts)
     encoder = ResultEncoder(work.layout)
     # a commit that failed frees no window: closing it ends the stream of prompts, and with it the loop
     committer = Committer(writer, done, failed=window.close)
@@ -153,7 +153,7 @@ def _answers(
     work: PreparedJob, state: RunState, feed: Feed, llm: Answerer
 ) -> closing[Generator[Completion, None, None]]:
     """The engine at work; closing it stops the engine and its feeder."""
-    prompts = feed.prompts(state.todo.chunks, work.spec.seed, llm.wire, work.spec.storage)
+    prompts = feed.prompts(state.todo.chunks, work.spec.seed, llm.model_facts, work.spec.storage)
     return closing(feed.gather.rows(llm.run(prompts)))
 
 

@@ -9,15 +9,15 @@ from typing import Any, ClassVar
 from pydantic import ValidationError
 
 from batchinfer.errors import BadParameters, InvalidInput, format_value
-from batchinfer.openai.request_models import ChatRequest, SamplingBody, of_validation
+from batchinfer.openai.request_models import ChatRequest, SamplingBody, validation_error
 
 _CHANGES = "it would change the result"
 
-Refused = Mapping[str, tuple[tuple[Any, ...], str]]
+UnsupportedFields = Mapping[str, tuple[tuple[Any, ...], str]]
 """Field → the values that ask for nothing (null never does), and why no other is taken, or what to use."""
 
 # answers of these routes have one sample, and no place for the rest
-_NO_PLACE: Refused = {
+_NO_PLACE: UnsupportedFields = {
     "n": ((1,), "an answer has one sample"),
     "best_of": ((1,), "an answer has one sample"),
     **dict.fromkeys(("prompt_logprobs", "logprob_token_ids"), ((), "an answer has no place for it")),
@@ -25,29 +25,29 @@ _NO_PLACE: Refused = {
 }
 
 
-def changing(*names: str, neutral: tuple[Any, ...] = ()) -> Refused:
+def result_changing(*names: str, neutral: tuple[Any, ...] = ()) -> UnsupportedFields:
     """Fields that would change the result, and are not supported."""
     return dict.fromkeys(names, (neutral, _CHANGES))
 
 
-class Rephrased(SamplingBody):
+class ChatLikeRequest(SamplingBody):
     """A chat that is asked for in words of its own.
 
     names: a chat's field → what it is called here. whole_answer: see `Framing`.
     """
 
-    names: ClassVar[Mapping[str, str]]
-    refused: ClassVar[Refused]
+    field_names: ClassVar[Mapping[str, str]]
+    unsupported: ClassVar[UnsupportedFields]
     whole_answer: ClassVar[bool] = True
 
     @abstractmethod
-    def chat(self) -> ChatRequest:
+    def to_chat(self) -> ChatRequest:
         """The same in a chat's words. Raises BadParameters, InvalidInput."""
 
-    def _chat(self, said: Mapping[str, Any]) -> ChatRequest:
+    def _build_chat(self, said: Mapping[str, Any]) -> ChatRequest:
         """Sampling fields that `said` does not name are passed on as they are. Raises BadParameters, InvalidInput."""
         given = {name: getattr(self, name) for name in self.model_fields_set}
-        for name, (neutral, why) in {**_NO_PLACE, **self.refused}.items():
+        for name, (neutral, why) in {**_NO_PLACE, **self.unsupported}.items():
             value = given.get(name)
             if value is not None and value not in neutral:
                 raise BadParameters(f"{name} is not supported here: {why}", param=name)
@@ -57,7 +57,7 @@ class Rephrased(SamplingBody):
         try:
             return ChatRequest.model_validate({**passed, **alone, **said})
         except ValidationError as error:
-            raise of_validation(error.errors()) from None
+            raise validation_error(error.errors()) from None
 
 
 def text_parts(content: Any, kinds: Mapping[str, str], place: str, param: str) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from batchinfer.pipeline.encoding import PromptOptions
 from batchinfer.text.messages import read_messages
 
 
-def conversation(
+def parse_conversation(
     body: ChatRequest | TokenizeRequest, given: Sequence[Message], chat_template: str | None
 ) -> tuple[list[dict[str, Any]], PromptOptions]:
     """The messages, and how they become a prompt: the template's variables, and how the prompt ends.

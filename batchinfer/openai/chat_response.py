@@ -24,8 +24,8 @@ class ChatShape:
         self._texts = texts
         self._logprobs = asked.params.logprobs is not None
         self._as_ids = bool(body.return_tokens_as_token_ids)
-        self._shows_prompt = asked.shows_prompt
-        self._use = asked.use
+        self._shows_prompt = asked.returns_prompt_logprobs
+        self._use = asked.tool_use
         self._new_id = new_id
         self._shows_ids = bool(body.return_token_ids)
         self.opening: dict[str, Any] = {"prompt_token_ids": ids} if self._shows_ids else {}

@@ -25,10 +25,10 @@ class CompletionShape:
         assert isinstance(body, CompletionRequest)
         self._texts = texts
         self._count = asked.params.logprobs
-        self._shows_prompt = asked.shows_prompt
+        self._shows_prompt = asked.returns_prompt_logprobs
         self._ids = ids
         pairs = zip(asked.contents, ids, strict=True) if body.echo else ()
-        uncut = asked.framing.truncation is None
+        uncut = asked.options.truncation is None
         self._echoed = [content if uncut and isinstance(content, str) else texts.whole(own) for content, own in pairs]
         self._shows_ids = bool(body.return_token_ids)
         self.opening: dict[str, Any] = {}

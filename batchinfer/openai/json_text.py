@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 
 
-def dump(value: Any) -> bytes:
+def dump_json(value: Any) -> bytes:
     """JSON bytes. Lone surrogates are written as \\ud800 is, in text; integers of any size as they are; NaN is null."""
     try:
         return orjson.dumps(value)

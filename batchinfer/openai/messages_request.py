@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from batchinfer.errors import BadParameters, InvalidInput, format_value
-from batchinfer.openai.as_chat import Refused, Rephrased, changing, function, plain, text_parts
+from batchinfer.openai.as_chat import ChatLikeRequest, UnsupportedFields, function, plain, result_changing, text_parts
 from batchinfer.openai.request_models import ChatRequest
 
 _ROLES = ("user", "assistant", "system")
@@ -15,10 +15,10 @@ _THOUGHTS = ("thinking", "redacted_thinking")  # of earlier turns, which models 
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
-class CountRequest(Rephrased):
+class CountRequest(ChatLikeRequest):
     """What decides a prompt. Cache breakpoints are accepted: prefixes are found without them."""
 
-    names: ClassVar[Mapping[str, str]] = {
+    field_names: ClassVar[Mapping[str, str]] = {
         "prompt": "messages",
         "stop": "stop_sequences",
         "response_format": "output_config",
@@ -26,9 +26,9 @@ class CountRequest(Rephrased):
         "continue_final_message": "messages",
         "add_generation_prompt": "messages",
     }
-    refused: ClassVar[Refused] = {
-        **changing("container", "prompt"),
-        **changing("mcp_servers", neutral=([],)),
+    unsupported: ClassVar[UnsupportedFields] = {
+        **result_changing("container", "prompt"),
+        **result_changing("mcp_servers", neutral=([],)),
         **dict.fromkeys(("logprobs", "top_logprobs"), ((False, 0), "an answer has no place for it")),
         "stop": (([],), "use stop_sequences"),
         "max_completion_tokens": ((), "use max_tokens"),
@@ -41,8 +41,8 @@ class CountRequest(Rephrased):
     thinking: dict[str, Any] | None = None
     output_config: dict[str, Any] | None = None
 
-    def chat(self) -> ChatRequest:
-        return self._chat(self._said())
+    def to_chat(self) -> ChatRequest:
+        return self._build_chat(self._said())
 
     def _said(self) -> dict[str, Any]:
         choice, config = self.tool_choice or {}, self.output_config or {}
@@ -71,7 +71,7 @@ class MessagesRequest(CountRequest):
     stop_sequences: list[str] | None = None
     metadata: dict[str, Any] | None = None
 
-    def chat(self) -> ChatRequest:
+    def to_chat(self) -> ChatRequest:
         if self.max_tokens is None or self.max_tokens < 1:
             got = "it is missing" if self.max_tokens is None else f"got {self.max_tokens}"
             raise BadParameters(f"max_tokens must be at least 1: {got}", param="max_tokens")
@@ -80,7 +80,7 @@ class MessagesRequest(CountRequest):
         said = self._said()
         if self.stop_sequences is not None:
             said["stop"] = self.stop_sequences
-        return self._chat(said)
+        return self._build_chat(said)
 
 
 def _messages(body: CountRequest) -> list[dict[str, Any]]:

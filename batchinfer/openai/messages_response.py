@@ -17,7 +17,7 @@ class MessageAnswer:
     def __init__(self, asked: ParsedRequest, head: Head, new_id: Callable[[str], str]) -> None:
         self._head = head
         self._max_tokens = asked.params.max_tokens
-        self._blocks = ContentBlocks(asked.use, lambda: new_id("toolu"))
+        self._blocks = ContentBlocks(asked.tool_use, lambda: new_id("toolu"))
         self._last: Delta | None = None
 
     def whole(self, delta: Delta, used: Used) -> dict[str, Any]:

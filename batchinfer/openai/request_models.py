@@ -148,7 +148,7 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
-def of_validation(problems: Sequence[Any]) -> InvalidInput:
+def validation_error(problems: Sequence[Any]) -> InvalidInput:
     """The first of pydantic's problems with a body, path or query, as the error that names its field."""
     first = _place(problems[0])[:1]
     # of a field that can be several things, the one that fits furthest

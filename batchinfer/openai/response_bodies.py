@@ -13,7 +13,7 @@ from batchinfer.openai.content_blocks import Head
 from batchinfer.openai.delta import Delta, Used, usage
 from batchinfer.openai.embedding_response import embeddings
 from batchinfer.openai.logprobs import TokenTexts
-from batchinfer.openai.parse import ParsedRequest, WireModel
+from batchinfer.openai.parse import ModelFacts, ParsedRequest
 from batchinfer.openai.request_models import CompletionRequest, EmbeddingRequest
 from batchinfer.openai.responses_request import ResponseRequest
 from batchinfer.openai.responses_response import ResponseAnswer
@@ -21,7 +21,7 @@ from batchinfer.pipeline.encoding import Content
 from batchinfer.request import FinishReason, TokenLogprob
 
 
-class SampleAnswer(NamedTuple):
+class SampleResult(NamedTuple):
     """One sample's answer. `ids` where they are shown."""
 
     text: str
@@ -31,7 +31,7 @@ class SampleAnswer(NamedTuple):
     logprobs: list[TokenLogprob] | None
 
 
-class PromptFacts(NamedTuple):
+class PromptResult(NamedTuple):
     """What is known of one prompt. `ids` where its logprobs or they are shown; `vector` where it was embedded."""
 
     ids: list[int]
@@ -39,33 +39,33 @@ class PromptFacts(NamedTuple):
     vector: list[float] | None
 
 
-class PromptTokens(NamedTuple):
+class PromptTokenCounts(NamedTuple):
     """Tokens of all prompts of a request; `cached` of them were found in the prefix cache."""
 
     all: int
     cached: int
 
 
-class Answers:
+class ResponseBodies:
     """Writes the bodies of answers of one model.
 
     They depend on what was asked and answered alone (`created` is 0), and on how much of it the cache held.
     """
 
-    def __init__(self, model: WireModel) -> None:
+    def __init__(self, model: ModelFacts) -> None:
         self._texts = TokenTexts(model.tokenizer)
         self._model = model
 
-    def body(
+    def build_body(
         self,
         asked: ParsedRequest,
         number: int,
-        counted: PromptTokens,
-        prompts: Sequence[PromptFacts],
-        said: Sequence[SampleAnswer],
+        counted: PromptTokenCounts,
+        prompts: Sequence[PromptResult],
+        said: Sequence[SampleResult],
     ) -> dict[str, Any]:
         """`said`: the n answers of each prompt, in order. `number` makes the ids. Raises RowError."""
-        name = self._model.signature(asked.body)
+        name = self._model.response_name(asked.body)
         if isinstance(asked.body, EmbeddingRequest):
             vectors = [prompt.vector or [] for prompt in prompts]
             return {**embeddings(asked.body, vectors, counted.all), "model": name}
@@ -89,7 +89,7 @@ class Answers:
             "created": 0,
             "model": name,
             "choices": choices,
-            "usage": usage(Used(counted.all, 0, 0) if asked.nothing else used),
+            "usage": usage(Used(counted.all, 0, 0) if asked.echo_only else used),
             **more,
         }
 
@@ -98,8 +98,8 @@ def _ids(content: Content) -> list[int]:
     return [token for token in content if isinstance(token, int)]
 
 
-def _delta(asked: ParsedRequest, prompts: Sequence[PromptFacts], choice: int, said: SampleAnswer) -> Delta:
-    if asked.nothing:
+def _delta(asked: ParsedRequest, prompts: Sequence[PromptResult], choice: int, said: SampleResult) -> Delta:
+    if asked.echo_only:
         return Delta(choice, "", [], [], "length", True)
     entries = said.logprobs or []
     scored = prompts[choice // asked.params.n].logprobs
@@ -107,14 +107,14 @@ def _delta(asked: ParsedRequest, prompts: Sequence[PromptFacts], choice: int, sa
     return Delta(choice, said.text, ids, entries, said.reason, True, scored)
 
 
-def tokens_of(usage: Mapping[str, Any]) -> tuple[int, int]:
+def usage_tokens(usage: Mapping[str, Any]) -> tuple[int, int]:
     """Tokens of prompts and of answers, from the `usage` of any route's answer."""
     if "input_tokens" in usage:
         return usage["input_tokens"], usage["output_tokens"]
     return usage["prompt_tokens"], usage.get("completion_tokens", 0)
 
 
-def problem(kind: str, message: str, param: str | None, prompt_tokens: int) -> tuple[int, dict[str, Any]]:
+def error_response(kind: str, message: str, param: str | None, prompt_tokens: int) -> tuple[int, dict[str, Any]]:
     """Status and body of an answer to a request that failed."""
     error = {"message": message, "type": kind, "param": param, "code": kind}
     return 500 if kind in RETRYABLE_KINDS else 400, {"error": error, "usage": usage(Used(prompt_tokens, 0, 0))}

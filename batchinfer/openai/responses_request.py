@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from batchinfer.errors import BadParameters, InvalidInput, format_value
-from batchinfer.openai.as_chat import Refused, Rephrased, changing, function, plain, text_parts
+from batchinfer.openai.as_chat import ChatLikeRequest, UnsupportedFields, function, plain, result_changing, text_parts
 from batchinfer.openai.request_models import ChatRequest, Whole
 
 _ROLES = ("user", "assistant", "system", "developer")
@@ -14,10 +14,10 @@ _PARTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal"
 _LOGPROBS = "message.output_text.logprobs"
 
 
-class ResponseRequest(Rephrased):
+class ResponseRequest(ChatLikeRequest):
     """`store`, and what else changes nothing in an answer, is accepted."""
 
-    names: ClassVar[Mapping[str, str]] = {
+    field_names: ClassVar[Mapping[str, str]] = {
         "messages": "input",
         "prompt": "input",
         "max_tokens": "max_output_tokens",
@@ -25,12 +25,12 @@ class ResponseRequest(Rephrased):
         "response_format": "text",
         "verbosity": "text",
     }
-    refused: ClassVar[Refused] = {
+    unsupported: ClassVar[UnsupportedFields] = {
         **dict.fromkeys(("previous_response_id", "conversation"), ((), "nothing is stored, send all items as input")),
         "background": ((False,), "nothing is stored"),
-        **changing("prompt", "moderation"),
-        **changing("truncation", neutral=("disabled",)),
-        **changing("context_management", neutral=([],)),
+        **result_changing("prompt", "moderation"),
+        **result_changing("truncation", neutral=("disabled",)),
+        **result_changing("context_management", neutral=([],)),
         **dict.fromkeys(("max_tokens", "max_completion_tokens"), ((), "use max_output_tokens")),
         "messages": ((), "use input"),
         "response_format": ((), "use text.format"),
@@ -49,7 +49,7 @@ class ResponseRequest(Rephrased):
     metadata: dict[str, str] | None = None
     store: bool | None = None
 
-    def chat(self) -> ChatRequest:
+    def to_chat(self) -> ChatRequest:
         if self.max_output_tokens is not None and self.max_output_tokens < 1:
             problem = f"max_output_tokens must be at least 1, got {self.max_output_tokens}"
             raise BadParameters(problem, param="max_output_tokens")
@@ -68,7 +68,7 @@ class ResponseRequest(Rephrased):
         }
         if text.get("format") is not None:
             said["response_format"] = _format(text["format"])
-        return self._chat(said)
+        return self._build_chat(said)
 
 
 def _messages(body: ResponseRequest) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ class ResponseAnswer:
         self._body = asked.body
         self._head = head
         self._new_id = new_id
-        self._blocks = ContentBlocks(asked.use, lambda: new_id("call"))
+        self._blocks = ContentBlocks(asked.tool_use, lambda: new_id("call"))
         self._number = 0  # of the next event
         self._item_id = ""  # of the open block
         self._output: list[dict[str, Any]] = []

@@ -53,24 +53,26 @@ def completion_params(body: CompletionRequest, defaults: SamplingParams) -> Samp
     values = given.values
     if defaults.max_tokens is None:
         values.setdefault("max_tokens", COMPLETION_TOKENS)
-    logprobs = effective(body, "logprobs", defaults)
+    logprobs = effective_value(body, "logprobs", defaults)
     _check_named(given, logprobs)
     if body.max_tokens == 0 and body.logprob_token_ids is None:  # the defaults' are about tokens of an answer
         given.without.add("logprob_token_ids")
     if body.echo and logprobs is not None:
-        values["prompt_logprobs"] = max(logprobs, effective(body, "prompt_logprobs", defaults) or 0)
-    if says_nothing(body, defaults):  # the engine takes no request for nothing at all: it reads the prompt
+        values["prompt_logprobs"] = max(logprobs, effective_value(body, "prompt_logprobs", defaults) or 0)
+    if is_echo_only(body, defaults):  # the engine takes no request for nothing at all: it reads the prompt
         values |= {"max_tokens": 0, "min_tokens": 0, "prompt_logprobs": 0}
     return given.over(defaults)
 
 
-def says_nothing(body: CompletionRequest, defaults: SamplingParams) -> bool:
+def is_echo_only(body: CompletionRequest, defaults: SamplingParams) -> bool:
     """Whether the prompt is wanted back, and no more."""
-    wanted = (effective(body, name, defaults) for name in ("logprobs", "prompt_logprobs"))
+    wanted = (effective_value(body, name, defaults) for name in ("logprobs", "prompt_logprobs"))
     return bool(body.echo) and body.max_tokens == 0 and all(value is None for value in wanted)
 
 
-def effective(body: CompletionRequest, name: Literal["logprobs", "prompt_logprobs"], defaults: SamplingParams) -> Any:
+def effective_value(
+    body: CompletionRequest, name: Literal["logprobs", "prompt_logprobs"], defaults: SamplingParams
+) -> Any:
     """What the body says, null included, or else the default."""
     return getattr(body if name in body.model_fields_set else defaults, name)
 
@@ -165,7 +167,7 @@ def _refuse_unsupported(body: SamplingBody) -> None:
         raise BadParameters("stream_options goes with stream: true", param="stream_options")
 
 
-def param_of(error: RowError) -> str | None:
+def error_param(error: RowError) -> str | None:
     """The field of a body that an error is about: as it says, or the first sampling parameter that it names."""
     if error.param is not None:
         return error.param

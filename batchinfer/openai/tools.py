@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from batchinfer.errors import BadParameters
-from batchinfer.openai.json_text import dump
+from batchinfer.openai.json_text import dump_json
 from batchinfer.openai.request_models import ChatRequest
 from batchinfer.text.tool_choice import tool_choice_schema
 from batchinfer.text.tools import ToolCallParser, ToolDelta, detect_format, keeps_special_tokens, parse_tool_calls
@@ -58,7 +58,7 @@ class ToolUse:
             return self._said("", [Call(self.name, text)])
         try:
             calls_of = json.loads(text)  # integers of any size stay what they are
-            return self._said("", [Call(one["name"], dump(one["parameters"]).decode()) for one in calls_of])
+            return self._said("", [Call(one["name"], dump_json(one["parameters"]).decode()) for one in calls_of])
         except (ValueError, KeyError, TypeError, RecursionError):  # cut off by max_tokens
             return ParsedAnswer(text, [])
 
@@ -106,7 +106,7 @@ def wire_call(call: Call, new_id: NewId) -> dict[str, Any]:
     return {"id": new_id(), "type": "function", "function": call._asdict()}
 
 
-def tool_use(body: ChatRequest, chat_template: str | None) -> ToolUse | None:
+def parse_tool_use(body: ChatRequest, chat_template: str | None) -> ToolUse | None:
     """None without tools, or where tool_choice is none. Raises BadParameters."""
     choice = body.tool_choice
     if not body.tools:

@@ -78,18 +78,18 @@ class PromptEncoder:
         self._chat_kwargs = chat_kwargs or {}
         self._special_tokens = special_tokens
 
-    def text(self, content: Content | None, framing: PromptOptions | None) -> Text | list[int] | RowError:
+    def text(self, content: Content | None, options: PromptOptions | None) -> Text | list[int] | RowError:
         """The prompt before it is tokenized, or token ids, or what is wrong."""
         if isinstance(content, str):
-            literal = framing is not None and framing.special_tokens == "text"
+            literal = options is not None and options.special_tokens == "text"
             text = self._tokenizer.control.literal(content) if literal else content
-            return Text(text, framing is None or framing.special)
+            return Text(text, options is None or options.special)
         if content == []:
             return InvalidInput("the prompt is empty", param="prompt")
         if not isinstance(content, list):
             return InvalidInput("a prompt is text, token ids or messages")
         if all(isinstance(message, dict) for message in content):
-            return self._render(content, framing or _OF_A_ROW)
+            return self._render(content, options or _OF_A_ROW)
         if all(isinstance(token, int) and not isinstance(token, bool) for token in content):
             return [int(token) for token in content if isinstance(token, int)]
         return InvalidInput("a prompt list holds token ids (integers) or chat messages (mappings)")
@@ -118,12 +118,12 @@ class PromptEncoder:
         framed = self._tokenizer.encode_batch([" "], add_special_tokens=True)[0]
         return [bos] if bos is not None and isinstance(framed, list) and framed[:1] == [bos] else []
 
-    def _render(self, messages: list[Any], framing: PromptOptions) -> Text | RowError:
+    def _render(self, messages: list[Any], options: PromptOptions) -> Text | RowError:
         if self._chat is None:
             return InvalidInput("this model has no chat template: give prompt.chat_template, or a ready prompt")
-        turn = Turn(framing.continues, (framing.special_tokens or self._special_tokens) == "allow")
+        turn = Turn(options.continues, (options.special_tokens or self._special_tokens) == "allow")
         try:
             # a template writes its special tokens itself
-            return Text(self._chat.render(messages, turn, self._chat_kwargs, **framing.variables), framing.special)
+            return Text(self._chat.render(messages, turn, self._chat_kwargs, **options.variables), options.special)
         except RowError as error:
             return error

@@ -42,7 +42,7 @@ class Prompt:
     key: int = 0
     error: RowError | None = None
     read: Read | None = None
-    framing: PromptOptions | None = None
+    options: PromptOptions | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +131,7 @@ class Preparer:
         return results
 
     def _text(self, prompt: Prompt) -> Text | list[int] | RowError:
-        return self.encoder.text(prompt.content, prompt.framing) if prompt.error is None else prompt.error
+        return self.encoder.text(prompt.content, prompt.options) if prompt.error is None else prompt.error
 
     def _tokenize(self, prompts: list[Prompt], texts: list[Text | list[int] | RowError]) -> list[list[int] | RowError]:
         """Ids of each text. Contexts, and texts to be scored, get no special tokens here."""
@@ -150,7 +150,7 @@ class Preparer:
 
     def _cut(self, prompt: Prompt, ids: list[int]) -> list[int]:
         """What a request's truncation leaves of its prompt. Raises BadParameters."""
-        truncation = None if prompt.framing is None else prompt.framing.truncation
+        truncation = None if prompt.options is None else prompt.options.truncation
         if truncation is None:
             return ids
         wanted = (prompt.params or self._defaults).max_tokens
@@ -168,7 +168,7 @@ class Preparer:
         if params.stop_token_ids:  # else all rows have one object: every token of each is looked up in it
             stop_ids = stop_ids.union(params.stop_token_ids)
         room = max(0, limits.context - len(ids))
-        if prompt.framing is not None and prompt.framing.whole_answer:
+        if prompt.options is not None and prompt.options.whole_answer:
             _check_room(params, len(ids), limits.context)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         score_from = None if params.prompt_logprobs is None else 1

@@ -16,7 +16,13 @@ from starlette.responses import Response
 from batchinfer import __version__
 from batchinfer.errors import RowError
 from batchinfer.openai.messages_request import CountRequest, MessagesRequest
-from batchinfer.openai.request_models import ChatRequest, CompletionRequest, EmbeddingRequest, ErrorBody, of_validation
+from batchinfer.openai.request_models import (
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    ErrorBody,
+    validation_error,
+)
 from batchinfer.openai.responses_request import ResponseRequest
 from batchinfer.server import chat, completions, embeddings, messages, responses, tokenize_routes
 from batchinfer.server.errors import ApiError, JsonResponse, internal_error, of_row
@@ -180,4 +186,4 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 async def _validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return of_row(of_validation(error.errors())).response(request.url.path)
+    return of_row(validation_error(error.errors())).response(request.url.path)

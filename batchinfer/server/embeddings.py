@@ -8,7 +8,7 @@ from starlette.responses import Response
 from starlette.types import Receive
 
 from batchinfer.openai.embedding_response import embeddings
-from batchinfer.openai.parse import ParsedRequest, ask
+from batchinfer.openai.parse import ParsedRequest, parse_request
 from batchinfer.openai.request_models import EmbeddingRequest
 from batchinfer.pipeline.prepare import Prepared
 from batchinfer.pipeline.scoring import Pooled
@@ -25,7 +25,7 @@ async def respond(frontend: Frontend, receive: Receive, body: EmbeddingRequest) 
     frontend.admit()
 
     async def begin() -> Response:
-        asked = ask(body, frontend.model.wire)
+        asked = parse_request(body, frontend.model.facts)
         prepared = await frontend.prepare(await frontend.encode(asked), asked)
         vectors = await _embed(frontend, prepared, asked)
         reply = {**embeddings(body, vectors, sum(len(one.ids) for one in prepared)), "model": name}
@@ -36,7 +36,7 @@ async def respond(frontend: Frontend, receive: Receive, body: EmbeddingRequest) 
 
 
 async def _embed(frontend: Frontend, prepared: list[Prepared], asked: ParsedRequest) -> list[list[float]]:
-    read = asked.read
+    read = asked.pooling
     assert read is not None
     generation = frontend.open(prepared, False)
     vectors: dict[int, list[float]] = {}

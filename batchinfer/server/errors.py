@@ -9,9 +9,9 @@ from starlette.responses import Response
 
 from batchinfer.errors import DeadlineExceeded, EngineFailure, RowError, TooLong
 from batchinfer.log import log
-from batchinfer.openai.json_text import dump
-from batchinfer.openai.parse import MESSAGES, field_of
-from batchinfer.openai.sampling_fields import param_of
+from batchinfer.openai.json_text import dump_json
+from batchinfer.openai.parse import MESSAGES, route_field
+from batchinfer.openai.sampling_fields import error_param
 
 CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -46,7 +46,7 @@ class ApiError(Exception):
         if path.startswith(MESSAGES):
             kind = _MESSAGE_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
             return {"type": "error", "error": {"type": kind, "message": self.message}}
-        param = field_of(path, self.param)
+        param = route_field(path, self.param)
         return {"error": {"message": self.message, "type": self.type, "param": param, "code": self.code}}
 
     def response(self, path: str = "") -> Response:
@@ -62,7 +62,7 @@ class JsonResponse(Response):
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
-        return dump(content)
+        return dump_json(content)
 
 
 def as_api_error(error: Exception) -> ApiError:
@@ -86,9 +86,9 @@ def of_row(error: RowError) -> ApiError:
     """The client's view of an error of preparing or running."""
     message = str(error)
     if isinstance(error, TooLong):
-        return ApiError(400, message, param=param_of(error), code=CONTEXT_LENGTH_EXCEEDED)
+        return ApiError(400, message, param=error_param(error), code=CONTEXT_LENGTH_EXCEEDED)
     if isinstance(error, EngineFailure):
         return ApiError(500, message, code="engine_failure")
     if isinstance(error, DeadlineExceeded):
         return ApiError(504, message, code="deadline")
-    return ApiError(400, message, param=param_of(error), code=error.kind)
+    return ApiError(400, message, param=error_param(error), code=error.kind)

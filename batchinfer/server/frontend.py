@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 from batchinfer.errors import RowError
 from batchinfer.llm import EngineParts
 from batchinfer.openai.logprobs import TokenTexts
-from batchinfer.openai.parse import ParsedRequest, WireModel
+from batchinfer.openai.parse import ModelFacts, ParsedRequest
 from batchinfer.pipeline.encoding import Content, PromptEncoder, PromptOptions, SpecialTokens, Text
 from batchinfer.pipeline.prepare import Prepared, Prompt, mix
 from batchinfer.request import Completion, Request
@@ -37,10 +37,10 @@ class ServedModel:
     special_tokens: SpecialTokens | None = None
 
     @property
-    def wire(self) -> WireModel:
+    def facts(self) -> ModelFacts:
         parts = self.parts
         template = self.chat_template if parts.chat is not None else None
-        return WireModel(self.names, parts.tokenizer, template, parts.defaults)
+        return ModelFacts(self.names, parts.tokenizer, template, parts.defaults)
 
     @cached_property
     def encoder(self) -> PromptEncoder:
@@ -161,11 +161,11 @@ class Frontend:
 
     async def encode(self, asked: ParsedRequest) -> list[list[int]]:
         """Token ids of what is asked, rendered by the chat template where it is messages. Raises ApiError."""
-        return await self.in_pool(lambda: self.tokens_of(asked.contents, asked.framing))
+        return await self.in_pool(lambda: self.tokens_of(asked.contents, asked.options))
 
     async def prepare(self, prompts: Sequence[list[int]], asked: ParsedRequest) -> list[Prepared]:
         """Check token ids and parameters against the model. Raises ApiError for the first prompt that is wrong."""
-        if asked.params.structured_outputs is not None and asked.read is None:
+        if asked.params.structured_outputs is not None and asked.pooling is None:
             compile_ = self.model.parts.preparer.compile
             await asyncio.get_running_loop().run_in_executor(self._grammars, lambda: compile_(asked.params))
         return await self.in_pool(lambda: self._prepare(prompts, asked))
@@ -173,18 +173,18 @@ class Frontend:
     def _prepare(self, prompts: Sequence[list[int]], asked: ParsedRequest) -> list[Prepared]:
         key = random.getrandbits(64)
         wanted = [
-            Prompt(index, ids, asked.params, mix(key, index), read=asked.read, framing=asked.framing)
+            Prompt(index, ids, asked.params, mix(key, index), read=asked.pooling, options=asked.options)
             for index, ids in enumerate(prompts)
         ]
         return [_sound(result) for result in self.model.parts.preparer.prepare(wanted)]
 
-    def tokens_of(self, contents: Sequence[Content], framing: PromptOptions) -> list[list[int]]:
+    def tokens_of(self, contents: Sequence[Content], options: PromptOptions) -> list[list[int]]:
         """Token ids of prompts of one kind; runs in the pool. Raises RowError."""
         encoder = self.model.encoder
-        made = [_right(encoder.text(content, framing)) for content in contents]
+        made = [_right(encoder.text(content, options)) for content in contents]
         texts = [text.text for text in made if isinstance(text, Text)]
         if texts:
-            return [_right(ids) for ids in encoder.encode(texts, framing.special)]
+            return [_right(ids) for ids in encoder.encode(texts, options.special)]
         return [ids for ids in made if isinstance(ids, list)]
 
     def open(self, prepared: list[Prepared], stream: bool) -> Generation:

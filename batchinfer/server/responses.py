@@ -6,7 +6,7 @@ import secrets
 import time
 
 from batchinfer.openai.content_blocks import Head
-from batchinfer.openai.parse import ask
+from batchinfer.openai.parse import parse_request
 from batchinfer.openai.responses_request import ResponseRequest
 from batchinfer.openai.responses_response import ResponseAnswer
 from batchinfer.server.events import Events
@@ -16,7 +16,7 @@ from batchinfer.server.respond import ReplyWork
 
 async def prepare(frontend: Frontend, body: ResponseRequest, name: str) -> ReplyWork:
     """Raises ApiError, RowError."""
-    asked = ask(body, frontend.model.wire)
+    asked = parse_request(body, frontend.model.facts)
     prepared = await frontend.prepare(await frontend.encode(asked), asked)
     answer = ResponseAnswer(frontend.texts, asked, Head(new_id("resp"), int(time.time()), name), new_id)
     return ReplyWork(Events(answer), prepared)

@@ -11,7 +11,7 @@ from collections.abc import Generator, Iterable
 
 from batchinfer.engine.stats import EngineStats
 from batchinfer.errors import EngineError
-from batchinfer.openai.parse import WireModel
+from batchinfer.openai.parse import ModelFacts
 from batchinfer.pipeline.prepare import Prompt
 from batchinfer.pipeline.stream import Stream
 from batchinfer.request import Completion, Finished, Request
@@ -100,8 +100,8 @@ class SharedAnswerer:
         self._engine = SharedEngine(frontend)
 
     @property
-    def wire(self) -> WireModel:
-        return self._frontend.model.wire
+    def model_facts(self) -> ModelFacts:
+        return self._frontend.model.facts
 
     def run(self, prompts: Iterable[Prompt]) -> Generator[Completion, None, None]:
         """See `Answerer.run`."""

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from batchinfer.openai.delta import Delta, Used
-from batchinfer.openai.json_text import dump
+from batchinfer.openai.json_text import dump_json
 from batchinfer.server.errors import ApiError, as_api_error
 from batchinfer.server.metrics import Metrics
 
@@ -67,7 +67,7 @@ async def _disconnect(receive: Receive) -> None:
 
 def event(value: Any, name: str = "") -> bytes:
     """One server-sent event, which may have a name."""
-    return (b"event: " + name.encode() + b"\n" if name else b"") + b"data: " + dump(value) + b"\n\n"
+    return (b"event: " + name.encode() + b"\n" if name else b"") + b"data: " + dump_json(value) + b"\n\n"
 
 
 class EventStream(Response):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from batchinfer.openai.chat_messages import conversation
+from batchinfer.openai.chat_messages import parse_conversation
 from batchinfer.openai.request_models import DetokenizeRequest, TokenizeRequest
 from batchinfer.pipeline.encoding import PromptOptions
 from batchinfer.server.errors import JsonResponse, bad_request
@@ -53,7 +53,7 @@ def _tokenize(frontend: Frontend, body: TokenizeRequest) -> list[int]:
     if (body.prompt is None) == (body.messages is None):
         raise bad_request("give either prompt or messages", "prompt")
     if body.messages is not None:
-        messages, framing = conversation(body, body.messages, frontend.model.wire.chat_template)
-        return frontend.tokens_of([messages], framing)[0]
-    framing = PromptOptions(body.add_special_tokens is not False, special_tokens=body.special_tokens)
-    return frontend.tokens_of([body.prompt or ""], framing)[0]
+        messages, options = parse_conversation(body, body.messages, frontend.model.facts.chat_template)
+        return frontend.tokens_of([messages], options)[0]
+    options = PromptOptions(body.add_special_tokens is not False, special_tokens=body.special_tokens)
+    return frontend.tokens_of([body.prompt or ""], options)[0]

@@ -15,7 +15,7 @@ from batchinfer.io.filesystem import Retry
 from batchinfer.io.storage import Listed, Store
 from batchinfer.job.run import run_job
 from batchinfer.job.run_state import Dependencies
-from batchinfer.openai.parse import WireModel
+from batchinfer.openai.parse import ModelFacts
 from batchinfer.request import Completion, CompletionOutput, SamplingParams
 from batchinfer.spec import parse_spec
 from batchinfer.text.tokenizer import ByteTokenizer
@@ -102,7 +102,7 @@ class ScriptedLLM:
 
     def __init__(self, answer=None, order=None, after=None):
         tokenizer = ByteTokenizer()
-        self.wire = WireModel(("fake",), tokenizer, tokenizer.chat_template, SamplingParams(max_tokens=8))
+        self.model_facts = ModelFacts(("fake",), tokenizer, tokenizer.chat_template, SamplingParams(max_tokens=8))
         self.answer = answer or (lambda prompt: None)
         self.order = order
         self.after = after or (lambda done: None)
@@ -128,7 +128,7 @@ class ScriptedLLM:
         if prompt.error is not None:
             return Completion(prompt.index, [], error=prompt.error)
         said = self.answer(prompt)
-        params = prompt.params or self.wire.defaults
+        params = prompt.params or self.model_facts.defaults
         ids = [1, 2, prompt.index % 100]
         if isinstance(said, Exception):
             return Completion(prompt.index, ids, error=said)

@@ -11,7 +11,7 @@ from batchinfer.io.rows import InputFile, Inputs
 from batchinfer.job.columns import output_layout
 from batchinfer.job.openai_lines import build_lines, rows_of_lines
 from batchinfer.job.results import ResultEncoder, build_table, count, decode, encode_row, rows_of_part
-from batchinfer.openai.parse import WireModel
+from batchinfer.openai.parse import ModelFacts
 from batchinfer.request import Completion, CompletionOutput, SamplingParams, TokenLogprob
 from batchinfer.spec import parse_spec
 from batchinfer.text.tokenizer import ByteTokenizer
@@ -98,7 +98,7 @@ def test_batch_lines_give_back_the_rows_they_were_made_from(answers, chat):
     asked = orjson.dumps({**body, "n": 2, "logprobs": True if chat else 2}).decode()
     names = [f"c{n}" for n in range(len(rows))]
     carried = pa.table({"custom_id": names, "url": [url] * len(rows), "body": [asked] * len(rows)})
-    model = WireModel(("m",), ByteTokenizer(), ByteTokenizer.chat_template, SamplingParams())
+    model = ModelFacts(("m",), ByteTokenizer(), ByteTokenizer.chat_template, SamplingParams())
     table = build_lines(layout, rows, carried, 7, model)
     lines = [
         {**line, "response": orjson.loads(line["response"]), "error": line["error"] and orjson.loads(line["error"])}

@@ -12,7 +12,7 @@ from batchinfer.errors import InputError, InvalidInput, SpecError
 from batchinfer.job.prepare import draft_plan
 from batchinfer.job.prompt_cells import chat_messages, ready_prompt
 from batchinfer.llm import LLM
-from batchinfer.openai.parse import WireModel, ask, parse
+from batchinfer.openai.parse import ModelFacts, parse_body, parse_request
 from batchinfer.request import SamplingParams
 from batchinfer.structured import StructuredOutputs
 from batchinfer.text.tokenizer import ByteTokenizer
@@ -185,14 +185,14 @@ def test_a_hostile_grammar_of_the_job_is_its_own_error(tmp_path, grammar, proble
 
 def test_the_jobs_sampling_lies_beneath_a_body(tmp_path):
     defaults = SamplingParams(max_tokens=40, temperature=0.5, logprobs=1)
-    model = WireModel(("m",), ByteTokenizer(), ByteTokenizer.chat_template, defaults)
+    model = ModelFacts(("m",), ByteTokenizer(), ByteTokenizer.chat_template, defaults)
     for url, asked in ((TEXT, {"prompt": "a"}), (CHAT, {"messages": USER})):
-        params = ask(parse(url, {**asked, "temperature": 0.25, "n": None}), model).params
+        params = parse_request(parse_body(url, {**asked, "temperature": 0.25, "n": None}), model).params
         assert (params.max_tokens, params.temperature, params.logprobs, params.n) == (40, 0.25, 1, 1)
-        assert ask(parse(url, {**asked, "max_tokens": 3}), model).params.max_tokens == 3
+        assert parse_request(parse_body(url, {**asked, "max_tokens": 3}), model).params.max_tokens == 3
     bare = replace(model, defaults=SamplingParams())
-    assert ask(parse(TEXT, {"prompt": "a"}), bare).params.max_tokens == 16
-    assert ask(parse(CHAT, {"messages": USER}), bare).params.max_tokens is None
+    assert parse_request(parse_body(TEXT, {"prompt": "a"}), bare).params.max_tokens == 16
+    assert parse_request(parse_body(CHAT, {"messages": USER}), bare).params.max_tokens is None
 
 
 SOME = SamplingParams(
@@ -257,22 +257,22 @@ UNDONE = [
 
 @pytest.mark.parametrize(("url", "body", "values"), UNDONE)
 def test_a_body_takes_back_what_the_job_asks_for(url, body, values):
-    model = WireModel(("m",), ByteTokenizer(), ByteTokenizer.chat_template, SOME)
+    model = ModelFacts(("m",), ByteTokenizer(), ByteTokenizer.chat_template, SOME)
     prompt = {"messages": USER} if url == CHAT else {"prompt": "a"}
-    assert ask(parse(url, prompt), model).params == SOME
-    asked = ask(parse(url, {**prompt, **body}), model)
+    assert parse_request(parse_body(url, prompt), model).params == SOME
+    asked = parse_request(parse_body(url, {**prompt, **body}), model)
     assert asked.params == replace(SOME, **values)
-    assert asked.shows_prompt == (asked.params.prompt_logprobs is not None)
+    assert asked.returns_prompt_logprobs == (asked.params.prompt_logprobs is not None)
 
 
 def test_logprobs_taken_back_leave_nothing_of_a_prompt():
     """The default asks for the prompt's, and the body for no tokens and no logprobs."""
     defaults = SamplingParams(max_tokens=0, prompt_logprobs=1, logprobs=1)
-    model = WireModel(("m",), ByteTokenizer(), None, defaults)
+    model = ModelFacts(("m",), ByteTokenizer(), None, defaults)
     body = {"prompt": "a", "echo": True, "max_tokens": 0}
-    assert not ask(parse(TEXT, body), model).nothing
-    asked = ask(parse(TEXT, {**body, "logprobs": None, "prompt_logprobs": None}), model)
-    assert asked.nothing and asked.params.max_tokens == 0 and not asked.shows_prompt
+    assert not parse_request(parse_body(TEXT, body), model).echo_only
+    asked = parse_request(parse_body(TEXT, {**body, "logprobs": None, "prompt_logprobs": None}), model)
+    assert asked.echo_only and asked.params.max_tokens == 0 and not asked.returns_prompt_logprobs
 
 
 def test_content_parts():

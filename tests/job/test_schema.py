@@ -163,7 +163,7 @@ def test_overrides_in_every_form(tmp_path, values):
     path = parquet(tmp_path / "a.parquet", text=["a"], s=values)
     run(job(tmp_path, input={"path": path}, sampling={"column": "s"}), llm)
     assert llm.seen[0].error is None
-    assert llm.seen[0].params == replace(llm.wire.defaults, max_tokens=4)
+    assert llm.seen[0].params == replace(llm.model_facts.defaults, max_tokens=4)
 
 
 @pytest.mark.parametrize(

@@ -369,7 +369,7 @@ def test_a_model_is_loaded_with_one_look_at_its_header(smollm2_gguf: Path, monke
     parsed = []
     parse = gguf_header._parse
     monkeypatch.setattr(gguf_header, "_parse", lambda *of: parsed.append(1) or parse(*of))
-    assert LLM(smollm2_gguf, kv_cache_tokens=64, max_model_len=64).wire.chat_template and len(parsed) == 1
+    assert LLM(smollm2_gguf, kv_cache_tokens=64, max_model_len=64).model_facts.chat_template and len(parsed) == 1
     assert not gguf_header._read
 
 

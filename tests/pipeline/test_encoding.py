@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from batchinfer.errors import InvalidInput, SpecError
 from batchinfer.io.rows import RowBatch
 from batchinfer.job.prepare import draft_plan
-from batchinfer.openai.parse import WireModel, ask, parse
+from batchinfer.openai.parse import ModelFacts, parse_body, parse_request
 from batchinfer.pipeline.encoding import Content, PromptOptions
 from batchinfer.pipeline.prepare import ModelLimits, Prepared, Preparer, Prompt
 from batchinfer.pipeline.scoring import Pooled, Read, Rolling, continuations
@@ -50,9 +50,9 @@ def preparer(found: FastTokenizer, **chat: Any) -> Preparer:
     return Preparer(found, ModelLimits(400, 259, found.eos_ids), SamplingParams(max_tokens=4), template, **chat)
 
 
-def ids_of(content: Content, framing: PromptOptions | None = None, read: Read | None = None, **chat: Any) -> list[int]:
+def ids_of(content: Content, options: PromptOptions | None = None, read: Read | None = None, **chat: Any) -> list[int]:
     """Of the first request, by the tokenizer that frames texts."""
-    [made] = preparer(FRAMED, **chat).prepare([Prompt(0, content, read=read, framing=framing)])
+    [made] = preparer(FRAMED, **chat).prepare([Prompt(0, content, read=read, options=options)])
     assert isinstance(made, Prepared), made
     return made.requests[0].prompt
 
@@ -81,8 +81,8 @@ def test_a_text_that_begins_with_bos_gets_no_second() -> None:
 def test_an_empty_text_is_a_prompt_where_it_has_tokens() -> None:
     assert shown(ids_of("")) == "⟨s⟩⟨/s⟩" and shown(ids_of("", read=Pooled("last"))) == "⟨s⟩⟨/s⟩"
     empty = [("", PromptOptions(False), None), ("", None, Rolling()), ([], None, None)]
-    for content, framing, read in empty:
-        [made] = preparer(FRAMED).prepare([Prompt(0, content, framing=framing, read=read)])
+    for content, options, read in empty:
+        [made] = preparer(FRAMED).prepare([Prompt(0, content, options=options, read=read)])
         assert isinstance(made, Completion) and "empty" in str(made.error)
     [made] = preparer(BARE).prepare([Prompt(0, "")])
     assert isinstance(made, Completion) and isinstance(made.error, InvalidInput)
@@ -108,7 +108,7 @@ def test_variables_of_a_request_hold_text_and_those_of_the_job_control_tokens() 
     messages = [{"role": "u", "content": "</s>"}]
     for given, expected in (({}, "⟨s⟩⟨end⟩</s>"), ({"x": "<|end|>"}, "⟨s⟩<|end|></s>")):
         made = Preparer(FRAMED, limits, defaults, found, {"x": "<|end|>"}).prepare(
-            [Prompt(0, messages, framing=PromptOptions(False, given))]
+            [Prompt(0, messages, options=PromptOptions(False, given))]
         )[0]
         assert isinstance(made, Prepared) and shown(made.ids) == expected
 
@@ -130,9 +130,9 @@ def prompts_of_job(tmp_path: Any, columns: dict[str, list[Any]], **sections: Any
     said = (spec.prompt.chat_template_kwargs, spec.prompt.special_tokens) if spec.prompt else ()
     template = ChatTemplate(CHATML, FRAMED.special_tokens, FRAMED.control)
     limits, defaults = ModelLimits(400, 259, FRAMED.eos_ids), SamplingParams(max_tokens=4)
-    model = WireModel(("m",), FRAMED, CHATML, defaults)
+    model = ModelFacts(("m",), FRAMED, CHATML, defaults)
     rows = list(draft.rows.prompts(RowBatch(table, {}), list(range(table.num_rows)), frozenset(), model))
-    prompts = [Prompt(0, row.content, row.params, error=row.error, read=row.read, framing=row.framing) for row in rows]
+    prompts = [Prompt(0, row.content, row.params, error=row.error, read=row.read, options=row.options) for row in rows]
     made = Preparer(FRAMED, limits, defaults, template, *said).prepare(prompts)
     return [shown(one.requests[-1].prompt) if isinstance(one, Prepared) else str(one.error) for one in made]
 
@@ -197,12 +197,12 @@ def test_the_last_message_of_a_job_stays_open(tmp_path: Any) -> None:
 
 
 def test_bodies_of_openai_batch() -> None:
-    model = WireModel(("m",), FRAMED, CHATML, SamplingParams(max_tokens=4))
+    model = ModelFacts(("m",), FRAMED, CHATML, SamplingParams(max_tokens=4))
     messages = [{"role": "u", "content": "a<s>"}, {"role": "A", "content": "b"}]
 
     def shown_of(url: str, **body: Any) -> str:
-        asked = ask(parse(url, body), model)
-        return shown(ids_of(asked.contents[0], asked.framing, asked.read))
+        asked = parse_request(parse_body(url, body), model)
+        return shown(ids_of(asked.contents[0], asked.options, asked.pooling))
 
     chat = "/v1/chat/completions"
     assert shown_of(chat, messages=messages) == "u:a<s>⟨end⟩A:b⟨end⟩A:"

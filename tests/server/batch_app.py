@@ -9,7 +9,6 @@ from fastapi.exceptions import RequestValidationError
 from batchinfer.batches.catalog import Catalog
 from batchinfer.batches.runner import BatchRunner
 from batchinfer.llm import LLM
-from batchinfer.openai.request_models import of_validation
 from batchinfer.server.batch_routes import make_router
 from batchinfer.server.errors import ApiError, of_row
 from batchinfer.spec import FakeSpec
@@ -44,6 +43,6 @@ def make_app(root, llm=None, grace_s=5.0, **options):
 
     @app.exception_handler(RequestValidationError)
     async def validation_error(request, error):
-        return of_row(of_validation(error.errors())).response()
+        return of_row(validation_error(error.errors())).response()
 
     return app

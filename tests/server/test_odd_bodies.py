@@ -8,7 +8,7 @@ import random
 import pytest
 
 from batchinfer.llm import LLM
-from batchinfer.openai.json_text import dump
+from batchinfer.openai.json_text import dump_json
 from batchinfer.spec import FakeSpec
 from tests.server.conftest import HERMES, Endpoint
 from tests.server.test_messages import TOOL
@@ -104,4 +104,4 @@ def test_what_json_can_hold_comes_back(endpoint):
     response = endpoint.post("/v1/responses", content=json.dumps(body), headers={"content-type": "application/json"})
     assert response.status_code == 200, response.text
     assert response.json()["tools"][0]["parameters"]["properties"]["a"]["maximum"] == 1 << 70
-    assert json.loads(dump({"a": [1 << 70, float("inf"), "\ud800"]})) == {"a": [1 << 70, None, "\\ud800"]}
+    assert json.loads(dump_json({"a": [1 << 70, float("inf"), "\ud800"]})) == {"a": [1 << 70, None, "\\ud800"]}

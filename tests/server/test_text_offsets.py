@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from batchinfer.openai.completion_response import CompletionShape
 from batchinfer.openai.delta import Delta
 from batchinfer.openai.logprobs import TokenTexts
-from batchinfer.openai.parse import WireModel, ask, parse
+from batchinfer.openai.parse import ModelFacts, parse_body, parse_request
 from batchinfer.openai.text_offsets import prompt_offsets
 from batchinfer.pipeline.prepare import ModelLimits, Prepared, Preparer, Prompt
 from batchinfer.request import SamplingParams, TokenLogprob
@@ -25,10 +25,10 @@ BYTES = ByteTokenizer()
 
 def tables(found: Tokenizer, ids: list[int], cuts: list[int], prompt: str = "", **body) -> list[list[dict]]:
     """The answer `ids` to one prompt, whole and in pieces: the choices that a client gets of it."""
-    model = WireModel(("m",), found, None, SamplingParams(max_tokens=99))
-    asked = ask(parse("/v1/completions", {"prompt": prompt or "x", "logprobs": 1, **body}), model)
+    model = ModelFacts(("m",), found, None, SamplingParams(max_tokens=99))
+    asked = parse_request(parse_body("/v1/completions", {"prompt": prompt or "x", "logprobs": 1, **body}), model)
     preparer = Preparer(found, ModelLimits(1000, found.vocab_size, frozenset({EOS})), SamplingParams(), None)
-    [prepared] = preparer.prepare([Prompt(0, prompt or "x", asked.params, framing=asked.framing)])
+    [prepared] = preparer.prepare([Prompt(0, prompt or "x", asked.params, options=asked.options)])
     assert isinstance(prepared, Prepared)
     request = prepared.requests[0]
     ended = (n for n, one in enumerate(ids, 1) if one == EOS or (request.stop_check and request.stop_check(one)))

@@ -23,7 +23,7 @@ from batchinfer.job.report import report_name
 from batchinfer.job.row_feed import numbered
 from batchinfer.job.row_prompts import RowPrompt
 from batchinfer.job.shard import Shard
-from batchinfer.openai.parse import WireModel
+from batchinfer.openai.parse import ModelFacts
 from batchinfer.pipeline.load import FAKE_CONTEXT_TOKENS, load_text
 from batchinfer.pipeline.prepare import ModelLimits, Prepared, Preparer
 from batchinfer.request import Completion, SamplingParams
@@ -98,7 +98,7 @@ class _Measure:
         limits = ModelLimits(self.context_tokens, tokenizer.vocab_size, tokenizer.eos_ids)
         said = (spec.prompt.chat_template_kwargs, spec.prompt.special_tokens) if spec.prompt else ()
         self._preparer = Preparer(tokenizer, limits, defaults, chat, *said)
-        self._model = WireModel((spec.model,), tokenizer, chat.source if chat else None, defaults)
+        self._model = ModelFacts((spec.model,), tokenizer, chat.source if chat else None, defaults)
 
     def take(self, rows: int) -> Sample:
         """Measure about `rows` rows."""

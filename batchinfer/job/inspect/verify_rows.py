@@ -20,7 +20,7 @@ from batchinfer.job.part_reader import read_part
 from batchinfer.job.plan import load_plan
 from batchinfer.job.prefetch import ahead
 from batchinfer.job.same_inputs import same_inputs
-from batchinfer.openai.response_bodies import tokens_of
+from batchinfer.openai.response_bodies import usage_tokens
 from batchinfer.spec import JobSpec, StorageSpec
 from batchinfer.text.row_template import RowFilter
 
@@ -133,7 +133,7 @@ class _RowReader:
     def _batch_line(self, row: dict[str, Any]) -> _PartRow:
         """A response line of OpenAI's batch format; its id carries the row's index in the job."""
         number = int(row["id"].rpartition("_")[2]) - self.chunk.base + self.chunk.start
-        tokens, error = tokens_of(row["response"]["body"]["usage"]), row["error"]
+        tokens, error = usage_tokens(row["response"]["body"]["usage"]), row["error"]
         carried = {"custom_id": row["custom_id"]}
         return _PartRow(number, 0, error is None, error and error["code"], *tokens, carried)
 
