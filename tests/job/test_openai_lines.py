@@ -96,7 +96,7 @@ def test_a_retry_keeps_bodies(requests, form, samples):
     right = LLM("fake", chat_template=TAKES_TOOLS)
 
     class Flaky:
-        wire = right.model_facts
+        model_facts = right.model_facts
         stats = right.stats
 
         def run(self, prompts):

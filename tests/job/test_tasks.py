@@ -119,7 +119,7 @@ def test_totals_count_what_a_stopped_run_scored(rows, section):
     right = LLM.from_spec(spec, None)
 
     class Stopping:
-        wire = right.model_facts
+        model_facts = right.model_facts
         stats = right.stats
 
         def run(self, prompts):
@@ -147,7 +147,7 @@ def test_retry_keeps_what_was_read(rows):
     right = LLM.from_spec(spec, None)
 
     class Flaky:
-        wire = right.model_facts
+        model_facts = right.model_facts
         stats = right.stats
 
         def run(self, prompts):
