@@ -6,7 +6,7 @@ import json
 import math
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from batchinfer.errors import SpecError
@@ -73,9 +73,7 @@ def test_json_parses_to_equal_values(value):
         with pytest.raises(SpecError):
             read_yaml(text, "j")
         return
-    for name in ("NaN", "Infinity"):  # JSON's own texts of these are text in YAML
-        if name in text:
-            return
+    assume("NaN" not in text and "Infinity" not in text)  # JSON's own texts of these are text in YAML
     got = read_yaml(text, "j").value
     assert got == expected and repr(got) == repr(expected)
 

@@ -76,6 +76,8 @@ class TestContract:
         assert store.read("a") == b"one" and list(store.find()) == ["a"]
 
     def test_one_of_many_threads_wins(self, store):
+        if isinstance(store, storage.RemoteStore) and store._protocol == "memory":
+            pytest.skip("fsspec's memory filesystem is not atomic between threads")
         won = []
         threads = [
             threading.Thread(target=lambda i=i: store.put_if_absent("claim", b"%d" % i) and won.append(i))
@@ -85,8 +87,6 @@ class TestContract:
             thread.start()
         for thread in threads:
             thread.join()
-        if isinstance(store, storage.RemoteStore) and store._protocol == "memory":
-            return  # fsspec's memory filesystem is not atomic between threads
         assert len(won) == 1
         assert store.read("claim") == b"%d" % won[0]
 
