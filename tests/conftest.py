@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from batchinfer.log import log
 
 pytest_plugins = ["tests.sampling", "tests.servers"]
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the command line sets it, for the reason given there
@@ -24,6 +27,13 @@ def pytest_configure(config: pytest.Config) -> None:
         from batchinfer import ops  # imported late: torch takes seconds, and few test folders need it
 
         ops.use_eager("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _log_as_at_the_start() -> Iterator[None]:
+    """What a test configures, as through the command line's options, is over with it."""
+    yield
+    log.configure("info", None)
 
 
 @pytest.fixture(scope="session")

@@ -1,15 +1,15 @@
 """Sampling of large parameter tables: `pytest` runs some cases of each, `pytest --all` runs every one.
 
-A table is the parameter list of one test function, for each backend of the kernels. A table with more than MOST cases
-keeps its edge cases (`edge` below) and a random MOST of the rest. The seed is the release's version: within a release
-every run tests the same cases; over the releases every case gets its turn. Tests named on the command line (`::` or -k)
-always run.
+A table is the parameter list of one test function marked `sampled`, for each backend of the kernels. A sample keeps the
+edge cases of the table, `sampled(edges)`, where an edge is a parameter's value, and a random MOST of the rest. The seed is
+the release's version: within a release every run tests the same cases; over the releases every case gets its turn. Tests
+named on the command line (`::` or -k) always run.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import pytest
 
@@ -20,13 +20,12 @@ MOST = 16
 _left_out = pytest.StashKey[int]()
 
 
-def edge(*values: object, **settings: object) -> object:
-    """Return a case for `parametrize` that sampling keeps."""
-    return pytest.param(*values, marks=pytest.mark.edge, **settings)
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="run every case of large parameter tables, not a sample")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "sampled(edges): a large table, of which `pytest --all` alone runs every case")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -47,17 +46,27 @@ def sample(items: Iterable[pytest.Item]) -> set[pytest.Item]:
     chosen: set[pytest.Item] = set()
     tables: dict[str, list[pytest.Item]] = {}
     for item in items:
-        tables.setdefault(_table_of(item), []).append(item)
+        mark = item.get_closest_marker("sampled")
+        if mark is None or _is_edge(item, *mark.args):
+            chosen.add(item)
+        else:
+            tables.setdefault(_table_of(item), []).append(item)
     for name, table in tables.items():
-        kept = [item for item in table if item.get_closest_marker("edge")]
-        rest = [item for item in table if not item.get_closest_marker("edge")]
-        chosen.update(kept, random.Random(f"{__version__} {name}").sample(rest, min(MOST, len(rest))))
+        chosen.update(random_sample(table, MOST, name))
     return chosen
 
 
+def random_sample(cases: Sequence[object], most: int, name: str) -> list[object]:
+    """Return up to `most` of the cases, the same ones in all runs of a release."""
+    return random.Random(f"{__version__} {name}").sample(cases, min(most, len(cases)))
+
+
+def _is_edge(item: pytest.Item, edges: Sequence[object] = ()) -> bool:
+    return any(value in edges for value in item.callspec.params.values())
+
+
 def _table_of(item: pytest.Item) -> str:
-    parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    return f"{item.nodeid.split('[')[0]} {parameters.get('backend', '')}"
+    return f"{item.nodeid.split('[')[0]} {item.callspec.params.get('backend', '')}"
 
 
 @pytest.hookimpl(optionalhook=True)

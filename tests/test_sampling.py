@@ -16,7 +16,7 @@ class FakeItem:
 
     function: str
     case: int
-    marks: tuple[str, ...] = ()
+    marked: bool = True
     backend: str = field(default="")
 
     @property
@@ -25,13 +25,14 @@ class FakeItem:
 
     @property
     def callspec(self) -> SimpleNamespace:
-        return SimpleNamespace(params={"backend": self.backend} if self.backend else {"n": self.case})
+        return SimpleNamespace(params={"n": self.case} | ({"backend": self.backend} if self.backend else {}))
 
-    def get_closest_marker(self, name: str) -> str | None:
-        return name if name in self.marks else None
+    def get_closest_marker(self, name: str) -> pytest.Mark | None:
+        return pytest.mark.sampled([EDGE]).mark if self.marked and name == "sampled" else None
 
 
-LARGE = [*(FakeItem("test_large", n) for n in range(90)), FakeItem("test_large", 90, ("edge",))]
+EDGE = 90
+LARGE = [FakeItem("test_large", n) for n in range(EDGE + 1)]
 
 
 def test_small_table_is_kept_whole():
@@ -39,9 +40,14 @@ def test_small_table_is_kept_whole():
     assert sampling.sample(small) == set(small)
 
 
+def test_table_without_the_mark_is_kept_whole():
+    plain = [FakeItem("test_plain", n, marked=False) for n in range(99)]
+    assert sampling.sample(plain) == set(plain)
+
+
 def test_large_table_is_sampled_and_keeps_its_edge_cases():
     chosen = sampling.sample(LARGE)
-    assert len(chosen) == sampling.MOST + 1 and LARGE[-1] in chosen
+    assert len(chosen) == sampling.MOST + 1 and LARGE[EDGE] in chosen
 
 
 def test_each_backend_gets_its_own_sample():

@@ -11,7 +11,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from batchinfer.bench import machine
 from batchinfer.cli.main import main
-from batchinfer.log import log
 from tests.models.tiny import SIZES, build
 
 
@@ -39,7 +38,7 @@ def quick_machine(monkeypatch):
 
 @pytest.fixture
 def bench(quick_machine) -> Callable[..., int]:
-    """Runs `batchinfer bench …`; its exit code. Threads and log are as before, afterwards."""
+    """Runs `batchinfer bench …`; its exit code. Threads are as before, afterwards."""
     threads = torch.get_num_threads()
 
     def run(*arguments: object) -> int:
@@ -47,4 +46,3 @@ def bench(quick_machine) -> Callable[..., int]:
 
     yield run
     torch.set_num_threads(threads)
-    log.configure("info", None)

@@ -23,6 +23,7 @@ from batchinfer.request import Request, SamplingParams
 from batchinfer.spec import EngineSpec, FakeSpec
 from batchinfer.text.tokenizer import load_tokenizer
 from tests.models.smollm2 import in_transformers
+from tests.sampling import random_sample
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(400)]
 _PROMPTS = Path(__file__).parents[2] / "jobs" / "data" / "quickstart.parquet"
@@ -35,15 +36,28 @@ def reference(smollm2_gguf: Path) -> LlamaForCausalLM:
 
 
 @pytest.fixture(scope="module")
-def prompts(smollm2_gguf: Path) -> list[list[int]]:
-    """50 real prompts of mixed length."""
+def prompts(smollm2_gguf: Path, pytestconfig: pytest.Config) -> list[list[int]]:
+    """50 real prompts of mixed length, or in a sample 20."""
     texts = pq.read_table(_PROMPTS).column("prompt").to_pylist()
-    rng = random.Random(4)
-    rng.shuffle(texts)
+    random.Random(4).shuffle(texts)
+    if not pytestconfig.getoption("--all"):
+        texts = random_sample(texts[:50], 20, "prompts")
     tokenizer = load_tokenizer(smollm2_gguf)
     ids = tokenizer.encode_batch(texts[:50], add_special_tokens=True)
     assert max(map(len, ids)) > 4 * min(map(len, ids))
     return [list(entry) for entry in ids]
+
+
+@pytest.fixture(scope="module")
+def expected(prompts: list[list[int]], reference: LlamaForCausalLM) -> list[tuple[list[float], list[int]]]:
+    """Of each prompt, for every token but the first: its logprob, and the most likely token in its place."""
+    found = []
+    for ids in prompts:
+        with torch.inference_mode():
+            logprobs_TV = torch.log_softmax(reference(torch.tensor([ids])).logits[0, :-1], -1)
+        logprobs_T = logprobs_TV.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+        found.append((logprobs_T.tolist(), logprobs_TV.argmax(-1).tolist()))
+    return found
 
 
 def engine_answers(
@@ -90,9 +104,13 @@ def test_smollm2_equals_transformers(smollm2_gguf: Path, prompts: list[list[int]
 
 @pytest.mark.parametrize("max_step_tokens", [2048, 48])
 def test_prompt_logprobs_equal_transformers(
-    smollm2_gguf: Path, prompts: list[list[int]], reference: LlamaForCausalLM, plain_torch: bool, max_step_tokens: int
+    smollm2_gguf: Path,
+    prompts: list[list[int]],
+    expected: list[tuple[list[float], list[int]]],
+    plain_torch: bool,
+    max_step_tokens: int,
 ) -> None:
-    """50 prompts, with the prefix cache cold and hot, whole and in chunks."""
+    """All prompts, with the prefix cache cold and hot, whole and in chunks."""
     tolerance = 1.5e-4 if plain_torch else 1e-4  # its sums are in another order than transformers', and no better
     engine = EngineSpec(dtype="float32", kv_cache_tokens=6000, max_num_seqs=16, max_step_tokens=max_step_tokens)
     assembly = assemble(engine, ModelFiles(smollm2_gguf, "test"), None, FakeSpec(), None)
@@ -106,18 +124,16 @@ def test_prompt_logprobs_equal_transformers(
         done = {}
         while loop.has_work:
             done |= {finished.request.request_id: finished for finished in loop.step()}
-        for number, ids in enumerate(prompts):
-            with torch.inference_mode():
-                expected_TV = torch.log_softmax(reference(torch.tensor([ids])).logits[0], -1)
+        for number, (ids, (logprobs, likeliest)) in enumerate(zip(prompts, expected, strict=True)):
             entries = done[number].prompt_logprobs
             assert entries is not None and len(entries) == len(ids)
             first = done[number].request.score_from
             assert first is not None and entries[:first] == [None] * first
             for place in range(first, len(ids)):
-                entry, row_V = entries[place], expected_TV[place - 1]
+                entry = entries[place]
                 assert entry is not None and entry.token_id == ids[place]
-                assert abs(entry.logprob - float(row_V[ids[place]])) < tolerance, (turn, number, place)
-                assert (entry.logprob == entry.top[0][1]) == (int(row_V.argmax()) == ids[place])
+                assert abs(entry.logprob - logprobs[place - 1]) < tolerance, (turn, number, place)
+                assert (entry.logprob == entry.top[0][1]) == (likeliest[place - 1] == ids[place])
     assert loop.stats.prompt_tokens_reused > 0
 
 

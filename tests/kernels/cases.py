@@ -98,6 +98,17 @@ ATTENTION = {
 }
 
 
+NAMED_EDGES = (
+    *((0, 16), (1, 1)),  # of NORM_SHAPES
+    *((1, 1, 2, 1), (0, 2, 8, 4)),  # of ROPE_SHAPES
+    *((1, 2), (0, 8)),  # of GATED_SHAPES
+    *((1, 1, 1), (0, 4, 4), (0, 8, 16), (1, 32, 1)),  # of the linear ones
+    *("one-token", "mixed", "head-size-1", "block-size-1", "window-1", "window-beyond-context", "soft-cap-window"),
+    "large-scores",
+)
+"""Cases that a sample of a table keeps: nothing, one of everything, and the ends of what an op takes."""
+
+
 def seeded(*shape, seed, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 

@@ -7,7 +7,7 @@ import torch
 
 from batchinfer import ops
 from batchinfer.ops import Precision
-from tests.kernels.cases import BLOCK_KINDS, BLOCK_SHAPES, make_blocks
+from tests.kernels.cases import BLOCK_KINDS, BLOCK_SHAPES, NAMED_EDGES, make_blocks
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -31,6 +31,7 @@ def test_float_is_value_times_scale_plus_minimum(kind):
     assert torch.equal(matrix.float(), _exact_in_float32(matrix))
 
 
+@pytest.mark.sampled(NAMED_EDGES)
 @pytest.mark.parametrize("shape", BLOCK_SHAPES, ids=str)
 def test_blocks_change_no_bit(shape, kind):
     rows, in_features, out_features = shape

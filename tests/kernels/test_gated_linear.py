@@ -9,7 +9,7 @@ import torch
 
 from batchinfer import ops
 from batchinfer.ops import Precision
-from tests.kernels.cases import GATED_LINEAR_SHAPES, TOLERANCE, linear_inputs, pack_unrounded, seeded
+from tests.kernels.cases import GATED_LINEAR_SHAPES, NAMED_EDGES, TOLERANCE, linear_inputs, pack_unrounded, seeded
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -30,6 +30,7 @@ def _forms(weight):
     return {"float32": weight, "16 bits": narrow, "blocks": blocks}
 
 
+@pytest.mark.sampled(NAMED_EDGES)
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("shape", GATED_LINEAR_SHAPES, ids=str)
 def test_gated_linear(shape, dtype):
@@ -47,6 +48,7 @@ def test_gated_linear(shape, dtype):
             torch.testing.assert_close(got.double(), expected, atol=bound, rtol=bound)
 
 
+@pytest.mark.sampled(NAMED_EDGES)
 @pytest.mark.parametrize("activation", OPS)
 @pytest.mark.parametrize("form", ["float32", "16 bits", "blocks"])
 @pytest.mark.parametrize("shape", [(1, 64, 16), (3, 96, 48), (5, 32, 512), (40, 160, 24), (300, 576, 1536)], ids=str)

@@ -7,11 +7,12 @@ import torch
 
 from batchinfer import ops
 from batchinfer.ops import Precision
-from tests.kernels.cases import LINEAR_SHAPES, TOLERANCE, linear_inputs, on_threads, pack_unrounded
+from tests.kernels.cases import LINEAR_SHAPES, NAMED_EDGES, TOLERANCE, linear_inputs, on_threads, pack_unrounded
 
 pytestmark = pytest.mark.usefixtures("backend")
 
 
+@pytest.mark.sampled(NAMED_EDGES)
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("shape", LINEAR_SHAPES, ids=str)
 def test_linear(shape, dtype):
@@ -139,6 +140,7 @@ def test_what_is_not_finite_stays_so_and_stays_in_its_row(bad, precision, featur
     assert torch.equal(got[others], calm[others])
 
 
+@pytest.mark.sampled(NAMED_EDGES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", LINEAR_SHAPES, ids=str)
 def test_quantized_linear(shape, dtype):
@@ -179,6 +181,7 @@ def test_a_quantized_row_s_result_depends_on_nothing_else():
         assert torch.equal(ops.linear(x[start : start + 7], packed, bias), together[start : start + 7])
 
 
+@pytest.mark.sampled(NAMED_EDGES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", LINEAR_SHAPES, ids=str)
 def test_linear_in_bfloat16(shape, dtype):

@@ -11,7 +11,15 @@ from batchinfer_kernels.cpu.linear_argmax import make_screen
 
 from batchinfer import ops
 from batchinfer.ops import Precision
-from tests.kernels.cases import BLOCK_KINDS, BLOCK_SHAPES, LINEAR_SHAPES, linear_inputs, make_blocks, on_threads
+from tests.kernels.cases import (
+    BLOCK_KINDS,
+    BLOCK_SHAPES,
+    LINEAR_SHAPES,
+    NAMED_EDGES,
+    linear_inputs,
+    make_blocks,
+    on_threads,
+)
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -26,6 +34,7 @@ def check(x, weight):
     assert got_values.numpy().tobytes() == np.take_along_axis(whole, ids.numpy()[:, None], 1)[:, 0].tobytes()
 
 
+@pytest.mark.sampled(NAMED_EDGES)
 @pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", LINEAR_SHAPES, ids=str)
 def test_the_largest_of_all(shape, kept):
@@ -35,6 +44,7 @@ def test_the_largest_of_all(shape, kept):
     check(x * 1e9, weight * 1e-7)
 
 
+@pytest.mark.sampled(NAMED_EDGES)
 @pytest.mark.parametrize("kind", BLOCK_KINDS)
 @pytest.mark.parametrize("shape", BLOCK_SHAPES, ids=str)
 def test_the_largest_of_blocks(shape, kind):

@@ -10,7 +10,7 @@ import torch
 
 from batchinfer import ops
 from tests.kernels import naive
-from tests.kernels.cases import ATTENTION, GATED_SHAPES, NORM_SHAPES, ROPE_SHAPES, TOLERANCE
+from tests.kernels.cases import ATTENTION, GATED_SHAPES, NAMED_EDGES, NORM_SHAPES, ROPE_SHAPES, TOLERANCE
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -35,6 +35,7 @@ def _expected_norm(shape, dtype, offset, with_residual):
     return naive.rms_norm(x, _random(shape[-1], dtype=dtype, seed=1), 1e-5, offset)
 
 
+@pytest.mark.sampled(NAMED_EDGES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", NORM_SHAPES, ids=str)
 @pytest.mark.parametrize("offset", [0.0, 1.0])
@@ -43,6 +44,7 @@ def test_rms_norm(shape, dtype, offset):
     _close(ops.rms_norm(x, weight, 1e-5, offset), _expected_norm(shape, dtype, offset, False), dtype)
 
 
+@pytest.mark.sampled(NAMED_EDGES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", NORM_SHAPES, ids=str)
 def test_add_rms_norm_changes_the_residual_and_not_x(shape, dtype):
@@ -72,6 +74,7 @@ def _turned(shape, dtype):
     return whole, cos, sin, naive.rope(whole[:, 1 : 1 + heads], cos, sin)
 
 
+@pytest.mark.sampled(NAMED_EDGES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", ROPE_SHAPES, ids=str)
 def test_rope_turns_in_place_and_leaves_the_rest(shape, dtype):
@@ -109,6 +112,7 @@ def _gated(shape, dtype):
     return silu, gelu
 
 
+@pytest.mark.sampled(NAMED_EDGES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", GATED_SHAPES, ids=str)
 def test_gated_activations(shape, dtype):
@@ -182,6 +186,7 @@ def _expected_attention(name, dtype, cache_dtype=None):
     return Batch(ATTENTION[name], dtype, cache_dtype).expected()
 
 
+@pytest.mark.sampled(NAMED_EDGES)
 # large scores times 16-bit rounding say nothing
 @pytest.mark.parametrize(
     ("name", "dtype"),
@@ -192,6 +197,7 @@ def test_paged_attention(name, dtype):
     _close(Batch(ATTENTION[name], dtype).write_and_attend(), _expected_attention(name, dtype), dtype)
 
 
+@pytest.mark.sampled(NAMED_EDGES)
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", [name for name in ATTENTION if name != "large-scores"])
 def test_paged_attention_over_a_16_bit_cache(name, cache_dtype):
