@@ -31,7 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def _log_as_at_the_start() -> Iterator[None]:
-    """What a test configures, as through the command line's options, is over with it."""
+    """Undo what a test configured, as through the command line's options."""
     yield
     log.configure("info", None)
 

@@ -1,9 +1,9 @@
 """Sampling of large parameter tables: `pytest` runs some cases of each, `pytest --all` runs every one.
 
 A table is the parameter list of one test function marked `sampled`, for each backend of the kernels. A sample keeps the
-edge cases of the table, `sampled(edges)`, where an edge is a parameter's value, and a random MOST of the rest. The seed is
-the release's version: within a release every run tests the same cases; over the releases every case gets its turn. Tests
-named on the command line (`::` or -k) always run.
+edge cases of the table, `sampled(edges)`, where an edge is a parameter's value, and a random MOST of the rest. The seed
+is the release's version: within a release every run tests the same cases; over the releases every case gets its turn.
+Tests named on the command line (`::` or -k) always run.
 """
 
 from __future__ import annotations

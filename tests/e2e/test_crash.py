@@ -99,7 +99,7 @@ def check(store, storage, whole):
 
 
 @pytest.mark.timeout(300)
-def test_25_kills_and_as_many_restarts(tmp_path, table, seaweed, whole):
+def test_25_kills_and_restarts_lose_and_repeat_no_row(tmp_path, table, seaweed, whole):
     url = f"{seaweed.bucket()}/out"
     runs = Job(tmp_path, job(table, url, seaweed.endpoint, step_s=0.003), seaweed.env)
     store = Store.open(url, seaweed.storage)
@@ -145,7 +145,7 @@ def test_sigterm_exits_33_in_time_and_loses_nothing(tmp_path, table, seaweed, wh
 
 
 @pytest.mark.timeout(300)
-def test_a_store_that_fails_one_request_in_five(tmp_path, table, seaweed, faults, whole):
+def test_a_store_that_fails_one_request_in_five_costs_no_row(tmp_path, table, seaweed, faults, whole):
     url = f"{seaweed.bucket()}/out"
     faults.rate = 0.2
     runs = Job(tmp_path, job(table, url, faults.endpoint), seaweed.env)
@@ -156,7 +156,7 @@ def test_a_store_that_fails_one_request_in_five(tmp_path, table, seaweed, faults
 
 
 @pytest.mark.timeout(300)
-def test_the_response_of_every_commit_is_lost_once(tmp_path, table, seaweed, faults, whole):
+def test_losing_the_response_of_every_commit_once_costs_no_row(tmp_path, table, seaweed, faults, whole):
     url = f"{seaweed.bucket()}/out"
     for chunk in range(ROWS // CHUNK_ROWS):
         faults.add("lose", method="PUT", contains=f"commits/{chunk:06d}")

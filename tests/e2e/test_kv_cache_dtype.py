@@ -12,10 +12,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from batchinfer import LLM, SamplingParams
-from batchinfer.engine.length_estimator import OutputLengthEstimator
 from batchinfer.errors import UsageError
 from batchinfer.request import CompletionOutput
 from batchinfer.runner import kv_cache
+from tests.harness import expect_short_answers
 from tests.models.tiny import SIZES, build
 
 GREEDY = SamplingParams(temperature=0, max_tokens=14, logprobs=0)
@@ -40,8 +40,7 @@ def answers(model: Path, preempt: bool = False, **options: object) -> list[Compl
     prompts = [shared[: rng.randrange(30)] + rng.choices(words, k=rng.randrange(1, 30)) for _ in range(16)]
     llm = LLM(model, block_size=4, max_num_seqs=8, **options)
     if preempt:
-        llm._engine.scheduler.expected = OutputLengthEstimator(quantile=0.0, enough=1)
-        llm._engine.scheduler.expected.observe(1)
+        expect_short_answers(llm._engine.scheduler)
     completions = llm.generate(prompts, GREEDY)
     assert (llm.stats().preemptions > 0) is preempt
     assert (llm.stats().prompt_tokens_reused > 0) is options.get("enable_prefix_caching", True)
@@ -68,7 +67,9 @@ def test_the_default_is_what_is_computed_and_16_bits_round(model: Path) -> None:
         assert 0 < max(abs(a - b) for a, b in zip(first[0], rounded, strict=True)) < error
 
 
-def test_twice_as_many_tokens_fit(model: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
+def test_a_16_bit_kv_cache_holds_twice_as_many_tokens(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
     monkeypatch.setattr(kv_cache, "free_bytes", lambda device: 1 << 22)
     sizes = [len(LLM(model, kv_cache_dtype=kind)._engine.scheduler.pool.blocks) for kind in (None, *KINDS)]
     assert sizes == [128, 128, 256, 256]
@@ -78,6 +79,6 @@ def test_twice_as_many_tokens_fit(model: Path, monkeypatch: pytest.MonkeyPatch, 
     assert halves._engine._runner.cache.layers[0].dtype == torch.bfloat16
 
 
-def test_another_type_is_refused() -> None:
+def test_an_unknown_kv_cache_dtype_is_refused() -> None:
     with pytest.raises(UsageError, match="kv_cache_dtype: must be one of float32, bfloat16, float16, got 'int8'"):
         LLM("fake", kv_cache_dtype="int8")

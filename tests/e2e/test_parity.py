@@ -15,13 +15,13 @@ import torch
 from transformers import LlamaForCausalLM
 
 from batchinfer.engine.engine import Engine
-from batchinfer.engine.length_estimator import OutputLengthEstimator
 from batchinfer.engine.scheduler import Scheduler
 from batchinfer.io.fetch import ModelFiles
 from batchinfer.pipeline.load import assemble
 from batchinfer.request import Request, SamplingParams
 from batchinfer.spec import EngineSpec, FakeSpec
 from batchinfer.text.tokenizer import load_tokenizer
+from tests.harness import expect_short_answers, never_stop, run_requests
 from tests.models.smollm2 import in_transformers
 from tests.sampling import random_sample
 
@@ -64,13 +64,11 @@ def engine_answers(
     path: Path, prompts: list[list[int]], engine: EngineSpec, preempt: bool = True
 ) -> tuple[list[list[int]], Engine]:
     assembly = assemble(engine, ModelFiles(path, "test"), None, FakeSpec(), None)
-    scheduler = Scheduler(assembly.pool, engine.max_num_seqs, engine.max_step_tokens)
+    loop = Engine(Scheduler(assembly.pool, engine.max_num_seqs, engine.max_step_tokens), assembly.runner)
     if preempt:
-        scheduler.expected = OutputLengthEstimator(quantile=0.0, enough=1)  # admits far too much
-        scheduler.expected.observe(1)
-    loop = Engine(scheduler, assembly.runner)
+        expect_short_answers(loop.scheduler)
     params = SamplingParams(temperature=0, max_tokens=_ANSWER_TOKENS)
-    waiting = [Request(i, ids, params, _ANSWER_TOKENS, stop_check=_never) for i, ids in enumerate(prompts)]
+    waiting = [Request(i, ids, params, _ANSWER_TOKENS, stop_check=never_stop) for i, ids in enumerate(prompts)]
     rng = random.Random(0)
     answers: dict[int, list[int]] = {}
     while waiting or loop.has_work:
@@ -79,7 +77,7 @@ def engine_answers(
         for finished in loop.step():
             assert finished.error is None
             answers[finished.request.request_id] = finished.token_ids
-        scheduler.check_integrity()
+        loop.scheduler.check_integrity()
     return [answers[i] for i in range(len(prompts))], loop
 
 
@@ -118,12 +116,11 @@ def test_prompt_logprobs_equal_transformers(
     params = SamplingParams(temperature=0, prompt_logprobs=2)
     for turn in range(2):  # the second finds blocks of the first
         # every other one also answers; its first positions are not asked for, and may come from the cache
+        requests = []
         for number, ids in enumerate(prompts):
             score_from, answers = (1, 0) if number % 2 else (len(ids) // 2, 4)
-            loop.add(Request(number, ids, params, answers, score_from=score_from))
-        done = {}
-        while loop.has_work:
-            done |= {finished.request.request_id: finished for finished in loop.step()}
+            requests.append(Request(number, ids, params, answers, score_from=score_from))
+        done = run_requests(loop, requests)
         for number, (ids, (logprobs, likeliest)) in enumerate(zip(prompts, expected, strict=True)):
             entries = done[number].prompt_logprobs
             assert entries is not None and len(entries) == len(ids)
@@ -137,7 +134,7 @@ def test_prompt_logprobs_equal_transformers(
     assert loop.stats.prompt_tokens_reused > 0
 
 
-def test_smollm2_with_hits_and_chunks(
+def test_smollm2_with_prefix_hits_and_chunks_equals_transformers(
     smollm2_gguf: Path, prompts: list[list[int]], reference: LlamaForCausalLM
 ) -> None:
     """A long shared prefix: hits in the same step, hits after preemption, chunks that end inside a prompt."""
@@ -150,8 +147,3 @@ def test_smollm2_with_hits_and_chunks(
     assert whole == chunked
     for prompt, answer in zip(extended, chunked, strict=True):
         assert_greedy(reference, prompt, answer)
-
-
-def _never(token_id: int) -> bool:
-    """Nothing ends an answer early, but the scheduler cannot know it, and so admits by what it expects."""
-    return False

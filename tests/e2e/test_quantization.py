@@ -35,7 +35,7 @@ def test_cache_chunks_and_preemption_change_no_token(
 
 
 @each_kind
-def test_it_rounds_and_only_a_little(model: Path, kind: dict[str, str]) -> None:  # noqa: F811
+def test_quantized_logprobs_differ_by_little_and_not_by_nothing(model: Path, kind: dict[str, str]) -> None:  # noqa: F811
     exact, rounded = answers(model), answers(model, **kind)
     firsts = [
         (a.logprobs[0].logprob, b.logprobs[0].logprob)
@@ -50,7 +50,7 @@ def test_it_rounds_and_only_a_little(model: Path, kind: dict[str, str]) -> None:
     ("dtype", "quantization", "layers", "ends"),
     [(None, None, False, False), ("bfloat16", None, True, True), ("bfloat16", "int8", False, True)],
 )
-def test_what_bfloat16_rounds(model: Path, dtype, quantization, layers, ends) -> None:  # noqa: F811
+def test_bfloat16_rounds_matrices_and_nothing_else(model: Path, dtype, quantization, layers, ends) -> None:  # noqa: F811
     """Every matrix and what it is multiplied with; what comes out of it is float32."""
     decoder = LLM(model, dtype=dtype, quantization=quantization)._engine._runner.decoder
     x = torch.randn(3, decoder.config.hidden_size, generator=torch.Generator().manual_seed(1))
@@ -62,14 +62,14 @@ def test_what_bfloat16_rounds(model: Path, dtype, quantization, layers, ends) ->
     assert rows.dtype == torch.float32 and torch.equal(rows, rows.bfloat16().float()) is ends
 
 
-def test_another_kind_is_refused() -> None:
+def test_an_unknown_quantization_is_refused() -> None:
     with pytest.raises(UsageError, match="quantization: must be one of int8, got 'int4'"):
         LLM("fake", quantization="int4")
 
 
 @each_kind
 @pytest.mark.model
-def test_a_trained_model_says_nearly_the_same(smollm2_gguf: Path, kind: dict[str, str]) -> None:
+def test_a_trained_model_quantized_picks_nearly_the_same_tokens(smollm2_gguf: Path, kind: dict[str, str]) -> None:
     prompts = ["The capital of France is", "Water boils at", "def fibonacci(n):", "Once upon a time there was"]
     exact, rounded = (
         LLM(smollm2_gguf, kv_cache_tokens=2048, **options).generate(prompts, GREEDY) for options in ({}, kind)

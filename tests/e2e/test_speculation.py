@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from batchinfer import LLM, SamplingParams
-from batchinfer.engine.length_estimator import OutputLengthEstimator
 from batchinfer.engine.stats import EngineStats
 from batchinfer.request import CompletionOutput
 from tests.e2e.same_tokens import same_tokens
 from tests.e2e.test_kv_cache_dtype import model, tokens  # noqa: F401 - a fixture
+from tests.harness import expect_short_answers
 from tests.models.tiny import SIZES
 
 
@@ -42,8 +42,7 @@ def answers(
 ) -> tuple[list[CompletionOutput], EngineStats]:
     llm = LLM(folder, block_size=4, speculative_tokens=most, **{"max_num_seqs": 8, **options})
     if preempt:
-        llm._engine.scheduler.expected = OutputLengthEstimator(quantile=0.0, enough=1)
-        llm._engine.scheduler.expected.observe(1)
+        expect_short_answers(llm._engine.scheduler)
     prompts, params = zip(*asked(), strict=True)
     completions = llm.generate(prompts, params)
     assert all(completion.error is None for completion in completions)
@@ -66,7 +65,7 @@ def test_answers_and_logprobs_are_equal_bit_by_bit(model: Path, most: int, plain
     assert stats.generated_tokens == without.generated_tokens
 
 
-def test_with_a_prefix_cache_preemption_and_short_steps(model: Path) -> None:  # noqa: F811
+def test_drafts_change_no_token_with_prefix_cache_preemption_and_short_steps(model: Path) -> None:  # noqa: F811
     plain, _ = answers(model, 0)
     drafted, stats = answers(model, 4)
     assert stats.prompt_tokens_reused > 0 and stats.accepted_tokens > 0
@@ -80,7 +79,7 @@ def test_with_a_prefix_cache_preemption_and_short_steps(model: Path) -> None:  #
 
 @pytest.mark.parametrize("kind", [{}, {"quantization": "int8"}, {"dtype": "bfloat16"}], ids=str)
 @pytest.mark.model
-def test_a_trained_model_says_the_same(smollm2_gguf: Path, kind: dict[str, str], plain_torch: bool) -> None:
+def test_drafts_change_no_token_of_a_trained_model(smollm2_gguf: Path, kind: dict[str, str], plain_torch: bool) -> None:
     text = "Repeat this list three times: apples, pears, plums, cherries.\nApples, pears, plums, cherries.\nApples,"
     found = []
     for most in (0, 4):

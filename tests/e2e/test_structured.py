@@ -104,7 +104,7 @@ def params_of(schema: object, **more: object) -> SamplingParams:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_what_ends_validates(llm: LLM, temperature: float) -> None:
+def test_answers_that_end_validate_against_their_schema(llm: LLM, temperature: float) -> None:
     prompts = [f"prompt {number}" for number in range(4)]
     ended = 0
     for schema in SCHEMAS:
@@ -128,7 +128,7 @@ def test_all_at_once_under_preemption_equal_one_at_a_time(random_model: Path, ll
     assert len(texts(together)) >= 16
 
 
-def test_choice_regex_grammar_and_json_object(llm: LLM) -> None:
+def test_answers_follow_choice_regex_grammar_and_json_object(llm: LLM) -> None:
     def answer(**given: object) -> list[str]:
         params = SamplingParams(max_tokens=100, temperature=1, n=6, structured_outputs=given)
         return texts(llm.generate(["x", "y"], params))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping
+from typing import Any
 
-from batchinfer.engine.blocks import BlockPool
 from batchinfer.engine.engine import Engine
 from batchinfer.engine.plan import Join, Reading, StepPlan, StepResult
-from batchinfer.engine.scheduler import Scheduler
 from batchinfer.request import Constraint, Request, SamplingParams, TokenLogprob
+from tests.harness import make_engine
 
 VOCAB = 50
 EOS = 0
@@ -147,14 +147,7 @@ def make_request(request_id: int, prompt: list[int], max_tokens: int) -> Request
     return Request(request_id, prompt, SamplingParams(temperature=0), max_tokens, stop_ids=frozenset([EOS]))
 
 
-def make_engine(
-    num_blocks: int,
-    block_size: int = 4,
-    max_num_seqs: int = 8,
-    max_step_tokens: int = 32,
-    caching: bool = True,
-    speculative_tokens: int = 0,
-) -> tuple[Engine, CheckingRunner]:
+def checking_engine(num_blocks: int, block_size: int = 4, **limits: Any) -> tuple[Engine, CheckingRunner]:
+    """Return an engine over a CheckingRunner; limits: those of `make_scheduler`."""
     runner = CheckingRunner(block_size)
-    pool = BlockPool(num_blocks, block_size, caching)
-    return Engine(Scheduler(pool, max_num_seqs, max_step_tokens, speculative_tokens), runner), runner
+    return make_engine(runner, num_blocks, block_size, **limits), runner

@@ -9,14 +9,10 @@ from dataclasses import replace
 import pytest
 
 from batchinfer.engine import scheduler
-from batchinfer.engine.blocks import BlockPool
-from batchinfer.engine.engine import Engine
-from batchinfer.engine.length_estimator import OutputLengthEstimator
 from batchinfer.engine.plan import StepPlan, StepResult
-from batchinfer.engine.scheduler import Scheduler
 from batchinfer.request import Finished, Request, SamplingParams, TokenLogprob
-from tests.engine.checking import REPEATS, make_engine, make_reading, make_request, naive
-from tests.engine.test_engine import run_all
+from tests.engine.checking import REPEATS, checking_engine, make_reading, make_request, naive
+from tests.harness import expect_short_answers, make_engine, run_requests
 
 GREEDY = SamplingParams(temperature=0)
 
@@ -36,8 +32,8 @@ class Counting:
 
 
 def answers(runner: Counting, requests: Sequence[Request]) -> list[Finished]:
-    engine = Engine(Scheduler(BlockPool(99, 16), 8, 99), runner)
-    found = run_all(engine, list(requests))
+    engine = make_engine(runner, 99, 16, step_tokens=99)
+    found = run_requests(engine, list(requests))
     return [found[request.request_id] for request in requests]
 
 
@@ -94,7 +90,7 @@ def test_a_token_may_complete_an_answer(step: int) -> None:
 def test_a_mid_prompt_sequence_leaves_a_token_for_each_that_decodes() -> None:
     """A long prompt takes what is left of a step, whoever came first."""
     runner = Counting()
-    engine = Engine(Scheduler(BlockPool(99, 4), 3, 8), runner)
+    engine = make_engine(runner, 99, seats=3, step_tokens=8)
     engine.add(Request(0, [1], GREEDY, 20))
     engine.step()
     engine.add(Request(1, list(range(60)), GREEDY, 2))
@@ -106,13 +102,12 @@ def test_a_mid_prompt_sequence_leaves_a_token_for_each_that_decodes() -> None:
     assert max(runner.tokens) <= 8, "more than a step may have"
 
 
-def test_who_only_decodes_can_be_preempted() -> None:
+def test_a_decoding_sequence_can_be_preempted() -> None:
     """The newest leaves a plan into which it had come already, for an older one's next block."""
     requests = [make_request(number, [1 + number, 2, 3], 30) for number in range(6)]
-    engine, _ = make_engine(20, 4)
-    engine.scheduler.expected = OutputLengthEstimator(quantile=0.0, enough=1)
-    engine.scheduler.expected.observe(1)
-    found = run_all(engine, requests)
+    engine, _ = checking_engine(20, 4)
+    expect_short_answers(engine.scheduler)
+    found = run_requests(engine, requests)
     assert engine.stats.preemptions > 0
     for one in requests:
         assert found[one.request_id].token_ids == naive(one)
@@ -124,19 +119,19 @@ def lengths_apart(count: int) -> list[Request]:
 
 
 @pytest.mark.parametrize("block_size", [1, 4, 512])
-def test_who_leaves_takes_its_tokens_along(block_size: int) -> None:
+def test_a_sequence_that_leaves_the_decode_lanes_keeps_its_tokens(block_size: int) -> None:
     """Whoever moves into the gap as well, however many steps neither has been visited."""
     requests = lengths_apart(40)
-    engine, _ = make_engine(20_000 // block_size, block_size)
-    found = run_all(engine, requests)
+    engine, _ = checking_engine(20_000 // block_size, block_size)
+    found = run_requests(engine, requests)
     assert {number: answer.token_ids for number, answer in found.items()} == {n.request_id: naive(n) for n in requests}
 
 
-def test_lanes_come_and_go_with_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decode_lanes_are_off_while_there_are_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     """With few sequences each may get a draft; with many they decode side by side."""
     monkeypatch.setattr(scheduler, "MAX_ROWS", 4)
     requests = [replace(one, prompt=[REPEATS, 3] if one.request_id % 2 else one.prompt) for one in lengths_apart(40)]
-    engine, _ = make_engine(1000, speculative_tokens=3)
+    engine, _ = checking_engine(1000, drafts=3)
     side_by_side = set()
     found = {}
     for number, one in enumerate(requests):
@@ -145,7 +140,7 @@ def test_lanes_come_and_go_with_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
             found.update({answer.request.request_id: answer.token_ids for answer in engine.step()})
             engine.scheduler.check_integrity()
             side_by_side.add(bool(engine.scheduler._decoding.seats))
-    found |= {number: answer.token_ids for number, answer in run_all(engine, []).items()}
+    found |= {number: answer.token_ids for number, answer in run_requests(engine, []).items()}
     assert found == {one.request_id: naive(one) for one in requests}
     assert side_by_side == {True, False} and engine.stats.accepted_tokens > 0
 
@@ -153,21 +148,20 @@ def test_lanes_come_and_go_with_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_answer_is_found_again_up_to_its_last_computed_block() -> None:
     """By a longer conversation, whichever way it ended."""
     for length in range(1, 14):
-        engine, _ = make_engine(50)
+        engine, _ = checking_engine(50)
         first = make_request(0, [1, 2, 3], length)
-        answer = run_all(engine, [first])[0].token_ids
-        run_all(engine, [make_request(1, [*first.prompt, *answer, 49, 49, 49, 49, 49], 1)])
+        answer = run_requests(engine, [first])[0].token_ids
+        run_requests(engine, [make_request(1, [*first.prompt, *answer, 49, 49, 49, 49, 49], 1)])
         assert engine.stats.prompt_tokens_reused == (3 + len(answer) - 1) // 4 * 4, answer
 
 
 @pytest.mark.parametrize("block_size", [1, 4])
-def test_who_has_been_visited_can_be_preempted(block_size: int) -> None:
+def test_a_sequence_already_in_the_plan_can_be_preempted(block_size: int) -> None:
     """Visits are in any order, so an older one may take away the block, or the last step, of one that had its visit."""
     shuffle = random.Random(block_size).shuffle
     requests = [make_request(number, [1 + number, 2, 3], 2 + number % 11) for number in range(150)]
-    engine, runner = make_engine(24 // block_size, block_size)
-    engine.scheduler.expected = OutputLengthEstimator(quantile=0.0, enough=1)
-    engine.scheduler.expected.observe(1)
+    engine, runner = checking_engine(24 // block_size, block_size)
+    expect_short_answers(engine.scheduler)
     run_step = runner.run_step
 
     def only_who_runs_grows(plan: StepPlan, constraints: object) -> StepResult:
@@ -177,18 +171,18 @@ def test_who_has_been_visited_can_be_preempted(block_size: int) -> None:
         return run_step(plan, constraints)
 
     runner.run_step = only_who_runs_grows
-    found = run_all(engine, requests)
+    found = run_requests(engine, requests)
     assert {number: answer.token_ids for number, answer in found.items()} == {n.request_id: naive(n) for n in requests}
     assert engine.stats.preemptions > 20
 
 
 def test_a_reading_fails_beside_one_who_decodes() -> None:
-    engine, runner = make_engine(50)
+    engine, runner = checking_engine(50)
     plain, reading = make_request(0, [1, 2, 3], 20), make_reading(1, [7, 8, 9], 5, score_from=1)
     engine.add(plain)
     engine.step()
     engine.step()
     runner.poison = 8
-    found = run_all(engine, [reading])
+    found = run_requests(engine, [reading])
     assert found[0].error is None and found[0].token_ids == naive(plain)
     assert found[1].finish_reason == "error" and "poisoned" in str(found[1].error)

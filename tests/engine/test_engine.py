@@ -9,41 +9,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchinfer.engine.blocks import BlockPool
-from batchinfer.engine.engine import Engine
-from batchinfer.engine.fake import FakeAnswer, FakeRunner
 from batchinfer.engine.length_estimator import OutputLengthEstimator
 from batchinfer.engine.plan import PromptRead, Reading, StepPlan, StepResult
-from batchinfer.engine.scheduler import Scheduler
 from batchinfer.errors import EngineError, TooLong
-from batchinfer.request import Finished, Request, SamplingParams
-from tests.engine.checking import EOS, make_engine, make_reading, make_request, naive, naive_reading
-
-
-def run_all(engine: Engine, requests: list[Request]) -> dict[int, Finished]:
-    for request in requests:
-        engine.add(request)
-    answers = {}
-    for _ in range(100_000):
-        if not engine.has_work:
-            return answers
-        answers.update({answer.request.request_id: answer for answer in engine.step()})
-        engine.scheduler.check_integrity()
-    raise AssertionError("the engine does not come to an end")
+from batchinfer.request import Request, SamplingParams
+from tests.engine.checking import EOS, checking_engine, make_reading, make_request, naive, naive_reading
+from tests.harness import expect_short_answers, fake_runner, make_engine, make_scheduler, run_requests
 
 
 @pytest.mark.parametrize("caching", [True, False])
 @pytest.mark.parametrize("max_step_tokens", [8, 1000])
 @pytest.mark.parametrize("num_blocks", [12, 400])
-def test_equals_naive_loop(caching: bool, max_step_tokens: int, num_blocks: int) -> None:
+def test_answers_equal_those_of_a_naive_loop(caching: bool, max_step_tokens: int, num_blocks: int) -> None:
     rng = random.Random(num_blocks + max_step_tokens)
     shared = [rng.randrange(1, 50) for _ in range(20)]
     requests = [
         make_request(i, shared[: rng.randrange(20)] + [rng.randrange(1, 50) for _ in range(rng.randrange(1, 15))], 12)
         for i in range(60)
     ]
-    engine, _ = make_engine(num_blocks, max_step_tokens=max_step_tokens, caching=caching)
-    engine.scheduler.expected = OutputLengthEstimator(quantile=0.0, enough=1)  # far too low: preemption must happen
-    answers = run_all(engine, requests)
+    engine, _ = checking_engine(num_blocks, step_tokens=max_step_tokens, caching=caching)
+    expect_short_answers(engine.scheduler)
+    answers = run_requests(engine, requests)
     for request in requests:
         assert answers[request.request_id].token_ids == naive(request)
     if num_blocks == 12:
@@ -65,9 +51,9 @@ def test_prompts_are_read_once_and_whole(caching: bool, max_step_tokens: int, nu
         reads += [{"pooling": pooling} for pooling in ("mean", "last", "cls")]
         kind = rng.choice(reads)
         requests.append(make_reading(i, prompt, 12 if not kind else rng.choice([0, 0, 1, 12]), **kind))
-    engine, _ = make_engine(num_blocks, max_step_tokens=max_step_tokens, caching=caching)
-    engine.scheduler.expected = OutputLengthEstimator(quantile=0.0, enough=1)
-    answers = run_all(engine, requests)
+    engine, _ = checking_engine(num_blocks, step_tokens=max_step_tokens, caching=caching)
+    expect_short_answers(engine.scheduler)
+    answers = run_requests(engine, requests)
     for request in requests:
         answer = answers[request.request_id]
         assert answer.error is None and answer.token_ids == naive(request)
@@ -79,36 +65,36 @@ def test_prompts_are_read_once_and_whole(caching: bool, max_step_tokens: int, nu
 
 
 def test_cached_blocks_serve_up_to_the_first_row_that_is_read() -> None:
-    engine, _ = make_engine(100, block_size=4)
+    engine, _ = checking_engine(100, block_size=4)
     prompt = list(range(1, 22))
-    run_all(engine, [make_request(0, prompt, 1)])
+    run_requests(engine, [make_request(0, prompt, 1)])
     for score_from in (1, 4, 5, 8, 9, 21):
         before = engine.stats.prompt_tokens_reused
-        answer = run_all(engine, [make_reading(1, prompt, 0, score_from=score_from)])[1]
+        answer = run_requests(engine, [make_reading(1, prompt, 0, score_from=score_from)])[1]
         assert answer.prompt_logprobs == naive_reading(answer.request)[0]
         assert engine.stats.prompt_tokens_reused - before == min(score_from - 1, 19)  # one is always computed
 
 
 def test_a_scored_prompt_computes_no_more_than_it_needs() -> None:
     """Not the last token, whose successor nobody asks for; so a prompt may be one token longer than the cache."""
-    engine, _ = make_engine(4, block_size=4)
+    engine, _ = checking_engine(4, block_size=4)
     request = make_reading(0, list(range(1, 18)), 0, score_from=1)
-    answer = run_all(engine, [request])[0]
+    answer = run_requests(engine, [request])[0]
     assert answer.prompt_logprobs == naive_reading(request)[0] and len(answer.prompt_logprobs) == 17
     assert engine.stats.prompt_tokens_computed == 16 and engine.stats.generated_tokens == 0
     with pytest.raises(TooLong):
         engine.add(make_reading(1, list(range(18)), 0, score_from=1))
-    single = run_all(engine, [make_reading(2, [5], 0, score_from=1)])[2]
+    single = run_requests(engine, [make_reading(2, [5], 0, score_from=1)])[2]
     assert single.prompt_logprobs == [None] and single.finish_reason == "length" and single.token_ids == []
 
 
 def test_an_unsound_reading_ends_its_sequence_alone() -> None:
-    engine, runner = make_engine(100, max_step_tokens=16)
+    engine, runner = checking_engine(100, step_tokens=16)
     runner.poison = 33
     requests = [
         make_reading(i, [i + 1, 2, 3, 33 if i % 3 == 1 else 4, *range(10, 15)], i % 2, score_from=2) for i in range(9)
     ]
-    answers = run_all(engine, requests)
+    answers = run_requests(engine, requests)
     for request in requests:
         answer = answers[request.request_id]
         if 33 in request.prompt:
@@ -117,19 +103,17 @@ def test_an_unsound_reading_ends_its_sequence_alone() -> None:
             assert answer.prompt_logprobs == naive_reading(request)[0] and answer.token_ids == naive(request)
     again = make_reading(100, requests[1].prompt, 0, score_from=9)
     reused = engine.stats.prompt_tokens_reused
-    run_all(engine, [again])
+    run_requests(engine, [again])
     assert engine.stats.prompt_tokens_reused == reused, "blocks of a failed sequence must not be found again"
 
 
 def test_fake_readings_depend_on_the_request_alone() -> None:
     def answers(order: list[int], seats: int, budget: int) -> dict[int, tuple[object, object]]:
-        engine = Engine(
-            Scheduler(BlockPool(60, 4), seats, budget), FakeRunner(FakeAnswer(3, 20, list(range(10, 40)), EOS))
-        )
+        engine = make_engine(fake_runner(3, 20, range(10, 40), EOS), 60, seats=seats, step_tokens=budget)
         params = SamplingParams(prompt_logprobs=2)
         kinds = [{"score_from": 1}, {"pooling": "mean"}, {"score_from": 3}, {"pooling": "last"}]
         requests = [Request(i, [i % 7, *range(10, 15 + i % 5)], params, 0, **kinds[i % 4]) for i in order]
-        return {i: (answer.prompt_logprobs, answer.hidden) for i, answer in run_all(engine, requests).items()}
+        return {i: (answer.prompt_logprobs, answer.hidden) for i, answer in run_requests(engine, requests).items()}
 
     reference = answers(list(range(40)), 8, 100)
     assert answers(list(reversed(range(40))), 3, 4) == reference
@@ -139,39 +123,39 @@ def test_fake_readings_depend_on_the_request_alone() -> None:
     assert len({tuple(hidden) for _, hidden in reference.values() if hidden is not None}) > 10
 
 
-def test_same_step_sharing() -> None:
+def test_sequences_admitted_in_one_step_compute_a_common_prefix_once() -> None:
     """Two sequences admitted in one step compute a common prefix once, also when it takes several chunks."""
-    engine, _ = make_engine(100, block_size=4, max_step_tokens=24)
+    engine, _ = checking_engine(100, block_size=4, step_tokens=24)
     prompt = list(range(1, 41))
-    answers = run_all(engine, [make_request(i, [*prompt, 41 + i], 5) for i in range(4)])
+    answers = run_requests(engine, [make_request(i, [*prompt, 41 + i], 5) for i in range(4)])
     assert len(answers) == 4
     assert engine.stats.prompt_tokens_computed == 40 + 4
     assert engine.stats.prompt_tokens_reused == 3 * 40
 
 
 def test_what_begins_as_a_block_does_is_computed_from_where_it_differs() -> None:
-    engine, runner = make_engine(100, block_size=4)
+    engine, runner = checking_engine(100, block_size=4)
     prompts = [[*range(1, 12), 20 + i, 30, 31, 32] for i in range(3)]
     plans = []
     runner.fail_if = lambda plan: plans.append(plan)  # None: nothing fails
     for i, prompt in enumerate(prompts):
         request = make_request(i, prompt, 5)
-        assert run_all(engine, [request])[i].token_ids == naive(request)
+        assert run_requests(engine, [request])[i].token_ids == naive(request)
     assert engine.stats.prompt_tokens_computed == 15 + 4 + 4
     assert engine.stats.prompt_tokens_reused == 11 + 11
     assert [len(plan.copies) for plan in plans if plan.joins] == [0, 1, 1]
     # no block begins as it does in a fourth of its tokens; and none is looked for without a cache
-    for other in (make_engine(100, block_size=8), make_engine(100, block_size=4, caching=False)):
+    for other in (checking_engine(100, block_size=8), checking_engine(100, block_size=4, caching=False)):
         for i, tail in enumerate(([2, 3, 4, 5, 6, 7, 8], [9, 9, 9, 9, 9, 9, 9])):
-            run_all(other[0], [make_request(i, [1, *tail], 1)])
+            run_requests(other[0], [make_request(i, [1, *tail], 1)])
         assert other[0].stats.prompt_tokens_reused == 0
 
 
 def test_nothing_is_copied_from_a_block_of_the_same_step() -> None:
     """It is not computed before the step is."""
-    engine, _ = make_engine(100, block_size=4)
+    engine, _ = checking_engine(100, block_size=4)
     requests = [make_request(i, [*range(1, 12), 20 + i], 1) for i in range(3)]
-    answers = run_all(engine, requests)
+    answers = run_requests(engine, requests)
     assert all(answers[request.request_id].token_ids == naive(request) for request in requests)
     assert engine.stats.prompt_tokens_reused == 2 * 8
 
@@ -179,56 +163,56 @@ def test_nothing_is_copied_from_a_block_of_the_same_step() -> None:
 def test_a_full_step_is_waited_for_where_it_computes_what_then_need_not_be() -> None:
     """A fourth of a block at least, beyond what there is: what fills a step need not be computed twice in it."""
     for shared, waits in ((203, True), (201, True), (200, False)):
-        engine, runner = make_engine(1000, block_size=4, max_step_tokens=2048)
+        engine, runner = checking_engine(1000, block_size=4, step_tokens=2048)
         plans = []
         runner.fail_if = lambda plan, plans=plans: plans.append(plan)
         requests = [make_request(i, [*range(shared), 500 + i, 600, 601, 602, 603, 604], 2) for i in range(4)]
-        answers = run_all(engine, requests)
+        answers = run_requests(engine, requests)
         assert all(answers[request.request_id].token_ids == naive(request) for request in requests)
         assert [len(plan.joins) for plan in plans if plan.joins] == ([1, 3] if waits else [4])
         assert engine.stats.prompt_tokens_reused == 3 * shared
 
 
 def test_a_block_is_copied_although_the_same_step_writes_over_it() -> None:
-    engine, runner = make_engine(3, block_size=4)
-    run_all(engine, [make_request(0, list(range(1, 9)), 1)])
+    engine, runner = checking_engine(3, block_size=4)
+    run_requests(engine, [make_request(0, list(range(1, 9)), 1)])
     plans = []
     runner.fail_if = lambda plan: plans.append(plan)
     request = make_request(1, [1, 2, 3, 4, 5, 6, 40, 41, 42, 43, 44], 1)
-    assert run_all(engine, [request])[1].token_ids == naive(request)
+    assert run_requests(engine, [request])[1].token_ids == naive(request)
     copy, written = plans[0].copies[0], plans[0].grown[0].blocks
     assert copy.source in written and copy.target in written
     assert engine.stats.prompt_tokens_reused == 6
 
 
-def test_full_hit_computes_one_token() -> None:
-    engine, _ = make_engine(100, block_size=4)
+def test_a_prompt_found_whole_in_the_cache_computes_one_token() -> None:
+    engine, _ = checking_engine(100, block_size=4)
     request = make_request(0, list(range(1, 9)), 3)
-    first = run_all(engine, [request])[0].token_ids
+    first = run_requests(engine, [request])[0].token_ids
     computed = engine.stats.prompt_tokens_computed
-    assert run_all(engine, [request])[0].token_ids == first
+    assert run_requests(engine, [request])[0].token_ids == first
     assert engine.stats.prompt_tokens_computed - computed == 1
 
 
 def test_too_long_prompt_is_refused_and_growth_is_that_rows_error() -> None:
-    engine, _ = make_engine(num_blocks=4, block_size=4)
+    engine, _ = checking_engine(num_blocks=4, block_size=4)
     with pytest.raises(TooLong, match="16 tokens and the KV cache 16"):
         engine.add(make_request(0, [1] * 16, 5))
     long, short = make_request(1, [1] * 14, 500), make_request(2, [2], 3)
     long = Request(1, long.prompt, long.params, 500)  # no stop ids: it grows until nothing fits
-    answers = run_all(engine, [long, short])
+    answers = run_requests(engine, [long, short])
     assert isinstance(answers[1].error, TooLong) and answers[1].finish_reason == "error"
     assert answers[2].token_ids == naive(short)
 
 
 def test_failing_sequence_is_found_and_only_it_ends() -> None:
-    engine, runner = make_engine(400, max_num_seqs=16, max_step_tokens=200)
+    engine, runner = checking_engine(400, seats=16, step_tokens=200)
     requests = [make_request(i, [1 + i, 2, 3], 10) for i in range(40)]
     runner.fail_if = lambda plan: any(
         runner._known[seat][0] == 18 and start + count > 4
         for seat, start, count in zip(plan.seats, plan.starts, plan.counts, strict=True)
     )
-    answers = run_all(engine, requests)
+    answers = run_requests(engine, requests)
     assert len(naive(requests[17])) > 2, "request 17 must get to the poisoned position"
     for request in requests:
         answer = answers[request.request_id]
@@ -239,10 +223,10 @@ def test_failing_sequence_is_found_and_only_it_ends() -> None:
 
 
 def test_engine_gives_up_when_every_step_fails() -> None:
-    engine, runner = make_engine(400)
+    engine, runner = checking_engine(400)
     runner.fail_if = lambda plan: True
     with pytest.raises(EngineError, match="injected"):
-        run_all(engine, [make_request(i, [1 + i % 40], 10) for i in range(200)])
+        run_requests(engine, [make_request(i, [1 + i % 40], 10) for i in range(200)])
 
 
 def test_failed_rows_of_a_result_end_alone() -> None:
@@ -250,17 +234,17 @@ def test_failed_rows_of_a_result_end_alone() -> None:
         def run_step(self, plan: StepPlan, constraints: object) -> StepResult:
             return StepResult([7] * sum(plan.samples), failed={0: "logits are not finite"})
 
-    engine = Engine(Scheduler(BlockPool(100, 4), 4, 64), Flaky())
-    answers = run_all(engine, [make_request(i, [1, 2, 3, 4, 5 + i], 1) for i in range(2)])
+    engine = make_engine(Flaky(), 100, seats=4, step_tokens=64)
+    answers = run_requests(engine, [make_request(i, [1, 2, 3, 4, 5 + i], 1) for i in range(2)])
     assert answers[0].error is not None and "not finite" in str(answers[0].error)
     assert answers[1].token_ids == [7]
     assert engine.stats.prompt_tokens_reused == 4
-    run_all(engine, [make_request(2, [1, 2, 3, 4, 9], 1)])
+    run_requests(engine, [make_request(2, [1, 2, 3, 4, 9], 1)])
     assert engine.stats.prompt_tokens_reused == 4, "blocks of a failed sequence must not be found again"
 
 
 def test_abort_frees_everything() -> None:
-    engine, _ = make_engine(50)
+    engine, _ = checking_engine(50)
     for i in range(12):
         engine.add(make_request(i, [1, 2, 3, i], 50))
     engine.step()
@@ -278,21 +262,19 @@ def test_stop_check_sees_every_token_once() -> None:
         seen.append(token)
         return len(seen) == 3
 
-    engine = Engine(Scheduler(BlockPool(9, 4), 2, 8), FakeRunner(FakeAnswer(9, 9, [5, 6], EOS)))
-    answers = run_all(engine, [Request(0, [1], SamplingParams(temperature=0), 9, stop_check=stop)])
+    engine = make_engine(fake_runner(9, 9, [5, 6], EOS), 9, seats=2, step_tokens=8)
+    answers = run_requests(engine, [Request(0, [1], SamplingParams(temperature=0), 9, stop_check=stop)])
     assert answers[0].finish_reason == "stop" and len(seen) == 3 and answers[0].token_ids == seen
 
 
 def test_fake_answers_depend_on_the_request_alone() -> None:
     def answers(order: list[int], seats: int, budget: int) -> dict[int, list[int]]:
-        engine = Engine(
-            Scheduler(BlockPool(60, 4), seats, budget), FakeRunner(FakeAnswer(3, 20, list(range(10, 40)), EOS))
-        )
+        engine = make_engine(fake_runner(3, 20, range(10, 40), EOS), 60, seats=seats, step_tokens=budget)
         params = SamplingParams(temperature=0.5)
         requests = [
             Request(i, [i % 7] * (1 + i % 5), params, 30, key=i * 977, stop_ids=frozenset([EOS])) for i in order
         ]
-        return {i: answer.token_ids for i, answer in run_all(engine, requests).items()}
+        return {i: answer.token_ids for i, answer in run_requests(engine, requests).items()}
 
     reference = answers(list(range(40)), 8, 100)
     assert {len(ids) for ids in reference.values()} <= set(range(3, 21)) and len(
@@ -314,27 +296,27 @@ def test_expected_length_is_a_running_quantile() -> None:
 
 def test_admission_by_expected_length_prevents_preemption() -> None:
     """Once lengths are known, hardly anything is preempted, although max_tokens alone would fit two at a time."""
-    engine, _ = make_engine(num_blocks=64, block_size=4, max_num_seqs=32)
+    engine, _ = checking_engine(num_blocks=64, block_size=4, seats=32)
     engine.scheduler.expected = OutputLengthEstimator(enough=4)
     requests = [make_request(i, [1 + i % 40, 2, 3, i // 40 + 1], 100) for i in range(300)]
-    answers = run_all(engine, requests)
+    answers = run_requests(engine, requests)
     assert all(answers[r.request_id].token_ids == naive(r) for r in requests)
     assert engine.stats.preemptions < 40
 
 
 def test_admission_knows_the_length_of_what_nothing_ends_early() -> None:
     """Short answers before say nothing about those: what they will take is set aside, and nothing is preempted."""
-    engine, _ = make_engine(num_blocks=64, block_size=4, max_num_seqs=32)
+    engine, _ = checking_engine(num_blocks=64, block_size=4, seats=32)
     engine.scheduler.expected = OutputLengthEstimator(enough=1)
     engine.scheduler.expected.observe(1)
     requests = [Request(i, [1 + i], SamplingParams(temperature=0), 60) for i in range(20)]
-    assert len(run_all(engine, requests)) == 20
+    assert len(run_requests(engine, requests)) == 20
     assert engine.stats.preemptions == 0
 
 
-def test_golden_plan() -> None:
+def test_plans_of_a_small_case_are_as_written_here() -> None:
     """The plan of a small case, whole: what crosses to other ranks does not change unnoticed."""
-    scheduler = Scheduler(BlockPool(8, 4), 2, 6)
+    scheduler = make_scheduler(8, seats=2, step_tokens=6)
     first, second = make_request(0, [1, 2, 3, 4, 5, 6, 7], 3), make_request(1, [1, 2, 3, 4, 9], 3)
     scheduler.add(first)
     scheduler.add(second)
@@ -353,8 +335,8 @@ def test_golden_plan() -> None:
     assert plan.tokens == [11, 5, 6, 7] and plan.reads == (), "those that only decode come first"
 
 
-def test_golden_plan_with_reads() -> None:
-    scheduler = Scheduler(BlockPool(8, 4), 2, 6)
+def test_plans_with_prompt_reads_are_as_written_here() -> None:
+    scheduler = make_scheduler(8, seats=2, step_tokens=6)
     scheduler.add(make_reading(0, [1, 2, 3, 4, 5, 6, 7], 0, score_from=3))
     scheduler.add(make_reading(1, [1, 2], 1, pooling="mean"))
     plan = scheduler.schedule()

@@ -6,17 +6,15 @@ import random
 
 import pytest
 
-from batchinfer.engine.blocks import BlockPool
-from batchinfer.engine.length_estimator import OutputLengthEstimator
 from batchinfer.engine.plan import StepResult
 from batchinfer.engine.prompt_lookup import MAX_ROWS, Lookup
 from batchinfer.engine.scheduler import Scheduler
 from batchinfer.request import Request, SamplingParams
-from tests.engine.checking import REPEATS, make_engine, make_request, naive
-from tests.engine.test_engine import run_all
+from tests.engine.checking import REPEATS, checking_engine, make_request, naive
+from tests.harness import expect_short_answers, make_scheduler, run_requests
 
 
-def test_the_most_recent_place_counts() -> None:
+def test_a_draft_continues_the_most_recent_match() -> None:
     text = [1, 2, 3, 4, 70, 71, 9, 1, 2, 3, 4, 80, 81, 82, 9, 1, 2, 3, 4]
     assert Lookup(3).draft(text, 9) == [80, 81, 82]
     assert Lookup(8).draft(text, 2) == [80, 81]
@@ -37,7 +35,7 @@ def test_equal_bytes_that_are_not_tokens_are_no_match() -> None:
     assert Lookup(2).draft([*[ones] * 4, 33, 34, *shifted, 6, *[ones] * 4], 2) == [33, 34]
 
 
-def test_random_texts_as_by_a_plain_loop() -> None:
+def test_matches_in_random_texts_equal_a_plain_loop() -> None:
     rng = random.Random(5)
     for _ in range(200):
         text, lookup = rng.choices([0, 1, 256, 65536], k=rng.randrange(1, 60)), Lookup(4)
@@ -50,7 +48,7 @@ def test_random_texts_as_by_a_plain_loop() -> None:
             assert lookup.draft(text, 4) == wanted
 
 
-def test_length_follows_what_was_right() -> None:
+def test_draft_length_follows_how_many_tokens_were_right() -> None:
     lookup, text = Lookup(8), [5] * 9
     lengths = []
     for accepted in (8, 3, 3, 0, 1, 2, 4, 8):
@@ -84,8 +82,8 @@ def test_tokens_are_those_without_drafts_in_fewer_steps(block_size: int, caching
     requests = [make_request(i, [REPEATS, 1, 2, 3 + i % 20], 60) for i in range(30)]
     steps = []
     for most in (0, 4):
-        engine, _ = make_engine(3000 // block_size, block_size, caching=caching, speculative_tokens=most)
-        answers = run_all(engine, requests)
+        engine, _ = checking_engine(3000 // block_size, block_size, caching=caching, drafts=most)
+        answers = run_requests(engine, requests)
         for request in requests:
             assert answers[request.request_id].token_ids == naive(request)
         assert engine.stats.generated_tokens == sum(len(answer.token_ids) for answer in answers.values())
@@ -94,12 +92,12 @@ def test_tokens_are_those_without_drafts_in_fewer_steps(block_size: int, caching
     assert 0 < engine.stats.accepted_tokens < engine.stats.draft_tokens
 
 
-def test_drafts_with_too_few_blocks() -> None:
+def test_drafts_under_preemption_change_no_token() -> None:
     """They take none that others were promised or hold, and what is preempted is computed again as it was."""
     requests = [make_request(i, [REPEATS, 1, 2, 3 + i % 20, 4 + i % 3], 40) for i in range(60)]
-    engine, _ = make_engine(24, 4, speculative_tokens=4)
-    engine.scheduler.expected = OutputLengthEstimator(quantile=0.0, enough=1)
-    answers = run_all(engine, requests)
+    engine, _ = checking_engine(24, 4, drafts=4)
+    expect_short_answers(engine.scheduler)
+    answers = run_requests(engine, requests)
     assert engine.stats.preemptions > 0 and engine.stats.accepted_tokens > 0
     for request in requests:
         assert answers[request.request_id].token_ids == naive(request)
@@ -111,7 +109,7 @@ def repeating(number: int, max_tokens: int = 50, **more: object) -> Request:
 
 def started(seats: int, max_step_tokens: int, requests: list[Request]) -> Scheduler:
     """After the step that computes the prompts; a result of fives."""
-    scheduler = Scheduler(BlockPool(4 * seats, 64), seats, max_step_tokens, 4)
+    scheduler = make_scheduler(4 * seats, 64, seats=seats, step_tokens=max_step_tokens, drafts=4)
     for request in requests:
         scheduler.add(request)
     while scheduler.waiting:

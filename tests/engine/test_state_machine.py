@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from batchinfer.engine import scheduler
 from batchinfer.request import Finished, Request
-from tests.engine.checking import REPEATS, make_engine, make_reading, make_request, naive, naive_reading
+from tests.engine.checking import REPEATS, checking_engine, make_reading, make_request, naive, naive_reading
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -20,9 +20,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.engine, self.runner = make_engine(
-            14, 3, max_num_seqs=4, max_step_tokens=7, speculative_tokens=self.speculative_tokens
-        )
+        self.engine, self.runner = checking_engine(14, 3, seats=4, step_tokens=7, drafts=self.speculative_tokens)
         self.requests: dict[int, Request] = {}
         self.answers: dict[int, Finished] = {}
         self.added = 0

@@ -47,7 +47,7 @@ def test_blocks_change_no_bit(shape, kind):
 
 
 @pytest.mark.parametrize("in_features", [512, 1024])
-def test_rows_that_share_sets_of_the_cache(in_features, kind):
+def test_rows_that_share_cache_sets_change_no_result(in_features, kind):
     matrix = make_blocks(in_features, 40, *kind)
     x = torch.randn(9, 2 * in_features, generator=torch.Generator().manual_seed(1))[:, in_features:]
     got = ops.linear(x, ops.pack_linear(matrix, Precision.FLOAT32), None)

@@ -75,7 +75,7 @@ def test_a_chunk_gives_what_the_whole_prompt_gives(first, last):
 
 
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_what_is_written_is_rounded_as_torch_does(cache_dtype):
+def test_cache_writes_round_as_torch_does(cache_dtype):
     edges = [
         0.0,
         -0.0,
@@ -110,7 +110,7 @@ def test_nan_in_a_query_is_not_hidden():
     assert not out[1:].isnan().any()
 
 
-def test_threads_are_torch_s():
+def test_one_openmp_runtime_is_loaded():
     batch = Batch(ATTENTION["mixed"], torch.float32)
     on_threads(2, batch.write_and_attend)
     maps = Path("/proc/self/maps")

@@ -33,7 +33,7 @@ def _forms(weight):
 @pytest.mark.sampled(NAMED_EDGES)
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("shape", GATED_LINEAR_SHAPES, ids=str)
-def test_gated_linear(shape, dtype):
+def test_gated_linear_equals_linear_then_activation(shape, dtype):
     x, weight, bias = _inputs(shape, dtype)
     packed = pack_unrounded(ops.pack_gated, weight)
     for given in (None, bias):
@@ -52,7 +52,7 @@ def test_gated_linear(shape, dtype):
 @pytest.mark.parametrize("activation", OPS)
 @pytest.mark.parametrize("form", ["float32", "16 bits", "blocks"])
 @pytest.mark.parametrize("shape", [(1, 64, 16), (3, 96, 48), (5, 32, 512), (40, 160, 24), (300, 576, 1536)], ids=str)
-def test_in_one_as_in_two(shape, form, activation):
+def test_gated_linear_equals_its_two_ops_bit_for_bit(shape, form, activation):
     """Bit for bit, whether the panels come out even (F a multiple of 16) or not."""
     x, weight, bias = _inputs(shape)
     weight = _forms(weight)[form]
@@ -65,7 +65,7 @@ def test_in_one_as_in_two(shape, form, activation):
 @pytest.mark.parametrize("precision", [Precision.INT8, Precision.BFLOAT16])
 @pytest.mark.parametrize("activation", OPS)
 @pytest.mark.parametrize("shape", [(1, 64, 16), (3, 101, 48), (40, 160, 24), (70, 576, 1536)], ids=str)
-def test_rounded_as_in_two(shape, activation, precision):
+def test_rounded_gated_linear_equals_its_two_ops_bit_for_bit(shape, activation, precision):
     x, weight, bias = _inputs(shape)
     for given in (None, bias):
         expected = OPS[activation](ops.linear(x, ops.pack_linear(weight, precision), given))

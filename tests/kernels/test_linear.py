@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("backend")
 @pytest.mark.sampled(NAMED_EDGES)
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("shape", LINEAR_SHAPES, ids=str)
-def test_linear(shape, dtype):
+def test_linear_equals_float64_within_rounding(shape, dtype):
     x, weight, bias = linear_inputs(shape, dtype)
     packed = pack_unrounded(ops.pack_linear, weight)
     for given in (None, bias):
@@ -129,7 +129,7 @@ def test_packed_rows_are_the_matrix_s_rows(kept):
     [(Precision.FLOAT32, 64, 3), (Precision.INT8, 70, 69), (Precision.BFLOAT16, 71, 70)],
 )
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_stays_so_and_stays_in_its_row(bad, precision, features, place):
+def test_values_that_are_not_finite_stay_so_and_stay_in_their_row(bad, precision, features, place):
     x, weight, bias = linear_inputs((20, features, 40), torch.float32)
     packed = ops.pack_linear(weight, precision)
     calm = ops.linear(x, packed, bias)
@@ -143,7 +143,7 @@ def test_what_is_not_finite_stays_so_and_stays_in_its_row(bad, precision, featur
 @pytest.mark.sampled(NAMED_EDGES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", LINEAR_SHAPES, ids=str)
-def test_quantized_linear(shape, dtype):
+def test_quantized_linear_equals_the_naive_loop(shape, dtype):
     x, weight, bias = linear_inputs(shape, dtype)
     if shape[0] > 2:
         x[1] = 0
@@ -184,7 +184,7 @@ def test_a_quantized_row_s_result_depends_on_nothing_else():
 @pytest.mark.sampled(NAMED_EDGES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", LINEAR_SHAPES, ids=str)
-def test_linear_in_bfloat16(shape, dtype):
+def test_linear_in_bfloat16_rounds_its_factors_and_nothing_else(shape, dtype):
     """What is multiplied is rounded, and nothing else."""
     x, weight, bias = linear_inputs(shape, dtype)
     packed = ops.pack_linear(weight, Precision.BFLOAT16)
@@ -205,7 +205,7 @@ def test_bfloat16_rounds_to_the_nearest_and_ties_to_even():
 
 
 @pytest.mark.parametrize("shape", [(1, 40, 70), (1, 41, 33), (1, 1, 1)], ids=str)
-def test_rows_of_a_matrix_in_bfloat16(shape):
+def test_rows_of_a_matrix_in_bfloat16_are_its_rounded_rows(shape):
     _, weight, _ = linear_inputs(shape, torch.float32)
     rows = torch.arange(shape[2]).flip(0)
     packed = ops.pack_linear(weight, Precision.BFLOAT16)

@@ -37,7 +37,7 @@ def check(x, weight):
 @pytest.mark.sampled(NAMED_EDGES)
 @pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", LINEAR_SHAPES, ids=str)
-def test_the_largest_of_all(shape, kept):
+def test_linear_argmax_equals_the_argmax_of_linear(shape, kept):
     x, weight, _ = linear_inputs(shape, torch.float32, kept)
     check(x, weight)
     check(x * 1e-12, weight)
@@ -47,14 +47,14 @@ def test_the_largest_of_all(shape, kept):
 @pytest.mark.sampled(NAMED_EDGES)
 @pytest.mark.parametrize("kind", BLOCK_KINDS)
 @pytest.mark.parametrize("shape", BLOCK_SHAPES, ids=str)
-def test_the_largest_of_blocks(shape, kind):
+def test_linear_argmax_of_blocks_equals_the_argmax_of_linear(shape, kind):
     rows, in_features, out_features = shape
     x = torch.randn(rows, in_features, generator=torch.Generator().manual_seed(1))
     check(x, make_blocks(in_features, out_features, *BLOCK_KINDS[kind]))
 
 
 @pytest.mark.parametrize("rows", [1, 13, 40])
-def test_what_rounding_cannot_tell_apart(rows):
+def test_linear_argmax_tells_apart_what_rounding_cannot(rows):
     """Equal output features, of which the first is meant; and such as differ by less than bfloat16 knows."""
     x, weight, _ = linear_inputs((rows, 200, 300), torch.float32)
     equal = weight[:1].expand(300, -1).contiguous()
@@ -100,7 +100,7 @@ def test_rows_may_be_strided():
         check(strided, weight)
 
 
-def test_where_there_are_no_bounds(backend):
+def test_matrices_without_bounds_have_no_argmax_bounds(backend):
     """For weights that are not finite or huge, for rounded ones, and where rounding makes products no faster."""
     _, weight, _ = linear_inputs((1, 64, 70), torch.float32)
     for bad in (math.nan, math.inf, 1e30):

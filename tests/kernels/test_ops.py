@@ -39,7 +39,7 @@ def _expected_norm(shape, dtype, offset, with_residual):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", NORM_SHAPES, ids=str)
 @pytest.mark.parametrize("offset", [0.0, 1.0])
-def test_rms_norm(shape, dtype, offset):
+def test_rms_norm_equals_the_naive_loop(shape, dtype, offset):
     x, weight = _random(*shape, dtype=dtype), _random(shape[-1], dtype=dtype, seed=1)
     _close(ops.rms_norm(x, weight, 1e-5, offset), _expected_norm(shape, dtype, offset, False), dtype)
 
@@ -57,7 +57,7 @@ def test_add_rms_norm_changes_the_residual_and_not_x(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rms_norm_of_a_strided_view(dtype):
+def test_rms_norm_of_a_strided_view_equals_that_of_its_copy(dtype):
     wide = _random(4, 3, 20, dtype=dtype)
     weight = _random(8, seed=1, dtype=dtype)
     _close(ops.rms_norm(wide[:, 1:, 4:12], weight, 1e-5), naive.rms_norm(wide[:, 1:, 4:12], weight, 1e-5), wide.dtype)
@@ -115,7 +115,7 @@ def _gated(shape, dtype):
 @pytest.mark.sampled(NAMED_EDGES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", GATED_SHAPES, ids=str)
-def test_gated_activations(shape, dtype):
+def test_gated_activations_equal_the_float64_loop(shape, dtype):
     x = _random(*shape, dtype=dtype) * 3
     before = x.clone()
     silu, gelu = _gated(shape, dtype)
@@ -193,14 +193,14 @@ def _expected_attention(name, dtype, cache_dtype=None):
     [(name, dtype) for name in ATTENTION for dtype in DTYPES if name != "large-scores" or dtype.itemsize > 2],
     ids=str,
 )
-def test_paged_attention(name, dtype):
+def test_paged_attention_equals_the_naive_loop(name, dtype):
     _close(Batch(ATTENTION[name], dtype).write_and_attend(), _expected_attention(name, dtype), dtype)
 
 
 @pytest.mark.sampled(NAMED_EDGES)
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", [name for name in ATTENTION if name != "large-scores"])
-def test_paged_attention_over_a_16_bit_cache(name, cache_dtype):
+def test_paged_attention_over_a_16_bit_cache_equals_the_naive_loop(name, cache_dtype):
     batch = Batch(ATTENTION[name], torch.float32, cache_dtype)
     _close(batch.write_and_attend(), _expected_attention(name, torch.float32, cache_dtype), torch.float32)
 

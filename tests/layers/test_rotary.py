@@ -27,7 +27,7 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **ORIG
         ("dynamic", 1e4, 64, {"factor": 2.0}),
     ],
 )
-def test_scaled_frequencies(kind, theta, size, scaling):
+def test_scaled_frequencies_equal_transformers(kind, theta, size, scaling):
     config = LlamaConfig(
         hidden_size=size * 2,
         num_attention_heads=2,

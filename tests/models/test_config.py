@@ -42,7 +42,7 @@ def test_rope_in_old_and_new_form_is_the_same(rope, kind):
     assert new.ropes[0].theta == rope["rope_theta"]
 
 
-def test_defaults_of_keys_that_old_files_leave_out():
+def test_keys_that_old_files_leave_out_have_their_defaults():
     config = _parse(rope_scaling=None, num_key_value_heads=None, head_dim=None)
     assert config.attention.num_kv_heads == 4
     assert config.attention.head_size == 8
@@ -116,7 +116,7 @@ def test_every_family_has_a_model_type():
     assert {architecture_of({"model_type": kind}, "") for kind in MODEL_TYPES} == FAMILIES.keys()
 
 
-def test_kv_shape():
+def test_kv_shape_follows_the_config():
     assert _parse(num_key_value_heads=2).kv_shape == (4, 2, 8)
 
 
@@ -149,7 +149,7 @@ def test_kv_shape():
         ({"architectures": ["Gemma2ForCausalLM"], "layer_types": 7}, ["window"]),
     ],
 )
-def test_what_cannot_be_is_named(changes, said):
+def test_impossible_configurations_are_refused_by_their_key(changes, said):
     with pytest.raises(ModelError) as caught:
         _parse(**changes)
     for part in said:
@@ -179,7 +179,7 @@ def test_a_rope_s_numbers_are_numbers(key, value):
         _parse(rope_parameters={**YARN, key: value})
 
 
-def test_files_that_are_no_config(tmp_path):
+def test_files_that_are_no_config_are_refused(tmp_path):
     with pytest.raises(ModelError, match=r"no config\.json"):
         load_config(tmp_path)
     for content, said in (

@@ -328,7 +328,7 @@ def test_a_damaged_header_is_an_error_or_harmless(seed: int, tmp_path_factory: p
         (b"GGUF" + (1).to_bytes(4, "little") + bytes(16), "version 1 is not supported"),
     ],
 )
-def test_what_is_not_gguf(content: bytes, message: str, tmp_path: Path) -> None:
+def test_files_that_are_not_gguf_are_refused(content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(content)
     with pytest.raises(ModelError, match=message):
         GGUFFile(tmp_path / "x.gguf")
@@ -374,7 +374,7 @@ def test_a_model_is_loaded_with_one_look_at_its_header(smollm2_gguf: Path, monke
 
 
 @pytest.mark.model
-def test_smollm2(smollm2_gguf: Path) -> None:
+def test_smollm2_reads_with_its_config_and_number_of_weights(smollm2_gguf: Path) -> None:
     file = GGUFFile(smollm2_gguf)
     config = file.config_dict()
     assert (config["num_hidden_layers"], config["hidden_size"], config["vocab_size"]) == (30, 576, 49152)

@@ -120,7 +120,7 @@ def test_a_stack_of_several_types_is_float32(other, tmp_path, monkeypatch):
     assert _in_blocks(kept) == alone | {"embedding", "head"}
 
 
-def test_what_has_an_infinite_scale_is_float32(tmp_path):
+def test_blocks_with_an_infinite_scale_become_float32(tmp_path):
     _write(tmp_path / "m.gguf", {"*": GGMLType.Q4_0}, scale=np.inf)
     assert all(isinstance(weight, torch.Tensor) for _, weight in GGUFFile(tmp_path / "m.gguf").weights_in_blocks())
 
@@ -134,7 +134,7 @@ def test_other_types_of_numbers_take_the_weights_as_before(tmp_path):
 
 
 @pytest.mark.model
-def test_smollm2(smollm2_gguf, monkeypatch):
+def test_smollm2_in_blocks_computes_the_logits_of_its_float32_weights(smollm2_gguf, monkeypatch):
     kept, floats = _with_and_without(smollm2_gguf, monkeypatch)
     assert torch.equal(_logits(kept), _logits(floats))
     assert len(_in_blocks(kept)) == 4 * 30 + 1

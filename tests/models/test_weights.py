@@ -113,7 +113,7 @@ def test_a_tied_model_whose_file_has_another_head_uses_the_file_s(tmp_path, capf
     assert torch.equal(found, _logits(tmp_path))
 
 
-def test_weights_without_the_model_prefix(tmp_path):
+def test_weights_without_the_model_prefix_load_alike(tmp_path):
     """As a base class saves them, and with a head beside them."""
     build("llama", tmp_path)
     expected = _logits(tmp_path)
@@ -151,7 +151,7 @@ def test_buffers_of_old_llama_files_are_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model."])
-def test_the_text_half_of_gemma3_with_images(prefix, tmp_path):
+def test_gemma3_with_images_loads_its_text_half(prefix, tmp_path):
     build("gemma3", tmp_path)
     expected = _logits(tmp_path)
 
@@ -205,7 +205,7 @@ def test_the_text_half_of_gemma3_with_images(prefix, tmp_path):
         ),
     ],
 )
-def test_what_is_wrong_is_named(name, change, said, tmp_path):
+def test_wrong_tensors_are_named(name, change, said, tmp_path):
     build(name, tmp_path)
     _rewrite(tmp_path, change)
     with pytest.raises(ModelError) as caught:
@@ -214,7 +214,7 @@ def test_what_is_wrong_is_named(name, change, said, tmp_path):
         assert part in str(caught.value)
 
 
-def test_files_that_are_not_there_or_not_whole(tmp_path):
+def test_missing_and_cut_weight_files_are_errors(tmp_path):
     model = build("llama", tmp_path / "one")
     model.save_pretrained(tmp_path / "many", max_shard_size="20KB")
     shard = sorted((tmp_path / "many").glob("*.safetensors"))[1]

@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 GIB = 2**30
 
 
-def test_shapes_and_bytes():
+def test_a_kv_cache_has_the_shape_and_bytes_of_its_model():
     cache = KVCache((3, 2, 8), 5, 4, torch.float16, CPU)
     assert len(cache.layers) == 3
     assert all(layer.shape == (5, 2, 2, 4, 8) and layer.dtype == torch.float16 for layer in cache.layers)

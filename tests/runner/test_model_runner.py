@@ -12,15 +12,13 @@ from batchinfer_kernels import cpu
 from batchinfer_kernels.cpu.linear_argmax import make_screen
 
 from batchinfer import ops
-from batchinfer.engine.blocks import BlockPool
 from batchinfer.engine.engine import Engine
-from batchinfer.engine.length_estimator import OutputLengthEstimator
 from batchinfer.engine.plan import Grown, Join, StepPlan
-from batchinfer.engine.scheduler import Scheduler
 from batchinfer.models.weights import load_decoder
 from batchinfer.request import Request, SamplingParams
 from batchinfer.runner.model_runner import ModelRunner
 from batchinfer.runner.sampler import Sampler
+from tests.harness import decoder_engine, run_requests
 from tests.models.tiny import SIZES, Paged, build
 
 VOCAB = SIZES["vocab_size"]
@@ -181,27 +179,6 @@ def test_a_sequence_beyond_the_context_is_refused():
         runner.run_step(plan((), (), [(0, 8, [1], True)]))
 
 
-def make_engine(decoder, num_blocks: int, seats=6, caching=True, budget=24, block_size=4) -> Engine:
-    runner = ModelRunner(decoder, num_blocks, block_size, seats, 128)
-    for layer in runner.cache.layers:
-        layer.fill_(math.nan)  # whatever is read before it was written shows
-    engine = Engine(Scheduler(BlockPool(num_blocks, block_size, caching), seats, budget), runner)
-    engine.scheduler.expected = OutputLengthEstimator(quantile=0.0, enough=1)  # far too low: sequences get preempted
-    return engine
-
-
-def answers_of(engine: Engine, requests) -> dict:
-    for one in requests:
-        engine.add(one)
-    answers = {}
-    for _ in range(5000):
-        if not engine.has_work:
-            return answers
-        answers |= {answer.request.request_id: answer for answer in engine.step()}
-        engine.scheduler.check_integrity()
-    raise AssertionError("the engine does not come to an end")
-
-
 def requests_of(count: int, vocab: int) -> list[Request]:
     generator = np.random.default_rng(count)
     shared = generator.integers(3, vocab, 14).tolist()
@@ -262,9 +239,9 @@ def _counting_copies(engine: Engine) -> list:
 @pytest.mark.parametrize(("num_blocks", "budget"), [(400, 1000), (400, 7), (22, 24)])
 @pytest.mark.parametrize("caching", [True, False])
 def test_batched_chunked_preempted_and_cached_equal_alone(tiny_llama, expected, num_blocks, budget, caching):
-    engine = make_engine(tiny_llama, num_blocks, caching=caching, budget=budget)
+    engine = decoder_engine(tiny_llama, num_blocks, caching=caching, step_tokens=budget)
     copied = _counting_copies(engine)
-    answers = answers_of(engine, requests_of(30, VOCAB))
+    answers = run_requests(engine, requests_of(30, VOCAB))
     assert {number: answer.token_ids for number, answer in answers.items()} == expected
     assert (engine.stats.prompt_tokens_reused > 0) == caching == bool(copied)
     assert (engine.stats.preemptions > 0) == (num_blocks == 22)
@@ -285,9 +262,9 @@ def test_logits_are_the_same_bits_however_prompts_are_cut(tiny_llama, caching, n
     prompts = [shared[: 1 + 7 * number % 37] + [number % 5] * (number % 3) for number in range(1, 40)]
     params = SamplingParams(temperature=0.0, logprobs=3)
     requests = [Request(n, one, params, 4 + n % 20, stop_ids=frozenset({2})) for n, one in enumerate(prompts)]
-    whole = answers_of(make_engine(tiny_llama, 400, caching=False, seats=40), requests)
-    engine = make_engine(tiny_llama, num_blocks, caching=caching, budget=budget)
-    answers = answers_of(engine, requests)
+    whole = run_requests(decoder_engine(tiny_llama, 400, caching=False, seats=40), requests)
+    engine = decoder_engine(tiny_llama, num_blocks, caching=caching, step_tokens=budget)
+    answers = run_requests(engine, requests)
     assert (engine.stats.preemptions > 0) == (num_blocks == 18)
     assert {n: one.logprobs for n, one in answers.items()} == {n: one.logprobs for n, one in whole.items()}
 
@@ -304,12 +281,12 @@ def test_greedy_rows_that_are_found_by_bounds_are_those_of_all_logits(tmp_path, 
     found = []
     monkeypatch.setattr(decoder, "_screen", make_screen(decoder.head.matrix))
     monkeypatch.setattr(ops, "linear_argmax", lambda *args: found.append(cpu.linear_argmax(*args)) or found[-1])
-    answers = answers_of(make_engine(decoder, 60), requests)
+    answers = run_requests(decoder_engine(decoder, 60), requests)
     assert {number: answer.token_ids for number, answer in answers.items()} == expected
     steps = len(found)
     assert steps >= 16
     sampled = Request(99, [5, 6], SamplingParams(temperature=1.0), 3, 1)
-    answers = answers_of(make_engine(decoder, 400, seats=13), [sampled, *requests])
+    answers = run_requests(decoder_engine(decoder, 400, seats=13), [sampled, *requests])
     assert {number: answers[number].token_ids for number in expected} == expected
     assert 0 < len(found) - steps < steps  # not while the other one runs
 
@@ -327,11 +304,11 @@ def test_a_16_bit_cache_holds_a_float32_model(tiny_llama):
 def test_a_failed_step_leaves_the_runner_usable(failure):
     """Every seventh step fails; the sequences join again, and end as if nothing had been."""
     requests = [one for one in requests_of(18, 40) if max(one.prompt) < 40]
-    undisturbed = answers_of(make_engine(Echo(), 60), requests)
+    undisturbed = run_requests(decoder_engine(Echo(), 60), requests)
     decoder = Echo()
     decoder.fail = failure
-    engine = make_engine(decoder, 60)
-    answers = answers_of(engine, requests)
+    engine = decoder_engine(decoder, 60)
+    answers = run_requests(engine, requests)
     assert engine.stats.preemptions > 10 and len(answers) == len(requests)
     for number, answer in answers.items():
         assert answer.error is None and answer.token_ids == undisturbed[number].token_ids
@@ -341,7 +318,7 @@ def test_a_row_with_bad_logits_ends_alone(tiny_llama):
     """An embedding that is not a number poisons its own sequence, and no other, whatever blocks they take over."""
     poisoned = 4
     requests = [greedy([9, 8, 7, 10 + number], number, max_tokens=12) for number in range(12)]
-    calm = answers_of(make_engine(tiny_llama, 16), requests)
+    calm = run_requests(decoder_engine(tiny_llama, 16), requests)
     weight = tiny_llama.embedding.weight
     before = weight[poisoned].clone()
     bad = [greedy([11, poisoned, 12], 100 + number, max_tokens=5, logit_bias={4: -100.0}) for number in range(4)]
@@ -350,7 +327,7 @@ def test_a_row_with_bad_logits_ends_alone(tiny_llama):
     try:
         with torch.no_grad():
             weight[poisoned] = math.nan
-        answers = answers_of(make_engine(tiny_llama, 16), mixed)
+        answers = run_requests(decoder_engine(tiny_llama, 16), mixed)
     finally:
         with torch.no_grad():
             weight[poisoned] = before

@@ -17,7 +17,7 @@ def words(text: str) -> list[int]:
     return [int(word, 16) for word in text.split()]
 
 
-def test_published_vectors():
+def test_philox_gives_the_published_vectors():
     counters, keys, answers = (
         np.array([words(text) for text in part], dtype=np.uint64).T for part in zip(*PUBLISHED, strict=True)
     )

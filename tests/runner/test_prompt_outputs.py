@@ -9,13 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from batchinfer.engine.blocks import BlockPool
 from batchinfer.engine.engine import Engine
-from batchinfer.engine.length_estimator import OutputLengthEstimator
-from batchinfer.engine.scheduler import Scheduler
 from batchinfer.models.weights import load_decoder
 from batchinfer.request import Finished, Request, SamplingParams
-from batchinfer.runner.model_runner import ModelRunner
+from tests.harness import decoder_engine, run_requests
 from tests.models.tiny import SIZES, build
 
 VOCAB = SIZES["vocab_size"]
@@ -46,26 +43,10 @@ def prompts_of(count: int, longest: int = 60) -> list[list[int]]:
     ]
 
 
-def engine_of(decoder, num_blocks: int, seats: int, budget: int, caching: bool = True) -> Engine:
-    runner = ModelRunner(decoder, num_blocks, 4, seats, 128)
-    for layer in runner.cache.layers:
-        layer.fill_(math.nan)
-    engine = Engine(Scheduler(BlockPool(num_blocks, 4, caching), seats, budget), runner)
-    engine.scheduler.expected = OutputLengthEstimator(quantile=0.0, enough=1)  # far too low: sequences get preempted
-    engine.scheduler.expected.observe(1)
-    return engine
-
-
 def run(engine: Engine, requests: list[Request]) -> list[Finished]:
-    for one in requests:
-        engine.add(one)
-    answers = {}
-    for _ in range(5000):
-        if not engine.has_work:
-            return [answers[one.request_id] for one in requests]
-        answers |= {answer.request.request_id: answer for answer in engine.step()}
-        engine.scheduler.check_integrity()
-    raise AssertionError("the engine does not come to an end")
+    """Finished requests in the order of `requests`."""
+    finished = run_requests(engine, requests)
+    return [finished[request.request_id] for request in requests]
 
 
 def scoring(prompts, max_tokens=0, score_from=1, top=3) -> list[Request]:
@@ -91,7 +72,9 @@ def assert_scores(entries, prompt: list[int], expected_TV: torch.Tensor, score_f
 def test_logprobs_equal_transformers(family):
     decoder, reference = family
     prompts = prompts_of(12)
-    for answer, prompt in zip(run(engine_of(decoder, 400, 4, 50), scoring(prompts)), prompts, strict=True):
+    for answer, prompt in zip(
+        run(decoder_engine(decoder, 400, seats=4, step_tokens=50), scoring(prompts)), prompts, strict=True
+    ):
         assert_scores(answer.prompt_logprobs, prompt, log_softmax(reference, prompt))
         assert answer.token_ids == [] and answer.finish_reason == "length"
 
@@ -103,7 +86,7 @@ def test_embeddings_equal_transformers(family):
         Request(i, prompt, SamplingParams(), 0, pooling=kinds[i % 3]) for i, prompt in enumerate(prompts_of(12))
     ]
     for budget, blocks in ((1000, 400), (9, 30)):
-        for answer in run(engine_of(decoder, blocks, 4, budget), requests):
+        for answer in run(decoder_engine(decoder, blocks, seats=4, step_tokens=budget), requests):
             prompt = answer.request.prompt
             with torch.inference_mode():
                 states = reference(torch.tensor([prompt]), output_hidden_states=True).hidden_states[-1][0].double()
@@ -117,18 +100,18 @@ def test_however_it_is_computed(tiny_llama):
     prompts = prompts_of(16)
     # an answer that may end early is admitted by its expected length, and preempted if it is longer
     requests = [replace(request, stop_check=lambda token_id: False) for request in scoring(prompts, max_tokens=6)]
-    expected = run(engine_of(decoder, 400, 1, 1000, caching=False), requests)
+    expected = run(decoder_engine(decoder, 400, seats=1, step_tokens=1000, caching=False), requests)
     for answer, prompt in zip(expected, prompts, strict=True):
         assert_scores(answer.prompt_logprobs, prompt, log_softmax(reference, prompt))
-    hot = engine_of(decoder, 400, 8, 1000)
+    hot = decoder_engine(decoder, 400, seats=8, step_tokens=1000)
     others = {
         "cold": run(hot, requests),
         "hot": run(hot, requests),
-        "off": run(engine_of(decoder, 400, 8, 1000, caching=False), requests),
-        "chunked": run(engine_of(decoder, 400, 8, 9), requests),
-        "one by one": run(engine_of(decoder, 400, 1, 7), requests),
+        "off": run(decoder_engine(decoder, 400, seats=8, step_tokens=1000, caching=False), requests),
+        "chunked": run(decoder_engine(decoder, 400, seats=8, step_tokens=9), requests),
+        "one by one": run(decoder_engine(decoder, 400, seats=1, step_tokens=7), requests),
     }
-    tight = engine_of(decoder, 20, 8, 24)
+    tight = decoder_engine(decoder, 20, seats=8, step_tokens=24)
     others["preempted"] = run(tight, requests)
     assert tight.stats.preemptions > 0
     for how, answers in others.items():
@@ -146,8 +129,10 @@ def test_reading_changes_no_sampled_token(tiny_llama, plain_torch):
     prompts = prompts_of(16)
     plain = [Request(i, p, SamplingParams(temperature=0, logprobs=3), 9) for i, p in enumerate(prompts)]
     for seats in (1, 8):
-        read = run(engine_of(decoder, 400, seats, 40, caching=False), scoring(prompts, max_tokens=9))
-        bare = run(engine_of(decoder, 400, seats, 40, caching=False), plain)
+        read = run(
+            decoder_engine(decoder, 400, seats=seats, step_tokens=40, caching=False), scoring(prompts, max_tokens=9)
+        )
+        bare = run(decoder_engine(decoder, 400, seats=seats, step_tokens=40, caching=False), plain)
         assert [one.token_ids for one in read] == [one.token_ids for one in bare]
         ours, theirs = ([entry for one in answers for entry in one.logprobs] for answers in (read, bare))
         if plain_torch:
@@ -156,12 +141,12 @@ def test_reading_changes_no_sampled_token(tiny_llama, plain_torch):
             assert ours == theirs
 
 
-def test_continuations_of_a_shared_context(tiny_llama):
+def test_continuations_of_a_shared_context_score_as_alone(tiny_llama):
     """The context is computed once; each continuation reads its own rows."""
     decoder, reference = tiny_llama
     context = list(range(30, 54))
     prompts = [[*context, *tail] for tail in prompts_of(9, 40)]
-    engine = engine_of(decoder, 400, 8, 1000)
+    engine = decoder_engine(decoder, 400, seats=8, step_tokens=1000)
     for answer, prompt in zip(run(engine, scoring(prompts, score_from=24)), prompts, strict=True):
         assert_scores(answer.prompt_logprobs, prompt, log_softmax(reference, prompt), score_from=24)
     # those of the first step whole blocks; those that no longer fit beside 128 tokens of it up to their first row
@@ -171,12 +156,12 @@ def test_continuations_of_a_shared_context(tiny_llama):
 def test_slices_change_nothing_and_bound_the_logits(tiny_llama, monkeypatch):
     decoder, _ = tiny_llama
     prompts = prompts_of(10)
-    whole = run(engine_of(decoder, 400, 8, 1000, caching=False), scoring(prompts))
+    whole = run(decoder_engine(decoder, 400, seats=8, step_tokens=1000, caching=False), scoring(prompts))
     shapes = []
     monkeypatch.setattr("batchinfer.runner.model_runner._READ_LOGITS_BYTES", 4 * VOCAB * 7)
     real = decoder.logits
     monkeypatch.setattr(decoder, "logits", lambda hidden: shapes.append(len(hidden)) or real(hidden))
-    sliced = run(engine_of(decoder, 400, 8, 1000, caching=False), scoring(prompts))
+    sliced = run(decoder_engine(decoder, 400, seats=8, step_tokens=1000, caching=False), scoring(prompts))
     assert max(shapes) == 7 and sum(shapes) == sum(len(prompt) - 1 for prompt in prompts)
     for one, other in zip(sliced, whole, strict=True):
         ours, theirs = one.prompt_logprobs[1:], other.prompt_logprobs[1:]
@@ -196,7 +181,7 @@ def test_a_poisoned_prompt_ends_alone(tiny_llama):
     try:
         with torch.no_grad():
             weight[4] = math.nan
-        answers = run(engine_of(decoder, 400, 4, 30), requests)
+        answers = run(decoder_engine(decoder, 400, seats=4, step_tokens=30), requests)
     finally:
         with torch.no_grad():
             weight[4] = before

@@ -179,7 +179,7 @@ def test_extreme_uniforms_stay_inside_what_is_kept(case, uniform):
     assert token == (inside[0] if uniform == 0.0 else inside[-1])
 
 
-def test_the_largest_uniform_of_a_large_flat_row():
+def test_the_largest_uniform_draws_the_last_token_of_a_flat_row():
     """The product with a sum beyond 2^53 rounds up to the sum itself."""
     assert draw(torch.zeros(1, 50_000), np.array([0]), filters(1, uniform=1 - 2.0**-53)).tolist() == [49_999]
 
@@ -195,7 +195,7 @@ def test_ties_with_the_last_one_kept_are_kept():
     assert len(draw(logits, all_rows(logits), filters(3000, top_k=4, top_p=0.2, uniform=uniform)).unique()) > 450
 
 
-def test_masked_and_extreme_logits():
+def test_masked_and_extreme_logits_draw_what_is_allowed():
     row = torch.full((1, 1000), -math.inf)
     row[0, 7], row[0, 900] = 3e38, -3e38
     for case in ({}, {"top_k": 5}, {"top_p": 0.5}, {"temperature": 1e-5}, {"temperature": 1e30, "top_k": 1}):

@@ -382,7 +382,7 @@ def test_extreme_values_that_are_allowed_work(params):
         assert not result.logprobs or math.isfinite(result.logprobs[0].logprob)
 
 
-def test_an_empty_step():
+def test_an_empty_step_samples_nothing():
     result = Sampler(4, 10).sample(torch.zeros(0, 10), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
     assert result.tokens == [] and result.failed is None
 
