@@ -64,7 +64,7 @@ def expect_short_answers(scheduler: Scheduler) -> None:
 
 
 def never_stop(token_id: int) -> bool:
-    """A stop check for answers that nothing ends early, which the scheduler cannot know."""
+    """Return False: a stop check for answers that nothing ends early, which the scheduler cannot know."""
     return False
 
 
