@@ -43,15 +43,21 @@ def fake_runner(shortest: int, longest: int, vocabulary: Iterable[int], eos_id: 
     return FakeRunner(FakeAnswer(shortest, longest, list(vocabulary), eos_id))
 
 
+def decoder_runner(decoder: Any, num_blocks: int, block_size: int, seats: int, context: int = 128) -> Any:
+    """Return a ModelRunner whose KV cache is full of NaN: a read of a slot that was not written shows."""
+    from batchinfer.runner.model_runner import ModelRunner  # only here: tests of the pure engine need no torch
+
+    runner = ModelRunner(decoder, num_blocks, block_size, seats, context)
+    for layer in runner.cache.layers:
+        layer.fill_(math.nan)
+    return runner
+
+
 def decoder_engine(
     decoder: Any, num_blocks: int, block_size: int = 4, *, seats: int = 6, step_tokens: int = 24, caching: bool = True
 ) -> Engine:
-    """Return an engine that preempts, over a KV cache of NaN: whatever is read before it was written shows."""
-    from batchinfer.runner.model_runner import ModelRunner  # only here: tests of the pure engine need no torch
-
-    runner = ModelRunner(decoder, num_blocks, block_size, seats, 128)
-    for layer in runner.cache.layers:
-        layer.fill_(math.nan)
+    """Return an engine over a `decoder_runner` that preempts."""
+    runner = decoder_runner(decoder, num_blocks, block_size, seats)
     engine = make_engine(runner, num_blocks, block_size, seats=seats, step_tokens=step_tokens, caching=caching)
     expect_short_answers(engine.scheduler)
     return engine

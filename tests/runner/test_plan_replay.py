@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import pickle
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,14 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from batchinfer.engine.blocks import BlockPool
 from batchinfer.engine.engine import Engine
-from batchinfer.engine.length_estimator import OutputLengthEstimator
 from batchinfer.engine.plan import StepPlan, StepResult
-from batchinfer.engine.scheduler import Scheduler
 from batchinfer.models.weights import load_decoder
 from batchinfer.request import Constraint, Finished, Request, SamplingParams
 from batchinfer.runner.model_runner import ModelRunner
+from tests.harness import decoder_runner, expect_short_answers, make_engine, run_requests
 from tests.models.tiny import SIZES, build
 from tests.runner.test_grammar_mask import SetConstraint
 
@@ -100,23 +97,14 @@ def tiny_llama(tmp_path_factory):
 
 
 def runner_of(decoder) -> ModelRunner:
-    runner = ModelRunner(decoder, BLOCKS, BLOCK_SIZE, SEATS, CONTEXT)
-    for layer in runner.cache.layers:
-        layer.fill_(math.nan)  # a read of a slot that was not written shows
-    return runner
+    return decoder_runner(decoder, BLOCKS, BLOCK_SIZE, SEATS, CONTEXT)
 
 
 def run_all(decoder, requests: list[Request]) -> tuple[PicklingRunner, dict[int, Finished], Engine]:
     runner = PicklingRunner(runner_of(decoder))
-    engine = Engine(Scheduler(BlockPool(BLOCKS, BLOCK_SIZE), SEATS, 24, speculative_tokens=3), runner)
-    engine.scheduler.expected = OutputLengthEstimator(quantile=0.0, enough=1)  # far too low: sequences get preempted
-    engine.scheduler.expected.observe(1)
-    for one in requests:
-        engine.add(one)
-    answers: dict[int, Finished] = {}
-    while engine.has_work:
-        answers |= {answer.request.request_id: answer for answer in engine.step()}
-        engine.scheduler.check_integrity()
+    engine = make_engine(runner, BLOCKS, BLOCK_SIZE, seats=SEATS, step_tokens=24, drafts=3)
+    expect_short_answers(engine.scheduler)
+    answers = run_requests(engine, requests)
     assert all(answer.error is None for answer in answers.values()) and len(answers) == len(requests)
     return runner, answers, engine
 
