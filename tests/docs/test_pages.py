@@ -11,9 +11,8 @@ import pytest
 from tests import frozen
 from tests.docs.names import check_code
 from tests.docs.pages import DOCS, PAGES, ROOT, anchors_of, links_of, name_of, prose_of
-from tests.sampling import edge
 
-by_page = pytest.mark.parametrize("page", [edge(page, id=name_of(page)) for page in PAGES])
+by_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
 
 
 @by_page

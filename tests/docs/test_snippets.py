@@ -93,10 +93,7 @@ def _needs_model(page: Path) -> bool:
 
 @pytest.mark.parametrize(
     "page",
-    [
-        pytest.param(page, id=name_of(page), marks=[pytest.mark.edge, *[pytest.mark.model] * _needs_model(page)])
-        for page in PAGES
-    ],
+    [pytest.param(page, id=name_of(page), marks=[pytest.mark.model] * _needs_model(page)) for page in PAGES],
 )
 @pytest.mark.timeout(300)
 def test_snippets(page, place, request):
