@@ -88,7 +88,7 @@ def assert_greedy(reference: LlamaForCausalLM, prompt: list[int], answer: list[i
 
 
 def test_smollm2_equals_transformers(smollm2_gguf: Path, prompts: list[list[int]], reference: LlamaForCausalLM) -> None:
-    options = {"dtype": "float32", "kv_cache_tokens": 800, "max_num_seqs": 16}
+    options = {"dtype": "float32", "kv_cache_tokens": 16 * len(prompts), "max_num_seqs": 16}
     cached, loop = engine_answers(smollm2_gguf, prompts, EngineSpec(**options, max_step_tokens=64))
     assert loop.stats.preemptions > 0
     for prompt, answer in zip(prompts, cached, strict=True):

@@ -97,6 +97,8 @@ class Foreign:
             if ("MARK" in name and MARKED.fullmatch(name)) or TEMPORARY.fullmatch(name):
                 continue
             path = self.folder / name.replace("MARK", mark)
+            if any(parent in self.put and parent.is_symlink() for parent in path.parents):
+                continue  # it would be outside
             with contextlib.suppress(OSError):  # a file where this wants a folder
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if not os.path.lexists(path):
@@ -201,6 +203,7 @@ def left_behind(out: Path, foreign: Foreign) -> list[Path]:
 @example(first=[("parts/in.jsonl", "file")], later=[], last=[], kills=[])
 @example(first=[(".tmp/old", "old"), ("README", "file")], later=[("parts/x/y", "file")], last=[], kills=[20])
 @example(first=[], later=[("report.json", "file")], last=[("_SUCCESS", "file")], kills=[30])
+@example(first=[], later=[], last=[("0", "link to a folder"), ("0/0", "file")], kills=[])
 def test_an_output(whole, tmp_path_factory, first, later, last, kills):
     source, mark, expected = whole()
     folder = tmp_path_factory.mktemp("output")

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 from batchinfer.engine.engine import Engine
 from batchinfer.engine.plan import StepPlan, StepResult
@@ -93,7 +92,7 @@ def workload(count: int) -> list[Request]:
 def tiny_llama(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama")
     build("llama", folder)
-    return load_decoder(folder, torch.float32)
+    return load_decoder(folder)
 
 
 def runner_of(decoder) -> ModelRunner:
