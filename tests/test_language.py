@@ -20,7 +20,6 @@ NOT_DONE: tuple[str, ...] = (
     "batchinfer/bench",
     "batchinfer/cli",
     "batchinfer/engine",
-    "batchinfer/io",
     "batchinfer/job",
     "batchinfer/layers",
     "batchinfer/llm.py",
@@ -32,7 +31,6 @@ NOT_DONE: tuple[str, ...] = (
     "batchinfer/runner",
     "batchinfer/server",
     "batchinfer/text",
-    "batchinfer/values",
     "kernels",
 )
 

@@ -27,7 +27,7 @@ import orjson
 
 from batchinfer.errors import BatchInferError, OutputConflict, UsageError
 from batchinfer.io.filesystem import translate
-from batchinfer.io.storage import LocalStore, check_names, sweep
+from batchinfer.io.storage import LocalStore, check_names, remove_files
 
 _FOLDERS = ("files", "batches", "work")
 _RECORD = re.compile(r"files/file-[0-9a-f]{32}\.json|batches/batch_[0-9a-f]{32}\.json")
@@ -258,7 +258,7 @@ class Catalog:
         for file_id in [file_id for file_id in self._files if not self.content(file_id).exists()]:
             self.delete_file(file_id)
         with _explained(self.root):
-            sweep(self.root / ".tmp", _UPLOAD)
+            remove_files(self.root / ".tmp", _UPLOAD)
 
 
 @contextlib.contextmanager

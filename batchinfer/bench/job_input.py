@@ -6,7 +6,7 @@ from contextlib import closing
 from typing import Any
 
 from batchinfer.bench.measured import MeasuredLLM
-from batchinfer.io.rows import stream
+from batchinfer.io.rows import stream_rows
 from batchinfer.job.prepare import Draft, draft_plan
 from batchinfer.job.row_feed import numbered
 from batchinfer.llm import Prompt
@@ -32,7 +32,7 @@ class JobInput:
         plan, rows, spec = self._draft.plan, self._draft.rows, self._draft.spec
         inputs = plan.inputs.select(rows.read_columns)
         made: list[Prompt] = []
-        batches: Any = stream(inputs, plan.chunks, spec.storage)
+        batches: Any = stream_rows(inputs, plan.chunks, spec.storage)
         with closing(batches):
             for number, (_, batch) in enumerate(batches):
                 base = plan.bases[number]

@@ -1,1 +1,1 @@
-"""Input and output: storage, rows, and the formats of files."""
+"""Input and output: object storage, rows, and file formats."""

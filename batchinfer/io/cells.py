@@ -1,6 +1,7 @@
-"""Arrow's cells as Python values, and as lines of JSON carry them: by the type of a column, one cell at a time.
+"""Conversion of Arrow columns to Python values and to JSON values, by column type and cell by cell.
 
-A cell depends on nothing beside it. What Python cannot hold becomes Unheld, and costs its own row alone.
+A cell's value does not depend on other cells. Values that Python cannot represent become Unrepresentable and fail only
+their own row.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchinfer.values import times
-from batchinfer.values.cell import Struct, Unheld
+from batchinfer.values.cell import Struct, Unrepresentable
 from batchinfer.values.number import Number
-from batchinfer.values.plain import finite_json, from_json, shown_text
+from batchinfer.values.plain import display_text, parse_exact_json, replace_nonfinite_text
 from batchinfer.values.texts import interval_text
 
 _NANOS = {"s": 10**9, "ms": 10**6, "us": 10**3, "ns": 1}
@@ -30,27 +31,27 @@ Cells = list[Any]
 
 
 def cells_of(column: pa.ChunkedArray) -> Cells:
-    """The cells of a column, as templates and messages have them."""
+    """Return the cells of a column as Python values, for templates and messages."""
     return [value for chunk in column.chunks for value in _converted(chunk, False)]
 
 
 def line_cells_of(column: pa.ChunkedArray) -> Cells:
-    """The cells of a column in JSON's types: times and decimals as text, bytes in base64."""
+    """Return the cells of a column in JSON's types: times and decimals as text, bytes in base64."""
     return [value for chunk in column.chunks for value in _converted(chunk, True)]
 
 
 def json_cells_of(column: pa.ChunkedArray) -> Cells:
-    """What the JSON texts of a column stand for."""
+    """Parse the JSON texts of a column."""
     return [None if text is None else _parsed(text) for text in cells_of(_stored(column))]
 
 
 def json_line_cells_of(column: pa.ChunkedArray) -> Cells:
-    """JSON texts as a line embeds them. One that is no JSON is a text there."""
+    """Return JSON texts for embedding in a JSON line. Invalid JSON is embedded as a string."""
     return [None if text is None else _fragment(text) for text in line_cells_of(_stored(column))]
 
 
 def fragments_of(column: pa.ChunkedArray) -> Cells:
-    """JSON texts on one line each, as a line embeds them."""
+    """Return single-line JSON texts for embedding in a JSON line, without validation."""
     return [None if text is None else orjson.Fragment(text) for text in column.to_pylist()]
 
 
@@ -60,22 +61,22 @@ def _stored(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return pa.chunked_array([chunk.storage for chunk in column.chunks], column.type.storage_type)
 
 
-def _parsed(text: str | Unheld) -> Any:
-    if isinstance(text, Unheld):
+def _parsed(text: str | Unrepresentable) -> Any:
+    if isinstance(text, Unrepresentable):
         return text
     try:
-        return from_json(text)
+        return parse_exact_json(text)
     except ValueError as error:
-        return Unheld(f"not JSON: {error}", text)
+        return Unrepresentable(f"not JSON: {error}", text)
 
 
 def _fragment(text: str) -> Any:
-    """JSON with null for NaN and infinity; a text that is no JSON as it is."""
+    """Return a JSON fragment with null for NaN and infinity; return invalid JSON unchanged as text."""
     if not _is_json(text):
-        found = finite_json(text)
-        if found == text or not _is_json(found):
+        finite = replace_nonfinite_text(text)
+        if finite == text or not _is_json(finite):
             return text
-        text = found
+        text = finite
     return orjson.Fragment(text.replace("\n", " ").replace("\r", " "))  # line breaks in JSON can only be white space
 
 
@@ -92,7 +93,7 @@ def _converted(array: pa.Array, lines: bool) -> Cells:
         return _convert(array, lines)
     except _PROBLEMS as error:
         if len(array) == 1:
-            return [None if lines else Unheld(f"cannot be read: {error}")]
+            return [None if lines else Unrepresentable(f"cannot be read: {error}")]
     return [value for place in range(len(array)) for value in _converted(array.slice(place, 1), lines)]
 
 
@@ -103,32 +104,32 @@ def _convert(array: pa.Array, lines: bool) -> Cells:
     return _CONVERTERS.get(kind.id, _unknown)(array, lines)
 
 
-def _as_they_are(array: pa.Array, lines: bool) -> Cells:
+def _to_pylist(array: pa.Array, lines: bool) -> Cells:
     values: Cells = array.to_pylist()
     return values
 
 
 def _unknown(array: pa.Array, lines: bool) -> Cells:
-    cell = Unheld(f"values of type {array.type} cannot be used")
+    cell = Unrepresentable(f"values of type {array.type} cannot be used")
     return [None if lines or not valid else cell for valid in array.is_valid().to_pylist()]
 
 
 def _each(values: Cells, make: Callable[[Any], Any], lines: bool) -> Cells:
-    """`make` of each value that is not null; with `lines` its text."""
+    """Return `make(value)` of each value that is not null; with `lines`, its text."""
     if not lines:
         return [None if value is None else make(value) for value in values]
     return [None if value is None else _text(make(value)) for value in values]
 
 
 def _text(value: Any) -> str | None:
-    return value.text if type(value) is Unheld else str(value)
+    return value.text if type(value) is Unrepresentable else str(value)
 
 
 # -- numbers and bytes --------------------------------------------------------------------------------------------
 
 
 def _float32(array: pa.Array, lines: bool) -> Cells:
-    """As the doubles with the digits that tell one float32 from the others: 9.99, not 9.989999771118164."""
+    """Return doubles with the shortest digits that identify each float32: 9.99, not 9.989999771118164."""
     numbers = array.to_numpy(zero_copy_only=False)  # null is NaN
     values: Cells = orjson.loads(orjson.dumps(np.ascontiguousarray(numbers), option=orjson.OPT_SERIALIZE_NUMPY))
     for place in np.flatnonzero(~np.isfinite(numbers)).tolist():  # null in JSON
@@ -155,41 +156,41 @@ def _bytes(array: pa.Array, lines: bool) -> Cells:
     return _each(array.to_pylist(), _utf8, lines)
 
 
-def _utf8(value: bytes) -> str | Unheld:
+def _utf8(value: bytes) -> str | Unrepresentable:
     try:
         text = value.decode()
     except UnicodeDecodeError:
         text = "\0"
-    return text if "\0" not in text else Unheld(f"{len(value)} bytes that are not UTF-8 text")
+    return text if "\0" not in text else Unrepresentable(f"{len(value)} bytes that are not UTF-8 text")
 
 
 # -- times --------------------------------------------------------------------------------------------------------
 
 
-def _whole(array: pa.Array) -> Cells:
+def _to_integers(array: pa.Array) -> Cells:
     values: Cells = array.view(pa.int32() if array.type.bit_width == 32 else pa.int64()).to_pylist()
     return values
 
 
 def _date(array: pa.Array, lines: bool) -> Cells:
     if pa.types.is_date64(array.type):
-        return _each(_whole(array), lambda millis: times.date(millis // _DAY_MS), lines)
-    return _each(_whole(array), times.date, lines)
+        return _each(_to_integers(array), lambda millis: times.date(millis // _DAY_MS), lines)
+    return _each(_to_integers(array), times.date, lines)
 
 
 def _time(array: pa.Array, lines: bool) -> Cells:
     unit = _NANOS[array.type.unit]
-    return _each(_whole(array), lambda value: times.time(value * unit), lines)
+    return _each(_to_integers(array), lambda value: times.time(value * unit), lines)
 
 
 def _timestamp(array: pa.Array, lines: bool) -> Cells:
     unit, zone = _NANOS[array.type.unit], times.zone_of(array.type.tz)
-    return _each(_whole(array), lambda value: times.timestamp(value * unit, zone), lines)
+    return _each(_to_integers(array), lambda value: times.timestamp(value * unit, zone), lines)
 
 
 def _duration(array: pa.Array, lines: bool) -> Cells:
     unit = _NANOS[array.type.unit]
-    return _each(_whole(array), lambda value: times.duration(value * unit), lines)
+    return _each(_to_integers(array), lambda value: times.duration(value * unit), lines)
 
 
 def _interval(array: pa.Array, lines: bool) -> Cells:
@@ -197,18 +198,18 @@ def _interval(array: pa.Array, lines: bool) -> Cells:
 
 
 def interval_texts(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The texts of Parquet's INTERVAL: months, days and milliseconds, 32 bits each."""
+    """Return Parquet's INTERVAL values as text: months, days and milliseconds of 32 bits each."""
     parts = [value and struct.unpack("<III", value) for value in column.to_pylist()]
     texts = [part and interval_text(part[0], part[1], part[2] * 10**6) for part in parts]
     return pa.chunked_array([texts], pa.string())
 
 
-# -- values of values ---------------------------------------------------------------------------------------------
+# -- nested values ------------------------------------------------------------------------------------------------
 
 
 def _list(array: pa.Array, lines: bool) -> Cells:
-    if _CONVERTERS.get(array.type.value_type.id) is _as_they_are:
-        return _as_they_are(array, lines)
+    if _CONVERTERS.get(array.type.value_type.id) is _to_pylist:
+        return _to_pylist(array, lines)
     items = _convert(array.flatten(), lines)
     lengths = pc.list_value_length(array).to_pylist()
     ends = accumulate((length or 0 for length in lengths), initial=0)
@@ -219,17 +220,19 @@ def _list(array: pa.Array, lines: bool) -> Cells:
 def _struct(array: pa.StructArray, lines: bool) -> Cells:
     names = [field.name for field in array.type]
     if len({*names}) < len(names) and not lines:
-        cell = Unheld(f"several fields of {array.type} have the same name")
-        return [cell if there else None for there in array.is_valid().to_pylist()]
+        cell = Unrepresentable(f"several fields of {array.type} have the same name")
+        return [cell if valid else None for valid in array.is_valid().to_pylist()]
     columns = [_convert(array.field(place), lines) for place in range(len(names))]
     rows = zip(*columns, strict=True) if names else iter([()] * len(array))
     valid = array.is_valid().to_pylist()
-    return [_fields(names, row) if there else None for row, there in zip(rows, valid, strict=True)]
+    return [_fields(names, row) if is_valid else None for row, is_valid in zip(rows, valid, strict=True)]
 
 
 def _fields(names: list[str], row: tuple[Any, ...]) -> dict[str, Any]:
-    given = {name: value for name, value in zip(names, row, strict=True) if value is not None}
-    return given if len(given) == len(names) else Struct(given, tuple(name for name in names if name not in given))
+    present = {name: value for name, value in zip(names, row, strict=True) if value is not None}
+    return (
+        present if len(present) == len(names) else Struct(present, tuple(name for name in names if name not in present))
+    )
 
 
 def _map(array: pa.MapArray, lines: bool) -> Cells:
@@ -239,26 +242,26 @@ def _map(array: pa.MapArray, lines: bool) -> Cells:
     items = _convert(array.items.slice(first, last - first), lines)
     pairs = list(zip(keys, items, strict=True))
     spans = zip(array.is_valid().to_pylist(), pairwise(offsets), strict=True)
-    make = _mapping if any(type(key) is Unheld for key in keys) else dict
+    make = _mapping if any(type(key) is Unrepresentable for key in keys) else dict
     return [make(pairs[start - first : stop - first]) if valid else None for valid, (start, stop) in spans]
 
 
-def _key(key: Any, lines: bool) -> str | int | Unheld:
-    if isinstance(key, str) or (type(key) is int and not lines) or (type(key) is Unheld and key.text is None):
+def _key(key: Any, lines: bool) -> str | int | Unrepresentable:
+    if isinstance(key, str) or (type(key) is int and not lines) or (type(key) is Unrepresentable and key.text is None):
         return key
-    return shown_text(key)
+    return display_text(key)
 
 
-def _mapping(pairs: list[tuple[Any, Any]]) -> dict[Any, Any] | Unheld:
-    bad = next((key for key, _ in pairs if type(key) is Unheld), None)
-    return dict(pairs) if bad is None else Unheld(f"a key of it: {bad.why}")
+def _mapping(pairs: list[tuple[Any, Any]]) -> dict[Any, Any] | Unrepresentable:
+    bad = next((key for key, _ in pairs if type(key) is Unrepresentable), None)
+    return dict(pairs) if bad is None else Unrepresentable(f"a key of it: {bad.why}")
 
 
 def _dictionary(array: pa.DictionaryArray, lines: bool) -> Cells:
     places, dictionary = array.indices.to_pylist(), array.dictionary
     if len(dictionary) <= len(array):
         values: Any = _convert(dictionary, lines)
-    else:  # a slice of a long column: `take` lacks some types
+    else:  # a slice of a long column; `take` does not support all types
         values = {place: _convert(dictionary.slice(place, 1), lines)[0] for place in {*places} if place is not None}
     return [None if place is None else values[place] for place in places]
 
@@ -291,7 +294,7 @@ def _uuid_text(value: bytes) -> str:
 _CONVERTERS: dict[int, Callable[[Any, bool], Cells]] = {
     kind.id: convert
     for convert, kinds in {
-        _as_they_are: [
+        _to_pylist: [
             *(pa.null(), pa.bool_(), pa.string(), pa.large_string(), pa.string_view(), pa.float64()),
             *(pa.int8(), pa.int16(), pa.int32(), pa.int64(), pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64()),
         ],

@@ -1,4 +1,4 @@
-"""Where a model's files are: a local path, a URL (copied into a cache directory) or a Hugging Face id."""
+"""Resolution of a model's files: a local path, a URL (copied into a cache directory) or a Hugging Face id."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ CACHE_DIR = "~/.cache/batchinfer"
 _SAFETENSORS = ("*.safetensors",)
 _TEXTS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 _WEIGHTS = (*_SAFETENSORS, "*.gguf")
-# a second copy of the weights in the format of one vendor's own loader
+# a second copy of the weights in a vendor's own format
 _NEVER = ("consolidated*",)
-# everything that decides a token; other JSON files, such as a trainer's state, may change without harm
+# files that decide the output; other JSON files, such as a trainer's state, may change
 _DECISIVE = (
     *_WEIGHTS,
     "*.safetensors.index.json",
@@ -49,8 +49,10 @@ _TRANSFER_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """`path` is a directory or a .gguf file. `identity` is a hash of all that decides the model's answers: the content
-    of configuration, tokenizer and templates; of weights their names, sizes and 16 samples of 64 KB each.
+    """Local files of a model. `path` is a directory or a .gguf file.
+
+    `identity` is a hash of everything that decides the model's output: the content of configuration, tokenizer and
+    templates; names, sizes and 16 samples of 64 KB each of the weights.
     """
 
     path: Path
@@ -58,12 +60,14 @@ class ModelFiles:
 
 
 def fetch_model(model: str, storage: StorageSpec, weights: bool = True, cache_dir: Path | None = None) -> ModelFiles:
-    """The local files of `model`: a path, a URL of a directory or .gguf file, or `org/name[/file.gguf][@revision]`.
+    """Return the local files of a model.
 
-    URLs are copied into `cache_dir` (default `storage.cache`), resumed where a copy broke off, and copied anew when an
-    object has changed; the Hub keeps its own cache. Without `weights` only configuration and tokenizer are fetched; the
-    identity of a URL is the same either way, that of a Hub id then leaves out weights that are not in the cache.
-    Raises ModelError, and AccessDenied or StorageError for URLs.
+    `model`: a path, a URL of a directory or .gguf file, or `org/name[/file.gguf][@revision]`.
+
+    URLs are copied into `cache_dir` (default `storage.cache`); interrupted copies are resumed, and changed objects are
+    copied anew. The Hub keeps its own cache. Without `weights` only configuration and tokenizer are fetched; a URL's
+    identity is the same either way, a Hub id's identity then omits weights that are not in the cache. Raises
+    ModelError, and AccessDenied or StorageError for URLs.
     """
     path = local_path(model)
     if path is None:
@@ -74,7 +78,7 @@ def fetch_model(model: str, storage: StorageSpec, weights: bool = True, cache_di
 
 
 def cache_folder(storage: StorageSpec) -> Path:
-    """Where copies of models are kept. Raises SpecError for a URL that is not local."""
+    """Return the folder for copies of models. Raises SpecError for a URL that is not local."""
     path = local_path(storage.cache or CACHE_DIR)
     if path is None:
         raise SpecError(f"{storage.cache}: must be a directory on this machine", key="storage.cache")
@@ -121,14 +125,14 @@ def _identity(urls: list[str], sources: Sources) -> str:
             content = hashlib.sha256()
             for piece in pieces:
                 content.update(piece)
-        # the name of a single .gguf file is no part of what it holds
+        # the name of a single .gguf file is not part of its identity
         name = _name(url) if len(urls) > 1 else ""
         whole.update(f"{name}\0{size}\0{content.hexdigest()}\n".encode())
     return whole.hexdigest()
 
 
 def _samples(source: Source, size: int) -> Iterator[bytes]:
-    """Evenly spaced, the first and the last bytes among them."""
+    """Yield evenly spaced samples, including the first and the last bytes."""
     last = max(size - _SAMPLE_BYTES, 0)
     for offset in sorted({last * i // (_SAMPLES - 1) for i in range(_SAMPLES)}):
         yield source.read_at(offset, _SAMPLE_BYTES)
@@ -145,42 +149,42 @@ def _from_hub(model: str, hub_id: re.Match[str], weights: bool) -> Path:
     try:
         if file:
             return Path(huggingface_hub.hf_hub_download(repo, file.lstrip("/"), revision=revision))
-        wanted = [*_TEXTS, *(_SAFETENSORS if weights else ())]
+        patterns = [*_TEXTS, *(_SAFETENSORS if weights else ())]
         folder = huggingface_hub.snapshot_download(
-            repo, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*", *_NEVER]
+            repo, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*", *_NEVER]
         )
         return Path(folder)
-    except Exception as error:  # the Hub's errors share no root: HTTP, offline, gated, validation
+    except Exception as error:  # the Hub's errors (HTTP, offline, gated, validation) have no common base class
         reason = " ".join(str(error).split())
         raise ModelError(
-            f"{model}: no such file or directory here, and not to be had from the Hugging Face Hub: {reason}"
+            f"{model}: no such file or directory here, and the Hugging Face Hub does not provide it: {reason}"
         ) from error
 
 
 def _from_url(url: str, storage: StorageSpec, weights: bool, cache_dir: Path) -> ModelFiles:
     sources = Sources(storage)
     try:
-        found = _listed(url, sources)
+        files = _list_files(url, sources)
     except InputMissing as error:
         raise ModelError(f"{url}: no model there: {error}") from None
-    if not found:
-        raise ModelError(f"{url}: no model there: nothing has this name{sources.tree(url).place}")
+    if not files:
+        raise ModelError(f"{url}: no model there: nothing with this name exists{sources.tree(url).place}")
     cache = cache_dir / "models"
-    if found == [url]:
+    if files == [url]:
         if not url.lower().endswith(".gguf"):
             raise ModelError(f"{url}: a model is a directory or a .gguf file")
-        path = _copy(url, found, sources, cache) / _name(url)
+        path = _copy(url, files, sources, cache) / _name(url)
         return ModelFiles(path, _identity([str(path)], sources))
     if weights:
-        _check_complete(url, [_name(file) for file in found])
-    files = [file for file in found if _matches(_name(file), (*_TEXTS, *_SAFETENSORS))]
-    copied = [file for file in files if weights or not _matches(_name(file), _SAFETENSORS)]
+        _check_complete(url, [_name(file) for file in files])
+    relevant = [file for file in files if _matches(_name(file), (*_TEXTS, *_SAFETENSORS))]
+    copied = [file for file in relevant if weights or not _matches(_name(file), _SAFETENSORS)]
     folder = _copy(url, copied, sources, cache)
-    return ModelFiles(folder, _identity([str(folder / _name(f)) if f in copied else f for f in files], sources))
+    return ModelFiles(folder, _identity([str(folder / _name(f)) if f in copied else f for f in relevant], sources))
 
 
-def _listed(url: str, sources: Sources) -> list[str]:
-    """The file of this name, or the files directly in the folder."""
+def _list_files(url: str, sources: Sources) -> list[str]:
+    """Return the URL itself for a file, or the URLs of the files directly in a folder."""
     tree = sources.tree(url)
     path = tree.path(url)
     if tree.kind(path) != "folder":
@@ -189,7 +193,7 @@ def _listed(url: str, sources: Sources) -> list[str]:
 
 
 def _copy(url: str, files: list[str], sources: Sources, cache: Path) -> Path:
-    """A directory that holds exactly these objects as they are now; it takes its name when it is complete."""
+    """Copy exactly these objects into a directory, which is renamed to its final name once it is complete."""
     version = hashlib.sha256()
     for file in files:
         with sources.open(file) as source:
@@ -198,7 +202,7 @@ def _copy(url: str, files: list[str], sources: Sources, cache: Path) -> Path:
     partial = final.with_name(f"{final.name}.partial")
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with _only_one(final.with_name(f"{final.name}.lock")):
+        with _exclusive_lock(final.with_name(f"{final.name}.lock")):
             if final.exists():
                 return final
             partial.mkdir(exist_ok=True)
@@ -212,7 +216,7 @@ def _copy(url: str, files: list[str], sources: Sources, cache: Path) -> Path:
 
 
 def _download(sources: Sources, url: str, path: Path) -> None:
-    """Continues a file that is there in part: what it holds is of the same version, since the directory is."""
+    """Download a file, resuming a partial one: the directory's name pins the version, so its bytes are still valid."""
     with sources.open(url) as source, path.open("ab") as file:
         done = file.tell()
         while done < source.opened.size and (piece := source.read_at(done, _TRANSFER_BYTES)):
@@ -224,8 +228,8 @@ def _download(sources: Sources, url: str, path: Path) -> None:
 
 
 @contextmanager
-def _only_one(path: Path) -> Iterator[Any]:
-    """Other processes on this machine wait here and then find the files complete."""
+def _exclusive_lock(path: Path) -> Iterator[Any]:
+    """Hold a lock file, so that other processes on this machine wait and then find the files complete."""
     with path.open("wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield file

@@ -1,7 +1,7 @@
-"""URLs to filesystems, and what every call to a store has in common: bounded retries and typed errors.
+"""Mapping of URLs to filesystems, with bounded retries and typed errors for every call to a store.
 
-Local paths never go through fsspec: `local_path` says which URLs are local. Everything else is an fsspec filesystem
-without instance or listing caches, so that an object which another worker has just written is seen.
+Local paths never go through fsspec: `local_path` decides which URLs are local. All other URLs use an fsspec filesystem
+without instance or listing caches, so that objects just written by another worker are visible.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ RETRY_S = 60.0
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 20
 
-# The package that brings each protocol to fsspec.
+# the package that implements each protocol for fsspec
 _PACKAGES = {
     **dict.fromkeys(("s3", "s3a"), "s3fs"),
     **dict.fromkeys(("gs", "gcs"), "gcsfs"),
@@ -46,7 +46,7 @@ _PACKAGES = {
 _S3 = ("s3", "s3a")
 _ESCAPED = re.compile("%(?:2A|3F|5B)", re.IGNORECASE)  # the characters of a glob
 
-# By name, so that no optional package is imported only to name its errors.
+# by name, so that no optional package is imported for its error classes
 _TRANSIENT = frozenset(
     {
         "builtins.ConnectionError",
@@ -82,8 +82,8 @@ _MISCONFIGURED = frozenset(
         "botocore.exceptions.BaseEndpointResolverError",
     }
 )
-_PERMISSIONS = (AccessDenied, "check the permissions of it and of the folders above it")
-# what this machine's own filesystems refuse for good, and what to do
+_PERMISSIONS = (AccessDenied, "check its permissions and those of the folders above it")
+# permanent errors of local filesystems, with advice
 _REFUSED: dict[int | None, tuple[type[UserError], str]] = {
     errno.EACCES: _PERMISSIONS,
     errno.EPERM: _PERMISSIONS,
@@ -96,32 +96,32 @@ _TRANSIENT_CODES = frozenset({"SlowDown", "RequestTimeout", "IncompleteBody", "B
 
 
 def protocol_of(url: str) -> str:
-    """`"s3"` of `"s3://bucket/key"`; `"file"` of a plain path."""
+    """Return the protocol of a URL: `"s3"` for `"s3://bucket/key"`, `"file"` for a plain path."""
     scheme, separator, _ = url.partition("://")
     return scheme.lower() if separator else "file"
 
 
 def local_path(url: str) -> Path | None:
-    """The path that a plain path or a file: URL names; None for every other URL.
+    """Return the path of a plain path or a file: URL; None for every other URL.
 
-    A URL is percent-decoded (RFC 8089: `file:///a%20b`, `file://localhost/a`, `file:/a`), a plain path means itself.
+    URLs are percent-decoded (RFC 8089: `file:///a%20b`, `file://localhost/a`, `file:/a`); plain paths are not.
     """
     path = _local(url)
     return None if path is None else Path(path)
 
 
 def local_pattern(url: str) -> str | None:
-    """The same as a glob: what a URL spells in percent signs stands for itself in it."""
+    """Return the path as a glob, in which percent-encoded characters of a URL are literal."""
     return _local(_ESCAPED.sub(lambda match: f"[{match[0]}]", url) if is_file_url(url) else url)
 
 
 def file_url(path: str) -> str:
-    """The URL that `local_path` turns into this path, whatever characters it has."""
+    """Return the file: URL that `local_path` converts back to this path, whatever its characters."""
     return f"file://{quote(os.fsencode(os.path.abspath(path)))}"  # noqa: PTH100 - Path would not keep the bytes
 
 
 def is_file_url(url: str) -> bool:
-    """Whether it is percent-encoded."""
+    """Return True if the URL is a file: URL and thus percent-encoded."""
     return url[:6].lower() == "file:/"
 
 
@@ -133,14 +133,14 @@ def _local(url: str) -> str | None:
         host, slash, rest = path.partition("/")
         path = unquote(f"/{rest}" if slash and host.lower() == "localhost" else path, errors="surrogateescape")
     if "\0" in path:
-        raise UsageError(f"{url!r}: no path holds a NUL character")
-    return os.path.expanduser(path)  # noqa: PTH111 - Path's raises for "~a.jsonl", a name like any other
+        raise UsageError(f"{url!r}: a path cannot contain a NUL character")
+    return os.path.expanduser(path)  # noqa: PTH111 - Path.expanduser raises for "~a.jsonl", a valid name
 
 
 def connect(url: str, options: StorageSpec) -> Any:
-    """A fresh fsspec filesystem for a URL that is not local.
+    """Return a fresh fsspec filesystem for a URL that is not local.
 
-    Raises SpecError for an unknown protocol or options that it refuses, UserError for a package to install.
+    Raises SpecError for an unknown protocol or invalid options, UserError if a package is not installed.
     """
     import fsspec
 
@@ -159,7 +159,7 @@ def connect(url: str, options: StorageSpec) -> Any:
     except (ValueError, TypeError, KeyError) as error:
         raise SpecError(f"{url}: cannot be reached with these storage options: {error}") from None
     if protocol in _S3:
-        # each request twice, so that one lost part does not repeat a whole upload; Retry repeats the operation
+        # each request is tried twice, so that one lost part does not repeat a whole upload; Retry repeats the operation
         filesystem.retries = 2
     return filesystem
 
@@ -189,14 +189,20 @@ def _s3_arguments(options: StorageSpec) -> dict[str, Any]:
 
 @functools.cache
 def _service_models() -> Any:
-    """botocore's description of S3 (no keys in it), read once per process: it is 0.3 s of every new client."""
+    """Return a process-wide loader of botocore's S3 description (without keys).
+
+    Without sharing, loading takes 0.3 s of every new client.
+    """
     from botocore.loaders import create_loader
 
     return create_loader()
 
 
 def _timestamp(value: Any) -> Any:
-    """As botocore reads a time; the forms of listings and headers at once, which takes it most of a page's time."""
+    """Parse a time as botocore does, but try the formats of listings and headers first.
+
+    Botocore's own parser takes most of the time of a listing page.
+    """
     for parse in (datetime.fromisoformat, parsedate_to_datetime):
         try:
             return parse(value)
@@ -208,21 +214,21 @@ def _timestamp(value: Any) -> Any:
 
 
 def _other_arguments(options: StorageSpec) -> dict[str, Any]:
-    given = [name for name in ("endpoint", "region", "requester_pays") if getattr(options, name)]
-    if given:
-        raise SpecError("goes with s3:// URLs; use storage.options for other filesystems", key=f"storage.{given[0]}")
+    s3_only = [name for name in ("endpoint", "region", "requester_pays") if getattr(options, name)]
+    if s3_only:
+        raise SpecError("goes with s3:// URLs; use storage.options for other filesystems", key=f"storage.{s3_only[0]}")
     return {"anon": True} if options.anonymous else {}
 
 
 class Retry:
-    """Repeats calls that fail in passing, with jittered backoff, for at most `total_s` seconds each."""
+    """Retry policy for transient errors: jittered exponential backoff, for at most `total_s` seconds per call."""
 
     def __init__(self, place: str, total_s: float | None = None) -> None:
         self.place = place  # appended to messages: which endpoint
         self.total_s = RETRY_S if total_s is None else total_s
 
     def __call__(self, url: str, action: Callable[[], T], passes: tuple[type[Exception], ...] = ()) -> T:
-        """The result of `action`. Errors in `passes` are raised as they are, all others translated.
+        """Return the result of `action`. Errors in `passes` are raised unchanged, all others translated.
 
         Raises AccessDenied, InputMissing, SpecError, or StorageError (at once, or after all retries).
         """
@@ -241,7 +247,7 @@ class Retry:
                 if not transient(error) or time.monotonic() + wait_s > give_up:
                     raise translate(error, url, self.place, attempt) from error
                 if attempt >= 5:
-                    log.warning("storage does not answer, trying again", url=url, error=_text(error), attempt=attempt)
+                    log.warning("storage does not respond, retrying", url=url, error=_text(error), attempt=attempt)
             time.sleep(wait_s)
 
 
@@ -250,7 +256,7 @@ def _names(error: BaseException) -> set[str]:
 
 
 def _response(error: BaseException) -> tuple[int | None, str]:
-    """HTTP status and the store's own error code, from whichever attribute the client library keeps them in."""
+    """Return the HTTP status and the store's error code, from the attribute that the client library uses."""
     for candidate in (error, error.__cause__):
         response = getattr(candidate, "response", None)
         if isinstance(response, dict):  # botocore
@@ -264,7 +270,7 @@ def _response(error: BaseException) -> tuple[int | None, str]:
 
 
 def transient(error: BaseException) -> bool:
-    """Whether the same call may succeed a little later."""
+    """Return True if the same call may succeed later."""
     status, code = _response(error)
     if status is not None and (status >= 500 or status in _TRANSIENT_STATUS):
         return status != 501
@@ -272,7 +278,7 @@ def transient(error: BaseException) -> bool:
 
 
 def already_exists(error: BaseException) -> bool:
-    """Whether a conditional write was refused because the object is there."""
+    """Return True if a conditional write was refused because the object exists."""
     return isinstance(error, FileExistsError) or _response(error)[0] == 412
 
 
@@ -281,7 +287,7 @@ def bucket_missing(error: BaseException) -> bool:
 
 
 def translate(error: BaseException, url: str, place: str = "", attempts: int = 1) -> BatchInferError:
-    """The error of ours that a failed call means; `place` names the endpoint."""
+    """Convert the error of a failed call to one of ours; `place` names the endpoint."""
     status, code = _response(error)
     names = _names(error)
     where = f"{url}{place}"

@@ -1,4 +1,4 @@
-"""What the input is: its files, its rows, and the one schema that holds them all."""
+"""Value types of the input: its files, its rows, and their common schema."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAX_LINE_BYTES = 64 << 20
 
 
 class IndexEntry(NamedTuple):
-    """Row `row` of a file of lines begins at byte `offset`, on line `line` (counted from 1)."""
+    """Seek point in a file of lines: row `row` begins at byte `offset`, on line `line` (counted from 1)."""
 
     row: int
     offset: int
@@ -25,8 +25,10 @@ class IndexEntry(NamedTuple):
 
 
 class InputLine(NamedTuple):
-    """A line that is not blank, or an element of an array: the number of the line, from 1, on which it begins, its byte
-    offset, its content, None above MAX_LINE_BYTES, and the element's index.
+    """A line that is not blank, or an element of a JSON array.
+
+    number: the line, from 1, on which it begins. offset: its byte offset. raw: its content, None above MAX_LINE_BYTES.
+    element: its index in the array.
     """
 
     number: int
@@ -40,18 +42,18 @@ class InputLine(NamedTuple):
 
     @property
     def ordinal(self) -> int:
-        """What no other of the file has."""
+        """Return a number that is unique within the file."""
         return self.number if self.element is None else self.element
 
 
 @dataclass(frozen=True)
 class InputFile:
-    """One file as it was when the job was planned. `rows` is how many of its rows, from the first, the job covers.
+    """One file as it was when the job was planned. `rows` is the number of rows, from the first, that the job covers.
 
-    `content` says which file it is, wherever it lies and whatever its name; `mark` spares looking at it again (see
+    `content` identifies the file wherever it is stored and whatever its name; `mark` makes rehashing unnecessary (see
     `Stat`). `index` has an entry for every few thousand rows of an uncompressed file of lines, and is empty for others.
-    `known_as`: its URL when the job was planned, if that was another one. `partitions`: columns that its folders name.
-    `repeated`: ordinals of lines with the `custom_id` of an earlier one, and that one's.
+    `known_as`: its URL when the job was planned, if different. `partitions`: columns named by its folders. `repeated`:
+    pairs of a line's ordinal and the ordinal of the earlier line with the same `custom_id`.
     """
 
     url: str
@@ -67,7 +69,7 @@ class InputFile:
 
     @property
     def name(self) -> str:
-        """What the output calls it, on whichever machine it is read."""
+        """Return the file's name in the output, which is the same on every machine."""
         return self.known_as or self.url
 
     @property
@@ -92,10 +94,10 @@ class InputFile:
 
 @dataclass(frozen=True)
 class Inputs:
-    """All files, and the schema that a Parquet part has of their rows.
+    """All files, and the schema of their rows in a Parquet part.
 
-    Rows themselves have the types of their own file (`io.types`). `text_json`: columns whose cells are read as the
-    text of a JSON value.
+    Rows keep the types of their own file (`io.types`). `text_json`: columns whose cells are read as the text of a JSON
+    value.
     """
 
     files: tuple[InputFile, ...]
@@ -103,17 +105,17 @@ class Inputs:
     text_json: frozenset[str] = frozenset()
 
     def select(self, columns: Iterable[str]) -> Inputs:
-        """The same rows with only these columns, in the schema's order; `stream` then reads no others.
+        """Return the same rows with only these columns, in the schema's order; `stream` then reads no others.
 
-        Raises SpecError for a column that is not there.
+        Raises SpecError for a column that does not exist.
         """
-        wanted = set(columns)
-        for name in sorted(wanted - set(self.schema.names)):
+        selected = set(columns)
+        for name in sorted(selected - set(self.schema.names)):
             known = ", ".join(self.schema.names)
             raise SpecError(f"column {name!r} is not in the input{suggest(name, self.schema.names)} (it has: {known})")
-        kept = [column for column in self.schema if column.name in wanted]
-        schema = pa.schema(kept, metadata=self.schema.metadata)
-        return replace(self, schema=schema, text_json=self.text_json & wanted)
+        fields = [field for field in self.schema if field.name in selected]
+        schema = pa.schema(fields, metadata=self.schema.metadata)
+        return replace(self, schema=schema, text_json=self.text_json & selected)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -140,9 +142,10 @@ class RowSpan:
 
 @dataclass
 class RowBatch:
-    """The rows of a span in order, and by offset within it the rows that could not be read (their cells are null).
+    """The rows of a span in order, and its read errors.
 
-    `damaged`: of those whose other cells could be read, the columns that could not.
+    `errors`: offset within the span → error of a row that could not be read; its cells are null. `damaged`: offset →
+    unreadable columns, for rows whose other cells could be read.
     """
 
     table: pa.Table
@@ -150,18 +153,18 @@ class RowBatch:
     damaged: dict[int, set[str]] = field(default_factory=dict)
 
     def add(self, offset: int, column: str, error: RowError) -> None:
-        """A cell that could not be read."""
+        """Record a cell that could not be read."""
         if offset not in self.errors or offset in self.damaged:
             self.errors.setdefault(offset, error)
             self.damaged.setdefault(offset, set()).add(column)
 
     def without(self, columns: frozenset[str]) -> set[int]:
-        """The rows in which one of these columns could not be read."""
+        """Return the offsets of rows in which one of these columns could not be read."""
         return {offset for offset in self.errors if offset not in self.damaged or self.damaged[offset] & columns}
 
 
 def table_of(columns: list[Any], schema: pa.Schema, rows: int) -> pa.Table:
-    """A table that keeps its number of rows even without any column."""
+    """Return a table that keeps its number of rows even without any column."""
     if columns:
         return pa.Table.from_arrays(columns, schema=schema)
-    return pa.table({"": pa.nulls(rows)}).select([])  # setting the schema's metadata would lose the number again
+    return pa.table({"": pa.nulls(rows)}).select([])  # replacing the schema's metadata would reset the number of rows

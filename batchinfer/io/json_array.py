@@ -1,7 +1,7 @@
-"""A file that is one JSON array: its elements, one after the other, as if each stood on a line.
+"""Reader of files that are one JSON array: yields its elements like lines.
 
-Elements are cut out by their brackets and strings alone, in bounded memory however long the array's lines are; whether
-an element is valid JSON is for its reader to say. What is wrong between elements is the file's error.
+Elements are split by brackets and strings alone, in bounded memory however long the array's lines are; their reader
+validates each element's JSON. Errors between elements are errors of the file.
 """
 
 from __future__ import annotations
@@ -15,27 +15,30 @@ import orjson
 from batchinfer.errors import InputError
 from batchinfer.io.inputs import MAX_LINE_BYTES, IndexEntry, InputLine
 
-_QUOTE = 0x22
-
-_STRING = rb'(?:[^"\\]++|\\.)*+'  # what stands between quotes
+_STRING = rb'(?:[^"\\]++|\\.)*+'  # the inside of a string
 
 
 def _nested(levels: int) -> bytes:
-    """What is in an object or list, brackets within it up to so many levels."""
+    """Return a pattern for the inside of an object or list, with brackets nested up to `levels` deep."""
     inside = rb'[^"{}\[\]]++|"' + _STRING + b'"'
     return b"(?:" + inside + (rb"|[{\[]" + _nested(levels - 1) + rb"[}\]]" if levels else b"") + b")*+"
 
 
 _BLANK = re.compile(rb"[ \t\r\n]*+")
-_NEXT = re.compile(rb"[ \t\r\n]*+,[ \t\r\n]*+(\{" + _nested(4) + rb"\})", re.DOTALL)  # nearly all elements
-_STRUCTURE = re.compile(rb'[{}\[\]]|"(?:' + _STRING + b'")?+', re.DOTALL)  # strings whole, where they are here
+_NEXT = re.compile(rb"[ \t\r\n]*+,[ \t\r\n]*+(\{" + _nested(4) + rb"\})", re.DOTALL)  # matches nearly all elements
+_STRUCTURE = re.compile(
+    rb'[{}\[\]]|"(?:' + _STRING + b'")?+', re.DOTALL
+)  # complete strings, or the opening quote of one
 _IN_STRING = re.compile(_STRING, re.DOTALL)
 _SCALAR = re.compile(rb'[^,\[\]{}" \t\r\n]*+')
 _QUOTE = 0x22
 
 
 def is_array(head: bytes) -> bool:
-    """Whether a file that begins so is one array. Lines that each hold a list are not, and a broken line makes none."""
+    """Return True if a file with this beginning is one array.
+
+    Lines that each hold a list are not an array, even if one of them is broken.
+    """
     text = head.lstrip()
     if not text.startswith(b"["):
         return False
@@ -48,7 +51,7 @@ def is_array(head: bytes) -> bool:
 
 
 def is_spread(head: bytes) -> bool:
-    """Whether a file that begins so is an object over several lines."""
+    """Return True if a file with this beginning is an object over several lines."""
     first, _, rest = head.lstrip().partition(b"\n")
     return first.strip() == b"{" and rest.lstrip().startswith((b'"', b"}"))
 
@@ -61,9 +64,9 @@ def _parses(text: bytes, kind: type) -> bool:
 
 
 def elements(url: str, blocks: Iterator[bytes], begin: IndexEntry | None = None) -> Iterator[list[InputLine]]:
-    """The elements of the array that `blocks` hold, from its beginning, or from where one of them begins.
+    """Yield the elements of the array in `blocks`, from its beginning or from the beginning of an element.
 
-    Raises InputError, which names the element, for what no array has between its elements, and where it ends early.
+    Raises InputError, which names the element, for invalid text between elements and for a truncated array.
     """
     array = _Array(url, begin)
     for block in blocks:
@@ -72,33 +75,33 @@ def elements(url: str, blocks: Iterator[bytes], begin: IndexEntry | None = None)
 
 
 class _Array:
-    """Cuts pieces of an array into elements; `_data` is what is not cut yet."""
+    """Incremental splitter of an array into elements; `_data` holds the bytes that are not split yet."""
 
     def __init__(self, url: str, begin: IndexEntry | None) -> None:
         self._url = url
         self._data = bytearray()
-        self._at = 0  # up to here _data has been looked at
+        self._at = 0  # _data has been searched up to here
         self._offset = begin.offset if begin else 0  # of _data[0] in the file
         self._number = begin.line if begin else 1  # line of _data[0]
         self._element = begin.row if begin else 0
         self._expected: Literal["[", "first", "value", "comma", "nothing"] = "value" if begin else "["
-        self._open: _ElementScan | None = None  # the element that begins at _data[0] and does not end in it
+        self._open: _ElementScan | None = None  # an element that begins at _data[0] and is not complete
 
     def feed(self, block: bytes) -> list[InputLine]:
         self._data += block
         lines: list[InputLine] = []
         while True:
             if self._open is None:
-                lines += self._run()
-                if not self._next():
+                lines += self._split_simple()
+                if not self._advance():
                     return lines
-            line = self._rest()
+            line = self._finish_element()
             if line is None:
                 return lines
             lines.append(line)
 
-    def _run(self) -> list[InputLine]:
-        """The objects that come next, as long as they are whole and nested little: nearly all of most files."""
+    def _split_simple(self) -> list[InputLine]:
+        """Return the next complete, shallowly nested objects in one go: nearly all elements of most files."""
         data, at, number = self._data, 0, self._number
         lines: list[InputLine] = []
         while self._expected == "comma" and (match := _NEXT.match(data, at)) is not None:
@@ -113,13 +116,13 @@ class _Array:
         return lines
 
     def close(self) -> None:
-        """Raises InputError unless the array has ended."""
+        """Check that the array has ended. Raises InputError otherwise."""
         where = f"in element [{self._element}], which begins" if self._open else f"before element [{self._element}]"
         if self._expected != "nothing":
             raise self._error(f"the array is not closed: the file ends {where}" + (" here" if self._open else ""))
 
-    def _next(self) -> bool:
-        """Go on to where the next element begins. False if nothing more is here."""
+    def _advance(self) -> bool:
+        """Advance to the beginning of the next element. Return False if more data is needed."""
         while True:
             self._drop(_end(_BLANK.match(self._data)))
             if not self._data:
@@ -128,11 +131,11 @@ class _Array:
             if self._expected in ("first", "value") and char not in (b"]", b",", b"}", b":"):
                 self._open = _ElementScan()
                 return True
-            self._expected = self._after(char)
+            self._expected = self._token_after(char)
             self._drop(1)
 
-    def _after(self, char: bytes) -> Literal["first", "value", "nothing"]:
-        """What is expected after a character between elements."""
+    def _token_after(self, char: bytes) -> Literal["first", "value", "nothing"]:
+        """Return the expected token after a character between elements."""
         expected, number = self._expected, self._element
         if expected == "[":
             return "first"
@@ -143,17 +146,17 @@ class _Array:
         if expected == "comma":
             raise self._error(f"a comma is missing before element [{number}]")
         if expected == "nothing":
-            raise self._error("more follows the array's end: a file is one array, or has one object on each line")
+            raise self._error("text follows the end of the array: a file is one array, or has one object per line")
         if char == b"]":
             raise self._error(f"element [{number}] is missing: the array ends after a comma")
-        raise self._error(f"element [{number}] is missing: {char.decode()!r} stands in its place")
+        raise self._error(f"element [{number}] is missing: found {char.decode()!r} instead")
 
-    def _rest(self) -> InputLine | None:
-        """The element that begins at _data[0], None if its end is not here."""
+    def _finish_element(self) -> InputLine | None:
+        """Return the element that begins at _data[0], or None if its end is not in the data yet."""
         assert self._open is not None
         value = self._open
         self._at, whole = value.find_end(self._data, self._at)
-        if not whole and self._at > MAX_LINE_BYTES:  # of one that is too long, only the end matters
+        if not whole and self._at > MAX_LINE_BYTES:  # too long to keep: only its end matters
             value.dropped += self._at
             value.dropped_lines += self._data.count(b"\n", 0, self._at)
             del self._data[: self._at]
@@ -180,17 +183,20 @@ class _Array:
 
 
 class _ElementScan:
-    """How far a value goes that comes piece by piece. `dropped`: bytes and line ends of it that are not kept."""
+    """State of the search for the end of a value that arrives in pieces.
+
+    `dropped`, `dropped_lines`: bytes and line ends cut.
+    """
 
     def __init__(self) -> None:
-        self._scalar: bool | None = None  # no string, object or list
+        self._scalar: bool | None = None  # neither string, object nor list
         self._depth = 0
         self._in_string = False
         self.dropped = 0
         self.dropped_lines = 0
 
     def find_end(self, data: bytearray, at: int) -> tuple[int, bool]:
-        """Where looking from `at` came to, and whether that is the end."""
+        """Return the position that the search from `at` reached, and True if the value ends there."""
         if self._scalar is None:
             self._scalar = bytes(data[:1]) not in (b'"', b"{", b"[")
         if self._scalar:
@@ -199,13 +205,13 @@ class _ElementScan:
         while at < len(data):
             if self._in_string:
                 at = _end(_IN_STRING.match(data, at))
-                if data[at : at + 1] != b'"':  # the end of the piece, perhaps within an escape
+                if data[at : at + 1] != b'"':  # the end of the data, perhaps within an escape
                     return at, False
                 at += 1
                 self._in_string = False
-            elif (found := _STRUCTURE.search(data, at)) is not None:
-                char, at = data[found.start()], found.end()
-                self._in_string = char == _QUOTE and found.end() - found.start() == 1
+            elif (match := _STRUCTURE.search(data, at)) is not None:
+                char, at = data[match.start()], match.end()
+                self._in_string = char == _QUOTE and match.end() - match.start() == 1
                 self._depth += (char in b"{[") - (char in b"}]")
             else:
                 return len(data), False
@@ -215,5 +221,5 @@ class _ElementScan:
 
 
 def _end(match: re.Match[bytes] | None) -> int:
-    assert match is not None, "an expression that matches nothing as well"
+    assert match is not None, "the expression also matches the empty string"
     return match.end()

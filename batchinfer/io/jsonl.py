@@ -1,8 +1,8 @@
-"""JSON lines: one full scan that finds rows, types and places to seek to, then rows by range, then writing.
+"""JSON lines: one full scan for rows, types and seek points, then rows by range, and writing.
 
-A column has the one type that all its values have (null fits any). Everything else, integers among fractions, nested
-values, mixed types, integers beyond 64 bits, is carried as JSON text in a string column, and lines that are written
-embed it again as JSON. A key that a line lacks is null. Of a key given twice the last counts. NaN and Infinity are
+A column has the one type that all its values have (null fits any). Everything else (integers mixed with fractions,
+nested values, mixed types, integers beyond 64 bits) is stored as JSON text in a string column, and written lines embed
+it again as JSON. A key that a line lacks is null. The last value of a duplicate key counts. NaN and Infinity are
 numbers, as Python writes them.
 """
 
@@ -31,9 +31,9 @@ from batchinfer.io.inputs import (
     RowSpan,
     table_of,
 )
-from batchinfer.io.json_text import exact, parse_lenient, to_text
+from batchinfer.io.json_text import parse_exact, parse_lenient, to_text
 from batchinfer.io.lines import read_lines
-from batchinfer.io.packed import packing
+from batchinfer.io.packed import compression_of
 from batchinfer.io.source import WHOLE, Source
 from batchinfer.io.unify import Column, FileScan
 
@@ -47,7 +47,7 @@ _KINDS: dict[type, str] = {str: "string", int: "int", float: "double", bool: "bo
 
 
 def parse(raw: bytes | None) -> dict[str, Any]:
-    """The object on a line. Raises InvalidInput that says what is wrong with it."""
+    """Return the object on a line. Raises InvalidInput with the reason."""
     if raw is None:
         raise InvalidInput(f"row is longer than {MAX_LINE_BYTES >> 20} MB")
     try:
@@ -68,9 +68,9 @@ def _describe(value: Any) -> str:
 
 
 class _Types:
-    """Which kinds of value each key has, and on which line each was first seen.
+    """Kinds of values of each key, with the line on which each kind was first seen.
 
-    Rows mostly have one of a few shapes (keys and types of values): a shape is looked at once.
+    Most rows have one of a few shapes (keys and value types); each shape is analysed once.
     """
 
     def __init__(self) -> None:
@@ -81,24 +81,24 @@ class _Types:
         shape = (*row, *map(type, row.values()))
         numbers = self._shapes.get(shape)
         if numbers is None:
-            numbers = self._new(row, line.number)
+            numbers = self._add_shape(row, line.number)
             if len(self._shapes) < _MAX_SHAPES:
                 self._shapes[shape] = numbers
         for name in numbers:
             value = row[name]
             if not -_EXACT <= value <= _EXACT:
-                self._large(name, value, line)
+                self._add_large(name, value, line)
 
-    def _new(self, row: dict[str, Any], line: int) -> tuple[str, ...]:
+    def _add_shape(self, row: dict[str, Any], line: int) -> tuple[str, ...]:
         for name, value in row.items():
             kinds = self.seen.setdefault(name, {})
             if value is not None:
                 kinds.setdefault(_KINDS[type(value)], line)
         return tuple(name for name, value in row.items() if type(value) in (int, float))
 
-    def _large(self, name: str, value: float, line: InputLine) -> None:
+    def _add_large(self, name: str, value: float, line: InputLine) -> None:
         if abs(value) >= _INT64 and type(value) is float:
-            value = exact(line.raw, name, value)
+            value = parse_exact(line.raw, name, value)
         if type(value) is int:
             kind = "wide" if -_INT64 <= value < _INT64 else "huge"
             self.seen[name].setdefault(kind, line.number)
@@ -110,11 +110,11 @@ def scan(
     limit: int | None = None,
     note_ids: Callable[[list[str], list[int]], None] | None = None,
 ) -> FileScan:
-    """Reads every line (or the first `limit` rows) once; `note_ids` gets ids of requests and their ordinals.
+    """Read every line (or the first `limit` rows) once; pass the ids of requests and their ordinals to `note_ids`.
 
     Raises InputError if no line of a file is an object.
     """
-    seekable = packing(source) is None
+    seekable = compression_of(source) is None
     types = _Types()
     index: list[IndexEntry] = []
     rows = good = 0
@@ -142,7 +142,7 @@ def scan(
         if rows == limit:
             break
         if len(types.seen) > _MAX_COLUMNS:
-            raise InputError(f"{source.url}: more than {_MAX_COLUMNS} different keys: these are not rows of a table")
+            raise InputError(f"{source.url}: more than {_MAX_COLUMNS} different keys: the file is not a table")
     content = source.content() if whole is None else WHOLE + whole.hexdigest()
     source.check(source.opened._replace(content=content), "changed while it was read")
     if rows and not good:
@@ -166,25 +166,25 @@ def _columns(url: str, types: _Types) -> tuple[Column, ...]:
 def read(
     source: Source, file: InputFile, schema: pa.Schema, text_json: Collection[str], spans: Iterable[RowSpan]
 ) -> Iterator[tuple[RowSpan, RowBatch]]:
-    """The rows of ascending spans. Skips by the index where there is one, else by reading over lines unparsed."""
+    """Yield the rows of ascending spans; seek by the index if the file has one, else skip lines unparsed."""
     cursor = _Cursor(source, file)
     batch, twice = file.format == "openai-batch", dict(file.repeated)
     for span in spans:
-        lines = cursor.take(span.start, span.count)
+        lines = cursor.take_lines(span.start, span.count)
         rows: list[dict[str, Any]] = []
-        found = RowBatch(pa.table({}))
+        rows_read = RowBatch(pa.table({}))
         for offset, line in enumerate(lines):
             row, problem = _request(line, twice) if batch else _row(line)
             rows.append(row)
             if problem:
-                found.errors[offset] = InvalidInput(f"{source.url}:{line.place}: {problem}")
-        texts = {name: _texts(name, rows, lines, source.url, found) for name in schema.names if name in text_json}
-        found.table = _table(source.url, schema, rows, texts)
-        yield span, found
+                rows_read.errors[offset] = InvalidInput(f"{source.url}:{line.place}: {problem}")
+        texts = {name: _texts(name, rows, lines, source.url, rows_read) for name in schema.names if name in text_json}
+        rows_read.table = _table(source.url, schema, rows, texts)
+        yield span, rows_read
 
 
 class _Cursor:
-    """A position among the rows of a file of lines that only moves forward."""
+    """Forward-only cursor over the rows of a file of lines."""
 
     def __init__(self, source: Source, file: InputFile) -> None:
         self._source = source
@@ -193,7 +193,7 @@ class _Cursor:
         self._lines: list[InputLine] = []
         self._blocks = read_lines(source)
 
-    def take(self, start: int, count: int) -> list[InputLine]:
+    def take_lines(self, start: int, count: int) -> list[InputLine]:
         self._seek(start)
         taken: list[InputLine] = []
         while len(taken) < count:
@@ -220,7 +220,7 @@ class _Cursor:
 
 
 def _row(line: InputLine) -> tuple[dict[str, Any], str]:
-    """A line's object, or an empty one and what is wrong."""
+    """Return a line's object, or an empty one and the reason."""
     try:
         return parse(line.raw), ""
     except InvalidInput as error:
@@ -228,11 +228,11 @@ def _row(line: InputLine) -> tuple[dict[str, Any], str]:
 
 
 def _request(line: InputLine, twice: dict[int, int]) -> tuple[dict[str, Any], str]:
-    """The same of a request; of one that cannot be run its id is left, as text."""
+    """Return a line's request and an empty reason; for an invalid request, its id as text and the reason."""
     row, problem = _row(line)
     try:
         if not problem:
-            requests.check(row, line, twice.get(line.ordinal))
+            requests.check_request(row, line, twice.get(line.ordinal))
         return row, problem
     except InvalidInput as error:
         identity = row.get("custom_id")
@@ -243,7 +243,7 @@ def _request(line: InputLine, twice: dict[int, int]) -> tuple[dict[str, Any], st
 def _texts(
     name: str, rows: list[dict[str, Any]], lines: list[InputLine], url: str, batch: RowBatch
 ) -> list[str | None]:
-    """The JSON text of a column's values. One that has none is an error of `batch`."""
+    """Return the JSON texts of a column's values. Values without one are recorded as errors of `batch`."""
     texts: list[str | None] = []
     for offset, (row, line) in enumerate(zip(rows, lines, strict=True)):
         value, text = row.get(name), None
@@ -265,13 +265,13 @@ def _table(url: str, schema: pa.Schema, rows: list[dict[str, Any]], texts: dict[
         try:
             columns.append(pa.array(values, fields[-1].type))
         except (pa.ArrowException, OverflowError, TypeError) as error:
-            # the scan has seen every value: only another file can hold another type
+            # the scan checked every value: another type means that the file has changed
             raise InputError(f"{url}: changed while it was read: column {name!r}: {error}") from error
     return table_of(columns, pa.schema(fields, metadata=schema.metadata), len(rows))
 
 
 def write(path: Path, rows: Iterator[dict[str, Any]], compression: str | None) -> None:
-    """One object per line, of JSON's types. Compressed bytes carry no time and no name."""
+    """Write one JSON object per line. Compressed bytes contain no time and no name, so equal rows give equal bytes."""
     with _compressor(path, compression) as file:
         for row in rows:
             file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))

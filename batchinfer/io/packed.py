@@ -1,4 +1,4 @@
-"""Compressed files as what is in them: gzip and zstd, as the first bytes say, of any number of members and frames."""
+"""Decompression of gzip and zstd files, detected by the first bytes, with any number of members and frames."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from batchinfer.io.source import Source
 
 _GZIP = b"\x1f\x8b"
 _ZSTD = b"\x28\xb5\x2f\xfd"
-_SKIPPED = tuple(bytes([number]) + b"\x2a\x4d\x18" for number in range(0x50, 0x60))  # a frame without content
+_SKIPPED = tuple(bytes([number]) + b"\x2a\x4d\x18" for number in range(0x50, 0x60))  # skippable frames, without content
 _BEGINNINGS = {"gzip": (_GZIP,), "zstd": (_ZSTD, *_SKIPPED)}
-# compressed bytes per call: what one call returns is then bounded, whatever the ratio
+# compressed bytes per call, which bounds the output of one call whatever the ratio
 _FEED_BYTES = 8 << 10
 
 Kind = Literal["gzip", "zstd"]
 
 
-def packing(source: Source) -> Kind | None:
-    """How a file is compressed."""
+def compression_of(source: Source) -> Kind | None:
+    """Return the compression of a file, None for none."""
     head = source.read_at(0, 4)
     return "gzip" if head.startswith(_GZIP) else "zstd" if head.startswith(_BEGINNINGS["zstd"]) else None
 
 
-def unpacked(source: Source, blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """The content of a file, whose bytes as they lie there are `blocks`.
+def decompress(source: Source, blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield the decompressed content of a file whose raw bytes are `blocks`.
 
-    Zeros after gzip data are padding, as on tapes and as gzip takes them (RFC 1952 has members follow one another).
-    Raises InputError for damaged or truncated compression, and for something else after it.
+    Zeros after gzip data are padding, as on tapes; gzip accepts them too (RFC 1952 has members follow one another).
+    Raises InputError for damaged or truncated compression, and for other data after it.
     """
-    kind = packing(source)
+    kind = compression_of(source)
     if kind is None:
         yield from blocks
         return
@@ -48,14 +48,14 @@ def unpacked(source: Source, blocks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 class _Members:
-    """Decoders one after the other: a file may be several compressed ones joined."""
+    """Sequence of decoders: a file may be several compressed files joined."""
 
     def __init__(self, url: str, kind: Kind) -> None:
         self._url = url
         self._kind = kind
         self._decoder: Any = None
-        self._begun = b""  # what may be the first bytes of a member
-        self._ended_at = 0  # where the last member ended, and how far was read
+        self._begun = b""  # possibly the first bytes of a member
+        self._ended_at = 0  # byte offsets: end of the last member, and end of the data read
         self._read = 0
 
     def feed(self, data: bytes) -> Iterator[bytes]:
@@ -72,14 +72,17 @@ class _Members:
                 self._ended_at = self._read - len(data)
 
     def close(self) -> None:
-        """Raises InputError unless the last member has ended, and nothing but padding came after it."""
+        """Check that the last member is complete.
+
+        Raises InputError otherwise, and for data other than padding after it.
+        """
         if self._decoder is not None or (self._begun and self._may_begin(self._begun)):
             raise InputError(f"{self._url}: the {self._kind} data ends early: the file is truncated")
         if self._begun:
             raise self._garbage()
 
     def _begin(self, data: bytes) -> bytes:
-        """A new decoder and what is for it, once there is enough to see that a member begins."""
+        """Start a decoder once the data shows that a member begins; return the data for it."""
         begun = self._begun + data
         if self._kind == "gzip" and self._ended_at:
             begun = begun.lstrip(b"\0")
@@ -100,6 +103,6 @@ class _Members:
 
     def _garbage(self) -> InputError:
         return InputError(
-            f"{self._url}: {self._kind} data ends at byte {self._ended_at}, and what follows is something else: cut it "
+            f"{self._url}: {self._kind} data ends at byte {self._ended_at}, and other data follows: cut it "
             "off, or restore the file"
         )

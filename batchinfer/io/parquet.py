@@ -1,6 +1,6 @@
-"""Parquet files: schema, rows by range in bounded memory, and writing with equal bytes for equal tables.
+"""Parquet files: schema, rows by range in bounded memory, and deterministic writing.
 
-Writers commonly make one row group of a million rows. Memory stays bounded because column chunks are read through a
+Writers commonly write one row group of a million rows. Memory stays bounded because column chunks are read through a
 small buffer (`buffer_size`, no `pre_buffer`) and decoded some rows at a time: 86 MB peak for 2,000,000 rows in one row
 group, 436 MB without the buffer.
 """
@@ -20,7 +20,7 @@ from batchinfer.io.cells import interval_texts
 from batchinfer.io.inputs import InputFile, RowBatch, RowSpan, table_of
 from batchinfer.io.json_text import number_texts
 from batchinfer.io.source import Source
-from batchinfer.io.types import fit, is_json, lasting, plain
+from batchinfer.io.types import fit_to_type, is_json, part_type, row_type
 from batchinfer.io.unify import Column, FileScan
 
 _BUFFER_BYTES = 256 << 10
@@ -30,7 +30,7 @@ _ROW_GROUP_ROWS = 65536
 
 
 def scan(source: Source, limit: int | None = None) -> FileScan:
-    """Rows (at most `limit`) and columns from the footer. Raises InputError for what is not a Parquet file."""
+    """Return rows (at most `limit`) and columns from the footer. Raises InputError if the file is not Parquet."""
     with _open(source) as parquet:
         schema: pa.Schema = parquet.schema_arrow
         rows = int(parquet.metadata.num_rows)
@@ -40,8 +40,8 @@ def scan(source: Source, limit: int | None = None) -> FileScan:
     rows = rows if limit is None else min(rows, limit)
     if not schema.names:
         raise InputError(f"{source.url}: has no columns")
-    # nullable, since a cell that cannot be read becomes null
-    kinds = [pa.string() if field.name in intervals else lasting(field.type) for field in schema]
+    # nullable, because unreadable cells become null
+    kinds = [pa.string() if field.name in intervals else part_type(field.type) for field in schema]
     fields = [field.with_type(kind).with_nullable(True) for field, kind in zip(schema, kinds, strict=True)]
     columns = tuple(Column(field, source.url, json=is_json(field.type)) for field in fields)
     file = InputFile(source.url, "parquet", seen.size, seen.content, rows, mark=seen.mark)
@@ -51,16 +51,16 @@ def scan(source: Source, limit: int | None = None) -> FileScan:
 def read(
     source: Source, schema: pa.Schema, text_json: Collection[str], spans: Iterable[RowSpan]
 ) -> Iterator[tuple[RowSpan, RowBatch]]:
-    """The rows of ascending spans, with the columns of `schema`, which fetches no others, in plain types.
+    """Yield the rows of ascending spans, with only the columns of `schema`, in plain types.
 
-    Row groups before a span are skipped unread. (Files on object storage are fetched in blocks of 1 MB, so columns
-    that share a block come along.)
+    Row groups before a span are skipped unread. (Files on object storage are fetched in blocks of 1 MB, so columns that
+    share a block are fetched too.)
     """
     with contextlib.ExitStack() as stack:
         rows = _ParquetReader(source, schema.names, stack)
         for span in spans:
             try:
-                batch = _checked(rows.take(span.start, span.count), schema, text_json, source.url, span.start)
+                batch = _checked(rows.take_rows(span.start, span.count), schema, text_json, source.url, span.start)
             except BatchInferError:
                 raise
             except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
@@ -72,7 +72,7 @@ def read(
 def _open(source: Source, metadata: Any = None) -> Any:
     file = source.arrow()
     try:
-        # INT96, which holds no type of its own: in nanoseconds, Arrow's default, 9999-12-31 would overflow
+        # INT96 timestamps: in nanoseconds, Arrow's default unit, 9999-12-31 would overflow
         options = {"buffer_size": _BUFFER_BYTES, "pre_buffer": False, "coerce_int96_timestamp_unit": "us"}
         return pq.ParquetFile(file, metadata=metadata, **options)
     except BatchInferError:
@@ -82,17 +82,20 @@ def _open(source: Source, metadata: Any = None) -> Any:
 
 
 def _intervals(parquet: Any) -> frozenset[str]:
-    """Columns of Parquet's type INTERVAL. Arrow has them as 12 bytes, and writes no such type: they become text."""
+    """Return the columns of Parquet's type INTERVAL.
+
+    Arrow reads them as 12 bytes and cannot write the type, so they become text.
+    """
     columns = map(parquet.schema.column, range(len(parquet.schema)))
     return frozenset(column.path for column in columns if column.converted_type == "INTERVAL")
 
 
 class _ParquetReader:
-    """Columns of a file by ascending ranges of rows, in their plain types.
+    """Reader of a file's columns by ascending ranges of rows, in their plain types.
 
-    Arrow refuses a whole dictionary that holds a damaged text, and nested dictionaries of several row groups at once.
-    Then the columns with dictionaries are read once more without the type that Arrow noted in the file, which gives the
-    same values as plain text.
+    Arrow refuses a whole dictionary that holds one damaged text, and nested dictionaries of several row groups at once.
+    The columns with dictionaries are then read again without the Arrow type stored in the file, which gives the same
+    values as plain text.
     """
 
     def __init__(self, source: Source, names: list[str], stack: contextlib.ExitStack) -> None:
@@ -101,37 +104,39 @@ class _ParquetReader:
         parquet = stack.enter_context(_open(source))
         fields = [parquet.schema_arrow.field(name) for name in names]
         self._intervals = _intervals(parquet).intersection(names)
-        self._kinds = {field.name: plain(field.type) for field in fields} | dict.fromkeys(self._intervals, pa.string())
+        self._kinds = {field.name: row_type(field.type) for field in fields} | dict.fromkeys(
+            self._intervals, pa.string()
+        )
         typed = [field for field in fields if field.name not in self._intervals]
-        self._apart = [field.name for field in typed if field.type != self._kinds[field.name]]
+        self._with_dictionaries = [field.name for field in typed if field.type != self._kinds[field.name]]
         self._rows = [_ParquetRows(parquet, names)]
 
-    def take(self, start: int, count: int) -> pa.Table:
+    def take_rows(self, start: int, count: int) -> pa.Table:
         if not count:
             return pa.schema(list(self._kinds.items())).empty_table()
         try:
-            tables = [pa.Table.from_batches(rows.take(start, count)) for rows in self._rows]
+            tables = [pa.Table.from_batches(rows.take_batches(start, count)) for rows in self._rows]
         except pa.ArrowException:
-            if not self._apart or len(self._rows) > 1:
+            if not self._with_dictionaries or len(self._rows) > 1:
                 raise
-            self._read_apart()
-            return self.take(start, count)
-        found = {name: table.column(name) for table in tables for name in table.column_names}
-        found |= {name: interval_texts(found[name]) for name in self._intervals}
-        columns = [fit(found[name], kind) for name, kind in self._kinds.items()]
+            self._read_dictionaries_as_text()
+            return self.take_rows(start, count)
+        read = {name: table.column(name) for table in tables for name in table.column_names}
+        read |= {name: interval_texts(read[name]) for name in self._intervals}
+        columns = [fit_to_type(read[name], kind) for name, kind in self._kinds.items()]
         return table_of(columns, pa.schema(list(self._kinds.items())), count)
 
-    def _read_apart(self) -> None:
-        others = [name for name in self._kinds if name not in self._apart]
+    def _read_dictionaries_as_text(self) -> None:
+        others = [name for name in self._kinds if name not in self._with_dictionaries]
         typeless = self._stack.enter_context(_open(self._source, _without_arrow_types(self._source)))
         self._rows = [
             _ParquetRows(self._stack.enter_context(_open(self._source)), others),
-            _ParquetRows(typeless, self._apart),
+            _ParquetRows(typeless, self._with_dictionaries),
         ]
 
 
 def _without_arrow_types(source: Source) -> Any:
-    """The file's footer, in which Arrow does not find its own schema. The format: https://parquet.apache.org/docs."""
+    """Return the file's footer with Arrow's own schema hidden. The format: https://parquet.apache.org/docs."""
     end = source.read_at(source.opened.size - 8, 8)
     size = int.from_bytes(end[:4], "little")
     footer = source.read_at(source.opened.size - 8 - size, size).replace(b"ARROW:schema", b"arrow:schema")
@@ -139,7 +144,7 @@ def _without_arrow_types(source: Source) -> Any:
 
 
 class _ParquetRows:
-    """A cursor over a file's rows that only moves forward."""
+    """Forward-only cursor over a file's rows."""
 
     def __init__(self, parquet: Any, columns: list[str]) -> None:
         self._parquet = parquet
@@ -154,14 +159,14 @@ class _ParquetRows:
         self._batches: Iterator[pa.RecordBatch] | None = None
         self._rest: pa.RecordBatch | None = None
 
-    def take(self, start: int, count: int) -> list[pa.RecordBatch]:
+    def take_batches(self, start: int, count: int) -> list[pa.RecordBatch]:
         self._skip_to(start)
-        taken = []
+        batches = []
         while count:
             batch = self._next(count)
-            taken.append(batch)
+            batches.append(batch)
             count -= batch.num_rows
-        return taken
+        return batches
 
     def _skip_to(self, start: int) -> None:
         group = next(i for i, end in enumerate(self._ends) if start < end)
@@ -179,7 +184,7 @@ class _ParquetRows:
         assert self._batches is not None
         batch = self._rest if self._rest is not None else next(self._batches, None)
         if batch is None:
-            raise pa.ArrowInvalid("the file holds fewer rows than it says")
+            raise pa.ArrowInvalid("the file has fewer rows than its footer declares")
         self._rest = batch.slice(most) if batch.num_rows > most else None
         batch = batch.slice(0, most)
         self._position += batch.num_rows
@@ -187,7 +192,7 @@ class _ParquetRows:
 
 
 def _checked(table: pa.Table, schema: pa.Schema, text_json: Collection[str], url: str, start: int) -> RowBatch:
-    """A cell that is damaged becomes null and its row an error."""
+    """Validate cells: a damaged cell becomes null and its row an error."""
     batch = RowBatch(table)
     columns, fields = [], []
     for field in schema:
@@ -208,9 +213,9 @@ def _checked(table: pa.Table, schema: pa.Schema, text_json: Collection[str], url
 
 
 def _without_bad_cells(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, dict[int, str]]:
-    """The column with null for each cell that does not validate, and what is wrong with it.
+    """Return the column with null for each invalid cell, and the reasons by offset.
 
-    Cells are looked at in copies: a slice of nested values validates with all that its column holds.
+    Cells are checked in copies, because a slice of nested values validates everything its column holds.
     """
     bad: dict[int, str] = {}
     spans = [(0, len(column))]
@@ -224,18 +229,18 @@ def _without_bad_cells(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, dict[i
                 spans += [(start, middle), (middle, stop)]
             else:
                 bad[start] = "is not valid UTF-8" if "UTF8" in str(error) else f"cannot be read: {error}"
-    kept = [None if offset in bad else offset for offset in range(len(column))]
-    return column.take(pa.array(kept, pa.int64())), bad
+    indices = [None if offset in bad else offset for offset in range(len(column))]
+    return column.take(pa.array(indices, pa.int64())), bad
 
 
 def write(path: Path, table: pa.Table, compression: str | None) -> None:
-    """Equal tables give equal bytes, however they are cut into chunks in memory."""
+    """Write a table. Equal tables give equal bytes, however they are chunked in memory."""
     settings = {"version": "2.6", "row_group_size": _ROW_GROUP_ROWS, "write_statistics": True, "use_dictionary": True}
     pq.write_table(_canonical(table), path, compression=compression or "zstd", store_schema=True, **settings)
 
 
 def _canonical(table: pa.Table) -> pa.Table:
-    """One chunk per column; dictionaries in the order in which values first appear."""
+    """Return a table with one chunk per column and dictionaries in the order of first appearance."""
     for position, field in enumerate(table.schema):
         if pa.types.is_dictionary(field.type):
             plain = table.column(position).cast(field.type.value_type)

@@ -1,4 +1,7 @@
-"""Rows in and out: `scan` finds what there is, `stream` reads it in bounded memory, `write_rows` writes one part."""
+"""Rows in and out, in bounded memory.
+
+`scan_inputs` plans the input, `stream_rows` reads it, `write_rows` writes one part.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,9 @@ import pyarrow as pa
 from batchinfer.errors import InputError, SpecError, SpoolError
 from batchinfer.io import jsonl, parquet
 from batchinfer.io.cells import cells_of, fragments_of, json_cells_of, json_line_cells_of, line_cells_of
-from batchinfer.io.discover import Found, find_files
+from batchinfer.io.discover import FoundFile, find_files
 from batchinfer.io.inputs import IndexEntry, InputFile, Inputs, RowBatch, RowSpan
-from batchinfer.io.partitions import filled, own_schema, values_of, with_columns
+from batchinfer.io.partitions import add_partition_columns, add_partition_fields, own_schema, partition_values
 from batchinfer.io.seen_ids import SeenIds, repeated_lines
 from batchinfer.io.source import Source, Sources
 from batchinfer.io.unify import FileScan, unify
@@ -35,8 +38,8 @@ __all__ = [
     "RowBatch",
     "RowSpan",
     "rows_of",
-    "scan",
-    "stream",
+    "scan_inputs",
+    "stream_rows",
     "write_rows",
 ]
 
@@ -44,13 +47,13 @@ _SCAN_THREADS = 8
 _WRITE_ROWS = 1000
 
 
-def scan(spec: InputSpec, storage: StorageSpec, used: frozenset[str] = frozenset()) -> Inputs:
-    """Finds the files, counts their rows and finds the one schema that holds them all.
+def scan_inputs(spec: InputSpec, storage: StorageSpec, used: frozenset[str] = frozenset()) -> Inputs:
+    """Find the files, count their rows and unify their schemas.
 
     `used` are the columns that prompts need: files must agree in these and in those that are carried, no others.
-    Parquet files are known from their footers; lines are read once from end to end, unless a limit without a filter
-    needs fewer. A file without rows is no error.
-    Raises what `find_files` raises, and InputError (schema drift, damaged files).
+    Parquet files are planned from their footers; lines are read once from end to end, unless a limit without a filter
+    needs fewer. A file without rows is valid. Raises the errors of `find_files`, and InputError (schema drift, damaged
+    files).
     """
     sources = Sources(storage)
     files = list(enumerate(find_files(spec, sources)))
@@ -62,38 +65,38 @@ def scan(spec: InputSpec, storage: StorageSpec, used: frozenset[str] = frozenset
                 scans = list(pool.map(lambda file: _scan_file(sources, file[0], file[1], seen), files))
         twice = repeated_lines(seen, [scan.file.url for scan in scans])
     scans = [replace(scan, file=replace(scan.file, repeated=lines)) for scan, lines in zip(scans, twice, strict=True)]
-    return with_columns(unify(scans, used, spec.columns))
+    return add_partition_fields(unify(scans, used, spec.columns))
 
 
-def _first_rows(sources: Sources, files: list[tuple[int, Found]], limit: int, seen: SeenIds) -> Iterator[FileScan]:
+def _first_rows(sources: Sources, files: list[tuple[int, FoundFile]], limit: int, seen: SeenIds) -> Iterator[FileScan]:
     for number, file in files:
-        found = _scan_file(sources, number, file, seen, limit)
-        yield found
-        limit -= found.file.rows
+        file_scan = _scan_file(sources, number, file, seen, limit)
+        yield file_scan
+        limit -= file_scan.file.rows
         if not limit:
             return
 
 
-def _scan_file(sources: Sources, number: int, file: Found, seen: SeenIds, limit: int | None = None) -> FileScan:
+def _scan_file(sources: Sources, number: int, file: FoundFile, seen: SeenIds, limit: int | None = None) -> FileScan:
     with sources.open(file.url) as source:
         if file.format == "parquet":
             scanned = parquet.scan(source, limit)
         else:
             note_ids = partial(seen.add, number) if file.format == "openai-batch" else None
             scanned = jsonl.scan(source, file.format, limit, note_ids)
-    return replace(scanned, file=replace(scanned.file, partitions=values_of(file.path)))
+    return replace(scanned, file=replace(scanned.file, partitions=partition_values(file.path)))
 
 
-def stream(
+def stream_rows(
     inputs: Inputs, spans: Iterable[RowSpan], storage: StorageSpec, read_ahead: int = 2
 ) -> Iterator[tuple[RowSpan, RowBatch]]:
-    """The rows of spans, in the order given: files in any order, spans of one file ascending, gaps allowed.
+    """Yield the rows of spans, in the order given: files in any order, spans of one file ascending, gaps allowed.
 
-    One thread reads ahead by up to `read_ahead` spans, and pulls `spans` as it goes; memory holds that many, the one
-    that was yielded and the one being read. Closing the iterator stops the thread.
-    Raises InputError for a file that is not what `scan` saw, before or after its rows are read.
+    A thread reads ahead by up to `read_ahead` spans and consumes `spans` lazily; memory holds that many, the span last
+    yielded and the one being read. Closing the iterator stops the thread. Raises InputError for a file that changed
+    since `scan_inputs`, before or after its rows are read.
     """
-    return _ahead(_read(inputs, spans, Sources(storage)), read_ahead)
+    return _read_ahead(_read(inputs, spans, Sources(storage)), read_ahead)
 
 
 def _read(inputs: Inputs, spans: Iterable[RowSpan], sources: Sources) -> Iterator[tuple[RowSpan, RowBatch]]:
@@ -115,22 +118,22 @@ def _read_file(
         else:
             batches = jsonl.read(source, file, own, inputs.text_json, spans)
         if file.partitions:
-            batches = ((span, filled(batch, file, inputs.schema)) for span, batch in batches)
+            batches = ((span, add_partition_columns(batch, file, inputs.schema)) for span, batch in batches)
         yield from batches
     except InputError:
-        source.check(*changed)  # the reason, if it is one
+        source.check(*changed)  # a changed file is the better explanation
         raise
     source.check(*changed)
 
 
 class _End:
-    """What the reading thread puts last: the error that ended it, or None."""
+    """Last item of the reading thread: the error that ended it, or None."""
 
     def __init__(self, error: BaseException | None) -> None:
         self.error = error
 
 
-def _ahead(items: Iterator[T], depth: int) -> Iterator[T]:
+def _read_ahead(items: Iterator[T], depth: int) -> Iterator[T]:
     ready: queue.Queue[T | _End] = queue.Queue(max(depth, 1))
     stopped = threading.Event()
 
@@ -165,12 +168,12 @@ def _ahead(items: Iterator[T], depth: int) -> Iterator[T]:
             raise item.error
     finally:
         stopped.set()
-        # a request that hangs must not hold up a drain: the thread ends with it
+        # a hanging request must not delay a drain: the daemon thread ends with the process
         thread.join(timeout=1.0)
 
 
 def rows_of(table: pa.Table, columns: Iterable[str], text_json: Collection[str] = ()) -> list[dict[str, Any]]:
-    """The rows as Python values (`io.cells`), with JSON text parsed. A cell that Python cannot hold is Unheld."""
+    """Return the rows as Python values (`io.cells`), with JSON text parsed."""
     return _rows(table, {name: json_cells_of if name in text_json else cells_of for name in columns})
 
 
@@ -189,10 +192,12 @@ def write_rows(
     text_json: Collection[str] = (),
     own_json: Collection[str] = (),
 ) -> None:
-    """Write a part to local disk. Equal tables give equal bytes. `own_json`: columns of JSON that nobody need check.
+    """Write a part to local disk. Equal tables give equal bytes.
 
-    Lines carry JSON text as JSON, bytes in base64, times as ISO 8601, decimal numbers as text and, since JSON has no
-    such numbers, NaN and infinity as null. Raises SpoolError if the file cannot be written, and then leaves none.
+    `own_json`: columns of JSON text that needs no validation.
+
+    Lines carry JSON text as JSON, bytes in base64, times as ISO 8601, decimal numbers as text and, since JSON lacks
+    them, NaN and infinity as null. Raises SpoolError if the file cannot be written, and then leaves none.
     """
     try:
         if form == "parquet":

@@ -1,4 +1,4 @@
-"""Which ids were used twice, among any number: every line of an OpenAI batch has a `custom_id` of its own."""
+"""Detection of duplicate ids among any number: every line of an OpenAI batch needs its own `custom_id`."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from typing import NamedTuple
 import numpy as np
 
 from batchinfer.errors import InputError, SpoolError
-from batchinfer.io.storage import sweep
+from batchinfer.io.storage import remove_files
 from batchinfer.log import log
 
-MAX_REPEATED = 10_000  # lines of a file
+MAX_REPEATED = 10_000  # lines per file
 _PARTS = 64
 _NAMES = [f"ids-{part:02d}" for part in range(_PARTS)]
 _FILES = re.compile(r"ids-\d\d", re.ASCII)
 _ENTRY = np.dtype([("hash", "i8"), ("place", "u8")])
 _LINE_BITS = 40
-_AT_ONCE = 1 << 16  # ids in memory before they go to disk
+_BUFFERED_IDS = 1 << 16  # ids in memory before they are written to disk
 
 
 class IdPlace(NamedTuple):
-    """The ordinal of a line of a file, from 0."""
+    """A line of a file, by the ordinals of both, from 0."""
 
     file: int
     line: int
 
 
 class SeenIds:
-    """16 bytes each, on disk in parts by hash, of which one at a time is in memory; for use by several threads.
+    """On-disk set of ids, 16 bytes each, in partitions by hash of which one at a time is in memory; thread-safe.
 
-    `folder` is one in which nobody else keeps ids; default a temporary one. Ids are known by their hash of 64 bits:
-    among 100 million one pair is taken for equal with a probability of 0.0003. Raises SpoolError if they are not kept.
+    `folder` must be used by nothing else; default a temporary one. Ids are compared by 64-bit hash: among 100 million
+    ids the probability of a false duplicate is 0.0003. Raises SpoolError if the folder cannot be written.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -50,20 +50,20 @@ class SeenIds:
     def close(self) -> None:
         if self._ours is not None:
             with contextlib.suppress(OSError):
-                sweep(self._ours, _FILES)
-                self._ours.rmdir()  # unless other things are in it
+                remove_files(self._ours, _FILES)
+                self._ours.rmdir()  # fails if it holds other files
 
     def add(self, file: int, identities: Sequence[str], lines: Sequence[int]) -> None:
-        """The ids of some lines of a file."""
+        """Add the ids of some lines of a file."""
         first = file << _LINE_BITS
         with self._lock:
             self._hashes.extend(map(hash, identities))
             self._places.extend([first + line for line in lines])
-            if len(self._hashes) >= _AT_ONCE:
+            if len(self._hashes) >= _BUFFERED_IDS:
                 self._write()
 
     def repeated(self) -> Iterator[tuple[IdPlace, IdPlace]]:
-        """Every place whose id was used before, and where it was first: in the same file, if it is there twice."""
+        """Yield the place of every repeated id and of its first use, in the same file if it occurs there twice."""
         for hashes, places in self._parts():
             order = np.lexsort((places, hashes))
             hashes, places = hashes[order], places[order]
@@ -98,7 +98,7 @@ class SeenIds:
 
 
 def _begins(*columns: np.ndarray) -> np.ndarray:
-    """Where the run of equal entries begins that each entry is in."""
+    """Return, for each entry, the index at which its run of equal entries begins."""
     places = np.arange(len(columns[0]))
     changes = [np.concatenate([[True], column[1:] != column[:-1]])[: len(places)] for column in columns]
     return np.maximum.accumulate(np.where(np.logical_or.reduce(changes), places, 0))
@@ -109,12 +109,12 @@ def _place(number: np.uint64) -> IdPlace:
 
 
 def repeated_lines(seen: SeenIds, urls: Sequence[str]) -> list[tuple[tuple[int, int], ...]]:
-    """Of every file the lines that repeat an id of the same file, and the line that has it first.
+    """Return, for every file, pairs of a line that repeats an id of the same file and the first line with it.
 
-    Every file is a batch of its own: ids that files share are but told. Raises InputError where so many are repeated
-    that they cannot be ids.
+    Every file is a batch of its own: ids shared between files are only logged. Raises InputError for more than
+    MAX_REPEATED repetitions: such values are not ids.
     """
-    found: list[dict[int, int]] = [{} for _ in urls]
+    repeated: list[dict[int, int]] = [{} for _ in urls]
     shared = 0
     example = ""
     for again, first in seen.repeated():
@@ -122,13 +122,13 @@ def repeated_lines(seen: SeenIds, urls: Sequence[str]) -> list[tuple[tuple[int, 
             shared += 1
             example = example or f"{urls[first.file]}:{first.line} and {urls[again.file]}:{again.line}"
             continue
-        found[again.file][again.line] = first.line
-        if len(found[again.file]) > MAX_REPEATED:
-            lines = f"line {again.line} that of line {first.line}"
+        repeated[again.file][again.line] = first.line
+        if len(repeated[again.file]) > MAX_REPEATED:
+            lines = f"line {again.line} repeats line {first.line}"
             raise InputError(
-                f"{urls[again.file]}: more than {MAX_REPEATED:,} lines repeat a custom_id, as {lines}: "
-                "every request needs one of its own"
+                f"{urls[again.file]}: more than {MAX_REPEATED:,} lines repeat a custom_id ({lines}): "
+                "every request needs its own"
             )
     if shared:
-        log.warning("files share custom_ids, and so will their answers", lines=shared, example=example)
-    return [tuple(sorted(lines.items())) for lines in found]
+        log.warning("files share custom_ids, and so will their results", lines=shared, example=example)
+    return [tuple(sorted(lines.items())) for lines in repeated]

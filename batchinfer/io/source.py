@@ -1,4 +1,4 @@
-"""Input files as bytes at offsets, wherever they are, and whether they are still what was planned."""
+"""Random access to input files on any filesystem, and detection of changes since the plan."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _CACHED_BLOCKS = 32
 _ETAGS = ("ETag", "etag", "md5Hash", "generation", "content_md5", "LastModified", "last_modified", "mtime", "created")
 
 
-WHOLE, SAMPLED = "sha256:", "sampled:"  # how the content of a local file begins
+WHOLE, SAMPLED = "sha256:", "sampled:"  # prefixes of a local file's content identifier
 _WHOLE_BYTES = 64 << 20
 _SAMPLES = 64
 _SAMPLE_BYTES = 1 << 20
@@ -34,8 +34,10 @@ _PARQUET_END = b"PAR1"
 
 
 class Stat(NamedTuple):
-    """What a file was. `mark` is cheap to look up and another one whenever the file may have changed: of a local file
-    its inode and times, else the store's ETag. `content` is equal for equal files only, see `Source.content`.
+    """Version of a file.
+
+    `mark` is cheap to look up and changes whenever the file may have changed: inode and times of a local file, else the
+    store's ETag. `content` is equal for equal files only, see `Source.content`.
     """
 
     size: int
@@ -46,7 +48,7 @@ class Stat(NamedTuple):
 class Source(ABC):
     """One file. Close it; a local file is held open. Raises InputMissing, AccessDenied, StorageError.
 
-    `opened` is what it was when it was opened, without `content`. `local`: its content says what it is, not its mark.
+    `opened` is its version when it was opened, without `content`. `local`: content, not mark, identifies the file.
     """
 
     url: str
@@ -55,37 +57,37 @@ class Source(ABC):
 
     @abstractmethod
     def stat(self) -> Stat:
-        """What it is now."""
+        """Return the current version."""
 
     @abstractmethod
     def read_at(self, offset: int, length: int) -> bytes:
-        """Up to `length` bytes: fewer only at the end of the file."""
+        """Return up to `length` bytes: fewer only at the end of the file."""
 
     @abstractmethod
     def arrow(self) -> pa.NativeFile:
-        """For pyarrow's readers."""
+        """Return a file for pyarrow's readers."""
 
     @abstractmethod
     def close(self) -> None:
-        """Nothing can be read any more."""
+        """Release the file; nothing can be read afterwards."""
 
     @abstractmethod
     def content(self, like: str = "") -> str:
-        """What is in the file, looked at as for `like`, an earlier answer.
+        """Return an identifier of the file's current content, computed the same way as `like`, an earlier result.
 
-        Of a local file, as it is now, the hash of all its bytes, or, beyond 64 MB, of 64 samples of 1 MB and a Parquet
-        file's footer. Of others the store's ETag.
+        For a local file it is the hash of all its bytes or, beyond 64 MB, of 64 samples of 1 MB and a Parquet file's
+        footer. For other files it is the store's ETag.
         """
 
     def blocks(self, offset: int = 0) -> Iterator[bytes]:
-        """The content from `offset` to the end: fetched a few MB at a time, given in smaller pieces."""
+        """Yield the content from `offset` to the end: fetched a few MB at a time, yielded in smaller pieces."""
         while fetched := self.read_at(offset, _SEQUENTIAL_BYTES):
             for start in range(0, len(fetched), _PIECE_BYTES):
                 yield fetched[start : start + _PIECE_BYTES]
             offset += len(fetched)
 
     def same(self, planned: Stat, now: Stat | None = None) -> bool:
-        """Whether it is, or `now` was, the file that was planned: by its mark, or else by its content."""
+        """Return True if the file is, or `now` was, the planned version: by its mark, else by its content."""
         now = now or self.stat()
         if (now.size, now.mark) == (planned.size, planned.mark):
             return True
@@ -94,7 +96,7 @@ class Source(ABC):
         return self.content(planned.content) == planned.content
 
     def check(self, planned: Stat, when: str, now: Stat | None = None) -> None:
-        """Raises InputError if the file is not, or `now` no longer, the one that was planned."""
+        """Check that the file is, or `now` was, the planned version. Raises InputError otherwise."""
         now = now or self.stat()
         if not self.same(planned, now):
             sizes = f"{planned.size} bytes then, {now.size} now" if now.size != planned.size else "to other content"
@@ -108,6 +110,8 @@ class Source(ABC):
 
 
 class LocalSource(Source):
+    """A local file, held open."""
+
     local = True
 
     def __init__(self, url: str, path: Path) -> None:
@@ -121,14 +125,14 @@ class LocalSource(Source):
             raise translate(error, url) from error
 
     def stat(self) -> Stat:
-        # by path and not by descriptor: a file that was replaced has changed too
+        # by path, not by descriptor: a replaced file has changed too
         try:
             stat = self._path.stat()
         except OSError as error:
             raise translate(error, self.url) from error
         if not S_ISREG(stat.st_mode):
             raise refuse_stream(self.url)
-        # the time of change cannot be set back, as that of modification is by copies that keep it
+        # ctime cannot be set back; mtime can, as by copies that preserve it
         return Stat(stat.st_size, f"{stat.st_ino}-{stat.st_mtime_ns}-{stat.st_ctime_ns}")
 
     def read_at(self, offset: int, length: int) -> bytes:
@@ -138,13 +142,13 @@ class LocalSource(Source):
             raise translate(error, self.url) from error
 
     def content(self, like: str = "") -> str:
-        with LocalSource(self.url, self._path) as now:  # as `stat`: what has the name
+        with LocalSource(self.url, self._path) as now:  # opened by name, as in `stat`
             if like.startswith(SAMPLED) or (not like and now.opened.size > _WHOLE_BYTES):
                 return SAMPLED + hash_of(_samples(now))
             return WHOLE + hash_of(now.blocks())
 
     def arrow(self) -> pa.NativeFile:
-        return pa.OSFile(os.fsencode(self._path), "rb")  # the bytes of the name, whatever they are
+        return pa.OSFile(os.fsencode(self._path), "rb")  # as bytes, which need not be UTF-8
 
     def close(self) -> None:
         if self._descriptor >= 0:
@@ -160,7 +164,10 @@ def hash_of(pieces: Iterable[bytes]) -> str:
 
 
 def _samples(source: Source) -> Iterator[bytes]:
-    """Evenly spaced, the first and the last bytes among them, and the footer, which has all sizes and statistics."""
+    """Yield evenly spaced samples, including the first and last bytes.
+
+    A Parquet footer is included, because it holds all sizes and statistics.
+    """
     size = source.opened.size
     last = max(size - _SAMPLE_BYTES, 0)
     yield size.to_bytes(8, "little")
@@ -172,7 +179,7 @@ def _samples(source: Source) -> Iterator[bytes]:
 
 
 class RemoteSource(Source):
-    """Every read is one range request with its own retries; nothing stays open between them."""
+    """A remote file: every read is one range request with its own retries; nothing stays open between them."""
 
     local = False
 
@@ -205,11 +212,14 @@ class RemoteSource(Source):
         return pa.PythonFile(_Seekable(self, self.opened.size), mode="r")
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Do nothing: no connection is held open."""
 
 
 class _Seekable(io.RawIOBase):
-    """A remote file for pyarrow, which reads small pieces of many columns: whole blocks are fetched and a few kept."""
+    """Seekable remote file for pyarrow.
+
+    Pyarrow reads small pieces of many columns, so whole blocks are fetched and kept in an LRU cache.
+    """
 
     def __init__(self, source: RemoteSource, size: int) -> None:
         self._source = source
@@ -257,7 +267,7 @@ class _Seekable(io.RawIOBase):
 
 
 class Sources:
-    """Opens files and finds them; one filesystem per protocol. May be used from several threads."""
+    """Factory of sources and trees, with one filesystem per protocol. Thread-safe."""
 
     def __init__(self, options: StorageSpec) -> None:
         self._options = options
@@ -271,7 +281,7 @@ class Sources:
         return RemoteSource(url, self._filesystem(url), self._retry)
 
     def tree(self, url: str) -> Tree:
-        """The filesystem that a URL is of."""
+        """Return the filesystem tree of a URL."""
         if local_path(url) is not None:
             return LocalTree(as_urls=is_file_url(url))
         return RemoteTree(self._filesystem(url), self._retry)

@@ -1,8 +1,8 @@
-"""Where results and records are kept: whole objects below one directory or URL prefix.
+"""Store of results and records: whole objects below one directory or URL prefix.
 
-Everything is written whole: locally into a temporary file that then takes its name, elsewhere in one upload. Names are
-relative and use `/`. Names whose last component begins with a dot belong to this module and are never listed.
-All methods may be called from several threads.
+Objects are written whole: locally into a temporary file that is then renamed, elsewhere in one upload. Names are
+relative and use `/`. Names whose last component begins with a dot belong to this module and are never listed. All
+methods are thread-safe.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from batchinfer.spec import StorageSpec
 
 TRANSFER_BYTES = 16 << 20
 _TEMPORARY = ".tmp"
-_OWN = re.compile("batchinfer-[0-9a-f]{32}")  # our temporary files: whatever else lies beside them is not touched
+_OWN = re.compile("batchinfer-[0-9a-f]{32}")  # our temporary files: no other file beside them is touched
 _STALE_S = 900.0
-# filesystems whose mode="create" is one atomic request; fsspec's generic one looks first and then writes
+# filesystems whose mode="create" is one atomic request; fsspec's generic one checks first and then writes
 _CONDITIONAL = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "memory"})
 _NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 
 
 class Listed(NamedTuple):
-    """An object as a listing shows it. `mark` changes with the content (an ETag); None where the store has none."""
+    """An object in a listing. `mark` changes with the content (an ETag); None if the store has none."""
 
     name: str
     size: int  # bytes
@@ -47,7 +47,7 @@ class Listed(NamedTuple):
 class Store(ABC):
     """Objects below `url`. Raises AccessDenied, InputMissing (bucket gone), StorageError; see io.filesystem."""
 
-    batch = 1  # names for one read_many
+    batch = 1  # names per concurrent read_many
 
     def __init__(self, url: str, retry: Retry) -> None:
         self.url = url
@@ -55,24 +55,24 @@ class Store(ABC):
 
     @classmethod
     def open(cls, url: str, options: StorageSpec) -> Store:
-        """The store of a path or URL. Nothing is contacted or created yet."""
+        """Return the store of a path or URL. Nothing is contacted or created yet."""
         path = local_path(url)
         return LocalStore(url, path) if path is not None else RemoteStore(url, options)
 
     @abstractmethod
     def read(self, name: str) -> bytes | None:
-        """The object's content, None if there is none."""
+        """Return the object's content, None if it does not exist."""
 
     def read_many(self, names: Sequence[str]) -> list[bytes | None]:
-        """The content of each, in order. `batch` is how many this asks for at once; more are read by several calls."""
+        """Return the content of each object, in order. At most `batch` names are read concurrently."""
         return [self.read(name) for name in names]
 
     @abstractmethod
     def scan(self, prefix: str = "") -> Iterator[Listed]:
-        """The objects whose names begin with `prefix`, in no order, as they are when the listing comes to them."""
+        """Yield the objects whose names begin with `prefix`, in no order, as they are when the listing reaches them."""
 
     def find(self, prefix: str = "") -> dict[str, int]:
-        """Names that begin with `prefix`, and their sizes in bytes, as they are now, sorted."""
+        """Return the current names that begin with `prefix` and their sizes in bytes, sorted."""
         return dict(sorted((entry.name, entry.size) for entry in self.scan(prefix)))
 
     @abstractmethod
@@ -85,28 +85,28 @@ class Store(ABC):
 
     @abstractmethod
     def get_file(self, name: str, local: Path) -> None:
-        """Download the object into a file. Raises InputMissing if there is none."""
+        """Download the object into a file. Raises InputMissing if it does not exist."""
 
     @abstractmethod
     def delete(self, names: Iterable[str]) -> None:
-        """Remove objects; those that are not there are no error."""
+        """Delete objects; missing ones are ignored."""
 
     @abstractmethod
     def _create(self, name: str, data: bytes) -> bool:
-        """Write the object unless it exists; False if it does."""
+        """Write the object unless it exists. Return False if it does."""
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
-        """True: the object is there with exactly this content. False: it is there with other content.
+        """Return True if the object now exists with exactly this content, False if it exists with other content.
 
-        An attempt whose response was lost is followed by a refusal although the object is ours: hence the comparison.
+        The comparison is needed because a retry after a lost response is refused although the object is ours.
         """
         assert data, "an empty object skips the condition in some clients"
         return self._create(name, data) or self.read(name) == data
 
     def is_conditional(self, name: str) -> bool:
-        """Whether this store refuses to replace an object on request: tries it with one that is there.
+        """Return True if this store can refuse to replace an object; tested with the existing object `name`.
 
-        Its own content is put, so that nothing changes. Also shows that we may write.
+        Its own content is written, so nothing changes. The test also proves that writing is permitted.
         """
         data = self.read(name)
         return data is not None and not self._create(name, data)
@@ -116,7 +116,7 @@ class Store(ABC):
 
 
 class LocalStore(Store):
-    """A directory. Temporary files live in its `.tmp`, so that a kill leaves nothing beside the results."""
+    """A directory. Temporary files are in its `.tmp`, so that a kill leaves nothing beside the results."""
 
     def __init__(self, url: str, root: Path) -> None:
         super().__init__(url, Retry(""))
@@ -129,7 +129,7 @@ class LocalStore(Store):
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            raise self._explained(error, name) from error
+            raise self._to_our_error(error, name) from error
 
     def scan(self, prefix: str = "") -> Iterator[Listed]:
         for name in self._names(prefix.rpartition("/")[0]):
@@ -139,7 +139,7 @@ class LocalStore(Store):
                 except FileNotFoundError:  # deleted meanwhile
                     continue
                 except OSError as error:
-                    raise self._explained(error, name) from error
+                    raise self._to_our_error(error, name) from error
                 yield Listed(name, size, None)
 
     def _names(self, folder: str) -> Iterator[str]:
@@ -149,7 +149,7 @@ class LocalStore(Store):
             folders[:] = [name for name in folders if not name.startswith(".")]
             below = parent[len(root) :].replace(os.sep, "/").strip("/")
             links = [name for name in folders if os.path.islink(os.path.join(parent, name))]  # noqa: PTH114, PTH118
-            names = (name for name in (*files, *links) if not name.startswith("."))  # a link is not followed
+            names = (name for name in (*files, *links) if not name.startswith("."))  # links are listed, not followed
             yield from (f"{below}/{name}" if below else name for name in names)
 
     def _walk_error(self, error: OSError) -> None:
@@ -159,26 +159,26 @@ class LocalStore(Store):
     def put(self, name: str, data: bytes) -> None:
         with self._temporary(name) as temporary:
             _write(temporary, data)
-            self._take_name(temporary, name)
+            self._move_to(temporary, name)
 
     def put_file(self, name: str, local: Path) -> None:
         with self._temporary(name) as temporary:
             shutil.copyfile(local, temporary)
             _sync(temporary)
-            self._take_name(temporary, name)
+            self._move_to(temporary, name)
 
     def get_file(self, name: str, local: Path) -> None:
         try:
             shutil.copyfile(self._root / name, local)
         except OSError as error:
-            raise self._explained(error, name) from error
+            raise self._to_our_error(error, name) from error
 
     def delete(self, names: Iterable[str]) -> None:
         for name in names:
             try:
                 (self._root / name).unlink(missing_ok=True)
             except OSError as error:
-                raise self._explained(error, name) from error
+                raise self._to_our_error(error, name) from error
 
     def _create(self, name: str, data: bytes) -> bool:
         final = self._root / name
@@ -195,21 +195,23 @@ class LocalStore(Store):
             _sync(final.parent)
             return True
 
-    def _take_name(self, temporary: Path, name: str) -> None:
+    def _move_to(self, temporary: Path, name: str) -> None:
         final = self._root / name
-        if final.is_symlink():  # no object of ours is one
+        if final.is_symlink():  # none of our objects is a link
             raise FileExistsError(errno.EEXIST, "a link")
         temporary.replace(final)
         _sync(final.parent)
 
-    def _explained(self, error: OSError, name: str) -> BatchInferError:
+    def _to_our_error(self, error: OSError, name: str) -> BatchInferError:
         if isinstance(error, IsADirectoryError | NotADirectoryError | FileExistsError):
-            return OutputConflict(f"{self._url(name)}: something else is in the way ({error.strerror}): move it away")
+            return OutputConflict(
+                f"{self._url(name)}: another file or folder is in the way ({error.strerror}): move it away"
+            )
         return translate(error, self._url(name))
 
     @contextlib.contextmanager
     def _temporary(self, name: str) -> Iterator[Path]:
-        """A path for a temporary file that is gone afterwards; the parent of `name` exists."""
+        """Yield the path of a temporary file, removed afterwards; create the parent of `name`."""
         folder = self._root / _TEMPORARY
         path = folder / f"batchinfer-{uuid.uuid4().hex}"
         try:
@@ -218,38 +220,38 @@ class LocalStore(Store):
             self._sweep(folder)
             yield path
         except OSError as error:
-            raise self._explained(error, name) from error
+            raise self._to_our_error(error, name) from error
         finally:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
 
     def remove_folders(self, names: Iterable[str]) -> None:
-        """Remove those of these folders in which nothing is, and all temporary files: nobody writes here any more."""
-        sweep(self._root / _TEMPORARY, _OWN)
+        """Remove all temporary files and those of these folders that are empty; for use when nobody writes any more."""
+        remove_files(self._root / _TEMPORARY, _OWN)
         for name in (_TEMPORARY, *names):
             with contextlib.suppress(OSError):
                 (self._root / name).rmdir()
 
     def _sweep(self, folder: Path) -> None:
-        """Remove what killed processes left, once; a file that is being written is younger."""
+        """Remove the leftovers of killed processes, once; files still being written are younger."""
         if not self._swept:
             self._swept = True
-            sweep(folder, _OWN, time.time() - _STALE_S)
+            remove_files(folder, _OWN, time.time() - _STALE_S)
 
 
-def sweep(folder: Path, names: re.Pattern[str], before: float = math.inf) -> None:
-    """Remove the files of a folder that are called so and were last written `before` (Unix time, s), and no others."""
+def remove_files(folder: Path, names: re.Pattern[str], before: float = math.inf) -> None:
+    """Remove only files of a folder whose names match and that were last written `before` (Unix time, s)."""
     if not folder.is_dir():
         return
     for path in [path for path in folder.iterdir() if names.fullmatch(path.name)]:
-        with contextlib.suppress(OSError):  # gone meanwhile, or another user's
+        with contextlib.suppress(OSError):  # already gone, or another user's
             status = path.lstat()
             if stat.S_ISREG(status.st_mode) and status.st_mtime < before:
                 path.unlink()
 
 
 def check_names(url: str, folders: Iterable[str], files: Iterable[str]) -> None:
-    """Raises OutputConflict if a file stands in the store where a folder goes, or the other way; only folders can."""
+    """Raise OutputConflict if a file is in the place of a folder or the other way round; only local folders can be."""
     root = local_path(url)
     if root is not None:
         try:
@@ -262,13 +264,13 @@ def _check_names(root: Path, folders: Iterable[str], files: Iterable[str]) -> No
     above = next(path for path in (root, *root.absolute().parents) if os.path.lexists(path))
     for path in (above, *(root / name for name in folders)):
         if os.path.lexists(path) and not path.is_dir():
-            raise OutputConflict(f"{path}: is not a folder, and one is needed there: use another place")
+            raise OutputConflict(f"{path}: is not a folder, but the output needs one there: use another path")
     for path in (root / name for name in files):
         if os.path.lexists(path) and not path.is_file():
-            raise OutputConflict(f"{path}: is not a file, and one is to be written there: use another place")
+            raise OutputConflict(f"{path}: is not a file, but the output needs one there: use another path")
     temporary = root / _TEMPORARY
     if temporary.is_symlink() or (temporary.exists() and not temporary.is_dir()):
-        raise OutputConflict(f"{temporary}: is not a folder, and temporary files go there: use another place")
+        raise OutputConflict(f"{temporary}: is not a folder, but temporary files go there: use another path")
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -279,7 +281,7 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _create_exclusive(path: Path, data: bytes) -> bool:
-    """For filesystems without hard links. A crash within may leave a short file, which a reader has to notice."""
+    """Create a file on filesystems without hard links. A crash may leave a short file, which readers must detect."""
     try:
         file = path.open("xb")
     except FileExistsError:
@@ -290,7 +292,7 @@ def _create_exclusive(path: Path, data: bytes) -> bool:
             file.flush()
             os.fsync(file.fileno())
     except BaseException:
-        path.unlink()  # no room, say: as a short object it would stand in the way for ever
+        path.unlink()  # as when the disk is full: a short object would block the name forever
         raise
     return True
 
@@ -304,7 +306,7 @@ def _sync(path: Path) -> None:
 
 
 class RemoteStore(Store):
-    """A prefix on an fsspec filesystem. `retry.total_s` bounds how long a call keeps trying."""
+    """A prefix on an fsspec filesystem. `retry.total_s` bounds the retries of a call."""
 
     def __init__(self, url: str, options: StorageSpec) -> None:
         place = f" (endpoint {options.endpoint})" if options.endpoint else ""
@@ -312,7 +314,7 @@ class RemoteStore(Store):
         self._protocol = protocol_of(url)
         self._filesystem = connect(url, options)
         self._root = str(self._filesystem._strip_protocol(url)).rstrip("/")
-        # with one connection s3fs asks for the object itself and not for its size first
+        # with one connection s3fs reads the object directly instead of asking for its size first
         self.batch = 32 if self._filesystem.async_impl else 1
         self._whole = {"max_concurrency": 1} if self._s3 else {}
 
@@ -321,7 +323,7 @@ class RemoteStore(Store):
         try:
             data: bytes = self._call(name, lambda: self._filesystem.cat_file(path, **self._whole))
         except FileNotFoundError as error:
-            self._bucket_gone(error)
+            self._raise_if_bucket_gone(error)
             return None
         return data
 
@@ -334,29 +336,29 @@ class RemoteStore(Store):
             reads = (self._filesystem._cat_file(self._path(name), **self._whole) for name in names)
             return await asyncio.gather(*reads, return_exceptions=True)
 
-        # one call for all costs half of what a thread for each does; what fails is asked for again by itself
-        found = sync(self._filesystem.loop, read_all)
-        return [data if isinstance(data, bytes) else self.read(name) for name, data in zip(names, found, strict=True)]
+        # one concurrent call costs half of a thread per object; failed reads are retried one by one
+        results = sync(self._filesystem.loop, read_all)
+        return [data if isinstance(data, bytes) else self.read(name) for name, data in zip(names, results, strict=True)]
 
     def scan(self, prefix: str = "") -> Iterator[Listed]:
         try:
-            for path, info in self._pages(prefix) if self._s3 else self._found(prefix):
+            for path, info in self._list_pages(prefix) if self._s3 else self._list_all(prefix):
                 name = path[len(self._root) + 1 :] if path.startswith(f"{self._root}/") else ""
-                # a key that ends in "/" is what some consoles create for a folder
+                # some consoles create a key that ends in "/" for a folder
                 hidden = name.rpartition("/")[2].startswith(".") or name.endswith("/")
                 if name and name.startswith(prefix) and not hidden:
                     mark = info.get("ETag") or info.get("etag")
                     yield Listed(name, int(info["size"]), str(mark).strip('"') if mark else None)
         except FileNotFoundError as error:
-            self._bucket_gone(error)
+            self._raise_if_bucket_gone(error)
 
-    def _found(self, prefix: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _list_all(self, prefix: str) -> Iterator[tuple[str, dict[str, Any]]]:
         folder = f"{self._root}/{prefix.rpartition('/')[0]}".rstrip("/")
         listing = self._call(prefix, lambda: self._filesystem.find(folder, detail=True))
         return ((path, info) for path, info in listing.items() if info.get("type") != "directory")
 
-    def _pages(self, prefix: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Page by page: s3fs's own listing keeps a kilobyte for each object until the last one is known."""
+    def _list_pages(self, prefix: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield objects page by page, because s3fs's own listing keeps a kilobyte per object until its end."""
         bucket, folder, _ = self._filesystem.split_path(f"{self._root}/")
         where = {"Bucket": bucket, "Prefix": f"{folder.strip('/')}/{prefix}".lstrip("/")}
         while True:
@@ -412,18 +414,18 @@ class RemoteStore(Store):
 
     def _write(self, name: str, action: Callable[..., Any]) -> Any:
         path = self._path(name)
-        if not self._s3:  # object stores have no folders; other filesystems want them first
+        if not self._s3:  # object stores have no folders; other filesystems need them first
             self._checked(name, lambda: self._filesystem.makedirs(path.rpartition("/")[0], exist_ok=True))
         return self._checked(name, lambda: action(path))
 
     def _call(self, name: str, action: Callable[..., Any]) -> Any:
-        """With retries and translated errors, except FileNotFoundError."""
+        """Call with retries and translated errors, except FileNotFoundError."""
         return self.retry(self._url(name), action, passes=(FileNotFoundError,))
 
     def _checked(self, name: str, action: Callable[..., Any]) -> Any:
         return self.retry(self._url(name), action)
 
-    def _bucket_gone(self, error: FileNotFoundError) -> None:
-        """Raises InputMissing if it is the bucket that is not there, and not just the object."""
+    def _raise_if_bucket_gone(self, error: FileNotFoundError) -> None:
+        """Raise InputMissing if the bucket does not exist, rather than just the object."""
         if bucket_missing(error):
             raise translate(error, self.url, self.retry.place) from error

@@ -1,6 +1,6 @@
-"""What lies on a filesystem by name: whether a name is a file or a folder, what a folder holds, what a glob matches.
+"""Read access to a filesystem by name: kinds of names, folder contents, globs.
 
-Paths are as the filesystem spells them; `url` gives the name by which a path is opened again, and that name alone.
+Paths are as the filesystem spells them; `url` returns the name that opens exactly this path again.
 """
 
 from __future__ import annotations
@@ -20,49 +20,52 @@ Kind = Literal["file", "folder", "stream"]
 
 
 class Tree(ABC):
-    """Raises AccessDenied and StorageError, as everything that looks at storage does."""
+    """Names on one filesystem. Raises AccessDenied and StorageError, as all storage access does."""
 
     place = ""  # appended to messages: which endpoint
 
     @abstractmethod
     def path(self, url: str) -> str:
-        """The path that a URL names."""
+        """Return the path of a URL."""
 
     @abstractmethod
     def pattern(self, url: str) -> str:
-        """The glob that a URL is."""
+        """Return the URL as a glob."""
 
     @abstractmethod
     def kind(self, path: str) -> Kind | None:
-        """What is there under exactly this name; None for nothing."""
+        """Return the kind of the entry with exactly this name; None if there is none."""
 
     @abstractmethod
     def below(self, folder: str) -> Iterator[str]:
-        """The files at any depth, relative to the folder; of a hidden folder at least its name, with a "/" behind."""
+        """Yield the files at any depth, relative to the folder.
+
+        Of a hidden folder, yield at least its name with a trailing "/".
+        """
 
     @abstractmethod
     def glob(self, pattern: str) -> Iterator[tuple[str, Kind]]:
-        """What matches. `glob.escape` makes a part of the pattern stand for itself."""
+        """Yield the matches and their kinds. `glob.escape` makes a part of the pattern literal."""
 
     @abstractmethod
     def url(self, path: str) -> str:
-        """What opens exactly this file."""
+        """Return the name that opens exactly this file."""
 
 
 def refuse_stream(url: str) -> UsageError:
     return UsageError(
-        f"{url}: a pipe or device can be read only once, and a job reads its input to count it, to run it, and again "
-        "when it continues after a stop: write the rows to a file, and give that"
+        f"{url}: a pipe or device can be read only once, but a job reads its input to count it, to run it, and again "
+        "when it resumes after a stop: write the rows to a file and use that file"
     )
 
 
 def hidden(name: str) -> bool:
-    """Whether a file or folder is no data by its name, as in Spark: `_SUCCESS`, `.part.crc`, but not `_year=2024`."""
+    """Return True if the name marks metadata, as in Spark: `_SUCCESS`, `.part.crc`, but not `_year=2024`."""
     return name.startswith(".") or (name.startswith("_") and "=" not in name)
 
 
 class LocalTree(Tree):
-    """`as_urls`: files are to be named as file:// URLs, as the pattern was."""
+    """The local filesystem. `as_urls`: return files as file:// URLs, because the pattern was one."""
 
     def __init__(self, as_urls: bool) -> None:
         self._as_urls = as_urls
@@ -75,11 +78,11 @@ class LocalTree(Tree):
 
     def kind(self, path: str) -> Kind | None:
         try:
-            mode = os.stat(path).st_mode  # noqa: PTH116 - Path would alter the name: "./a" is "a" for it
+            mode = os.stat(path).st_mode  # noqa: PTH116 - Path would alter the name: "./a" becomes "a"
         except PermissionError as error:
             raise translate(error, path) from error
         except (OSError, ValueError):
-            return "file" if os.path.lexists(path) else None  # opening it says what is wrong
+            return "file" if os.path.lexists(path) else None  # opening it raises the error
         return "folder" if S_ISDIR(mode) else "file" if S_ISREG(mode) else "stream"
 
     def below(self, folder: str) -> Iterator[str]:
@@ -93,7 +96,7 @@ class LocalTree(Tree):
         except OSError as error:
             raise translate(error, folder) from error
         here = (status.st_dev, status.st_ino)
-        if here in above:  # a link to a folder that it lies in
+        if here in above:  # a link to one of its own parent folders
             return
         for entry in ordered:
             name = prefix + entry.name
@@ -116,11 +119,11 @@ class LocalTree(Tree):
             yield path, "folder" if self.kind(path) == "folder" else "file"
 
     def url(self, path: str) -> str:
-        return file_url(path) if self._as_urls or not _plain(path) else path
+        return file_url(path) if self._as_urls or not _is_unambiguous(path) else path
 
 
 def _refuse_closed(pattern: str) -> None:
-    """Raises PermissionError if the folder where a glob begins to match may not be read, which glob takes for empty."""
+    """Raise PermissionError if a glob's first folder is unreadable: `glob` treats such a folder as empty."""
     parts = pattern.split("/")
     literal = next((number for number, part in enumerate(parts) if glob.has_magic(part)), len(parts))
     folder = "/".join(parts[:literal]) or ("/" if pattern.startswith("/") else ".")
@@ -128,12 +131,14 @@ def _refuse_closed(pattern: str) -> None:
         pass
 
 
-def _plain(path: str) -> bool:
-    """Whether the path means itself where a path or URL may stand, and can be written in UTF-8."""
+def _is_unambiguous(path: str) -> bool:
+    """Return True if the path is unambiguous as a path or URL and can be encoded in UTF-8."""
     return not path.startswith(("~", "file:")) and "://" not in path and path.isprintable()
 
 
 class RemoteTree(Tree):
+    """An fsspec filesystem."""
+
     def __init__(self, filesystem: Any, retry: Retry) -> None:
         self._filesystem = filesystem
         self._retry = retry
@@ -153,16 +158,16 @@ class RemoteTree(Tree):
         return "folder" if info.get("type") == "directory" else "file"
 
     def below(self, folder: str) -> Iterator[str]:
-        found = self._retry(folder, lambda: self._filesystem.find(folder, detail=True))
+        listing = self._retry(folder, lambda: self._filesystem.find(folder, detail=True))
         prefix = f"{folder.rstrip('/')}/"
-        for path, info in sorted(found.items()):
-            # a key that ends in "/" is what some consoles create for a folder
+        for path, info in sorted(listing.items()):
+            # some consoles create a key that ends in "/" for a folder
             if path.startswith(prefix) and not path.endswith("/") and info.get("type") != "directory":
                 yield path[len(prefix) :]
 
     def glob(self, pattern: str) -> Iterator[tuple[str, Kind]]:
-        found = self._retry(pattern, lambda: self._filesystem.glob(pattern, detail=True))
-        for path, info in found.items():
+        matches = self._retry(pattern, lambda: self._filesystem.glob(pattern, detail=True))
+        for path, info in matches.items():
             if info.get("type") == "directory":
                 yield path.rstrip("/"), "folder"
             elif not path.endswith("/"):

@@ -1,8 +1,8 @@
-"""Column types: which of them hold the same values, and columns from one to another.
+"""Column types: the common type of two columns, and conversion of columns between types.
 
-Files of one job may write a column in several ways: integers of other widths, text as string, large_string or
-dictionary, structs with other fields. Rows keep the type of their file, in its plain form, so that nothing about a
-value depends on another file; only a Parquet part needs the one type that holds all.
+Files of one job may store a column in several ways: integers of different widths, text as string, large_string or
+dictionary, structs with different fields. Rows keep the type of their file (`row_type`), so that a value never
+depends on another file; only a Parquet part needs the one type that holds all values.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ _FLOATS = [pa.float16(), pa.float32(), pa.float64()]
 
 
 def is_json(kind: pa.DataType) -> bool:
-    """Arrow's JSON type, which is also how Parquet's logical type JSON reads: each cell is the text of a JSON value."""
+    """Return True for Arrow's JSON type, whose cells are the text of a JSON value.
+
+    Parquet's logical type JSON is read as this type.
+    """
     return isinstance(kind, pa.JsonType)
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Text in any form: dictionaries and the bytes of it included."""
+    """Return True for text in any form, including dictionaries and bytes."""
     types = pa.types
     kind = kind.value_type if types.is_dictionary(kind) else kind
     bytes_ = types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
@@ -33,28 +36,29 @@ def is_text(kind: pa.DataType) -> bool:
 
 
 def is_listed(kind: pa.DataType) -> bool:
-    """A list in any form."""
+    """Return True for a list in any form."""
     types = pa.types
     views = types.is_list_view(kind) or types.is_large_list_view(kind)
     return bool(views or types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind))
 
 
-def plain(kind: pa.DataType) -> pa.DataType:
-    """The type that rows have: strings and lists for views, which Arrow lacks most functions for, and for dictionaries
-    their values, since each row group has a dictionary of its own.
+def row_type(kind: pa.DataType) -> pa.DataType:
+    """Return the type of rows: strings and lists instead of views, and values instead of dictionaries.
+
+    Arrow lacks most functions for views, and each row group has its own dictionary.
     """
-    return _replaced(kind, lambda part: part.value_type if pa.types.is_dictionary(part) else _without_view(part))
+    return _map_type(kind, lambda part: part.value_type if pa.types.is_dictionary(part) else _without_view(part))
 
 
-def lasting(kind: pa.DataType) -> pa.DataType:
-    """The type that a Parquet part has: dictionaries stay, with room for the values of all row groups of a chunk."""
+def part_type(kind: pa.DataType) -> pa.DataType:
+    """Return the type of a Parquet part: dictionaries stay, with indices wide enough for a chunk's row groups."""
 
     def other(part: pa.DataType) -> pa.DataType:
         if pa.types.is_dictionary(part):
             return pa.dictionary(pa.int32(), part.value_type, part.ordered)
         return _without_view(part)
 
-    return _replaced(kind, other)
+    return _map_type(kind, other)
 
 
 def _without_view(kind: pa.DataType) -> pa.DataType:
@@ -63,11 +67,11 @@ def _without_view(kind: pa.DataType) -> pa.DataType:
     return pa.large_list(kind.value_field) if pa.types.is_large_list_view(kind) else _VIEWS.get(kind, kind)
 
 
-def _replaced(kind: pa.DataType, other: Callable[[pa.DataType], pa.DataType]) -> pa.DataType:
-    """The type with `other` of every part of it, at any depth."""
+def _map_type(kind: pa.DataType, other: Callable[[pa.DataType], pa.DataType]) -> pa.DataType:
+    """Return the type with `other` applied to every part of it, at any depth."""
 
     def inner(field: pa.Field) -> pa.Field:
-        return field.with_type(_replaced(field.type, other))
+        return field.with_type(_map_type(field.type, other))
 
     kind = other(kind)
     if pa.types.is_struct(kind):
@@ -81,17 +85,17 @@ def _replaced(kind: pa.DataType, other: Callable[[pa.DataType], pa.DataType]) ->
     return pa.large_list(inner(kind.value_field)) if pa.types.is_large_list(kind) else kind
 
 
-def common(first: pa.DataType, second: pa.DataType) -> pa.DataType | None:
-    """The one type that holds the values of both as they are; None where they differ in more than their form.
+def common_type(first: pa.DataType, second: pa.DataType) -> pa.DataType | None:
+    """Return the one type that holds the values of both without change, or None if there is none.
 
-    Integers join with integers and fractions with fractions, but not one with the other, nor numbers with text.
+    Integers combine with integers and floats with floats, but not one with the other, nor numbers with text.
     """
     if first == second or pa.types.is_null(second):
         return first
     if pa.types.is_null(first):
         return second
     if pa.types.is_dictionary(first) or pa.types.is_dictionary(second):
-        return common(*(kind.value_type if pa.types.is_dictionary(kind) else kind for kind in (first, second)))
+        return common_type(*(kind.value_type if pa.types.is_dictionary(kind) else kind for kind in (first, second)))
     pair = {first, second}
     if pair == _TEXTS:
         return pa.string()
@@ -117,11 +121,11 @@ def _common_number(first: pa.DataType, second: pa.DataType) -> pa.DataType | Non
 
 def _common_nested(first: pa.DataType, second: pa.DataType) -> pa.DataType | None:
     if is_listed(first) and is_listed(second):
-        value = common(first.value_type, second.value_type)
+        value = common_type(first.value_type, second.value_type)
         large = pa.types.is_large_list(first) and pa.types.is_large_list(second)
         return None if value is None else pa.large_list(value) if large else pa.list_(value)
     if pa.types.is_map(first) and pa.types.is_map(second):
-        key, item = common(first.key_type, second.key_type), common(first.item_type, second.item_type)
+        key, item = common_type(first.key_type, second.key_type), common_type(first.item_type, second.item_type)
         return pa.map_(key, item) if key is not None and item is not None else None
     if pa.types.is_struct(first) and pa.types.is_struct(second):
         return _common_struct(first, second)
@@ -129,21 +133,24 @@ def _common_nested(first: pa.DataType, second: pa.DataType) -> pa.DataType | Non
 
 
 def _common_struct(first: pa.StructType, second: pa.StructType) -> pa.DataType | None:
-    """Fields by name, those of the first in their order, then the others. A field that one lacks is null there."""
+    """Merge the fields by name, those of the first in their order, then the rest.
+
+    A field that one side lacks is null there.
+    """
     kinds: dict[str, pa.DataType] = {}
     for struct in (first, second):
         if len({field.name for field in struct}) < struct.num_fields:
             return None
         for field in struct:
-            kind = common(kinds.get(field.name, pa.null()), field.type)
+            kind = common_type(kinds.get(field.name, pa.null()), field.type)
             if kind is None:
                 return None
             kinds[field.name] = kind
     return pa.struct(list(kinds.items()))
 
 
-def fit(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
-    """The same values as `kind`: what is `common` to the column's type and others, or its `plain` or `lasting` form."""
+def fit_to_type(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+    """Return the same values as `kind`: a `common_type` of this type, or its `row_type` or `part_type`."""
     if column.type == kind:
         return column
     return pa.chunked_array([_fit(chunk, kind) for chunk in column.chunks], kind)
@@ -190,7 +197,7 @@ def _fit_list(array: Any, kind: pa.DataType) -> Any:
     elif pa.types.is_fixed_size_list(own):
         starts = pa.array(range(0, (len(array) + 1) * own.list_size, own.list_size) or [0] * (len(array) + 1))
         values = array.values.slice(array.offset * own.list_size, len(array) * own.list_size)
-    else:  # the values of a view lie anywhere
+    else:  # the values of a list view are in any order
         spans = [(0, 0) if size is None else (start, size) for start, size in _view_spans(array)]
         starts = pa.array([0, *accumulate(size for _, size in spans)])
         places = [place for start, size in spans for place in range(start, start + size)]
@@ -200,7 +207,7 @@ def _fit_list(array: Any, kind: pa.DataType) -> Any:
 
 
 def _starts(array: Any) -> tuple[pa.Array, int, int]:
-    """Where each list begins among those of a slice, and the place of the first and the number of their values."""
+    """Return the relative start of each list of a slice, and the position and number of the values they share."""
     offsets = array.offsets
     first, last = offsets[0].as_py(), offsets[-1].as_py()
     return pc.subtract(offsets, offsets[0]), first, last - first

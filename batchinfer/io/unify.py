@@ -1,4 +1,4 @@
-"""The one schema of all files: which columns there are, and what type holds a column's values wherever they lie."""
+"""Schema unification: the columns of all files, and one type for each that holds its values in every file."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pyarrow as pa
 
 from batchinfer.errors import InputError
 from batchinfer.io.inputs import InputFile, Inputs
-from batchinfer.io.types import common, is_json
+from batchinfer.io.types import common_type, is_json
 from batchinfer.log import log
 
-# kinds of values in lines: `wide` is an integer that a double cannot hold, `huge` one beyond 64 bits
+# kinds of values in lines: `wide` is an integer that a double cannot represent, `huge` one beyond 64 bits
 _TYPES = {
     "string": pa.string(),
     "int": pa.int64(),
@@ -26,9 +26,9 @@ _NUMBERS = frozenset({"int", "double"})
 
 @dataclass(frozen=True)
 class Column:
-    """A column as one file has it. `where` is the file, for lines with the line that shows the type.
+    """A column of one file. `where` is the file and, for lines, the line that shows the type.
 
-    `json`: its cells are read as JSON text. `kinds`: the kinds of values that a file of lines has there.
+    `json`: its cells are read as JSON text. `kinds`: the kinds of its values in a file of lines.
     """
 
     field: pa.Field
@@ -38,7 +38,10 @@ class Column:
 
     @classmethod
     def of_lines(cls, name: str, where: str, kinds: Iterable[str]) -> Column:
-        """One type for all values, else JSON text. Numbers of both kinds are JSON text that a double holds as well."""
+        """Return a column with the one type of all values, else JSON text.
+
+        Integers mixed with floats are JSON text with the type float64.
+        """
         kinds = frozenset(kinds)
         types = {_TYPES.get(kind) for kind in kinds}
         if kinds == _NUMBERS:
@@ -51,7 +54,7 @@ class Column:
 
 @dataclass(frozen=True)
 class FileScan:
-    """What reading a file's schema showed. A file of lines without any row has no columns."""
+    """Result of reading a file's schema. A file of lines without any row has no columns."""
 
     file: InputFile
     columns: tuple[Column, ...]
@@ -67,7 +70,7 @@ class FileScan:
 
     @functools.cached_property
     def twice(self) -> frozenset[str]:
-        """Names that several columns have."""
+        """Return the names that several columns have."""
         if len(self.by_name) == len(self.columns):
             return frozenset()
         names = [column.field.name for column in self.columns]
@@ -77,12 +80,12 @@ class FileScan:
 def unify(
     scans: Iterable[FileScan], used: frozenset[str] = frozenset(), carried: Iterable[str] | None = None
 ) -> Inputs:
-    """All files with one schema. `used` are the columns that prompts need, `carried` those that go into the output.
+    """Return all files with one schema.
 
-    With `carried` None all are. A column that is neither used nor carried is left out where it does not fit. A key
-    that no line of a file has is null there, as it is in single lines; a Parquet file must have every column. Files
-    without rows decide nothing unless all are. Where nothing tells a column, since there are no rows, it is null.
-    Raises InputError that names two files and the column in which they differ.
+    `used` are the columns that prompts need, `carried` the input columns of the output, None for all. A column that is
+    neither used nor carried is dropped if its types conflict. A key that no line of a file has is null there, as in
+    single lines; a Parquet file must have every column. Files without rows decide only if all are empty. A column
+    without any value has the type null. Raises InputError that names two files and the column in which they differ.
     """
     scans = list(scans)
     decide = [scan for scan in scans if scan.file.rows and scan.columns] or [scan for scan in scans if scan.columns]
@@ -90,7 +93,7 @@ def unify(
     union: dict[str, Column] = {}
     for name in dict.fromkeys(name for scan in decide for name in scan.by_name):
         try:
-            union[name] = _one(name, decide)
+            union[name] = _unify_column(name, decide)
         except InputError as error:
             if needed is None and name not in used:
                 raise InputError(f"{error}, or leave it out with input.columns") from None
@@ -107,41 +110,45 @@ def unify(
     return Inputs(tuple(scan.file for scan in scans), schema, json)
 
 
-def _one(name: str, scans: list[FileScan]) -> Column:
-    """The column that holds those of all files. The first one gives place and metadata."""
-    found: Column | None = None
+def _unify_column(name: str, scans: list[FileScan]) -> Column:
+    """Return the column that holds the values of all files. The first file gives place and metadata."""
+    merged: Column | None = None
     for scan in scans:
         if name in scan.twice:
-            raise InputError(f"{scan.file.url}: column {name!r} is there twice: all files need it once")
+            raise InputError(f"{scan.file.url}: column {name!r} exists twice: all files need it once")
         own = scan.by_name.get(name)
         if own is not None:
-            found = _merge(found, own) if found else own
-    assert found is not None, "the name is of one of the scans"
+            merged = _merge(merged, own) if merged else own
+    assert merged is not None, "the name comes from one of the scans"
     lacking = next((scan for scan in scans if not scan.lines and name not in scan.by_name), None)
     if lacking is not None:
-        raise InputError(f"column {name!r} is in {found.where} but not in {lacking.file.url}: all files need it")
-    return found
+        raise InputError(f"column {name!r} is in {merged.where} but not in {lacking.file.url}: all files need it")
+    return merged
 
 
 def _warn_of_absence(name: str, scans: list[FileScan]) -> None:
     lacking = [scan.file.url for scan in scans if name not in scan.by_name]
     if lacking:
         log.warning(
-            "no line of some files has the column: it is null there", column=name, files=len(lacking), first=lacking[0]
+            "some files have the column in no line: it is null there", column=name, files=len(lacking), first=lacking[0]
         )
 
 
 def _merge(first: Column, second: Column) -> Column:
-    """The column that holds both. Raises InputError."""
+    """Return the column that holds both. Raises InputError."""
     if (first.json, first.kinds, first.field.type) == (second.json, second.kinds, second.field.type):
         return first
     merged: Column | None
     if first.kinds is not None and second.kinds is not None:
-        merged = _of_lines(first, second)
+        merged = _merge_lines(first, second)
     elif first.kinds is None and second.kinds is None:
-        merged = _of_parquet(first, second)
+        merged = _merge_parquet(first, second)
     else:
-        merged = _mixed(second, first) if first.kinds is not None else _mixed(first, second)
+        merged = (
+            _merge_parquet_and_lines(second, first)
+            if first.kinds is not None
+            else _merge_parquet_and_lines(first, second)
+        )
         merged = merged and replace(merged, field=first.field.with_type(merged.field.type))
     if merged is None:
         raise InputError(
@@ -151,15 +158,15 @@ def _merge(first: Column, second: Column) -> Column:
     return merged
 
 
-def _of_parquet(first: Column, second: Column) -> Column | None:
-    kind = common(first.field.type, second.field.type)
+def _merge_parquet(first: Column, second: Column) -> Column | None:
+    kind = common_type(first.field.type, second.field.type)
     if kind is None or (first.json != second.json and pa.types.is_string(kind)):
         return None
     return replace(first, field=first.field.with_type(kind), json=first.json or second.json)
 
 
-def _of_lines(first: Column, second: Column) -> Column | None:
-    """Numbers join with numbers, and a column that is mixed within its own file with everything."""
+def _merge_lines(first: Column, second: Column) -> Column | None:
+    """Merge two columns of lines: numbers combine with numbers, and a column of mixed kinds with everything."""
     kinds = [column.kinds for column in (first, second) if column.kinds]
     families = {_family(each) for each in kinds}
     if len(families) > 1 and "mixed" not in families:
@@ -174,8 +181,8 @@ def _family(kinds: frozenset[str]) -> str:
     return next(iter(kinds)) if len(kinds) == 1 and "huge" not in kinds else "mixed"
 
 
-def _mixed(parquet: Column, lines: Column) -> Column | None:
-    """A column of Parquet files with the same of lines. Integers of lines are numbers that a double column holds."""
+def _merge_parquet_and_lines(parquet: Column, lines: Column) -> Column | None:
+    """Merge a column of Parquet files with one of lines. Integers of lines fit a double column as numbers."""
     own, theirs = parquet.field.type, lines.field.type
     if not lines.kinds:
         return parquet
@@ -186,7 +193,7 @@ def _mixed(parquet: Column, lines: Column) -> Column | None:
         return replace(parquet, field=parquet.field.with_type(pa.float64()), json=json)
     if is_json(own) or parquet.json:
         return parquet if lines.json and theirs == pa.string() else None
-    kind = None if lines.json else common(own, theirs)
+    kind = None if lines.json else common_type(own, theirs)
     return None if kind is None else replace(parquet, field=parquet.field.with_type(kind))
 
 

@@ -22,7 +22,7 @@ from batchinfer.errors import InputError, InputMissing, OutputConflict, SpecErro
 from batchinfer.io.filesystem import local_path
 from batchinfer.io.rows import InputFile, Inputs, RowSpan
 from batchinfer.io.storage import Store
-from batchinfer.io.types import is_listed, is_text, plain
+from batchinfer.io.types import is_listed, is_text, row_type
 from batchinfer.job import fingerprint as prints
 from batchinfer.job.columns import OutputLayout
 from batchinfer.spec import JobSpec
@@ -216,7 +216,7 @@ def check_type(key: str, column: str, inputs: Inputs, allowed: str) -> None:
         return  # no row has an override
     if pa.types.is_null(kind):
         raise InputError(f"column {column!r} of {inputs.files[0].url} holds nothing but nulls", key=key)
-    kind = plain(kind)
+    kind = row_type(kind)
     fits = {
         "t": is_text(kind),
         "i": is_listed(kind) and pa.types.is_integer(kind.value_type),

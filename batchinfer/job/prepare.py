@@ -8,7 +8,7 @@ from typing import Any
 
 from batchinfer.errors import BadParameters, BatchInferError, SpecError
 from batchinfer.io.fetch import ModelFiles, fetch_model
-from batchinfer.io.rows import Inputs, RowSpan, scan, stream
+from batchinfer.io.rows import Inputs, RowSpan, scan_inputs, stream_rows
 from batchinfer.io.storage import Store
 from batchinfer.job.columns import OutputLayout, output_layout
 from batchinfer.job.ledger import Ledger, save_spec
@@ -61,7 +61,7 @@ def draft_plan(spec: JobSpec, weights: bool = False, known: JobPlan | None = Non
     used = rows.read_columns
     kept = same_inputs(spec, known) if known and used <= {*known.inputs.schema.names} else None
     asked = spec.input.model_copy(update={"columns": None}) if rows.whole else spec.input
-    inputs = kept or scan(asked, spec.storage, used)
+    inputs = kept or scan_inputs(asked, spec.storage, used)
     rows.check(inputs)
     layout = output_layout(spec, inputs)
     taken = known.taken if known is not None and kept is not None else rows_taken(spec, rows, inputs)
@@ -98,7 +98,7 @@ def _compiled(spec: JobSpec) -> RowPrompts:
         return RowPrompts(spec)
     except SpecError as error:
         try:
-            names = scan(spec.input.model_copy(update={"limit": 1, "where": None}), spec.storage).schema.names
+            names = scan_inputs(spec.input.model_copy(update={"limit": 1, "where": None}), spec.storage).schema.names
         except BatchInferError:
             raise error from None
         section, _, field = error.key.partition(".")
@@ -129,7 +129,7 @@ def rows_taken(spec: JobSpec, rows: RowPrompts, inputs: Inputs) -> tuple[int, ..
         for number, count in enumerate(counts)
         for start in range(0, count, _FILTER_ROWS)
     ]
-    batches: Any = stream(narrow, spans, spec.storage)
+    batches: Any = stream_rows(narrow, spans, spec.storage)
     try:
         for span, batch in batches:
             kept = rows.select(batch, narrow.text_json)

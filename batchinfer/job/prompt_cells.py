@@ -6,21 +6,21 @@ from typing import Any
 
 from batchinfer.errors import InvalidInput
 from batchinfer.text.messages import read_messages
-from batchinfer.values.cell import held
-from batchinfer.values.plain import from_json, plain
+from batchinfer.values.cell import require_representable
+from batchinfer.values.plain import parse_exact_json, to_json_value
 
 
 def parse_json(text: str, what: str) -> Any:
     """Raises InvalidInput."""
     try:
-        return from_json(text)
+        return parse_exact_json(text)
     except ValueError as error:
         raise InvalidInput(f"{what} is not JSON: {error}") from None
 
 
 def chat_messages(value: Any, what: str) -> list[dict[str, Any]]:
     """Messages of a row: a list of mappings, or its JSON text. Raises InvalidInput that names the message."""
-    value = parse_json(value, what) if isinstance(value, str) else plain(value, what, exact=True)
+    value = parse_json(value, what) if isinstance(value, str) else to_json_value(value, what, exact=True)
     if value is None:
         raise InvalidInput(f"{what} is null")
     return read_messages(value, f"{what}: ")
@@ -28,7 +28,7 @@ def chat_messages(value: Any, what: str) -> list[dict[str, Any]]:
 
 def ready_prompt(value: Any, what: str) -> str | list[int]:
     """A prompt as it is: text, or token ids. Raises InvalidInput."""
-    held(value, what)
+    require_representable(value, what)
     if value is None:
         raise InvalidInput(f"{what} is null")
     if isinstance(value, str):

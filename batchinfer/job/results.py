@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import orjson
 import pyarrow as pa
 
-from batchinfer.io.json_text import finite
-from batchinfer.io.types import fit
+from batchinfer.io.json_text import replace_nonfinite
+from batchinfer.io.types import fit_to_type
 from batchinfer.job.columns import BODY, ERROR, OK, READ_COLUMNS, OutputLayout
 from batchinfer.openai.sampling_fields import error_param
 from batchinfer.request import Completion, CompletionOutput, TokenLogprob
@@ -183,8 +183,8 @@ def _as_written(layout: OutputLayout, name: str, column: pa.ChunkedArray) -> pa.
     """An input column as a part has it: lines keep each file's own type, Parquet has one for all parts."""
     kind = layout.schema.field(name).type if layout.format == "parquet" else column.type
     if name in layout.text_json and pa.types.is_string(column.type):
-        return column.cast(kind) if pa.types.is_floating(kind) else fit(finite(column), kind)
-    return fit(column, kind)
+        return column.cast(kind) if pa.types.is_floating(kind) else fit_to_type(replace_nonfinite(column), kind)
+    return fit_to_type(column, kind)
 
 
 def _single_samples(row: Row) -> list[Row]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from batchinfer.io.rows import Inputs, RowBatch, stream
+from batchinfer.io.rows import Inputs, RowBatch, stream_rows
 from batchinfer.job.columns import OutputLayout
 from batchinfer.job.gather import Gather
 from batchinfer.job.plan import JobPlan
@@ -71,7 +71,7 @@ class Feed:
         """Runs in the engine's feeder thread. What `gather` gives back has its row's index in the whole job."""
         inputs = self.plan.inputs.select(self.rows.read_columns | set(self.layout.needed))
         spans = (self.plan.chunks[chunk] for chunk in chunks)
-        for chunk, (span, batch) in zip(chunks, stream(inputs, spans, storage), strict=True):
+        for chunk, (span, batch) in zip(chunks, stream_rows(inputs, spans, storage), strict=True):
             if not self.window.enter(span.count):
                 return
             wanted = self._open(chunk, batch, inputs)

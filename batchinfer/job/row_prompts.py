@@ -21,7 +21,7 @@ from batchinfer.request import SamplingParams
 from batchinfer.spec import JobSpec, PromptSpec
 from batchinfer.text.control import ControlTokens
 from batchinfer.text.row_template import RowFilter, RowTemplate
-from batchinfer.values.plain import plain
+from batchinfer.values.plain import to_json_value
 
 Row = Mapping[str, Any]
 _SLICE_ROWS = 256  # rows that are Python objects at once
@@ -156,7 +156,7 @@ class RowPrompts:
         if value is None:
             return None
         what = f"column {self._sampling_column!r}"
-        value = plain(value, what)
+        value = to_json_value(value, what)
         key = repr(value)  # as JSON, values of several types would be one
         if key in self._remembered:
             return self._remembered[key]
@@ -245,7 +245,7 @@ def asked_of(row: Row, model: ModelFacts) -> ParsedRequest:
 
 def _choices(value: Any, column: str, measure: Measure, control: ControlTokens) -> Continuations:
     """The choices that a column holds: a list of texts, or its JSON text."""
-    value = plain(value, f"column {column!r}")
+    value = to_json_value(value, f"column {column!r}")
     if isinstance(value, str):
         value = parse_json(value, f"column {column!r}")
     if not isinstance(value, list) or not value or not all(isinstance(text, str) and text for text in value):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-from batchinfer.io.discover import Found, find_files
-from batchinfer.io.partitions import agree, values_of
+from batchinfer.io.discover import FoundFile, find_files
+from batchinfer.io.partitions import partition_values, partitions_match
 from batchinfer.io.rows import InputFile, Inputs
 from batchinfer.io.source import Sources
 from batchinfer.job.fingerprint import input_parts
@@ -32,9 +32,11 @@ def same_inputs(spec: JobSpec, known: JobPlan) -> Inputs | None:
     if not ended_early and len(files) != len(found):
         return None
 
-    def again(file: InputFile, here: Found) -> InputFile | None:
+    def again(file: InputFile, here: FoundFile) -> InputFile | None:
         with sources.open(here.url) as source:
-            agreed = file.format == here.format and agree(file, values_of(here.path), known.inputs.schema)
+            agreed = file.format == here.format and partitions_match(
+                file, partition_values(here.path), known.inputs.schema
+            )
             if not agreed or not source.same(file.stat, source.opened):
                 return None
             return replace(file, url=here.url, mark=source.opened.mark, known_as=file.name)

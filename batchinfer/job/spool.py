@@ -19,7 +19,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from batchinfer.errors import SpoolError
-from batchinfer.io.storage import sweep
+from batchinfer.io.storage import remove_files
 from batchinfer.log import log
 
 _PREFIX = "batchinfer-spool-"
@@ -171,7 +171,7 @@ def _sweep(base: Path) -> None:
 def _remove(folder: Path) -> None:
     """Remove a spool: the files that its owner makes, and the folder if nobody else has put something into it."""
     with contextlib.suppress(OSError):
-        sweep(folder, _FILES)
+        remove_files(folder, _FILES)
         if [path.name for path in folder.iterdir()] == [_LOCK]:
             (folder / _LOCK).unlink()
             folder.rmdir()

@@ -21,8 +21,8 @@ from jinja2.utils import Namespace, pass_environment
 from batchinfer.errors import InvalidInput
 from batchinfer.text.row_names import ROW, TEXT, rewrite
 from batchinfer.text.sandbox import Sandbox, json_filter
-from batchinfer.values.cell import Struct, Unheld
-from batchinfer.values.number import Number, percent
+from batchinfer.values.cell import Struct, Unrepresentable
+from batchinfer.values.number import Number, format_percent
 
 # filters that make text of what they are given
 _OF_TEXT = (
@@ -116,8 +116,8 @@ def cell(value: Any, what: str) -> Any:
         number = _NotANumber(value) if math.isnan(value) else _NotFinite(value)
         number.what = what
         return number
-    if type(value) is Unheld:
-        return Unheld(f"{what}: {value.why}", value.text)
+    if type(value) is Unrepresentable:
+        return Unrepresentable(f"{what}: {value.why}", value.text)
     return value
 
 
@@ -146,7 +146,7 @@ def _check(value: Any) -> None:
         _check_all(value.values())
     elif type(value).__repr__ in _LISTED:
         _check_all(value)
-    elif isinstance(value, jinja2.Undefined | Unheld | Method):
+    elif isinstance(value, jinja2.Undefined | Unrepresentable | Method):
         str(value)  # says what it is
     else:
         raise jinja2.TemplateError(f"{_kind(value)} cannot be printed")
@@ -188,7 +188,7 @@ class RowSandbox(Sandbox):
     def getattr(self, obj: Any, attribute: str) -> Any:
         if isinstance(obj, dict):
             return self._key(obj, attribute)
-        if type(obj) is Unheld:
+        if type(obj) is Unrepresentable:
             obj.refuse()
         return self._named(super().getattr(obj, attribute), attribute)
 
@@ -228,7 +228,7 @@ class RowSandbox(Sandbox):
         if isinstance(left, str):
             for value in right if isinstance(right, tuple) else (right,):
                 _printable(value)
-            return percent(left, right)
+            return format_percent(left, right)
         return super().call_binop(context, operator, left, right)
 
 
@@ -271,7 +271,7 @@ def _rounded(value: Any, precision: int = 0, method: str = "common") -> Any:
 def _formatted(value: Any, *args: Any, **kwargs: Any) -> str:
     if args and kwargs:
         raise jinja2.TemplateError("format takes values by position or by name, not both")
-    return percent(str(value), kwargs or args)
+    return format_percent(str(value), kwargs or args)
 
 
 @pass_environment

@@ -12,7 +12,7 @@ from batchinfer.errors import InvalidInput, SpecError, TemplateError
 from batchinfer.text.row_names import COLUMNS, ROW, uses_of
 from batchinfer.text.row_sandbox import Columns, NullCell, RowSandbox, cell
 from batchinfer.text.sandbox import compile_template, reason
-from batchinfer.values.cell import unheld_in
+from batchinfer.values.cell import unrepresentable_parts
 
 _ROWS = RowSandbox()
 _ONE_EQUALS = re.compile(r"(?<![=!<>])=(?!=)")
@@ -48,7 +48,7 @@ class _OverRow:
         except (NullCell, InvalidInput) as error:
             why = str(error)
             # a part of a cell does not know its column
-            inside = (name for name, value in row.items() for part in unheld_in(value) if part.why == why)
+            inside = (name for name, value in row.items() for part in unrepresentable_parts(value) if part.why == why)
             column = next(inside, None)
             raise InvalidInput(f"{self._name}: {f'column {column!r}: ' if column else ''}{why}") from None
         except Exception as error:  # whatever a template does ends this row, not the job

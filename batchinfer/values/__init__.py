@@ -1,1 +1,1 @@
-"""What a cell is in Python, and its one text: the same in prompts, in messages and in the lines of an output."""
+"""Python values of table cells and their text form, which is the same in prompts, messages and JSON lines."""

@@ -1,4 +1,4 @@
-"""Cells that are no plain value of Python: those that it cannot hold, and structs that leave their nulls out."""
+"""Cells without a plain Python value: unrepresentable ones, and structs that omit null fields."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any, NoReturn
 from batchinfer.errors import InvalidInput
 
 
-class Unheld:
-    """A cell that Python has no value for: a year beyond 9999, a time zone nobody knows, bytes that are no text.
+class Unrepresentable:
+    """A cell that Python cannot represent: a year beyond 9999, an unknown time zone, bytes that are not text.
 
-    It rides along with its row, and using it is the row's error. `text` is what lines carry of it, None for nothing.
+    It stays in its row, and any use of it raises the row's error. `text` is its text in JSON lines, None for null.
     """
 
     __slots__ = ("text", "why")
@@ -21,7 +21,7 @@ class Unheld:
         self.text = text
 
     def refuse(self, *_: Any) -> NoReturn:
-        """Raises InvalidInput."""
+        """Raise InvalidInput."""
         raise InvalidInput(self.why)
 
     __str__ = __repr__ = __format__ = __bool__ = __len__ = __iter__ = __getitem__ = __contains__ = refuse
@@ -30,25 +30,25 @@ class Unheld:
     __hash__ = __round__ = __call__ = refuse
 
 
-def held(value: Any, what: str) -> Any:
-    """The value itself. Raises InvalidInput that begins with `what` if it is Unheld."""
-    if type(value) is Unheld:
+def require_representable(value: Any, what: str) -> Any:
+    """Return the value. Raises InvalidInput, prefixed with `what`, if it is Unrepresentable."""
+    if type(value) is Unrepresentable:
         raise InvalidInput(f"{what}: {value.why}")
     return value
 
 
-def unheld_in(value: Any) -> Iterator[Unheld]:
-    """All parts of a value, at any depth, that are Unheld."""
-    if type(value) is Unheld:
+def unrepresentable_parts(value: Any) -> Iterator[Unrepresentable]:
+    """Yield all Unrepresentable parts of a value, at any depth."""
+    if type(value) is Unrepresentable:
         yield value
     for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from unheld_in(part)
+        yield from unrepresentable_parts(part)
 
 
 class Struct(dict[str, Any]):
-    """The fields of a struct that are not null: a struct does not tell an absent field from a null one.
+    """The fields of a struct that are not null: an absent field and a null one are the same.
 
-    `nulls` names the others, for those who ask for one of them by name.
+    `nulls` are the names of the null fields, for lookups by name.
     """
 
     __slots__ = ("nulls",)

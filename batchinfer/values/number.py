@@ -1,4 +1,4 @@
-"""Decimal numbers that compute with every other number."""
+"""Decimal numbers that support arithmetic with ints and floats."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from batchinfer.values.texts import decimal_text
 
 _TRAPS = [DivisionByZero, InvalidOperation]
-# sums and products of what a column can hold, 76 digits, and of any float are exact
+# exact for sums and products of columns' numbers (76 digits) and of any float
 _EXACT = Context(prec=1000, Emin=MIN_EMIN, Emax=MAX_EMAX, traps=_TRAPS)
 _QUOTIENT_DIGITS = 28
 _EXACT_POWERS = 100
@@ -23,7 +23,7 @@ _CONVERSION = re.compile(
 
 
 class Number(Decimal):
-    """A decimal number. A float beside it counts as the number that it is written as: 0.1 is one tenth."""
+    """A decimal number. In arithmetic, a float counts as its shortest decimal form: 0.1 is one tenth."""
 
     def __str__(self) -> str:
         return decimal_text(self)
@@ -39,7 +39,7 @@ class Number(Decimal):
         return int(rounded) if digits is None else rounded
 
     def rounded(self, digits: int, mode: str) -> Number:
-        """With so many digits after the point; `mode` is one of `decimal`."""
+        """Round to `digits` places after the point; `mode` is a rounding mode of `decimal`."""
         return Number(self.quantize(Decimal(1).scaleb(-digits), mode, _EXACT))
 
     def __neg__(self) -> Number:
@@ -56,38 +56,38 @@ class Number(Decimal):
 
 
 def plain_number(value: Decimal) -> int | float:
-    """What JSON's readers make of it."""
+    """Return the number as JSON parsers read it: an int if it is integral, else a float."""
     return int(value) if value == value.to_integral_value() else float(value)
 
 
-def percent(layout: str, values: Any) -> str:
-    """`layout % values`, in which `%f` has the digits of a decimal number, not those of the double that is nearest."""
+def format_percent(layout: str, values: Any) -> str:
+    """Return `layout % values`, but with a decimal number's exact digits for `%f`, not the nearest double's."""
     positional = values if isinstance(values, tuple) else (values,)
-    given, rest = iter(positional), []
+    remaining, rest = iter(positional), []
 
-    def written(found: re.Match[str]) -> str:
-        if found["kind"] == "%":
-            return found[0]
-        value = next(given, None) if found["key"] is None else values[found["key"]]
-        if found["kind"] in "fF" and isinstance(value, Decimal):
-            return _fixed(value, found)
-        if found["key"] is None:
+    def replacement(match: re.Match[str]) -> str:
+        if match["kind"] == "%":
+            return match[0]
+        value = next(remaining, None) if match["key"] is None else values[match["key"]]
+        if match["kind"] in "fF" and isinstance(value, Decimal):
+            return _format_fixed(value, match)
+        if match["key"] is None:
             rest.append(value)
-        return found[0]
+        return match[0]
 
-    text = _CONVERSION.sub(written, layout)
-    if "*" in layout or len(rest) == len(positional):  # widths that are values, too; and nothing to do
+    text = _CONVERSION.sub(replacement, layout)
+    if "*" in layout or len(rest) == len(positional):  # widths that are values, or nothing to replace
         return str(layout % values)
-    rest += given  # too many, which Python says
+    rest += remaining  # surplus values, for which Python raises
     return str(text % (values if isinstance(values, dict) else tuple(rest)))
 
 
-def _fixed(value: Decimal, found: re.Match[str]) -> str:
-    flags = found["flags"]
+def _format_fixed(value: Decimal, match: re.Match[str]) -> str:
+    flags = match["flags"]
     sign = "+" if "+" in flags else " " if " " in flags else ""
     fill = "<" if "-" in flags else "0" if "0" in flags else ">"
-    digits = 6 if found["digits"] is None else found["digits"] or 0
-    width = f"{sign}0{found['width']}" if fill == "0" else f"{fill}{sign}{found['width']}"
+    digits = 6 if match["digits"] is None else match["digits"] or 0
+    width = f"{sign}0{match['width']}" if fill == "0" else f"{fill}{sign}{match['width']}"
     return format(value, f"{width}.{digits}f")
 
 
@@ -108,12 +108,12 @@ def _power(left: Decimal, right: Decimal) -> Decimal:
 
 
 def _remainder(left: Decimal, right: Decimal) -> Decimal:
-    """With the divisor's sign, as Python's integers and floats have it."""
+    """Return the remainder with the divisor's sign, as Python's ints and floats do."""
     rest = _EXACT.remainder(left, right)
     return _EXACT.add(rest, right) if rest and (rest < 0) is not (right < 0) else rest
 
 
-def _whole(left: Decimal, right: Decimal) -> Decimal:
+def _floor_quotient(left: Decimal, right: Decimal) -> Decimal:
     return _EXACT.divide_int(_EXACT.subtract(left, _remainder(left, right)), right)
 
 
@@ -122,11 +122,11 @@ _OPERATORS: dict[str, Callable[[Decimal, Decimal], Decimal]] = {
     "sub": _EXACT.subtract,
     "mul": _EXACT.multiply,
     "truediv": _quotient,
-    "floordiv": _whole,
+    "floordiv": _floor_quotient,
     "mod": _remainder,
     "pow": _power,
 }
-_DIVISIONS = (_quotient, _whole, _remainder)
+_DIVISIONS = (_quotient, _floor_quotient, _remainder)
 
 
 def _binary(compute: Callable[[Decimal, Decimal], Decimal], reflected: bool) -> Callable[[Number, Any], Any]:

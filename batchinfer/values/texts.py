@@ -1,6 +1,6 @@
-"""ISO 8601 by integer arithmetic, for every time that 64 bits can hold: Python's own classes end with the year 9999.
+"""ISO 8601 text by integer arithmetic, for every time of 64 bits: Python's own classes end with the year 9999.
 
-All whole numbers count nanoseconds unless their name says otherwise.
+Integers count nanoseconds unless their name has another unit.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ DAY = 86_400 * SECOND
 
 
 def date_text(days: int) -> str:
-    """The day this many after 1970-01-01; years beyond 0 to 9999 have a sign, as the standard wants it.
+    """Return the date `days` after 1970-01-01; years outside 0 to 9999 have a sign, as ISO 8601 requires.
 
     The algorithm is civil_from_days of Howard Hinnant's "chrono-compatible low-level date algorithms".
     """
@@ -28,7 +28,7 @@ def date_text(days: int) -> str:
 
 
 def time_text(nanos: int) -> str:
-    """A time of day; its fraction has no digits, six, or nine."""
+    """Return a time of day, with no, six or nine fractional digits."""
     if nanos < 0:
         return f"-{time_text(-nanos)}"
     seconds, fraction = divmod(nanos, SECOND)
@@ -38,31 +38,31 @@ def time_text(nanos: int) -> str:
 
 
 def timestamp_text(nanos: int, utc: bool) -> str:
-    """The moment this long after 1970-01-01T00:00:00."""
+    """Return the time `nanos` after 1970-01-01T00:00:00."""
     days, rest = divmod(nanos, DAY)
     return f"{date_text(days)}T{time_text(rest)}{'+00:00' if utc else ''}"
 
 
 def duration_text(nanos: int) -> str:
-    """`PT1.5S`, `P1DT2H`, `-PT30M`; a day has 24 hours."""
+    """Return a duration as `PT1.5S`, `P1DT2H` or `-PT30M`; a day has 24 hours."""
     days, rest = divmod(abs(nanos), DAY)
     return ("-" if nanos < 0 else "") + interval_text(0, days, rest)
 
 
 def interval_text(months: int, days: int, nanos: int) -> str:
-    """An interval of a calendar, each part with its own sign: `P1Y2M3DT4H`, `P-1MT-0.5S`."""
+    """Return a calendar interval whose parts each have their own sign: `P1Y2M3DT4H`, `P-1MT-0.5S`."""
     sign = -1 if nanos < 0 else 1
     seconds, fraction = divmod(abs(nanos), SECOND)
     years, months = (months // 12, months % 12) if months >= 0 else (-(-months // 12), -(-months % 12))
     hours, minutes, seconds = seconds // 3600, seconds // 60 % 60, seconds % 60
-    shown = f"{seconds}.{fraction:09d}".rstrip("0") if fraction else str(seconds)
+    seconds_text = f"{seconds}.{fraction:09d}".rstrip("0") if fraction else str(seconds)
     before = "".join(f"{part}{unit}" for part, unit in ((years, "Y"), (months, "M"), (days, "D")) if part)
     after = "".join(f"{sign * part}{unit}" for part, unit in ((hours, "H"), (minutes, "M")) if part)
     if seconds or fraction:
-        after += f"{'-' if sign < 0 else ''}{shown}S"
+        after += f"{'-' if sign < 0 else ''}{seconds_text}S"
     return f"P{before}{'T' if after else ''}{after}" if before or after else "PT0S"
 
 
 def decimal_text(value: Decimal) -> str:
-    """All its digits and no exponent."""
+    """Return all digits of a decimal number, without an exponent."""
     return format(value, "f")

@@ -1,7 +1,7 @@
-"""Dates, times and durations as Python has them, that keep nanoseconds and print themselves as ISO 8601.
+"""Dates, times and durations as Python classes with nanoseconds that print as ISO 8601.
 
-Whole numbers count nanoseconds, from 1970-01-01 for a moment and from midnight for a time of day. What the classes of
-Python cannot hold becomes Unheld, with its exact text.
+Integers count nanoseconds, since 1970-01-01 for timestamps and since midnight for times of day. Values outside the
+range of Python's classes become Unrepresentable, with their exact text.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import zoneinfo
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from batchinfer.values.cell import Unheld
+from batchinfer.values.cell import Unrepresentable
 from batchinfer.values.texts import DAY, SECOND, date_text, duration_text, time_text, timestamp_text
 
 _EPOCH_DAY = 719_163  # as datetime.date.toordinal counts 1970-01-01
@@ -21,13 +21,13 @@ _OFFSET = re.compile(r"([+-])(\d\d):?(\d\d)")
 
 
 def _below(value: Any) -> int:
-    """The nanoseconds below the microsecond: 0 to 999."""
+    """Return the nanoseconds below the microsecond, 0 to 999."""
     below: int = getattr(value, "nanosecond", 0)
     return below
 
 
 class Date(datetime.date):
-    """A day is no moment: it neither equals one nor is before or after it."""
+    """A date that never equals a timestamp and raises TypeError when ordered against one."""
 
     def __repr__(self) -> str:
         return repr(str(self))
@@ -45,7 +45,7 @@ for _name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"):
 
 
 class Time(datetime.time):
-    """`nanosecond`: below the microsecond, 0 to 999."""
+    """A time of day. `nanosecond`: nanoseconds below the microsecond, 0 to 999."""
 
     nanosecond = 0
 
@@ -83,7 +83,7 @@ class Time(datetime.time):
 
 
 class Duration(datetime.timedelta):
-    """`nanosecond`: to be added to what a timedelta holds, 0 to 999."""
+    """A duration. `nanosecond`: nanoseconds to add to the timedelta's value, 0 to 999."""
 
     nanosecond = 0
 
@@ -155,12 +155,12 @@ def _nanos(span: datetime.timedelta) -> int:
 
 
 def _exact(nanos: int) -> Duration:
-    """Raises OverflowError beyond 999,999,999 days."""
+    """Return a Duration. Raises OverflowError beyond 999,999,999 days."""
     micros, below = divmod(nanos, 1000)
-    made = Duration(microseconds=micros)
+    span = Duration(microseconds=micros)
     if below:
-        made.nanosecond = below
-    return made
+        span.nanosecond = below
+    return span
 
 
 def _as_duration(value: Any) -> Any:
@@ -168,10 +168,10 @@ def _as_duration(value: Any) -> Any:
 
 
 class Timestamp(datetime.datetime):
-    """`nanosecond`: below the microsecond, 0 to 999.
+    """A point in time. `nanosecond`: nanoseconds below the microsecond, 0 to 999.
 
-    Two of them compare, and a duration is added, by the moment that they are. Python's own goes by the clock on the
-    wall within one zone, which shows an hour twice in autumn.
+    Comparison and addition use absolute time. Python's datetime uses wall-clock time within one zone, which repeats an
+    hour in autumn.
     """
 
     nanosecond = 0
@@ -198,8 +198,8 @@ class Timestamp(datetime.datetime):
         return _with_below(self.time().replace(tzinfo=self.tzinfo, fold=self.fold), self.nanosecond)
 
     def replace(self, *args: Any, **changes: Any) -> Timestamp:
-        kept = 0 if "microsecond" in changes or len(args) > 6 else self.nanosecond
-        return _with_below(super().replace(*args, **changes), kept)
+        below = 0 if "microsecond" in changes or len(args) > 6 else self.nanosecond
+        return _with_below(super().replace(*args, **changes), below)
 
     def astimezone(self, tz: datetime.tzinfo | None = None) -> Timestamp:
         same = timestamp(self._after(_EPOCH_UTC), tz) if tz is not None and self.tzinfo is not None else None
@@ -229,9 +229,9 @@ class Timestamp(datetime.datetime):
         return _exact(-self._after(other)) if isinstance(other, datetime.datetime) else NotImplemented
 
     def _after(self, other: Any) -> int:
-        """The nanoseconds from `other` to this. Raises TypeError."""
+        """Return the nanoseconds from `other` to this time. Raises TypeError if only one of the two has a zone."""
         if (self.tzinfo is None) is not (other.tzinfo is None):
-            raise TypeError("one of the times has a zone, the other has none")
+            raise TypeError("one of the times has a zone, the other does not")
         nanos = _nanos(super().__sub__(other)) + self.nanosecond - _below(other)
         if self.tzinfo is other.tzinfo and _changes(self.tzinfo):
             nanos += _offset(other) - _offset(self)
@@ -269,7 +269,7 @@ def _offset(moment: datetime.datetime) -> int:
 
 
 def _changes(zone: datetime.tzinfo | None) -> bool:
-    """Whether the offset of a zone depends on the moment."""
+    """Return True if the zone's UTC offset depends on the date."""
     return zone is not None and type(zone) is not datetime.timezone
 
 
@@ -282,31 +282,31 @@ def _with_below(value: M, below: int) -> M:
     return value
 
 
-# -- from what Arrow holds ----------------------------------------------------------------------------------------
+# -- from Arrow's integers ----------------------------------------------------------------------------------------
 
 
-def date(days: int) -> Date | Unheld:
-    """The day this many after 1970-01-01."""
+def date(days: int) -> Date | Unrepresentable:
+    """Return the date `days` after 1970-01-01."""
     try:
         return Date.fromordinal(days + _EPOCH_DAY)
     except (ValueError, OverflowError):
         return _far("date", date_text(days))
 
 
-def time(nanos: int) -> Time | Unheld:
+def time(nanos: int) -> Time | Unrepresentable:
     if not 0 <= nanos < DAY:
-        return Unheld(f"the time {time_text(nanos)} is beyond a day", time_text(nanos))
+        return Unrepresentable(f"the time {time_text(nanos)} is beyond a day", time_text(nanos))
     micros, below = divmod(nanos, 1000)
     seconds, micros = divmod(micros, 1_000_000)
     return _with_below(Time(seconds // 3600, seconds // 60 % 60, seconds % 60, micros), below)
 
 
-def duration(nanos: int) -> Duration | Unheld:
+def duration(nanos: int) -> Duration | Unrepresentable:
     try:
         return _exact(nanos)
     except OverflowError:
         text = duration_text(nanos)
-        return Unheld(f"the duration {text} is beyond 999,999,999 days", text)
+        return Unrepresentable(f"the duration {text} is beyond 999,999,999 days", text)
 
 
 _EPOCH = Timestamp(1970, 1, 1)
@@ -315,7 +315,7 @@ Zone = datetime.tzinfo | str | None
 
 
 def zone_of(name: str | None) -> Zone:
-    """The time zone of a column; its name where nobody knows it, and None for local times of no zone."""
+    """Return the time zone of a column: its name if the zone is unknown, None for local time without a zone."""
     if not name:
         return None
     if name.upper() in ("UTC", "Z"):
@@ -331,15 +331,15 @@ def zone_of(name: str | None) -> Zone:
 def _named_zone(name: str) -> Zone:
     try:
         return zoneinfo.ZoneInfo(name)
-    except (LookupError, ValueError, OSError):  # a folder of the database is an OSError
+    except (LookupError, ValueError, OSError):  # the name of a folder of the zone database raises OSError
         return name
 
 
-def timestamp(nanos: int, zone: Zone = None) -> Timestamp | Unheld:
-    """The moment: local time with its offset if it has a zone."""
+def timestamp(nanos: int, zone: Zone = None) -> Timestamp | Unrepresentable:
+    """Return a timestamp, in local time with its UTC offset if it has a zone."""
     if isinstance(zone, str):
         text = timestamp_text(nanos, True)
-        return Unheld(f"the time zone {zone!r} is not known (the time in UTC is {text})", text)
+        return Unrepresentable(f"the time zone {zone!r} is not known (the time in UTC is {text})", text)
     micros, below = divmod(nanos, 1000)
     try:
         span = datetime.timedelta(microseconds=micros)
@@ -348,11 +348,11 @@ def timestamp(nanos: int, zone: Zone = None) -> Timestamp | Unheld:
         local = (_EPOCH_UTC + span).astimezone(zone)
     except OverflowError:
         return _far("time", timestamp_text(nanos, zone is not None))
-    made = Timestamp.combine(local.date(), local.timetz())
+    moment = Timestamp.combine(local.date(), local.timetz())
     if local.fold:
-        made = made.replace(fold=1)  # which `combine` drops
-    return _with_below(made, below)
+        moment = moment.replace(fold=1)  # `combine` drops it
+    return _with_below(moment, below)
 
 
-def _far(what: str, text: str) -> Unheld:
-    return Unheld(f"the {what} {text} is beyond the years 1 to 9999", text)
+def _far(what: str, text: str) -> Unrepresentable:
+    return Unrepresentable(f"the {what} {text} is beyond the years 1 to 9999", text)

@@ -94,13 +94,13 @@ def test_docs_list_the_shard_platforms():
 
 @pytest.mark.parametrize("samples", ["list", "rows"])
 def test_docs_list_the_output_columns(tmp_path, samples):
-    from batchinfer.io.rows import scan
+    from batchinfer.io.rows import scan_inputs
     from batchinfer.job.columns import output_layout
     from tests.job.outputs import make_spec
 
     write_input(tmp_path)
     spec = make_spec(tmp_path, output={"token_ids": True, "samples": samples}, sampling={"n": 2, "logprobs": 1})
-    layout = output_layout(spec, scan(spec.input, spec.storage))
+    layout = output_layout(spec, scan_inputs(spec.input, spec.storage))
     page = docs_page("jobs/outputs.md")
     for name in set(layout.schema.names) - set(layout.carried):
         assert re.search(rf"^\| `{name}` \| ", page, re.MULTILINE), name

@@ -1,6 +1,6 @@
-"""Arrow types with values and what a line of JSON has for each: what the converters are compared with.
+"""Arrow types with values and their JSON form: the reference for the converters.
 
-Of times, decimals and bytes the expected text is numpy's or the standard library's, never the product's own.
+The expected text of times, decimals and bytes comes from numpy or the standard library, never from the product itself.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ INT64 = st.integers(-(2**63) + 1, 2**63 - 1)
 
 
 class Kind(NamedTuple):
-    """`cells` makes what `pa.array` takes as `type`; `meaning` is what JSON has for it."""
+    """A type with its values. `cells` returns values for `pa.array` with `type`; `meaning` is their JSON form."""
 
     type: pa.DataType
     cells: st.SearchStrategy[Any]
@@ -142,7 +142,7 @@ kinds = st.sampled_from(LEAVES) | st.recursive(st.sampled_from(LEAVES[:-1]), _ne
 
 @st.composite
 def arrays(draw: st.DrawFn, max_size: int = 6) -> tuple[Kind, list[Any], pa.Array]:
-    """A kind, its values, and the array of them: also as a slice, a dictionary, or encoded in runs."""
+    """Draw a kind, its values and their array, also as a slice, a dictionary, or run-end encoded."""
     kind = draw(kinds)
     values = draw(st.lists(st.none() | kind.cells, min_size=1, max_size=max_size))
     array = pa.array(values, kind.type)

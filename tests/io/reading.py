@@ -1,4 +1,4 @@
-"""What the tests of reading share: files from rows, and everything that a scan and a stream give."""
+"""Helpers for tests of reading: write files, scan and stream them."""
 
 import gzip
 import json
@@ -6,14 +6,14 @@ import json
 import pyarrow.parquet as pq
 import zstandard
 
-from batchinfer.io.rows import RowSpan, rows_of, scan, stream
+from batchinfer.io.rows import RowSpan, rows_of, scan_inputs, stream_rows
 from batchinfer.spec import InputSpec, StorageSpec
 
 LOCAL = StorageSpec()
 
 
 def write_lines(path, rows, end="\n"):
-    """`rows` are values, or bytes for a line as it is. The name decides about compression."""
+    """Write rows: values, or bytes for a raw line. The name decides about compression."""
     lines = [row if isinstance(row, bytes) else json.dumps(row, ensure_ascii=False).encode() for row in rows]
     data = b"".join(line + end.encode() for line in lines)
     path.write_bytes(compress(path.name, data))
@@ -32,7 +32,7 @@ def write_parquet(path, table, **settings):
 
 
 def scan_all(*paths, storage=LOCAL, **settings):
-    return scan(InputSpec(path=tuple(str(path) for path in paths), **settings), storage)
+    return scan_inputs(InputSpec(path=tuple(str(path) for path in paths), **settings), storage)
 
 
 def spans_of(inputs, step=1000):
@@ -42,9 +42,9 @@ def spans_of(inputs, step=1000):
 
 
 def read_all(inputs, spans=None, storage=LOCAL):
-    """(rows as Python values, {position: error text}) of all spans."""
+    """Return (rows as Python values, {position: error text}) of all spans."""
     rows, errors = [], {}
-    for span, batch in stream(inputs, spans_of(inputs) if spans is None else spans, storage):
+    for span, batch in stream_rows(inputs, spans_of(inputs) if spans is None else spans, storage):
         assert batch.table.num_rows == span.count
         assert batch.table.schema.names == inputs.schema.names
         errors |= {len(rows) + offset: str(error) for offset, error in batch.errors.items()}

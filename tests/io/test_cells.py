@@ -1,4 +1,4 @@
-"""Arrow's cells as Python values and in lines: any type equals its meaning, alone and among others."""
+"""Tests of Arrow cells as Python values and in lines: the value of any type, alone and among other cells."""
 
 import decimal
 
@@ -10,8 +10,8 @@ from hypothesis import given, settings
 
 from batchinfer.errors import InvalidInput
 from batchinfer.io.cells import cells_of, json_cells_of, json_line_cells_of, line_cells_of
-from batchinfer.values.cell import Struct, Unheld
-from batchinfer.values.plain import shown_text
+from batchinfer.values.cell import Struct, Unrepresentable
+from batchinfer.values.plain import display_text
 from tests.io.arrow_types import arrays, mean
 
 
@@ -21,17 +21,17 @@ def chunked(array):
 
 @settings(deadline=None, max_examples=300)
 @given(drawn=arrays())
-def test_a_cell_is_what_it_means_alone_and_among_others(drawn):
+def test_cell_value_does_not_depend_on_other_cells(drawn):
     kind, values, array = drawn
     alone = [chunked(array.slice(place, 1)) for place in range(len(values))]
     lines = [orjson.dumps(value) for value in line_cells_of(chunked(array))]
     assert [orjson.loads(line) for line in lines] == [mean(kind, value) for value in values]
     assert lines == [orjson.dumps(line_cells_of(cell)[0]) for cell in alone]
-    cells = [shown_text(value) for value in cells_of(chunked(array))]
-    assert cells == [shown_text(cells_of(cell)[0]) for cell in alone]
+    cells = [display_text(value) for value in cells_of(chunked(array))]
+    assert cells == [display_text(cells_of(cell)[0]) for cell in alone]
 
 
-def test_floats_of_fewer_bits_have_their_own_digits():
+def test_float16_and_float32_have_their_shortest_digits():
     numbers = [9.99, None, float("nan"), float("-inf"), 3.4e38, 1e-10, 0.0]
     found = cells_of(chunked(pa.array(numbers, pa.float32())))
     assert list(map(repr, found)) == ["9.99", "None", "nan", "-inf", "3.4e+38", "1e-10", "0.0"]
@@ -41,7 +41,7 @@ def test_floats_of_fewer_bits_have_their_own_digits():
     assert nested == [[0.1], None]
 
 
-def test_bytes_are_text_where_they_are_utf8():
+def test_bytes_become_text_only_if_utf8():
     text, *others, null = cells_of(chunked(pa.array([b"\xc3\xa4", b"\xff", b"a\0", None])))
     assert (text, null) == ("ä", None)
     for other in others:
@@ -50,7 +50,7 @@ def test_bytes_are_text_where_they_are_utf8():
     assert cells_of(chunked(pa.array([[b"x"]])))[0] == ["x"]
 
 
-def test_nulls_of_a_struct_are_left_out_and_those_of_a_map_are_not():
+def test_null_is_omitted_in_a_struct_and_kept_in_a_map():
     kind = pa.struct({"a": pa.int32(), "b": pa.string(), "m": pa.map_(pa.string(), pa.int32())})
     first, second, third = cells_of(
         chunked(pa.array([{"a": 1, "m": [("k", None)]}, None, {"a": 2, "b": "", "m": []}], kind))
@@ -69,13 +69,13 @@ def test_nulls_of_a_struct_are_left_out_and_those_of_a_map_are_not():
         (pa.struct({"x": pa.int32()}), {'{"x":7}': 1}, {'{"x":7}': 1}),
     ],
 )
-def test_keys_of_maps(key, cell, line):
+def test_map_key_is_converted_for_rows_and_lines(key, cell, line):
     given = {pa.bool_(): True, pa.binary(): b"a"}.get(key, {"x": 7} if pa.types.is_struct(key) else 5)
     column = chunked(pa.array([[(given, 1)], None], pa.map_(key, pa.int32())))
     assert cells_of(column) == [cell, None] and line_cells_of(column) == [line, None]
 
 
-def test_fields_of_one_name_are_the_cells_error():
+def test_struct_with_duplicate_field_names_is_unrepresentable():
     one = pa.StructArray.from_arrays([pa.array([1, 2]), pa.array([3, 4])], ["a", "a"], mask=pa.array([False, True]))
     bad, null = cells_of(chunked(one))
     assert null is None
@@ -83,7 +83,7 @@ def test_fields_of_one_name_are_the_cells_error():
         str(bad)
 
 
-def test_a_key_that_is_no_text_is_the_cells_error():
+def test_map_with_invalid_text_key_is_unrepresentable():
     pairs = [[(b"a", 1)], [(b"\xff", 1), (b"\xfe", 2)], None]
     good, bad, null = cells_of(chunked(pa.array(pairs, pa.map_(pa.binary(), pa.int8()))))
     assert (good, null) == ({"a": 1}, None)
@@ -91,27 +91,27 @@ def test_a_key_that_is_no_text_is_the_cells_error():
         str(bad)
 
 
-def test_no_key_is_lost_to_lines():
+def test_map_keys_stay_distinct_in_lines():
     kind = pa.struct({"x": pa.float64(), "t": pa.timestamp("s")})
     column = chunked(pa.array([[({"x": float("nan"), "t": 10**15}, 1)]], pa.map_(kind, pa.int32())))
     assert orjson.dumps(line_cells_of(column)) == rb'[{"{\"x\":NaN,\"t\":\"+31690708-07-05T01:46:40\"}":1}]'
 
 
-def test_what_cannot_be_read_costs_its_own_cell():
+def test_unreadable_value_fails_only_its_own_cell():
     damaged = pa.StringArray.from_buffers(
         3, pa.py_buffer(np.array([0, 1, 2, 3], np.int32).tobytes()), pa.py_buffer(b"a\xffb")
     )
     first, second, third = cells_of(chunked(damaged))
-    assert (first, type(second), third) == ("a", Unheld, "b")
+    assert (first, type(second), third) == ("a", Unrepresentable, "b")
     assert line_cells_of(chunked(damaged)) == ["a", None, "b"]
     nested = chunked(pa.array([[1], [2**62], []], pa.list_(pa.timestamp("s"))))
-    assert [type(item) for [item] in cells_of(nested)[:2]][1] is Unheld
+    assert [type(item) for [item] in cells_of(nested)[:2]][1] is Unrepresentable
     union = pa.UnionArray.from_sparse(pa.array([0, 1], pa.int8()), [pa.array([1, 2]), pa.array(["a", "b"])])
     with pytest.raises(InvalidInput, match=r"sparse_union.* cannot be used"):
         str(cells_of(chunked(union))[0])
 
 
-def test_json_text():
+def test_json_text_is_parsed_for_rows_and_embedded_in_lines():
     texts = ['{"a":[1]}', None, '"x"', "100000000000000000000000000001", "{", '{\n "b": "\\n"}', "[" * 2000]
     column = chunked(pa.array(texts))
     values = cells_of(column), json_cells_of(column)
@@ -136,7 +136,7 @@ def test_json_text():
     assert orjson.dumps(line_cells_of(typed)) == b'[{"a": 1},null,"no"]'
 
 
-def test_decimals_keep_every_digit():
+def test_decimal_keeps_every_digit():
     digits = "12345678901234567890123456789012345678901234567890.5"
     column = chunked(pa.array([decimal.Decimal(digits), decimal.Decimal("0.0")], pa.decimal256(52, 1)))
     assert line_cells_of(column) == [digits, "0.0"] and list(map(str, cells_of(column))) == [digits, "0.0"]

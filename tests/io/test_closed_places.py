@@ -1,4 +1,4 @@
-"""Places that this process may not look into, and what a disk refuses for good: told as that, and no outage."""
+"""Tests of folders without permission and of permanent disk errors: user errors, not outages."""
 
 import errno
 import os
@@ -15,7 +15,7 @@ from batchinfer.spec import InputSpec, StorageSpec
 
 @pytest.fixture
 def closed(tmp_path):
-    """A folder that this process may not look into, with `in.jsonl` in it."""
+    """Create a folder without permission, with `in.jsonl` in it."""
     folder = tmp_path / "closed"
     folder.mkdir()
     (folder / "in.jsonl").write_text('{"text": "a"}\n')
@@ -29,19 +29,19 @@ def closed(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["in.jsonl", "nothing.jsonl", "*.jsonl", "**/a?.jsonl", ""])
-def test_a_closed_folder_is_told_from_an_empty_one(closed, name):
-    with pytest.raises(AccessDenied, match=r"closed.*Permission denied; check the permissions"):
+def test_unreadable_folder_is_access_denied_not_missing(closed, name):
+    with pytest.raises(AccessDenied, match=r"closed.*Permission denied; check its permissions"):
         find_files(InputSpec(path=(str(closed / name),)), Sources(StorageSpec()))
 
 
-def test_an_output_in_a_closed_folder_is_refused(closed):
-    with pytest.raises(AccessDenied, match="Permission denied; check the permissions"):
+def test_output_in_unreadable_folder_is_refused(closed):
+    with pytest.raises(AccessDenied, match="Permission denied; check its permissions"):
         check_names(str(closed / "out"), ["parts"], ["plan.json"])
-    with pytest.raises(AccessDenied, match="Permission denied; check the permissions"):
+    with pytest.raises(AccessDenied, match="Permission denied; check its permissions"):
         Store.open(str(closed / "out"), StorageSpec()).put("a", b"x")
 
 
-def test_what_a_disk_refuses_for_good_is_no_outage(tmp_path):
+def test_permanent_disk_error_is_a_user_error(tmp_path):
     long = str(tmp_path / ("x" * 300))
     with pytest.raises(UsageError, match="File name too long; use a shorter one"):
         check_names(long, ["parts"], ["plan.json"])

@@ -1,4 +1,4 @@
-"""Model files: local, on S3 through faults, and from the Hub (a fake of its client: there is no network in tests)."""
+"""Tests of model files: local, on S3 with faults, and from the Hub (a fake client, because tests have no network)."""
 
 import os
 
@@ -33,7 +33,7 @@ def upload(server, folder):
 
 
 class TestLocal:
-    def test_identity_follows_what_decides_a_token(self, tmp_path):
+    def test_identity_changes_only_with_files_that_decide_the_output(self, tmp_path):
         folder = make_model(tmp_path / "m")
         files = fetch_model(str(folder), LOCAL)
         assert files.path == folder
@@ -63,7 +63,7 @@ class TestLocal:
         path.rename(moved)
         assert fetch_model(str(moved), LOCAL).identity == files.identity
 
-    def test_what_is_no_model(self, tmp_path):
+    def test_directory_without_a_usable_model_is_refused(self, tmp_path):
         folder = make_model(tmp_path / "m")
         (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
         with pytest.raises(ModelError, match=r"no safetensors weights; pytorch_model\.bin is a pickle"):
@@ -79,7 +79,7 @@ class TestLocal:
 
 
 class TestUrl:
-    def test_copied_through_faults_once(self, faults, tmp_path):
+    def test_url_is_copied_once_despite_faults(self, faults, tmp_path):
         folder = make_model(tmp_path / "m")
         url = upload(faults, folder)
         faults.rate = 0.25
@@ -94,14 +94,14 @@ class TestUrl:
         assert fetch_model(url, faults.storage, cache_dir=tmp_path / "cache") == files
         assert (files.path / "model.safetensors").stat().st_mtime_ns == before
 
-    def test_without_weights(self, faults, tmp_path):
+    def test_fetch_without_weights_has_the_same_identity(self, faults, tmp_path):
         folder = make_model(tmp_path / "m")
         url = upload(faults, folder)
         files = fetch_model(url, faults.storage, weights=False, cache_dir=tmp_path / "cache")
         assert not (files.path / "model.safetensors").exists()
         assert files.identity == fetch_model(str(folder), LOCAL).identity
 
-    def test_resumed_where_it_broke_off(self, faults, tmp_path, monkeypatch):
+    def test_interrupted_copy_is_resumed(self, faults, tmp_path, monkeypatch):
         monkeypatch.setattr(fetch, "_TRANSFER_BYTES", 1 << 20)
         folder = make_model(tmp_path / "m", weights=5 << 20)
         url = upload(faults, folder)
@@ -123,7 +123,7 @@ class TestUrl:
         large = [s for s in faults.requests("GET", "model.safetensors") if _length(s) == 1 << 20]
         assert len(large) == 2
 
-    def test_a_new_version_is_copied_anew(self, faults, tmp_path):
+    def test_changed_object_is_copied_anew(self, faults, tmp_path):
         folder = make_model(tmp_path / "m")
         url = upload(faults, folder)
         first = fetch_model(url, faults.storage, cache_dir=tmp_path / "cache")
@@ -142,7 +142,7 @@ class TestUrl:
         assert files.path.read_bytes() == b"GGUF" + bytes(100)
         assert files.identity == fetch_model(str(tmp_path / "m.gguf"), LOCAL).identity
 
-    def test_what_is_not_there(self, seaweed, tmp_path):
+    def test_missing_url_is_a_model_error(self, seaweed, tmp_path):
         bucket = seaweed.bucket()
         for url in (f"{bucket}/nothing", "s3://never-was/m"):
             with pytest.raises(ModelError, match=f"{url}: no model there"):
@@ -161,7 +161,7 @@ def _length(seen):
 
 
 class TestHub:
-    def test_ids(self, tmp_path, monkeypatch):
+    def test_hub_id_is_split_into_repo_file_and_revision(self, tmp_path, monkeypatch):
         folder = make_model(tmp_path / "m")
         (folder / "x.gguf").write_bytes(b"GGUF")
         asked = []
@@ -187,13 +187,16 @@ class TestHub:
             ("org/name", "main", "q4/x.gguf"),
         ]
 
-    def test_offline(self, tmp_path, monkeypatch):
+    def test_hub_error_offline_names_the_id(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-        with pytest.raises(ModelError, match="org/no-such-model: no such file or directory here, and not to be had"):
+        with pytest.raises(
+            ModelError,
+            match="org/no-such-model: no such file or directory here, and the Hugging Face Hub does not provide it",
+        ):
             fetch_model("org/no-such-model", LOCAL)
 
-    def test_a_path_is_not_taken_for_an_id(self, tmp_path, monkeypatch):
+    def test_existing_path_wins_over_hub_id(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         for name in ("./org/name", "/org/name", "a/b/c", "name"):
             with pytest.raises(ModelError, match="no such file or directory, and not a Hugging Face id"):

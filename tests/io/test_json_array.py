@@ -1,4 +1,4 @@
-"""Files that are one JSON array: read as lines are, in any form, and refused with the element where they are none."""
+"""Tests of files that are one JSON array: read like lines in any layout, and refused with the element if malformed."""
 
 import json
 
@@ -34,7 +34,7 @@ def write(path, text):
     ascii_=st.booleans(),
     block=st.integers(1, 100),
 )
-def test_an_array_is_its_lines(tmp_path, rows, suffix, indent, mark, ascii_, block):
+def test_array_reads_like_the_same_rows_as_lines(tmp_path, rows, suffix, indent, mark, ascii_, block):
     text = json.dumps(rows, indent=indent, ensure_ascii=ascii_)
     array = write(tmp_path / f"a.{suffix}", ("\ufeff" if mark else "") + text + "\n" * (block % 3))
     plain = write(tmp_path / "b.jsonl", "\n".join(json.dumps(row) for row in rows))
@@ -47,7 +47,7 @@ def test_an_array_is_its_lines(tmp_path, rows, suffix, indent, mark, ascii_, blo
 
 @settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=rows_of_any_kind, indent=st.sampled_from([None, 2]), data=st.data())
-def test_a_cut_array_is_never_read_as_a_whole_one(tmp_path, rows, indent, data):
+def test_truncated_array_is_an_error(tmp_path, rows, indent, data):
     text = json.dumps(rows, indent=indent)
     cut = data.draw(st.integers(1, len(text) - 1))
     with pytest.raises(InputError):
@@ -64,23 +64,23 @@ def test_a_cut_array_is_never_read_as_a_whole_one(tmp_path, rows, indent, data):
         ),
         ("[", r"ends before element \[0\]"),
         ('[{"a": 1},]', r"element \[1\] is missing: the array ends after a comma"),
-        ('[{"a": 1},\n, {"a": 2}]', r"json:2: element \[1\] is missing: ',' stands in its place"),
+        ('[{"a": 1},\n, {"a": 2}]', r"json:2: element \[1\] is missing: found ',' instead"),
         ('[{"a": 1}\n{"a": 2}]', r"json:2: a comma is missing before element \[1\]"),
-        ('[\n{"a": 1}]\n]', r"json:3: more follows the array's end"),
-        ('[{"a": 1}] {"a": 2}', "json:1: more follows the array's end"),
+        ('[\n{"a": 1}]\n]', r"json:3: text follows the end of the array"),
+        ('[{"a": 1}] {"a": 2}', "json:1: text follows the end of the array"),
         ('["a", "b"]', r"no row is a JSON object; line 1, element \[0\]: .* this one is a string"),
         ("[\n1,\n2\n]", r"line 2, element \[0\]: .* this one is 1"),
         ('[[{"a": 1}]]', r"line 1, element \[0\]: .* this one is a list"),
-        ('{\n  "a": 1,\n  "b": [1]\n}', "holds an object over several lines"),
-        ('{\n  "data": [\n    {"a": 1}\n  ]\n}', "holds an object over several lines"),
+        ('{\n  "a": 1,\n  "b": [1]\n}', "contains an object over several lines"),
+        ('{\n  "data": [\n    {"a": 1}\n  ]\n}', "contains an object over several lines"),
     ],
 )
-def test_what_is_no_array_of_objects(tmp_path, text, said):
+def test_malformed_array_is_refused_with_element_number(tmp_path, text, said):
     with pytest.raises(InputError, match=said):
         scan_all(write(tmp_path / "a.json", text))
 
 
-def test_one_bad_element_is_a_row_in_error(tmp_path):
+def test_invalid_element_is_a_row_error(tmp_path):
     text = '[\n  {"a": 1},\n  "x",\n  {"a": tru},\n  {\n    "a": 4,\n    5\n  },\n  {"a": 6}\n]'
     rows, errors = read_all(scan_all(write(tmp_path / "a.json", text)))
     assert [row["a"] for row in rows] == [1, None, None, None, 6]
@@ -99,17 +99,17 @@ def test_one_bad_element_is_a_row_in_error(tmp_path):
         ('\n[1, 2]\n{"a": 2}\n[3]', [None, 2, None]),
     ],
 )
-def test_lines_that_hold_lists_are_lines(tmp_path, text, rows):
+def test_lines_with_lists_are_not_one_array(tmp_path, text, rows):
     assert [row["a"] for row in read_all(scan_all(write(tmp_path / "a.jsonl", text)))[0]] == rows
 
 
-def test_an_empty_array_has_no_rows(tmp_path):
+def test_empty_array_has_no_rows(tmp_path):
     for text in ("[]", " [\n]\n", "[ ]"):
         assert scan_all(write(tmp_path / "a.json", text)).files[0].rows == 0
 
 
 @pytest.mark.parametrize("indent", [None, 1])
-def test_seeking(tmp_path, monkeypatch, indent):
+def test_seek_into_array_gives_the_same_rows(tmp_path, monkeypatch, indent):
     monkeypatch.setattr(jsonl, "INDEX_ROWS", 10)
     monkeypatch.setattr("batchinfer.io.source._SEQUENTIAL_BYTES", 500)
     rows = [{"i": i, "t": {"x": ["é" * (i % 7)]}} for i in range(200)]
@@ -122,7 +122,7 @@ def test_seeking(tmp_path, monkeypatch, indent):
     assert "element [150]" in errors[6] and (indent is None) == (":1," in errors[6])
 
 
-def test_an_element_too_long_to_hold(tmp_path, monkeypatch):
+def test_element_over_the_length_limit_is_a_row_error(tmp_path, monkeypatch):
     for module in (lines, json_array):
         monkeypatch.setattr(module, "MAX_LINE_BYTES", 5000)
     monkeypatch.setattr("batchinfer.io.source._SEQUENTIAL_BYTES", 700)

@@ -1,4 +1,4 @@
-"""Compressed files of any number of members and frames, padded or followed by something else; pipes."""
+"""Tests of compressed files with any number of members and frames, padding or trailing data; and of pipes."""
 
 import gzip
 import os
@@ -28,8 +28,8 @@ def lines(first, count):
     gaps=st.lists(st.integers(0, 700), min_size=5, max_size=5),
     feed=st.integers(1, 50),
 )
-def test_members_frames_and_what_is_between_them(tmp_path, kind, counts, gaps, feed):
-    """Empty members, zeros after members of gzip, skippable frames anywhere in zstd: all are read over."""
+def test_members_frames_and_padding_are_read_through(tmp_path, kind, counts, gaps, feed):
+    """Empty members, zeros after gzip members and skippable zstd frames anywhere are skipped."""
     data, total = b"", 0
     for count, gap in zip(counts, gaps, strict=False):
         data += SKIPPED if kind == "zstd" and gap % 2 else b""
@@ -45,19 +45,21 @@ def test_members_frames_and_what_is_between_them(tmp_path, kind, counts, gaps, f
 
 @pytest.mark.parametrize("kind", CODECS)
 @pytest.mark.parametrize("rest", [b"x", b"{}", b"more\n", b"\x00\x01", b"\x28\xb5\x2f", b"\x1f\x8b\x08"])
-def test_something_else_behind(tmp_path, kind, rest):
+def test_data_after_the_compressed_part_is_an_error(tmp_path, kind, rest):
     packed = CODECS[kind](lines(0, 3))
     path = tmp_path / "a.jsonl"
     path.write_bytes(packed + rest)
     own = {"gzip": b"\x1f\x8b\x08", "zstd": b"\x28\xb5\x2f"}[kind]
-    said = "the file is truncated" if rest == own else rf"{kind} data ends at byte {len(packed)}, and what follows is"
+    said = (
+        "the file is truncated" if rest == own else rf"{kind} data ends at byte {len(packed)}, and other data follows"
+    )
     with pytest.raises(InputError, match=said):
         scan_all(path)
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(kind=st.sampled_from(list(CODECS)), cut=st.integers(4, 10_000))
-def test_a_cut_file_is_an_error(tmp_path, kind, cut):
+def test_truncated_file_is_an_error(tmp_path, kind, cut):
     packed = CODECS[kind](lines(0, 30)) + CODECS[kind](lines(30, 30))
     first = len(CODECS[kind](lines(0, 30)))
     cut %= len(packed)
@@ -68,7 +70,7 @@ def test_a_cut_file_is_an_error(tmp_path, kind, cut):
         scan_all(path)
 
 
-def test_pipes_are_refused_before_anything_is_read(tmp_path):
+def test_pipe_is_refused_before_reading(tmp_path):
     pipe = tmp_path / "rows.jsonl"
     os.mkfifo(pipe)
     reader, writer = os.pipe()
@@ -84,7 +86,7 @@ def test_pipes_are_refused_before_anything_is_read(tmp_path):
         os.close(writer)
 
 
-def test_a_file_called_dash(tmp_path, monkeypatch):
+def test_file_named_dash_is_read(tmp_path, monkeypatch):
     (tmp_path / "-").write_bytes(lines(0, 2))
     monkeypatch.chdir(tmp_path)
     assert len(read_all(scan_all("-", format="jsonl"))[0]) == 2

@@ -1,4 +1,4 @@
-"""Parquet: streaming inside one huge row group, damage, and that what is written reads back as it was."""
+"""Tests of Parquet: streaming within one huge row group, damage, round trips."""
 
 import subprocess
 import sys
@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from batchinfer.errors import InputError, SpoolError
 from batchinfer.io import parquet
-from batchinfer.io.rows import RowSpan, rows_of, stream, write_rows
-from batchinfer.io.types import fit
+from batchinfer.io.rows import RowSpan, rows_of, stream_rows, write_rows
+from batchinfer.io.types import fit_to_type
 from tests.io.reading import LOCAL, read_all, scan_all, write_parquet
 
 
@@ -22,7 +22,7 @@ def numbered(rows, start=0):
 
 class TestReading:
     @pytest.mark.parametrize("group", [100_000, 1000, 37])
-    def test_any_spans_give_the_same_rows(self, tmp_path, group):
+    def test_rows_do_not_depend_on_spans(self, tmp_path, group):
         table = numbered(5000)
         inputs = scan_all(write_parquet(tmp_path / "a.parquet", table, row_group_size=group))
         assert inputs.files[0].rows == 5000
@@ -31,13 +31,13 @@ class TestReading:
         assert [row["i"] for row in found] == [i for span in spans for i in range(span.start, span.start + span.count)]
         assert errors == {}
 
-    def test_spans_of_several_files_in_any_order(self, tmp_path):
+    def test_spans_of_several_files_may_come_in_any_order(self, tmp_path):
         paths = [write_parquet(tmp_path / f"{n}.parquet", numbered(100, n * 100)) for n in range(3)]
         inputs = scan_all(*paths)
         found, _ = read_all(inputs, [RowSpan(2, 5, 2), RowSpan(0, 1, 1), RowSpan(2, 0, 1), RowSpan(1, 99, 1)])
         assert [row["i"] for row in found] == [205, 206, 1, 200, 199]
 
-    def test_large_cells_are_decoded_few_at_a_time(self, tmp_path):
+    def test_large_cells_are_decoded_in_small_batches(self, tmp_path):
         inputs = scan_all(
             write_parquet(tmp_path / "a.parquet", pa.table({"t": [f"{i}" * 500_000 for i in range(10, 74)]}))
         )
@@ -45,7 +45,7 @@ class TestReading:
             assert parquet._ParquetRows(file, ["t"])._batch_rows <= 8
         assert sum(len(row["t"]) for row in read_all(inputs, [RowSpan(0, 28, 4)])[0]) == 4_000_000
 
-    def test_invalid_utf8_is_its_rows_error(self, tmp_path):
+    def test_invalid_utf8_is_a_row_error(self, tmp_path):
         binary = pa.array([b"fine", b"\xed\xa0\x80", None, b"\xff", b"fine"])
         strings = pa.StringArray.from_buffers(5, binary.buffers()[1], binary.buffers()[2], binary.buffers()[0], 1)
         path = write_parquet(tmp_path / "a.parquet", pa.table({"i": range(5), "t": strings}))
@@ -60,7 +60,7 @@ class TestReading:
     @pytest.mark.parametrize(
         "form", ["dictionary", "list", "struct", "list of dictionaries", "large", "view", "json", "map"]
     )
-    def test_a_damaged_text_anywhere_costs_its_row_alone(self, tmp_path, form):
+    def test_damaged_text_in_any_type_fails_only_its_row(self, tmp_path, form):
         binary = pa.array([b"ok", b"\xff", b"fine", b"\xc3", b"x"])
         text = pa.StringArray.from_buffers(5, binary.buffers()[1], binary.buffers()[2])
         coded = pa.DictionaryArray.from_arrays(pa.array([0, 1, 2, 3, 4]), text)
@@ -88,24 +88,24 @@ class TestReading:
             assert errors == {n: f"{path}: row {n}: column 't' is not valid UTF-8" for n in (1, 3)}
             good = [row["t"] is None for row in found]
             assert good == [False, True, False, True, False]
-        part = stream(inputs, [RowSpan(0, 0, 5)], LOCAL)
+        part = stream_rows(inputs, [RowSpan(0, 0, 5)], LOCAL)
         write_rows(tmp_path / "out.parquet", next(part)[1].table, "parquet", None)
         assert pq.read_table(tmp_path / "out.parquet").num_rows == 5
 
     @pytest.mark.parametrize("content", [b"", b"PAR1", b"not parquet at all, but long enough for a footer"])
-    def test_not_parquet(self, tmp_path, content):
+    def test_file_that_is_not_parquet_is_refused(self, tmp_path, content):
         (tmp_path / "a.parquet").write_bytes(content)
         with pytest.raises(InputError, match=r"a\.parquet: not a readable Parquet file"):
             scan_all(tmp_path / "a.parquet")
 
-    def test_truncated(self, tmp_path):
+    def test_truncated_file_is_refused(self, tmp_path):
         path = tmp_path / "a.parquet"
         write_parquet(path, numbered(1000))
         path.write_bytes(path.read_bytes()[:-100])
         with pytest.raises(InputError, match="not a readable Parquet file"):
             scan_all(path)
 
-    def test_a_damaged_page_names_the_rows(self, tmp_path):
+    def test_damaged_page_is_an_error_that_names_the_rows(self, tmp_path):
         path = tmp_path / "a.parquet"
         write_parquet(path, numbered(3000), row_group_size=1000, compression="zstd")
         data = bytearray(path.read_bytes())
@@ -116,21 +116,21 @@ class TestReading:
         with pytest.raises(InputError, match=r"a\.parquet: rows \d+ to \d+ cannot be read"):
             read_all(inputs)
 
-    def test_columns_twice_or_none(self, tmp_path):
+    def test_duplicate_or_missing_columns_are_refused(self, tmp_path):
         twice = pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["x", "x"])
-        with pytest.raises(InputError, match="column 'x' is there twice"):
+        with pytest.raises(InputError, match="column 'x' exists twice"):
             scan_all(write_parquet(tmp_path / "a.parquet", twice))
         with pytest.raises(InputError, match="no columns"):
             scan_all(write_parquet(tmp_path / "b.parquet", pa.table({})))
 
-    def test_file_without_rows(self, tmp_path):
+    def test_file_without_rows_is_read(self, tmp_path):
         inputs = scan_all(write_parquet(tmp_path / "a.parquet", numbered(0)))
         assert inputs.files[0].rows == 0
         assert read_all(inputs) == ([], {})
 
     @pytest.mark.parametrize("form", ["parquet", "jsonl"])
-    def test_row_groups_with_dictionaries_of_their_own(self, tmp_path, form):
-        """More values than the index of one has room for, at any depth."""
+    def test_row_groups_may_have_different_dictionaries(self, tmp_path, form):
+        """Dictionaries with more values than one index type can address, at any depth."""
 
         def group(number):
             texts = pa.array([f"{number} {n}" for n in range(100)])
@@ -145,15 +145,15 @@ class TestReading:
         found, errors = read_all(inputs, [RowSpan(0, 0, 250), RowSpan(0, 250, 50)])
         values = [f"{number} {n}" for number in range(3) for n in range(100)]
         assert errors == {} and found == [{"d": text, "s": {"d": text}, "l": [text]} for text in values]
-        [(_, batch)] = stream(inputs, [RowSpan(0, 0, 300)], LOCAL)
-        held = [fit(batch.table.column(field.name), field.type) for field in inputs.schema]
+        [(_, batch)] = stream_rows(inputs, [RowSpan(0, 0, 300)], LOCAL)
+        held = [fit_to_type(batch.table.column(field.name), field.type) for field in inputs.schema]
         write_rows(tmp_path / "out", pa.table(held, schema=inputs.schema), form, None)
         if form == "parquet":
             back = pq.read_table(tmp_path / "out")
             assert back.to_pylist() == found and back.schema.types == inputs.schema.types
             assert back.schema.field("d").type == pa.dictionary(pa.int32(), pa.string())
 
-    def test_not_null_columns_may_still_lose_a_cell(self, tmp_path):
+    def test_damaged_cell_of_a_non_null_column_becomes_null(self, tmp_path):
         schema = pa.schema([pa.field("t", pa.string(), nullable=False)])
         inputs = scan_all(write_parquet(tmp_path / "a.parquet", pa.table({"t": ["a"]}, schema=schema)))
         assert inputs.schema.field("t").nullable
@@ -164,7 +164,7 @@ class TestValues:
         table = pa.table({"j": ['{"a":[1]}', None, '"x"', "100000000000000000000000000001"]})
         assert [row["j"] for row in rows_of(table, ["j"], {"j"})] == [{"a": [1]}, None, "x", 10**29 + 1]
 
-    def test_no_columns(self):
+    def test_table_without_columns_keeps_its_number_of_rows(self):
         assert rows_of(numbered(3), []) == [{}, {}, {}]
 
 
@@ -199,19 +199,21 @@ def tables(draw):
     group=st.integers(1, 9),
     compression=st.sampled_from([None, "none", "snappy"]),
 )
-def test_round_trip(tmp_path, table, cut, group, compression):
-    """Write, stream in spans, write again: the same values, schema and metadata, and the same bytes."""
+def test_written_table_reads_back_equal_and_rewrites_to_equal_bytes(tmp_path, table, cut, group, compression):
+    """Write, stream in spans, write again: equal values, schema, metadata and bytes."""
     source, out, again = (tmp_path / name for name in ("in.parquet", "out.parquet", "again.parquet"))
     pq.write_table(table, source, row_group_size=group)
     inputs = scan_all(source)
     batches = [
         batch.table
-        for _, batch in stream(
+        for _, batch in stream_rows(
             inputs, [RowSpan(0, s, min(cut, len(table) - s)) for s in range(0, len(table), cut)], LOCAL
         )
     ]
     rows = pa.concat_tables(batches)
-    streamed = pa.table([fit(rows.column(field.name), field.type) for field in inputs.schema], schema=inputs.schema)
+    streamed = pa.table(
+        [fit_to_type(rows.column(field.name), field.type) for field in inputs.schema], schema=inputs.schema
+    )
     write_rows(out, streamed, "parquet", compression)
     write_rows(again, table.cast(inputs.schema).combine_chunks(), "parquet", compression)
     assert out.read_bytes() == again.read_bytes()
@@ -237,12 +239,12 @@ def test_disk_full_is_a_spool_error(tmp_path, form):
 
 _MEMORY = """
 import sys
-from batchinfer.io.rows import RowSpan, rows_of, scan, stream
+from batchinfer.io.rows import RowSpan, rows_of, scan_inputs, stream_rows
 from batchinfer.spec import InputSpec, StorageSpec
-inputs = scan(InputSpec(path=(sys.argv[1],)), StorageSpec())
+inputs = scan_inputs(InputSpec(path=(sys.argv[1],)), StorageSpec())
 rows = inputs.files[0].rows
 total = 0
-for span, batch in stream(inputs, (RowSpan(0, start, 1000) for start in range(0, rows, 1000)), StorageSpec()):
+for span, batch in stream_rows(inputs, (RowSpan(0, start, 1000) for start in range(0, rows, 1000)), StorageSpec()):
     total += len(rows_of(batch.table, inputs.schema.names))
 assert total == rows
 # not ru_maxrss: a child inherits its parent's
@@ -251,8 +253,8 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 
 
 @pytest.mark.parametrize("form", ["parquet", "jsonl"])
-def test_memory_does_not_grow_with_the_file(tmp_path, form):
-    """One row group holds all rows, as most writers make it. Without streaming the larger file needs 70 MB more."""
+def test_peak_memory_does_not_grow_with_the_file(tmp_path, form):
+    """One row group holds all rows, as most writers do. Without streaming the larger file needs 70 MB more."""
     peaks = []
     for rows in (50_000, 600_000):
         text = [f"some words that make a prompt of a usual length, number {i * 7919}" for i in range(rows)]

@@ -1,4 +1,4 @@
-"""Columns that folders name: their values and types, beside the files' own columns, on disk and elsewhere."""
+"""Tests of Hive-style partition columns: values and types, beside own columns, on disk and object storage."""
 
 import json
 from urllib.parse import quote
@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchinfer.errors import OutputConflict
-from batchinfer.io.partitions import values_of
-from batchinfer.io.rows import InputFile, Inputs, stream
+from batchinfer.io.partitions import partition_values
+from batchinfer.io.rows import InputFile, Inputs, stream_rows
 from batchinfer.job.inspect.verify import audit
 from batchinfer.spec import StorageSpec
 from tests.io.reading import LOCAL, read_all, scan_all, spans_of, write_lines
@@ -20,7 +20,7 @@ from tests.job.doubles import MemoryStore, ScriptedLLM, job, run
 
 
 def write(folder, **texts):
-    """One Parquet file per folder name, with `_` for the first "=" since these are keyword arguments."""
+    """Write one Parquet file per folder name, given as keyword arguments with `_` for the first "="."""
     for name, text in texts.items():
         write_at(folder / name.replace("_", "=", 1), text)
 
@@ -30,20 +30,20 @@ def write_at(folder, *texts):
     pq.write_table(pa.table({"text": list(texts)}), folder / "part-0.parquet")
 
 
-def test_values():
-    assert values_of("data/lang=de/part-0.parquet") == (("lang", "de"),)
-    assert values_of("b/a=1/x/b=c=d/f.parquet") == (("a", "1"), ("b", "c=d"))
-    assert values_of("a=1/b=2/a=3/f.parquet") == (("a", "3"), ("b", "2"))
-    assert values_of("t/at=2024-01-01%2000%3A00/%20=%25/f") == (("at", "2024-01-01 00:00"), (" ", "%"))
-    assert values_of("k=__HIVE_DEFAULT_PARTITION__/j=/f") == (("k", None), ("j", None))
-    assert values_of("=1/k/f=1.jsonl") == ()
+def test_partition_values_are_decoded_from_the_path():
+    assert partition_values("data/lang=de/part-0.parquet") == (("lang", "de"),)
+    assert partition_values("b/a=1/x/b=c=d/f.parquet") == (("a", "1"), ("b", "c=d"))
+    assert partition_values("a=1/b=2/a=3/f.parquet") == (("a", "3"), ("b", "2"))
+    assert partition_values("t/at=2024-01-01%2000%3A00/%20=%25/f") == (("at", "2024-01-01 00:00"), (" ", "%"))
+    assert partition_values("k=__HIVE_DEFAULT_PARTITION__/j=/f") == (("k", None), ("j", None))
+    assert partition_values("=1/k/f=1.jsonl") == ()
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.dictionaries(st.text(min_size=1), st.text(min_size=1), max_size=4))
-def test_any_key_and_value_comes_back(pairs):
+def test_any_key_and_value_round_trips(pairs):
     path = "/".join([*(f"{quote(key, '')}={quote(value, '')}" for key, value in pairs.items()), "f"])
-    assert dict(values_of(path)) == pairs
+    assert dict(partition_values(path)) == pairs
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_any_key_and_value_comes_back(pairs):
         (["١"], ["١"]),
     ],
 )
-def test_types(tmp_path, values, expected):
+def test_partition_column_type_follows_its_values(tmp_path, values, expected):
     for number, value in enumerate(values):
         write_at(tmp_path / f"n={number}" / f"k={value}", "t")
     inputs = scan_all(tmp_path)
@@ -69,7 +69,7 @@ def test_types(tmp_path, values, expected):
     assert Inputs.from_dict(json.loads(json.dumps(inputs.to_dict()))) == inputs
 
 
-def test_the_same_however_the_files_are_named(tmp_path, monkeypatch):
+def test_partition_columns_do_not_depend_on_how_files_are_named(tmp_path, monkeypatch):
     write(tmp_path / "data", lang_de="a", lang_fr="b")
     rows = [{"text": "a", "lang": "de"}, {"text": "b", "lang": "fr"}]
     files = [str(tmp_path / f"data/lang={lang}/part-0.parquet") for lang in ("de", "fr")]
@@ -81,7 +81,7 @@ def test_the_same_however_the_files_are_named(tmp_path, monkeypatch):
     assert read_all(scan_all("part-0.parquet"))[0] == [{"text": "a"}]
 
 
-def test_on_object_storage(tmp_path):
+def test_partitions_on_object_storage_are_columns(tmp_path):
     filesystem = fsspec.filesystem("memory")
     for key in ("at=2024%3A01/lang=de", "at=2024%3A02/lang=fr"):
         filesystem.pipe_file(f"/{tmp_path.name}/{key}/a.jsonl", b'{"text": "x"}\n')
@@ -90,7 +90,7 @@ def test_on_object_storage(tmp_path):
         assert [(row["at"], row["lang"]) for row in rows] == [("2024:01", "de"), ("2024:02", "fr")]
 
 
-def test_own_columns_hold(tmp_path, capsys):
+def test_own_column_wins_over_partition(tmp_path, capsys):
     for lang in ("de", "fr"):
         (tmp_path / f"lang={lang}").mkdir()
         write_lines(tmp_path / f"lang={lang}" / "a.jsonl", [{"lang": "own"}, {"lang": None}])
@@ -98,24 +98,24 @@ def test_own_columns_hold(tmp_path, capsys):
     assert "lang" in capsys.readouterr().err
 
 
-def test_a_file_in_no_such_folder_has_null(tmp_path, capsys):
+def test_file_outside_partition_folders_has_null(tmp_path, capsys):
     write(tmp_path, k_1="a")
     write_at(tmp_path, "b")
     assert [row["k"] for row in read_all(scan_all(tmp_path))[0]] == [1, None]
     assert "no folder that names these columns" in capsys.readouterr().err
 
 
-def test_any_selection_and_spans(tmp_path):
+def test_partition_columns_follow_selection_and_spans(tmp_path):
     for k in (1, 2):
         write_at(tmp_path / f"k={k}", *"abcdefg")
     inputs = scan_all(tmp_path)
     for columns in (["k"], ["text"], ["k", "text"], []):
-        batches = [batch.table for _, batch in stream(inputs.select(columns), spans_of(inputs, 3), LOCAL)]
+        batches = [batch.table for _, batch in stream_rows(inputs.select(columns), spans_of(inputs, 3), LOCAL)]
         assert [table.num_rows for table in batches] == [3, 3, 1] * 2
         assert all(set(table.schema.names) == set(columns) for table in batches)
 
 
-def test_a_job_over_partitions(tmp_path):
+def test_job_carries_partition_columns(tmp_path):
     write(tmp_path / "data", lang_de="a", lang_fr="b", lang_it="c")
     sections = {"input": {"path": str(tmp_path / "data"), "where": "lang != 'fr'"}}
     spec = job(tmp_path, prompt={"template": "{{ lang }} {{ text }}"}, **sections)
@@ -125,7 +125,7 @@ def test_a_job_over_partitions(tmp_path):
     assert audit(str(tmp_path / "out"), StorageSpec()).differences == []
 
 
-def test_other_partition_values_are_another_input(tmp_path):
+def test_changed_partition_value_is_another_input(tmp_path):
     write(tmp_path / "data", lang_de="a", lang_fr="b")
     store = MemoryStore()
     run(job(tmp_path, input={"path": str(tmp_path / "data")}), ScriptedLLM(), store)
@@ -137,5 +137,5 @@ def test_other_partition_values_are_another_input(tmp_path):
     run(job(tmp_path, input={"path": str(tmp_path / "moved/*/*")}), ScriptedLLM(), store)
 
 
-def test_a_plan_without_partitions_says_nothing_of_them():
+def test_plan_without_partitions_omits_the_key():
     assert "partitions" not in InputFile("a", "jsonl", 1, "x", 1).to_dict()

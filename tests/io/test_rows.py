@@ -1,4 +1,4 @@
-"""Scanning many files, one schema for all, and streaming them from real S3 through faults and changes."""
+"""Tests of scanning many files, unifying their schemas, and streaming from S3 through faults and changes."""
 
 import json
 import threading
@@ -10,7 +10,7 @@ import pytest
 
 from batchinfer.errors import AccessDenied, InputError, InputMissing, SpecError, StorageError
 from batchinfer.io import filesystem
-from batchinfer.io.rows import InputFile, Inputs, RowSpan, scan, stream
+from batchinfer.io.rows import InputFile, Inputs, RowSpan, scan_inputs, stream_rows
 from batchinfer.spec import InputSpec, StorageSpec
 from tests.io.reading import LOCAL, read_all, scan_all, spans_of, write_lines, write_parquet
 
@@ -20,18 +20,18 @@ def urls(inputs):
 
 
 class TestExpanding:
-    def test_nothing_there(self, tmp_path):
+    def test_missing_path_is_reported(self, tmp_path):
         for pattern in (tmp_path / "a.jsonl", f"{tmp_path}/*.parquet", tmp_path):
             with pytest.raises(InputMissing, match=str(tmp_path)):
                 scan_all(pattern)
 
-    def test_formats(self, tmp_path):
+    def test_format_follows_the_extension(self, tmp_path):
         path = write_lines(tmp_path / "a.txt", [{"x": 1}])
-        with pytest.raises(SpecError, match=r"a\.txt: its name does not tell the format.*input\.format"):
+        with pytest.raises(SpecError, match=r"a\.txt: its name has no known extension.*input\.format"):
             scan_all(path)
         assert scan_all(path, format="jsonl").files[0].format == "jsonl"
 
-    def test_no_permission(self, tmp_path, monkeypatch):
+    def test_unreadable_file_is_access_denied(self, tmp_path, monkeypatch):
         path = write_lines(tmp_path / "a.jsonl", [{"x": 1}])
 
         def refuse(*_):
@@ -41,7 +41,7 @@ class TestExpanding:
         with pytest.raises(AccessDenied, match=r"a\.jsonl"):
             scan_all(path)
 
-    def test_limit_reads_no_further(self, tmp_path):
+    def test_limit_stops_the_scan(self, tmp_path):
         a = write_lines(tmp_path / "a.jsonl", [{"x": i} for i in range(10)])
         b = write_lines(tmp_path / "b.jsonl", [{"x": i} for i in range(10)] + [{"x": "drift"}])
         (tmp_path / "c.jsonl").write_text("never read")
@@ -63,7 +63,7 @@ class TestExpanding:
 
 
 class TestSchemas:
-    def test_lines_that_differ(self, tmp_path):
+    def test_conflicting_types_in_lines_are_refused(self, tmp_path):
         a = write_lines(tmp_path / "a.jsonl", [{"x": None}, {"x": 1}])
         b = write_lines(tmp_path / "b.jsonl", [{"x": None}, {}, {"x": "one"}])
         with pytest.raises(InputError, match=r"column 'x' is int64 in .*a\.jsonl:2 but string in .*b\.jsonl:3"):
@@ -87,7 +87,7 @@ class TestSchemas:
             ([2], [1, "a"], pa.string(), True),
         ],
     )
-    def test_lines_that_fit(self, tmp_path, first, second, kind, text):
+    def test_compatible_types_in_lines_are_unified(self, tmp_path, first, second, kind, text):
         a = write_lines(tmp_path / "a.jsonl", [{"x": value} for value in first])
         b = write_lines(tmp_path / "b.jsonl", [{"x": value} for value in second])
         inputs = scan_all(a, b)
@@ -95,13 +95,13 @@ class TestSchemas:
         assert inputs.text_json == (frozenset("x") if text else frozenset())
         assert list(map(repr, [row["x"] for row in read_all(inputs)[0]])) == list(map(repr, first + second))
 
-    def test_a_key_that_a_file_of_lines_lacks_is_null_and_logged(self, tmp_path, capsys):
+    def test_key_missing_in_a_file_of_lines_is_null_and_logged(self, tmp_path, capsys):
         a = write_lines(tmp_path / "a.jsonl", [{"x": 1, "y": 2}])
         b = write_lines(tmp_path / "b.jsonl", [{"x": 1}])
         assert [row["y"] for row in read_all(scan_all(a, b))[0]] == [2, None]
         assert "b.jsonl" in capsys.readouterr().err
 
-    def test_parquet_that_differs(self, tmp_path):
+    def test_conflicting_parquet_schemas_are_refused(self, tmp_path):
         a = write_parquet(tmp_path / "a.parquet", pa.table({"x": [1], "y": ["a"]}))
         for name, table in {
             "type": pa.table({"x": ["1"], "y": ["a"]}),
@@ -115,7 +115,7 @@ class TestSchemas:
             with pytest.raises(InputError, match=r"column '[xyz]'"):
                 scan_all(b, a)
 
-    def test_parquet_that_fits(self, tmp_path):
+    def test_compatible_parquet_schemas_are_unified(self, tmp_path):
         a = write_parquet(tmp_path / "a.parquet", pa.table({"x": [1], "y": ["a"], "n": pa.nulls(1)}))
         large = pa.table({"y": pa.array(["b"], pa.large_string()), "n": [0.5], "x": pa.nulls(1)})
         b = write_parquet(tmp_path / "b.parquet", large)
@@ -123,7 +123,7 @@ class TestSchemas:
         assert inputs.schema.types == [pa.int64(), pa.string(), pa.float64()]
         assert read_all(inputs)[0] == [{"x": 1, "y": "a", "n": None}, {"x": None, "y": "b", "n": 0.5}]
 
-    def test_selected_columns(self, tmp_path):
+    def test_select_reads_only_these_columns(self, tmp_path):
         path = write_lines(tmp_path / "a.jsonl", [{"a": 1, "b": [2], "c": [3]}])
         inputs = scan_all(path)
         chosen = inputs.select(["c", "a"])
@@ -133,11 +133,11 @@ class TestSchemas:
         with pytest.raises(SpecError, match="column 'cc' is not in the input; did you mean 'c'"):
             inputs.select(["cc"])
         nothing = inputs.select([])
-        assert [batch.table.num_rows for _, batch in stream(nothing, spans_of(nothing), LOCAL)] == [1]
+        assert [batch.table.num_rows for _, batch in stream_rows(nothing, spans_of(nothing), LOCAL)] == [1]
         parquet = scan_all(write_parquet(tmp_path / "p.parquet", pa.table({"x": range(7)}))).select([])
-        assert [batch.table.num_rows for _, batch in stream(parquet, spans_of(parquet, 5), LOCAL)] == [5, 2]
+        assert [batch.table.num_rows for _, batch in stream_rows(parquet, spans_of(parquet, 5), LOCAL)] == [5, 2]
 
-    def test_plan_json_keeps_everything(self, tmp_path):
+    def test_inputs_round_trip_through_the_plans_json(self, tmp_path):
         a = write_parquet(tmp_path / "a.parquet", pa.table({"x": [1]}).replace_schema_metadata({"k": "v"}))
         b = write_lines(tmp_path / "b.jsonl", [{"x": i} for i in range(9000)])
         inputs = scan_all(a, b)
@@ -149,7 +149,7 @@ class TestSchemas:
 
 class TestChanges:
     @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl"])
-    def test_between_plan_and_reading(self, tmp_path, name):
+    def test_file_changed_between_plan_and_reading_is_refused(self, tmp_path, name):
         path = tmp_path / name
         _write(path, 10)
         inputs = scan_all(path)
@@ -161,11 +161,11 @@ class TestChanges:
             read_all(inputs)
 
     @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl"])
-    def test_while_it_is_read(self, tmp_path, name):
+    def test_file_changed_while_read_is_refused(self, tmp_path, name):
         path = tmp_path / name
         _write(path, 50_000)
         inputs = scan_all(path)
-        reading = stream(inputs, spans_of(inputs), LOCAL)
+        reading = stream_rows(inputs, spans_of(inputs), LOCAL)
         next(reading)
         _write(path, 40_000)
         with pytest.raises(InputError, match=rf"{name}: changed while it was read"):
@@ -181,7 +181,7 @@ def _write(path, rows):
 
 
 class TestReadAhead:
-    def test_is_bounded_and_stops(self, tmp_path):
+    def test_read_ahead_is_bounded_and_stops(self, tmp_path):
         inputs = scan_all(write_parquet(tmp_path / "a.parquet", pa.table({"x": range(1000)})))
         pulled = []
 
@@ -190,7 +190,7 @@ class TestReadAhead:
                 pulled.append(span)
                 yield span
 
-        reading = stream(inputs, spans(), LOCAL, read_ahead=3)
+        reading = stream_rows(inputs, spans(), LOCAL, read_ahead=3)
         next(reading)
         time.sleep(0.3)
         assert len(pulled) <= 6
@@ -198,14 +198,14 @@ class TestReadAhead:
         reading.close()
         assert not any(thread.name == "read-ahead" for thread in threading.enumerate())
 
-    def test_errors_of_spans_arrive(self, tmp_path):
+    def test_error_of_the_spans_iterator_is_raised(self, tmp_path):
         inputs = scan_all(write_parquet(tmp_path / "a.parquet", pa.table({"x": range(10)})))
 
         def spans():
             yield RowSpan(0, 0, 5)
             raise KeyError("spans")
 
-        reading = stream(inputs, spans(), LOCAL)
+        reading = stream_rows(inputs, spans(), LOCAL)
         next(reading)
         with pytest.raises(KeyError, match="spans"):
             next(reading)
@@ -213,7 +213,7 @@ class TestReadAhead:
 
 @pytest.fixture(params=["parquet", "jsonl"])
 def remote_file(request, faults):
-    """(URL of a file of 20,000 rows behind the proxy, its storage options)."""
+    """Return (URL of a file of 20,000 rows behind the proxy, its storage options)."""
     bucket = faults.bucket()
     url = f"{bucket}/in/a.{request.param}"
     _upload(faults, url, 20_000)
@@ -230,7 +230,7 @@ def _upload(server, url, rows):
 
 
 class TestRemote:
-    def test_globs(self, seaweed):
+    def test_glob_on_s3_matches_expected_files(self, seaweed):
         bucket = seaweed.bucket()
         for name in ("b.parquet", "a.parquet", "_SUCCESS", "sub/c.parquet"):
             _upload(seaweed, f"{bucket}/in/{name}", 10) if "parquet" in name else seaweed.filesystem().touch(
@@ -244,7 +244,7 @@ class TestRemote:
             with pytest.raises(InputMissing, match=seaweed.endpoint):
                 scan_all(pattern, storage=seaweed.storage)
 
-    def test_through_faults(self, remote_file, faults):
+    def test_rows_are_complete_despite_faults(self, remote_file, faults):
         url, storage = remote_file
         faults.rate = 0.3
         inputs = scan_all(url, storage=storage)
@@ -253,10 +253,10 @@ class TestRemote:
         assert errors == {}
         assert len(faults.seen) > 5
 
-    def test_changed_while_it_is_read(self, remote_file, faults):
+    def test_object_changed_while_read_is_refused(self, remote_file, faults):
         url, storage = remote_file
         inputs = scan_all(url, storage=storage)
-        reading = stream(inputs, spans_of(inputs), storage, read_ahead=1)
+        reading = stream_rows(inputs, spans_of(inputs), storage, read_ahead=1)
         next(reading)
         _upload(faults, url, 19_000)
         with pytest.raises(InputError, match="changed while it was read"):
@@ -264,14 +264,14 @@ class TestRemote:
         with pytest.raises(InputError, match="changed since the job was planned"):
             read_all(inputs, storage=storage)
 
-    def test_gone(self, remote_file, faults):
+    def test_deleted_object_is_missing_input(self, remote_file, faults):
         url, storage = remote_file
         inputs = scan_all(url, storage=storage)
         faults.filesystem().rm(url)
         with pytest.raises(InputMissing, match=url):
             read_all(inputs, storage=storage)
 
-    def test_store_that_stays_away(self, remote_file, faults, monkeypatch):
+    def test_unreachable_store_is_a_storage_error(self, remote_file, faults, monkeypatch):
         url, storage = remote_file
         inputs = scan_all(url, storage=storage)
         monkeypatch.setattr(filesystem, "RETRY_S", 0.5)
@@ -279,14 +279,14 @@ class TestRemote:
         with pytest.raises(StorageError, match=url):
             read_all(inputs, storage=storage)
 
-    def test_wrong_secret(self, remote_file):
+    def test_wrong_secret_is_access_denied(self, remote_file):
         url, storage = remote_file
         wrong = storage.model_copy(update={"options": {"key": "tester", "secret": "no"}})
         with pytest.raises(AccessDenied, match="check key, secret"):
-            scan(InputSpec(path=(url,)), wrong)
+            scan_inputs(InputSpec(path=(url,)), wrong)
 
 
-def test_unread_columns_and_row_groups_are_not_fetched(faults):
+def test_only_needed_columns_and_row_groups_are_fetched(faults):
     url = f"{faults.bucket()}/a.parquet"
     text = [f"{i * 7919:0500}" for i in range(20_000)]
     table = pa.table({"big": text, "x": range(20_000), "large": text})
@@ -303,7 +303,7 @@ def test_unread_columns_and_row_groups_are_not_fetched(faults):
 
 
 def _fetched(faults):
-    """Bytes asked for by range requests since the last call."""
+    """Return the bytes requested by range since the last call."""
     ranges = [
         seen.headers["Range"].removeprefix("bytes=").split("-") for seen in faults.seen if "Range" in seen.headers
     ]
@@ -311,6 +311,6 @@ def _fetched(faults):
     return sum(int(last) - int(first) + 1 for first, last in ranges)
 
 
-def test_a_local_scan_needs_no_storage_options(tmp_path):
+def test_local_scan_ignores_storage_options(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [{"x": 1}])
-    assert scan(InputSpec(path=(path,)), StorageSpec(endpoint="http://elsewhere")).files[0].rows == 1
+    assert scan_inputs(InputSpec(path=(path,)), StorageSpec(endpoint="http://elsewhere")).files[0].rows == 1

@@ -1,4 +1,4 @@
-"""Ids that were used twice, however many there are, and what a job's input says about them."""
+"""Tests of duplicate ids, and of their errors in a job's input."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from batchinfer.errors import InputError, SpoolError
 from batchinfer.io import seen_ids
-from batchinfer.io.rows import RowSpan, scan, stream
+from batchinfer.io.rows import RowSpan, scan_inputs, stream_rows
 from batchinfer.io.seen_ids import SeenIds
 from batchinfer.spec import InputSpec, StorageSpec
 from tests.io.reading import write_lines
@@ -20,15 +20,15 @@ from tests.io.reading import write_lines
 
 @given(st.lists(st.tuples(st.text(max_size=2), st.integers(0, 2)), max_size=60), st.sampled_from([7, 1 << 20]))
 @settings(max_examples=100, deadline=None)
-def test_every_repetition_is_found(ids, at_once):
-    before, seen_ids._AT_ONCE = seen_ids._AT_ONCE, at_once
+def test_every_repeated_id_is_found(ids, at_once):
+    before, seen_ids._BUFFERED_IDS = seen_ids._BUFFERED_IDS, at_once
     try:
         with closing(SeenIds()) as seen:
             for line, (identity, file) in enumerate(ids, 1):
                 seen.add(file, [identity], [line])
             found = dict(seen.repeated())
     finally:
-        seen_ids._AT_ONCE = before
+        seen_ids._BUFFERED_IDS = before
     assert seen._ours is None or not seen._ours.exists()
     same_file = {again.line: first.line for again, first in found.items() if again.file == first.file}
     lines = list(enumerate(ids, 1))
@@ -38,8 +38,8 @@ def test_every_repetition_is_found(ids, at_once):
     assert len(found) == len(ids) - len(kinds)
 
 
-def test_several_threads(tmp_path, monkeypatch):
-    monkeypatch.setattr(seen_ids, "_AT_ONCE", 100)
+def test_concurrent_adds_lose_no_id(tmp_path, monkeypatch):
+    monkeypatch.setattr(seen_ids, "_BUFFERED_IDS", 100)
     with closing(SeenIds(tmp_path / "ids")) as seen:
         with ThreadPoolExecutor(8) as pool:
             for file in range(8):
@@ -48,8 +48,8 @@ def test_several_threads(tmp_path, monkeypatch):
     assert not (tmp_path / "ids").exists()
 
 
-def test_a_full_disk_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(seen_ids, "_AT_ONCE", 1)
+def test_full_disk_is_a_spool_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(seen_ids, "_BUFFERED_IDS", 1)
     (tmp_path / "file").touch()
     with closing(SeenIds(tmp_path / "file" / "ids")) as seen, pytest.raises(SpoolError, match="ids"):
         seen.add(0, ["a"], [1])
@@ -60,39 +60,39 @@ def requests(*ids):
 
 
 def read(tmp_path, pattern, **fields):
-    inputs = scan(InputSpec(path=str(tmp_path / pattern), format="openai-batch", **fields), StorageSpec())
+    inputs = scan_inputs(InputSpec(path=str(tmp_path / pattern), format="openai-batch", **fields), StorageSpec())
     spans = [RowSpan(number, 0, file.rows) for number, file in enumerate(inputs.files)]
     return {
         (span.file, offset): str(error)
-        for span, batch in stream(inputs, spans, StorageSpec())
+        for span, batch in stream_rows(inputs, spans, StorageSpec())
         for offset, error in batch.errors.items()
     }
 
 
-def test_ids_of_one_file_are_its_own(tmp_path, capfd):
+def test_ids_must_be_unique_only_within_a_file(tmp_path, capfd):
     write_lines(tmp_path / "a.jsonl", [b"", *requests("x", "y", "x", "x")])
     write_lines(tmp_path / "b.jsonl", requests("y", "z", "y"))
     errors = read(tmp_path, "?.jsonl")
     assert {place: error.rpartition(": ")[2] for place, error in errors.items()} == {
-        (0, 2): "custom_id 'x' was used on line 2 already",
-        (0, 3): "custom_id 'x' was used on line 2 already",
-        (1, 2): "custom_id 'y' was used on line 1 already",
+        (0, 2): "custom_id 'x' is already used on line 2",
+        (0, 3): "custom_id 'x' is already used on line 2",
+        (1, 2): "custom_id 'y' is already used on line 1",
     }
     told = json.loads(capfd.readouterr().err)
     assert told["lines"] == 1 and told["example"].endswith("a.jsonl:3 and " + str(tmp_path / "b.jsonl:1"))
     assert read(tmp_path, "a.jsonl", limit=2) == {}
 
 
-def test_ids_that_are_none(tmp_path, monkeypatch):
+def test_too_many_repeated_ids_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(seen_ids, "MAX_REPEATED", 5)
     write_lines(tmp_path / "a.jsonl", requests(*"x" * 6))
     assert len(read(tmp_path, "a.jsonl")) == 5
     write_lines(tmp_path / "a.jsonl", requests(*"x" * 7))
-    with pytest.raises(InputError, match="more than 5 lines repeat a custom_id, as line 7 that of line 1"):
+    with pytest.raises(InputError, match=r"more than 5 lines repeat a custom_id \(line 7 repeats line 1\)"):
         read(tmp_path, "a.jsonl")
 
 
-def test_ids_of_an_array_on_one_line(tmp_path):
+def test_repeated_id_in_an_array_names_the_element(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(requests("x", "y", "x")))
     [(place, error)] = read(tmp_path, "a.json").items()
-    assert place == (0, 2) and error.endswith("custom_id 'x' was used by element [0] already")
+    assert place == (0, 2) and error.endswith("custom_id 'x' is already used by element [0]")

@@ -1,4 +1,4 @@
-"""Stores: the same contract on local disk, in memory and on real S3, and what each does when things go wrong."""
+"""Tests of stores: one contract on local disk, in memory and on S3, and each store's behaviour under faults."""
 
 import errno
 import hashlib
@@ -40,7 +40,7 @@ def remote(server, bucket=None, retry_s=20.0):
 
 
 class TestContract:
-    def test_objects(self, store, tmp_path):
+    def test_objects_are_written_listed_and_deleted(self, store, tmp_path):
         assert store.find() == {}
         assert store.read("a/b") is None
         store.put("a/b", b"one")
@@ -59,23 +59,23 @@ class TestContract:
         store.delete(["a/b", "never/was"])
         assert list(store.find()) == ["a/bc/d", "parts/p"]
 
-    def test_absent_object_cannot_be_fetched(self, store, tmp_path):
+    def test_get_file_of_missing_object_raises(self, store, tmp_path):
         with pytest.raises(InputMissing, match="nope"):
             store.get_file("nope", tmp_path / "copy")
 
-    def test_put_if_absent(self, store):
+    def test_put_if_absent_keeps_the_first_content(self, store):
         assert store.put_if_absent("commits/1", b"mine")
         assert store.put_if_absent("commits/1", b"mine")
         assert not store.put_if_absent("commits/1", b"theirs")
         assert store.read("commits/1") == b"mine"
         assert list(store.find()) == ["commits/1"]
 
-    def test_asking_for_conditions_alters_nothing(self, store):
+    def test_is_conditional_changes_nothing(self, store):
         store.put("a", b"one")
         assert store.is_conditional("a")
         assert store.read("a") == b"one" and list(store.find()) == ["a"]
 
-    def test_one_of_many_threads_wins(self, store):
+    def test_put_if_absent_from_many_threads_has_one_winner(self, store):
         if isinstance(store, storage.RemoteStore) and store._protocol == "memory":
             pytest.skip("fsspec's memory filesystem is not atomic between threads")
         won = []
@@ -92,7 +92,7 @@ class TestContract:
 
 
 class TestLocal:
-    def test_a_write_that_fails_leaves_the_old_object(self, tmp_path, monkeypatch):
+    def test_failed_write_leaves_the_old_object(self, tmp_path, monkeypatch):
         store = Store.open(str(tmp_path), StorageSpec())
         store.put("a", b"old")
 
@@ -108,7 +108,7 @@ class TestLocal:
         assert list(store.find()) == ["a"]
         assert list((tmp_path / ".tmp").iterdir()) == []
 
-    def test_without_hard_links(self, tmp_path, monkeypatch):
+    def test_put_if_absent_works_without_hard_links(self, tmp_path, monkeypatch):
         def refuse(*_):
             raise OSError(errno.EPERM, "no links here")
 
@@ -127,7 +127,7 @@ class TestLocal:
             store.put_if_absent("b", b"x")
         assert store.read("b") is None  # a short one would be there for ever
 
-    def test_what_killed_processes_left_is_swept(self, tmp_path):
+    def test_temporary_files_of_killed_processes_are_removed(self, tmp_path):
         (tmp_path / ".tmp").mkdir()
         old, young = (f"batchinfer-{digit * 32}" for digit in "0a")
         theirs = ("0" * 32, f"batchinfer-{'0' * 31}", f"{old}.jsonl", f"batchinfer-{'A' * 32}", "notes.txt")
@@ -140,17 +140,17 @@ class TestLocal:
         assert {path.name for path in (tmp_path / ".tmp").iterdir()} == {young, *theirs}
         assert list(store.find()) == ["a"]
 
-    def test_a_link_is_not_replaced(self, tmp_path):
+    def test_link_is_not_replaced(self, tmp_path):
         store = Store.open(str(tmp_path), StorageSpec())
         for place in ("nothing", tmp_path / "file"):
             (tmp_path / "a").symlink_to(place)
-            with pytest.raises(OutputConflict, match=r"a: something else is in the way \(a link\)"):
+            with pytest.raises(OutputConflict, match=r"a: another file or folder is in the way \(a link\)"):
                 store.put("a", b"x")
             assert not store.put_if_absent("a", b"x") and (tmp_path / "a").readlink() == Path(place)
             (tmp_path / "a").unlink()
             (tmp_path / "file").write_bytes(b"theirs")
 
-    def test_path_that_is_a_file(self, tmp_path):
+    def test_root_that_is_a_file_is_an_output_conflict(self, tmp_path):
         (tmp_path / "file").write_bytes(b"")
         store = Store.open(str(tmp_path / "file" / "out"), StorageSpec())
         assert store.read("a") is None
@@ -159,21 +159,21 @@ class TestLocal:
             store.put("a", b"x")
 
     @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-    def test_no_permission(self, tmp_path):
+    def test_unwritable_root_is_access_denied(self, tmp_path):
         tmp_path.chmod(0o500)
         with pytest.raises(AccessDenied):
             Store.open(str(tmp_path / "out"), StorageSpec()).put("a", b"x")
 
-    def test_file_url_and_home(self, tmp_path, monkeypatch):
+    def test_file_url_and_home_are_expanded(self, tmp_path, monkeypatch):
         monkeypatch.setenv("HOME", str(tmp_path))
         Store.open("~/out", StorageSpec()).put("a", b"x")
         assert Store.open(f"file://{tmp_path}/out", StorageSpec()).read("a") == b"x"
 
 
 class TestFaults:
-    """Each must end in the same result as without the fault."""
+    """Each test must end in the same result as without the fault."""
 
-    def test_slow_down_and_resets(self, faults, tmp_path):
+    def test_slow_down_and_resets_are_retried(self, faults, tmp_path):
         store = remote(faults)
         path = tmp_path / "part"
         path.write_bytes(bytes(200_000))
@@ -190,7 +190,7 @@ class TestFaults:
             store.delete(["a"])
         assert store.find() == {"part": 200_000}
 
-    def test_half_a_body(self, faults, tmp_path):
+    def test_half_a_body_is_read_again(self, faults, tmp_path):
         store = remote(faults)
         data = os.urandom(300_000)
         store.put("a", data)
@@ -201,7 +201,7 @@ class TestFaults:
         assert (tmp_path / "copy").read_bytes() == data
 
     @pytest.mark.parametrize("times", [1, 4])
-    def test_lost_response_of_a_conditional_put(self, faults, times):
+    def test_conditional_put_with_lost_response_succeeds(self, faults, times):
         store = remote(faults)
         faults.add("lose", method="PUT", times=times)
         assert store.put_if_absent("commits/1", b"mine")
@@ -209,14 +209,14 @@ class TestFaults:
         assert len(faults.requests("PUT", "commits/1")) > 1
         assert store.read("commits/1") == b"mine"
 
-    def test_lost_response_when_it_is_someone_elses(self, faults):
+    def test_conditional_put_with_lost_response_loses_to_other_content(self, faults):
         store = remote(faults)
         store.put("commits/1", b"theirs")
         faults.add("lose", method="PUT", times=2)
         assert not store.put_if_absent("commits/1", b"mine")
         assert store.read("commits/1") == b"theirs"
 
-    def test_many_random_faults(self, faults):
+    def test_objects_are_intact_after_random_faults(self, faults):
         store = remote(faults)
         faults.rate = 0.4
         for i in range(12):
@@ -224,7 +224,7 @@ class TestFaults:
             assert not store.put_if_absent(f"c/{i}", b"other")
         assert list(store.find("c/")) == sorted(f"c/{i}" for i in range(12))
 
-    def test_gives_up_in_time_and_says_where(self, faults):
+    def test_retries_end_in_time_and_name_the_endpoint(self, faults):
         store = remote(faults, retry_s=2.0)
         faults.add("status", times=1000)
         began = time.monotonic()
@@ -232,7 +232,7 @@ class TestFaults:
             store.put("a", b"x")
         assert time.monotonic() - began < 15
 
-    def test_a_store_that_never_answers(self, faults, monkeypatch):
+    def test_hanging_store_times_out(self, faults, monkeypatch):
         monkeypatch.setattr(filesystem, "READ_TIMEOUT_S", 0.3)
         store = remote(faults, faults.bucket(), retry_s=0.5)
         faults.add("hang", times=1000)
@@ -241,7 +241,7 @@ class TestFaults:
             store.read("a")
         assert time.monotonic() - began < 15
 
-    def test_nobody_listens(self, seaweed):
+    def test_closed_port_is_a_storage_error(self, seaweed):
         options = seaweed.storage.model_copy(update={"endpoint": "http://127.0.0.1:9"})
         store = Store.open("s3://bucket/out", options)
         store.retry.total_s = 0.5
@@ -250,7 +250,7 @@ class TestFaults:
 
 
 class TestRefusals:
-    def test_wrong_secret(self, seaweed):
+    def test_wrong_secret_is_access_denied(self, seaweed):
         options = seaweed.storage.model_copy(update={"options": {"key": "tester", "secret": "wrong"}})
         store = Store.open(f"{seaweed.bucket()}/out", options)
         for call in (
@@ -262,7 +262,7 @@ class TestRefusals:
             with pytest.raises(AccessDenied, match="signature"):
                 call()
 
-    def test_no_credentials(self, seaweed, monkeypatch, tmp_path):
+    def test_missing_credentials_are_access_denied(self, seaweed, monkeypatch, tmp_path):
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("HOME", str(tmp_path))
@@ -271,7 +271,7 @@ class TestRefusals:
         with pytest.raises(AccessDenied, match=r"storage\.anonymous: true"):
             store.find()
 
-    def test_bucket_gone(self, seaweed, tmp_path):
+    def test_missing_bucket_is_input_missing(self, seaweed, tmp_path):
         store = Store.open("s3://never-was/out", seaweed.storage)
         calls = (
             store.find,
@@ -284,7 +284,7 @@ class TestRefusals:
             with pytest.raises(InputMissing, match=f"never-was.*{seaweed.endpoint}.*bucket does not exist"):
                 call()
 
-    def test_store_that_ignores_the_condition(self, moto, unconditional):
+    def test_store_that_ignores_the_condition_is_not_conditional(self, moto, unconditional):
         for server, conditional in ((moto, True), (unconditional, False)):
             store = remote(server)
             store.put("a", b"one")
@@ -292,13 +292,13 @@ class TestRefusals:
             assert store.read("a") == b"one" and list(store.find()) == ["a"]
         assert any("If-None-Match" in seen.headers for seen in unconditional.seen)
 
-    def test_a_filesystem_that_looks_before_it_writes_is_not_conditional(self, tmp_path, monkeypatch):
+    def test_check_then_write_filesystem_is_not_conditional(self, tmp_path, monkeypatch):
         monkeypatch.setattr(storage, "_CONDITIONAL", frozenset())
         store = Store.open(f"memory://{tmp_path.name}", StorageSpec())
         store.put("a", b"one")
         assert not store.is_conditional("a")
 
-    def test_missing_package(self, monkeypatch):
+    def test_missing_package_is_named(self, monkeypatch):
         import fsspec
 
         def missing(*_, **__):
@@ -309,7 +309,7 @@ class TestRefusals:
             with pytest.raises(UserError, match=f"pip install {package}$"):
                 Store.open(url, StorageSpec())
 
-    def test_unknown_protocol_and_misplaced_options(self):
+    def test_unknown_protocol_and_misplaced_options_are_refused(self):
         with pytest.raises(SpecError, match="sss://b/x"):
             Store.open("sss://b/x", StorageSpec())
         with pytest.raises(SpecError, match=r"storage.endpoint: goes with s3://"):
@@ -318,7 +318,7 @@ class TestRefusals:
             Store.open("s3://b/x", StorageSpec(endpoint="no-scheme")).find()
 
 
-def test_s3_options_reach_the_requests(faults):
+def test_s3_options_are_sent_with_requests(faults):
     bucket = faults.bucket()
     options = faults.storage.model_copy(update={"requester_pays": True, "region": "eu-north-1"})
     Store.open(f"{bucket}/out", options).put("a", b"x")
@@ -336,7 +336,7 @@ def test_s3_options_reach_the_requests(faults):
     assert "Authorization" not in faults.requests("GET", "out/a")[-1].headers
 
 
-def test_large_upload_in_parts(faults, tmp_path):
+def test_large_upload_is_sent_in_parts(faults, tmp_path):
     path = tmp_path / "large"
     with path.open("wb") as file:
         for i in range(40):
@@ -351,7 +351,7 @@ def test_large_upload_in_parts(faults, tmp_path):
     assert Path(tmp_path / "copy").read_bytes() == path.read_bytes()
 
 
-def test_new_objects_of_others_are_seen(seaweed):
+def test_object_written_by_another_client_is_visible(seaweed):
     bucket = seaweed.bucket()
     ours, theirs = remote(seaweed, bucket), remote(seaweed, bucket)
     assert ours.find() == {}
@@ -362,7 +362,7 @@ def test_new_objects_of_others_are_seen(seaweed):
     assert ours.find() == {"b": 1}
 
 
-def test_a_relative_root_lists_as_any_other(tmp_path, monkeypatch):
+def test_relative_root_lists_its_objects(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for root in (".", "x/..", "out"):
         store = Store.open(root, StorageSpec())
@@ -370,8 +370,8 @@ def test_a_relative_root_lists_as_any_other(tmp_path, monkeypatch):
         assert store.find("commits/") == store.find("commits/a") == {"commits/a": 1}
 
 
-def test_a_listing_is_read_page_by_page_with_marks(seaweed):
-    """More objects than one page has: each once, with the hash of its bytes where the store marks it so."""
+def test_listing_of_several_pages_has_every_object_and_mark(seaweed):
+    """More objects than one page: each once, with the hash of its bytes as its mark if the store has one."""
     url = seaweed.bucket()
     store = Store.open(url, seaweed.storage)
     keys = {f"c/{number:04d}": b"%d" % number for number in range(1003)}
@@ -384,12 +384,12 @@ def test_a_listing_is_read_page_by_page_with_marks(seaweed):
 @pytest.mark.parametrize(
     "text", ["2026-12-01T03:10:26.123Z", "2026-12-01T03:10:26+00:00", "Tue, 01 Dec 2026 03:10:26 GMT"]
 )
-def test_times_are_read_as_botocore_reads_them(text):
+def test_times_parse_as_in_botocore(text):
     assert filesystem._timestamp(text) == parse_timestamp(text)
     assert filesystem._timestamp(1796094626) == parse_timestamp(1796094626)
 
 
-def test_many_objects_are_read_in_order(store):
+def test_read_many_returns_objects_in_order(store):
     for number in range(20):
         store.put(f"[c]/{number}", b"%d" % number)
     names = [f"[c]/{number}" for number in (7, 99, 0, 19, 7)]
@@ -397,7 +397,7 @@ def test_many_objects_are_read_in_order(store):
     assert store.read_many([]) == []
 
 
-def test_what_fails_among_many_is_read_again(faults):
+def test_failed_reads_of_read_many_are_retried(faults):
     store = remote(faults)
     names = [f"c/{number}" for number in range(20)]
     for name in names:

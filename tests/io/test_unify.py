@@ -1,4 +1,4 @@
-"""One schema for many files: what joins, what does not, and that no row's value depends on another file."""
+"""Tests of schema unification: compatible and conflicting types, and values independent of other files."""
 
 import pyarrow as pa
 import pytest
@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchinfer.errors import InputError
-from batchinfer.io.types import _replaced, common, fit, is_json, lasting, plain
+from batchinfer.io.types import _map_type, common_type, fit_to_type, is_json, part_type, row_type
 from tests.io.reading import read_all, scan_all, write_lines, write_parquet
 
 STRING, LARGE, VIEW = pa.string(), pa.large_string(), pa.string_view()
@@ -54,20 +54,20 @@ class TestCommonTypes:
             (pa.map_(STRING, pa.int8()), struct(a=pa.int8()), None),
         ],
     )
-    def test_what_joins(self, first, second, both):
-        assert common(first, second) == both
-        swapped = common(second, first)
+    def test_common_type_of_two_types(self, first, second, both):
+        assert common_type(first, second) == both
+        swapped = common_type(second, first)
         assert (swapped is None) == (both is None)
-        assert common(first, first) == first == common(first, pa.null()) == common(pa.null(), first)
+        assert common_type(first, first) == first == common_type(first, pa.null()) == common_type(pa.null(), first)
 
-    def test_dictionaries_join_whatever_their_index(self):
+    def test_dictionaries_unify_despite_index_types(self):
         wide = pa.dictionary(pa.int64(), STRING)
-        assert common(lasting(SMALL), lasting(wide)) == pa.dictionary(pa.int32(), STRING)
+        assert common_type(part_type(SMALL), part_type(wide)) == pa.dictionary(pa.int32(), STRING)
 
-    def test_nullability_joins(self):
+    def test_nullability_unifies(self):
         strict = pa.struct([pa.field("a", STRING, nullable=False)])
-        assert common(strict, struct(a=STRING)) == struct(a=STRING)
-        assert common(pa.list_(pa.field("item", STRING, nullable=False)), pa.list_(STRING)) == pa.list_(STRING)
+        assert common_type(strict, struct(a=STRING)) == struct(a=STRING)
+        assert common_type(pa.list_(pa.field("item", STRING, nullable=False)), pa.list_(STRING)) == pa.list_(STRING)
 
 
 # a type, values of it, and a wider form of it
@@ -109,15 +109,19 @@ def nested(inner):
 def columns(draw):
     kind, values, wider = draw(st.recursive(leaves, nested, max_leaves=4))
     cells = draw(st.lists(st.none() | values, min_size=1, max_size=6))
-    bare = _replaced(plain(kind), lambda part: part.storage_type if is_json(part) else part)
-    views = lasting(kind) != kind and bare == lasting(kind)  # pyarrow builds no dictionaries and extensions in lists
-    column = fit(pa.chunked_array([pa.array(cells, kind if views else bare)]), kind if views else lasting(kind))
+    bare = _map_type(row_type(kind), lambda part: part.storage_type if is_json(part) else part)
+    views = part_type(kind) != kind and bare == part_type(
+        kind
+    )  # pyarrow builds no dictionaries and extensions in lists
+    column = fit_to_type(
+        pa.chunked_array([pa.array(cells, kind if views else bare)]), kind if views else part_type(kind)
+    )
     cut = draw(st.integers(0, len(cells)))
     return pa.chunked_array([*column.slice(cut).chunks, *column.slice(0, cut).chunks], column.type), wider
 
 
 def without_added(value):
-    """Without the field `c`, which a struct has only because of another."""
+    """Drop the field `c`, which a struct has only because of another file."""
     if isinstance(value, dict):
         assert value.get("c") is None
         return {name: without_added(inner) for name, inner in value.items() if name != "c"}
@@ -126,21 +130,21 @@ def without_added(value):
 
 @settings(max_examples=80, deadline=None)
 @given(drawn=columns())
-def test_columns_keep_their_values_in_wider_types(drawn):
+def test_column_keeps_its_values_in_a_wider_type(drawn):
     column, wider = drawn
-    rows = fit(column, plain(column.type))
+    rows = fit_to_type(column, row_type(column.type))
     assert rows.to_pylist() == column.to_pylist()
     rows.take(pa.array([0])).validate(full=True)
-    assert fit(rows, lasting(column.type)).to_pylist() == column.to_pylist()
-    both = common(lasting(column.type), wider)
-    held = fit(column, both)
+    assert fit_to_type(rows, part_type(column.type)).to_pylist() == column.to_pylist()
+    both = common_type(part_type(column.type), wider)
+    held = fit_to_type(column, both)
     held.validate(full=True)
     assert held.type == both
     assert without_added(held.to_pylist()) == column.to_pylist()
 
 
 class TestFiles:
-    def test_the_forms_of_a_column_join_and_rows_keep_their_values(self, tmp_path):
+    def test_encodings_of_a_column_unify_and_rows_keep_their_values(self, tmp_path):
         first = pa.table(
             {
                 "n": pa.array([1], pa.int8()),
@@ -171,7 +175,7 @@ class TestFiles:
             assert (one["t"], one["s"], one["v"]) == ("a", {"a": 1}, ["x", None])
             assert one["f"] == pytest.approx(9.99, abs=1e-6)
 
-    def test_what_nobody_needs_decides_nothing(self, tmp_path):
+    def test_unneeded_column_may_conflict(self, tmp_path):
         a = write_parquet(tmp_path / "a.parquet", pa.table({"x": [1], "drift": [1], "gone": [1]}))
         twice = pa.Table.from_arrays(
             [pa.array(["s"]), pa.array([2]), pa.array([3]), pa.array([4])], ["drift", "x", "two", "two"]
@@ -180,18 +184,18 @@ class TestFiles:
         inputs = scan_all(a, b, columns=("x",))
         assert inputs.schema.names == ["x"]
         assert read_all(inputs)[0] == [{"x": 1}, {"x": 2}]
-        for name, words in (("drift", "string"), ("gone", "all files need it"), ("two", "there twice")):
+        for name, words in (("drift", "string"), ("gone", "all files need it"), ("two", "exists twice")):
             with pytest.raises(InputError, match=rf"column '{name}'.*{words}"):
                 scan_all(a, b, columns=("x", name))
         with pytest.raises(InputError, match=r"int64 in .*a\.parquet but string in .*b\.parquet.*input\.columns"):
             scan_all(a, b)
 
-    def test_lines_that_nobody_needs(self, tmp_path):
+    def test_unneeded_column_of_lines_may_conflict(self, tmp_path):
         a = write_lines(tmp_path / "a.jsonl", [{"x": 1, "y": "s"}])
         b = write_lines(tmp_path / "b.jsonl", [{"x": 2, "y": 5}])
         assert scan_all(a, b, columns=("x",)).schema.names == ["x"]
 
-    def test_files_without_rows_decide_nothing(self, tmp_path):
+    def test_files_without_rows_do_not_decide_types(self, tmp_path):
         full = write_parquet(tmp_path / "a.parquet", pa.table({"x": ["s"], "y": [1]}))
         empty = write_parquet(tmp_path / "b.parquet", pa.table({"x": pa.array([], pa.float64())}))
         for paths in ((full, empty), (empty, full)):
@@ -200,8 +204,8 @@ class TestFiles:
             assert read_all(inputs)[0] == [{"x": "s", "y": 1}]
         assert scan_all(empty).schema.types == [pa.float64()]
 
-    def test_numbers_of_lines_beside_parquet(self, tmp_path):
-        """Each row has the number that its own file wrote."""
+    def test_int_and_float_lines_unify_with_a_double_column(self, tmp_path):
+        """Each row keeps the number that its own file has."""
         lines = write_lines(tmp_path / "a.jsonl", [{"x": 3}, {"x": 2.5}, {"x": None}])
         whole = write_lines(tmp_path / "b.jsonl", [{"x": 4}])
         double = write_parquet(tmp_path / "c.parquet", pa.table({"x": [3.0, None]}))
@@ -213,7 +217,7 @@ class TestFiles:
         with pytest.raises(InputError, match=r"numbers in .*a\.jsonl:1 but int64"):
             scan_all(lines, write_parquet(tmp_path / "e.parquet", pa.table({"x": [1]})))
 
-    def test_json_beside_lines(self, tmp_path):
+    def test_json_column_unifies_with_lines(self, tmp_path):
         table = pa.table({"m": pa.array(['[{"role": "user"}]', None], pa.json_())})
         parquet = write_parquet(tmp_path / "a.parquet", table)
         lines = write_lines(tmp_path / "b.jsonl", [{"m": [{"role": "tool"}]}])

@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, assume, given, settings
 
 from batchinfer.errors import InvalidInput
 from batchinfer.io.cells import line_cells_of
-from batchinfer.io.rows import RowSpan, rows_of, stream, write_rows
+from batchinfer.io.rows import RowSpan, rows_of, stream_rows, write_rows
 from batchinfer.text.row_template import RowTemplate
-from batchinfer.values.cell import Unheld
+from batchinfer.values.cell import Unrepresentable
 from tests.io.arrow_types import arrays, mean
 from tests.io.reading import LOCAL, scan_all
 
@@ -31,7 +31,7 @@ def unusable(value):
     """Whether a cell holds something that no prompt can say."""
     if isinstance(value, dict | list):
         return any(map(unusable, value.values() if isinstance(value, dict) else value))
-    return type(value) is Unheld or (isinstance(value, float) and not -1e999 < value < 1e999)
+    return type(value) is Unrepresentable or (isinstance(value, float) and not -1e999 < value < 1e999)
 
 
 def number(value):
@@ -48,7 +48,7 @@ def through(tmp_path, table):
     """What templates say of each row, and what the lines of a part hold; a Parquet part holds what the input did."""
     pq.write_table(table, tmp_path / "in.parquet")
     inputs = scan_all(tmp_path / "in.parquet")
-    [(_, batch)] = stream(inputs, [RowSpan(0, 0, len(table))], LOCAL)
+    [(_, batch)] = stream_rows(inputs, [RowSpan(0, 0, len(table))], LOCAL)
     assert not batch.errors
     write_rows(tmp_path / "part", batch.table, "parquet", None)
     back = pq.read_table(tmp_path / "part")

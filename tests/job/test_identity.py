@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from batchinfer.errors import InputError, OutputConflict
 from batchinfer.io import source
-from batchinfer.io.rows import scan
+from batchinfer.io.rows import scan_inputs
 from batchinfer.io.source import SAMPLED, Sources
 from batchinfer.job.inspect.verify import audit
 from batchinfer.job.run import run_job
@@ -168,9 +168,9 @@ def test_a_limit_reads_no_further_to_know_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(source, "_SAMPLE_BYTES", 1 << 8)
     path = tmp_path / "in.jsonl"
     write(path, 20_000)
-    limited = scan(InputSpec(path=(str(path),), limit=5), StorageSpec())
+    limited = scan_inputs(InputSpec(path=(str(path),), limit=5), StorageSpec())
     assert limited.files[0].content.startswith(SAMPLED)
-    assert scan(InputSpec(path=(str(path),)), StorageSpec()).files[0].content.startswith("sha256:")
+    assert scan_inputs(InputSpec(path=(str(path),)), StorageSpec()).files[0].content.startswith("sha256:")
 
 
 @settings(max_examples=30, deadline=None)

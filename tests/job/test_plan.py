@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchinfer.errors import InputMissing, OutputConflict, SpecError
-from batchinfer.io.rows import InputFile, Inputs, scan
+from batchinfer.io.rows import InputFile, Inputs, scan_inputs
 from batchinfer.job.ledger import CommitRecord, Ledger, open_output, save_spec
 from batchinfer.job.plan import CHUNK_BYTES, JobPlan, load_plan, make_plan, save_plan
 from batchinfer.job.prepare import draft_plan
@@ -167,9 +167,9 @@ def test_rows_are_counted_once_and_again_where_files_changed(tmp_path, monkeypat
 
     def counting(*arguments):
         scans.append(arguments)
-        return scan(*arguments)
+        return scan_inputs(*arguments)
 
-    monkeypatch.setattr("batchinfer.job.prepare.scan", counting)
+    monkeypatch.setattr("batchinfer.job.prepare.scan_inputs", counting)
     for number, section in enumerate([{}, {"limit": 5}, {"where": "k > 3", "limit": 30}]):
         spec = job(
             tmp_path, input={"path": str(tmp_path / "*.jsonl"), **section}, output={"path": f"{tmp_path}/{number}"}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from batchinfer.errors import InvalidInput, SpecError, TemplateError
 from batchinfer.text.row_template import RowFilter, RowTemplate
-from batchinfer.values.cell import Struct, Unheld
+from batchinfer.values.cell import Struct, Unrepresentable
 from batchinfer.values.number import Number
 from batchinfer.values.times import date, duration, timestamp, zone_of
 
@@ -26,7 +26,7 @@ ORDER = {
     "null": None,
     "_id": "m",
 }
-NOT_UTF8 = Unheld("2 bytes that are not UTF-8 text")
+NOT_UTF8 = Unrepresentable("2 bytes that are not UTF-8 text")
 
 
 def render(source: str, **row: Any) -> str:
@@ -267,7 +267,7 @@ def test_escaped_text_is_text() -> None:
 
 
 def test_a_cell_that_cannot_be_held_shows_nothing_of_itself() -> None:
-    bad = Unheld("not JSON", "{")
+    bad = Unrepresentable("not JSON", "{")
     for expression in ("bad.text", "bad.why", "bad | attr('text')", "bad['text']", "bad.text is defined"):
         with pytest.raises(InvalidInput, match="column 'bad': not JSON"):
             render(f"{{{{ {expression} }}}}", bad=bad)

@@ -1,3 +1,5 @@
+"""Tests of decimal arithmetic and of JSON text."""
+
 import json
 from decimal import Decimal
 
@@ -6,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchinfer.errors import InvalidInput
-from batchinfer.values.cell import Unheld
+from batchinfer.values.cell import Unrepresentable
 from batchinfer.values.number import Number
-from batchinfer.values.plain import json_text, plain, shown_text
+from batchinfer.values.plain import display_text, json_text, to_json_value
 from batchinfer.values.texts import decimal_text
 from batchinfer.values.times import date
 
@@ -46,11 +48,11 @@ LARGE = Number("12345678901234567890123456789012345678.9012345678901234567890123
         (f"{PRICE}", "9.99"),
     ],
 )
-def test_decimals_compute_with_all_numbers(found: object, expected: str) -> None:
+def test_decimal_arithmetic_with_ints_and_floats(found: object, expected: str) -> None:
     assert str(found) == expected
 
 
-def test_comparisons_take_floats_as_they_are_written() -> None:
+def test_decimal_equals_float_with_the_same_digits() -> None:
     assert PRICE == 9.99 and PRICE != 9.98 and PRICE > 9.98 and PRICE < 10 and PRICE in [1, 9.99] and PRICE < 10.5
     assert float("inf") > PRICE and float("nan") != PRICE and PRICE != "9.99"
     with pytest.raises(TypeError):
@@ -81,7 +83,7 @@ def test_sums_and_products_are_exact(a: Decimal, b: Decimal | int) -> None:
         assert x // b == left // right and x % b * scale == left % right
 
 
-def test_json_has_all_digits() -> None:
+def test_json_text_has_all_digits() -> None:
     text = json_text({"a": LARGE, "b": [PRICE, "x"], "c": {"d": Number("1.50")}}, ensure_ascii=False, indent=None)
     assert text == f'{{"a": {LARGE}, "b": [9.99, "x"], "c": {{"d": 1.50}}}}'
     assert json.loads(text, parse_float=Decimal)["a"] == LARGE
@@ -92,15 +94,15 @@ def test_json_has_all_digits() -> None:
         json_text(x for x in "a")
 
 
-def test_plain_values_are_those_of_json() -> None:
-    found = plain({"a": Number("5.0"), "b": [Number("0.5"), None, "x"]}, "column 'x'")
+def test_to_json_value_converts_decimals_to_int_and_float() -> None:
+    found = to_json_value({"a": Number("5.0"), "b": [Number("0.5"), None, "x"]}, "column 'x'")
     assert found == {"a": 5, "b": [0.5, None, "x"]} and type(found["a"]) is int and type(found["b"][0]) is float
     assert decimal_text(Decimal("1E+2")) == "100"
 
 
-def test_what_people_are_shown() -> None:
-    far = Unheld("beyond", "+12000-01-01")
-    assert [*map(shown_text, ("a b", PRICE, date(0), far, 1.5, True, None))] == [
+def test_display_text_of_every_kind_of_cell() -> None:
+    far = Unrepresentable("beyond", "+12000-01-01")
+    assert [*map(display_text, ("a b", PRICE, date(0), far, 1.5, True, None))] == [
         *("a b", "9.99", "1970-01-01", "+12000-01-01", "1.5", "true", "null")
     ]
-    assert shown_text([far, {"d": date(0), 5: "ä"}]) == '["+12000-01-01",{"d":"1970-01-01","5":"ä"}]'
+    assert display_text([far, {"d": date(0), 5: "ä"}]) == '["+12000-01-01",{"d":"1970-01-01","5":"ä"}]'

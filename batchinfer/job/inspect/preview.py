@@ -12,7 +12,7 @@ from itertools import pairwise
 
 from batchinfer.errors import OutputConflict
 from batchinfer.io.fetch import ModelFiles, fetch_model
-from batchinfer.io.rows import RowSpan, stream
+from batchinfer.io.rows import RowSpan, stream_rows
 from batchinfer.io.storage import Store
 from batchinfer.job.ledger import Ledger
 from batchinfer.job.output_claim import find_plan
@@ -106,7 +106,7 @@ class _Measure:
         inputs = plan.inputs.select(readers.read_columns)
         sample = Sample()
         prompts: list[list[int]] = []
-        for span, batch in stream(inputs, _spans(plan, rows), self._spec.storage):
+        for span, batch in stream_rows(inputs, _spans(plan, rows), self._spec.storage):
             wanted = readers.select(batch, inputs.text_json)
             sample.rows += span.count
             sample.selected += len(wanted)

@@ -9,13 +9,13 @@ from itertools import zip_longest
 from typing import Any, TypeVar
 
 from batchinfer.errors import InfrastructureError, OutputConflict, UsageError, UserError, shell_command
-from batchinfer.io.rows import RowSpan, rows_of, stream
+from batchinfer.io.rows import RowSpan, rows_of, stream_rows
 from batchinfer.job.columns import OutputLayout, output_layout
 from batchinfer.job.ledger import CommitRecord, JobOutput
 from batchinfer.job.part_reader import read_part
 from batchinfer.log import log
 from batchinfer.spec import StorageSpec
-from batchinfer.values.plain import shown_text
+from batchinfer.values.plain import display_text
 
 T = TypeVar("T")
 
@@ -114,7 +114,7 @@ def _with_inputs(output: JobOutput, storage: StorageSpec, shown: list[Shown]) ->
     wanted = sorted({(numbers[one.file], one.row) for one in shown})
     whole: dict[tuple[int, int], dict[str, Any]] = {}
     try:
-        for span, batch in stream(inputs, [RowSpan(file, row, 1) for file, row in wanted], storage):
+        for span, batch in stream_rows(inputs, [RowSpan(file, row, 1) for file, row in wanted], storage):
             whole[span.file, span.start] = rows_of(batch.table, inputs.schema.names, inputs.text_json)[0]
     except (UserError, InfrastructureError) as error:
         log.warning("the input cannot be read; showing only what the output carries of it", reason=str(error))
@@ -164,5 +164,5 @@ def _wrapped(text: str, width: int) -> Iterator[str]:
 
 def _text(value: Any) -> str:
     """Text as it is, everything else as JSON; no control characters reach the terminal."""
-    text = shown_text(value)
+    text = display_text(value)
     return "".join(char if char.isprintable() or char in "\n\t" else repr(char)[1:-1] for char in text)

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from batchinfer.errors import BatchInferError, InputMissing, OutputConflict, RowError, UserError
-from batchinfer.io.json_text import finite
-from batchinfer.io.rows import Inputs, RowBatch, RowSpan, rows_of, stream
+from batchinfer.io.json_text import replace_nonfinite
+from batchinfer.io.rows import Inputs, RowBatch, RowSpan, rows_of, stream_rows
 from batchinfer.io.storage import Store
 from batchinfer.job.inspect.verify_commits import Commits
 from batchinfer.job.inspect.verify_report import Audit, Chunk, Difference, PlannedOutput, Record, name_rows
@@ -210,7 +210,7 @@ class _Source:
             self._judged = self._filter.columns(inputs.schema.names) if self._filter else frozenset()
             read = {*self.compared, *self._judged}
             spans = [RowSpan(chunk.file, chunk.start, chunk.stop - chunk.start) for chunk in chunks]
-            self._batches = stream(inputs.select(read), spans, reach.storage)
+            self._batches = stream_rows(inputs.select(read), spans, reach.storage)
         except BatchInferError as error:
             self._fail(error)
 
@@ -230,7 +230,7 @@ class _Source:
 
     def _as_written(self, table: pa.Table) -> pa.Table:
         for name in self._text_json.intersection(self.compared):
-            table = table.set_column(table.column_names.index(name), name, finite(table.column(name)))
+            table = table.set_column(table.column_names.index(name), name, replace_nonfinite(table.column(name)))
         return table
 
     def _kept(self, batch: RowBatch) -> Iterable[int]:
