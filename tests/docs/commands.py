@@ -12,6 +12,7 @@ import shlex
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import typer.main
 
@@ -125,11 +126,17 @@ def _check_requirement(word: str) -> None:
         assert word.lower() in _NAMES, f"pip install {word}: not a dependency of ours"
 
 
+def curl(arguments: list[str]) -> tuple[str, Any]:
+    """Return the route that a request is for, and its body."""
+    url, header, kind, data, body = arguments
+    assert (header, kind, data) == ("-H", "Content-Type: application/json", "-d"), arguments
+    route = re.fullmatch(r"http://127\.0\.0\.1:8000(/.+)", url)
+    assert route is not None, url
+    return route[1], json.loads(body)
+
+
 def _curl(arguments: list[str]) -> None:
-    url = next(word for word in arguments if word.startswith("http"))
-    route = re.sub(r"^http://127\.0\.0\.1:\d+", "", url)
-    assert f"`{route}`" in (ROOT / "docs" / "server.md").read_text(encoding="utf-8"), route
-    json.loads(arguments[arguments.index("-d") + 1])
+    curl(arguments)
 
 
 def _python(arguments: list[str]) -> None:

@@ -20,10 +20,12 @@ import yaml
 
 from batchinfer.cli.main import main
 from batchinfer.job.drain import Drain
+from batchinfer.llm import LLM
 from batchinfer.spec import load_spec
 from tests.docs import commands
 from tests.docs.names import check_paths
 from tests.docs.pages import PAGES, ROOT, Block, blocks_of, name_of
+from tests.server.conftest import Endpoint
 
 README = ROOT / "README.md"
 BUCKET = "my-bucket"
@@ -211,6 +213,18 @@ def run_sh(block: Block, place: Place) -> None:
             assert place.run(words[1:])[0] == 0, line
         elif words[0] == "sbatch":
             run_array(words[1:], place)
+        elif words[0] == "curl":
+            run_request(*commands.curl(words[1:]))
+
+
+def run_request(route: str, body: object) -> None:
+    """Send a request to an endpoint with a fake model."""
+    endpoint = Endpoint(LLM("fake"), chat_template="{{ messages[-1].content }}")
+    try:
+        response = endpoint.post(route, body)
+    finally:
+        endpoint.close()
+    assert response.status_code == 200, response.text
 
 
 def run_array(arguments: list[str], place: Place) -> None:
