@@ -236,12 +236,13 @@ class LLM:
         chat = assembly.chat, defaults.chat_kwargs, defaults.special_tokens
         self._preparer = Preparer(assembly.tokenizer, assembly.limits, self.default_params, *chat)
         self._max_num_seqs = engine.max_num_seqs
-        self._engine = make_engine(assembly.pool, assembly.runner, engine)
+        self._engine = make_engine(assembly.pool, assembly.runner, engine, assembly.max_draft_rows)
 
 
-def make_engine(pool: BlockPool, runner: StepRunner, spec: EngineSpec) -> Engine:
-    """With nothing in it yet."""
-    return Engine(Scheduler(pool, spec.max_num_seqs, spec.max_step_tokens, spec.speculative_tokens), runner)
+def make_engine(pool: BlockPool, runner: StepRunner, spec: EngineSpec, max_draft_rows: int) -> Engine:
+    """Return an engine with nothing in it yet. `max_draft_rows` is a fact of the backend: see `Scheduler`."""
+    limits = spec.max_num_seqs, spec.max_step_tokens, spec.speculative_tokens
+    return Engine(Scheduler(pool, *limits, max_draft_rows=max_draft_rows), runner)
 
 
 def _engine_spec(options: dict[str, Any]) -> EngineSpec:

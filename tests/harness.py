@@ -29,8 +29,10 @@ def make_scheduler(
     step_tokens: int = 32,
     caching: bool = True,
     drafts: int = 0,
+    draft_rows: int = 128,
 ) -> Scheduler:
-    return Scheduler(BlockPool(num_blocks, block_size, caching), seats, step_tokens, drafts)
+    pool = BlockPool(num_blocks, block_size, caching)
+    return Scheduler(pool, seats, step_tokens, drafts, max_draft_rows=draft_rows)
 
 
 def make_engine(runner: StepRunner, num_blocks: int, block_size: int = 4, **limits: Any) -> Engine:
@@ -65,8 +67,8 @@ def decoder_engine(
 
 def expect_short_answers(scheduler: Scheduler) -> None:
     """Let it admit far more sequences than its blocks hold, so that some are preempted."""
-    scheduler.expected = OutputLengthEstimator(quantile=0.0, enough=1)
-    scheduler.expected.observe(1)
+    scheduler.length_estimator = OutputLengthEstimator(quantile=0.0, enough=1)
+    scheduler.length_estimator.observe(1)
 
 
 def never_stop(token_id: int) -> bool:
@@ -82,6 +84,6 @@ def run_requests(engine: Engine, requests: Iterable[Request] = ()) -> dict[int, 
     for _ in range(_MOST_STEPS):
         if not engine.has_work:
             return finished
-        finished |= {one.request.request_id: one for one in engine.step()}
+        finished |= {one.request.request_id: one for one in engine.step().finished}
         engine.scheduler.check_integrity()
     raise AssertionError("the engine does not come to an end")

@@ -152,7 +152,7 @@ class _Load:
 
     def __init__(self, sequences: int, stop_strings: bool) -> None:
         blocks = 2 * sequences * _CONTEXT // _BLOCK_SIZE
-        self._scheduler = Scheduler(BlockPool(blocks, _BLOCK_SIZE), sequences, 2 * sequences + 4096)
+        self._scheduler = Scheduler(BlockPool(blocks, _BLOCK_SIZE), sequences, 2 * sequences + 4096, max_draft_rows=0)
         self._runner = _HostRunner(sequences, blocks)
         self._waiting = max(64, sequences // 4)  # requests in the queue before each step
         self._rng = random.Random(sequences)

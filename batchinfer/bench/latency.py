@@ -1,7 +1,7 @@
 """How long one request waits: time to the first token, and per token after it, with a fixed number of them running.
 
 A request that ends is replaced at once, so that `batch` requests are always in the engine, until all have been started.
-Times are taken where the engine takes in a sampled token; tokenizing and reading prompts are not part of them.
+Times are taken after the step that sampled a token; tokenizing and preparing prompts are not part of them.
 """
 
 from __future__ import annotations
@@ -128,34 +128,32 @@ class _Track:
         self.times: list[float] = []
         self.added = perf_counter()
 
-    def token_came(self, token_id: int) -> bool:
-        """In the place of a stop check, which the engine makes for every token."""
-        self.times.append(perf_counter())
-        return False
-
 
 def _closed_loop(llm: MeasuredLLM, prompts: list[Prompt], batch: int) -> list[_Track]:
     engine = llm.engine
-    tracks: list[_Track] = []
+    tracks: dict[int, _Track] = {}  # by request id, in the order of the prompts
     running = 0
     while running or len(tracks) < len(prompts):
         while running < batch and len(tracks) < len(prompts):
-            track = _Track()
-            engine.add(_request(prompts[len(tracks)], track))
-            tracks.append(track)
+            request = _request(prompts[len(tracks)])
+            tracks[request.request_id] = _Track()
+            engine.add(request, subscribe=True)
             running += 1
-        finished = engine.step()
-        running -= len(finished)
-        failed = next((answer for answer in finished if answer.error is not None), None)
+        output = engine.step()
+        now = perf_counter()
+        for request_id, news in output.new_tokens.items():
+            tracks[request_id].times.extend([now] * len(news.token_ids))
+        running -= len(output.finished)
+        failed = next((answer for answer in output.finished if answer.error is not None), None)
         if failed is not None:
             raise EngineError(f"a request of the benchmark failed: {failed.error}")
-    return tracks
+    return list(tracks.values())
 
 
-def _request(prompt: Prompt, track: _Track) -> Request:
+def _request(prompt: Prompt) -> Request:
     assert isinstance(prompt.content, list) and prompt.params is not None and prompt.params.max_tokens is not None
     ids = [token for token in prompt.content if isinstance(token, int)]
-    return Request(prompt.index, ids, prompt.params, prompt.params.max_tokens, stop_check=track.token_came)
+    return Request(prompt.index, ids, prompt.params, prompt.params.max_tokens)
 
 
 def as_json(found: Latency) -> dict[str, Any]:

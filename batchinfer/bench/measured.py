@@ -73,7 +73,7 @@ class MeasuredLLM(LLM):
         """Forget cached prefixes, expected answer lengths, counters and steps: the next run is like the first."""
         old = self._engine.scheduler.pool
         pool = BlockPool(len(old.blocks), old.block_size, old.enable_prefix_caching)
-        self._engine = make_engine(pool, self._noting, self._engine_spec)
+        self._engine = make_engine(pool, self._noting, self._engine_spec, self._assembly.max_draft_rows)
         self._noting.steps = []
 
 

@@ -1,16 +1,23 @@
-"""The inner loop: schedule, run, update. Token ids in, token ids out."""
+"""The inner loop: schedule, run, update. Token ids in, token ids out.
+
+State: the scheduler's, the subscriptions, and how many steps failed in a row. Owner: the one thread that calls `step`.
+Flow: `add` queues a request; `step` asks the scheduler for a plan, the runner for its result, gives the result to the
+scheduler and returns the news. Failure: a step that raises counts for nothing, and the scheduler bisects for the
+sequence at fault; EngineError after too many failed steps in a row.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Protocol
 
+from batchinfer.engine.output import StepOutput, Subscriptions
 from batchinfer.engine.plan import StepPlan, StepResult
 from batchinfer.engine.scheduler import Scheduler
 from batchinfer.engine.stats import EngineStats
 from batchinfer.errors import EngineError
 from batchinfer.log import log
-from batchinfer.request import Constraint, Finished, Request
+from batchinfer.request import Constraint, Request
 
 _MAX_FAILED_STEPS = 64
 
@@ -19,28 +26,32 @@ class StepRunner(Protocol):
     """Computes steps. An exception means that nothing of the step counts; the runner stays usable."""
 
     def run_step(self, plan: StepPlan, constraints: Mapping[int, Constraint]) -> StepResult:
-        """Run a plan. `constraints`: compiled grammars of sequences that join with it, by seat."""
+        """Run a plan. `constraints`: compiled grammars of the sequences that join with it, by seat."""
         ...
 
 
 class Engine:
-    """Continuous batching: requests are added at any time, and every `step` returns those that ended in it."""
+    """Continuous batching: requests are added at any time, and every `step` returns the requests that ended in it."""
 
     def __init__(self, scheduler: Scheduler, runner: StepRunner) -> None:
         self.scheduler = scheduler
         self._runner = runner
+        self._subscriptions = Subscriptions()
         self._failed_steps = 0  # in a row
 
-    def add(self, request: Request) -> None:
-        """Queue a request. Raises TooLong if it can never fit."""
-        self.scheduler.add(request)
+    def add(self, request: Request, subscribe: bool = False) -> None:
+        """Queue a request; with `subscribe`, steps report its new tokens. Raises TooLong if it can never fit."""
+        sequence = self.scheduler.add(request)
+        if subscribe:
+            self._subscriptions.subscribe(sequence)
 
     def abort(self, request_id: int) -> bool:
-        """Drop a request and free what it holds; False if it is not here (any more)."""
+        """Drop a request and free its blocks. Return False if it is not here (any more)."""
+        self._subscriptions.unsubscribe(request_id)
         return self.scheduler.abort(request_id)
 
-    def step(self) -> list[Finished]:
-        """One forward pass. Raises EngineError if step after step fails, whatever is in it."""
+    def step(self) -> StepOutput:
+        """Run one forward pass. Raises EngineError if step after step fails, whatever is in it."""
         plan = self.scheduler.schedule()
         if plan.seats:
             try:
@@ -50,15 +61,19 @@ class Engine:
             else:
                 self.scheduler.update(result)
                 self._failed_steps = 0
-        return self.scheduler.take_finished()
+        new_tokens = self._subscriptions.collect_new_tokens(self.scheduler.settle)
+        finished = self.scheduler.take_finished()
+        for answer in finished:
+            self._subscriptions.unsubscribe(answer.request.request_id)
+        return StepOutput(finished, self.scheduler.started, new_tokens)
 
     def expected_tokens(self, request: Request) -> int:
-        """How many tokens its answer will probably have."""
-        return self.scheduler.expected.of(request)
+        """Return the number of tokens that the answer will probably have."""
+        return self.scheduler.length_estimator.estimate(request)
 
     @property
     def wants_more(self) -> bool:
-        """Whether the next step may seat more than what waits already."""
+        """True if the next step may seat more requests than are waiting already."""
         return self.scheduler.wants_more
 
     @property

@@ -1,4 +1,8 @@
-"""How long an answer will be: a running quantile of the answers of this job so far."""
+"""Estimate of output lengths: a running quantile of the answers of this job so far.
+
+State: the last output lengths, also in sorted order. Owner: the scheduler, which adds every finished answer and admits
+sequences by the estimate.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ _PRIOR_TOKENS = 256
 
 
 class OutputLengthEstimator:
-    """Quantile over the last `window` output lengths. Until `enough` of them are known, a fixed prior.
+    """Quantile over the last `window` output lengths; a fixed prior until `enough` lengths are known.
 
     Admission by `max_tokens` would leave most of the cache empty, admission by zero would thrash: the quantile keeps
     preemption rare without knowing the distribution.
@@ -30,14 +34,14 @@ class OutputLengthEstimator:
         self._recent.append(length)
         insort(self._sorted, length)
 
-    def of(self, request: Request) -> int:
-        """How many tokens its answer will probably have; exact where nothing can end it early."""
+    def estimate(self, request: Request) -> int:
+        """Return the expected output length of `request`, in tokens; exact if nothing can end the answer early."""
         if not request.stop_ids and request.stop_check is None:
             return request.max_tokens
-        return self.tokens(request.max_tokens)
+        return self.estimate_up_to(request.max_tokens)
 
-    def tokens(self, max_tokens: int) -> int:
-        """Expected output length, in tokens, of a request that may produce `max_tokens`."""
+    def estimate_up_to(self, max_tokens: int) -> int:
+        """Return the expected length, in tokens, of an answer of at most `max_tokens`."""
         if len(self._sorted) < self._enough:
             return min(max_tokens, _PRIOR_TOKENS)
         return min(max_tokens, self._sorted[int(self._quantile * (len(self._sorted) - 1))])

@@ -46,8 +46,17 @@ class Join(NamedTuple):
     @classmethod
     def of_request(cls, seat: int, request: Request, output: Sequence[int] = ()) -> Self:
         """Return the join of `request`, which has generated `output` so far, without its grammar and stop check."""
-        sampling = request.params, request.key, request.stop_ids, request.bad_words
-        return cls(seat, tuple(output), request.prompt, *sampling, request.score_from, request.pooling)
+        return cls(
+            seat,
+            tuple(output),
+            request.prompt,
+            request.params,
+            request.key,
+            request.stop_ids,
+            request.bad_words,
+            request.score_from,
+            request.pooling,
+        )
 
     @property
     def reads_prompt(self) -> bool:

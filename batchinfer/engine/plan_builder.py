@@ -1,20 +1,26 @@
-"""A plan in the making: what the scheduler has put into the next step so far, and whose it is."""
+"""Builder of a step's plan: what the scheduler has put into the next step so far, and the sequences it belongs to.
+
+State: the parallel lists of a `StepPlan` for the sequences without a decode lane, and the sequences themselves; the
+lanes are read when the plan is built. Owner: the scheduler, one builder per step. It is kept until the step's result
+has come, which is in the order of the plan.
+"""
 
 from __future__ import annotations
 
-from batchinfer.engine.decode_lanes import Decoding
+from batchinfer.engine.decode_lanes import DecodeLanes
 from batchinfer.engine.plan import Copy, Grown, Join, PromptRead, StepPlan
 from batchinfer.engine.sequence import Sequence
 
 
 class PlanBuilder:
-    """`decoding` are the seats of those that decode, by lane: the plan begins with them. Until `plan` they may leave.
+    """A plan under construction: first the decode lanes, one token each, then chunks of prompts and drafts.
 
-    Then lists as in `StepPlan`, and the sequences that they are about. `drafts` are in their order. Places count from
-    the first of these sequences.
+    `decoding` are the seats of the lanes once the plan is built; until then sequences may leave their lanes. The lists
+    are those of `StepPlan` for `sequences`, and places count from the first of these. `drafts` are in their order.
     """
 
     __slots__ = (
+        "_lanes",
         "copies",
         "counts",
         "decoding",
@@ -29,8 +35,9 @@ class PlanBuilder:
         "tokens",
     )
 
-    def __init__(self, decoding: list[int]) -> None:
-        self.decoding = decoding
+    def __init__(self, lanes: DecodeLanes) -> None:
+        self._lanes = lanes
+        self.decoding: list[int] = []
         self.sequences: list[Sequence] = []
         self.joins: list[Join] = []
         self.grown: list[Grown] = []
@@ -45,45 +52,47 @@ class PlanBuilder:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.decoding) + len(self.tokens)
+        return len(self._lanes.seats) + len(self.tokens)
 
-    def add(self, sequence: Sequence, start: int, count: int, samples: int) -> None:
-        """Its tokens the caller adds to `tokens`."""
-        self.sequences.append(sequence)
-        self.seats.append(sequence.seat)
-        self.starts.append(start)
-        self.counts.append(count)
-        self.samples.append(samples)
+    def add_join(self, sequence: Sequence) -> None:
+        """Tell the runner that `sequence` has taken its seat."""
+        self.joins.append(Join.of_request(sequence.seat, sequence.request, sequence.output))
 
-    def grow(self, sequence: Sequence, first: int) -> None:
-        """Its blocks from number `first` on, if there are any, are new."""
+    def add_blocks(self, sequence: Sequence, first: int) -> None:
+        """Tell the runner about the blocks of `sequence` from number `first` on, if there are any."""
         if len(sequence.blocks) > first:
             added = tuple([block.index for block in sequence.blocks[first:]])
             self.grown.append(Grown(sequence.seat, first, added))
 
-    def add_draft(self, place: int, draft: list[int]) -> None:
-        """The sequence at `place`, which computes its last known token, computes these after it and samples at each.
+    def add_chunk(self, sequence: Sequence, start: int, tokens: list[int], samples: int) -> None:
+        """Compute `tokens` from position `start` on, and sample at the last `samples` of them."""
+        self.sequences.append(sequence)
+        self.seats.append(sequence.seat)
+        self.starts.append(start)
+        self.counts.append(len(tokens))
+        self.samples.append(samples)
+        self.tokens.extend(tokens)
 
-        In the order of places.
-        """
-        after = sum(self.counts[: place + 1])
-        self.tokens[after:after] = draft
-        self.counts[place] += len(draft)
-        self.samples[place] += len(draft)
+    def add_draft(self, sequence: Sequence, draft: list[int]) -> None:
+        """Compute the last known token of a decoding sequence and a draft after it, and sample at each of them."""
+        tokens = [sequence.tokens[-1], *draft]
+        self.add_chunk(sequence, len(sequence.tokens) - 1, tokens, len(tokens))
         self.drafts.append(draft)
 
-    def plan(self, step: int, decoding: Decoding) -> StepPlan:
-        seats = self.decoding = decoding.seats.copy()
+    def build_plan(self, step: int) -> StepPlan:
+        """Return the plan, which begins with the decode lanes as they are now."""
+        lanes = self._lanes
+        seats = self.decoding = lanes.seats.copy()
         ones = [1] * len(seats)
         return StepPlan(
             step=step,
             joins=tuple(self.joins),
             grown=tuple(self.grown),
             seats=seats + self.seats,
-            starts=decoding.positions + self.starts,
+            starts=lanes.positions + self.starts,
             counts=ones + self.counts,
             samples=ones + self.samples,
-            tokens=decoding.last + self.tokens,
+            tokens=lanes.last_tokens + self.tokens,
             reads=tuple(read._replace(place=len(seats) + read.place) for read in self.reads),
             copies=tuple(self.copies),
         )

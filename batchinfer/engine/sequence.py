@@ -1,4 +1,7 @@
-"""A sequence: the mutable progress of one request. Only the scheduler writes to it."""
+"""A sequence: the mutable progress of one request.
+
+State: known tokens, how many of them are computed, blocks, seat. Owner: the scheduler; nobody else writes to it.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from batchinfer.request import FinishReason, Request, TokenLogprob
 
 
 class PromptRows:
-    """The rows of a prompt that are read: from position `at` to before `end` they still are to be. Survives preemption.
+    """The rows of a prompt that are still to be read: positions `at` to before `end`. Survives preemption.
 
     `logprobs` is the answer so far, `hidden` the sum of the pooled rows so far.
     """
@@ -30,8 +33,8 @@ class PromptRows:
     def left(self) -> bool:
         return self.at < self.end
 
-    def take(self, reading: Reading, count: int) -> None:
-        """The next `count` rows have been read."""
+    def append_reading(self, reading: Reading, count: int) -> None:
+        """Add the reading of the next `count` rows."""
         self.at += count
         if self.logprobs is not None:
             self.logprobs.extend(reading.logprobs)
@@ -42,14 +45,14 @@ class PromptRows:
 
 
 class Sequence:
-    """`tokens` are known (prompt, then output); the first `num_computed` of them have their KV in `blocks`.
+    """Progress of a request: `tokens` are known (prompt, then output), the first `num_computed` have KV in `blocks`.
 
-    A step closes part of the gap between the two. With `limit` known tokens it is at its end; a request that generates
-    nothing knows at once all that it needs: no token after the last row that it reads. `chain` is the uid of the
-    content of the first `num_indexed` blocks. `promised` counts blocks that admission set aside for it and that it has
-    not taken yet. `proven` says that a step with it has succeeded since it took its seat. `num_cached` prompt tokens
-    were found in the cache. Once it `decodes`, all but the last known token is computed, and `tokens` may lack the last
-    few: see `Scheduler.settle`.
+    A step closes part of the gap between the two. With `limit` known tokens the sequence is at its end; a request that
+    generates nothing knows from the start all tokens that it needs: none after the last row that it reads.
+    `chain` is the uid of the content of the first `num_indexed` blocks. `promised` counts blocks that admission set
+    aside and that were not allocated yet. `proven` is True once a step with the sequence has succeeded since it took
+    its seat. `num_cached` prompt tokens were found in the cache. Once it `decodes`, all but the last known token is
+    computed, and `tokens` may lack the last few: see `Scheduler.settle`.
     """
 
     __slots__ = (
@@ -82,7 +85,7 @@ class Sequence:
         self.logprobs: list[TokenLogprob] | None = None if request.params.logprobs is None else []
         self.proven = False
         self.num_cached = 0
-        self.leave()
+        self.leave_seat()
 
     @property
     def output(self) -> list[int]:
@@ -99,40 +102,40 @@ class Sequence:
 
     @property
     def reusable(self) -> int:
-        """The tokens before this may be found instead of computed: not the last known one, nor rows to read."""
+        """End of the tokens whose KV may come from the cache: before the last known token and the rows to read."""
         last = len(self.tokens) - 1
         return last if self.rows is None or not self.rows.left else min(last, self.rows.at)
 
     def next_block(self, start: int, size: int) -> list[int]:
-        """The tokens from a block's first position on that may be found instead of computed."""
+        """Return the tokens of the block that begins at position `start`, as far as they may come from the cache."""
         return self.tokens[start : max(start, min(start + size, self.reusable))]
 
     def computed(self, count: int) -> None:
-        """`count` tokens more have their KV in `blocks`, and nothing is sampled from the last: see `append`."""
+        """Count `count` tokens more as computed, with no token sampled after them: see `append`."""
         self._computed += count
 
     def append(self, token: int, logprob: TokenLogprob | None) -> FinishReason | None:
-        """Take in a token sampled after all known ones, which are computed; why the sequence ends with it, or None."""
+        """Append a token sampled after all known ones, which are computed. Return why the sequence ends, or None."""
         self.tokens.append(token)
         self.decodes = True
         if logprob is not None:
             self.add_logprob(logprob)
-        if self._stops(token):
+        if self._stops_with(token):
             return "stop"
         return "length" if len(self.tokens) >= self.limit else None
 
     def add_logprob(self, logprob: TokenLogprob) -> None:
-        """Of the last token."""
+        """Append the logprob of the last token, if the request asked for logprobs."""
         if self.logprobs is not None:
             self.logprobs.append(logprob)
 
-    def _stops(self, token: int) -> bool:
-        """Whether it ends with this token. A function sees the others."""
+    def _stops_with(self, token: int) -> bool:
+        """Return True if the token ends the answer. The stop check sees every token that is no stop id."""
         check = self.request.stop_check
         return token in self.request.stop_ids or (check is not None and check(token))
 
-    def leave(self) -> None:
-        """Back to nothing computed: new, preempted, or finished. The blocks are released by the caller."""
+    def leave_seat(self) -> None:
+        """Reset to nothing computed: new, preempted, or finished. The caller releases the blocks."""
         self.seat = -1
         self._computed = 0
         self.decodes = False
@@ -151,7 +154,7 @@ class Sequence:
             if block.key is not None:
                 assert number < self.num_indexed, "a block that is not full is indexed"
                 assert block.key.endswith(array("I", tokens[number * size : (number + 1) * size]).tobytes()), (
-                    "indexed as others"
+                    "indexed under other tokens"
                 )
         rows = self.rows
         assert rows is None or not rows.left or rows.at >= computed, "rows passed without being read"

@@ -1,4 +1,4 @@
-"""What the engine counts."""
+"""Counters of an engine."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ class EngineStats:
     generated_tokens: int = 0
     steps: int = 0
     preemptions: int = 0
-    draft_tokens: int = 0  # proposed, and computed
-    accepted_tokens: int = 0  # of these
+    draft_tokens: int = 0  # drafted and computed
+    accepted_tokens: int = 0  # draft tokens that were right

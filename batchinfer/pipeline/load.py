@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from batchinfer.layers.rotary import RopeConfig
 
 FAKE_CONTEXT_TOKENS = 32768
+_MAX_DRAFT_ROWS = 128  # above this, a step on a CPU takes as much longer as it has more rows
 _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -39,6 +40,7 @@ class Assembly:
     limits: ModelLimits
     runner: StepRunner
     pool: BlockPool
+    max_draft_rows: int = _MAX_DRAFT_ROWS
 
 
 def assemble(

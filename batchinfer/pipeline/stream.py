@@ -14,6 +14,7 @@ from collections.abc import Generator, Hashable, Iterable, Iterator
 from dataclasses import replace
 from typing import Protocol
 
+from batchinfer.engine.output import StepOutput
 from batchinfer.engine.stats import EngineStats
 from batchinfer.errors import RowError
 from batchinfer.pipeline.prefix_order import PrefixOrder
@@ -44,7 +45,7 @@ class Batching(Protocol):
 
     def abort(self, request_id: int) -> bool: ...
 
-    def step(self) -> list[Finished]: ...
+    def step(self) -> StepOutput: ...
 
 
 class Stream:
@@ -65,7 +66,7 @@ class Stream:
     def completions(self) -> Generator[Completion, None, None]:
         while not self._feeder.done or self._order or self._engine.has_work or self._ready:
             yield from self._fill()
-            self._ready += self._collect(self._engine.step())
+            self._ready += self._collect(self._engine.step().finished)
             if len(self._ready) >= _DETOKENIZE_TOGETHER or not self._engine.has_work:
                 yield from self._answer()
 

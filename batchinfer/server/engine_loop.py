@@ -12,6 +12,7 @@ from functools import partial
 from typing import NamedTuple, TypeVar
 
 from batchinfer.engine.engine import Engine
+from batchinfer.engine.output import StepOutput
 from batchinfer.engine.stats import EngineStats
 from batchinfer.errors import EngineFailure, RowError
 from batchinfer.log import log
@@ -49,14 +50,13 @@ class EngineSnapshot:
     stats: EngineStats = dataclasses.field(default_factory=EngineStats)
 
 
-class _Live:
-    """A sample in the engine, and how much of it was reported."""
+class _LiveSample:
+    """A sample in the engine: whether its client streams, and when its first token came."""
 
-    __slots__ = ("first_token_s", "seen", "stream")
+    __slots__ = ("first_token_s", "stream")
 
     def __init__(self, stream: bool) -> None:
         self.stream = stream
-        self.seen = 0
         self.first_token_s: float | None = None
 
 
@@ -72,7 +72,7 @@ class EngineLoop:
         self._deliver = deliver
         self._fail = fail
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._live: dict[int, _Live] = {}
+        self._live: dict[int, _LiveSample] = {}
         self._events: list[Event] = []
         self._thread = threading.Thread(target=self._work, name="batchinfer-engine", daemon=True)
         self.failure: str | None = None
@@ -137,13 +137,13 @@ class EngineLoop:
     def _add(self, requests: Sequence[Request], stream: bool) -> None:
         for request in requests:
             try:
-                self._engine.add(request)
+                self._engine.add(request, subscribe=stream)
             except Exception as error:  # whatever is wrong with one request must not stop the others
                 known = error if isinstance(error, RowError) else EngineFailure(f"{type(error).__name__}: {error}")
                 refused = Finished(request, [], "error", error=known)
                 self._events.append(Event(request.request_id, [], None, refused, None))
             else:
-                self._live[request.request_id] = _Live(stream)
+                self._live[request.request_id] = _LiveSample(stream)
 
     def _drop(self, request_ids: Sequence[int]) -> None:
         for request_id in request_ids:
@@ -170,28 +170,23 @@ class EngineLoop:
             if isinstance(command, partial) and command.func == self._answer:
                 command()
 
-    def _report(self, finished: list[Finished]) -> None:
+    def _report(self, output: StepOutput) -> None:
+        """Turn the news of a step into events."""
         now = time.monotonic()
-        for sequence in self._engine.scheduler.running.values():
-            live = self._live[sequence.request.request_id]
+        for request_id in output.started:
+            self._live[request_id].first_token_s = now
+        ended = {answer.request.request_id for answer in output.finished}
+        for request_id, (tokens, logprobs) in output.new_tokens.items():
+            if request_id not in ended:
+                self._events.append(Event(request_id, tokens, logprobs, None, self._live[request_id].first_token_s))
+        for answer in output.finished:
+            request_id = answer.request.request_id
+            live = self._live.pop(request_id)
+            tokens, logprobs = answer.token_ids, answer.logprobs
             if live.stream:
-                self._engine.scheduler.settle(sequence)
-            count, seen = sequence.num_output, live.seen
-            if count == seen:  # its prompt is still being computed, or nobody waits for its tokens
-                continue
-            live.seen = count
-            live.first_token_s = live.first_token_s or now
-            if live.stream:
-                logprobs = None if sequence.logprobs is None else sequence.logprobs[seen:]
-                tokens = sequence.tokens[sequence.num_prompt + seen :]
-                news = Event(sequence.request.request_id, tokens, logprobs, None, live.first_token_s)
-                self._events.append(news)
-        for answer in finished:
-            live = self._live.pop(answer.request.request_id)
-            seen = live.seen if live.stream else 0
-            logprobs = None if answer.logprobs is None else answer.logprobs[seen:]
+                tokens, logprobs = output.new_tokens.get(request_id, ([], None if logprobs is None else []))
             first = None if answer.error is not None else live.first_token_s or now
-            self._events.append(Event(answer.request.request_id, answer.token_ids[seen:], logprobs, answer, first))
+            self._events.append(Event(request_id, tokens, logprobs, answer, first))
 
     def _note(self) -> None:
         scheduler = self._engine.scheduler

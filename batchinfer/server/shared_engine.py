@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 from collections.abc import Generator, Iterable
 
+from batchinfer.engine.output import StepOutput
 from batchinfer.engine.stats import EngineStats
 from batchinfer.errors import EngineError
 from batchinfer.openai.parse import ModelFacts
@@ -61,9 +62,9 @@ class SharedEngine:
         self._frontend.take_back(request_id)
         return True
 
-    def step(self) -> list[Finished]:
+    def step(self) -> StepOutput:
         """Wait a moment for requests to end. Raises EngineError when the engine has stopped."""
-        finished = []
+        finished: list[Finished] = []
         try:
             ended = self._ended.get(timeout=_LOOK_AGAIN_S if self._open else 0)
             while True:
@@ -75,7 +76,7 @@ class SharedEngine:
                     finished.append(ended)
                 ended = self._ended.get(block=False)
         except queue.Empty:
-            return finished
+            return StepOutput(finished, [], {})
 
     def _count(self, ended: Finished) -> None:
         self._stats.generated_tokens += len(ended.token_ids)

@@ -64,7 +64,9 @@ def engine_answers(
     path: Path, prompts: list[list[int]], engine: EngineSpec, preempt: bool = True
 ) -> tuple[list[list[int]], Engine]:
     assembly = assemble(engine, ModelFiles(path, "test"), None, FakeSpec(), None)
-    loop = Engine(Scheduler(assembly.pool, engine.max_num_seqs, engine.max_step_tokens), assembly.runner)
+    loop = Engine(
+        Scheduler(assembly.pool, engine.max_num_seqs, engine.max_step_tokens, max_draft_rows=128), assembly.runner
+    )
     if preempt:
         expect_short_answers(loop.scheduler)
     params = SamplingParams(temperature=0, max_tokens=_ANSWER_TOKENS)
@@ -74,7 +76,7 @@ def engine_answers(
     while waiting or loop.has_work:
         while waiting and (not loop.has_work or rng.random() < 0.5):
             loop.add(waiting.pop(0))
-        for finished in loop.step():
+        for finished in loop.step().finished:
             assert finished.error is None
             answers[finished.request.request_id] = finished.token_ids
         loop.scheduler.check_integrity()
@@ -112,7 +114,9 @@ def test_prompt_logprobs_equal_transformers(
     tolerance = 1.5e-4 if plain_torch else 1e-4  # its sums are in another order than transformers', and no better
     engine = EngineSpec(dtype="float32", kv_cache_tokens=6000, max_num_seqs=16, max_step_tokens=max_step_tokens)
     assembly = assemble(engine, ModelFiles(smollm2_gguf, "test"), None, FakeSpec(), None)
-    loop = Engine(Scheduler(assembly.pool, engine.max_num_seqs, engine.max_step_tokens), assembly.runner)
+    loop = Engine(
+        Scheduler(assembly.pool, engine.max_num_seqs, engine.max_step_tokens, max_draft_rows=128), assembly.runner
+    )
     params = SamplingParams(temperature=0, prompt_logprobs=2)
     for turn in range(2):  # the second finds blocks of the first
         # every other one also answers; its first positions are not asked for, and may come from the cache

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 
-from batchinfer.engine import scheduler
 from batchinfer.engine.plan import StepPlan, StepResult
 from batchinfer.request import Finished, Request, SamplingParams, TokenLogprob
 from tests.engine.checking import REPEATS, checking_engine, make_reading, make_request, naive
@@ -127,22 +126,23 @@ def test_a_sequence_that_leaves_the_decode_lanes_keeps_its_tokens(block_size: in
     assert {number: answer.token_ids for number, answer in found.items()} == {n.request_id: naive(n) for n in requests}
 
 
-def test_decode_lanes_are_off_while_there_are_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With few sequences each may get a draft; with many they decode side by side."""
-    monkeypatch.setattr(scheduler, "MAX_ROWS", 4)
+def test_a_sequence_leaves_its_lane_for_a_draft_and_comes_back() -> None:
+    """With few sequences each may get a draft; the others decode side by side in the same step."""
     requests = [replace(one, prompt=[REPEATS, 3] if one.request_id % 2 else one.prompt) for one in lengths_apart(40)]
-    engine, _ = checking_engine(1000, drafts=3)
-    side_by_side = set()
+    engine, runner = checking_engine(1000, drafts=3, draft_rows=6)
+    steps = []  # (sequences with one token, sequences with a draft)
+    runner.fail_if = lambda plan: steps.append((plan.samples.count(1), sum(count > 1 for count in plan.samples)))
     found = {}
     for number, one in enumerate(requests):
         engine.add(one)
         for _ in range(60 if number % 8 == 7 else 2):
-            found.update({answer.request.request_id: answer.token_ids for answer in engine.step()})
+            found.update({answer.request.request_id: answer.token_ids for answer in engine.step().finished})
             engine.scheduler.check_integrity()
-            side_by_side.add(bool(engine.scheduler._decoding.seats))
     found |= {number: answer.token_ids for number, answer in run_requests(engine, []).items()}
     assert found == {one.request_id: naive(one) for one in requests}
-    assert side_by_side == {True, False} and engine.stats.accepted_tokens > 0
+    assert engine.stats.accepted_tokens > 0
+    kinds = {(decoding > 0, drafted > 0) for decoding, drafted in steps}
+    assert kinds >= {(True, True), (True, False)}
 
 
 def test_an_answer_is_found_again_up_to_its_last_computed_block() -> None:
@@ -166,7 +166,7 @@ def test_a_sequence_already_in_the_plan_can_be_preempted(block_size: int) -> Non
 
     def only_who_runs_grows(plan: StepPlan, constraints: object) -> StepResult:
         assert {grown.seat for grown in plan.grown} <= engine.scheduler.running.keys()
-        for due in engine.scheduler._decoding._calendar.values():
+        for due in engine.scheduler._lanes._calendar.values():
             shuffle(due)
         return run_step(plan, constraints)
 

@@ -284,20 +284,20 @@ def test_fake_answers_depend_on_the_request_alone() -> None:
 
 
 def test_expected_length_is_a_running_quantile() -> None:
-    expected = OutputLengthEstimator(quantile=0.8, window=100, enough=10)
-    assert expected.tokens(1000) == 256 and expected.tokens(20) == 20
+    estimator = OutputLengthEstimator(quantile=0.8, window=100, enough=10)
+    assert estimator.estimate_up_to(1000) == 256 and estimator.estimate_up_to(20) == 20
     for length in range(1, 101):
-        expected.observe(length)
-    assert expected.tokens(1000) == 80
+        estimator.observe(length)
+    assert estimator.estimate_up_to(1000) == 80
     for _ in range(100):
-        expected.observe(7)
-    assert expected.tokens(1000) == 7
+        estimator.observe(7)
+    assert estimator.estimate_up_to(1000) == 7
 
 
 def test_admission_by_expected_length_prevents_preemption() -> None:
     """Once lengths are known, hardly anything is preempted, although max_tokens alone would fit two at a time."""
     engine, _ = checking_engine(num_blocks=64, block_size=4, seats=32)
-    engine.scheduler.expected = OutputLengthEstimator(enough=4)
+    engine.scheduler.length_estimator = OutputLengthEstimator(enough=4)
     requests = [make_request(i, [1 + i % 40, 2, 3, i // 40 + 1], 100) for i in range(300)]
     answers = run_requests(engine, requests)
     assert all(answers[r.request_id].token_ids == naive(r) for r in requests)
@@ -307,8 +307,8 @@ def test_admission_by_expected_length_prevents_preemption() -> None:
 def test_admission_knows_the_length_of_what_nothing_ends_early() -> None:
     """Short answers before say nothing about those: what they will take is set aside, and nothing is preempted."""
     engine, _ = checking_engine(num_blocks=64, block_size=4, seats=32)
-    engine.scheduler.expected = OutputLengthEstimator(enough=1)
-    engine.scheduler.expected.observe(1)
+    engine.scheduler.length_estimator = OutputLengthEstimator(enough=1)
+    engine.scheduler.length_estimator.observe(1)
     requests = [Request(i, [1 + i], SamplingParams(temperature=0), 60) for i in range(20)]
     assert len(run_requests(engine, requests)) == 20
     assert engine.stats.preemptions == 0

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from batchinfer.engine.plan import StepResult
-from batchinfer.engine.prompt_lookup import MAX_ROWS, Lookup
+from batchinfer.engine.prompt_lookup import Lookup
 from batchinfer.engine.scheduler import Scheduler
 from batchinfer.request import Request, SamplingParams
 from tests.engine.checking import REPEATS, checking_engine, make_request, naive
@@ -16,23 +16,23 @@ from tests.harness import expect_short_answers, make_scheduler, run_requests
 
 def test_a_draft_continues_the_most_recent_match() -> None:
     text = [1, 2, 3, 4, 70, 71, 9, 1, 2, 3, 4, 80, 81, 82, 9, 1, 2, 3, 4]
-    assert Lookup(3).draft(text, 9) == [80, 81, 82]
-    assert Lookup(8).draft(text, 2) == [80, 81]
-    assert Lookup(4).draft([*text[:-1], 5], 4) == []
-    assert Lookup(4).draft(text, 0) == Lookup(4).draft([1, 2, 3, 4], 4) == []
+    assert Lookup(3).draft_tokens(text, 9) == [80, 81, 82]
+    assert Lookup(8).draft_tokens(text, 2) == [80, 81]
+    assert Lookup(4).draft_tokens([*text[:-1], 5], 4) == []
+    assert Lookup(4).draft_tokens(text, 0) == Lookup(4).draft_tokens([1, 2, 3, 4], 4) == []
 
 
 def test_a_match_that_reaches_the_end_repeats_itself() -> None:
-    assert Lookup(5).draft([9, 7, 8, 7, 8, 7, 8], 5) == [7, 8, 7, 8, 7]
-    assert Lookup(3).draft([5] * 5, 3) == [5, 5, 5]
-    assert Lookup(3).draft([5] * 4, 3) == []
+    assert Lookup(5).draft_tokens([9, 7, 8, 7, 8, 7, 8], 5) == [7, 8, 7, 8, 7]
+    assert Lookup(3).draft_tokens([5] * 5, 3) == [5, 5, 5]
+    assert Lookup(3).draft_tokens([5] * 4, 3) == []
 
 
 def test_equal_bytes_that_are_not_tokens_are_no_match() -> None:
     """0x01010101 four times, one byte off: found, and passed over for the true place before it."""
     ones, shifted = 0x01010101, [0x01010100, *[0x01010101] * 3, 0x00000001]
-    assert Lookup(2).draft([*shifted, 6, ones, ones, ones, ones], 2) == []
-    assert Lookup(2).draft([*[ones] * 4, 33, 34, *shifted, 6, *[ones] * 4], 2) == [33, 34]
+    assert Lookup(2).draft_tokens([*shifted, 6, ones, ones, ones, ones], 2) == []
+    assert Lookup(2).draft_tokens([*[ones] * 4, 33, 34, *shifted, 6, *[ones] * 4], 2) == [33, 34]
 
 
 def test_matches_in_random_texts_equal_a_plain_loop() -> None:
@@ -45,35 +45,35 @@ def test_matches_in_random_texts_equal_a_plain_loop() -> None:
             wanted: list[int] = []
             for number in range(4 if places else 0):
                 wanted.append([*text, *wanted][places[-1] + 4 + number])
-            assert lookup.draft(text, 4) == wanted
+            assert lookup.draft_tokens(text, 4) == wanted
 
 
 def test_draft_length_follows_how_many_tokens_were_right() -> None:
     lookup, text = Lookup(8), [5] * 9
     lengths = []
     for accepted in (8, 3, 3, 0, 1, 2, 4, 8):
-        length = len(lookup.draft(text, 99))
+        length = len(lookup.draft_tokens(text, 99))
         lengths.append(length)
-        lookup.judge(length, min(accepted, length), len(text))
+        lookup.judge_draft(length, min(accepted, length), len(text))
     assert lengths == [8, 8, 3, 6, 1, 2, 4, 8]
-    lookup.judge(len(lookup.draft(text, 2)), 2, len(text))
-    assert len(lookup.draft(text, 99)) == 8, "a draft that had to be short says nothing against longer ones"
+    lookup.judge_draft(len(lookup.draft_tokens(text, 2)), 2, len(text))
+    assert len(lookup.draft_tokens(text, 99)) == 8, "a draft that had to be short says nothing against longer ones"
 
 
 def test_wrong_drafts_pause_longer_and_longer() -> None:
     lookup, text = Lookup(2), [5] * 10
     asked = []
     while len(text) < 200:
-        draft = lookup.draft(text, 2)
+        draft = lookup.draft_tokens(text, 2)
         if draft:
             asked.append(len(text))
-            lookup.judge(len(draft), 0, len(text) + 1)
+            lookup.judge_draft(len(draft), 0, len(text) + 1)
         text.append(5)
     assert asked[:9] == [10, 11, 12, 29, 30, 31, 64, 65, 66] and asked[9] == 67 + 64
-    lookup.judge(1, 1, len(text))
+    lookup.judge_draft(1, 1, len(text))
     for _ in range(3):
-        lookup.judge(1, 0, len(text))
-    assert not lookup.draft([*text, *[5] * 15], 2) and lookup.draft([*text, *[5] * 16], 2)
+        lookup.judge_draft(1, 0, len(text))
+    assert not lookup.draft_tokens([*text, *[5] * 15], 2) and lookup.draft_tokens([*text, *[5] * 16], 2)
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 16])
@@ -122,8 +122,8 @@ def started(seats: int, max_step_tokens: int, requests: list[Request]) -> Schedu
     [
         (2, 999, [4, 4]),
         (40, 999, [2] * 40),
-        (100, 999, [1] * 28 + [0] * 72),
-        (MAX_ROWS, 999, [0] * MAX_ROWS),
+        (100, 999, [0] * 72 + [1] * 28),
+        (128, 999, [0] * 128),
         (9, 20, [1] * 9),
     ],
 )

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from unittest.mock import patch
-
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from batchinfer.engine import scheduler
 from batchinfer.request import Finished, Request
 from tests.engine.checking import REPEATS, checking_engine, make_reading, make_request, naive, naive_reading
 
@@ -16,13 +13,16 @@ from tests.engine.checking import REPEATS, checking_engine, make_reading, make_r
 class EngineMachine(RuleBasedStateMachine):
     """Requests come, steps pass, some are aborted, some steps fail; blocks and seats always add up."""
 
-    speculative_tokens = 3
+    drafts = 3
+    draft_rows = 128
 
     def __init__(self) -> None:
         super().__init__()
-        self.engine, self.runner = checking_engine(14, 3, seats=4, step_tokens=7, drafts=self.speculative_tokens)
+        limits = {"seats": 4, "step_tokens": 7, "drafts": self.drafts, "draft_rows": self.draft_rows}
+        self.engine, self.runner = checking_engine(14, 3, **limits)
         self.requests: dict[int, Request] = {}
         self.answers: dict[int, Finished] = {}
+        self.streamed: dict[int, list[int]] = {}  # every second request is streamed
         self.added = 0
 
     @rule(prompt=st.lists(st.integers(1, 3), min_size=1, max_size=20), max_tokens=st.integers(1, 12))
@@ -46,14 +46,14 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(times=st.integers(1, 5))
     def step(self, times: int) -> None:
         for _ in range(times):
-            self._take(self.engine.step())
+            self._step()
             self.engine.scheduler.check_integrity()
 
     @precondition(lambda self: self.engine.has_work)
     @rule()
     def failing_step(self) -> None:
         self.runner.fail_if = lambda plan: len(plan.seats) > 1
-        self._take(self.engine.step())
+        self._step()
         self.runner.fail_if = lambda plan: False
 
     @precondition(lambda self: self.requests)
@@ -71,42 +71,38 @@ class EngineMachine(RuleBasedStateMachine):
         for _ in range(2000):
             if not self.engine.has_work:
                 break
-            self._take(self.engine.step())
+            self._step()
         assert not self.engine.has_work
         for request_id, request in self.requests.items():
             answer = self.answers[request_id]
-            assert answer.token_ids == naive(request)
+            assert answer.token_ids == naive(request) == self.streamed.get(request_id, answer.token_ids)
             assert (answer.prompt_logprobs, answer.hidden) == naive_reading(request)
         assert self.engine.scheduler.pool.num_free == 14
 
     def _add(self, request: Request) -> None:
         self.added += 1
         self.requests[request.request_id] = request
-        self.engine.add(request)
+        if request.request_id % 2:
+            self.streamed[request.request_id] = []
+        self.engine.add(request, subscribe=request.request_id % 2 == 1)
 
-    def _take(self, finished: list[Finished]) -> None:
-        self.answers.update({answer.request.request_id: answer for answer in finished})
+    def _step(self) -> None:
+        output = self.engine.step()
+        self.answers.update({answer.request.request_id: answer for answer in output.finished})
+        for request_id, news in output.new_tokens.items():
+            self.streamed[request_id] += news.token_ids
 
 
 class PlainMachine(EngineMachine):
-    """Without drafts; sequences that only decode are not visited then."""
+    """Without drafts."""
 
-    speculative_tokens = 0
+    drafts = 0
 
 
 class MixedMachine(EngineMachine):
-    """Drafts for two sequences, and none where more are running."""
+    """Drafts in steps of at most three tokens only."""
 
-    def __init__(self) -> None:
-        self.most = patch.object(scheduler, "MAX_ROWS", 3)
-        self.most.start()
-        super().__init__()
-
-    def teardown(self) -> None:
-        try:
-            super().teardown()
-        finally:
-            self.most.stop()
+    draft_rows = 3
 
 
 for machine in (EngineMachine, PlainMachine, MixedMachine):
