@@ -21,7 +21,8 @@ from batchinfer.io.fetch import ModelFiles, fetch_model
 from batchinfer.openai.parse import ModelFacts
 from batchinfer.pipeline.encoding import Content, SpecialTokens
 from batchinfer.pipeline.load import Assembly, assemble
-from batchinfer.pipeline.prepare import ModelLimits, Preparer, Prompt, mix
+from batchinfer.pipeline.prepare import ModelLimits, Preparer
+from batchinfer.pipeline.prompt import Prompt, mix
 from batchinfer.pipeline.scoring import Continuation, Measure, Pooled, Read, Rolling, continuations
 from batchinfer.pipeline.stream import Stream
 from batchinfer.request import Completion, Pooling, SamplingParams
@@ -120,7 +121,7 @@ class LLM:
         chat = (prompt.chat_template_kwargs, prompt.special_tokens) if prompt else ()
         llm._setup(assembly, spec.engine, Defaults(spec.seed, spec.sampling_values, *chat))
         try:
-            llm._preparer.compile(llm.default_params)  # with the model's tokens: what `validate` could not know
+            llm._preparer.compile_grammar(llm.default_params)  # with the model's tokens: what `validate` could not know
         except BadParameters as error:
             raise SpecError(str(error), key="sampling.structured_outputs") from None
         return llm
@@ -183,7 +184,7 @@ class LLM:
         return self._read((content, Pooled(pooling, normalize)) for content in prompts)
 
     def _read(self, items: Iterable[tuple[Content, Read]]) -> list[Completion]:
-        prompts = (Prompt(index, content, read=read) for index, (content, read) in enumerate(items))
+        prompts = (Prompt(index, [content], read=read) for index, (content, read) in enumerate(items))
         return sorted(self.run(prompts), key=lambda completion: completion.index)
 
     @property
@@ -255,4 +256,4 @@ def _engine_spec(options: dict[str, Any]) -> EngineSpec:
 def _prompt(index: int, content: Content, params: SamplingParams | None, key: int) -> Prompt:
     if params is _MISSING:
         raise UsageError(f"there are fewer sampling_params than prompts: prompt {index} has none")
-    return Prompt(index, content, params, key)
+    return Prompt(index, [content], params, key)

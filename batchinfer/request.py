@@ -342,7 +342,8 @@ class Completion:
 
     `prompt_logprobs`, where asked for: one entry per prompt token, None for the first and for others that nobody asked
     for. `scores`: of each continuation (`choice` is the most likely), or one of the whole text. `embedding` has the
-    model's hidden size. With either there are no outputs. `parts`: of a row with several prompts, their completions.
+    model's hidden size. With either there are no outputs. `per_content`: of a prompt with several contents, the
+    completion of each.
     `cached_tokens` of the prompt were not computed for it.
     """
 
@@ -354,5 +355,5 @@ class Completion:
     scores: list[Score] | None = None
     choice: int | None = None
     embedding: list[float] | None = None
-    parts: list[Completion] | None = None
+    per_content: list[Completion] | None = None
     cached_tokens: int = 0

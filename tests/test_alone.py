@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from batchinfer import LLM, Completion, SamplingParams
 from batchinfer.pipeline.encoding import PromptOptions
-from batchinfer.pipeline.prepare import Prompt
+from batchinfer.pipeline.prompt import Prompt
 from batchinfer.pipeline.scoring import Pooled, Rolling, continuations
 from batchinfer.spec import FakeSpec
 
@@ -44,7 +44,7 @@ OPTIONS = [None, PromptOptions(True, {}, whole_answer=True), PromptOptions(False
 
 def generate_prompts() -> st.SearchStrategy[Prompt]:
     params = st.sampled_from(PARAMS).map(lambda given: SamplingParams(**{"temperature": 0, "max_tokens": 20, **given}))
-    contents = st.sampled_from(["is", "is ", "is\n", [105, 115], CHAT])
+    contents = st.sampled_from([["is"], ["is "], ["is\n"], [[105, 115]], [CHAT]])
     return st.builds(Prompt, st.just(0), contents, params, st.integers(0, 2), options=st.sampled_from(OPTIONS))
 
 
@@ -52,7 +52,8 @@ def score_and_embed_prompts() -> st.SearchStrategy[Prompt]:
     texts = st.lists(st.sampled_from(TEXTS), min_size=1, max_size=2)
     scored = st.builds(continuations, texts, st.sampled_from(["sum", "tokens", "characters"]))
     pooled = st.builds(Pooled, st.sampled_from(["mean", "last", "cls"]), st.booleans(), st.sampled_from([None, 16, 3]))
-    contents, rolled = st.sampled_from(CONTEXTS), st.sampled_from(["is", "is ", "is" * 20, [105, 115]])
+    contents = st.sampled_from(CONTEXTS).map(lambda context: [context])
+    rolled = st.sampled_from([["is"], ["is "], ["is" * 20], [[105, 115]]])
     return st.one_of(
         st.builds(Prompt, st.just(0), contents, read=scored),
         st.builds(Prompt, st.just(0), rolled, read=st.one_of(pooled, st.just(Rolling()))),

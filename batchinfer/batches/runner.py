@@ -33,7 +33,7 @@ from batchinfer.job.spool import Spool
 from batchinfer.llm import Answerer
 from batchinfer.log import log
 from batchinfer.openai.parse import ROUTES, ModelFacts
-from batchinfer.pipeline.prepare import Prompt
+from batchinfer.pipeline.prompt import Prompt
 from batchinfer.request import Completion
 from batchinfer.spec import JobSpec, parse_spec
 

@@ -8,9 +8,8 @@ from typing import Any
 from batchinfer.bench.measured import MeasuredLLM
 from batchinfer.io.rows import stream_rows
 from batchinfer.job.prepare import Draft, draft_plan
-from batchinfer.job.row_feed import numbered
+from batchinfer.job.row_prompts import RowContext
 from batchinfer.llm import Prompt
-from batchinfer.pipeline.prepare import mix
 from batchinfer.spec import JobSpec
 
 
@@ -35,10 +34,8 @@ class JobInput:
         batches: Any = stream_rows(inputs, plan.chunks, spec.storage)
         with closing(batches):
             for number, (_, batch) in enumerate(batches):
-                base = plan.bases[number]
                 wanted = rows.select(batch, inputs.text_json)
-                for prompt in rows.prompts(batch, wanted, inputs.text_json, llm.model_facts):
-                    index = base + prompt.offset
-                    made.append(numbered(prompt, index, mix(spec.seed, index)))
+                context = RowContext(inputs.text_json, llm.model_facts, plan.bases[number], spec.seed)
+                made += rows.prompts(batch, wanted, context, {})
         self._rows = len(made)
         return made

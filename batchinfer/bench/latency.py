@@ -151,8 +151,9 @@ def _closed_loop(llm: MeasuredLLM, prompts: list[Prompt], batch: int) -> list[_T
 
 
 def _request(prompt: Prompt) -> Request:
-    assert isinstance(prompt.content, list) and prompt.params is not None and prompt.params.max_tokens is not None
-    ids = [token for token in prompt.content if isinstance(token, int)]
+    [content] = prompt.contents
+    assert isinstance(content, list) and prompt.params is not None and prompt.params.max_tokens is not None
+    ids = [token for token in content if isinstance(token, int)]
     return Request(prompt.index, ids, prompt.params, prompt.params.max_tokens)
 
 

@@ -169,4 +169,4 @@ def _parse_line(where: str, number: int, text: str) -> WorkloadLine:
 
 
 def _greedy(index: int, ids: list[int], max_tokens: int) -> Prompt:
-    return Prompt(index, ids, SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True))
+    return Prompt(index, [ids], SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True))

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from batchinfer.job.columns import BODY, OutputLayout
 from batchinfer.job.results import Row
-from batchinfer.job.row_prompts import asked_of
+from batchinfer.job.row_prompts import parse_line
 from batchinfer.openai.json_text import dump_json
 from batchinfer.openai.parse import ModelFacts, ParsedRequest, route_field
 from batchinfer.openai.request_models import CompletionRequest
@@ -56,7 +56,7 @@ def with_bodies(layout: OutputLayout, rows: list[Row], carried: pa.Table, base: 
     made = []
     for row, line in zip(rows, requests, strict=True):
         if row.error is None and BODY not in (row.read or {}):  # one that a retry keeps may have it
-            made.append(_with_body(layout, row, base, asked_of(line, model), bodies))
+            made.append(_with_body(layout, row, base, parse_line(line, model), bodies))
         else:
             made.append(row)
     return made
@@ -98,7 +98,7 @@ def _response(row: Row, number: int, line: dict[str, Any], bodies: ResponseBodie
         named = route_field(line["url"], param[0] if param else None)
         status, body = error_response(kind, message, named, row.prompt_tokens)
     else:
-        status, body = 200, _answer(row, number, asked_of(line, model), bodies)
+        status, body = 200, _answer(row, number, parse_line(line, model), bodies)
     return {"status_code": status, "request_id": f"req_{number:09d}", "body": body}
 
 

@@ -107,7 +107,7 @@ def _read(completion: Completion) -> dict[str, Any] | None:
 def _prompts(completion: Completion, shows_ids: bool) -> dict[str, Any] | None:
     """What the answer of an openai-batch line tells of its prompts, if it is anything."""
     read: dict[str, Any] = {"cached": completion.cached_tokens} if completion.cached_tokens else {}
-    parts = completion.parts or [completion]
+    parts = completion.per_content or [completion]
     if shows_ids or any(part.prompt_logprobs is not None or part.embedding is not None for part in parts):
         read["prompts"] = [_prompt(part, shows_ids) for part in parts]
     return read or None

@@ -10,13 +10,12 @@ import pyarrow as pa
 
 from batchinfer.io.rows import Inputs, RowBatch, stream_rows
 from batchinfer.job.columns import OutputLayout
-from batchinfer.job.gather import Gather
 from batchinfer.job.plan import JobPlan
 from batchinfer.job.results import Row, encode_row
-from batchinfer.job.row_prompts import RowPrompt, RowPrompts
+from batchinfer.job.row_prompts import LineRequest, RowContext, RowPrompts
 from batchinfer.job.spool import Spool
 from batchinfer.openai.parse import ModelFacts
-from batchinfer.pipeline.prepare import Prompt, mix
+from batchinfer.pipeline.prompt import Prompt
 from batchinfer.spec import StorageSpec
 
 
@@ -54,7 +53,8 @@ class Feed:
     """Makes prompts of chunks.
 
     `recover` gives the rows of a chunk that are finished already; `opened` is told of them, and how many rows `where`
-    leaves out; `complete` is called for a chunk that needs no prompt at all. `gather` numbers the prompts.
+    leaves out; `complete` is called for a chunk that needs no prompt at all. `requests`: of openai-batch rows in the
+    engine, by index; the loop removes them as completions come.
     """
 
     plan: JobPlan
@@ -65,22 +65,21 @@ class Feed:
     recover: Callable[[int], list[Row]]
     complete: Callable[[int], None]
     opened: Callable[[list[Row], int], None]
-    gather: Gather
+    requests: dict[int, LineRequest]
 
     def prompts(self, chunks: list[int], seed: int, model: ModelFacts, storage: StorageSpec) -> Iterator[Prompt]:
-        """Runs in the engine's feeder thread. What `gather` gives back has its row's index in the whole job."""
+        """Yield the prompts of these chunks' rows. Runs in the engine's feeder thread.
+
+        A prompt's index is that of its row in the whole job.
+        """
         inputs = self.plan.inputs.select(self.rows.read_columns | set(self.layout.needed))
         spans = (self.plan.chunks[chunk] for chunk in chunks)
         for chunk, (span, batch) in zip(chunks, stream_rows(inputs, spans, storage), strict=True):
             if not self.window.enter(span.count):
                 return
             wanted = self._open(chunk, batch, inputs)
-            base = self.plan.bases[chunk]
-            for prompt in self.rows.prompts(batch, wanted, inputs.text_json, model):
-                index = base + prompt.offset
-                if prompt.shows_ids:
-                    self.gather.note_ids(index)
-                yield numbered(prompt, self.gather.number(index, prompt.place, prompt.of), mix(seed, index))
+            context = RowContext(inputs.text_json, model, self.plan.bases[chunk], seed)
+            yield from self.rows.prompts(batch, wanted, context, self.requests)
 
     def _open(self, chunk: int, batch: RowBatch, inputs: Inputs) -> list[int]:
         """Spool what the chunk's part will carry; returns the offsets of the rows that are left to run."""
@@ -99,12 +98,6 @@ class Feed:
             self.complete(chunk)
         done = {row.offset for row in finished}
         return [offset for offset in selected if offset not in done] if done else selected
-
-
-def numbered(prompt: RowPrompt, index: int, key: int) -> Prompt:
-    """A row's prompt for the engine. key: of the row's random numbers."""
-    key = mix(key, prompt.place) if prompt.place else key
-    return Prompt(index, prompt.content, prompt.params, key, prompt.error, prompt.read, prompt.options)
 
 
 def open_rows(chunk_rows: Iterable[int], max_num_seqs: int) -> int:

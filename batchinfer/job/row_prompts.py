@@ -16,6 +16,7 @@ from batchinfer.job.plan import check_columns, check_type
 from batchinfer.job.prompt_cells import chat_messages, parse_json, ready_prompt
 from batchinfer.openai.parse import ModelFacts, ParsedRequest, parse_body, parse_request
 from batchinfer.pipeline.encoding import Content, PromptOptions
+from batchinfer.pipeline.prompt import Prompt, mix
 from batchinfer.pipeline.scoring import Continuations, Measure, Pooled, Read, Rolling
 from batchinfer.request import SamplingParams
 from batchinfer.spec import JobSpec, PromptSpec
@@ -29,22 +30,20 @@ _NO_CONTROL = ControlTokens()
 _REMEMBERED = 1024  # distinct per-row overrides whose parsed form is kept
 
 
-class RowPrompt(NamedTuple):
-    """The prompt of the row at `offset` of its span; with an `error`, content is None.
+class RowContext(NamedTuple):
+    """Facts that the rows of a batch share. base: index in the job of the row at offset 0. seed: the job's."""
 
-    A row may have several prompts: `place` counts them, `of` says how many they are. `shows_ids`: its answer has token
-    ids.
-    """
+    text_json: frozenset[str]
+    model: ModelFacts
+    base: int = 0
+    seed: int = 0
 
-    offset: int
-    content: Content | None
-    params: SamplingParams | None
-    error: RowError | None
-    read: Read | None = None
-    options: PromptOptions | None = None
-    place: int = 0
-    of: int = 1
-    shows_ids: bool = False
+
+class LineRequest(NamedTuple):
+    """The request of an openai-batch row: its url and, if the row is right, the parsed body."""
+
+    url: Any
+    parsed: ParsedRequest | None
 
 
 class RowPrompts:
@@ -67,7 +66,7 @@ class RowPrompts:
         self._types: dict[str, str] = {"sampling.column": "tm"}
         self._content, self._reads_body = self._compile(spec)
         self._read = self._compile_read(spec)
-        self._options = _options(spec.prompt)
+        self._options = _prompt_options(spec.prompt)
         self._allows_control = spec.prompt is not None and spec.prompt.special_tokens == "allow"
 
     @property
@@ -115,42 +114,40 @@ class RowPrompts:
         return kept
 
     def prompts(
-        self, batch: RowBatch, wanted: list[int], text_json: frozenset[str], model: ModelFacts
-    ) -> Iterator[RowPrompt]:
-        """The prompts of the rows at the `wanted` offsets (ascending). Python rows exist a slice at a time."""
-        table = batch.table if len(wanted) == batch.table.num_rows else batch.table.take(pa.array(wanted, pa.int64()))
-        for place, row in _rows(table, self.read_columns, text_json):
-            offset = wanted[place]
-            error = batch.errors.get(offset)
-            if error is not None:
-                yield RowPrompt(offset, None, None, error)
-                continue
-            try:
-                made = self._requests(row, offset, model)
-            except RowError as problem:
-                yield RowPrompt(offset, None, None, problem)
-            except (TypeError, ValueError, OverflowError, RecursionError) as problem:
-                yield RowPrompt(offset, None, None, InvalidInput(f"cannot be read: {problem}"))
-            else:
-                yield from made
+        self, batch: RowBatch, wanted: list[int], context: RowContext, requests: dict[int, LineRequest]
+    ) -> Iterator[Prompt]:
+        """Yield one prompt per row at the `wanted` offsets (ascending). Python rows exist a slice at a time.
 
-    def _requests(self, row: Row, offset: int, model: ModelFacts) -> list[RowPrompt]:
-        if self._reads_body:
-            asked = asked_of(row, model)
-            row_prompt = RowPrompt(
-                offset, None, asked.params, None, asked.pooling, asked.options, of=len(asked.contents)
-            )
-            row_prompt = row_prompt._replace(shows_ids=asked.returns_token_ids)
-            return [row_prompt._replace(content=content, place=place) for place, content in enumerate(asked.contents)]
+        requests: gets the request of each openai-batch row under its index, before its prompt is yielded.
+        """
+        table = batch.table if len(wanted) == batch.table.num_rows else batch.table.take(pa.array(wanted, pa.int64()))
+        for place, row in _rows(table, self.read_columns, context.text_json):
+            index = context.base + wanted[place]
+            try:
+                error = batch.errors.get(wanted[place])
+                if error is not None:
+                    raise error
+                parsed = parse_line(row, context.model) if self._reads_body else None
+                prompt = self._prompt(row, index, context) if parsed is None else _body_prompt(parsed, index, context)
+            except RowError as problem:
+                parsed, prompt = None, Prompt(index, (), error=problem)
+            except (TypeError, ValueError, OverflowError, RecursionError) as problem:
+                parsed, prompt = None, Prompt(index, (), error=InvalidInput(f"cannot be read: {problem}"))
+            if self._reads_body:
+                requests[index] = LineRequest(row.get("url"), parsed)
+            yield prompt
+
+    def _prompt(self, row: Row, index: int, context: RowContext) -> Prompt:
         params: SamplingParams | None = None
-        control = _NO_CONTROL if self._allows_control else model.tokenizer.control
+        control = _NO_CONTROL if self._allows_control else context.model.tokenizer.control
         content = self._content(row, control)
         if self._sampling_column is not None:
-            params = self._override(row[self._sampling_column], model.defaults)
+            params = self._override(row[self._sampling_column], context.model.defaults)
         if params is not None and params.n > 1 and not self._many:
             raise BadParameters("n of a row above 1 needs output.samples: rows, or n above 1 in the job's sampling")
         read = None if self._read is None else self._read(row, control)
-        return [RowPrompt(offset, content, params, None, read, self._options)]
+        key = mix(context.seed, index)
+        return Prompt(index, [content], params, key, read=read, options=self._options)
 
     def _override(self, value: Any, defaults: SamplingParams) -> SamplingParams | None:
         if value is None:
@@ -237,8 +234,13 @@ class RowPrompts:
         return render
 
 
-def asked_of(row: Row, model: ModelFacts) -> ParsedRequest:
-    """What an openai-batch line asks for. Raises InvalidInput, BadParameters."""
+def _body_prompt(parsed: ParsedRequest, index: int, context: RowContext) -> Prompt:
+    key = mix(context.seed, index)
+    return Prompt(index, parsed.contents, parsed.params, key, read=parsed.pooling, options=parsed.options)
+
+
+def parse_line(row: Row, model: ModelFacts) -> ParsedRequest:
+    """Return what an openai-batch line asks for. Raises InvalidInput, BadParameters."""
     body = row["body"]
     return parse_request(parse_body(row["url"], parse_json(body, "body") if isinstance(body, str) else body), model)
 
@@ -253,8 +255,8 @@ def _choices(value: Any, column: str, measure: Measure, control: ControlTokens) 
     return Continuations(tuple(map(control.literal, value)), measure)
 
 
-def _options(prompt: PromptSpec | None) -> PromptOptions | None:
-    """What the job says about its prompts, if it says anything."""
+def _prompt_options(prompt: PromptSpec | None) -> PromptOptions | None:
+    """Return the options that the job sets for its prompts; None if it sets none."""
     if prompt is None:
         return None
     ready = prompt.template is not None or prompt.column is not None

@@ -15,7 +15,6 @@ from batchinfer.job.commit import Committer, PartWriter
 from batchinfer.job.drain import Drain
 from batchinfer.job.error_limit import judge
 from batchinfer.job.finalize import finalise, is_finished, read_totals
-from batchinfer.job.gather import Gather
 from batchinfer.job.ledger import CommitKey, CommitRecord, Listing
 from batchinfer.job.prepare import PreparedJob, prepare
 from batchinfer.job.repeat import Repeat
@@ -132,12 +131,13 @@ def run_chunks(
     encoder = ResultEncoder(work.layout)
     # a commit that failed frees no window: closing it ends the stream of prompts, and with it the loop
     committer = Committer(writer, done, failed=window.close)
-    feed = Feed(plan, work.rows, work.layout, spool, window, recover, committer.submit, state.opened, Gather())
+    feed = Feed(plan, work.rows, work.layout, spool, window, recover, committer.submit, state.opened, {})
     with closing(committer), _answers(work, state, feed, llm) as completions, closing(window):
         for completion in completions:
             chunk = plan.chunk_of(completion.index)
             tally.add(completion)
-            shows_ids = feed.gather.shows_ids(completion.index)
+            request = feed.requests.pop(completion.index, None)
+            shows_ids = request is not None and request.parsed is not None and request.parsed.returns_token_ids
             if spool.add(chunk, encoder.line(completion.index - plan.bases[chunk], completion, shows_ids)):
                 committer.submit(chunk)
             if drain.requested or committer.failed or tally.too_many:
@@ -154,7 +154,7 @@ def _answers(
 ) -> closing[Generator[Completion, None, None]]:
     """The engine at work; closing it stops the engine and its feeder."""
     prompts = feed.prompts(state.todo.chunks, work.spec.seed, llm.model_facts, work.spec.storage)
-    return closing(feed.gather.rows(llm.run(prompts)))
+    return closing(llm.run(prompts))
 
 
 def _run_open(work: PreparedJob, state: RunState) -> None:

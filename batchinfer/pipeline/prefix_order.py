@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from heapq import heapify, heappop, heappush
 
-from batchinfer.pipeline.prepare import Prepared
+from batchinfer.pipeline.prompt import Prepared
 
 _GROUP_LEVELS = 8  # groups within groups; deeper ones stay in the order of their tokens
 
@@ -108,7 +108,3 @@ def _common(one: list[int], other: list[int]) -> int:
         else:
             high = middle
     return low
-
-
-def _ids(prepared: Prepared) -> list[int]:
-    return prepared.ids

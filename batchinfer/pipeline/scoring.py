@@ -26,8 +26,8 @@ class Continuations:
     texts: tuple[str | tuple[int, ...], ...]
     by: Measure = "sum"
 
-    def check(self) -> None:
-        """Raises InvalidInput where there is nothing to score, or nothing to measure by."""
+    def check_texts(self) -> None:
+        """Raise InvalidInput if there is nothing to score, or nothing to measure by."""
         if not self.texts or not all(self.texts):
             raise InvalidInput("a continuation is empty" if self.texts else "there is no continuation to score")
         if self.by == "characters" and not all(isinstance(text, str) for text in self.texts):

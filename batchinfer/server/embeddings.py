@@ -10,7 +10,7 @@ from starlette.types import Receive
 from batchinfer.openai.embedding_response import embeddings
 from batchinfer.openai.parse import ParsedRequest, parse_request
 from batchinfer.openai.request_models import EmbeddingRequest
-from batchinfer.pipeline.prepare import Prepared
+from batchinfer.pipeline.prompt import Prepared
 from batchinfer.pipeline.scoring import Pooled
 from batchinfer.request import Finished
 from batchinfer.server.errors import ApiError, JsonResponse

@@ -15,8 +15,8 @@ from batchinfer.llm import EngineParts
 from batchinfer.openai.logprobs import TokenTexts
 from batchinfer.openai.parse import ModelFacts, ParsedRequest
 from batchinfer.pipeline.encoding import Content, PromptEncoder, PromptOptions, SpecialTokens, Text
-from batchinfer.pipeline.prepare import Prepared, Prompt, mix
-from batchinfer.request import Completion, Request
+from batchinfer.pipeline.prompt import Prepared, Prompt, Refused, mix
+from batchinfer.request import Request
 from batchinfer.server.engine_loop import EngineLoop, Event
 from batchinfer.server.errors import ApiError, of_row
 from batchinfer.server.metrics import Metrics
@@ -166,14 +166,14 @@ class Frontend:
     async def prepare(self, prompts: Sequence[list[int]], asked: ParsedRequest) -> list[Prepared]:
         """Check token ids and parameters against the model. Raises ApiError for the first prompt that is wrong."""
         if asked.params.structured_outputs is not None and asked.pooling is None:
-            compile_ = self.model.parts.preparer.compile
+            compile_ = self.model.parts.preparer.compile_grammar
             await asyncio.get_running_loop().run_in_executor(self._grammars, lambda: compile_(asked.params))
         return await self.in_pool(lambda: self._prepare(prompts, asked))
 
     def _prepare(self, prompts: Sequence[list[int]], asked: ParsedRequest) -> list[Prepared]:
         key = random.getrandbits(64)
         wanted = [
-            Prompt(index, ids, asked.params, mix(key, index), read=asked.pooling, options=asked.options)
+            Prompt(index, [ids], asked.params, mix(key, index), read=asked.pooling, options=asked.options)
             for index, ids in enumerate(prompts)
         ]
         return [_sound(result) for result in self.model.parts.preparer.prepare(wanted)]
@@ -264,8 +264,7 @@ def _right(found: T | RowError) -> T:
     return found
 
 
-def _sound(result: Prepared | Completion) -> Prepared:
-    if isinstance(result, Prepared):
-        return result
-    assert result.error is not None
-    raise result.error
+def _sound(result: Prepared | Refused) -> Prepared:
+    if isinstance(result, Refused):
+        raise result.error
+    return result

@@ -12,7 +12,7 @@ from starlette.types import Receive
 
 from batchinfer.openai.delta import Delta, Used
 from batchinfer.openai.request_models import SamplingBody
-from batchinfer.pipeline.prepare import Prepared
+from batchinfer.pipeline.prompt import Prepared
 from batchinfer.server.errors import ApiError, JsonResponse
 from batchinfer.server.frontend import Frontend
 from batchinfer.server.samples import Samples

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 
 from batchinfer.openai.delta import Delta, Used
-from batchinfer.pipeline.prepare import Prepared
+from batchinfer.pipeline.prompt import Prepared
 from batchinfer.request import Request
 from batchinfer.server.engine_loop import Event
 from batchinfer.server.frontend import Frontend, Generation

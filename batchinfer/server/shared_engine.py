@@ -13,7 +13,7 @@ from batchinfer.engine.output import StepOutput
 from batchinfer.engine.stats import EngineStats
 from batchinfer.errors import EngineError
 from batchinfer.openai.parse import ModelFacts
-from batchinfer.pipeline.prepare import Prompt
+from batchinfer.pipeline.prompt import Prompt
 from batchinfer.pipeline.stream import Stream
 from batchinfer.request import Completion, Finished, Request
 from batchinfer.server.engine_loop import Event

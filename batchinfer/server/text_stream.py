@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from batchinfer.pipeline.prepare import Prepared
+from batchinfer.pipeline.prompt import Prepared
 from batchinfer.request import FinishReason, Request
 from batchinfer.text.tokenizer import Tokenizer
 

@@ -155,7 +155,7 @@ def test_batches_run_in_the_order_of_their_creation(tmp_path):
     gate.opened.set()
     for batch_id in made:
         assert service.wait(batch_id).status == "completed"
-    asked = [prompt.content[0]["content"] for prompt in llm.seen]
+    asked = [prompt.contents[0][0]["content"] for prompt in llm.seen]
     assert asked == [f"Row {n}-{k}" for n in range(4) for k in range(3)]
     assert [record.id for record in service.catalog.batches()] == made[::-1]
     service.end()

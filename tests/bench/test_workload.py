@@ -41,10 +41,10 @@ def test_synthetic_lengths_and_prefix():
     shape = Synthetic(200, TokenSpan(6, 12), TokenSpan(2, 5), shared_prefix=4, seed=3)
     prompts = shape.prompts(LLM)
     assert len(prompts) == 200
-    assert {len(prompt.content) for prompt in prompts} == set(range(6, 13))
+    assert {len(prompt.contents[0]) for prompt in prompts} == set(range(6, 13))
     assert {prompt.params.max_tokens for prompt in prompts} == {2, 3, 4, 5}
-    assert len({tuple(prompt.content[:4]) for prompt in prompts}) == 1
-    assert len({tuple(prompt.content) for prompt in prompts}) > 190
+    assert len({tuple(prompt.contents[0][:4]) for prompt in prompts}) == 1
+    assert len({tuple(prompt.contents[0]) for prompt in prompts}) > 190
     assert all(prompt.params.greedy and prompt.params.ignore_eos for prompt in prompts)
     assert prompts == shape.prompts(LLM) != Synthetic(200, TokenSpan(6, 12), TokenSpan(2, 5), 4, seed=4).prompts(LLM)
     assert "6-12 in, the first 4 of them shared, 2-5 out" in shape.describe()
@@ -67,7 +67,7 @@ def test_file(tmp_path):
     workload = WorkloadFile.read(path, None)
     assert [line.number for line in workload.lines] == [1, 3]
     prompts = workload.prompts(LLM)
-    assert [(prompt.content, prompt.params.max_tokens) for prompt in prompts] == [([1, 95], 62), ([3], 1)]
+    assert [(prompt.contents[0], prompt.params.max_tokens) for prompt in prompts] == [([1, 95], 62), ([3], 1)]
     assert len(WorkloadFile.read(path, 1).lines) == 1
     assert workload.describe() == f"{path}: 2 requests"
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchinfer import LLM, Completion, SamplingParams
-from batchinfer.pipeline.prepare import Prompt
+from batchinfer.pipeline.prompt import Prompt
 from batchinfer.pipeline.scoring import Pooled, Rolling, continuations
 
 from .test_structured import random_model  # noqa: F401 (a fixture)
@@ -36,9 +36,10 @@ READS = [
     Rolling(),
     *(continuations([" city", "12"], by) for by in ("sum", "tokens")),
 ]
+CONTENTS = st.sampled_from(CONTEXTS).map(lambda context: [context])
 PROMPTS = st.one_of(
-    st.builds(Prompt, st.just(0), st.sampled_from(CONTEXTS), st.sampled_from(PARAMS), st.integers(0, 1)),
-    st.builds(Prompt, st.just(0), st.sampled_from(CONTEXTS), read=st.sampled_from(READS)),
+    st.builds(Prompt, st.just(0), CONTENTS, st.sampled_from(PARAMS), st.integers(0, 1)),
+    st.builds(Prompt, st.just(0), CONTENTS, read=st.sampled_from(READS)),
 )
 
 

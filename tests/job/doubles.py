@@ -132,7 +132,7 @@ class ScriptedLLM:
         ids = [1, 2, prompt.index % 100]
         if isinstance(said, Exception):
             return Completion(prompt.index, ids, error=said)
-        text = said or f"{prompt.content}!"
+        text = said or f"{prompt.contents[0]}!"
         outputs = [CompletionOutput(f"{text}{n or ''}", [n, 7], "stop") for n in range(params.n)]
         return Completion(prompt.index, ids, outputs)
 

@@ -10,7 +10,15 @@ from batchinfer.cli.main import main
 from batchinfer.errors import EngineFailure, InvalidInput, TooManyRowErrors
 from batchinfer.job.retry import retry_job
 from batchinfer.job.shard import Shard
+from batchinfer.log import log
 from tests.job.doubles import ScriptedLLM, job, run, write_parquet
+
+
+@pytest.fixture(autouse=True)
+def log_as_before():
+    """Restore what the command line's flags set."""
+    yield
+    log.configure("info")
 
 
 def failing(*good):

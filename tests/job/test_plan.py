@@ -154,7 +154,7 @@ def test_the_prompt_of_a_job_without_columns(tmp_path):
     write_parquet(tmp_path / "in.parquet", 3)
     llm = ScriptedLLM()
     run(job(tmp_path, prompt={"template": "Say hi."}, input={"columns": ["id"]}), llm)
-    assert [prompt.content for prompt in llm.seen] == ["Say hi."] * 3
+    assert [prompt.contents[0] for prompt in llm.seen] == ["Say hi."] * 3
     with pytest.raises(SpecError):
         draft_plan(job(tmp_path, prompt={"template": "{{ nope }}"}))
 

@@ -72,7 +72,7 @@ def test_messages_columns_of_every_shape(tmp_path):
         out = {"path": str(tmp_path / column)}
         run(job(tmp_path, prompt={"template": None, "messages": column}, output=out), llm)
         assert [row["error_type"] for row in rows_of_output(tmp_path / column)] == [None, *["invalid_input"] * 2]
-        first = llm.seen[0].content
+        first = llm.seen[0].contents[0]
         assert first == ([{"role": "user", "content": "a"}] if column == "structs" else USER)
 
 
@@ -86,7 +86,7 @@ def test_system_and_user_templates_and_ready_prompts(tmp_path):
     ):
         llm = ScriptedLLM()
         run(job(tmp_path, prompt=prompt, output={"path": str(tmp_path / f"o{len(seen)}")}), llm)
-        seen.append(llm.seen[0].content)
+        seen.append(llm.seen[0].contents[0])
     assert seen[0] == [{"role": "system", "content": "be go"}, {"role": "user", "content": "a"}]
     assert seen[1:] == [[5, 6], "go"]
 

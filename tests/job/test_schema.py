@@ -35,7 +35,7 @@ def finish(tmp_path, *paths, form="jsonl", out="out", **sections):
     llm = ScriptedLLM()
     run(job(tmp_path, input=input_, output=output, **sections), llm)
     assert audit(str(tmp_path / out), StorageSpec()).differences == []
-    return rows_of_output(tmp_path / out), [prompt.content for prompt in llm.seen]
+    return rows_of_output(tmp_path / out), [(*prompt.contents, None)[0] for prompt in llm.seen]
 
 
 NUMBERS = [b"3", b"2.5", b"1e2", b"1.0", b"-0.0", b"1e22", b"9007199254740992", b"0.1"]

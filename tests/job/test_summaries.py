@@ -115,7 +115,7 @@ def test_two_workers_with_the_same_chunks(tmp_path):
     """Both commit and fold at once; one of each record holds, and the summaries are of those."""
     write_parquet(tmp_path / "in.parquet", 60)
     store = MarkingStore()
-    answers = [ScriptedLLM(lambda prompt, who=who: f"{prompt.content} {who}") for who in "ab"]
+    answers = [ScriptedLLM(lambda prompt, who=who: f"{prompt.contents[0]} {who}") for who in "ab"]
     workers = [threading.Thread(target=finish, args=(tmp_path, store), kwargs={"llm": llm}) for llm in answers]
     for worker in workers:
         worker.start()

@@ -22,7 +22,7 @@ def prompts(tmp_path, table, template, **sections):
     llm = ScriptedLLM()
     spec = job(tmp_path, prompt={"template": template}, **sections)
     run(spec, llm)
-    texts = [prompt.content if prompt.error is None else str(prompt.error) for prompt in llm.seen]
+    texts = [prompt.contents[0] if prompt.error is None else str(prompt.error) for prompt in llm.seen]
     parts = sorted(Path(spec.output.path, "parts").iterdir())
     return texts, [row for part in parts for row in read_part(part.read_bytes(), part.name)]
 
@@ -83,7 +83,7 @@ def test_int96_has_the_years_of_a_calendar(tmp_path):
     )
     llm = ScriptedLLM()
     run(job(tmp_path, prompt={"template": "{{ to.date() }}"}, output={"format": "jsonl"}), llm)
-    assert [prompt.content for prompt in llm.seen] == ["9999-12-31", "0001-01-01"]
+    assert [prompt.contents[0] for prompt in llm.seen] == ["9999-12-31", "0001-01-01"]
     assert [row["to"] for row in rows_of_output(tmp_path / "out")] == ["9999-12-31T00:00:00", "0001-01-01T00:00:00"]
 
 
@@ -114,7 +114,7 @@ def test_messages_leave_out_what_other_rows_have(tmp_path):
     pq.write_table(pa.table({"messages": calls}), tmp_path / "in.parquet")
     llm = ScriptedLLM()
     run(job(tmp_path, prompt={"template": None, "messages": "messages"}, output={"format": "jsonl"}), llm)
-    assert [prompt.content[0]["tool_calls"] for prompt in llm.seen] == [call[0]["tool_calls"] for call in calls]
+    assert [prompt.contents[0][0]["tool_calls"] for prompt in llm.seen] == [call[0]["tool_calls"] for call in calls]
     assert [row["messages"] for row in rows_of_output(tmp_path / "out")] == calls
 
 
@@ -187,7 +187,9 @@ def test_columns_of_text_in_any_form(tmp_path, key, kind):
     pq.write_table(pa.table({"x": pa.array([text], kind), "text": ["a"]}), tmp_path / "in.parquet")
     llm = ScriptedLLM()
     run(job(tmp_path, prompt={"template": None, key: "x"}), llm)
-    assert [prompt.content for prompt in llm.seen] == [text if key == "column" else [{"role": "user", "content": "hi"}]]
+    assert [prompt.contents[0] for prompt in llm.seen] == [
+        text if key == "column" else [{"role": "user", "content": "hi"}]
+    ]
 
 
 @pytest.mark.parametrize("form", ["parquet", "jsonl"])

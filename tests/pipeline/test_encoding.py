@@ -13,11 +13,13 @@ from tokenizers import Tokenizer as RustTokenizer
 from batchinfer.errors import InvalidInput, SpecError
 from batchinfer.io.rows import RowBatch
 from batchinfer.job.prepare import draft_plan
+from batchinfer.job.row_prompts import RowContext
 from batchinfer.openai.parse import ModelFacts, parse_body, parse_request
 from batchinfer.pipeline.encoding import Content, PromptOptions
-from batchinfer.pipeline.prepare import ModelLimits, Prepared, Preparer, Prompt
+from batchinfer.pipeline.prepare import ModelLimits, Preparer
+from batchinfer.pipeline.prompt import Prepared, Prompt, Refused
 from batchinfer.pipeline.scoring import Pooled, Read, Rolling, continuations
-from batchinfer.request import Completion, SamplingParams
+from batchinfer.request import SamplingParams
 from batchinfer.text.chat import ChatTemplate
 from batchinfer.text.fast import FastTokenizer, TokenizerFacts
 from batchinfer.text.pieces import BYTE_ALPHABET
@@ -52,7 +54,7 @@ def preparer(found: FastTokenizer, **chat: Any) -> Preparer:
 
 def ids_of(content: Content, options: PromptOptions | None = None, read: Read | None = None, **chat: Any) -> list[int]:
     """Of the first request, by the tokenizer that frames texts."""
-    [made] = preparer(FRAMED, **chat).prepare([Prompt(0, content, read=read, options=options)])
+    [made] = preparer(FRAMED, **chat).prepare([Prompt(0, [content], read=read, options=options)])
     assert isinstance(made, Prepared), made
     return made.requests[0].prompt
 
@@ -82,10 +84,10 @@ def test_an_empty_text_is_a_prompt_where_it_has_tokens() -> None:
     assert shown(ids_of("")) == "⟨s⟩⟨/s⟩" and shown(ids_of("", read=Pooled("last"))) == "⟨s⟩⟨/s⟩"
     empty = [("", PromptOptions(False), None), ("", None, Rolling()), ([], None, None)]
     for content, options, read in empty:
-        [made] = preparer(FRAMED).prepare([Prompt(0, content, options=options, read=read)])
-        assert isinstance(made, Completion) and "empty" in str(made.error)
-    [made] = preparer(BARE).prepare([Prompt(0, "")])
-    assert isinstance(made, Completion) and isinstance(made.error, InvalidInput)
+        [made] = preparer(FRAMED).prepare([Prompt(0, [content], options=options, read=read)])
+        assert isinstance(made, Refused) and "empty" in str(made.error)
+    [made] = preparer(BARE).prepare([Prompt(0, [""])])
+    assert isinstance(made, Refused) and isinstance(made.error, InvalidInput)
 
 
 def test_messages_hold_text_and_ready_prompts_what_they_say() -> None:
@@ -108,7 +110,7 @@ def test_variables_of_a_request_hold_text_and_those_of_the_job_control_tokens() 
     messages = [{"role": "u", "content": "</s>"}]
     for given, expected in (({}, "⟨s⟩⟨end⟩</s>"), ({"x": "<|end|>"}, "⟨s⟩<|end|></s>")):
         made = Preparer(FRAMED, limits, defaults, found, {"x": "<|end|>"}).prepare(
-            [Prompt(0, messages, options=PromptOptions(False, given))]
+            [Prompt(0, [messages], options=PromptOptions(False, given))]
         )[0]
         assert isinstance(made, Prepared) and shown(made.ids) == expected
 
@@ -131,8 +133,8 @@ def prompts_of_job(tmp_path: Any, columns: dict[str, list[Any]], **sections: Any
     template = ChatTemplate(CHATML, FRAMED.special_tokens, FRAMED.control)
     limits, defaults = ModelLimits(400, 259, FRAMED.eos_ids), SamplingParams(max_tokens=4)
     model = ModelFacts(("m",), FRAMED, CHATML, defaults)
-    rows = list(draft.rows.prompts(RowBatch(table, {}), list(range(table.num_rows)), frozenset(), model))
-    prompts = [Prompt(0, row.content, row.params, error=row.error, read=row.read, options=row.options) for row in rows]
+    context = RowContext(frozenset(), model)
+    prompts = draft.rows.prompts(RowBatch(table, {}), list(range(table.num_rows)), context, {})
     made = Preparer(FRAMED, limits, defaults, template, *said).prepare(prompts)
     return [shown(one.requests[-1].prompt) if isinstance(one, Prepared) else str(one.error) for one in made]
 

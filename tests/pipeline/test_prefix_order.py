@@ -15,7 +15,7 @@ from batchinfer import LLM, SamplingParams
 from batchinfer.engine.plan import StepPlan, StepResult
 from batchinfer.pipeline import stream
 from batchinfer.pipeline.prefix_order import PrefixOrder, longest_first
-from batchinfer.pipeline.prepare import Prepared
+from batchinfer.pipeline.prompt import Prepared
 from batchinfer.spec import FakeSpec
 
 GREEDY = SamplingParams(temperature=0)

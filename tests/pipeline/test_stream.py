@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 from batchinfer import LLM, Completion, SamplingParams
 from batchinfer.engine.plan import StepPlan, StepResult
-from batchinfer.errors import EngineFailure
-from batchinfer.pipeline.prepare import Prepared
-from batchinfer.pipeline.stream import Repeats, _Group
+from batchinfer.errors import EngineFailure, InvalidInput
+from batchinfer.pipeline.dedup import Repeats, identity
+from batchinfer.pipeline.prompt import Prepared, Prompt
 from batchinfer.request import CompletionOutput, Request
 from batchinfer.spec import FakeSpec
 
@@ -33,6 +33,22 @@ def test_repeats_run_once_and_every_row_has_its_answer() -> None:
     assert all(c.outputs == alone[prompt] for c, prompt in zip(completions, prompts, strict=True))
     generated = sum(len(outputs[0].token_ids) for outputs in alone.values())
     assert llm.stats().generated_tokens == generated
+
+
+def test_several_contents_are_one_completion_that_has_each_of_theirs() -> None:
+    several = Prompt(3, ["one", "two", "one"], GREEDY, key=5)
+    [joined] = fake_llm().run([several])
+    alone = [next(fake_llm().run([Prompt(0, [text], GREEDY)])) for text in several.contents]
+    assert joined.index == 3 and bytes(joined.prompt_token_ids) == b"onetwoone"
+    assert joined.outputs == [output for completion in alone for output in completion.outputs]
+    assert [one.outputs for one in joined.per_content or []] == [one.outputs for one in alone]
+    assert joined.cached_tokens == len("one")  # the repeat
+
+
+def test_an_error_of_one_content_is_that_of_its_prompt() -> None:
+    [joined] = fake_llm().run([Prompt(3, ["one", "", "two"], GREEDY)])
+    assert isinstance(joined.error, InvalidInput) and not joined.outputs
+    assert bytes(joined.prompt_token_ids) == b"onetwo"
 
 
 def test_what_chance_or_other_parameters_decide_is_not_shared() -> None:
@@ -87,13 +103,13 @@ def prepared(index: int, ids: list[int]) -> Prepared:
 
 def test_recent_answers_are_bounded() -> None:
     repeats = Repeats(max_tokens=30)
-    groups = [_Group(prepared(i, [i] * 9)) for i in range(5)]
     answer = Completion(0, [], [CompletionOutput("x", [1], "stop")])
-    for group in groups:
-        assert repeats.find(group) is None
-        repeats.answered(group, answer)
-    assert repeats.find(_Group(prepared(9, [4] * 9))) is answer
-    assert repeats.find(_Group(prepared(9, [0] * 9))) is None, "the oldest went first"
+    for one in [prepared(i, [i] * 9) for i in range(5)]:
+        key = identity(one)
+        assert repeats.recent_answer(key) is None and not repeats.wait_or_run(key, one)
+        assert repeats.keep_answer(key, one, answer) == []
+    assert repeats.recent_answer(identity(prepared(9, [4] * 9))) is answer
+    assert repeats.recent_answer(identity(prepared(9, [0] * 9))) is None, "the oldest went first"
 
 
 def test_prompts_that_come_late_find_most_documents_still_ahead() -> None:

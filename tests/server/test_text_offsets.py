@@ -13,7 +13,8 @@ from batchinfer.openai.delta import Delta
 from batchinfer.openai.logprobs import TokenTexts
 from batchinfer.openai.parse import ModelFacts, parse_body, parse_request
 from batchinfer.openai.text_offsets import prompt_offsets
-from batchinfer.pipeline.prepare import ModelLimits, Prepared, Preparer, Prompt
+from batchinfer.pipeline.prepare import ModelLimits, Preparer
+from batchinfer.pipeline.prompt import Prepared, Prompt
 from batchinfer.request import SamplingParams, TokenLogprob
 from batchinfer.server.text_stream import TextStream
 from batchinfer.text.tokenizer import ByteTokenizer, Tokenizer
@@ -28,7 +29,7 @@ def tables(found: Tokenizer, ids: list[int], cuts: list[int], prompt: str = "", 
     model = ModelFacts(("m",), found, None, SamplingParams(max_tokens=99))
     asked = parse_request(parse_body("/v1/completions", {"prompt": prompt or "x", "logprobs": 1, **body}), model)
     preparer = Preparer(found, ModelLimits(1000, found.vocab_size, frozenset({EOS})), SamplingParams(), None)
-    [prepared] = preparer.prepare([Prompt(0, prompt or "x", asked.params, options=asked.options)])
+    [prepared] = preparer.prepare([Prompt(0, [prompt or "x"], asked.params, options=asked.options)])
     assert isinstance(prepared, Prepared)
     request = prepared.requests[0]
     ended = (n for n, one in enumerate(ids, 1) if one == EOS or (request.stop_check and request.stop_check(one)))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchinfer.pipeline.prepare import ModelLimits, Prepared, Preparer, Prompt
+from batchinfer.pipeline.prepare import ModelLimits, Preparer
+from batchinfer.pipeline.prompt import Prepared, Prompt
 from batchinfer.request import SamplingParams
 from batchinfer.server.text_stream import TextStream
 from batchinfer.text.tokenizer import ByteTokenizer
@@ -15,7 +16,7 @@ PREPARER = Preparer(TOKENIZER, ModelLimits(1000, 258, frozenset({257})), Samplin
 
 
 def prepared_with(**values) -> Prepared:
-    (found,) = PREPARER.prepare([Prompt(0, "x", SamplingParams(**values))])
+    (found,) = PREPARER.prepare([Prompt(0, ["x"], SamplingParams(**values))])
     assert isinstance(found, Prepared)
     return found
 

@@ -12,7 +12,8 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
 from batchinfer.errors import BadParameters
-from batchinfer.pipeline.prepare import ModelLimits, Prepared, Preparer, Prompt
+from batchinfer.pipeline.prepare import ModelLimits, Preparer
+from batchinfer.pipeline.prompt import Prepared, Prompt
 from batchinfer.request import Constraint, Matcher, SamplingParams
 from batchinfer.structured import MAX_CHARACTERS, StructuredOutputs
 from batchinfer.text.fast import FastTokenizer, TokenizerFacts
@@ -327,7 +328,7 @@ def test_nobody_waits_for_a_grammar_that_takes_long(monkeypatch):
     limits = ModelLimits(100, 258, frozenset({EOS}))
     preparer = Preparer(ByteTokenizer(), limits, SamplingParams(), None)
     known = SamplingParams(structured_outputs=StructuredOutputs.of(grammar))
-    preparer.compile(known)
+    preparer.compile_grammar(known)
     begun, go = threading.Event(), threading.Event()
 
     def held(trials, source):
@@ -338,10 +339,10 @@ def test_nobody_waits_for_a_grammar_that_takes_long(monkeypatch):
     monkeypatch.setattr(Trials, "problem", held)
     slow = SamplingParams(structured_outputs=StructuredOutputs.of({"regex": "c+"}))
     results = []
-    waiting = threading.Thread(target=lambda: results.extend(preparer.prepare([Prompt(0, "x", slow)])))
+    waiting = threading.Thread(target=lambda: results.extend(preparer.prepare([Prompt(0, ["x"], slow)])))
     waiting.start()
     assert begun.wait(20)
-    plain, constrained = preparer.prepare([Prompt(1, "y"), Prompt(2, "z", known)])
+    plain, constrained = preparer.prepare([Prompt(1, ["y"]), Prompt(2, ["z"], known)])
     assert isinstance(plain, Prepared) and isinstance(constrained, Prepared) and not results
     go.set()
     waiting.join(20)

@@ -6,7 +6,7 @@ Everything shown was counted or measured on the sample; nothing is extrapolated.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -20,13 +20,13 @@ from batchinfer.job.overlap import refuse_inside, refuse_overlap
 from batchinfer.job.plan import PLAN, JobPlan, refuse_other
 from batchinfer.job.prepare import Draft, draft_plan
 from batchinfer.job.report import report_name
-from batchinfer.job.row_feed import numbered
-from batchinfer.job.row_prompts import RowPrompt
+from batchinfer.job.row_prompts import RowContext
 from batchinfer.job.shard import Shard
 from batchinfer.openai.parse import ModelFacts
 from batchinfer.pipeline.load import FAKE_CONTEXT_TOKENS, load_text
-from batchinfer.pipeline.prepare import ModelLimits, Prepared, Preparer
-from batchinfer.request import Completion, SamplingParams
+from batchinfer.pipeline.prepare import ModelLimits, Preparer
+from batchinfer.pipeline.prompt import Refused
+from batchinfer.request import SamplingParams
 from batchinfer.spec import FAKE_MODEL, JobSpec
 
 _SPANS = 10  # places of the input that the sample is taken from
@@ -47,11 +47,10 @@ class Sample:
     errors: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
 
-    def count_error(self, url: str, completion: Completion) -> None:
-        assert completion.error is not None
-        self.errors[completion.error.kind] += 1
+    def count_error(self, url: str, refused: Refused) -> None:
+        self.errors[refused.error.kind] += 1
         if len(self.examples) < _EXAMPLES:
-            self.examples.append(f"{url} row {completion.index}: {completion.error}")
+            self.examples.append(f"{url} row {refused.index}: {refused.error}")
 
 
 @dataclass(frozen=True)
@@ -110,8 +109,9 @@ class _Measure:
             wanted = readers.select(batch, inputs.text_json)
             sample.rows += span.count
             sample.selected += len(wanted)
-            for result in self._prepared(span, readers.prompts(batch, wanted, inputs.text_json, self._model)):
-                if isinstance(result, Completion):
+            context = RowContext(inputs.text_json, self._model, span.start)
+            for result in self._preparer.prepare(readers.prompts(batch, wanted, context, {})):
+                if isinstance(result, Refused):
                     sample.count_error(inputs.files[span.file].url, result)
                     continue
                 prompts.append(result.ids)
@@ -121,9 +121,6 @@ class _Measure:
         sample.repeated = len(prompts) - len(set(map(tuple, prompts)))
         sample.prefix_tokens = _shared(prompts)
         return sample
-
-    def _prepared(self, span: RowSpan, rows: Iterable[RowPrompt]) -> list[Prepared | Completion]:
-        return self._preparer.prepare([numbered(row, span.start + row.offset, 0) for row in rows])
 
 
 def _text_files(spec: JobSpec) -> ModelFiles | None:
