@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from batchinfer.errors import BadParameters, SpecError, format_value
 from batchinfer.log import log
 from batchinfer.numeric import to_integer
+from batchinfer.ops.devices import check_device
 from batchinfer.request import SamplingParams
 from batchinfer.spec_problems import Problem, unknown_keys, wrong_value
 from batchinfer.yaml_text import MAX_BYTES, Document, Place, dotted, read_yaml
@@ -175,9 +176,16 @@ class EngineSpec(_Section):
     max_model_len: Integer | None = Field(None, ge=1, description="context limit; default the model's")
     enable_prefix_caching: bool = Field(True, description="reuse KV blocks of shared prefixes")
     block_size: Integer = Field(16, ge=1, le=1024, description="tokens per KV block")
+    device: str = Field("auto", description="device that computes; auto: the best that there is")
     num_threads: Integer | None = Field(
         None, ge=1, description="CPU threads of the model; default: cores, limited by the container's quota"
     )
+
+    @field_validator("device")
+    @classmethod
+    def _check_device(cls, value: str) -> str:
+        check_device(value)
+        return value
 
 
 class StorageSpec(_Section):

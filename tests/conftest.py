@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from batchinfer.log import log
+from batchinfer.ops.devices import BACKENDS
 
 pytest_plugins = ["tests.sampling", "tests.servers"]
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the command line sets it, for the reason given there
@@ -24,9 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--eager-kernels"):
-        from batchinfer import ops  # imported late: torch takes seconds, and few test folders need it
-
-        ops.use_eager("cpu")
+        BACKENDS["cpu"] = BACKENDS["cpu"][-1:]
 
 
 @pytest.fixture(autouse=True)

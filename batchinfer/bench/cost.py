@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from batchinfer import ops
+from batchinfer_kernels.formats import Precision
+
 from batchinfer.bench.machine import Machine, weight_bandwidth
 from batchinfer.layers.linear import Linear
 from batchinfer.models.decoder import Decoder
@@ -48,9 +49,9 @@ class LinearCost:
         return cls(
             sum(linear.in_features * linear.out_features for linear in layers),
             head.in_features * head.out_features,
-            sum(ops.stored_bytes(linear.held) for linear in layers),
-            ops.stored_bytes(head.matrix),
-            any(isinstance(linear.held, ops.Quantized) for linear in layers),
+            sum(linear.matrix.nbytes for linear in layers),
+            head.matrix.nbytes,
+            any(linear.matrix.precision is Precision.INT8 for linear in layers),
         )
 
     def operations(self, tokens: int, sampled: int) -> int:

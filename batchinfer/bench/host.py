@@ -15,9 +15,9 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from batchinfer_kernels.contract import StepInputs
 from torch import Tensor
 
-from batchinfer import ops
 from batchinfer.bench.table import number, table
 from batchinfer.bench.timing import TURNS, percentile, take_turns
 from batchinfer.engine.blocks import BlockPool
@@ -25,9 +25,9 @@ from batchinfer.engine.fake import FakeAnswer, FakeRunner
 from batchinfer.engine.plan import StepPlan, StepResult
 from batchinfer.engine.scheduler import Scheduler
 from batchinfer.errors import UsageError
-from batchinfer.layers.attention import StepInputs
 from batchinfer.models.config import ModelConfig, parse_config
 from batchinfer.models.decoder import Decoder
+from batchinfer.ops.choose import available_backends
 from batchinfer.request import Request, SamplingParams
 from batchinfer.runner.model_runner import ModelRunner
 from batchinfer.text.detokenize import StopStrings
@@ -210,15 +210,17 @@ class _NoArithmetic(Decoder):
     """Takes a step's inputs, indexes them as a real decoder does, and has its logits at hand. Notes when."""
 
     def __init__(self, sequences: int) -> None:
-        super().__init__(_smallest_config())
+        super().__init__(available_backends()[0], _smallest_config())
         self._logits_NV = torch.zeros(sequences, _VOCAB)
         self.called = self.answered = 0.0
 
     def forward(self, inputs: StepInputs, caches: Sequence[Tensor]) -> Tensor:
-        facts = inputs.query_starts_X, inputs.lengths_S, caches[0], inputs.prompt_S
-        ops.step_index(inputs.slots_T, inputs.block_tables_SB, *facts)
+        self.prepare(inputs, caches)
         self.called = perf_counter()
         return self._logits_NV[: len(inputs.output_rows_N)]
+
+    def largest_logits(self, hidden_NE: Tensor) -> None:
+        """Return None: `logits` is called."""
 
     def logits(self, hidden_NE: Tensor) -> Tensor:
         self.answered = perf_counter()

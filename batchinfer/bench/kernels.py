@@ -18,18 +18,22 @@ from functools import cache
 from typing import Any
 
 import torch
+from batchinfer_kernels.contract import AttentionFacts, ScoreRule, StepInputs
+from batchinfer_kernels.formats import Precision
 
-from batchinfer import ops
 from batchinfer.bench.machine import Machine, gemm_rate, readings
 from batchinfer.bench.table import number, table
 from batchinfer.bench.timing import Timing, time_in_turn
 from batchinfer.io.fetch import fetch_model
 from batchinfer.layers.linear import GatedLinear, Linear
 from batchinfer.models.config import ModelConfig, load_config
+from batchinfer.ops.backend import Backend
+from batchinfer.ops.choose import available_backends
 from batchinfer.runner.sample_tokens import argmax
 from batchinfer.spec import StorageSpec
 
 Work = Callable[[], object]
+MakeWork = Callable[[Backend], Work]
 
 _BLOCK_SIZE = 16
 _DECODES, _CONTEXT, _PROMPT = 64, 512, 1024
@@ -71,13 +75,13 @@ class Shapes:
 
 
 def shapes_of(model: str, storage: StorageSpec) -> Shapes:
-    """From the configuration of a model; its weights are not read. Raises ModelError."""
+    """Return the shapes in a model's configuration; its weights are not read. Raises ModelError."""
     return Shapes.of(load_config(fetch_model(model, storage, weights=False).path), model)
 
 
 @dataclass(frozen=True)
 class Case:
-    """An op on some shape. `make` sets up its data for the backend that is chosen then, and gives the call.
+    """An op on some shape. `make` sets up its data for a backend, and returns the call.
 
     `turns` calls pass before the same data comes again. `dtype` is that of what is multiplied.
     """
@@ -86,13 +90,13 @@ class Case:
     shape: str
     data_bytes: int
     operations: int
-    make: Callable[[], Work]
+    make: MakeWork
     turns: int = 1
     dtype: torch.dtype = torch.float32
 
     @property
     def held_bytes(self) -> int:
-        """What a cache would have to hold."""
+        """Return what a cache would have to hold."""
         return self.turns * self.data_bytes
 
 
@@ -122,34 +126,25 @@ class Measured:
 
 @torch.inference_mode()
 def measure(shapes: Shapes, machine: Machine, cases: Sequence[Case] | None = None) -> Iterator[Measured]:
-    """Every case on every backend that is there; backends take turns."""
+    """Measure every case on every backend that can serve here; backends take turns."""
 
     @cache
     def rate(dtype: torch.dtype) -> float:
         return machine.gemm_per_s if dtype == torch.float32 else gemm_rate(dtype)
 
-    with ops.keeping_backend("cpu"):
-        for case in all_cases(shapes) if cases is None else cases:
-            timings, bytes_per_s = _in_turn(case)
-            for backend, timing in timings.items():
-                yield _against_limit(case, backend, timing, machine, bytes_per_s, rate(case.dtype))
+    backends = available_backends()
+    for case in all_cases(shapes) if cases is None else cases:
+        timings, bytes_per_s = _in_turn(case, backends)
+        for backend, timing in timings.items():
+            yield _against_limit(case, backend, timing, machine, bytes_per_s, rate(case.dtype))
 
 
-def _in_turn(case: Case) -> tuple[dict[str, Timing], float]:
-    """The times of every backend, and the bytes per second that as much data was read with."""
-    choices = ops.backends("cpu")
-
-    def choose(name: str) -> None:
-        if name in choices:
-            ops.use_eager("cpu", choices[name])
-
-    works: dict[str, Work] = {}
-    for backend in choices:
-        choose(backend)
-        works[backend] = case.make()
+def _in_turn(case: Case, backends: Sequence[Backend]) -> tuple[dict[str, Timing], float]:
+    """Return the times of every backend by name, and the bytes per second that as much data was read with."""
+    works = {backend.capabilities.name: case.make(backend) for backend in backends}
     ways, read_bytes = readings(case.data_bytes, case.turns)
     # a whole step's layers each time: those of a turn's first step come from farther away
-    timings = time_in_turn(works | ways, _BUDGET_S, choose, least=case.turns, uncounted=case.turns)
+    timings = time_in_turn(works | ways, _BUDGET_S, least=case.turns, uncounted=case.turns)
     fastest = min(timings.pop(way).median_s for way in ways)
     return timings, read_bytes / fastest
 
@@ -174,7 +169,7 @@ def _against_limit(
 
 
 def _cache_of(data_bytes: int, machine: Machine) -> str:
-    """The first cache that holds it; each core has its own of the lower two levels."""
+    """Return the first cache that holds the data; each core has its own of the lower two levels."""
     for name, held in machine.caches.items():
         if data_bytes <= held * (machine.threads if name in ("L1", "L2") else 1):
             return name
@@ -192,7 +187,7 @@ def all_cases(shapes: Shapes) -> list[Case]:
 
 
 def _decodes(shapes: Shapes, dtype: torch.dtype) -> Iterator[Case]:
-    """Over one layer's KV, and over that of as many layers as no cache holds."""
+    """Yield decodes over one layer's KV, and over that of as many layers as no cache holds."""
     one = _attention(shapes, 1, _CONTEXT, _DECODES, dtype)
     yield one
     layers = min(shapes.layers, -(-_MOST_KV_BYTES // one.data_bytes))
@@ -201,7 +196,7 @@ def _decodes(shapes: Shapes, dtype: torch.dtype) -> Iterator[Case]:
 
 
 def _attention(shapes: Shapes, queries: int, context: int, sequences: int, dtype: torch.dtype, layers: int = 1) -> Case:
-    """`queries` last tokens of each of `sequences` contexts; a token sees itself and what is before it.
+    """Return attention of the `queries` last tokens of each of `sequences` contexts, over all tokens up to itself.
 
     Each call has the KV of the next one of `layers`, as in a step, where a cache keeps none of it for the next step.
     All write to the same memory, as a step's layers do.
@@ -211,18 +206,18 @@ def _attention(shapes: Shapes, queries: int, context: int, sequences: int, dtype
     seen = sequences * sum(range(context - queries + 1, context + 1))
     kv_bytes = 2 * sequences * context * shapes.kv_heads * size * dtype.itemsize
 
-    def make() -> Work:
+    def make(backend: Backend) -> Work:
         blocks = -(-context // _BLOCK_SIZE)
         order = torch.randperm(sequences * blocks, generator=torch.Generator().manual_seed(1))
         tables_SB = order.view(sequences, blocks).to(torch.int32)
         cache_shape = (len(order), 2, shapes.kv_heads, _BLOCK_SIZE, size)
         caches = [torch.rand(cache_shape).to(dtype) for _ in range(layers)]
         q_THD, out_THD = torch.rand(tokens, heads, size), torch.empty(tokens, heads, size)
-        starts = list(range(0, tokens + 1, queries))
-        index = ops.step_index(torch.arange(tokens), tables_SB, starts, [context] * sequences, caches[0])
-        rule = ops.ScoreRule(size**-0.5)
+        step = _step(torch.arange(tokens), tables_SB, queries, context)
+        index = backend.prepare(step, caches[0], AttentionFacts(heads, (None,), q_THD.dtype))
+        rule = ScoreRule(size**-0.5)
         following = itertools.cycle(caches)
-        return lambda: ops.paged_attention(q_THD, next(following), index, rule, out_THD)
+        return lambda: backend.paged_attention(q_THD, next(following), index, rule, out_THD)
 
     what = f"{sequences} decodes x {context}" if queries == 1 else f"prompt of {queries}"
     what += f", {layers} layers in turn" if layers > 1 else ""
@@ -237,38 +232,54 @@ def _element_wise(shapes: Shapes, tokens: int) -> Iterator[Case]:
     turned = shapes.heads + kv
     shape = f"{tokens} tokens"
 
-    def norm() -> Work:
+    def norm(backend: Backend) -> Work:
         x_TE, weight_E = torch.rand(tokens, hidden), torch.rand(hidden)
-        return lambda: ops.rms_norm(x_TE, weight_E, 1e-5)
+        return lambda: backend.rms_norm(x_TE, weight_E, 1e-5)
 
-    def add_norm() -> Work:
+    def add_norm(backend: Backend) -> Work:
         x_TE, residual_TE, weight_E = torch.zeros(tokens, hidden), torch.rand(tokens, hidden), torch.rand(hidden)
-        return lambda: ops.add_rms_norm(x_TE, residual_TE, weight_E, 1e-5)
+        return lambda: backend.add_rms_norm(x_TE, residual_TE, weight_E, 1e-5)
 
-    def turn_and_write() -> Work:
+    def turn_and_write(backend: Backend) -> Work:
         angles_TR = torch.rand(tokens, size // 2)
         cos_sin = angles_TR.cos(), angles_TR.sin()
         blocks = -(-tokens // _BLOCK_SIZE)
         q_THD, k_TKD, v_TKD = torch.split(torch.rand(tokens, turned + kv, size), [shapes.heads, kv, kv], dim=1)
         cache = torch.zeros(blocks, 2, kv, _BLOCK_SIZE, size)
-        slots_T = torch.arange(tokens)
-        table_SB = torch.arange(blocks, dtype=torch.int32)[None]
-        index = ops.step_index(slots_T, table_SB, [0, tokens], [tokens], cache)
-        return lambda: ops.rope_kv_write(q_THD, k_TKD, v_TKD, cos_sin, cache, index)
+        step = _step(torch.arange(tokens), torch.arange(blocks, dtype=torch.int32)[None], tokens, tokens)
+        index = backend.prepare(step, cache, AttentionFacts(shapes.heads, (None,), q_THD.dtype))
+        return lambda: backend.rope_kv_write(q_THD, k_TKD, v_TKD, cos_sin, cache, index)
 
-    def gated(op: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], Work]:
-        def make() -> Work:
-            x_T2F = torch.rand(tokens, 2 * feed)
-            return lambda: op(x_T2F)
+    def silu(backend: Backend) -> Work:
+        x_T2F = torch.rand(tokens, 2 * feed)
+        return lambda: backend.silu_mul(x_T2F)
 
-        return make
+    def gelu(backend: Backend) -> Work:
+        x_T2F = torch.rand(tokens, 2 * feed)
+        return lambda: backend.gelu_mul(x_T2F)
 
     yield Case("rms_norm", shape, 2 * tokens * hidden * _FLOAT, 0, norm)
     yield Case("add_rms_norm", shape, 4 * tokens * hidden * _FLOAT, 0, add_norm)
     moved = 2 * turned + 2 * kv + kv + 1  # turned in place, written, values read, angles
     yield Case("rope_kv_write", shape, tokens * moved * size * _FLOAT, 0, turn_and_write)
-    yield Case("silu_mul", shape, 3 * tokens * feed * _FLOAT, 0, gated(ops.silu_mul))
-    yield Case("gelu_mul", shape, 3 * tokens * feed * _FLOAT, 0, gated(ops.gelu_mul))
+    yield Case("silu_mul", shape, 3 * tokens * feed * _FLOAT, 0, silu)
+    yield Case("gelu_mul", shape, 3 * tokens * feed * _FLOAT, 0, gelu)
+
+
+def _step(slots_T: torch.Tensor, tables_SB: torch.Tensor, queries: int, context: int) -> StepInputs:
+    """Return a step in which each sequence has `queries` tokens, the last of a context of `context`."""
+    sequences = len(tables_SB)
+    return StepInputs(
+        tokens_T=slots_T,
+        positions_T=slots_T,
+        slots_T=slots_T,
+        block_tables_SB=tables_SB,
+        query_starts_X=torch.arange(0, sequences * queries + 1, queries),
+        lengths_S=torch.full((sequences,), context),
+        prompt_S=torch.full((sequences,), queries > 1),
+        output_rows_N=slots_T,
+        max_length=context,
+    )
 
 
 def _linears(shapes: Shapes) -> Iterator[Case]:
@@ -292,27 +303,27 @@ def _linears(shapes: Shapes) -> Iterator[Case]:
 def _linear(name: str, in_features: int, out_features: int, rows: int, dtype: torch.dtype) -> Case:
     data_bytes = in_features * out_features * dtype.itemsize + rows * (in_features + out_features) * _FLOAT
     shape = f"{name} {in_features}x{out_features}, {rows} rows{_in(dtype)}"
-    work = _packed(lambda: Linear(in_features, out_features), rows, dtype)
+    work = _packed(lambda backend: Linear(backend, in_features, out_features), rows, dtype)
     return Case("linear", shape, data_bytes, 2 * rows * in_features * out_features, work, dtype=dtype)
 
 
 def _gated_linear(in_features: int, size: int, rows: int, dtype: torch.dtype) -> Case:
     data_bytes = 2 * in_features * size * dtype.itemsize + rows * (in_features + size) * _FLOAT
     shape = f"gate_up {in_features}x{2 * size}, {rows} rows{_in(dtype)}"
-    work = _packed(lambda: GatedLinear(in_features, size, "silu"), rows, dtype)
+    work = _packed(lambda backend: GatedLinear(backend, in_features, size, "silu"), rows, dtype)
     return Case("gated_linear", shape, data_bytes, 4 * rows * in_features * size, work, dtype=dtype)
 
 
 def _greedy_head(in_features: int, out_features: int, rows: int) -> Case:
-    """The largest logits; where there is no shorter way to them, among all logits. The limit is that of the shorter."""
+    """Find the largest logits by bounds, or without bounds among all logits; the limit is that of the former."""
     dtype = torch.bfloat16
 
-    def make() -> Work:
-        head, x_NI = _ready(Linear(in_features, out_features), torch.float32), torch.randn(rows, in_features)
-        screen = ops.screen(head.matrix)
-        if screen is None:
+    def make(backend: Backend) -> Work:
+        head, x_NI = _ready(Linear(backend, in_features, out_features), torch.float32), torch.randn(rows, in_features)
+        bounds = backend.argmax_bounds(head.matrix)
+        if bounds is None:
             return lambda: argmax(head(x_NI))
-        return lambda: ops.linear_argmax(x_NI, screen)
+        return lambda: backend.linear_argmax(x_NI, bounds)
 
     data_bytes = in_features * out_features * dtype.itemsize + rows * in_features * _FLOAT
     shape = f"lm_head {in_features}x{out_features}, {rows} rows{_in(dtype)}"
@@ -323,9 +334,9 @@ def _in(dtype: torch.dtype) -> str:
     return "" if dtype == torch.float32 else f" in {str(dtype).removeprefix('torch.')}"
 
 
-def _packed(layer: Callable[[], Linear], rows: int, dtype: torch.dtype) -> Callable[[], Work]:
-    def make() -> Work:
-        linear = _ready(layer(), dtype)
+def _packed(layer: Callable[[Backend], Linear], rows: int, dtype: torch.dtype) -> MakeWork:
+    def make(backend: Backend) -> Work:
+        linear = _ready(layer(backend), dtype)
         x_TI = torch.rand(rows, linear.in_features)
         return lambda: linear(x_TI)
 
@@ -334,7 +345,7 @@ def _packed(layer: Callable[[], Linear], rows: int, dtype: torch.dtype) -> Calla
 
 def _ready(layer: Linear, dtype: torch.dtype) -> Linear:
     layer.weight.uniform_(-0.1, 0.1)
-    layer.pack(ops.Precision(str(dtype).removeprefix("torch.")))
+    layer.pack(Precision(str(dtype).removeprefix("torch.")))
     return layer
 
 

@@ -21,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from batchinfer import __version__, ops
+from batchinfer import __version__
 from batchinfer.bench.table import facts, number
 from batchinfer.bench.timing import time_in_turn
-from batchinfer.runner.kv_cache import free_bytes
+from batchinfer.ops.choose import available_backends
+from batchinfer.ops.resources import HOST, free_bytes
 
 _GEMM_SIZES = (1024, 2048)
 _GEMM_BUDGET_S = 1.0
@@ -78,7 +79,7 @@ def look_at(dtype: torch.dtype = torch.float32, int8: bool = False) -> Machine:
         cpu=_cpu_name(),
         cores=os.cpu_count() or 1,
         threads=torch.get_num_threads(),
-        kernels=next(iter(ops.backends("cpu"))),
+        kernels=available_backends()[0].capabilities.name,
         torch=torch.__version__,
         batchinfer=__version__,
         date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -109,8 +110,9 @@ def describe(machine: Machine) -> str:
         ),
         ("date", machine.date),
     ]
-    if not ops.int8_is_faster("cpu"):
-        lines.insert(-1, ("int8", f"no faster than float32: the {machine.kernels} kernels have no VNNI instructions"))
+    slow_int8 = available_backends()[0].capabilities.slow_int8
+    if slow_int8 is not None:
+        lines.insert(-1, ("int8", f"no faster than float32: {slow_int8}"))
     return "\n".join([facts(lines), *(f"note: {note}" for note in machine.notes)])
 
 
@@ -192,7 +194,7 @@ def _fastest(works: dict[str, Callable[[], object]], budget_s: float) -> float:
 
 
 def _largest_buffer() -> int:
-    room = free_bytes(torch.device("cpu")) // _FREE_SHARE
+    room = free_bytes(HOST) // _FREE_SHARE
     return min(_MOST_BYTES, max(_LEAST_BYTES, 1 << (max(room, 1).bit_length() - 1)))
 
 

@@ -13,7 +13,7 @@ from batchinfer.engine.engine import Engine, StepRunner
 from batchinfer.engine.plan import StepPlan, StepResult
 from batchinfer.io.fetch import ModelFiles, fetch_model
 from batchinfer.llm import LLM, Defaults, make_engine
-from batchinfer.pipeline.load import Assembly, use_threads
+from batchinfer.pipeline.load import Assembly
 from batchinfer.pipeline.prepare import ModelLimits
 from batchinfer.request import Constraint
 from batchinfer.spec import FAKE_MODEL, EngineSpec, JobSpec
@@ -93,6 +93,7 @@ def load_subject(spec: JobSpec, files: ModelFiles | None = None) -> Subject:
     """
     import torch
 
+    from batchinfer.ops.resources import use_threads
     from batchinfer.runner.model_runner import ModelRunner
 
     use_threads(spec.engine.num_threads)

@@ -23,7 +23,6 @@ class Timing(NamedTuple):
 def take_turns(
     works: Mapping[str, Callable[[], T]],
     budget_s: float,
-    before: Callable[[str], None] = lambda name: None,
     least: int = 1,
     uncounted: int = 1,
 ) -> dict[str, list[T]]:
@@ -32,15 +31,12 @@ def take_turns(
     Each gets five turns: of as many calls as fit into its share of `budget_s`, or of `least`. A turn begins with
     `uncounted` calls: the others have taken its data out of the caches. Let that be as many as have data of their own,
     or some are measured with it near and some with it far.
-    `before` is called with the name of what is next; its time does not count.
     """
-    for name, work in works.items():
-        before(name)
+    for work in works.values():
         work()
     given: dict[str, list[T]] = {name: [] for name in works}
     for _ in range(TURNS):
         for name, work in works.items():
-            before(name)
             for _ in range(uncounted if len(works) > 1 else 0):
                 work()
             given[name] += _turn(work, budget_s / TURNS / len(works), least)
@@ -58,13 +54,12 @@ def _turn(work: Callable[[], T], length_s: float, least: int) -> list[T]:
 def time_in_turn(
     works: Mapping[str, Callable[[], object]],
     budget_s: float = 0.2,
-    before: Callable[[str], None] = lambda name: None,
     least: int = 1,
     uncounted: int = 1,
 ) -> dict[str, Timing]:
     """How long each takes; see `take_turns`."""
     timed = {name: partial(_seconds, work) for name, work in works.items()}
-    samples = take_turns(timed, budget_s, before, least, uncounted)
+    samples = take_turns(timed, budget_s, least, uncounted)
     return {name: Timing(min(times), percentile(times, 0.5), len(times)) for name, times in samples.items()}
 
 

@@ -189,7 +189,7 @@ def host(
 ) -> None:
     from batchinfer.bench import host as measurement
     from batchinfer.bench.json_file import json_file
-    from batchinfer.pipeline.load import use_threads
+    from batchinfer.ops.resources import use_threads
 
     with json_file(json) as write:
         numbers = measurement.parse_sequences(sequences)
@@ -210,7 +210,7 @@ def kernels(
 ) -> None:
     from batchinfer.bench import kernels as measurement
     from batchinfer.bench.json_file import json_file
-    from batchinfer.pipeline.load import use_threads
+    from batchinfer.ops.resources import use_threads
 
     with json_file(json) as write:
         shapes = measurement.shapes_of(model, with_cache(model_spec(model, [])).storage) if model else None

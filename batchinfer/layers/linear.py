@@ -1,89 +1,82 @@
-"""Linear maps. Several maps of one input are one parameter, stacked by rows: one GEMM, one read of the input.
+"""Linear layers. Several maps of one input are one parameter, stacked by rows: one GEMM, one read of the input.
+
+State: the packed matrix, which stays with the backend that packed it, and a bias. Until `pack` a layer holds an
+uninitialised parameter that the loader copies weights into; `pack_weight` takes a weight without that detour.
 
 N rows · I input features · O output features
 """
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
+from batchinfer_kernels.formats import Activation, BlockMatrix, LinearWeights, PackedMatrix, Precision
 from torch import Tensor, nn
 
-from batchinfer import ops
-from batchinfer.ops import Precision
-
-Held = ops.Packed | ops.Quantized | ops.Gated
+from batchinfer.ops.backend import Backend
 
 
 class Linear(nn.Module):
     """y = x Wᵀ + b. Memory is uninitialised: weights are always read from a file."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+    def __init__(self, backend: Backend, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__()
+        self.backend = backend
         self.in_features = in_features
         self.out_features = out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
-        self._packed: Held | None = None
+        self._packed: PackedMatrix | None = None
 
     def pack(self, precision: Precision) -> None:
-        """Replace the weight, once it is read, by the form that its device multiplies with fastest."""
+        """Pack the weight, once it is read, and give back its memory."""
         if self._packed is None:
-            self._keep(self._pack(self.weight, precision))
+            self.pack_weight(self.weight, precision)
 
-    def take(self, blocks_OI: ops.BlockMatrix) -> None:
-        """Instead of reading the weight and packing it."""
-        self._keep(self._pack(blocks_OI, Precision.FLOAT32))
-
-    def _pack(self, weight_OI: Tensor | ops.BlockMatrix, precision: Precision) -> Held:
-        return ops.pack_linear(weight_OI, precision)
-
-    def _keep(self, packed: Held) -> None:
-        self._packed = packed
+    def pack_weight(self, weight_OI: Tensor | BlockMatrix, precision: Precision) -> None:
+        """Pack a weight that is already cut to the layer's shape; the layer keeps the packed form alone."""
+        self._packed = self._pack(weight_OI, precision)
         self.weight = nn.Parameter(self.weight.new_empty(0, self.in_features), requires_grad=False)
 
-    @property
-    def held(self) -> Held:
-        """What there is of the weight, packed or not."""
-        return self.weight if self._packed is None else self._packed
+    def _pack(self, weight_OI: Tensor | BlockMatrix, precision: Precision) -> PackedMatrix:
+        return self.backend.pack(weight_OI, precision)
 
     @property
-    def matrix(self) -> ops.Packed | ops.Quantized:
-        """[O, I], packed or not."""
-        held = self.held
-        assert not isinstance(held, ops.Gated)
-        return held
+    def matrix(self) -> PackedMatrix:
+        """Return the packed matrix [O, I]."""
+        assert self._packed is not None, "weights are packed once they are read"
+        return self._packed
 
     @property
-    def facts(self) -> ops.LinearWeights:
-        return ops.LinearWeights(self.held, self.bias)
+    def facts(self) -> LinearWeights:
+        return LinearWeights(self.matrix, self.bias)
 
     def forward(self, x_NI: Tensor) -> Tensor:
-        return ops.linear(x_NI, self.matrix, self.bias)
+        return self.backend.linear(x_NI, self.matrix, self.bias)
 
 
 class StackedLinear(Linear):
-    """`parts` are the output features of each map, in the order in which the output has them."""
+    """Several maps of one input. `parts` are the output features of each, in the order in which the output has them."""
 
-    def __init__(self, in_features: int, parts: tuple[int, ...], bias: bool = False) -> None:
-        super().__init__(in_features, sum(parts), bias)
+    def __init__(self, backend: Backend, in_features: int, parts: tuple[int, ...], bias: bool = False) -> None:
+        super().__init__(backend, in_features, sum(parts), bias)
         self.parts = parts
 
 
 class GatedLinear(StackedLinear):
     """A map to gates and one to what they multiply, and the multiplication: activation(x Gᵀ) * x Wᵀ."""
 
-    def __init__(self, in_features: int, size: int, activation: Literal["silu", "gelu"], bias: bool = False) -> None:
-        super().__init__(in_features, (size, size), bias)
+    def __init__(
+        self, backend: Backend, in_features: int, size: int, activation: Activation, bias: bool = False
+    ) -> None:
+        super().__init__(backend, in_features, (size, size), bias)
         self.activation = activation
 
-    def _pack(self, weight_OI: Tensor | ops.BlockMatrix, precision: Precision) -> Held:
-        return ops.pack_gated(weight_OI, precision)
+    def _pack(self, weight_OI: Tensor | BlockMatrix, precision: Precision) -> PackedMatrix:
+        return self.backend.pack_gated(weight_OI, precision)
 
     @property
-    def facts(self) -> ops.LinearWeights:
-        return ops.LinearWeights(self.held, self.bias, self.activation)
+    def facts(self) -> LinearWeights:
+        return LinearWeights(self.matrix, self.bias, self.activation)
 
     def forward(self, x_NI: Tensor) -> Tensor:
-        return ops.gated_linear(x_NI, self.held, self.bias, self.activation)
+        return self.backend.gated_linear(x_NI, self.matrix, self.bias, self.activation)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
+from batchinfer_kernels.formats import Activation
 from torch import Tensor, nn
 
 from batchinfer.layers.linear import GatedLinear, Linear
+from batchinfer.ops.backend import Backend
 
-ACTIVATIONS: dict[str, Literal["silu", "gelu"]] = {
+ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
     "gelu_pytorch_tanh": "gelu",
     "gelu_new": "gelu",
 }
-"""Hugging Face's name of an activation → that of `ops.gated_linear`."""
+"""Hugging Face's name of an activation → that of `Backend.gated_linear`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +27,10 @@ class MLPConfig:
 
 
 class MLP(nn.Module):
-    def __init__(self, config: MLPConfig, hidden_size: int) -> None:
+    def __init__(self, backend: Backend, config: MLPConfig, hidden_size: int) -> None:
         super().__init__()
-        self.gate_up = GatedLinear(hidden_size, config.size, ACTIVATIONS[config.activation], config.bias)
-        self.down = Linear(config.size, hidden_size, config.bias)
+        self.gate_up = GatedLinear(backend, hidden_size, config.size, ACTIVATIONS[config.activation], config.bias)
+        self.down = Linear(backend, config.size, hidden_size, config.bias)
 
     def forward(self, x_TE: Tensor) -> Tensor:
         y_TE: Tensor = self.down(self.gate_up(x_TE))

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchinfer.ops.resources import HOST
+
 
 @dataclass(frozen=True)
 class RopeConfig:
@@ -44,7 +46,7 @@ class Rotary:
 
 
 def _exponents(config: RopeConfig) -> Tensor:
-    return torch.arange(0, config.size, 2, dtype=torch.int64, device="cpu").float() / config.size
+    return torch.arange(0, config.size, 2, dtype=torch.int64, device=HOST).float() / config.size
 
 
 def _default(config: RopeConfig, context_tokens: int) -> tuple[Tensor, float]:
@@ -82,7 +84,7 @@ def _yarn(config: RopeConfig, context_tokens: int) -> tuple[Tensor, float]:
     low, high = max(low, 0), min(high, config.size - 1)
     if low == high:
         high += 0.001
-    ramp_R = ((torch.arange(config.size // 2, dtype=torch.float32, device="cpu") - low) / (high - low)).clamp(0, 1)
+    ramp_R = ((torch.arange(config.size // 2, dtype=torch.float32, device=HOST) - low) / (high - low)).clamp(0, 1)
     steps_R = config.theta ** _exponents(config)
     frequencies_R = 1.0 / (factor * steps_R) * ramp_R + 1.0 / steps_R * (1 - ramp_R)
     return frequencies_R, _yarn_attention_factor(s)
@@ -108,9 +110,7 @@ def _longrope(config: RopeConfig, context_tokens: int) -> tuple[Tensor, float]:
     s = config.scaling
     original, factor = s["original_max_position_embeddings"], s["factor"]
     factors = s["long_factor"] if context_tokens > original else s["short_factor"]
-    frequencies_R = 1.0 / (
-        torch.tensor(factors, dtype=torch.float32, device="cpu") * config.theta ** _exponents(config)
-    )
+    frequencies_R = 1.0 / (torch.tensor(factors, dtype=torch.float32, device=HOST) * config.theta ** _exponents(config))
     if s.get("attention_factor") is not None:
         return frequencies_R, float(s["attention_factor"])
     return frequencies_R, math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0

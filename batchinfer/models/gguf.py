@@ -15,9 +15,9 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+from batchinfer_kernels.formats import BlockMatrix
 from gguf import GGMLQuantizationType as GGMLType
 
-from batchinfer import ops
 from batchinfer.errors import ModelError
 from batchinfer.models import gguf_blocks, gguf_config
 from batchinfer.models.gguf_header import TensorInfo, read_header
@@ -70,8 +70,8 @@ class GGUFFile:
         for name, hf_name in self._names():
             yield hf_name, self._weight(name)
 
-    def weights_in_blocks(self) -> Iterator[tuple[str, torch.Tensor | ops.BlockMatrix]]:
-        """The same, but matrices of a type that `ops.BlockMatrix` holds exactly are that."""
+    def weights_in_blocks(self) -> Iterator[tuple[str, torch.Tensor | BlockMatrix]]:
+        """The same, but matrices of a type that `BlockMatrix` holds exactly are that."""
         for name, hf_name in self._names():
             blocks = self._blocks(name)
             yield hf_name, self._weight(name) if blocks is None else blocks
@@ -88,7 +88,7 @@ class GGUFFile:
             values -= 1.0
         return torch.from_numpy(values)
 
-    def _blocks(self, name: str) -> ops.BlockMatrix | None:
+    def _blocks(self, name: str) -> BlockMatrix | None:
         info = self.tensors[name]
         ggml_type = self._type(info)
         if len(info.shape) != 2 or ggml_type not in gguf_blocks.TYPES:

@@ -5,32 +5,31 @@ from __future__ import annotations
 import gguf
 import numpy as np
 import torch
+from batchinfer_kernels.formats import BLOCK, BlockMatrix
 from gguf import GGMLQuantizationType as GGMLType
-
-from batchinfer import ops
 
 TYPES = {GGMLType.Q4_0: (4, False), GGMLType.Q4_1: (4, True), GGMLType.Q8_0: (8, False)}  # bits, with minima
 _CHUNK_BLOCKS = 1 << 14  # that stay in the cache while their values are spread
 
 
-def matrix(rows: np.ndarray, ggml_type: GGMLType) -> ops.BlockMatrix | None:
+def matrix(rows: np.ndarray, ggml_type: GGMLType) -> BlockMatrix | None:
     """rows: uint8 [O, bytes of a row]. Copies. None if a scale is not finite, as in a damaged file."""
     made = decoded(torch.from_numpy(rows), ggml_type)
     parts = (made.scales_OG,) if made.mins_OG is None else (made.scales_OG, made.mins_OG)
     return made if all(bool(part.isfinite().all()) for part in parts) else None
 
 
-def decoded(rows: torch.Tensor, ggml_type: GGMLType) -> ops.BlockMatrix:
+def decoded(rows: torch.Tensor, ggml_type: GGMLType) -> BlockMatrix:
     """The same, whatever the scales are."""
     bits, with_mins = TYPES[ggml_type]
     block, block_bytes = gguf.GGML_QUANT_SIZES[ggml_type]
-    assert block == ops.BLOCK
+    assert block == BLOCK
     blocks = rows.view(-1, block_bytes)
     shape = (len(rows), len(blocks) // len(rows))
     scales, mins = _halves(blocks, 0).view(shape), _halves(blocks, 2).view(shape) if with_mins else None
     data = blocks[:, 4 if with_mins else 2 :]
     values = data.view(torch.int8).contiguous() if bits == 8 else _spread(data, 0 if with_mins else 8)
-    return ops.BlockMatrix(values.view(shape[0], shape[1] * block), scales, mins, bits)
+    return BlockMatrix(values.view(shape[0], shape[1] * block), scales, mins, bits)
 
 
 def _halves(blocks: torch.Tensor, at: int) -> torch.Tensor:
@@ -39,7 +38,7 @@ def _halves(blocks: torch.Tensor, at: int) -> torch.Tensor:
 
 def _spread(data: torch.Tensor, zero: int) -> torch.Tensor:
     """Low halves of bytes are values 0 to 15, high halves 16 to 31 of a block."""
-    out = torch.empty(len(data), ops.BLOCK, dtype=torch.int8)
+    out = torch.empty(len(data), BLOCK, dtype=torch.int8)
     for part, part_data in zip(torch.split(out, _CHUNK_BLOCKS), torch.split(data, _CHUNK_BLOCKS), strict=True):
         part[:, :16] = part_data & 15
         part[:, 16:] = part_data >> 4

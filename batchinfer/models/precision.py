@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from batchinfer.ops import Precision
+from batchinfer_kernels.formats import Precision
 
 
 class WeightPrecision(NamedTuple):
@@ -26,7 +26,7 @@ class WeightPrecision(NamedTuple):
 
 EXACT = WeightPrecision()
 
-# bfloat16 is for what is multiplied: sums and all that lies between the matrices gain nothing by it on a CPU. int8 is
+# bfloat16 is for what is multiplied: sums and all that lies between the matrices gain nothing by it. int8 is
 # for the layers: errors of embedding and LM head reach the logits at once.
 _PRECISIONS = {
     ("float32", None): EXACT,

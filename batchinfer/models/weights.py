@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from batchinfer_kernels.formats import BlockMatrix, Precision, stacked_blocks
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from batchinfer import ops
 from batchinfer.errors import ModelError, suggest
 from batchinfer.layers.linear import Linear, StackedLinear
 from batchinfer.log import log
@@ -21,6 +21,9 @@ from batchinfer.models.file_kind import said
 from batchinfer.models.gguf import GGUFFile
 from batchinfer.models.json_file import read_json
 from batchinfer.models.precision import EXACT, WeightPrecision
+from batchinfer.ops.backend import Backend
+from batchinfer.ops.choose import load_backend
+from batchinfer.ops.resources import HOST
 
 _ONE_FILE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -33,26 +36,26 @@ def load_decoder(
     path: Path,
     precision: WeightPrecision = EXACT,
     max_model_len: int | None = None,
-    device: torch.device | str = "cpu",
+    backend: Backend | None = None,
 ) -> Decoder:
     """Load a decoder from a directory with config.json and safetensors, or from a .gguf file. Raises ModelError.
 
-    `max_model_len` shortens the context: decoder.config.context_tokens.
+    `max_model_len` shortens the context: decoder.config.context_tokens. `backend` None: the best there is here.
     """
+    backend = backend or load_backend()
     if path.suffix == ".gguf":
         gguf = GGUFFile(path)
         config = _shortened(parse_config(gguf.config_dict(), str(path)), max_model_len)
-        decoder = _empty(config, precision.activations.dtype, device)
+        decoder = _empty(config, precision.activations.dtype, backend)
         filler = WeightLoader(decoder, config.family.prefixes[0], path)
-        exact = torch.device(device).type == "cpu" and precision == EXACT
-        weights = gguf.weights_in_blocks() if exact else gguf.weights()
+        weights = gguf.weights_in_blocks() if precision == EXACT else gguf.weights()
         filler.fill((name, path, weight) for name, weight in weights)
     else:
         config = _shortened(load_config(path), max_model_len)
         shapes = _safetensors_shapes(path)
         if config.tied and _own_head(path, shapes, _prefix(config, shapes)):
             config = replace(config, tied=False)
-        decoder = _empty(config, precision.activations.dtype, device)
+        decoder = _empty(config, precision.activations.dtype, backend)
         filler = WeightLoader(decoder, _prefix(config, shapes), path)
         filler.check(shapes)
         filler.fill(_read_safetensors(list(dict.fromkeys(file for file, _ in shapes.values()))))
@@ -70,14 +73,14 @@ def _shortened(config: ModelConfig, max_model_len: int | None) -> ModelConfig:
     return replace(config, context_tokens=max_model_len)
 
 
-def _empty(config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> Decoder:
+def _empty(config: ModelConfig, dtype: torch.dtype, backend: Backend) -> Decoder:
     """Memory that nothing has touched yet: the weights are its first and only content."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         # not first on the meta device: leaving it imports sympy, 0.4 s
-        with torch.device(device):
-            return Decoder(config)
+        with backend.device:
+            return Decoder(backend, config)
     finally:
         torch.set_default_dtype(before)
 
@@ -157,7 +160,7 @@ class WeightLoader:
     def __init__(self, decoder: Decoder, prefix: str, path: Path) -> None:
         self._path = path
         self._places = _places(decoder, prefix)
-        self._blocks: dict[str, ops.BlockMatrix] = {}  # of matrices whose other parts are not there yet
+        self._blocks: dict[str, BlockMatrix] = {}  # of matrices whose other parts are not there yet
         self._architecture = decoder.config.architecture
         self._ignored = decoder.config.family.ignored
         # files of models with tied embeddings may hold the matrix twice (see _own_head)
@@ -169,13 +172,13 @@ class WeightLoader:
             self._target(name, file, shape)
         self._complain_of_missing(set(shapes))
 
-    def fill(self, weights: Iterable[tuple[str, Path, Tensor | ops.BlockMatrix]]) -> None:
+    def fill(self, weights: Iterable[tuple[str, Path, Tensor | BlockMatrix]]) -> None:
         done = set()
         for name, file, weight in weights:
             target = self._target(name, file, tuple(weight.shape))
             if target is None or (name == _HEAD and self._tied is not None):
                 continue
-            if isinstance(weight, ops.BlockMatrix):
+            if isinstance(weight, BlockMatrix):
                 self._put_blocks(name, weight)
                 done.add(name)
                 continue
@@ -187,15 +190,15 @@ class WeightLoader:
         for name, blocks in self._blocks.items():  # what the other parts of a stack do not go with
             self._places[name].rows.copy_(blocks.float())
 
-    def _put_blocks(self, name: str, blocks: ops.BlockMatrix) -> None:
+    def _put_blocks(self, name: str, blocks: BlockMatrix) -> None:
         """A matrix is kept in blocks where all that it is stacked of came in blocks, of one kind."""
         self._blocks[name] = blocks
         _, linear, names = self._places[name]
         if linear is None or not all(part in self._blocks for part in names):
             return
-        whole = ops.stacked_blocks([self._blocks[part] for part in names])
+        whole = stacked_blocks([self._blocks[part] for part in names])
         if whole is not None:
-            linear.take(whole)
+            linear.pack_weight(whole, Precision.FLOAT32)
             for part in names:
                 del self._blocks[part]
 
@@ -254,7 +257,7 @@ def _safetensors_files(path: Path) -> list[Path]:
 
 def _open(file: Path) -> safe_open:
     try:
-        return safe_open(file, framework="pt", device="cpu")
+        return safe_open(file, framework="pt", device=str(HOST))
     except (SafetensorError, OSError) as error:
         otherwise = f"is not a whole safetensors file: {error}; download it again"
         raise ModelError(f"{file} {said(file, otherwise)}") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,8 @@ from batchinfer.text.chat import ChatTemplate
 from batchinfer.text.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
+    from batchinfer_kernels.contract import Capabilities
+
     from batchinfer.layers.rotary import RopeConfig
 
 FAKE_CONTEXT_TOKENS = 32768
@@ -82,17 +83,21 @@ def _model_runner(engine: EngineSpec, path: Path) -> tuple[StepRunner, BlockPool
 
     from batchinfer.models.precision import weight_precision
     from batchinfer.models.weights import load_decoder
+    from batchinfer.ops.choose import load_backend
+    from batchinfer.ops.resources import use_threads
     from batchinfer.runner.kv_cache import bytes_per_token, default_kv_tokens
     from batchinfer.runner.model_runner import ModelRunner
 
     use_threads(engine.num_threads)
+    backend = load_backend(engine.device)
     kv_dtype: torch.dtype = getattr(torch, engine.kv_cache_dtype or engine.dtype or "float32")
-    decoder = load_decoder(path, weight_precision(engine.dtype, engine.quantization), engine.max_model_len)
+    precision = weight_precision(engine.dtype, engine.quantization)
+    decoder = load_decoder(path, precision, engine.max_model_len, backend)
     context = decoder.config.context_tokens
     kv_tokens = engine.kv_cache_tokens
     if kv_tokens is None:
         token_bytes = bytes_per_token(decoder.config.kv_shape, kv_dtype)
-        kv_tokens = default_kv_tokens(token_bytes, engine.max_num_seqs, context, torch.device("cpu"))
+        kv_tokens = default_kv_tokens(token_bytes, engine.max_num_seqs, context, backend.device)
     num_blocks = kv_tokens // engine.block_size
     if num_blocks == 0:
         raise ModelError(
@@ -101,6 +106,8 @@ def _model_runner(engine: EngineSpec, path: Path) -> tuple[StepRunner, BlockPool
     runner = ModelRunner(decoder, num_blocks, engine.block_size, engine.max_num_seqs, context, kv_dtype)
     log.info(
         "model loaded",
+        device=str(backend.device),
+        kernels=backend.capabilities.name,
         architecture=decoder.config.architecture,
         dtype=engine.dtype or "float32",
         quantization=engine.quantization or "none",
@@ -109,20 +116,18 @@ def _model_runner(engine: EngineSpec, path: Path) -> tuple[StepRunner, BlockPool
         kv_cache_tokens=num_blocks * engine.block_size,
         threads=torch.get_num_threads(),
     )
-    _warn_of_slow_int8(engine)
+    _warn_of_slow_int8(engine, backend.capabilities)
     _tell_of_longrope(decoder.config.ropes, context)
     pool = BlockPool(num_blocks, engine.block_size, engine.enable_prefix_caching)
     return runner, pool, context, decoder.config.vocab_size
 
 
-def _warn_of_slow_int8(engine: EngineSpec) -> None:
-    """Log that 8-bit matrices bring rounding but no speed, where that is so."""
-    from batchinfer import ops
-
-    if engine.quantization == "int8" and not ops.int8_is_faster("cpu"):
+def _warn_of_slow_int8(engine: EngineSpec, capabilities: Capabilities) -> None:
+    """Log that 8-bit matrices bring rounding but no speed, if that is so."""
+    if engine.quantization == "int8" and capabilities.slow_int8 is not None:
         log.warning(
-            "engine.quantization: int8 will not be faster than float32 here: the kernels have no VNNI instructions",
-            kernels=next(iter(ops.backends("cpu"))),
+            f"engine.quantization: int8 will not be faster than float32 here: {capabilities.slow_int8}",
+            kernels=capabilities.name,
         )
 
 
@@ -135,31 +140,6 @@ def _tell_of_longrope(ropes: Sequence[RopeConfig], context_tokens: int) -> None:
                 "longrope: sequences of every length are computed with the factors for long contexts, so that a row's "
                 f"tokens do not depend on its neighbours; engine.max_model_len: {original} takes the short factors"
             )
-
-
-def use_threads(count: int | None) -> None:
-    """CPU threads of torch and the C++ kernels, for this process; None means cores, within the container's quota."""
-    import torch
-
-    torch.set_num_threads(count or min(torch.get_num_threads(), quota_threads()))
-
-
-def quota_threads(root: Path = Path("/")) -> int:
-    """Threads that the container's CPU quota keeps busy (cgroup v2, v1). torch counts cores, whatever the quota."""
-    folder = root / "sys/fs/cgroup"
-    try:
-        quota, period = (folder / "cpu.max").read_text().split()
-    except (OSError, ValueError):
-        try:
-            quota = (folder / "cpu/cpu.cfs_quota_us").read_text()
-            period = (folder / "cpu/cpu.cfs_period_us").read_text()
-        except OSError:
-            return sys.maxsize
-    try:
-        shares = int(quota) / int(period)
-    except ValueError:  # the word "max"
-        return sys.maxsize
-    return max(1, int(shares)) if shares > 0 else sys.maxsize
 
 
 def _fake_runner(engine: EngineSpec, fake: FakeSpec, tokenizer: Tokenizer) -> tuple[StepRunner, BlockPool, int]:

@@ -16,12 +16,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from batchinfer_kernels.contract import StepInputs
 from torch import Tensor
 
-from batchinfer import ops
 from batchinfer.engine.plan import StepPlan, StepResult
 from batchinfer.errors import RowError
-from batchinfer.layers.attention import StepInputs
 from batchinfer.models.decoder import Decoder
 from batchinfer.request import Constraint
 from batchinfer.runner.kv_cache import KVCache
@@ -31,9 +30,7 @@ from batchinfer.runner.sampler import Sampler
 Ints = npt.NDArray[np.int64]
 
 _LOGITS_BYTES = 1 << 29  # at once; with more rows than that, LM head and sampler run several times
-_READ_LOGITS_BYTES = (
-    1 << 26
-)  # the same of a prompt's rows, which come by thousands: what is in the CPU's caches is read faster
+_READ_LOGITS_BYTES = 1 << 26  # of rows of a prompt, which come by thousands: what is in a cache is read faster
 
 
 class _Sampled(NamedTuple):
@@ -55,13 +52,14 @@ class ModelRunner:
         max_model_len: int,
         kv_dtype: torch.dtype | None = None,
     ) -> None:
-        """Allocates the KV cache on the decoder's device, in its dtype unless told. Raises ModelError without room."""
-        weight = decoder.embedding.weight
+        """Allocate the KV cache, in the decoder's dtype unless told. Raises ModelError without room."""
+        backend = decoder.backend
         self.decoder = decoder
-        self.cache = KVCache(decoder.config.kv_shape, num_blocks, block_size, kv_dtype or weight.dtype, weight.device)
+        self.cache = KVCache(backend, decoder.config.kv_shape, num_blocks, block_size, kv_dtype or decoder.dtype)
         self.sampler = Sampler(max_num_seqs, decoder.config.vocab_size)
         self.reader = PromptReader(decoder)
-        self._device = weight.device
+        self._device = backend.device
+        self._capabilities = backend.capabilities
         self._tables_SB = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int32)
 
     @torch.inference_mode()
@@ -94,9 +92,7 @@ class ModelRunner:
         samples_S = np.array(plan.samples, dtype=np.int64)
         tokens_T = np.array(plan.tokens, dtype=np.int64)
         read_rows = self.reader.rows(plan, counts_S.cumsum() - counts_S) if plan.reads else None
-        together_S = self.sampler.prompt_tokens[seats_S]  # one chunk up to there
-        if not ops.rows_are_exact(self._device.type):  # then drafts alone are worth the time
-            together_S = np.where(samples_S > 1, starts_S, starts_S + counts_S)
+        together_S = self._together(seats_S, starts_S, counts_S, samples_S)
         if ((counts_S > 1) & (starts_S + counts_S > together_S)).any():
             seats_S, starts_S, counts_S, samples_S = split_decode_rows(
                 together_S, seats_S, starts_S, counts_S, samples_S
@@ -105,11 +101,12 @@ class ModelRunner:
         ends_S = starts_S + counts_S
         starts_X = np.zeros(len(counts_S) + 1, dtype=np.int64)
         stops_S = np.cumsum(counts_S, out=starts_X[1:])
-        self._check(tokens_T, int(stops_S[-1]), int(ends_S.max()))
+        longest = int(ends_S.max())
+        self._check(tokens_T, int(stops_S[-1]), longest)
         positions_T = np.arange(len(tokens_T)) + np.repeat(starts_S - starts_X[:-1], counts_S)
         size = self.cache.block_size
         blocks_T = self._tables_SB[np.repeat(seats_S, counts_S), positions_T // size].astype(np.int64)
-        self.cache.use(int(blocks_T.max()) + 1)
+        self.cache.prefault(int(blocks_T.max()) + 1)
         rows_N = stops_S[sampling_S] - 1
         if read_rows is not None:  # after those that sample
             rows_N = np.concatenate([rows_N, read_rows])
@@ -117,13 +114,25 @@ class ModelRunner:
             tokens_T=self._to_device(tokens_T),
             positions_T=self._to_device(positions_T),
             slots_T=self._to_device(blocks_T * size + positions_T % size),
-            block_tables_SB=self._to_device(self._tables_SB[seats_S, : -(-int(ends_S.max()) // size)]),
-            query_starts_X=starts_X,
-            lengths_S=ends_S,
-            prompt_S=starts_S < self.sampler.prompt_tokens[seats_S],
+            block_tables_SB=self._to_device(self._tables_SB[seats_S, : -(-longest // size)]),
+            query_starts_X=self._to_device(starts_X),
+            lengths_S=self._to_device(ends_S),
+            prompt_S=self._to_device(starts_S < self.sampler.prompt_tokens[seats_S]),
             output_rows_N=self._to_device(rows_N),
+            max_length=longest,
         )
         return inputs, _Sampled(seats_S[sampling_S], ends_S[sampling_S])
+
+    def _together(self, seats_S: Ints, starts_S: Ints, counts_S: Ints, samples_S: Ints) -> Ints:
+        """Return the position from which on a sequence's tokens are computed one by one, as `split_decode_rows` does.
+
+        With exact rows that is the end of the prompt: then a token gets the same bits, however it came to be computed.
+        Otherwise only drafts are split, if that is faster.
+        """
+        if self._capabilities.exact_rows:
+            return self.sampler.prompt_tokens[seats_S]
+        ends_S = starts_S + counts_S
+        return np.where(samples_S > 1, starts_S, ends_S) if self._capabilities.drafts_as_sequences else ends_S
 
     def _sample(self, hidden_NE: Tensor, sampled: _Sampled) -> StepResult:
         tokens: list[int] = []
@@ -149,7 +158,7 @@ class ModelRunner:
         return self.sampler.sample(self.decoder.logits(hidden_NE), seats_N, positions_N)
 
     def _check(self, tokens_T: Ints, num_tokens: int, longest: int) -> None:
-        """What a GPU would answer with an abort of the process, or with another sequence's memory."""
+        """Bounds-check the plan on the host: on a GPU an invalid index aborts the process, or reads wrong memory."""
         assert len(tokens_T) == num_tokens, f"a plan of {num_tokens} tokens brings {len(tokens_T)}"
         limit = self._tables_SB.shape[1] * self.cache.block_size
         if longest > limit:
@@ -167,10 +176,10 @@ class ModelRunner:
 def split_decode_rows(
     together_S: Ints, seats_S: Ints, starts_S: Ints, counts_S: Ints, samples_S: Ints
 ) -> tuple[Ints, Ints, Ints, Ints]:
-    """Each token from position `together_S` on, where a prompt ends, as a sequence of its own: computed as one that
-    decodes, with a draft's tokens as without one, and after a preemption as before it.
+    """Split every token at or after `together_S` into its own length-1 query, so that it takes the decode kernel.
 
-    They share a block table; all of a step's keys are written before any is read, and a length hides what comes after.
+    A draft's tokens are then computed as they are without a draft, and after a preemption as before it. The queries
+    share a block table; all of a step's keys are written before any is read, and a length hides what comes after.
     """
     inside_S = np.clip(together_S - starts_S, 0, counts_S)
     parts_S = (inside_S > 0) + counts_S - inside_S

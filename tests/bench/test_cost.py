@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import pytest
+from batchinfer_kernels.eager import EagerBackend
+from batchinfer_kernels.formats import Precision
 
-from batchinfer import ops
 from batchinfer.bench.cost import LinearCost, MachineRates, StepWork, limit_of
 from batchinfer.layers.linear import Linear
 from batchinfer.models.precision import WeightPrecision
 from batchinfer.models.weights import load_decoder
-from batchinfer.ops import Precision
+from batchinfer.ops.resources import HOST
 from tests.models.tiny import build
 
 from .test_figures import make_machine
 
 
 def test_cost_of_the_tiny_model(tiny_model):
-    with ops.keeping_backend("cpu"):
-        ops.use_eager("cpu")  # which adds no rows to fill a panel
-        cost = LinearCost.of(load_decoder(tiny_model))
-        half = LinearCost.of(load_decoder(tiny_model, WeightPrecision.of_all(Precision.BFLOAT16)))
-        eighth = LinearCost.of(load_decoder(tiny_model, WeightPrecision(layers=Precision.INT8)))
+    backend = EagerBackend(HOST)  # which adds no rows to fill a panel
+    precisions = WeightPrecision(), WeightPrecision.of_all(Precision.BFLOAT16), WeightPrecision(layers=Precision.INT8)
+    cost, half, eighth = (LinearCost.of(load_decoder(tiny_model, one, backend=backend)) for one in precisions)
     # hidden 32, 4 heads and 2 kv heads of 8, feed-forward 48, 4 layers, vocabulary 96
     layer = 32 * (32 + 16 + 16) + 32 * 32 + 32 * (48 + 48) + 48 * 32
     assert (cost.layer_weights, cost.head_weights, cost.quantized) == (4 * layer, 32 * 96, False)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-
-from batchinfer import ops
+from batchinfer_kernels.contract import AttentionFacts, StepInputs
+from batchinfer_kernels.eager.linear import DenseMatrix
+from batchinfer_kernels.formats import BLOCK, BlockMatrix, Precision
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 4e-2}
 """Absolute and relative, for inputs of the order of 1 and results computed in at least float32."""
@@ -125,8 +126,8 @@ def linear_inputs(shape, dtype, kept=None):
 def pack_unrounded(pack, weight):
     """Return the matrix packed in the precision of its dtype; float64 has none, and stays as it is."""
     if weight.dtype == torch.float64:
-        return weight
-    return pack(weight, ops.Precision(str(weight.dtype).removeprefix("torch.")))
+        return DenseMatrix(weight)
+    return pack(weight, Precision(str(weight.dtype).removeprefix("torch.")))
 
 
 def make_blocks(in_features, out_features, bits, with_mins, seed=0):
@@ -135,10 +136,10 @@ def make_blocks(in_features, out_features, bits, with_mins, seed=0):
     low, high = (0, 15) if with_mins else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
     values = torch.randint(low, high + 1, (out_features, in_features), generator=generator, dtype=torch.int8)
     values[0, :2] = torch.tensor([low, high])
-    scales = (torch.randn(out_features, in_features // ops.BLOCK, generator=generator) * 0.05).half()
+    scales = (torch.randn(out_features, in_features // BLOCK, generator=generator) * 0.05).half()
     scales[-1, -1] = 3e-7
     mins = torch.randn(scales.shape, generator=generator).half() if with_mins else None
-    return ops.BlockMatrix(values, scales, mins, bits)
+    return BlockMatrix(values, scales, mins, bits)
 
 
 def on_threads(count, call):
@@ -149,3 +150,24 @@ def on_threads(count, call):
         return call()
     finally:
         torch.set_num_threads(before)
+
+
+def make_step(slots, tables, starts, lengths, prompts=None):
+    """The inputs of a step, of which an index is made; `prompts` default: sequences of more than one token."""
+    starts = torch.as_tensor(starts)
+    return StepInputs(
+        tokens_T=slots,
+        positions_T=slots,
+        slots_T=slots,
+        block_tables_SB=tables,
+        query_starts_X=starts,
+        lengths_S=torch.as_tensor(lengths),
+        prompt_S=starts.diff() > 1 if prompts is None else torch.as_tensor(prompts),
+        output_rows_N=slots,
+        max_length=max(lengths),
+    )
+
+
+def attention_facts(q, *windows):
+    """What `prepare` needs to know of layers with queries like q and these windows, default none."""
+    return AttentionFacts(q.shape[1], windows or (None,), q.dtype)

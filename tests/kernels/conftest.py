@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from batchinfer_kernels import cpu
 from batchinfer_kernels.cpu import library
-
-from batchinfer import ops
+from batchinfer_kernels.eager import EagerBackend
 
 _VARIANTS = [] if cpu.problem() else library.variants()
 
 
 @pytest.fixture(params=["eager", *(_VARIANTS or [pytest.param("C++", marks=pytest.mark.skip(str(cpu.problem())))])])
-def backend(request):
-    name = request.param
-    if name == "eager":
-        ops.use_eager("cpu")
-        yield name
-        ops.use_eager("cpu", request.config.getoption("--eager-kernels"))
-        return
-    if request.config.getoption("--eager-kernels"):
+def variant(request):
+    """`eager`, or the name of a C++ variant."""
+    if request.param != "eager" and request.config.getoption("--eager-kernels"):
         pytest.skip("--eager-kernels")
-    ops.use_eager("cpu", False)
-    library.choose(name)
-    yield name
-    library.choose(_VARIANTS[0])
+    return request.param
 
 
 @pytest.fixture
-def compiled(backend):
+def ops(variant):
+    """The backend under test. Fallbacks are allowed: see test_fallbacks."""
+    return EagerBackend(torch.device("cpu")) if variant == "eager" else cpu.CPUBackend(lambda fallback: None, variant)
+
+
+@pytest.fixture
+def compiled(variant):
     """For what is about C++ alone."""
-    if backend == "eager":
+    if variant == "eager":
         pytest.skip("about C++")

@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 import pytest
-from batchinfer_kernels import cpu
 from batchinfer_kernels.cpu import library, structs
 
 CSRC = Path(__file__).parents[2] / "kernels" / "csrc"
@@ -36,9 +35,8 @@ def loaded_with(monkeypatch: pytest.MonkeyPatch, **changes: object) -> str | Non
     """What `problem` says where parts of `library` are other ones."""
     for name, value in changes.items():
         monkeypatch.setattr(library, name, value)
-    monkeypatch.setattr(library, "_chosen", [])
     monkeypatch.setattr(library, "load", library.load.__wrapped__)
-    return cpu.problem()
+    return library.problem()
 
 
 def test_signatures_are_those_of_the_source():

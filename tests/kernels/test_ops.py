@@ -7,12 +7,21 @@ import math
 
 import pytest
 import torch
+from batchinfer_kernels.contract import ScoreRule
 
-from batchinfer import ops
 from tests.kernels import naive
-from tests.kernels.cases import ATTENTION, GATED_SHAPES, NAMED_EDGES, NORM_SHAPES, ROPE_SHAPES, TOLERANCE
+from tests.kernels.cases import (
+    ATTENTION,
+    GATED_SHAPES,
+    NAMED_EDGES,
+    NORM_SHAPES,
+    ROPE_SHAPES,
+    TOLERANCE,
+    attention_facts,
+    make_step,
+)
 
-pytestmark = pytest.mark.usefixtures("backend")
+pytestmark = pytest.mark.usefixtures("variant")
 
 DTYPES = list(TOLERANCE)
 
@@ -39,7 +48,7 @@ def _expected_norm(shape, dtype, offset, with_residual):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", NORM_SHAPES, ids=str)
 @pytest.mark.parametrize("offset", [0.0, 1.0])
-def test_rms_norm_equals_the_naive_loop(shape, dtype, offset):
+def test_rms_norm_equals_the_naive_loop(ops, shape, dtype, offset):
     x, weight = _random(*shape, dtype=dtype), _random(shape[-1], dtype=dtype, seed=1)
     _close(ops.rms_norm(x, weight, 1e-5, offset), _expected_norm(shape, dtype, offset, False), dtype)
 
@@ -47,7 +56,7 @@ def test_rms_norm_equals_the_naive_loop(shape, dtype, offset):
 @pytest.mark.sampled(NAMED_EDGES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", NORM_SHAPES, ids=str)
-def test_add_rms_norm_changes_the_residual_and_not_x(shape, dtype):
+def test_add_rms_norm_changes_the_residual_and_not_x(ops, shape, dtype):
     x, residual = _random(*shape, dtype=dtype), _random(*shape, dtype=dtype, seed=2)
     weight, x_before, total = _random(shape[-1], dtype=dtype, seed=1), x.clone(), x + residual
     got = ops.add_rms_norm(x, residual, weight, 1e-5)
@@ -57,7 +66,7 @@ def test_add_rms_norm_changes_the_residual_and_not_x(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rms_norm_of_a_strided_view_equals_that_of_its_copy(dtype):
+def test_rms_norm_of_a_strided_view_equals_that_of_its_copy(ops, dtype):
     wide = _random(4, 3, 20, dtype=dtype)
     weight = _random(8, seed=1, dtype=dtype)
     _close(ops.rms_norm(wide[:, 1:, 4:12], weight, 1e-5), naive.rms_norm(wide[:, 1:, 4:12], weight, 1e-5), wide.dtype)
@@ -77,13 +86,13 @@ def _turned(shape, dtype):
 @pytest.mark.sampled(NAMED_EDGES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", ROPE_SHAPES, ids=str)
-def test_rope_turns_in_place_and_leaves_the_rest(shape, dtype):
+def test_rope_turns_in_place_and_leaves_the_rest(ops, shape, dtype):
     tokens, heads, size, pairs = shape
     before, cos, sin, turned = _turned(shape, dtype)
     whole, fused = before.clone(), before.clone()
     # keys of the same numbers, and the last head for values
     k, v, cache = fused[:, 1 : 1 + heads], fused[:, -1:].expand(-1, heads, -1), _room(tokens, heads, size, dtype)
-    index = _one_sequence(tokens, cache)
+    index = _one_sequence(ops, whole[:, 1 : 1 + heads], cache)
     ops.rope_kv_write(whole[:, 1 : 1 + heads], k, v, (cos, sin), cache, index)
     for each in (whole, fused):
         _close(each[:, 1 : 1 + heads], turned, dtype)
@@ -99,9 +108,11 @@ def _room(tokens, heads, size, dtype):
     return torch.full((-(-tokens // 3), 2, heads, 3, size), torch.nan, dtype=dtype)
 
 
-def _one_sequence(tokens, cache):
+def _one_sequence(ops, q, cache):
+    tokens = len(q)
     table = torch.arange(len(cache), dtype=torch.int32)[None]
-    return ops.step_index(torch.arange(tokens), table, [0, tokens], [tokens], cache)
+    step = make_step(torch.arange(tokens), table, [0, tokens], [tokens])
+    return ops.prepare(step, cache, attention_facts(q))
 
 
 @functools.cache
@@ -115,7 +126,7 @@ def _gated(shape, dtype):
 @pytest.mark.sampled(NAMED_EDGES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", GATED_SHAPES, ids=str)
-def test_gated_activations_equal_the_float64_loop(shape, dtype):
+def test_gated_activations_equal_the_float64_loop(ops, shape, dtype):
     x = _random(*shape, dtype=dtype) * 3
     before = x.clone()
     silu, gelu = _gated(shape, dtype)
@@ -162,14 +173,15 @@ class Batch:
         """The part of keys or values that this step brings."""
         return torch.cat([c[len(c) - n :] for c, (n, _) in zip(context, self.case.sequences, strict=True)])
 
-    def write(self):
-        index = ops.step_index(self.slots, self.tables, self.starts, self.lengths, self.cache)
+    def write(self, ops):
+        step = make_step(self.slots, self.tables, self.starts, self.lengths)
+        index = ops.prepare(step, self.cache, attention_facts(self.q, self.case.window))
         ops.rope_kv_write(self.q, self.new(self.keys), self.new(self.values), None, self.cache, index)
         return index
 
-    def write_and_attend(self, out=None):
-        index = self.write()
-        rule = ops.ScoreRule(self.case.scale, self.case.window, self.case.soft_cap)
+    def write_and_attend(self, ops, out=None):
+        index = self.write(ops)
+        rule = ScoreRule(self.case.scale, self.case.window, self.case.soft_cap)
         return ops.paged_attention(self.q, self.cache, index, rule, out)
 
     def expected(self):
@@ -193,32 +205,32 @@ def _expected_attention(name, dtype, cache_dtype=None):
     [(name, dtype) for name in ATTENTION for dtype in DTYPES if name != "large-scores" or dtype.itemsize > 2],
     ids=str,
 )
-def test_paged_attention_equals_the_naive_loop(name, dtype):
-    _close(Batch(ATTENTION[name], dtype).write_and_attend(), _expected_attention(name, dtype), dtype)
+def test_paged_attention_equals_the_naive_loop(ops, name, dtype):
+    _close(Batch(ATTENTION[name], dtype).write_and_attend(ops), _expected_attention(name, dtype), dtype)
 
 
 @pytest.mark.sampled(NAMED_EDGES)
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", [name for name in ATTENTION if name != "large-scores"])
-def test_paged_attention_over_a_16_bit_cache_equals_the_naive_loop(name, cache_dtype):
+def test_paged_attention_over_a_16_bit_cache_equals_the_naive_loop(ops, name, cache_dtype):
     batch = Batch(ATTENTION[name], torch.float32, cache_dtype)
-    _close(batch.write_and_attend(), _expected_attention(name, torch.float32, cache_dtype), torch.float32)
+    _close(batch.write_and_attend(ops), _expected_attention(name, torch.float32, cache_dtype), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["mixed", "equal-decodes"])
-def test_paged_attention_writes_where_it_is_told(name, dtype):
-    expected = Batch(ATTENTION[name], dtype).write_and_attend()
+def test_paged_attention_writes_where_it_is_told(ops, name, dtype):
+    expected = Batch(ATTENTION[name], dtype).write_and_attend(ops)
     out = torch.full_like(expected, float("nan"))
-    assert Batch(ATTENTION[name], dtype).write_and_attend(out) is out
+    assert Batch(ATTENTION[name], dtype).write_and_attend(ops, out) is out
     assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("name", ["mixed", "block-size-7"])
-def test_writing_changes_its_slots_alone(name):
+def test_writing_changes_its_slots_alone(ops, name):
     batch = Batch(ATTENTION[name], torch.float32)
     before = batch.cache.clone()
-    batch.write()
+    batch.write(ops)
     size = batch.case.block_size
     for tensor, old, context in zip(batch.cache.unbind(1), before.unbind(1), (batch.keys, batch.values), strict=True):
         for slot, row in zip(batch.slots.tolist(), batch.new(context), strict=True):
@@ -228,7 +240,7 @@ def test_writing_changes_its_slots_alone(name):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_copied_blocks_are_what_their_sources_were(dtype):
+def test_copied_blocks_are_what_their_sources_were(ops, dtype):
     """Also where a source is a target, of another copy or of its own, and where the tensors are not dense."""
     dense = [_random(7, 2, 2, 4, 8, dtype=dtype, seed=i) for i in range(3)]
     sparse = [_random(7, 2, 2, 4, 16, dtype=dtype)[..., ::2]]

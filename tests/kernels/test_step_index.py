@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from batchinfer_kernels.eager.step_index import BUCKET_NUMBERS, SPLIT_SLOTS, TILE, step_index
+from batchinfer_kernels.contract import AttentionFacts
+from batchinfer_kernels.eager.step_index import BUCKET_NUMBERS, SPLIT_SLOTS, TILE, prepare
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from tests.kernels.cases import make_step
 
 BLOCK = 16
 
@@ -19,8 +22,8 @@ def _buckets(sequences, window=None, head_size=1):
     for count in counts:
         starts.append(starts[-1] + count)
     cache = torch.empty(tables.numel(), 2, 1, BLOCK, head_size)
-    index = step_index(torch.zeros(starts[-1], dtype=torch.int64), tables, starts, lengths, cache)
-    return index.buckets(window, 1, torch.float32)
+    step = make_step(torch.zeros(starts[-1], dtype=torch.int64), tables, starts, lengths)
+    return prepare(step, cache, AttentionFacts(1, (window,), torch.float32)).buckets[window]
 
 
 def _area(buckets):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from batchinfer_kernels import cpu
+from batchinfer_kernels.cpu.fused_layers import FusedLayers
+from batchinfer_kernels.formats import Precision
 
-from batchinfer import ops
 from batchinfer.models.precision import WeightPrecision
 from batchinfer.models.weights import load_decoder
-from batchinfer.ops import Precision
 from tests.models.tiny import MODELS, SIZES, Paged, build
 
 SPANS = (
@@ -62,37 +63,22 @@ def test_logits_equal_those_of_transformers(name, tmp_path):
     _assert_equal(_compute(paged, rows, SPANS), model, rows)
 
 
+@pytest.mark.skipif(cpu.problem() is not None, reason=str(cpu.problem()))
 @pytest.mark.parametrize("layers", [Precision.FLOAT32, Precision.INT8, Precision.BFLOAT16])
 @pytest.mark.parametrize("name", MODELS)
-def test_layers_in_one_call_give_what_their_ops_give(name, layers, tmp_path, plain_torch, monkeypatch):
-    """Bit for bit, in every form of the weights."""
-    if plain_torch:
-        pytest.skip("--eager-kernels")
+def test_fused_layers_give_what_their_ops_give(name, layers, tmp_path):
+    """Bit for bit, in every form of the weights; a stack with panels that do not come out even stays op by op."""
     build(name, tmp_path)
-    decoder = load_decoder(tmp_path, WeightPrecision(layers=layers))
-    rows, called = _rows(43, 35, 38), []
-
-    def compute(at_once):
-        def watched(*arguments):
-            called.append(at_once(*arguments))
-            return called[-1]
-
-        monkeypatch.setattr(ops, "compute_layers", watched)
-        with torch.inference_mode():
-            return _compute(Paged(decoder, sequences=3), rows, SPANS)
-
-    got, expected = compute(ops.compute_layers), compute(lambda *arguments: None)
+    fallbacks = []
+    decoder = load_decoder(tmp_path, WeightPrecision(layers=layers), backend=cpu.CPUBackend(fallbacks.append))
+    rows = _rows(43, 35, 38)
+    with torch.inference_mode():
+        got = _compute(Paged(decoder, sequences=3), rows, SPANS)
+        assert [one.op for one in fallbacks] == (["layer_stack"] if name == "llama-uneven" else [])
+        if isinstance(decoder._stack, FusedLayers):
+            decoder._stack = decoder._stack._op_by_op
+        expected = _compute(Paged(decoder, sequences=3), rows, SPANS)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
-    assert (None not in called[: len(SPANS)]) if name != "llama-uneven" else not called
-
-
-def test_layers_are_computed_one_by_one_on_another_backend(tmp_path):
-    """What was packed by C++ stays with it; norms and attention are the reference's."""
-    model = build("gemma2", tmp_path)
-    decoder, rows = load_decoder(tmp_path), _rows(43, 35, 38)
-    with ops.keeping_backend("cpu"):
-        ops.use_eager("cpu")
-        _assert_equal(_compute(Paged(decoder, sequences=3), rows, SPANS), model, rows)
 
 
 def test_longrope_takes_the_short_factors_where_the_context_is_limited(tmp_path):

@@ -6,16 +6,18 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from batchinfer_kernels.cpu.gated_linear import GatedPanels
+from batchinfer_kernels.cpu.linear import PackedBlocks
+from batchinfer_kernels.eager.linear import DenseMatrix
+from batchinfer_kernels.formats import BlockMatrix, Precision
 from gguf import GGMLQuantizationType as GGMLType
 from gguf import GGUFWriter
 
-from batchinfer import ops
 from batchinfer.layers.linear import Linear
 from batchinfer.models import gguf_blocks
 from batchinfer.models.gguf import GGUFFile
 from batchinfer.models.precision import WeightPrecision
 from batchinfer.models.weights import load_decoder
-from batchinfer.ops import Precision
 from tests.models.gguf_files import finish
 from tests.models.tiny import Paged
 
@@ -77,11 +79,11 @@ def _with_and_without(path, monkeypatch):
 
 def _in_blocks(decoder):
     """The names of the matrices that are."""
-    if isinstance(ops.pack_linear(torch.ones(1, 1), Precision.FLOAT32), torch.Tensor):
-        pytest.skip("the reference keeps float32")
-    linears = {name: module.held for name, module in decoder.named_modules() if isinstance(module, Linear)}
-    held = {name: each.packed if isinstance(each, ops.Gated) else each for name, each in linears.items()}
-    return {name for name, each in held.items() if isinstance(each, ops.cpu.PackedBlocks)}
+    if isinstance(decoder.embedding.matrix, DenseMatrix):
+        pytest.skip("the eager backend keeps float32")
+    linears = {name: module.matrix for name, module in decoder.named_modules() if isinstance(module, Linear)}
+    held = {name: each.packed if isinstance(each, GatedPanels) else each for name, each in linears.items()}
+    return {name for name, each in held.items() if isinstance(each, PackedBlocks)}
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -106,7 +108,7 @@ def test_every_matrix_is_that_of_the_file(tmp_path):
     floats, kinds = dict(file.weights()), set()
     for name, weight in file.weights_in_blocks():
         assert torch.equal(weight.float(), floats[name]), name
-        if isinstance(weight, ops.BlockMatrix):
+        if isinstance(weight, BlockMatrix):
             kinds.add((weight.bits, weight.mins_OG is not None))
     assert kinds == {(4, False), (4, True), (8, False)}
 
@@ -130,7 +132,7 @@ def test_other_types_of_numbers_take_the_weights_as_before(tmp_path):
     for precision in (WeightPrecision.of_all(Precision.BFLOAT16), WeightPrecision(layers=Precision.INT8)):
         decoder = load_decoder(tmp_path / "m.gguf", precision)
         assert _logits(decoder).std() > 0.1
-        assert not isinstance(decoder.embedding.matrix, ops.cpu.PackedBlocks)
+        assert not isinstance(decoder.embedding.matrix, PackedBlocks)
 
 
 @pytest.mark.model
@@ -138,7 +140,7 @@ def test_smollm2_in_blocks_computes_the_logits_of_its_float32_weights(smollm2_gg
     kept, floats = _with_and_without(smollm2_gguf, monkeypatch)
     assert torch.equal(_logits(kept), _logits(floats))
     assert len(_in_blocks(kept)) == 4 * 30 + 1
-    held = sum(ops.stored_bytes(linear.held) for linear in kept.modules() if isinstance(linear, Linear))
+    held = sum(linear.matrix.nbytes for linear in kept.modules() if isinstance(linear, Linear))
     # panels of at most 32 output features, which all sizes of this model are multiples of
     layers = 30 * (576 * (960 + 576 + 3072) + 1536 * 576)
     assert held == layers * 5 / 8 + 49152 * 576 * 8.5 / 8

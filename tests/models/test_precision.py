@@ -5,9 +5,9 @@ from __future__ import annotations
 import typing
 
 import pytest
+from batchinfer_kernels.formats import Precision
 
 from batchinfer.models.precision import weight_precision
-from batchinfer.ops import Precision
 from batchinfer.spec import EngineSpec
 
 

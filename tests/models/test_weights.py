@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from batchinfer_kernels.formats import Precision
 from safetensors.torch import load_file, save_file
 
 from batchinfer.errors import ModelError
@@ -15,7 +16,6 @@ from batchinfer.layers.linear import Linear
 from batchinfer.models.config import load_config
 from batchinfer.models.precision import EXACT, WeightPrecision
 from batchinfer.models.weights import load_decoder
-from batchinfer.ops import Precision
 from tests.models.gguf_files import write_model
 from tests.models.tiny import Paged, build
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 import transformers
+from batchinfer_kernels.contract import StepInputs
 
-from batchinfer.layers.attention import StepInputs
 from batchinfer.models.decoder import Decoder
 
 SIZES = {
@@ -111,7 +110,7 @@ class Paged:
         blocks = sequences * per_sequence + 3
         order = torch.randperm(blocks, generator=torch.Generator().manual_seed(7))
         shape = (blocks, 2, heads, block_size, size)
-        dtype = decoder.embedding.weight.dtype
+        dtype = decoder.dtype
         self.cache = [torch.full(shape, torch.nan, dtype=dtype) for _ in range(layers)]
         self.tables = order[: sequences * per_sequence].view(sequences, per_sequence).to(torch.int32)
         self.decoder = decoder
@@ -136,9 +135,10 @@ class Paged:
             positions_T=torch.cat(positions),
             slots_T=torch.cat(slots),
             block_tables_SB=self.tables[rows],
-            query_starts_X=np.array(starts),
-            lengths_S=np.array(lengths),
-            prompt_S=np.diff(starts) > 1,
+            query_starts_X=torch.tensor(starts),
+            lengths_S=torch.tensor(lengths),
+            prompt_S=torch.tensor(starts).diff() > 1,
             output_rows_N=torch.arange(starts[-1]),
+            max_length=max(lengths),
         )
         return self.decoder.logits(self.decoder(inputs, self.cache))

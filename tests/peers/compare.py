@@ -16,8 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 
-from batchinfer import ops
 from batchinfer.bench.machine import look_at
+from batchinfer.ops.choose import available_backends
 
 WORKLOADS = ("mixed", "label")
 ENVIRONMENT = os.environ | {"GOMP_SPINCOUNT": "10000"}  # as `batchinfer run` sets it
@@ -35,7 +35,7 @@ def commands(folder: Path) -> dict[str, list[str]]:
         "vLLM-CPU, eager": [str(vllm), str(here / "run_vllm.py"), str(folder / "model")],
     }
     runs = {f"{name}, float32": command for name, command in engines.items()}
-    if next(iter(ops.backends("cpu"))).endswith(("amx", "bf16")):
+    if available_backends()[0].capabilities.name.endswith(("amx", "bf16")):
         runs |= {f"{name}, bfloat16": [*command, "--dtype=bfloat16"] for name, command in engines.items()}
     runs |= {"batchinfer, float32 over the Q4_1 file's blocks": blocks}
     runs |= {"batchinfer, int8": [*ours, "--quantization=int8"]}

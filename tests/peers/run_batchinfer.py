@@ -19,6 +19,7 @@ from batchinfer.bench.cost import LinearCost
 from batchinfer.models.config import load_config, parse_config
 from batchinfer.models.decoder import Decoder
 from batchinfer.models.gguf import GGUFFile
+from batchinfer.models.precision import EXACT
 
 
 def main(model: str, arguments: list[str]) -> None:
@@ -26,12 +27,15 @@ def main(model: str, arguments: list[str]) -> None:
     began = time.perf_counter()
     llm = LLM(model, max_num_seqs=64, max_step_tokens=2048, kv_cache_tokens=46_000, **options)
     import torch
+    from batchinfer_kernels.eager import EagerBackend
 
     start_s = time.perf_counter() - began
     path = Path(model)
     config = load_config(path) if path.is_dir() else parse_config(GGUFFile(path).config_dict(), model)
     with torch.device("meta"):
-        cost = LinearCost.of(Decoder(config))
+        decoder = Decoder(EagerBackend(torch.device("meta")), config)
+        decoder.pack(EXACT)
+    cost = LinearCost.of(decoder)
     for workload in (argument for argument in arguments if not argument.startswith("--")):
         rows = [json.loads(line) for line in Path(workload).read_text().splitlines()]
         before = replace(llm.stats())  # a copy, because the counters are cumulative and mutable

@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from batchinfer_kernels import cpu
+from batchinfer_kernels.cpu import library
 
 from batchinfer.errors import ModelError
 from batchinfer.io.fetch import ModelFiles
-from batchinfer.pipeline.load import _defaults, _generation_config, _model_runner, quota_threads
+from batchinfer.ops.resources import quota_threads
+from batchinfer.pipeline.load import _defaults, _generation_config, _model_runner
 from batchinfer.spec import EngineSpec
 from tests.models.tiny import build
 
@@ -62,6 +63,6 @@ def test_longrope_says_once_which_factors_it_takes(tmp_path: Path, capfd: pytest
 @pytest.mark.parametrize(("quantization", "vnni", "said"), [("int8", False, 1), ("int8", True, 0), (None, False, 0)])
 def test_int8_without_vnni_logs_that_it_is_no_faster(tmp_path, capfd, monkeypatch, quantization, vnni, said) -> None:
     build("llama", tmp_path)
-    monkeypatch.setattr(cpu, "has_vnni", lambda: vnni)
+    monkeypatch.setattr(library, "WITH_VNNI", library.VARIANTS if vnni else ())
     _model_runner(EngineSpec(kv_cache_tokens=256, quantization=quantization), tmp_path)
     assert capfd.readouterr().err.count("int8 will not be faster than float32") == said

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 from batchinfer_kernels import cpu
-from batchinfer_kernels.cpu.linear_argmax import make_screen
+from batchinfer_kernels.cpu.linear_argmax import make_bounds
+from batchinfer_kernels.eager.linear import DenseMatrix
 
-from batchinfer import ops
 from batchinfer.engine.engine import Engine
 from batchinfer.engine.plan import Grown, Join, StepPlan
 from batchinfer.models.weights import load_decoder
+from batchinfer.ops.choose import load_backend
 from batchinfer.request import Request, SamplingParams
 from batchinfer.runner.model_runner import ModelRunner
 from batchinfer.runner.sampler import Sampler
@@ -30,7 +31,7 @@ class Echo(torch.nn.Module):
     def __init__(self, vocab: int = 40) -> None:
         super().__init__()
         self.config = types.SimpleNamespace(kv_shape=(1, 1, 2), vocab_size=vocab)
-        self.embedding = torch.nn.Embedding(vocab, 4)
+        self.backend, self.dtype = load_backend(), torch.float32
         self.table = torch.randn(997, vocab, generator=torch.Generator().manual_seed(1)) * 3
         self.seen = []
         self.head_rows = 0
@@ -103,7 +104,7 @@ def test_inputs_equal_plain_loops():
         rows = []
         for seat, start, tokens, samples in work:
             end = start + len(tokens)
-            inside = min(end, max(start, prompts[seat])) if ops.rows_are_exact("cpu") else end
+            inside = min(end, max(start, prompts[seat])) if decoder.backend.capabilities.exact_rows else end
             parts += [(seat, start, inside)] * (inside > start) + [(seat, p, p + 1) for p in range(inside, end)]
             if samples:
                 rows.append(sum(last - first for _, first, last in parts) - 1)
@@ -256,7 +257,7 @@ def test_batched_chunked_preempted_and_cached_equal_alone(tiny_llama, expected, 
 @pytest.mark.parametrize("caching", [True, False])
 def test_logits_are_the_same_bits_however_prompts_are_cut(tiny_llama, caching, num_blocks, budget):
     """In steps, by what is found in the cache, and by a preemption: a prompt's last token may be computed alone."""
-    if isinstance(tiny_llama.head.matrix, torch.Tensor):
+    if isinstance(tiny_llama.head.matrix, DenseMatrix):
         pytest.skip("plain torch")
     shared = list(range(3, 40))
     prompts = [shared[: 1 + 7 * number % 37] + [number % 5] * (number % 3) for number in range(1, 40)]
@@ -274,13 +275,14 @@ def test_greedy_rows_that_are_found_by_bounds_are_those_of_all_logits(tmp_path, 
     """Steps of greedy rows alone take the LM head's shorter way, others the long one, with the same tokens."""
     build("llama", tmp_path)
     decoder = load_decoder(tmp_path)
-    if isinstance(decoder.head.matrix, torch.Tensor):
+    if isinstance(decoder.head.matrix, DenseMatrix):
         pytest.skip("--eager-kernels")
     requests = [greedy([9, 8, 7, 10 + number], number, max_tokens=5 + number) for number in range(12)]
     expected = {one.request_id: alone(decoder, one) for one in requests}
     found = []
-    monkeypatch.setattr(decoder, "_screen", make_screen(decoder.head.matrix))
-    monkeypatch.setattr(ops, "linear_argmax", lambda *args: found.append(cpu.linear_argmax(*args)) or found[-1])
+    monkeypatch.setattr(decoder, "_bounds", make_bounds(decoder.head.matrix))
+    linear_argmax = decoder.backend.linear_argmax
+    monkeypatch.setattr(decoder.backend, "linear_argmax", lambda *args: found.append(linear_argmax(*args)) or found[-1])
     answers = run_requests(decoder_engine(decoder, 60), requests)
     assert {number: answer.token_ids for number, answer in answers.items()} == expected
     steps = len(found)
@@ -319,7 +321,7 @@ def test_a_row_with_bad_logits_ends_alone(tiny_llama):
     poisoned = 4
     requests = [greedy([9, 8, 7, 10 + number], number, max_tokens=12) for number in range(12)]
     calm = run_requests(decoder_engine(tiny_llama, 16), requests)
-    weight = tiny_llama.embedding.weight
+    weight = tiny_llama.embedding.matrix.values_OI
     before = weight[poisoned].clone()
     bad = [greedy([11, poisoned, 12], 100 + number, max_tokens=5, logit_bias={4: -100.0}) for number in range(4)]
     mixed = [one for group in zip(requests[::3], requests[1::3], requests[2::3], bad, strict=True) for one in group]

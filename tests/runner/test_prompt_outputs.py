@@ -176,7 +176,7 @@ def test_a_poisoned_prompt_ends_alone(tiny_llama):
     spoilt = [[*prompt[:3], 4, *prompt[3:]] for prompt in prompts]
     requests = scoring([entry for pair in zip(prompts, spoilt, strict=True) for entry in pair])
     requests += [Request(50, spoilt[0], SamplingParams(), 0, pooling="mean")]
-    weight = decoder.embedding.weight
+    weight = decoder.embedding.matrix.values_OI
     before = weight[4].clone()
     try:
         with torch.no_grad():

@@ -7,23 +7,13 @@ import math
 import torch
 from torch import Tensor
 
-from batchinfer_kernels import eager
-from batchinfer_kernels.cpu.library import Function, functions
+from batchinfer_kernels.cpu.library import Function
 
 
-def silu_mul(x_T2F: Tensor) -> Tensor:
-    return _gated(functions().silu_mul, x_T2F) if _known(x_T2F) else eager.silu_mul(x_T2F)
-
-
-def gelu_mul(x_T2F: Tensor) -> Tensor:
-    return _gated(functions().gelu_mul, x_T2F) if _known(x_T2F) else eager.gelu_mul(x_T2F)
-
-
-def _known(x_T2F: Tensor) -> bool:
-    return x_T2F.dtype == torch.float32 and x_T2F.is_contiguous()
-
-
-def _gated(function: Function, x_T2F: Tensor) -> Tensor:
+def gated(function: Function, x_T2F: Tensor) -> Tensor | None:
+    """Return what `silu_mul` or `gelu_mul` of the library computes; None if x is not dense float32."""
+    if x_T2F.dtype != torch.float32 or not x_T2F.is_contiguous():
+        return None
     *leading, twice = x_T2F.shape
     out_TF = torch.empty(*leading, twice // 2)
     function(x_T2F.data_ptr(), math.prod(leading), twice // 2, out_TF.data_ptr(), torch.get_num_threads())

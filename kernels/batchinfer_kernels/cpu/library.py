@@ -1,4 +1,4 @@
-"""The compiled library: which instruction set of it runs here, and the signatures of its functions.
+"""The compiled library: its variants, one per instruction set, and the signatures of their functions.
 
 Each function exists once per variant, as `name_variant`. Its threads are those of the OpenMP runtime that torch has
 loaded, so torch must have been imported (see csrc/parallel.h).
@@ -16,7 +16,7 @@ import torch
 from batchinfer_kernels.cpu.structs import STRUCTS, layout_text
 
 VARIANTS = ("amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "baseline")  # the best first
-WITH_VNNI = {"amx", "avx512_bf16", "avx512_vnni"}  # an instruction for sums of products of 8-bit integers
+WITH_VNNI = {"amx", "avx512_bf16", "avx512_vnni"}  # with an instruction for sums of products of 8-bit integers
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _PATH = Path(__file__).with_name("_ops.so")
@@ -72,7 +72,7 @@ def _library() -> ctypes.CDLL:
 
 @cache
 def variants() -> list[str]:
-    """Those that were compiled and that this processor has, the best first. Raises OSError without the library."""
+    """Return the compiled variants that this processor can run, the best first. Raises OSError without the library."""
     library = _library()
     compiled = [name for name in VARIANTS if hasattr(library, f"linear_{name}")]
     return [name for name in compiled if name == "baseline" or getattr(library, f"has_variant_{name}")()]
@@ -112,43 +112,18 @@ def expected_interface() -> set[str]:
     return signatures | {f"{name} {layout_text(struct)}" for name, struct in STRUCTS.items()}
 
 
-_chosen: list[Functions] = []
-
-
-def functions() -> Functions:
-    """Of the variant in use."""
-    return _chosen[0] if _chosen else choose(variants()[0])
-
-
-def choose(variant: str) -> Functions:
-    """From now on, in this process."""
-    _chosen[:] = [load(variant)]
-    return _chosen[0]
-
-
 def checked(status: int) -> None:
-    """Raises MemoryError for what a function returned."""
+    """Raise MemoryError if a function returned that its workspace could not be allocated."""
     if status:
         raise MemoryError("no memory for the workspace of a kernel")
 
 
-def variant() -> str:
-    """The name of the one in use."""
-    used = functions()
-    return next(name for name in variants() if load(name) is used)
-
-
-def has_vnni() -> bool:
-    """Return True if the variant in use multiplies 8-bit integers faster than float32."""
-    return variant() in WITH_VNNI
-
-
 def problem() -> str | None:
-    """Why the library cannot be used; None if it can."""
+    """Return why the library cannot be used, None if it can."""
     if not _PATH.exists():
         return "they were not compiled when this was installed: it takes a C++ compiler"
     try:
-        functions()
+        load(variants()[0])
     except (OSError, InterfaceMismatch) as error:
         return str(error)
     return None

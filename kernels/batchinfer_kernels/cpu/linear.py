@@ -7,25 +7,37 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from batchinfer_kernels import eager
-from batchinfer_kernels.cpu.library import TYPES, Functions, checked, functions
+from batchinfer_kernels.cpu.library import TYPES, Functions, checked
 from batchinfer_kernels.cpu.memory import empty
-from batchinfer_kernels.formats import Precision, keeps_numbers
+from batchinfer_kernels.eager.quantized_linear import pack_quantized
+from batchinfer_kernels.formats import BLOCK, BlockMatrix, Precision
 
 
 @dataclass(frozen=True, slots=True)
 class PackedLinear:
-    """A matrix [O, I] as the compiled variant in use reads it; `functions` are that variant's."""
+    """Float32 matrix as the compiled variant reads it; `functions` are that variant's."""
 
-    panels: Tensor  # [ceil(O / panel), I, panel], zeros beyond O
+    panels: Tensor  # [ceil(O / panel), I, panel], zeros beyond O; in 16 bits if that is exact
     in_features: int
     out_features: int
     functions: Functions
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    @property
+    def nbytes(self) -> int:
+        return self.panels.nbytes
+
+    @property
+    def precision(self) -> Precision:
+        return Precision.FLOAT32
+
 
 @dataclass(frozen=True, slots=True)
 class PackedBlocks:
-    """A matrix in blocks, as csrc/block_linear.h reads it: multiplied as the float32 numbers that it stands for."""
+    """Matrix in blocks, as csrc/block_linear.h reads it: multiplied as the float32 numbers that it stands for."""
 
     panels: Tensor  # uint8 [ceil(O / panel), groups of I, bytes of panel features of a group], zeros beyond O
     type: int  # csrc/ops.cpp's
@@ -33,84 +45,44 @@ class PackedBlocks:
     out_features: int
     functions: Functions
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    @property
+    def nbytes(self) -> int:
+        return self.panels.nbytes
+
+    @property
+    def precision(self) -> Precision:
+        return Precision.FLOAT32
+
 
 @dataclass(frozen=True, slots=True)
 class RoundedPanels:
-    """A matrix rounded to bfloat16, as csrc/rounded_linear.h reads it."""
+    """Matrix rounded to bfloat16, as csrc/rounded_linear.h reads it."""
 
     panels: Tensor  # bfloat16 [ceil(O / panel), ceil(I / together), panel, together], zeros beyond O and I
     in_features: int
     out_features: int
     functions: Functions
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
 
-def known(weight_OI: Tensor | eager.BlockMatrix) -> bool:
-    return isinstance(weight_OI, eager.BlockMatrix) or weight_OI.dtype == torch.float32
+    @property
+    def nbytes(self) -> int:
+        return self.panels.nbytes
 
-
-_ROUNDED = 6  # csrc/ops.cpp's type
-_BLOCK_TYPES = {(8, False): 3, (4, False): 4, (4, True): 5}  # (bits, with minima)
-
-
-def pack_linear(weight_OI: Tensor | eager.BlockMatrix, precision: Precision) -> Matrix:
-    """Copies. Numbers that 16 bits hold exactly (a bfloat16 checkpoint's) are kept in 16: half the memory to read."""
-    if not known(weight_OI):
-        return eager.pack_linear(weight_OI, precision)
-    if not keeps_numbers(weight_OI.dtype, precision):
-        return _pack_quantized(weight_OI) if precision is Precision.INT8 else _pack_rounded(weight_OI.float())
-    if isinstance(weight_OI, eager.BlockMatrix):
-        return _pack_blocks(weight_OI)
-    chosen = functions()
-    panel = chosen.linear_panel()
-    out_features, in_features = weight_OI.shape
-    panels = empty((-(-out_features // panel), in_features, panel), _smallest_exact(weight_OI))
-    _fill(panels, weight_OI, TYPES[panels.dtype], chosen)
-    return PackedLinear(panels, in_features, out_features, chosen)
-
-
-def _pack_rounded(weight_OI: Tensor) -> RoundedPanels:
-    chosen = functions()
-    out_features, in_features = weight_OI.shape
-    panels = rounded_panels(out_features, in_features, chosen)
-    _fill(panels, weight_OI, _ROUNDED, chosen)
-    return RoundedPanels(panels, in_features, out_features, chosen)
-
-
-def rounded_panels(out_features: int, in_features: int, chosen: Functions) -> Tensor:
-    """As RoundedPanels has them, not filled yet."""
-    panel, together = chosen.linear_panel(), chosen.rounded_together()
-    return empty((-(-out_features // panel), -(-in_features // together), panel, together), torch.bfloat16)
-
-
-def _fill(panels: Tensor, weight_OI: Tensor, kind: int, chosen: Functions) -> None:
-    out_features, in_features = weight_OI.shape
-    weights, threads = weight_OI.contiguous(), torch.get_num_threads()
-    chosen.pack_linear(weights.data_ptr(), in_features, out_features, panels.data_ptr(), kind, threads)
-
-
-def _pack_blocks(matrix: eager.BlockMatrix) -> PackedBlocks:
-    chosen, kind = functions(), _BLOCK_TYPES[matrix.bits, matrix.mins_OG is not None]
-    out_features, in_features = matrix.shape
-    count = -(-out_features // chosen.linear_panel())
-    panels = empty((count, in_features // eager.BLOCK, chosen.block_bytes(kind)), torch.uint8)
-    values, scales = matrix.values_OI.contiguous(), matrix.scales_OG.contiguous()
-    mins = None if matrix.mins_OG is None else matrix.mins_OG.contiguous()
-    chosen.pack_blocks(
-        values.data_ptr(),
-        scales.data_ptr(),
-        None if mins is None else mins.data_ptr(),
-        in_features,
-        out_features,
-        panels.data_ptr(),
-        kind,
-        torch.get_num_threads(),
-    )
-    return PackedBlocks(panels, kind, in_features, out_features, chosen)
+    @property
+    def precision(self) -> Precision:
+        return Precision.BFLOAT16
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizedPanels:
-    """The same in 8 bits, as csrc/quantized_linear.h reads it."""
+    """Matrix in 8 bits, as csrc/quantized_linear.h reads it."""
 
     panels: Tensor  # int8 [ceil(O / panel), whole groups of I / 4, panel, 4], zeros beyond O and I
     offsets: Tensor  # int32 [ceil(O / panel), groups, panel]
@@ -122,19 +94,98 @@ class QuantizedPanels:
     def out_features(self) -> int:
         return len(self.scales_O)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
 
-def _pack_quantized(weight_OI: Tensor | eager.BlockMatrix) -> QuantizedPanels:
-    matrix = eager.pack_linear(weight_OI, Precision.INT8)
-    assert isinstance(matrix, eager.QuantizedMatrix)
-    chosen = functions()
-    panel = chosen.linear_panel()
+    @property
+    def nbytes(self) -> int:
+        return self.panels.nbytes + self.offsets.nbytes + self.scales_O.nbytes
+
+    @property
+    def precision(self) -> Precision:
+        return Precision.INT8
+
+
+Panels = PackedLinear | RoundedPanels | PackedBlocks | QuantizedPanels
+
+_ROUNDED = 6  # csrc/ops.cpp's type
+_BLOCK_TYPES = {(8, False): 3, (4, False): 4, (4, True): 5}  # (bits, with minima)
+
+
+def can_pack(weight_OI: Tensor | BlockMatrix) -> bool:
+    return isinstance(weight_OI, BlockMatrix) or weight_OI.dtype == torch.float32
+
+
+def pack_linear(functions: Functions, weight_OI: Tensor | BlockMatrix, precision: Precision) -> Panels | None:
+    """Copy a matrix into panels; return None if it is not float32 or `precision` is not for float32 activations.
+
+    Numbers that 16 bits hold exactly (a bfloat16 checkpoint's) are kept in 16: half the memory to read.
+    """
+    if not can_pack(weight_OI) or precision == Precision.FLOAT16:
+        return None
+    if precision == Precision.INT8:
+        return _pack_quantized(functions, weight_OI)
+    if precision == Precision.BFLOAT16:
+        return _pack_rounded(functions, weight_OI.float())
+    if isinstance(weight_OI, BlockMatrix):
+        return _pack_blocks(functions, weight_OI)
+    panel = functions.linear_panel()
     out_features, in_features = weight_OI.shape
-    count, groups = -(-out_features // panel), -(-in_features // chosen.quantized_group())
-    panels = empty((count, groups * chosen.quantized_group() // 4, panel, 4), torch.int8)
+    panels = empty((-(-out_features // panel), in_features, panel), _smallest_exact(weight_OI))
+    _fill(panels, weight_OI, TYPES[panels.dtype], functions)
+    return PackedLinear(panels, in_features, out_features, functions)
+
+
+def _pack_rounded(functions: Functions, weight_OI: Tensor) -> RoundedPanels:
+    out_features, in_features = weight_OI.shape
+    panels = rounded_panels(out_features, in_features, functions)
+    _fill(panels, weight_OI, _ROUNDED, functions)
+    return RoundedPanels(panels, in_features, out_features, functions)
+
+
+def rounded_panels(out_features: int, in_features: int, functions: Functions) -> Tensor:
+    """Allocate panels of RoundedPanels, uninitialised."""
+    panel, together = functions.linear_panel(), functions.rounded_together()
+    return empty((-(-out_features // panel), -(-in_features // together), panel, together), torch.bfloat16)
+
+
+def _fill(panels: Tensor, weight_OI: Tensor, kind: int, functions: Functions) -> None:
+    out_features, in_features = weight_OI.shape
+    weights, threads = weight_OI.contiguous(), torch.get_num_threads()
+    functions.pack_linear(weights.data_ptr(), in_features, out_features, panels.data_ptr(), kind, threads)
+
+
+def _pack_blocks(functions: Functions, matrix: BlockMatrix) -> PackedBlocks:
+    kind = _BLOCK_TYPES[matrix.bits, matrix.mins_OG is not None]
+    out_features, in_features = matrix.shape
+    count = -(-out_features // functions.linear_panel())
+    panels = empty((count, in_features // BLOCK, functions.block_bytes(kind)), torch.uint8)
+    values, scales = matrix.values_OI.contiguous(), matrix.scales_OG.contiguous()
+    mins = None if matrix.mins_OG is None else matrix.mins_OG.contiguous()
+    functions.pack_blocks(
+        values.data_ptr(),
+        scales.data_ptr(),
+        None if mins is None else mins.data_ptr(),
+        in_features,
+        out_features,
+        panels.data_ptr(),
+        kind,
+        torch.get_num_threads(),
+    )
+    return PackedBlocks(panels, kind, in_features, out_features, functions)
+
+
+def _pack_quantized(functions: Functions, weight_OI: Tensor | BlockMatrix) -> QuantizedPanels:
+    matrix = pack_quantized(weight_OI)
+    panel = functions.linear_panel()
+    out_features, in_features = weight_OI.shape
+    count, groups = -(-out_features // panel), -(-in_features // functions.quantized_group())
+    panels = empty((count, groups * functions.quantized_group() // 4, panel, 4), torch.int8)
     offsets = torch.empty(count, groups, panel, dtype=torch.int32)
     values, threads = matrix.values_OI.data_ptr(), torch.get_num_threads()
-    chosen.pack_quantized(values, in_features, out_features, panels.data_ptr(), offsets.data_ptr(), threads)
-    return QuantizedPanels(panels, offsets, matrix.scales_O, in_features, chosen)
+    functions.pack_quantized(values, in_features, out_features, panels.data_ptr(), offsets.data_ptr(), threads)
+    return QuantizedPanels(panels, offsets, matrix.scales_O, in_features, functions)
 
 
 def _smallest_exact(weight_OI: Tensor) -> torch.dtype:
@@ -145,18 +196,12 @@ def _smallest_exact(weight_OI: Tensor) -> torch.dtype:
     return torch.float32
 
 
-Panels = PackedLinear | RoundedPanels | PackedBlocks | QuantizedPanels
-Matrix = eager.Matrix | Panels
-
-
-def linear(x_NI: Tensor, packed: Matrix, bias_O: Tensor | None) -> Tensor:
-    if isinstance(packed, eager.Matrix):
-        return eager.linear(x_NI, packed, bias_O)
+def linear(x_NI: Tensor, packed: Panels, bias_O: Tensor | None) -> Tensor:
     return multiply(x_NI, packed, bias_O, torch.empty(len(x_NI), packed.out_features))
 
 
 def multiply(x_NI: Tensor, packed: Panels, bias_O: Tensor | None, out: Tensor, activation: int = 0) -> Tensor:
-    """Into out: [N, O], or with one of csrc/elementwise.h's activations [N, O / 2]. Returns it."""
+    """Write x Wᵀ + b into out [N, O], or with one of csrc/elementwise.h's activations [N, O / 2]. Returns out."""
     if x_NI.stride(-1) != 1:
         x_NI = x_NI.contiguous()
     x, bias = x_NI.data_ptr(), None if bias_O is None else bias_O.data_ptr()
@@ -176,11 +221,7 @@ def type_of(packed: PackedLinear | RoundedPanels | PackedBlocks) -> int:
     return _ROUNDED if isinstance(packed, RoundedPanels) else packed.type
 
 
-def packed_rows(
-    packed: Tensor | eager.RoundedMatrix | PackedLinear | RoundedPanels | PackedBlocks, rows_N: Tensor
-) -> Tensor:
-    if isinstance(packed, Tensor | eager.RoundedMatrix):
-        return eager.packed_rows(packed, rows_N)
+def packed_rows(packed: PackedLinear | RoundedPanels | PackedBlocks, rows_N: Tensor) -> Tensor:
     if isinstance(packed, PackedLinear | RoundedPanels):
         panel = packed.panels.shape[2]
         found = packed.panels[rows_N // panel, :, rows_N % panel].flatten(1)

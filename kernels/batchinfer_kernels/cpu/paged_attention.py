@@ -8,48 +8,46 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from batchinfer_kernels import eager
-from batchinfer_kernels.cpu.library import TYPES, checked, functions
+from batchinfer_kernels.contract import ScoreRule
+from batchinfer_kernels.cpu.library import TYPES, Functions, checked
 from batchinfer_kernels.cpu.step_index import CPUStepIndex
-from batchinfer_kernels.eager.step_index import StepIndex
 
 
 def paged_attention(
+    functions: Functions,
     q_THD: Tensor,
     kv_N2KBD: Tensor,
-    index: StepIndex,
-    scale: float,
-    window: int | None,
-    soft_cap: float | None,
+    index: CPUStepIndex,
+    rule: ScoreRule,
     out_THD: Tensor | None = None,
-) -> Tensor:
+) -> Tensor | None:
+    """Return None, with nothing done, if q is not float32, has gaps within a head, or the cache is not dense."""
     kv_type = TYPES.get(kv_N2KBD.dtype)
     stride_T, stride_H, stride_D = q_THD.stride()
-    known = q_THD.dtype == torch.float32 and kv_type is not None
-    dense = stride_D == 1 and kv_N2KBD.is_contiguous()
-    if not (known and dense and isinstance(index, CPUStepIndex)):
-        return eager.paged_attention(q_THD, kv_N2KBD, index, scale, window, soft_cap, out_THD)
+    if q_THD.dtype != torch.float32 or kv_type is None or stride_D != 1 or not kv_N2KBD.is_contiguous():
+        return None
     tokens, heads, size = q_THD.shape
+    _, _, kv_heads, block_size, _ = kv_N2KBD.shape
     if out_THD is None:
         out_THD = torch.empty(tokens, heads, size)
-    tables, query_starts, lengths, prompts = index.addresses
-    status = functions().paged_attention(
+    scale, window, soft_cap = rule
+    status = functions.paged_attention(
         q_THD.data_ptr(),
         stride_T,
         stride_H,
         out_THD.data_ptr(),
         kv_N2KBD.data_ptr(),
         kv_type,
-        tables,
-        index.tables_SB.shape[1],
-        query_starts,
-        lengths,
-        prompts,
-        len(index.lengths_S),
+        index.tables,
+        index.table_stride,
+        index.query_starts,
+        index.lengths,
+        index.prompts,
+        index.num_sequences,
         heads,
-        index.num_kv_heads,
+        kv_heads,
         size,
-        index.block_size,
+        block_size,
         scale,
         window or 0,
         soft_cap or 0.0,

@@ -7,42 +7,39 @@ import math
 import torch
 from torch import Tensor
 
-from batchinfer_kernels import eager
-from batchinfer_kernels.cpu.library import functions
+from batchinfer_kernels.cpu.library import Functions
 from batchinfer_kernels.cpu.memory import empty_rows
 
 
-def rms_norm(x_NE: Tensor, weight_E: Tensor, eps: float, offset: float) -> Tensor:
-    rows = _rows(x_NE)
-    if rows is None or not _known(x_NE, weight_E):
-        return eager.rms_norm(x_NE, weight_E, eps, offset)
-    return _norm(x_NE, rows, None, weight_E, (eps, offset))
-
-
-def add_rms_norm(x_NE: Tensor, residual_NE: Tensor, weight_E: Tensor, eps: float, offset: float) -> Tensor:
-    rows = _rows(x_NE)
-    alike = residual_NE.dtype == torch.float32 and residual_NE.shape == x_NE.shape and residual_NE.is_contiguous()
-    if rows is None or not alike or not _known(x_NE, weight_E):
-        return eager.add_rms_norm(x_NE, residual_NE, weight_E, eps, offset)
-    return _norm(x_NE, rows, residual_NE.data_ptr(), weight_E, (eps, offset))
-
-
-def _norm(
+def rms_norm(
+    functions: Functions,
     x_NE: Tensor,
-    rows: tuple[int, int, int, int],
-    residual: int | None,  # address
+    residual_NE: Tensor | None,
     weight_E: Tensor,
-    eps_offset: tuple[float, float],
-) -> Tensor:
+    eps: float,
+    offset: float,
+) -> Tensor | None:
+    """Return the norm of x, or of the residual once x is added to it in place. None, with nothing done, if an argument
+    is not float32 or lies in memory in a way that C++ does not know.
+    """
+    rows = _rows(x_NE)
+    if rows is None or x_NE.dtype != torch.float32 or weight_E.dtype != torch.float32 or not weight_E.is_contiguous():
+        return None
+    residual = None
+    if residual_NE is not None:
+        if residual_NE.dtype != torch.float32 or residual_NE.shape != x_NE.shape or not residual_NE.is_contiguous():
+            return None
+        residual = residual_NE.data_ptr()
     size = x_NE.shape[-1]
     out_NE = empty_rows(*x_NE.shape) if x_NE.dim() == 2 else torch.empty(x_NE.shape)
-    functions().rms_norm(
+    functions.rms_norm(
         x_NE.data_ptr(),
         *rows,
         residual,
         weight_E.data_ptr(),
         size,
-        *eps_offset,
+        eps,
+        offset,
         out_NE.data_ptr(),
         out_NE.stride(-2) if x_NE.dim() > 1 else size,
         torch.get_num_threads(),
@@ -50,12 +47,8 @@ def _norm(
     return out_NE
 
 
-def _known(x_NE: Tensor, weight_E: Tensor) -> bool:
-    return x_NE.dtype == torch.float32 == weight_E.dtype and weight_E.is_contiguous()
-
-
 def _rows(x_NE: Tensor) -> tuple[int, int, int, int] | None:
-    """As two axes: lengths, then strides. None if they cannot be told so."""
+    """Return lengths and strides of two axes of rows, None if the rows do not lie so."""
     if x_NE.is_contiguous():
         return 1, math.prod(x_NE.shape[:-1]), 0, x_NE.shape[-1]
     if x_NE.dim() == 2 and x_NE.stride(1) == 1:

@@ -1,45 +1,66 @@
-"""The eager index, in a form that C++ reads as well. T tokens · S sequences · X = S + 1 · B blocks per table."""
+"""Step index of the C++ ops: addresses of the step's tensors, which C++ reads as they are."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
+import torch
 from torch import Tensor
 
-from batchinfer_kernels.eager.step_index import StepIndex
+from batchinfer_kernels.contract import AttentionFacts, StepInputs
+from batchinfer_kernels.eager.step_index import EagerStepIndex
+
+_DTYPES = {
+    "slots_T": torch.int64,
+    "block_tables_SB": torch.int32,
+    "query_starts_X": torch.int64,
+    "lengths_S": torch.int64,
+    "prompt_S": torch.bool,
+}
 
 
-@dataclass(slots=True, kw_only=True)
-class CPUStepIndex(StepIndex):
-    """Serves the eager ops as well: they take what C++ does not know. All arrays are contiguous."""
+class StepSource(NamedTuple):
+    """Arguments of `prepare`, from which an op that falls back has its own index made."""
 
-    prompt_S: npt.NDArray[np.bool_]
-    addresses: tuple[int, int, int, int]  # of tables_SB, query_starts_X, lengths_S and prompt_S
+    step: StepInputs
+    kv_N2KBD: Tensor
+    attention: AttentionFacts
 
 
-def step_index(
-    slots_T: Tensor,
-    block_tables_SB: Tensor,
-    query_starts_X: npt.ArrayLike,
-    lengths_S: npt.ArrayLike,
-    kv_N2KBD: Tensor,
-    prompt_S: npt.ArrayLike | None = None,
-) -> CPUStepIndex:
-    num_kv_heads, block_size, head_size = kv_N2KBD.shape[2:]
-    tables_SB = np.ascontiguousarray(block_tables_SB.numpy(), dtype=np.int32)
-    starts_X, ends_S = (np.ascontiguousarray(x, dtype=np.int64) for x in (query_starts_X, lengths_S))
-    prompts_S = np.ascontiguousarray(np.diff(starts_X) > 1 if prompt_S is None else prompt_S, dtype=np.bool_)
+@dataclass(slots=True)
+class CPUStepIndex:
+    """Addresses of contiguous arrays, which `held` keeps alive."""
+
+    slots: int
+    tables: int
+    query_starts: int
+    lengths: int
+    prompts: int
+    table_stride: int
+    num_sequences: int
+    held: list[Tensor]
+    source: StepSource
+    eager: EagerStepIndex | None = None  # of the same step, once an op fell back
+
+
+def prepare(step: StepInputs, kv_N2KBD: Tensor, attention: AttentionFacts) -> CPUStepIndex:
+    """Build the index of one step. Raises TypeError for a tensor of another dtype than StepInputs says."""
+    held = []
+    for name, dtype in _DTYPES.items():
+        tensor = getattr(step, name).contiguous()
+        if tensor.dtype != dtype:
+            raise TypeError(f"StepInputs.{name} is {tensor.dtype}, not {dtype}")
+        held.append(tensor)
+    slots, tables, query_starts, lengths, prompts = (tensor.data_ptr() for tensor in held)
     return CPUStepIndex(
-        slots_T=slots_T.contiguous(),
-        tables_SB=tables_SB,
-        query_starts_X=starts_X,
-        lengths_S=ends_S,
-        num_kv_heads=num_kv_heads,
-        block_size=block_size,
-        head_size=head_size,
-        device=slots_T.device,
-        prompt_S=prompts_S,
-        addresses=(tables_SB.ctypes.data, starts_X.ctypes.data, ends_S.ctypes.data, prompts_S.ctypes.data),
+        slots,
+        tables,
+        query_starts,
+        lengths,
+        prompts,
+        table_stride=held[1].shape[1],
+        num_sequences=len(step.lengths_S),
+        held=held,
+        source=StepSource(step, kv_N2KBD, attention),
     )

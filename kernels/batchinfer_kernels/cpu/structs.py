@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 
-from batchinfer_kernels.eager.layer_facts import LayerFacts
+from batchinfer_kernels.formats import LayerFacts
 
 POINTER, INT64, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 

@@ -1,4 +1,4 @@
-"""Blocks of a KV cache copied within it. C copies · N blocks · K kv heads · B slots per block · D head size"""
+"""Copies of whole blocks within a KV cache. C copies · N blocks · K kv heads · B slots per block · D head size"""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def copy_blocks(caches: Sequence[Tensor], sources: Sequence[int], targets: Sequence[int]) -> None:
-    """All [N, 2, K, B, D]. A target may be a source too: all sources are read first."""
+    """Copy blocks of caches [N, 2, K, B, D]. A target may be a source too: all sources are read first."""
     device = caches[0].device
     from_C, to_C = torch.tensor(sources, device=device), torch.tensor(targets, device=device)
     for kv_N2KBD in caches:

@@ -1,33 +1,47 @@
-"""Linear layers in 8 bits: weights per output feature, activations per row and group of features as they come.
+"""Linear layers in 8 bits: weights scaled per output feature, activations per row and group of features as they come.
 
-Both symmetric. A scale for each group keeps an outlier among the activations (LLM.int8(), Dettmers et al., 2022) from
-rounding all others away. N rows · I input features · O output features · G groups
+Both are symmetric. A scale for each group keeps an outlier among the activations (LLM.int8(), Dettmers et al., 2022)
+from rounding all others away. N rows · I input features · O output features · G groups
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from batchinfer_kernels.eager.block_matrix import BlockMatrix
+from batchinfer_kernels.formats import BlockMatrix, Precision
 
 STEPS = 127  # of either sign
 GROUP = 64  # input features that share a scale
-_NOTHING = 1e-30  # what is smaller is zero; its reciprocal would not be finite
+_NOTHING = 1e-30  # smaller inputs count as zero: their reciprocal would not be finite
 
 
-class QuantizedMatrix(NamedTuple):
-    """values * scales, by row."""
+@dataclass(frozen=True, slots=True)
+class QuantizedMatrix:
+    """Weights in 8 bits: values * scales, by row."""
 
     values_OI: Tensor  # int8, -127 .. 127
     scales_O: Tensor  # float32
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.values_OI.shape
+        return rows, columns
+
+    @property
+    def nbytes(self) -> int:
+        return self.values_OI.nbytes + self.scales_O.nbytes
+
+    @property
+    def precision(self) -> Precision:
+        return Precision.INT8
+
 
 def pack_quantized(weight_OI: Tensor | BlockMatrix) -> QuantizedMatrix:
-    """To the nearest of 255 values between the largest weight of each row and its negative."""
+    """Round to the nearest of 255 values between the largest weight of each row and its negative."""
     weights_OI = weight_OI.float()
     scales_O = weights_OI.abs().amax(1) * (1 / STEPS)
     divisors_O = scales_O.clamp(min=_NOTHING)
@@ -36,7 +50,7 @@ def pack_quantized(weight_OI: Tensor | BlockMatrix) -> QuantizedMatrix:
 
 
 def quantized_linear(x_NI: Tensor, matrix: QuantizedMatrix, bias_O: Tensor | None) -> Tensor:
-    """A group's sums are exact integers; the rest is float32. Rows with NaN or infinity come out not finite."""
+    """Return x Wᵀ + b. A group's sums are exact integers, the rest float32. Rows with NaN or infinity stay so."""
     x_NGI, values_OGI = (_in_groups(rows) for rows in (x_NI.float(), matrix.values_OI))
     largest_NG = x_NGI.abs().amax(2)
     known_NG = (largest_NG > _NOTHING) & largest_NG.isfinite()

@@ -1,4 +1,4 @@
-"""What precedes attention: queries and keys turned by their positions, keys and values put into the cache.
+"""Rotary embedding of queries and keys, and the write of keys and values into the cache.
 
 T tokens, H query heads, K kv heads, D head size, R rotated pairs of a head, N blocks, B slots per block
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from batchinfer_kernels.eager.step_index import StepIndex
+from batchinfer_kernels.eager.step_index import EagerStepIndex
 
 
 def rope_kv_write(
@@ -17,18 +17,18 @@ def rope_kv_write(
     v_TKD: Tensor,
     cos_sin: tuple[Tensor, Tensor] | None,
     kv_N2KBD: Tensor,
-    index: StepIndex,
+    index: EagerStepIndex,
 ) -> None:
     if cos_sin is not None:
         _turn(q_THD, *cos_sin)
         _turn(k_TKD, *cos_sin)
-    blocks_T, offsets_T = index.places()
+    blocks_T, offsets_T = index.places_T
     for number, new_TKD in enumerate((k_TKD, v_TKD)):
         kv_N2KBD[blocks_T, number, :, offsets_T] = new_TKD.to(kv_N2KBD.dtype)
 
 
 def _turn(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> None:
-    """Rotary position embedding (Su et al. 2021), half-split pairs, in place."""
+    """Apply rotary position embedding (Su et al. 2021) in place, to half-split pairs."""
     pairs = cos_TR.shape[-1]
     wide = torch.promote_types(x_THD.dtype, cos_TR.dtype)
     first_THR, second_THR = x_THD[..., :pairs], x_THD[..., pairs : 2 * pairs]

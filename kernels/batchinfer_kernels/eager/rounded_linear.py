@@ -1,27 +1,41 @@
-"""Linear layers in bfloat16: weights and activations are rounded to it, and their products added up in float32.
+"""Linear layers in bfloat16: weights and activations are rounded to it, and products are summed in float32.
 
 N rows · I input features · O output features
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from batchinfer_kernels.eager.block_matrix import BlockMatrix
+from batchinfer_kernels.formats import Precision
 
 
-class RoundedMatrix(NamedTuple):
-    """Multiplied with what is rounded as well."""
+@dataclass(frozen=True, slots=True)
+class RoundedMatrix:
+    """Weights rounded to bfloat16, multiplied with activations that are rounded as well."""
 
     values_OI: Tensor  # float32 numbers that bfloat16 holds
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.values_OI.shape
+        return rows, columns
 
-def pack_rounded(weight_OI: Tensor | BlockMatrix) -> RoundedMatrix:
-    return RoundedMatrix(_rounded(weight_OI.float()))
+    @property
+    def nbytes(self) -> int:
+        return self.values_OI.nbytes
+
+    @property
+    def precision(self) -> Precision:
+        return Precision.BFLOAT16
+
+
+def pack_rounded(weight_OI: Tensor) -> RoundedMatrix:
+    return RoundedMatrix(_rounded(weight_OI))
 
 
 def rounded_linear(x_NI: Tensor, matrix: RoundedMatrix, bias_O: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Where a step's queries, keys and values are: computed once per step on the host, used by every layer.
+"""Step index of the eager backend: where queries, keys and values are, computed once per step for all layers.
 
 A sequence's queries are cut into tiles of at most TILE tokens, so that masks stay small whatever the context, and a
 tile reads only the part of the context that it can see. Tiles of like size share a bucket: one padded dense
@@ -10,12 +10,14 @@ N blocks · B slots per block · D head size
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from batchinfer_kernels.contract import AttentionFacts, StepInputs
 
 TILE = 128
 SPLIT_SLOTS = 2048  # a bucket is split where that saves this many query × context slots; about one more bucket's cost
@@ -36,65 +38,54 @@ class Bucket:
     bias_I1XL: Tensor | None  # 0 or -inf, X = query heads per kv head * Q (or 1, for all); None: everything is seen
 
 
-@dataclass(slots=True)
-class StepIndex:
-    """What layers share is made by the first that needs it: buckets where windows, head counts and dtype are equal."""
+@dataclass(frozen=True, slots=True)
+class EagerStepIndex:
+    """Slots of a step, and the buckets of each kind of layer: one list per window."""
 
-    slots_T: Tensor  # int64
-    tables_SB: npt.NDArray[np.int32]
-    query_starts_X: Ints  # [S + 1]
+    places_T: tuple[Tensor, Tensor]  # int64: block of each token's slot, and its offset there
+    buckets: dict[int | None, list[Bucket]]  # by window
+    workspaces: tuple[Tensor, Tensor]  # of the cache's dtype, for gathered keys and values; reused over layers
+
+
+@dataclass(frozen=True, slots=True)
+class _BucketFacts:
+    """Step and cache as the functions below read them: small arrays on the host, block tables where they are."""
+
+    tables_SB: Tensor
+    query_starts_X: Ints
     lengths_S: Ints
     num_kv_heads: int
     block_size: int
     head_size: int
-    device: torch.device
-    _places_T: tuple[Tensor, Tensor] | None = None
-    _buckets: dict[tuple[int | None, int, torch.dtype], list[Bucket]] = field(default_factory=dict)
-    _workspaces: dict[int, Tensor] = field(default_factory=dict)
-
-    def places(self) -> tuple[Tensor, Tensor]:
-        """int64 block and offset of each token's slot."""
-        if self._places_T is None:
-            self._places_T = self.slots_T // self.block_size, self.slots_T % self.block_size
-        return self._places_T
-
-    def buckets(self, window: int | None, group: int, dtype: torch.dtype) -> list[Bucket]:
-        """`group` query heads share a kv head; `dtype` is that of the scores."""
-        key = (window, group, dtype)
-        made = self._buckets.get(key)
-        if made is None:
-            made = self._buckets[key] = [_bucket(self, tiles, *key) for tiles in _make_tiles(self, window, group)]
-        return made
-
-    def workspace(self, number: int, cache: Tensor, rows: int) -> Tensor:
-        """[rows, D] of the cache's dtype, reused over layers: fresh memory costs more than the copy into it."""
-        size = cache.shape[-1]
-        held = self._workspaces.get(number)
-        if held is None or held.numel() < rows * size or held.dtype != cache.dtype:
-            held = self._workspaces[number] = cache.new_empty(rows * size)
-        return held[: rows * size].view(rows, size)
+    group: int  # query heads per kv head
+    dtype: torch.dtype  # of scores
 
 
-def step_index(
-    slots_T: Tensor,
-    block_tables_SB: Tensor,
-    query_starts_X: npt.ArrayLike,
-    lengths_S: npt.ArrayLike,
-    kv_N2KBD: Tensor,
-    prompt_S: npt.ArrayLike | None = None,
-) -> StepIndex:
-    """`prompt_S` makes no difference here: results depend on how a prompt is cut in any case."""
+def prepare(step: StepInputs, kv_N2KBD: Tensor, attention: AttentionFacts) -> EagerStepIndex:
+    """Build the index of one step. Of `kv_N2KBD`, any layer's cache, only shape and dtype count.
+
+    Reads starts and lengths on the host: on another device that waits for them. `prompt_S` makes no difference: results
+    depend on how a prompt is cut into chunks in any case.
+    """
     num_kv_heads, block_size, head_size = kv_N2KBD.shape[2:]
-    return StepIndex(
-        slots_T=slots_T,
-        tables_SB=block_tables_SB.cpu().numpy(),
-        query_starts_X=np.asarray(query_starts_X, dtype=np.int64),
-        lengths_S=np.asarray(lengths_S, dtype=np.int64),
+    facts = _BucketFacts(
+        tables_SB=step.block_tables_SB,
+        query_starts_X=step.query_starts_X.cpu().numpy(),
+        lengths_S=step.lengths_S.cpu().numpy(),
         num_kv_heads=num_kv_heads,
         block_size=block_size,
         head_size=head_size,
-        device=slots_T.device,
+        group=attention.num_heads // num_kv_heads,
+        dtype=attention.dtype,
     )
+    buckets = {
+        window: [_bucket(facts, tiles, window) for tiles in _make_tiles(facts, window)]
+        for window in dict.fromkeys(attention.windows)
+    }
+    rows = max((len(bucket.rows_M[0]) for found in buckets.values() for bucket in found), default=0)
+    space = kv_N2KBD.new_empty(2, rows, head_size)  # fresh memory costs more than the copy into it
+    places_T = step.slots_T // block_size, step.slots_T % block_size
+    return EagerStepIndex(places_T, buckets, (space[0], space[1]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,13 +99,13 @@ class _Tiles:
     start: Ints  # first position that the first query sees
     end: Ints  # one past the last query's position
 
-    def take(self, chosen: Ints) -> _Tiles:
+    def select(self, chosen: Ints) -> _Tiles:
         return _Tiles(*(getattr(self, name)[chosen] for name in self.__slots__))
 
 
-def _make_tiles(index: StepIndex, window: int | None, group: int) -> list[_Tiles]:
-    """The tiles of each bucket."""
-    tiles = _cut(index, window)
+def _make_tiles(facts: _BucketFacts, window: int | None) -> list[_Tiles]:
+    """Return the tiles of each bucket."""
+    tiles = _cut(facts, window)
     seen = tiles.end - tiles.start
     # queries padded to a power of two: at most 8 kinds, and decodes (1) never share with chunks
     width = 2 ** np.ceil(np.log2(tiles.count)).astype(np.int64)
@@ -122,26 +113,26 @@ def _make_tiles(index: StepIndex, window: int | None, group: int) -> list[_Tiles
     for queries in np.unique(width):
         members = np.flatnonzero(width == queries)
         members = members[np.argsort(-seen[members], kind="stable")]
-        numbers_per_slot = max(index.num_kv_heads * index.head_size, group * int(queries))
-        for part in _split(members, seen[members], int(queries)):
-            most = max(1, BUCKET_NUMBERS // (numbers_per_slot * int(seen[part[0]])))
-            groups += [tiles.take(np.sort(part[i : i + most])) for i in range(0, len(part), most)]
+        numbers_per_slot = max(facts.num_kv_heads * facts.head_size, facts.group * int(queries))
+        for split in _split(members, seen[members], int(queries)):
+            most = max(1, BUCKET_NUMBERS // (numbers_per_slot * int(seen[split[0]])))
+            groups += [tiles.select(np.sort(split[i : i + most])) for i in range(0, len(split), most)]
     return groups
 
 
-def _cut(index: StepIndex, window: int | None) -> _Tiles:
-    counts = np.diff(index.query_starts_X)
+def _cut(facts: _BucketFacts, window: int | None) -> _Tiles:
+    counts = np.diff(facts.query_starts_X)
     tiles_S = -(-counts // TILE)
     sequence = np.repeat(np.arange(len(counts)), tiles_S)
     first = TILE * (np.arange(len(sequence)) - np.repeat(np.cumsum(tiles_S) - tiles_S, tiles_S))
     count = np.minimum(TILE, counts[sequence] - first)
-    position = index.lengths_S[sequence] - counts[sequence] + first
+    position = facts.lengths_S[sequence] - counts[sequence] + first
     start = np.zeros_like(position) if window is None else np.maximum(0, position - window + 1)
-    return _Tiles(sequence, index.query_starts_X[sequence] + first, count, position, start, position + count)
+    return _Tiles(sequence, facts.query_starts_X[sequence] + first, count, position, start, position + count)
 
 
 def _split(members: Ints, seen: Ints, queries: int) -> list[Ints]:
-    """`members` by falling context, cut where that saves most padding, as long as it saves enough."""
+    """Cut `members`, sorted by falling context, where that saves most padding, as long as it saves enough."""
     saved = (len(seen) - np.arange(len(seen))) * (seen[0] - seen) * queries
     at = int(saved.argmax())
     if saved[at] < SPLIT_SLOTS:
@@ -149,30 +140,37 @@ def _split(members: Ints, seen: Ints, queries: int) -> list[Ints]:
     return _split(members[:at], seen[:at], queries) + _split(members[at:], seen[at:], queries)
 
 
-def _bucket(index: StepIndex, tiles: _Tiles, window: int | None, group: int, dtype: torch.dtype) -> Bucket:
+def _bucket(facts: _BucketFacts, tiles: _Tiles, window: int | None) -> Bucket:
     num_queries = int(tiles.count.max())
     num_slots = int((tiles.end - tiles.start).max())
     query_IQ = np.minimum(np.arange(num_queries), tiles.count[:, None] - 1)
     row_IQ = tiles.row[:, None] + query_IQ
     wanted_IL = tiles.start[:, None] + np.arange(num_slots)
-    position_IL = np.minimum(wanted_IL, tiles.end[:, None] - 1)
-    block_IL = index.tables_SB[tiles.sequence[:, None], position_IL // index.block_size].astype(np.int64)
-    head_K1 = np.arange(index.num_kv_heads)[:, None]
-    keys_IKL = (block_IL[:, None, :] * 2 * index.num_kv_heads + head_K1) * index.block_size
-    keys_IKL += (position_IL % index.block_size)[:, None, :]
-
-    keys_M = torch.from_numpy(keys_IKL.reshape(-1).astype(np.int32)).to(index.device)
-    values_M = keys_M + index.num_kv_heads * index.block_size
-    bias_I1XL = _bias(wanted_IL[:, None, :], (tiles.position[:, None] + query_IQ)[:, :, None], window, group, dtype)
-    whole = num_queries == 1 and len(tiles.row) == index.query_starts_X[-1]
+    keys_M = _key_rows(facts, tiles.sequence, np.minimum(wanted_IL, tiles.end[:, None] - 1))
+    values_M = keys_M + facts.num_kv_heads * facts.block_size
+    positions_IQ = tiles.position[:, None] + query_IQ
+    bias_I1XL = _bias(wanted_IL[:, None, :], positions_IQ[:, :, None], window, facts.group, facts.dtype)
+    whole = num_queries == 1 and len(tiles.row) == facts.query_starts_X[-1]
+    device = keys_M.device
     return Bucket(
-        queries_M=None if whole else torch.from_numpy(row_IQ.reshape(-1)).to(index.device),
+        queries_M=None if whole else torch.from_numpy(row_IQ.reshape(-1)).to(device),
         num_queries=num_queries,
         rows_M=(keys_M, values_M),
         num_slots=num_slots,
-        bags=_bags(values_M, num_slots, group) if num_queries == 1 else None,
-        bias_I1XL=None if bias_I1XL is None else bias_I1XL.to(index.device),
+        bags=_bags(values_M, num_slots, facts.group) if num_queries == 1 else None,
+        bias_I1XL=None if bias_I1XL is None else bias_I1XL.to(device),
     )
+
+
+def _key_rows(facts: _BucketFacts, sequence_I: Ints, position_IL: Ints) -> Tensor:
+    """Return int32 [I * K * L]: row of each key in the cache seen as [N * 2 * K * B, D]. Tables stay on the device."""
+    device, size = facts.tables_SB.device, facts.block_size
+    sequence_I1 = torch.from_numpy(sequence_I[:, None]).to(device)
+    position = torch.from_numpy(position_IL).to(device)
+    block_IL = facts.tables_SB[sequence_I1, position // size].long()
+    head_K1 = torch.arange(facts.num_kv_heads, device=device)[:, None]
+    keys_IKL = (block_IL[:, None, :] * 2 * facts.num_kv_heads + head_K1) * size
+    return keys_IKL.add_((position % size)[:, None, :]).view(-1).int()
 
 
 def _bags(values_M: Tensor, num_slots: int, group: int) -> tuple[Tensor, Tensor]:
@@ -181,7 +179,9 @@ def _bags(values_M: Tensor, num_slots: int, group: int) -> tuple[Tensor, Tensor]
 
 
 def _bias(key_I1L: Ints, query_IQ1: Ints, window: int | None, group: int, dtype: torch.dtype) -> Tensor | None:
-    """From positions. The CPU's fused attention wants a float mask, over all query heads of a kv head."""
+    """Return 0 or -inf from positions, None if all is visible. torch's fused attention on CPUs wants a float mask over
+    all query heads of a kv head.
+    """
     visible_IQL = key_I1L <= query_IQ1
     if window is not None:
         visible_IQL &= key_I1L > query_IQ1 - window
