@@ -24,12 +24,10 @@ NOT_DONE: tuple[str, ...] = (
     "batchinfer/layers",
     "batchinfer/llm.py",
     "batchinfer/models",
-    "batchinfer/openai",
     "batchinfer/ops",
     "batchinfer/pipeline",
     "batchinfer/request.py",
     "batchinfer/runner",
-    "batchinfer/server",
     "batchinfer/text",
     "kernels",
 )

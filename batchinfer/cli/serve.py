@@ -96,7 +96,7 @@ def serve(options: ServeOptions) -> None:
     from batchinfer.batches.catalog import Catalog
     from batchinfer.batches.runner import BatchRunner
     from batchinfer.server.app import AppOptions, create_app
-    from batchinfer.server.batch_routes import make_router
+    from batchinfer.server.batch_routes import make_batch_router
     from batchinfer.server.frontend import Frontend
     from batchinfer.server.lifecycle import Endpoint, ServeLimits, listen
     from batchinfer.server.metrics import Metrics
@@ -112,11 +112,11 @@ def serve(options: ServeOptions) -> None:
     frontend = Frontend(model, Metrics(), options.max_waiting)
     catalog = Catalog(options.data_dir or _data_dir(spec, port))
     batches = BatchRunner(catalog, SharedAnswerer(frontend), _job_values(spec), model.names)
-    routers, uploads = (make_router(catalog, batches),), ("/v1/files",)
+    routers, uploads = (make_batch_router(catalog, batches),), ("/v1/files",)
     gate = create_app(frontend, AppOptions(options.api_key, options.max_body_mb << 20, routers, uploads, batches.start))
     endpoint = Endpoint(gate, frontend, sock, ServeLimits(options.max_lifetime, options.idle_timeout), batches)
     try:
-        code = endpoint.run(_command(options, model))
+        code = endpoint.serve(_command(options, model))
     finally:
         catalog.close()
     if code:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from batchinfer.errors import InvalidInput
-from batchinfer.text.messages import read_messages
+from batchinfer.text.messages import normalize_messages
 from batchinfer.values.cell import require_representable
 from batchinfer.values.plain import parse_exact_json, to_json_value
 
@@ -23,7 +23,7 @@ def chat_messages(value: Any, what: str) -> list[dict[str, Any]]:
     value = parse_json(value, what) if isinstance(value, str) else to_json_value(value, what, exact=True)
     if value is None:
         raise InvalidInput(f"{what} is null")
-    return read_messages(value, f"{what}: ")
+    return normalize_messages(value, f"{what}: ")
 
 
 def ready_prompt(value: Any, what: str) -> str | list[int]:

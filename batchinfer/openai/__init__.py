@@ -1,11 +1,11 @@
-"""OpenAI's API, and Anthropic's messages, as values: what a request's body asks for, and what its answer looks like.
+"""OpenAI's API, and Anthropic's messages, as values: request bodies parsed and response bodies written.
 
-The endpoint's routes and a job's openai-batch lines both go through here, so that a body means the same in both.
-Nothing here knows of HTTP or of files.
+The endpoint's routes and a job's openai-batch rows share this package, so that a body means the same in both. It knows
+neither HTTP nor files.
 
-What /v1/responses and /v1/messages ask for is a chat in other words (`as_chat`, `responses`, `messages`), and their
-answers are a chat's, told in blocks (`blocks`, `response_answer`, `message_answer`).
+`request_models` (fields and types of a body) → `parse` (prompts, prompt options, sampling parameters) → the engine →
+`chat_response`, `completion_response` or `embedding_response` (choices with text, tool calls and logprobs; vectors).
 
-A body's way: `bodies` (its fields and their types) → `asked` (prompts, sampling parameters, what the template gets) →
-the engine → `answers` (choices with their texts, tool calls and logprobs, or vectors).
+/v1/responses and /v1/messages are converted to a chat (`as_chat`, `responses_request`, `messages_request`); their
+responses are a chat's answer as content blocks (`content_blocks`, `responses_response`, `messages_response`).
 """

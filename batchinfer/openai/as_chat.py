@@ -1,4 +1,4 @@
-"""What /v1/responses and /v1/messages have in common: they ask for a chat in words of their own."""
+"""Conversion of /v1/responses and /v1/messages bodies to chat requests: the part that both share."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from batchinfer.openai.request_models import ChatRequest, SamplingBody, validati
 _CHANGES = "it would change the result"
 
 UnsupportedFields = Mapping[str, tuple[tuple[Any, ...], str]]
-"""Field → the values that ask for nothing (null never does), and why no other is taken, or what to use."""
+"""Field → (values that change nothing and are accepted, as null is; why others are refused, or what to use)."""
 
-# answers of these routes have one sample, and no place for the rest
-_NO_PLACE: UnsupportedFields = {
+# a response of these routes has one sample, and no field for the rest
+_NO_FIELD: UnsupportedFields = {
     "n": ((1,), "an answer has one sample"),
     "best_of": ((1,), "an answer has one sample"),
     **dict.fromkeys(("prompt_logprobs", "logprob_token_ids"), ((), "an answer has no place for it")),
@@ -26,14 +26,14 @@ _NO_PLACE: UnsupportedFields = {
 
 
 def result_changing(*names: str, neutral: tuple[Any, ...] = ()) -> UnsupportedFields:
-    """Fields that would change the result, and are not supported."""
+    """Return unsupported fields that would change the result."""
     return dict.fromkeys(names, (neutral, _CHANGES))
 
 
 class ChatLikeRequest(SamplingBody):
-    """A chat that is asked for in words of its own.
+    """Body of another API that converts to a chat request.
 
-    names: a chat's field → what it is called here. whole_answer: see `Framing`.
+    field_names: a chat's field → its name in this API. whole_answer: see `PromptOptions`.
     """
 
     field_names: ClassVar[Mapping[str, str]]
@@ -42,26 +42,26 @@ class ChatLikeRequest(SamplingBody):
 
     @abstractmethod
     def to_chat(self) -> ChatRequest:
-        """The same in a chat's words. Raises BadParameters, InvalidInput."""
+        """Return the equivalent chat request. Raises BadParameters, InvalidInput."""
 
-    def _build_chat(self, said: Mapping[str, Any]) -> ChatRequest:
-        """Sampling fields that `said` does not name are passed on as they are. Raises BadParameters, InvalidInput."""
-        given = {name: getattr(self, name) for name in self.model_fields_set}
-        for name, (neutral, why) in {**_NO_PLACE, **self.unsupported}.items():
-            value = given.get(name)
+    def _build_chat(self, fields: Mapping[str, Any]) -> ChatRequest:
+        """Return a chat request: `fields` over the body's sampling fields. Raises BadParameters, InvalidInput."""
+        values = {name: getattr(self, name) for name in self.model_fields_set}
+        for name, (neutral, why) in {**_NO_FIELD, **self.unsupported}.items():
+            value = values.get(name)
             if value is not None and value not in neutral:
                 raise BadParameters(f"{name} is not supported here: {why}", param=name)
         own = type(self).model_fields.keys() - SamplingBody.model_fields.keys()
-        passed = {name: value for name, value in given.items() if name not in own}
-        alone = {"n": 1, "prompt_logprobs": None}  # whatever the defaults ask for
+        passed = {name: value for name, value in values.items() if name not in own}
+        fixed = {"n": 1, "prompt_logprobs": None}  # whatever the defaults are
         try:
-            return ChatRequest.model_validate({**passed, **alone, **said})
+            return ChatRequest.model_validate({**passed, **fixed, **fields})
         except ValidationError as error:
             raise validation_error(error.errors()) from None
 
 
 def text_parts(content: Any, kinds: Mapping[str, str], place: str, param: str) -> list[dict[str, Any]]:
-    """Content as a list of a chat's text parts. kinds: type of a part → where its text is. Raises InvalidInput."""
+    """Return content as a list of a chat's text parts. kinds: type of a part → its text field. Raises InvalidInput."""
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     if not isinstance(content, list):
@@ -76,18 +76,21 @@ def text_parts(content: Any, kinds: Mapping[str, str], place: str, param: str) -
     return parts
 
 
-def plain(parts: list[dict[str, Any]]) -> str | list[dict[str, Any]]:
-    """Content of a chat's message: one text as it is."""
+def collapse_parts(parts: list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+    """Return the content of a chat message: a string for a single part, else the parts."""
     return parts[0]["text"] if len(parts) == 1 else parts
 
 
-def function(name: Any, description: Any, parameters: Any, place: str) -> dict[str, Any]:
-    """A chat's tool. Raises BadParameters."""
+def function_tool(name: Any, description: Any, parameters: Any, place: str) -> dict[str, Any]:
+    """Return a tool of a chat request. Raises BadParameters."""
     if not isinstance(name, str) or not name:
         raise BadParameters(f"{place} needs a name", param="tools")
     if not isinstance(parameters, Mapping | None):
         raise BadParameters(f"{place}: the schema of {name!r} must be an object", param="tools")
-    made: dict[str, Any] = {"name": name}
+    function: dict[str, Any] = {"name": name}
     if description is not None:
-        made["description"] = description
-    return {"type": "function", "function": {**made, "parameters": parameters or {"type": "object", "properties": {}}}}
+        function["description"] = description
+    return {
+        "type": "function",
+        "function": {**function, "parameters": parameters or {"type": "object", "properties": {}}},
+    }

@@ -1,4 +1,7 @@
-"""Chat messages and tools as chat templates take them. What a template could not show is refused, not dropped."""
+"""Chat messages and tools of a request, validated for the chat template.
+
+Content that a template cannot show is refused, not dropped.
+"""
 
 from __future__ import annotations
 
@@ -10,44 +13,44 @@ import orjson
 from batchinfer.errors import BadParameters, InvalidInput
 from batchinfer.openai.request_models import ChatRequest, Message, TokenizeRequest
 from batchinfer.pipeline.encoding import PromptOptions
-from batchinfer.text.messages import read_messages
+from batchinfer.text.messages import normalize_messages
 
 
 def parse_conversation(
-    body: ChatRequest | TokenizeRequest, given: Sequence[Message], chat_template: str | None
+    body: ChatRequest | TokenizeRequest, messages: Sequence[Message], chat_template: str | None
 ) -> tuple[list[dict[str, Any]], PromptOptions]:
-    """The messages, and how they become a prompt: the template's variables, and how the prompt ends.
+    """Return the normalised messages, and the prompt options with the template's variables.
 
-    chat_template: its source. Raises InvalidInput, BadParameters.
+    chat_template: its Jinja source. Raises InvalidInput, BadParameters.
     """
     if chat_template is None:
         raise InvalidInput(
             "this model has no chat template: use /v1/completions, or serve it with prompt.chat_template"
         )
-    values = dict(body.chat_template_kwargs or {})
+    variables = dict(body.chat_template_kwargs or {})
     for name in ("messages", "add_generation_prompt", "continue_final_message"):
-        if name in values:
+        if name in variables:
             raise BadParameters(f"chat_template_kwargs cannot hold {name}", param="chat_template_kwargs")
     for name in ("documents", "reasoning_effort", "tool_choice"):
         if getattr(body, name, None) is not None:
-            values[name] = getattr(body, name)
+            variables[name] = getattr(body, name)
     if body.tools and getattr(body, "tool_choice", None) != "none":
-        values["tools"] = _tools(chat_template, body.tools)
-    messages = read_messages([message.model_dump(exclude_unset=True) for message in given])
-    for number, message in enumerate(messages):
+        variables["tools"] = _check_tools(chat_template, body.tools)
+    normalized = normalize_messages([message.model_dump(exclude_unset=True) for message in messages])
+    for number, message in enumerate(normalized):
         for call in message.get("tool_calls", []):
             _check_call(call, f"messages[{number}]")
     if body.add_generation_prompt is not None:
-        values["add_generation_prompt"] = body.add_generation_prompt
+        variables["add_generation_prompt"] = body.add_generation_prompt
     if body.continue_final_message and body.add_generation_prompt:
         problem = "continue_final_message and add_generation_prompt exclude each other: the last message stays open"
         raise BadParameters(problem, param="continue_final_message")
-    # a template writes its special tokens itself
+    # the template writes the special tokens
     special, continues = body.add_special_tokens is True, bool(body.continue_final_message)
-    return messages, PromptOptions(special, values, special_tokens=body.special_tokens, continues=continues)
+    return normalized, PromptOptions(special, variables, special_tokens=body.special_tokens, continues=continues)
 
 
-def _tools(chat_template: str, tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _check_tools(chat_template: str, tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if "tools" not in chat_template:
         raise BadParameters("this model's chat template takes no tools", param="tools")
     for number, tool in enumerate(tools):
@@ -68,10 +71,10 @@ def _check_call(call: dict[str, Any], place: str) -> None:
         raise InvalidInput(f"{place}: a tool call must have a function with a name", param="messages")
     arguments = function.get("arguments", {})
     try:
-        sound = isinstance(orjson.loads(arguments or "{}") if isinstance(arguments, str) else arguments, dict)
+        valid = isinstance(orjson.loads(arguments or "{}") if isinstance(arguments, str) else arguments, dict)
     except ValueError:
-        sound = False
-    if not sound:
+        valid = False
+    if not valid:
         raise InvalidInput(
             f"{place}: arguments of tool call {function['name']!r} are not JSON of an object", param="messages"
         )

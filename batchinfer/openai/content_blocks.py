@@ -1,4 +1,4 @@
-"""An answer as a row of blocks, texts and calls of tools, that are opened, written and closed one after another."""
+"""A generated answer as a sequence of content blocks (texts and tool calls), opened and closed one after another."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from batchinfer.openai.delta import Delta
-from batchinfer.openai.tools import NewId, ParsedAnswer, ToolStream, ToolUse
+from batchinfer.openai.tools import NewId, ToolStream, ToolUse, parse_answer
 from batchinfer.request import TokenLogprob
 
 
-class Head(NamedTuple):
-    """What signs an answer. created: in seconds since 1970."""
+class ResponseHead(NamedTuple):
+    """Identity of a response. created: Unix time in seconds."""
 
     id: str
     created: int
@@ -20,7 +20,7 @@ class Head(NamedTuple):
 
 @dataclass(slots=True)
 class ContentBlock:
-    """A text, or the arguments of a call, which has a name and an id. `logprobs` of a text's tokens, where known."""
+    """A text, or the arguments of a tool call, which has a name and an id. logprobs: of a text's tokens, if known."""
 
     number: int
     name: str | None = None
@@ -29,81 +29,81 @@ class ContentBlock:
     logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
-class Step(NamedTuple):
-    """What happens to a block: `text` and `logprobs` are what is new of it."""
+class BlockEvent(NamedTuple):
+    """A change of one block; `text` and `logprobs` are what an `append` adds."""
 
-    what: Literal["open", "more", "close"]
+    kind: Literal["open", "append", "close"]
     block: ContentBlock
     text: str = ""
     logprobs: list[TokenLogprob] | None = None
 
 
 class ContentBlocks:
-    """Takes one answer, as it comes or whole. new_id: makes the ids of calls.
+    """Splitter of one answer into blocks, whole or streamed. new_id: returns the id of a new tool call.
 
-    An answer without tools is one text. One that says and calls nothing is an empty text.
+    An answer without tools is one text block; an empty answer is an empty one.
     """
 
-    def __init__(self, use: ToolUse | None, new_id: NewId) -> None:
-        self._use = use
+    def __init__(self, tool_use: ToolUse | None, new_id: NewId) -> None:
+        self._tool_use = tool_use
         self._new_id = new_id
-        self._stream = None if use is None else ToolStream(use, new_id)
+        self._stream = None if tool_use is None else ToolStream(tool_use, new_id)
         self._open: ContentBlock | None = None
         self._count = 0
         self._unshown: list[TokenLogprob] = []  # of tokens whose text is held back
         self.called = False
 
-    def whole(self, delta: Delta) -> list[ContentBlock]:
-        """All blocks of an answer that is complete."""
-        said = ParsedAnswer(delta.text, []) if self._use is None else self._use.read(delta.text)
-        self.called = bool(said.calls)
+    def split_answer(self, delta: Delta) -> list[ContentBlock]:
+        """Return all blocks of a complete answer."""
+        answer = parse_answer(self._tool_use, delta.text)
+        self.called = bool(answer.calls)
         blocks = []
-        if said.content or not said.calls:
-            blocks.append(ContentBlock(0, text=said.content, logprobs=delta.logprobs))
-        for call in said.calls:
+        if answer.content or not answer.calls:
+            blocks.append(ContentBlock(0, text=answer.content, logprobs=delta.logprobs))
+        for call in answer.calls:
             blocks.append(ContentBlock(len(blocks), call.name, self._new_id(), call.arguments))
         return blocks
 
-    def push(self, delta: Delta) -> list[Step]:
-        """The steps that more of the answer takes."""
-        last = delta.reason is not None
+    def push_delta(self, delta: Delta) -> list[BlockEvent]:
+        """Return the events that more of a streamed answer causes."""
+        last = delta.finish_reason is not None
         self._unshown += delta.logprobs
         if self._stream is None:
             pieces = [{"content": delta.text}] if delta.text else []
         else:
-            pieces = self._stream.push(delta.text, last)
+            pieces = self._stream.push_text(delta.text, last)
             self.called = self._stream.called
-        steps = [step for piece in pieces for step in self._take(piece)]
+        events = [event for piece in pieces for event in self._push_piece(piece)]
         if last:
             if self._count == 0:
-                steps += self._begin()
+                events += self._open_block()
             if self._unshown and self._open is not None and self._open.name is None:
-                steps.append(self._more(""))  # tokens that have no text: the one that ended it, those held back
-            steps += self._close()
-        return steps
+                events.append(self._append(""))  # logprobs of tokens without shown text: the last, those held back
+            events += self._close_block()
+        return events
 
-    def _take(self, piece: dict[str, Any]) -> list[Step]:
+    def _push_piece(self, piece: dict[str, Any]) -> list[BlockEvent]:
         if "tool_calls" not in piece:
-            steps = [] if self._open is not None and self._open.name is None else self._begin()
-            return [*steps, self._more(piece["content"])]
+            events = [] if self._open is not None and self._open.name is None else self._open_block()
+            return [*events, self._append(piece["content"])]
         (call,) = piece["tool_calls"]
-        steps = self._begin(call["function"]["name"], call["id"]) if "id" in call else []
+        events = self._open_block(call["function"]["name"], call["id"]) if "id" in call else []
         arguments = call["function"]["arguments"]
-        return [*steps, self._more(arguments)] if arguments else steps
+        return [*events, self._append(arguments)] if arguments else events
 
-    def _begin(self, name: str | None = None, call_id: str = "") -> list[Step]:
-        steps = self._close()
+    def _open_block(self, name: str | None = None, call_id: str = "") -> list[BlockEvent]:
+        events = self._close_block()
         self._open = ContentBlock(self._count, name, call_id)
         self._count += 1
-        return [*steps, Step("open", self._open)]
+        return [*events, BlockEvent("open", self._open)]
 
-    def _more(self, text: str) -> Step:
+    def _append(self, text: str) -> BlockEvent:
         assert self._open is not None, "a piece belongs to a block"
         logprobs, self._unshown = self._unshown, []
         self._open.text += text
         self._open.logprobs += logprobs
-        return Step("more", self._open, text, logprobs)
+        return BlockEvent("append", self._open, text, logprobs)
 
-    def _close(self) -> list[Step]:
+    def _close_block(self) -> list[BlockEvent]:
         block, self._open = self._open, None
-        return [] if block is None else [Step("close", block)]
+        return [] if block is None else [BlockEvent("close", block)]

@@ -1,4 +1,4 @@
-"""What choices are made of, whatever their form."""
+"""Incremental output of one sample, and token usage: the input of every response format."""
 
 from __future__ import annotations
 
@@ -8,36 +8,37 @@ from typing import Any, NamedTuple
 from batchinfer.request import FinishReason, TokenLogprob
 
 
-class Used(NamedTuple):
-    """Tokens of a request: of its prompts, of its answers, and of the prompts those that the prefix cache held."""
+class TokenUsage(NamedTuple):
+    """Token counts of a request. `cached_tokens` is the part of `prompt_tokens` found in the prefix cache."""
 
-    prompt: int
-    answer: int
-    cached: int
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
 
 
-def usage(used: Used) -> dict[str, Any]:
-    """As completions and chats have it."""
+def usage_object(usage: TokenUsage) -> dict[str, Any]:
+    """Return the `usage` object of completions and chats."""
     return {
-        "prompt_tokens": used.prompt,
-        "completion_tokens": used.answer,
-        "total_tokens": used.prompt + used.answer,
-        "prompt_tokens_details": {"cached_tokens": used.cached},
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
     }
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What is new of one choice. `reason` is set in its last one; `first` in its first. `stop`: the text that ended it.
+    """New output of one choice.
 
-    `token_ids` are not known where nobody asks for them.
+    first: this is the choice's first delta. finish_reason: set in its last one. token_ids: empty if the caller did not
+    keep them. stop_string: the stop string that ended the text, if one did.
     """
 
     choice: int
     text: str
     token_ids: list[int]
     logprobs: list[TokenLogprob]
-    reason: FinishReason | None
+    finish_reason: FinishReason | None
     first: bool
     prompt_logprobs: list[TokenLogprob | None] | None = None
-    stop: str | None = None
+    stop_string: str | None = None

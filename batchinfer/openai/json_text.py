@@ -1,4 +1,4 @@
-"""JSON of answers, which repeat what a client sent: whatever JSON can hold can be written."""
+"""JSON output for values that echo client input: any value that JSON can hold is written without an error."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import orjson
 
 
 def dump_json(value: Any) -> bytes:
-    """JSON bytes. Lone surrogates are written as \\ud800 is, in text; integers of any size as they are; NaN is null."""
+    """Return JSON bytes: integers of any size, lone surrogates as their escape (text), NaN and infinities as null."""
     try:
         return orjson.dumps(value)
-    except TypeError:
+    except TypeError:  # an integer beyond 64 bits or a lone surrogate
         return json.dumps(_writable(value), ensure_ascii=False, separators=(",", ":")).encode()
 
 

@@ -1,4 +1,4 @@
-"""Logprobs as the wire has them: tokens as text, keyed and ranked."""
+"""Logprobs as responses write them: tokens as text, with ranked alternatives."""
 
 from __future__ import annotations
 
@@ -6,122 +6,126 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from batchinfer.openai.delta import Delta
-from batchinfer.openai.text_offsets import Offsets, prompt_offsets
+from batchinfer.openai.text_offsets import TokenOffsets, prompt_offsets
 from batchinfer.request import TokenLogprob
 from batchinfer.text.tokenizer import Tokenizer
 
-_LEAST = -9999.0  # what OpenAI writes for a probability of zero; JSON has no -Infinity
+_MIN_LOGPROB = -9999.0  # OpenAI's value for probability zero; JSON has no -Infinity
 
 
 class TokenTexts:
-    """Texts of single tokens, looked up once each."""
+    """Cache of the text of single tokens."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self._bytes: dict[int, bytes] = {}
 
-    def bytes(self, token_id: int) -> bytes:
-        """The bytes that the token stands for; part of a character's, for some."""
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes of a token, which may be only a part of a character's."""
         found = self._bytes.get(token_id)
         if found is None:
             found = self._bytes[token_id] = self.tokenizer.bytes_of(token_id)
         return found
 
-    def text(self, token_id: int) -> str:
-        """Bytes that are not UTF-8 on their own become U+FFFD."""
-        return self.bytes(token_id).decode(errors="replace")
+    def token_text(self, token_id: int) -> str:
+        """Return the text of a token; bytes that are not UTF-8 on their own become U+FFFD."""
+        return self.token_bytes(token_id).decode(errors="replace")
 
-    def whole(self, token_ids: list[int]) -> str:
-        """The text of tokens together, special ones included."""
+    def decode(self, token_ids: list[int]) -> str:
+        """Return the text of a token sequence, special tokens included."""
         return self.tokenizer.decode_batch([token_ids], skip_special_tokens=False)[0]
 
 
-class Placed(NamedTuple):
-    """A token, where it begins in the text that a client is given, and its logprob unless nothing precedes it."""
+class PlacedToken(NamedTuple):
+    """A token and its character offset in the client's text; `logprob` is None for the first token of a prompt."""
 
     offset: int
     token_id: int
-    entry: TokenLogprob | None
+    logprob: TokenLogprob | None
 
 
 class CompletionTokens:
-    """The tokens of one choice of /v1/completions, in order, as soon as their text is shown.
+    """Tokens of one choice of /v1/completions, released in order once their text is shown.
 
-    Of a text that ends at a stop string it is known only then where it ends.
+    A token is held back while its text is, because a stop string may still cut the text before it.
     """
 
     def __init__(self, texts: TokenTexts, skip_special_tokens: bool, echoed: str = "") -> None:
         self._texts = texts
-        self._offsets = Offsets(texts.tokenizer.pieces(skip_special_tokens), len(echoed))
-        self._waiting: list[tuple[int, TokenLogprob]] = []
-        self._shown = len(echoed)
+        self._offsets = TokenOffsets(texts.tokenizer.pieces(skip_special_tokens), len(echoed))
+        self._held: list[tuple[int, TokenLogprob]] = []
+        self._shown_chars = len(echoed)
 
-    def prompt(self, token_ids: Sequence[int], entries: Sequence[TokenLogprob | None], text: str) -> list[Placed]:
-        """Those of the prompt, which is shown as `text`."""
+    def place_prompt(
+        self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob | None], text: str
+    ) -> list[PlacedToken]:
+        """Return the tokens of a prompt that is shown as `text`."""
         offsets = prompt_offsets(self._texts.tokenizer, token_ids, text)
-        return [Placed(*one) for one in zip(offsets, token_ids, entries, strict=True)]
+        return [PlacedToken(*values) for values in zip(offsets, token_ids, logprobs, strict=True)]
 
-    def more(self, delta: Delta) -> list[Placed]:
-        """What can be told once the text of `delta` is shown."""
+    def place_delta(self, delta: Delta) -> list[PlacedToken]:
+        """Add the tokens of `delta`; return those whose text is now shown."""
         for entry in delta.logprobs:
-            self._offsets.push(entry.token_id)
-            self._waiting.append((entry.token_id, entry))
-        self._shown += len(delta.text)
-        places = self._offsets.take(self._shown, delta.reason is not None)
-        told, self._waiting = self._waiting[: len(places)], self._waiting[len(places) :]
-        return [Placed(place, *one) for place, one in zip(places, told, strict=True)]
+            self._offsets.push_token(entry.token_id)
+            self._held.append((entry.token_id, entry))
+        self._shown_chars += len(delta.text)
+        offsets = self._offsets.pop_offsets(self._shown_chars, delta.finish_reason is not None)
+        released, self._held = self._held[: len(offsets)], self._held[len(offsets) :]
+        return [PlacedToken(offset, *token) for offset, token in zip(offsets, released, strict=True)]
 
 
 class CompletionLogprobs:
-    """`logprobs` of /v1/completions. as_ids: tokens are written `token_id:7` instead of as text."""
+    """Writer of the `logprobs` object of /v1/completions. as_ids: write tokens as `token_id:7` instead of as text."""
 
     def __init__(self, texts: TokenTexts, as_ids: bool) -> None:
         self._texts = texts
         self._as_ids = as_ids
 
-    def of(self, token_ids: Sequence[int], entries: Sequence[TokenLogprob | None]) -> dict[str, Any]:
-        """Lists, an item a token. Beside the best, every dict has the token itself; None where nothing precedes.
+    def logprobs_object(self, tokens: Sequence[PlacedToken]) -> dict[str, Any]:
+        """Return lists with an item per token; None for the logprob of a token without a predecessor.
 
-        Where two tokens have the same text the larger value stays: clients compare with the largest.
+        `top_logprobs` holds the best alternatives and the token itself, keyed by text. If two tokens have the same text
+        the larger value stays, because clients compare the token's logprob with the largest.
         """
+        entries = [token.logprob for token in tokens]
         return {
-            "token_logprobs": [None if entry is None else finite(entry.logprob) for entry in entries],
-            "tokens": [self._name(token) for token in token_ids],
+            "text_offset": [token.offset for token in tokens],
+            "token_logprobs": [None if entry is None else _clamp(entry.logprob) for entry in entries],
+            "tokens": [self._name(token.token_id) for token in tokens],
             "top_logprobs": [None if entry is None else self._top(entry) for entry in entries],
         }
-
-    def placed(self, tokens: Sequence[Placed]) -> dict[str, Any]:
-        """The same, and where each token begins."""
-        lists = self.of([token.token_id for token in tokens], [token.entry for token in tokens])
-        return {"text_offset": [token.offset for token in tokens], **lists}
 
     def _top(self, entry: TokenLogprob) -> dict[str, float]:
         top: dict[str, float] = {}
         for token, logprob in (*entry.top, (entry.token_id, entry.logprob)):
-            name, value = self._name(token), finite(logprob)
+            name, value = self._name(token), _clamp(logprob)
             top[name] = max(value, top.get(name, value))
         return top
 
     def _name(self, token_id: int) -> str:
-        return f"token_id:{token_id}" if self._as_ids else self._texts.text(token_id)
+        return f"token_id:{token_id}" if self._as_ids else self._texts.token_text(token_id)
 
 
 def chat_logprobs(texts: TokenTexts, entries: Sequence[TokenLogprob], as_ids: bool) -> list[dict[str, Any]]:
-    """`logprobs.content` of /v1/chat/completions."""
+    """Return `logprobs.content` of /v1/chat/completions."""
 
-    def one(token_id: int, logprob: float) -> dict[str, Any]:
-        name = f"token_id:{token_id}" if as_ids else texts.text(token_id)
-        return {"token": name, "logprob": finite(logprob), "bytes": list(texts.bytes(token_id))}
+    def token_object(token_id: int, logprob: float) -> dict[str, Any]:
+        name = f"token_id:{token_id}" if as_ids else texts.token_text(token_id)
+        return {"token": name, "logprob": _clamp(logprob), "bytes": list(texts.token_bytes(token_id))}
 
     return [
-        {**one(entry.token_id, entry.logprob), "top_logprobs": [one(*best) for best in entry.top]} for entry in entries
+        {
+            **token_object(entry.token_id, entry.logprob),
+            "top_logprobs": [token_object(*alternative) for alternative in entry.top],
+        }
+        for entry in entries
     ]
 
 
 def prompt_logprobs(texts: TokenTexts, entries: Sequence[TokenLogprob | None]) -> list[dict[str, Any] | None]:
-    """vLLM's `prompt_logprobs`: per prompt token {id: {logprob, rank, decoded_token}}, null for the first.
+    """Return vLLM's `prompt_logprobs`: per prompt token {id: {logprob, rank, decoded_token}}, null for the first.
 
-    The rank is null for a token that is not among the best that were asked for.
+    The rank is null for a token that is not among the requested best.
     """
     return [None if entry is None else _ranked(texts, entry) for entry in entries]
 
@@ -130,10 +134,10 @@ def _ranked(texts: TokenTexts, entry: TokenLogprob) -> dict[str, Any]:
     ranks = {token: rank for rank, (token, _) in enumerate(entry.top, 1)}
     values = {**dict(entry.top), entry.token_id: entry.logprob}
     return {
-        str(token): {"logprob": finite(value), "rank": ranks.get(token), "decoded_token": texts.text(token)}
+        str(token): {"logprob": _clamp(value), "rank": ranks.get(token), "decoded_token": texts.token_text(token)}
         for token, value in values.items()
     }
 
 
-def finite(logprob: float) -> float:
-    return logprob if logprob > _LEAST else _LEAST
+def _clamp(logprob: float) -> float:
+    return logprob if logprob > _MIN_LOGPROB else _MIN_LOGPROB

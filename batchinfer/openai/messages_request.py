@@ -1,4 +1,4 @@
-"""/v1/messages as a chat, in the form of Anthropic's API: https://docs.anthropic.com/en/api/messages."""
+"""Requests of /v1/messages, converted to chats: https://docs.anthropic.com/en/api/messages."""
 
 from __future__ import annotations
 
@@ -6,17 +6,27 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from batchinfer.errors import BadParameters, InvalidInput, format_value
-from batchinfer.openai.as_chat import ChatLikeRequest, UnsupportedFields, function, plain, result_changing, text_parts
+from batchinfer.openai.as_chat import (
+    ChatLikeRequest,
+    UnsupportedFields,
+    collapse_parts,
+    function_tool,
+    result_changing,
+    text_parts,
+)
 from batchinfer.openai.request_models import ChatRequest
 
 _ROLES = ("user", "assistant", "system")
 _TEXT = {"text": "text"}
-_THOUGHTS = ("thinking", "redacted_thinking")  # of earlier turns, which models are not shown again
+_THINKING = ("thinking", "redacted_thinking")  # left out of the prompt: of earlier turns
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
 class CountRequest(ChatLikeRequest):
-    """What decides a prompt. Cache breakpoints are accepted: prefixes are found without them."""
+    """Body of /v1/messages/count_tokens: the fields that decide the prompt.
+
+    Cache breakpoints are accepted and ignored: the prefix cache needs none.
+    """
 
     field_names: ClassVar[Mapping[str, str]] = {
         "prompt": "messages",
@@ -42,30 +52,30 @@ class CountRequest(ChatLikeRequest):
     output_config: dict[str, Any] | None = None
 
     def to_chat(self) -> ChatRequest:
-        return self._build_chat(self._said())
+        return self._build_chat(self._chat_fields())
 
-    def _said(self) -> dict[str, Any]:
+    def _chat_fields(self) -> dict[str, Any]:
         choice, config = self.tool_choice or {}, self.output_config or {}
         if (self.thinking or {}).get("type") == "enabled":
             raise BadParameters("thinking is not supported: no answer has thinking blocks", param="thinking")
         messages = _messages(self)
-        said = {
+        fields = {
             "messages": messages,
             "logprobs": False,
             "tools": [_tool(tool, f"tools[{number}]") for number, tool in enumerate(self.tools or ())] or None,
-            "tool_choice": _choice(choice) if choice else None,
+            "tool_choice": _tool_choice(choice) if choice else None,
             "parallel_tool_calls": not choice.get("disable_parallel_tool_use", False),
             "reasoning_effort": config.get("effort"),
         }
         if config.get("format") is not None:
-            said["response_format"] = _format(config["format"])
-        if messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]:  # the answer goes on with it
-            said |= {"continue_final_message": True, "add_generation_prompt": False}
-        return said
+            fields["response_format"] = _response_format(config["format"])
+        if messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]:  # the answer continues it
+            fields |= {"continue_final_message": True, "add_generation_prompt": False}
+        return fields
 
 
 class MessagesRequest(CountRequest):
-    """`max_tokens` is a bound that must be given: where the context ends before it, the answer does."""
+    """Body of /v1/messages. `max_tokens` is required; an answer ends earlier if the context is full."""
 
     whole_answer: ClassVar[bool] = False
     stop_sequences: list[str] | None = None
@@ -77,10 +87,10 @@ class MessagesRequest(CountRequest):
             raise BadParameters(f"max_tokens must be at least 1: {got}", param="max_tokens")
         if not all(self.stop_sequences or ()):
             raise BadParameters("stop_sequences holds an empty text", param="stop_sequences")
-        said = self._said()
+        fields = self._chat_fields()
         if self.stop_sequences is not None:
-            said["stop"] = self.stop_sequences
-        return self._build_chat(said)
+            fields["stop"] = self.stop_sequences
+        return self._build_chat(fields)
 
 
 def _messages(body: CountRequest) -> list[dict[str, Any]]:
@@ -88,7 +98,9 @@ def _messages(body: CountRequest) -> list[dict[str, Any]]:
         raise InvalidInput("messages is empty", param="messages")
     messages: list[dict[str, Any]] = []
     if body.system:
-        messages.append({"role": "system", "content": plain(text_parts(body.system, _TEXT, "system", "system"))})
+        messages.append(
+            {"role": "system", "content": collapse_parts(text_parts(body.system, _TEXT, "system", "system"))}
+        )
     for number, message in enumerate(body.messages):
         place, role = f"messages[{number}]", message.get("role")
         if role not in _ROLES:
@@ -101,14 +113,14 @@ def _messages(body: CountRequest) -> list[dict[str, Any]]:
         elif not isinstance(content, list) or not content:
             raise InvalidInput(f"{place}: content must be text or a list of blocks", param="messages")
         elif role == "assistant":
-            messages.append(_turn(content, f"{place}.content"))
+            messages.append(_assistant_message(content, f"{place}.content"))
         else:
-            messages += _results_and_texts(role, content, f"{place}.content")
+            messages += _split_tool_results(role, content, f"{place}.content")
     return messages
 
 
-def _turn(blocks: Sequence[Any], place: str) -> dict[str, Any]:
-    """What an assistant said and called."""
+def _assistant_message(blocks: Sequence[Any], place: str) -> dict[str, Any]:
+    """Return an assistant message: its text and its tool calls."""
     parts, calls = [], []
     for number, block in enumerate(blocks):
         kind = block.get("type") if isinstance(block, Mapping) else None
@@ -117,14 +129,17 @@ def _turn(blocks: Sequence[Any], place: str) -> dict[str, Any]:
                 raise InvalidInput(f"{place}[{number}]: a tool_use has id and name, both text", param="messages")
             named = {"name": block["name"], "arguments": block.get("input") or {}}
             calls.append({"id": block["id"], "type": "function", "function": named})
-        elif kind not in _THOUGHTS:
+        elif kind not in _THINKING:
             parts += text_parts([block], _TEXT, place, "messages")
-    turn: dict[str, Any] = {"role": "assistant", "content": plain(parts) if parts else None if calls else ""}
-    return {**turn, "tool_calls": calls} if calls else turn
+    message: dict[str, Any] = {
+        "role": "assistant",
+        "content": collapse_parts(parts) if parts else None if calls else "",
+    }
+    return {**message, "tool_calls": calls} if calls else message
 
 
-def _results_and_texts(role: str, blocks: Sequence[Any], place: str) -> list[dict[str, Any]]:
-    """What came back from tools, and what was said beside it, in order."""
+def _split_tool_results(role: str, blocks: Sequence[Any], place: str) -> list[dict[str, Any]]:
+    """Return a user message as a message per tool result and per text between them, in order."""
     messages: list[dict[str, Any]] = []
     parts: list[dict[str, Any]] = []
     for number, block in enumerate(blocks):
@@ -134,13 +149,17 @@ def _results_and_texts(role: str, blocks: Sequence[Any], place: str) -> list[dic
         if not isinstance(block.get("tool_use_id"), str):
             raise InvalidInput(f"{place}[{number}]: a tool_result has the tool_use_id of its call", param="messages")
         if parts:
-            messages.append({"role": role, "content": plain(parts)})
+            messages.append({"role": role, "content": collapse_parts(parts)})
             parts = []
-        said = block.get("content")
-        given = text_parts("" if said is None else said, _TEXT, f"{place}[{number}].content", "messages")
-        result = {"role": "tool", "tool_call_id": block["tool_use_id"], "content": plain(given) if given else ""}
+        content = block.get("content")
+        texts = text_parts("" if content is None else content, _TEXT, f"{place}[{number}].content", "messages")
+        result = {
+            "role": "tool",
+            "tool_call_id": block["tool_use_id"],
+            "content": collapse_parts(texts) if texts else "",
+        }
         messages.append(result)
-    return [*messages, {"role": role, "content": plain(parts)}] if parts else messages
+    return [*messages, {"role": role, "content": collapse_parts(parts)}] if parts else messages
 
 
 def _tool(tool: Mapping[str, Any], place: str) -> dict[str, Any]:
@@ -148,10 +167,10 @@ def _tool(tool: Mapping[str, Any], place: str) -> dict[str, Any]:
         raise BadParameters(
             f"{place}: a tool of type {tool['type']!r} is not supported; custom ones are", param="tools"
         )
-    return function(tool.get("name"), tool.get("description"), tool.get("input_schema"), place)
+    return function_tool(tool.get("name"), tool.get("description"), tool.get("input_schema"), place)
 
 
-def _choice(choice: Mapping[str, Any]) -> str | dict[str, Any]:
+def _tool_choice(choice: Mapping[str, Any]) -> str | dict[str, Any]:
     kind = choice.get("type")
     if kind == "tool":
         return {"type": "function", "function": {"name": choice.get("name")}}
@@ -162,7 +181,7 @@ def _choice(choice: Mapping[str, Any]) -> str | dict[str, Any]:
     return _CHOICES[kind]
 
 
-def _format(form: Any) -> dict[str, Any]:
+def _response_format(form: Any) -> dict[str, Any]:
     schema = form.get("schema") if isinstance(form, Mapping) else None
     if not isinstance(schema, Mapping) or form.get("type") != "json_schema":
         raise BadParameters("output_config.format must be of type json_schema, with a schema", param="output_config")

@@ -1,4 +1,7 @@
-"""The answer of /v1/messages: one object, or the events that build it, in the order of Anthropic's documentation."""
+"""Response of /v1/messages: one object, or the stream events that build it, in the order that Anthropic documents.
+
+See https://docs.anthropic.com/en/api/messages and https://docs.anthropic.com/en/docs/build-with-claude/streaming.
+"""
 
 from __future__ import annotations
 
@@ -6,65 +9,76 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from batchinfer.openai.content_blocks import ContentBlock, ContentBlocks, Head, Step
-from batchinfer.openai.delta import Delta, Used
+from batchinfer.openai.content_blocks import BlockEvent, ContentBlock, ContentBlocks, ResponseHead
+from batchinfer.openai.delta import Delta, TokenUsage
 from batchinfer.openai.parse import ParsedRequest
 
 
-class MessageAnswer:
-    """new_id: makes an id from its prefix (toolu)."""
+class MessageEvents:
+    """Writer of one message, whole or as stream events. new_id: returns a new id with a prefix (toolu)."""
 
-    def __init__(self, asked: ParsedRequest, head: Head, new_id: Callable[[str], str]) -> None:
+    def __init__(self, request: ParsedRequest, head: ResponseHead, new_id: Callable[[str], str]) -> None:
         self._head = head
-        self._max_tokens = asked.params.max_tokens
-        self._blocks = ContentBlocks(asked.tool_use, lambda: new_id("toolu"))
+        self._max_tokens = request.params.max_tokens
+        self._blocks = ContentBlocks(request.tool_use, lambda: new_id("toolu"))
         self._last: Delta | None = None
 
-    def whole(self, delta: Delta, used: Used) -> dict[str, Any]:
+    def whole_response(self, delta: Delta, usage: TokenUsage) -> dict[str, Any]:
         self._last = delta
-        blocks = self._blocks.whole(delta)
-        return {**self._message([_content(block) for block in blocks]), **self._end(used), "usage": _usage(used)}
+        blocks = self._blocks.split_answer(delta)
+        return {
+            **self._message([_content(block) for block in blocks]),
+            **self._stop_fields(usage),
+            "usage": _usage_object(usage),
+        }
 
-    def opening(self, used: Used) -> list[dict[str, Any]]:
-        begun = {"stop_reason": None, "stop_sequence": None, "usage": _usage(used._replace(answer=0))}
-        return [{"type": "message_start", "message": {**self._message([]), **begun}}, {"type": "ping"}]
+    def opening_events(self, usage: TokenUsage) -> list[dict[str, Any]]:
+        opened = {
+            "stop_reason": None,
+            "stop_sequence": None,
+            "usage": _usage_object(usage._replace(completion_tokens=0)),
+        }
+        return [{"type": "message_start", "message": {**self._message([]), **opened}}, {"type": "ping"}]
 
-    def more(self, delta: Delta) -> list[dict[str, Any]]:
+    def delta_events(self, delta: Delta) -> list[dict[str, Any]]:
         self._last = delta
-        return [_event(step) for step in self._blocks.push(delta)]
+        return [_stream_event(event) for event in self._blocks.push_delta(delta)]
 
-    def closing(self, used: Used) -> list[dict[str, Any]]:
-        return [{"type": "message_delta", "delta": self._end(used), "usage": _usage(used)}, {"type": "message_stop"}]
+    def closing_events(self, usage: TokenUsage) -> list[dict[str, Any]]:
+        return [
+            {"type": "message_delta", "delta": self._stop_fields(usage), "usage": _usage_object(usage)},
+            {"type": "message_stop"},
+        ]
 
-    def failed(self, message: str) -> list[dict[str, Any]]:
+    def error_events(self, message: str) -> list[dict[str, Any]]:
         return [{"type": "error", "error": {"type": "api_error", "message": message}}]
 
     def _message(self, content: list[dict[str, Any]]) -> dict[str, Any]:
         head = {"id": self._head.id, "type": "message", "role": "assistant", "model": self._head.model}
         return {**head, "content": content}
 
-    def _end(self, used: Used) -> dict[str, Any]:
-        """Why the answer ends."""
+    def _stop_fields(self, usage: TokenUsage) -> dict[str, Any]:
+        """Return why the answer ended."""
         last = self._last
-        assert last is not None, "an answer has an end"
-        if last.reason == "length":
-            reason = "max_tokens" if used.answer == self._max_tokens else "model_context_window_exceeded"
+        assert last is not None, "closing_events needs a delta"
+        if last.finish_reason == "length":
+            reason = "max_tokens" if usage.completion_tokens == self._max_tokens else "model_context_window_exceeded"
         elif self._blocks.called:
             reason = "tool_use"
         else:
-            reason = "end_turn" if last.stop is None else "stop_sequence"
-        return {"stop_reason": reason, "stop_sequence": last.stop if reason == "stop_sequence" else None}
+            reason = "end_turn" if last.stop_string is None else "stop_sequence"
+        return {"stop_reason": reason, "stop_sequence": last.stop_string if reason == "stop_sequence" else None}
 
 
-def _event(step: Step) -> dict[str, Any]:
-    block = step.block
-    if step.what == "close":
+def _stream_event(event: BlockEvent) -> dict[str, Any]:
+    block = event.block
+    if event.kind == "close":
         return {"type": "content_block_stop", "index": block.number}
-    if step.what == "open":
-        empty = _content(ContentBlock(block.number, block.name, block.call_id))  # by now it may hold more
+    if event.kind == "open":
+        empty = _content(ContentBlock(block.number, block.name, block.call_id))  # the block may have text by now
         return {"type": "content_block_start", "index": block.number, "content_block": empty}
     kind, field = ("text_delta", "text") if block.name is None else ("input_json_delta", "partial_json")
-    return {"type": "content_block_delta", "index": block.number, "delta": {"type": kind, field: step.text}}
+    return {"type": "content_block_delta", "index": block.number, "delta": {"type": kind, field: event.text}}
 
 
 def _content(block: ContentBlock) -> dict[str, Any]:
@@ -74,15 +88,15 @@ def _content(block: ContentBlock) -> dict[str, Any]:
 
 
 def _input(arguments: str) -> dict[str, Any]:
-    """Of a call that was cut off nothing is left."""
+    """Return the arguments as an object; empty if max_tokens cut them off."""
     try:
-        given = json.loads(arguments)  # integers of any size stay what they are
+        value = json.loads(arguments)  # the standard parser, which keeps integers of any size
     except (ValueError, RecursionError):
         return {}
-    return given if isinstance(given, dict) else {}
+    return value if isinstance(value, dict) else {}
 
 
-def _usage(used: Used) -> dict[str, Any]:
-    """What the prefix cache held counts as input: nobody marked it."""
+def _usage_object(usage: TokenUsage) -> dict[str, Any]:
+    """Return the `usage` object; cached tokens count as input, because no cache breakpoint asked for them."""
     cache = {"cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}
-    return {"input_tokens": used.prompt, **cache, "output_tokens": used.answer}
+    return {"input_tokens": usage.prompt_tokens, **cache, "output_tokens": usage.completion_tokens}

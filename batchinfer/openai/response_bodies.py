@@ -1,4 +1,4 @@
-"""Whole answers from what is known when all has ended: for request lines, which nobody waits for."""
+"""Whole response bodies, built from the results of a finished request: for openai-batch rows."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ from itertools import count
 from typing import Any, NamedTuple
 
 from batchinfer.errors import RETRYABLE_KINDS
-from batchinfer.openai.chat_response import ChatShape
-from batchinfer.openai.completion_response import CompletionShape
-from batchinfer.openai.content_blocks import Head
-from batchinfer.openai.delta import Delta, Used, usage
-from batchinfer.openai.embedding_response import embeddings
+from batchinfer.openai.chat_response import ChatChoices
+from batchinfer.openai.completion_response import CompletionChoices
+from batchinfer.openai.content_blocks import ResponseHead
+from batchinfer.openai.delta import Delta, TokenUsage, usage_object
+from batchinfer.openai.embedding_response import embedding_response
 from batchinfer.openai.logprobs import TokenTexts
 from batchinfer.openai.parse import ModelFacts, ParsedRequest
 from batchinfer.openai.request_models import CompletionRequest, EmbeddingRequest
 from batchinfer.openai.responses_request import ResponseRequest
-from batchinfer.openai.responses_response import ResponseAnswer
+from batchinfer.openai.responses_response import ResponseEvents
 from batchinfer.pipeline.encoding import Content
 from batchinfer.request import FinishReason, TokenLogprob
 
 
 class SampleResult(NamedTuple):
-    """One sample's answer. `ids` where they are shown."""
+    """Output of one sample. `ids` is None unless the response shows token ids."""
 
     text: str
-    reason: FinishReason
+    finish_reason: FinishReason
     tokens: int
     ids: list[int] | None
     logprobs: list[TokenLogprob] | None
 
 
 class PromptResult(NamedTuple):
-    """What is known of one prompt. `ids` where its logprobs or they are shown; `vector` where it was embedded."""
+    """Output about one prompt. `ids` is empty unless shown or needed for logprobs; `vector` is its embedding."""
 
     ids: list[int]
     logprobs: list[TokenLogprob | None] | None
@@ -47,9 +47,9 @@ class PromptTokenCounts(NamedTuple):
 
 
 class ResponseBodies:
-    """Writes the bodies of answers of one model.
+    """Writer of one model's response bodies.
 
-    They depend on what was asked and answered alone (`created` is 0), and on how much of it the cache held.
+    A body is a function of request and results alone (`created` is 0), except for the number of cached tokens.
     """
 
     def __init__(self, model: ModelFacts) -> None:
@@ -58,63 +58,66 @@ class ResponseBodies:
 
     def build_body(
         self,
-        asked: ParsedRequest,
+        request: ParsedRequest,
         number: int,
-        counted: PromptTokenCounts,
+        counts: PromptTokenCounts,
         prompts: Sequence[PromptResult],
-        said: Sequence[SampleResult],
+        samples: Sequence[SampleResult],
     ) -> dict[str, Any]:
-        """`said`: the n answers of each prompt, in order. `number` makes the ids. Raises RowError."""
-        name = self._model.response_name(asked.body)
-        if isinstance(asked.body, EmbeddingRequest):
+        """Return the body. samples: n per prompt, in order. number: the ids are made from it."""
+        name = self._model.response_name(request.body)
+        if isinstance(request.body, EmbeddingRequest):
             vectors = [prompt.vector or [] for prompt in prompts]
-            return {**embeddings(asked.body, vectors, counted.all), "model": name}
-        deltas = [_delta(asked, prompts, choice, one) for choice, one in enumerate(said)]
-        used = Used(counted.all, sum(one.tokens for one in said), counted.cached)
+            return embedding_response(request.body, vectors, counts.all, name)
+        deltas = [_delta(request, prompts, choice, sample) for choice, sample in enumerate(samples)]
+        usage = TokenUsage(counts.all, sum(sample.tokens for sample in samples), counts.cached)
         calls = count()
-        if isinstance(asked.body, ResponseRequest):
-            head = Head(f"resp_{number:09d}", 0, name)
-            answer = ResponseAnswer(self._texts, asked, head, lambda prefix: f"{prefix}_{number:09d}_{next(calls)}")
-            return answer.whole(deltas[0], used)
-        ids = [prompt.ids or _ids(content) for prompt, content in zip(prompts, asked.contents, strict=True)]
-        shape: ChatShape | CompletionShape
-        if isinstance(asked.body, CompletionRequest):
-            shape = CompletionShape(self._texts, asked, ids)
+        if isinstance(request.body, ResponseRequest):
+            head = ResponseHead(f"resp_{number:09d}", 0, name)
+            response = ResponseEvents(self._texts, request, head, lambda kind: f"{kind}_{number:09d}_{next(calls)}")
+            return response.whole_response(deltas[0], usage)
+        prompt_ids = [
+            prompt.ids or _token_ids(content) for prompt, content in zip(prompts, request.contents, strict=True)
+        ]
+        writer: ChatChoices | CompletionChoices
+        if isinstance(request.body, CompletionRequest):
+            writer = CompletionChoices(self._texts, request, prompt_ids)
         else:
-            shape = ChatShape(self._texts, asked, ids[0], lambda: f"call_{number:09d}_{next(calls)}")
-        choices, more = shape.whole(deltas)
+            writer = ChatChoices(self._texts, request, prompt_ids[0], lambda: f"call_{number:09d}_{next(calls)}")
+        choices, fields = writer.whole_choices(deltas)
         return {
-            "id": f"{shape.prefix}-{number:09d}",
-            "object": shape.kind,
+            "id": f"{writer.id_prefix}-{number:09d}",
+            "object": writer.object_name,
             "created": 0,
             "model": name,
             "choices": choices,
-            "usage": usage(Used(counted.all, 0, 0) if asked.echo_only else used),
-            **more,
+            "usage": usage_object(TokenUsage(counts.all, 0, 0) if request.echo_only else usage),
+            **fields,
         }
 
 
-def _ids(content: Content) -> list[int]:
+def _token_ids(content: Content) -> list[int]:
     return [token for token in content if isinstance(token, int)]
 
 
-def _delta(asked: ParsedRequest, prompts: Sequence[PromptResult], choice: int, said: SampleResult) -> Delta:
-    if asked.echo_only:
+def _delta(request: ParsedRequest, prompts: Sequence[PromptResult], choice: int, sample: SampleResult) -> Delta:
+    if request.echo_only:
         return Delta(choice, "", [], [], "length", True)
-    entries = said.logprobs or []
-    scored = prompts[choice // asked.params.n].logprobs
-    ids = said.ids if said.ids is not None else [entry.token_id for entry in entries]
-    return Delta(choice, said.text, ids, entries, said.reason, True, scored)
+    entries = sample.logprobs or []
+    scored = prompts[choice // request.params.n].logprobs
+    ids = sample.ids if sample.ids is not None else [entry.token_id for entry in entries]
+    return Delta(choice, sample.text, ids, entries, sample.finish_reason, True, scored)
 
 
 def usage_tokens(usage: Mapping[str, Any]) -> tuple[int, int]:
-    """Tokens of prompts and of answers, from the `usage` of any route's answer."""
+    """Return (prompt tokens, answer tokens) from the `usage` object of any route's response."""
     if "input_tokens" in usage:
         return usage["input_tokens"], usage["output_tokens"]
     return usage["prompt_tokens"], usage.get("completion_tokens", 0)
 
 
 def error_response(kind: str, message: str, param: str | None, prompt_tokens: int) -> tuple[int, dict[str, Any]]:
-    """Status and body of an answer to a request that failed."""
+    """Return (HTTP status, body) of the response to a failed request."""
     error = {"message": message, "type": kind, "param": param, "code": kind}
-    return 500 if kind in RETRYABLE_KINDS else 400, {"error": error, "usage": usage(Used(prompt_tokens, 0, 0))}
+    usage = usage_object(TokenUsage(prompt_tokens, 0, 0))
+    return 500 if kind in RETRYABLE_KINDS else 400, {"error": error, "usage": usage}

@@ -1,4 +1,7 @@
-"""/v1/responses as a chat: https://platform.openai.com/docs/api-reference/responses. Nothing is stored."""
+"""Requests of /v1/responses, converted to chats: https://platform.openai.com/docs/api-reference/responses.
+
+Nothing is stored, so a request must hold the whole conversation.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,15 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from batchinfer.errors import BadParameters, InvalidInput, format_value
-from batchinfer.openai.as_chat import ChatLikeRequest, UnsupportedFields, function, plain, result_changing, text_parts
-from batchinfer.openai.request_models import ChatRequest, Whole
+from batchinfer.openai.as_chat import (
+    ChatLikeRequest,
+    UnsupportedFields,
+    collapse_parts,
+    function_tool,
+    result_changing,
+    text_parts,
+)
+from batchinfer.openai.request_models import ChatRequest, WholeNumber
 
 _ROLES = ("user", "assistant", "system", "developer")
 _PARTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
@@ -15,7 +25,7 @@ _LOGPROBS = "message.output_text.logprobs"
 
 
 class ResponseRequest(ChatLikeRequest):
-    """`store`, and what else changes nothing in an answer, is accepted."""
+    """Body of /v1/responses. `store` and other fields that do not change the answer are accepted."""
 
     field_names: ClassVar[Mapping[str, str]] = {
         "messages": "input",
@@ -38,14 +48,14 @@ class ResponseRequest(ChatLikeRequest):
     }
     input: str | list[dict[str, Any]]
     instructions: str | None = None
-    max_output_tokens: Whole | None = None
+    max_output_tokens: WholeNumber | None = None
     include: list[str] | None = None
     text: dict[str, Any] | None = None
     reasoning: dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    top_logprobs: Whole | None = None
+    top_logprobs: WholeNumber | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None
 
@@ -55,30 +65,30 @@ class ResponseRequest(ChatLikeRequest):
             raise BadParameters(problem, param="max_output_tokens")
         wants_logprobs = bool(self.top_logprobs) or _LOGPROBS in (self.include or ())
         text = self.text or {}
-        said = {
+        fields = {
             "messages": _messages(self),
             "max_tokens": self.max_output_tokens,
             "logprobs": wants_logprobs,
             "top_logprobs": self.top_logprobs if wants_logprobs else None,
             "tools": [_tool(tool, f"tools[{number}]") for number, tool in enumerate(self.tools or ())] or None,
-            "tool_choice": _choice(self.tool_choice),
+            "tool_choice": _tool_choice(self.tool_choice),
             "parallel_tool_calls": self.parallel_tool_calls,
             "reasoning_effort": (self.reasoning or {}).get("effort"),
             "verbosity": text.get("verbosity"),
         }
         if text.get("format") is not None:
-            said["response_format"] = _format(text["format"])
-        return self._build_chat(said)
+            fields["response_format"] = _response_format(text["format"])
+        return self._build_chat(fields)
 
 
 def _messages(body: ResponseRequest) -> list[dict[str, Any]]:
-    given = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else body.input
+    items = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else body.input
     if not body.input:
         raise InvalidInput("input is empty", param="input")
     messages: list[dict[str, Any]] = []
     if body.instructions:
         messages.append({"role": "system", "content": body.instructions})
-    for number, item in enumerate(given):
+    for number, item in enumerate(items):
         _add_item(messages, item, f"input[{number}]")
     return messages
 
@@ -91,16 +101,16 @@ def _add_item(messages: list[dict[str, Any]], item: Mapping[str, Any], place: st
         function = {"name": item.get("name"), "arguments": item.get("arguments")}
         if not all(isinstance(value, str) for value in (item.get("call_id"), *function.values())):
             raise InvalidInput(f"{place}: a function_call has call_id, name and arguments, all text", param="input")
-        if not (messages and messages[-1]["role"] == "assistant"):  # what a model says and calls is one turn
+        if not (messages and messages[-1]["role"] == "assistant"):  # text and calls of one turn are one message
             messages.append({"role": "assistant", "content": None})
         call = {"id": item["call_id"], "type": "function", "function": function}
         messages[-1].setdefault("tool_calls", []).append(call)
     elif kind == "function_call_output":
         if not isinstance(item.get("call_id"), str):
             raise InvalidInput(f"{place}: a function_call_output has the call_id of its call", param="input")
-        content = plain(text_parts(item.get("output"), _PARTS, f"{place}.output", "input"))
+        content = collapse_parts(text_parts(item.get("output"), _PARTS, f"{place}.output", "input"))
         messages.append({"role": "tool", "tool_call_id": item["call_id"], "content": content})
-    elif kind != "reasoning":  # of an earlier turn, which models are not shown again
+    elif kind != "reasoning":  # reasoning of earlier turns is left out of the prompt
         raise InvalidInput(f"{place}: an item of type {format_value(kind)} is not supported", param="input")
 
 
@@ -110,22 +120,22 @@ def _add_message(messages: list[dict[str, Any]], item: Mapping[str, Any], place:
         raise InvalidInput(f"{place}: role must be one of {', '.join(_ROLES)}, got {format_value(role)}", param="input")
     parts = text_parts(item.get("content"), _PARTS, f"{place}.content", "input")
     if role in ("system", "developer"):
-        role = "system"  # the newer name of the same
-        if len(messages) == 1 and messages[0]["role"] == "system":  # many templates take one, at the beginning
+        role = "system"  # `developer` is its newer name
+        if len(messages) == 1 and messages[0]["role"] == "system":  # many templates take a single one, at the start
             before = text_parts(messages[0]["content"], _PARTS, place, "input")
             parts = [{"type": "text", "text": "\n\n".join(part["text"] for part in (*before, *parts))}]
             messages.clear()
-    messages.append({"role": role, "content": plain(parts)})
+    messages.append({"role": role, "content": collapse_parts(parts)})
 
 
 def _tool(tool: Mapping[str, Any], place: str) -> dict[str, Any]:
     if tool.get("type") != "function":
         problem = f"{place}: a tool of type {format_value(tool.get('type'))} is not supported; functions are"
         raise BadParameters(problem, param="tools")
-    return function(tool.get("name"), tool.get("description"), tool.get("parameters"), place)
+    return function_tool(tool.get("name"), tool.get("description"), tool.get("parameters"), place)
 
 
-def _choice(choice: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
+def _tool_choice(choice: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
     if not isinstance(choice, dict):
         return choice
     if choice.get("type") != "function":
@@ -135,7 +145,7 @@ def _choice(choice: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
     return {"type": "function", "function": {"name": choice.get("name")}}
 
 
-def _format(form: Any) -> dict[str, Any]:
+def _response_format(form: Any) -> dict[str, Any]:
     kind = form.get("type") if isinstance(form, Mapping) else None
     if kind in ("text", "json_object"):
         return {"type": kind}

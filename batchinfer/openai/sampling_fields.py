@@ -1,4 +1,4 @@
-"""From a body's fields to sampling parameters. What would change the result and is not supported is refused."""
+"""Sampling parameters from the fields of a body. Unsupported fields that would change the result are refused."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from batchinfer.openai.request_models import ChatRequest, CompletionRequest, Sam
 from batchinfer.request import SamplingParams
 from batchinfer.structured import from_response_format
 
-# null takes back what the defaults ask for
-_TAKEN_BACK = frozenset(
+# null switches these off, whatever the defaults are
+_OFF_WITH_NULL = frozenset(
     {
         *("stop", "stop_token_ids", "bad_words", "logit_bias", "allowed_token_ids"),
         *("seed", "logprobs", "prompt_logprobs", "logprob_token_ids"),
     }
 )
-COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions, where neither the request nor the job says how many
-_FAULTS = (BadParameters.kind, InvalidInput.kind)  # of the request
+COMPLETION_TOKENS = 16  # OpenAI's default max_tokens of /v1/completions
+_REQUEST_ERRORS = (BadParameters.kind, InvalidInput.kind)
 FIELDS = frozenset(field.name for field in fields(SamplingParams))
 
-# field → the values that ask for nothing (null never does); anything else would change the result
+# field → values that change nothing and are accepted, as null is
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "functions": ([],),
@@ -48,108 +48,108 @@ _INSTEAD |= {"functions": "use tools", "function_call": "use tool_choice"}
 
 
 def completion_params(body: CompletionRequest, defaults: SamplingParams) -> SamplingParams:
-    """`defaults` lie beneath what the body says. Raises BadParameters."""
-    given = _common(body)
-    values = given.values
+    """Return the body's sampling parameters, with `defaults` for what it leaves out. Raises BadParameters."""
+    overrides = _overrides(body)
+    values = overrides.values
     if defaults.max_tokens is None:
         values.setdefault("max_tokens", COMPLETION_TOKENS)
     logprobs = effective_value(body, "logprobs", defaults)
-    _check_named(given, logprobs)
-    if body.max_tokens == 0 and body.logprob_token_ids is None:  # the defaults' are about tokens of an answer
-        given.without.add("logprob_token_ids")
+    _check_token_ids(overrides, logprobs)
+    if body.max_tokens == 0 and body.logprob_token_ids is None:  # the defaults name tokens of an answer
+        overrides.without.add("logprob_token_ids")
     if body.echo and logprobs is not None:
         values["prompt_logprobs"] = max(logprobs, effective_value(body, "prompt_logprobs", defaults) or 0)
-    if is_echo_only(body, defaults):  # the engine takes no request for nothing at all: it reads the prompt
+    if is_echo_only(body, defaults):  # the engine needs some work: it computes the prompt
         values |= {"max_tokens": 0, "min_tokens": 0, "prompt_logprobs": 0}
-    return given.over(defaults)
+    return overrides.apply_to(defaults)
 
 
 def is_echo_only(body: CompletionRequest, defaults: SamplingParams) -> bool:
-    """Whether the prompt is wanted back, and no more."""
-    wanted = (effective_value(body, name, defaults) for name in ("logprobs", "prompt_logprobs"))
-    return bool(body.echo) and body.max_tokens == 0 and all(value is None for value in wanted)
+    """Return True if the client wants the prompt echoed and nothing else."""
+    logprobs = (effective_value(body, name, defaults) for name in ("logprobs", "prompt_logprobs"))
+    return bool(body.echo) and body.max_tokens == 0 and all(value is None for value in logprobs)
 
 
 def effective_value(
     body: CompletionRequest, name: Literal["logprobs", "prompt_logprobs"], defaults: SamplingParams
 ) -> Any:
-    """What the body says, null included, or else the default."""
+    """Return the body's value, null included, or the default if the body leaves the field out."""
     return getattr(body if name in body.model_fields_set else defaults, name)
 
 
 def chat_params(
-    body: ChatRequest, defaults: SamplingParams, forced: dict[str, Any] | None = None, keep_special: bool = False
+    body: ChatRequest, defaults: SamplingParams, constraint: dict[str, Any] | None = None, keep_special: bool = False
 ) -> SamplingParams:
-    """`forced` are structured_outputs that a tool_choice asks for; `keep_special`: special tokens may mark tool calls.
+    """Return the chat's sampling parameters, with `defaults` for what it leaves out. Raises BadParameters.
 
-    Raises BadParameters.
+    constraint: structured_outputs that tool_choice needs. keep_special: special tokens may mark tool calls.
     """
-    given = _common(body)
-    values = given.values
+    overrides = _overrides(body)
+    values = overrides.values
     if keep_special:
         values["skip_special_tokens"] = False
-    if body.max_completion_tokens is not None:  # it replaced max_tokens, and some clients send both
+    if body.max_completion_tokens is not None:  # the newer name of max_tokens; some clients send both
         values["max_tokens"] = body.max_completion_tokens
     values["logprobs"] = _chat_logprobs(body, defaults)
-    _check_named(given, values["logprobs"])
+    _check_token_ids(overrides, values["logprobs"])
     if values["logprobs"] is None:
-        given.without.add("logprobs")
-    if forced is not None:
+        overrides.without.add("logprobs")
+    if constraint is not None:
         if "structured_outputs" in values:
             problem = "tool_choice decides the form of the answer: leave response_format out"
             raise BadParameters(problem, param="tool_choice")
-        values["structured_outputs"] = forced
-    return given.over(defaults)
+        values["structured_outputs"] = constraint
+    return overrides.apply_to(defaults)
 
 
 def _chat_logprobs(body: ChatRequest, defaults: SamplingParams) -> int | None:
-    """How many alternatives each token has; None: no logprobs. The default counts where the body is silent."""
-    said = body.model_fields_set
-    wanted = bool(body.logprobs) if "logprobs" in said else defaults.logprobs is not None
-    if not wanted:
+    """Return the number of alternatives per token, None without logprobs; the default if the body leaves it out."""
+    present = body.model_fields_set
+    enabled = bool(body.logprobs) if "logprobs" in present else defaults.logprobs is not None
+    if not enabled:
         if body.top_logprobs:
             raise BadParameters("top_logprobs goes with logprobs: true", param="top_logprobs")
         return None
-    return (body.top_logprobs if "top_logprobs" in said else defaults.logprobs) or 0
+    return (body.top_logprobs if "top_logprobs" in present else defaults.logprobs) or 0
 
 
-def _check_named(given: _Given, logprobs: int | None) -> None:
-    """Tokens may be named where logprobs are wanted; those that the defaults name are not, where a body wants none."""
+def _check_token_ids(overrides: _Overrides, logprobs: int | None) -> None:
+    """Refuse logprob_token_ids without logprobs, and drop those of the defaults. Raises BadParameters."""
     if logprobs is not None:
         return
-    if "logprob_token_ids" in given.values:
+    if "logprob_token_ids" in overrides.values:
         raise BadParameters("logprob_token_ids goes with logprobs", param="logprob_token_ids")
-    given.without.add("logprob_token_ids")
+    overrides.without.add("logprob_token_ids")
 
 
-class _Given(NamedTuple):
-    """What a body says: values, and fields `without` whose default it takes back."""
+class _Overrides(NamedTuple):
+    """Sampling values of a body, and fields `without` their default: the body switches them off."""
 
     values: dict[str, Any]
     without: set[str]
 
-    def over(self, defaults: SamplingParams) -> SamplingParams:
+    def apply_to(self, defaults: SamplingParams) -> SamplingParams:
         try:
             return SamplingParams.from_mapping(self.values, defaults, self.without)
         except BadParameters as error:
             raise BadParameters(str(error), param=_named_field(str(error))) from None
 
 
-def _common(body: SamplingBody) -> _Given:
+def _overrides(body: SamplingBody) -> _Overrides:
     _refuse_unsupported(body)
-    given = body.model_dump(exclude_none=True, include=set(FIELDS))
-    without = {name for name in _TAKEN_BACK & body.model_fields_set if getattr(body, name) is None}
+    values = body.model_dump(exclude_none=True, include=set(FIELDS))
+    without = {name for name in _OFF_WITH_NULL & body.model_fields_set if getattr(body, name) is None}
     try:
         constraint = from_response_format(body.response_format)
     except BadParameters as error:
         raise BadParameters(str(error), param="response_format") from None
     if constraint is not None:
-        if "structured_outputs" in given:
+        if "structured_outputs" in values:
             raise BadParameters("give response_format or structured_outputs, not both", param="response_format")
-        given["structured_outputs"] = constraint
-    if {"response_format", "structured_outputs"} & body.model_fields_set:  # null, and text, want none
+        values["structured_outputs"] = constraint
+    if {"response_format", "structured_outputs"} & body.model_fields_set:  # null, and type text, mean no constraint
         without.add("structured_outputs")
-    return _Given(given, without)
+    return _Overrides(values, without)
 
 
 def _refuse_unsupported(body: SamplingBody) -> None:
@@ -168,10 +168,12 @@ def _refuse_unsupported(body: SamplingBody) -> None:
 
 
 def error_param(error: RowError) -> str | None:
-    """The field of a body that an error is about: as it says, or the first sampling parameter that it names."""
+    """Return the field at fault: the error's own `param`, or the first sampling parameter that its message names."""
     if error.param is not None:
         return error.param
-    return "prompt" if isinstance(error, TooLong) else _named_field(str(error)) if error.kind in _FAULTS else None
+    return (
+        "prompt" if isinstance(error, TooLong) else _named_field(str(error)) if error.kind in _REQUEST_ERRORS else None
+    )
 
 
 def _named_field(message: str) -> str | None:

@@ -1,19 +1,19 @@
-"""The endpoint: OpenAI's routes over the engine of the job, for as long as somebody needs them.
+"""HTTP endpoint: OpenAI's routes over the engine of a job.
 
-Two threads share the work, and each owns its state alone:
+Two threads share the work, and each alone owns its state:
 
-- The *engine thread* (`engine_loop`) owns the `Engine`: nobody else touches it. Commands (prepared requests, aborts)
-  reach it through a thread-safe inbox that it empties before every step; events (new tokens, finished samples) leave it
-  once per step, all together, so that the asyncio loop wakes up once per step and not once per token.
+- The *engine thread* (`engine_loop`) owns the `Engine`. Commands (prepared requests, aborts) reach it through a
+  thread-safe inbox that it empties before every step. Events (new tokens, finished samples) leave it once per step,
+  all together, so that the asyncio loop wakes up once per step and not once per token.
 - The *asyncio thread* owns connections, open generations and text. `frontend` admits requests (a bounded queue),
-  renders, tokenizes and checks prompts in a small pool, one `Preparer.prepare` at a time, hands requests over, and
-  hands events to the generation that waits for them. HTTP never waits for a step.
+  encodes and checks prompts in a small thread pool, submits requests to the engine, and delivers events to their
+  generation. HTTP never waits for a step.
 
-One request's way: `gate` (key, size, draining) → `wire.bodies` → `wire.asked` → `frontend.prepare` → engine thread →
-`samples` (incremental text, stop strings, UTF-8 across tokens) → a reply (`choices`: those of `wire.completions` or
-`wire.chat`; `events`: named ones) → JSON, or server-sent events in `stream`. A client that goes away closes its
-generation, which aborts its sequences.
+A request passes: `middleware` (API key, body size, draining) → `openai.request_models` → `generation_routes` →
+`respond` → `openai.parse` → `frontend` → engine thread → `sample_texts` (incremental detokenizing, stop strings) → a
+reply (`choice_reply` with choices, `event_reply` with named events) → JSON, or server-sent events (`sse`). When a
+client disconnects, its generation is closed and its sequences are aborted.
 
-What fails: a wrong request is a 400 before the engine sees it; an engine that gives up answers 500 to all, and /health
-says why; on shutdown the gate answers 503, and open generations finish or end with an error event.
+Failures: a wrong request gets 400 before the engine sees it. If the engine fails, every request gets 500 and /health
+says why. During shutdown the middleware answers 503; open generations finish or end with an error event.
 """

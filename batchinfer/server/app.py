@@ -1,4 +1,4 @@
-"""All routes, put together. What is served is decided by the caller: see `create_app`."""
+"""The ASGI application: all routes, error handlers and the middleware around them."""
 
 from __future__ import annotations
 
@@ -15,33 +15,26 @@ from starlette.responses import Response
 
 from batchinfer import __version__
 from batchinfer.errors import RowError
-from batchinfer.openai.messages_request import CountRequest, MessagesRequest
-from batchinfer.openai.request_models import (
-    ChatRequest,
-    CompletionRequest,
-    EmbeddingRequest,
-    ErrorBody,
-    validation_error,
-)
-from batchinfer.openai.responses_request import ResponseRequest
-from batchinfer.server import chat, completions, embeddings, messages, responses, tokenize_routes
-from batchinfer.server.errors import ApiError, JsonResponse, internal_error, of_row
+from batchinfer.openai.request_models import ErrorBody, validation_error
+from batchinfer.server.errors import ApiError, JsonResponse, from_row_error, internal_error
 from batchinfer.server.frontend import Frontend
-from batchinfer.server.middleware import Gate
-from batchinfer.server.respond import check_model, respond
+from batchinfer.server.generation_routes import make_generation_router
+from batchinfer.server.middleware import GateMiddleware
+from batchinfer.server.respond import check_model
+from batchinfer.server.tokenize_routes import make_tokenize_router
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "What is wrong with the request"},
     "5XX": {"model": ErrorBody, "description": "What is wrong with the server"},
 }
-_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}, "description": "The answer"}}
 
 
 @dataclass(frozen=True, slots=True)
 class AppOptions:
-    """api_key None lets everybody in. `routers` are further routes; bodies of `large_paths` have no limit of size.
+    """Options of the application.
 
-    `on_start` runs when the engine has started.
+    api_key: None accepts every client. routers: further routes. large_paths: path prefixes without a body size limit.
+    on_start: called when the engine has started.
     """
 
     api_key: str | None = None
@@ -51,8 +44,8 @@ class AppOptions:
     on_start: Callable[[], None] = lambda: None
 
 
-def create_app(frontend: Frontend, options: AppOptions | None = None) -> Gate:
-    """The application, as uvicorn or a test calls it. Its lifespan starts and stops the engine thread."""
+def create_app(frontend: Frontend, options: AppOptions | None = None) -> GateMiddleware:
+    """Return the ASGI application. Its lifespan starts and stops the engine thread."""
     options = options or AppOptions()
 
     @asynccontextmanager
@@ -68,7 +61,7 @@ def create_app(frontend: Frontend, options: AppOptions | None = None) -> Gate:
         title="batchinfer",
         version=__version__,
         lifespan=lifespan,
-        docs_url=None,  # pages of other people's scripts
+        docs_url=None,  # its pages load scripts from other sites
         redoc_url=None,
         responses=_ERRORS,
         exception_handlers={
@@ -76,20 +69,20 @@ def create_app(frontend: Frontend, options: AppOptions | None = None) -> Gate:
             RowError: _row_error,
             HTTPException: _http_error,
             RequestValidationError: _validation_error,
-            Exception: _bug,
+            Exception: _internal_error,
         },
     )
     for router in (
-        _state_routes(frontend),
-        _answer_routes(frontend),
-        tokenize_routes.routes(frontend),
+        _make_state_router(frontend),
+        make_generation_router(frontend),
+        make_tokenize_router(frontend),
         *options.routers,
     ):
         app.include_router(router)
-    return Gate(app, frontend.metrics, options.api_key, options.max_body_bytes, options.large_paths)
+    return GateMiddleware(app, frontend.metrics, options.api_key, options.max_body_bytes, options.large_paths)
 
 
-def _state_routes(frontend: Frontend) -> APIRouter:
+def _make_state_router(frontend: Frontend) -> APIRouter:
     router = APIRouter()
     created = int(time.time())
 
@@ -116,7 +109,7 @@ def _state_routes(frontend: Frontend) -> APIRouter:
 
     @router.get("/metrics")
     async def metrics() -> Response:
-        return Response(frontend.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(frontend.metrics.render_text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @router.get("/v1/models")
     async def models() -> Response:
@@ -129,61 +122,30 @@ def _state_routes(frontend: Frontend) -> APIRouter:
     return router
 
 
-def _answer_routes(frontend: Frontend) -> APIRouter:
-    router = APIRouter(prefix="/v1")
-
-    @router.post("/completions", responses=_STREAM)
-    async def completion(body: CompletionRequest, request: Request) -> Response:
-        return await respond(frontend, request.receive, body, lambda name: completions.prepare(frontend, body, name))
-
-    @router.post("/chat/completions", responses=_STREAM)
-    async def chat_completion(body: ChatRequest, request: Request) -> Response:
-        return await respond(frontend, request.receive, body, lambda name: chat.prepare(frontend, body, name))
-
-    @router.post("/responses", responses=_STREAM)
-    async def response(body: ResponseRequest, request: Request) -> Response:
-        return await respond(frontend, request.receive, body, lambda name: responses.prepare(frontend, body, name))
-
-    @router.post("/messages", responses=_STREAM)
-    async def message(body: MessagesRequest, request: Request) -> Response:
-        return await respond(frontend, request.receive, body, lambda name: messages.prepare(frontend, body, name))
-
-    @router.post("/messages/count_tokens")
-    async def count_tokens(body: CountRequest) -> Response:
-        return JsonResponse(await messages.count(frontend, body))
-
-    @router.post("/embeddings")
-    async def embedding(body: EmbeddingRequest, request: Request) -> Response:
-        return await embeddings.respond(frontend, request.receive, body)
-
-    return router
-
-
 async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return error.response(request.url.path)
 
 
 async def _row_error(request: Request, error: Exception) -> Response:
-    """Of what a body asks for."""
     assert isinstance(error, RowError)
-    return of_row(error).response(request.url.path)
+    return from_row_error(error).response(request.url.path)
 
 
-async def _bug(request: Request, error: Exception) -> Response:
-    """The gate logs it: it is raised again."""
+async def _internal_error(request: Request, error: Exception) -> Response:
+    """Answer a bug; Starlette raises the exception again, and the middleware logs it."""
     return internal_error(error).response(request.url.path)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """Of the router: no such path, another method."""
+    """Answer an error of the router: unknown path or method."""
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail}"
-    answer = ApiError(error.status_code, message).response(request.url.path)
-    answer.headers.update(error.headers or {})
-    return answer
+    response = ApiError(error.status_code, message).response(request.url.path)
+    response.headers.update(error.headers or {})
+    return response
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return of_row(validation_error(error.errors())).response(request.url.path)
+    return from_row_error(validation_error(error.errors())).response(request.url.path)

@@ -1,6 +1,6 @@
-"""/v1/files and /v1/batches as OpenAI has them: https://platform.openai.com/docs/api-reference/batch.
+"""Routes /v1/files and /v1/batches: https://platform.openai.com/docs/api-reference/batch.
 
-The catalog holds files and batches, a runner runs them; what a batch's lines may be is the runner's to say.
+The catalog stores files and batches; a runner validates and runs batches.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from starlette.responses import FileResponse
 from batchinfer.batches.catalog import BatchRecord, Catalog, FileRecord, new_id
 from batchinfer.errors import StorageError
 from batchinfer.server.errors import ApiError, bad_request
-from batchinfer.server.upload import receive
+from batchinfer.server.upload import receive_upload
 
 MAX_FILE_BYTES = 16 << 30
 _WINDOW = re.compile(r"([1-9]\d{0,5})([mhd])")
@@ -50,21 +50,21 @@ FileLimit = Annotated[int, Query(ge=1, le=10_000)]
 
 
 class BatchQueue(Protocol):
-    """Runs batches of a catalog."""
+    """Queue of batches to run."""
 
     @property
     def endpoints(self) -> Sequence[str]:
-        """What the lines of a batch may ask for, as /v1/completions."""
+        """Return the routes that a batch's lines may name, e.g. /v1/completions."""
 
     def submit(self, batch_id: str) -> None:
-        """Take on a batch that has just been added."""
+        """Queue a batch that was added to the catalog."""
 
     def cancel(self, batch_id: str) -> BatchRecord | None:
-        """Run no more of it; None if it has ended or is about to."""
+        """Stop running a batch and return its record; None if it has ended or is about to."""
 
 
 class NewBatch(BaseModel):
-    """What a client asks for. `completion_window`: minutes, hours or days, after which what has not run expires."""
+    """Body of POST /v1/batches. completion_window: minutes, hours or days until requests that have not run expire."""
 
     input_file_id: str
     endpoint: str
@@ -72,15 +72,15 @@ class NewBatch(BaseModel):
     metadata: Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)] | None = None
 
 
-def make_router(catalog: Catalog, runner: BatchQueue, max_file_bytes: int = MAX_FILE_BYTES) -> APIRouter:
-    """The routes of both; ApiError and FastAPI's validation errors are left to the app's handlers."""
+def make_batch_router(catalog: Catalog, runner: BatchQueue, max_file_bytes: int = MAX_FILE_BYTES) -> APIRouter:
+    """Return the routes of files and batches; handlers of the app answer ApiError and validation errors."""
     router = APIRouter(responses={status: _documented(text) for status, text in _STATUSES.items()})
     _add_files(router, catalog, max_file_bytes)
     _add_batches(router, catalog, runner)
     return router
 
 
-_STATUSES = {400: "what is asked is wrong", 404: "no such file or batch", 507: "the disk is full"}
+_STATUSES = {400: "the request is wrong", 404: "no such file or batch", 507: "the disk is full"}
 
 
 def _documented(text: str) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def _documented(text: str) -> dict[str, Any]:
 def _add_files(router: APIRouter, catalog: Catalog, max_file_bytes: int) -> None:
     @router.post("/v1/files", openapi_extra=_UPLOAD, responses={413: _documented("the file is too large")})
     async def upload_file(request: Request) -> dict[str, Any]:
-        async with _storing_async(), receive(request, catalog.temporary(), max_file_bytes) as upload:
+        async with _storage_errors_async(), receive_upload(request, catalog.temporary(), max_file_bytes) as upload:
             purpose = upload.fields.get("purpose")
             if purpose != "batch":
                 raise bad_request(f"purpose must be 'batch', got {purpose!r}", "purpose")
@@ -104,8 +104,8 @@ def _add_files(router: APIRouter, catalog: Catalog, max_file_bytes: int) -> None
     def list_files(
         purpose: str | None = None, limit: FileLimit = 10_000, order: Order = "desc", after: str | None = None
     ) -> dict[str, Any]:
-        found = [record for record in catalog.files() if purpose in (None, record.purpose)]
-        chosen, more = page(found if order == "desc" else found[::-1], limit, after)
+        records = [record for record in catalog.files() if purpose in (None, record.purpose)]
+        chosen, more = paginate(records if order == "desc" else records[::-1], limit, after)
         return list_object([file_object(record) for record in chosen], more)
 
     @router.get("/v1/files/{file_id}")
@@ -123,7 +123,7 @@ def _add_files(router: APIRouter, catalog: Catalog, max_file_bytes: int) -> None
             if batch.input_file_id == record.id and not batch.ended:
                 message = f"file {record.id} is the input of batch {batch.id}, which is {batch.status}: cancel it first"
                 raise ApiError(400, message, param="file_id", code="file_in_use")
-        with _storing():
+        with _storage_errors():
             catalog.delete_file(record.id)
         return {"id": record.id, "object": "file", "deleted": True}
 
@@ -154,16 +154,16 @@ def file_object(record: FileRecord) -> dict[str, Any]:
 
 def _add_batches(router: APIRouter, catalog: Catalog, runner: BatchQueue) -> None:
     @router.post("/v1/batches")
-    def create_batch(asked: NewBatch) -> dict[str, Any]:
-        record = _accept(catalog, runner, asked)
-        with _storing():
+    def create_batch(body: NewBatch) -> dict[str, Any]:
+        record = _new_record(catalog, runner, body)
+        with _storage_errors():
             record = catalog.add_batch(record)
         runner.submit(record.id)
         return batch_object(record)
 
     @router.get("/v1/batches")
     def list_batches(limit: Limit = 20, after: str | None = None) -> dict[str, Any]:
-        chosen, more = page(catalog.batches(), limit, after)
+        chosen, more = paginate(catalog.batches(), limit, after)
         return list_object([batch_object(record) for record in chosen], more)
 
     @router.get("/v1/batches/{batch_id}")
@@ -173,7 +173,7 @@ def _add_batches(router: APIRouter, catalog: Catalog, runner: BatchQueue) -> Non
     @router.post("/v1/batches/{batch_id}/cancel")
     def cancel_batch(batch_id: str) -> dict[str, Any]:
         _batch(catalog, batch_id)
-        with _storing():
+        with _storage_errors():
             record = runner.cancel(batch_id)
         if record is None:
             status = _batch(catalog, batch_id).status
@@ -188,37 +188,37 @@ def _batch(catalog: Catalog, batch_id: str) -> BatchRecord:
     return record
 
 
-def _accept(catalog: Catalog, runner: BatchQueue, asked: NewBatch) -> BatchRecord:
-    """The record of a batch that may be tried. Raises ApiError."""
-    if asked.endpoint not in runner.endpoints:
+def _new_record(catalog: Catalog, runner: BatchQueue, body: NewBatch) -> BatchRecord:
+    """Validate the body and return the record of a new batch. Raises ApiError."""
+    if body.endpoint not in runner.endpoints:
         known = ", ".join(runner.endpoints)
-        raise bad_request(f"endpoint {asked.endpoint!r} is not supported for batches; these are: {known}", "endpoint")
-    window = _WINDOW.fullmatch(asked.completion_window)
+        raise bad_request(f"endpoint {body.endpoint!r} is not supported for batches; these are: {known}", "endpoint")
+    window = _WINDOW.fullmatch(body.completion_window)
     if window is None:
-        message = f"completion_window must be like '24h', '90m' or '7d', got {asked.completion_window!r}"
+        message = f"completion_window must be like '24h', '90m' or '7d', got {body.completion_window!r}"
         raise bad_request(message, "completion_window")
-    file = catalog.file(asked.input_file_id)
+    file = catalog.file(body.input_file_id)
     if file is None:
-        raise bad_request(f"no such file: {asked.input_file_id}", "input_file_id")
+        raise bad_request(f"no such file: {body.input_file_id}", "input_file_id")
     if file.purpose != "batch":
         message = f"file {file.id} has the purpose {file.purpose!r}; a batch needs one uploaded with 'batch'"
         raise bad_request(message, "input_file_id")
-    for key in asked.metadata or {}:
+    for key in body.metadata or {}:
         if len(key) > 64:
             raise bad_request(f"metadata: the key {key[:64]!r}… is longer than 64 characters", "metadata")
     return BatchRecord(
         id=new_id("batch_"),
-        endpoint=asked.endpoint,
+        endpoint=body.endpoint,
         input_file_id=file.id,
-        completion_window=asked.completion_window,
+        completion_window=body.completion_window,
         expires_at=int(time.time()) + int(window[1]) * _SECONDS[window[2]],
-        metadata=asked.metadata,
+        metadata=body.metadata,
     )
 
 
 def batch_object(record: BatchRecord) -> dict[str, Any]:
     problems = [problem._asdict() for problem in record.problems]
-    moments = ("in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled")
+    statuses = ("in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled")
     return {
         "id": record.id,
         "object": "batch",
@@ -230,7 +230,7 @@ def batch_object(record: BatchRecord) -> dict[str, Any]:
         "output_file_id": record.output_file_id,
         "error_file_id": record.error_file_id,
         "created_at": record.created_at,
-        **{f"{moment}_at": record.times.get(moment) for moment in moments},
+        **{f"{status}_at": record.times.get(status) for status in statuses},
         "expires_at": record.expires_at,
         "request_counts": record.counts._asdict(),
         "metadata": record.metadata,
@@ -240,8 +240,8 @@ def batch_object(record: BatchRecord) -> dict[str, Any]:
 # -- both ---------------------------------------------------------------------------------------------------------
 
 
-def page(records: list[Record], limit: int, after: str | None) -> tuple[list[Record], bool]:
-    """The records behind `after`, and whether there are more. Raises ApiError if it is not among them."""
+def paginate(records: list[Record], limit: int, after: str | None) -> tuple[list[Record], bool]:
+    """Return at most `limit` records after `after`, and True if more follow. Raises ApiError for an unknown `after`."""
     start = 0
     if after is not None:
         start = next((place for place, record in enumerate(records, 1) if record.id == after), 0)
@@ -256,8 +256,8 @@ def list_object(data: list[dict[str, Any]], more: bool) -> dict[str, Any]:
 
 
 @contextmanager
-def _storing() -> Iterator[None]:
-    """What the disk refuses, as an error of the server that says so."""
+def _storage_errors() -> Iterator[None]:
+    """Raise errors of the disk as ApiError: 507 if it is full, else 500."""
     try:
         yield
     except (StorageError, OSError) as error:
@@ -268,6 +268,6 @@ def _storing() -> Iterator[None]:
 
 
 @asynccontextmanager
-async def _storing_async() -> AsyncIterator[None]:
-    with _storing():
+async def _storage_errors_async() -> AsyncIterator[None]:
+    with _storage_errors():
         yield

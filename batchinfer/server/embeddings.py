@@ -1,4 +1,4 @@
-"""/v1/embeddings: pooled hidden states of the model's last layer, as numbers or as base64 of little-endian float32."""
+"""Embedding requests: pooled hidden states of the model's last layer."""
 
 from __future__ import annotations
 
@@ -7,51 +7,50 @@ import time
 from starlette.responses import Response
 from starlette.types import Receive
 
-from batchinfer.openai.embedding_response import embeddings
-from batchinfer.openai.parse import ParsedRequest, parse_request
+from batchinfer.openai.embedding_response import embedding_response
+from batchinfer.openai.parse import parse_request
 from batchinfer.openai.request_models import EmbeddingRequest
 from batchinfer.pipeline.prompt import Prepared
 from batchinfer.pipeline.scoring import Pooled
 from batchinfer.request import Finished
 from batchinfer.server.errors import ApiError, JsonResponse
 from batchinfer.server.frontend import Frontend
-from batchinfer.server.respond import answer, check_model
+from batchinfer.server.respond import check_model, run_for_client
 
 
-async def respond(frontend: Frontend, receive: Receive, body: EmbeddingRequest) -> Response:
-    """Answer a request. Raises ApiError, RowError."""
+async def respond_with_vectors(frontend: Frontend, receive: Receive, body: EmbeddingRequest) -> Response:
+    """Embed the inputs and return the response. Raises ApiError, RowError."""
     arrived_s = time.monotonic()
     name = check_model(frontend, body.model)
     frontend.admit()
 
-    async def begin() -> Response:
-        asked = parse_request(body, frontend.model.facts)
-        prepared = await frontend.prepare(await frontend.encode(asked), asked)
-        vectors = await _embed(frontend, prepared, asked)
-        reply = {**embeddings(body, vectors, sum(len(one.ids) for one in prepared)), "model": name}
-        frontend.metrics.request_done(time.monotonic() - arrived_s)
+    async def embed() -> Response:
+        request = parse_request(body, frontend.model.facts)
+        assert request.pooling is not None
+        prepared = await frontend.prepare_request(request)
+        vectors = await _embed_prompts(frontend, prepared, request.pooling)
+        reply = embedding_response(body, vectors, sum(len(prompt.ids) for prompt in prepared), name)
+        frontend.metrics.observe_request(time.monotonic() - arrived_s)
         return JsonResponse(reply)
 
-    return await answer(frontend, receive, begin)
+    return await run_for_client(frontend, receive, embed())
 
 
-async def _embed(frontend: Frontend, prepared: list[Prepared], asked: ParsedRequest) -> list[list[float]]:
-    read = asked.pooling
-    assert read is not None
-    generation = frontend.open(prepared, False)
+async def _embed_prompts(frontend: Frontend, prepared: list[Prepared], pooling: Pooled) -> list[list[float]]:
+    generation = frontend.open_generation(prepared, False)
     vectors: dict[int, list[float]] = {}
     try:
-        async for events in generation.batches():
+        async for events in generation.event_batches():
             ended = ((event.request_id, event.finished) for event in events)
-            vectors |= {number: _vector(finished, read) for number, finished in ended if finished is not None}
+            vectors |= {number: _vector(finished, pooling) for number, finished in ended if finished is not None}
     finally:
-        frontend.close(generation)
-    return [vectors[one.requests[0].request_id] for one in prepared]
+        frontend.close_generation(generation)
+    return [vectors[prompt.requests[0].request_id] for prompt in prepared]
 
 
-def _vector(finished: Finished, read: Pooled) -> list[float]:
+def _vector(finished: Finished, pooling: Pooled) -> list[float]:
     if finished.error is not None:
         raise ApiError(500, str(finished.error), code="engine_failure")
     rows = finished.request.rows_read()
     assert finished.hidden is not None and rows is not None, "nothing was pooled"
-    return read.vector(finished.hidden, len(rows))
+    return pooling.vector(finished.hidden, len(rows))

@@ -41,7 +41,7 @@ class Event(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class EngineSnapshot:
-    """What the engine was doing after its last step."""
+    """State of the engine after its last step."""
 
     running: int = 0
     waiting: int = 0

@@ -1,4 +1,4 @@
-"""What a client is told when something is wrong: OpenAI's error object and its status."""
+"""Errors as clients see them: OpenAI's or Anthropic's error object, and the HTTP status."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ _MESSAGE_TYPES = {**_TYPES, 413: "request_too_large", 503: "overloaded_error", 5
 
 
 class ApiError(Exception):
-    """Ends one request. `param` is the field at fault, `code` a word for programs, `retry_after_s` a header."""
+    """Error response to one request.
+
+    param: the field at fault. code: the error's name for programs. retry_after_s: the Retry-After header.
+    """
 
     def __init__(
         self,
@@ -42,7 +45,7 @@ class ApiError(Exception):
         return _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
 
     def body(self, path: str = "") -> dict[str, Any]:
-        """As the route at `path` writes errors."""
+        """Return the error object in the format of the route at `path`."""
         if path.startswith(MESSAGES):
             kind = _MESSAGE_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
             return {"type": "error", "error": {"type": kind, "message": self.message}}
@@ -57,7 +60,7 @@ class ApiError(Exception):
 
 
 class JsonResponse(Response):
-    """JSON by orjson: NaN and infinities cannot leave as such."""
+    """JSON response; NaN and infinities are written as null."""
 
     media_type = "application/json"
 
@@ -66,7 +69,7 @@ class JsonResponse(Response):
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """An error of ours as it is; anything else is a bug, logged with its traceback."""
+    """Return an ApiError as it is; log any other exception, which is a bug, with its traceback."""
     if isinstance(error, ApiError):
         return error
     log.error("a request failed in a way that it should not", traceback="".join(traceback.format_exception(error)))
@@ -74,7 +77,7 @@ def as_api_error(error: Exception) -> ApiError:
 
 
 def internal_error(error: Exception) -> ApiError:
-    """What the client is told of a bug."""
+    """Return the error that a client gets for a bug."""
     return ApiError(500, f"internal error: {type(error).__name__}", code="internal_error")
 
 
@@ -82,8 +85,8 @@ def bad_request(message: str, param: str | None = None) -> ApiError:
     return ApiError(400, message, param=param)
 
 
-def of_row(error: RowError) -> ApiError:
-    """The client's view of an error of preparing or running."""
+def from_row_error(error: RowError) -> ApiError:
+    """Return the error that a client gets for an error of preparing or running a request."""
     message = str(error)
     if isinstance(error, TooLong):
         return ApiError(400, message, param=error_param(error), code=CONTEXT_LENGTH_EXCEEDED)

@@ -1,4 +1,4 @@
-"""The asyncio side of the engine: admission, preparing prompts, and events for whoever waits for them."""
+"""The asyncio side of the engine: admission control, preparing prompts, and delivering events to generations."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from batchinfer.pipeline.encoding import Content, PromptEncoder, PromptOptions, 
 from batchinfer.pipeline.prompt import Prepared, Prompt, Refused, mix
 from batchinfer.request import Request
 from batchinfer.server.engine_loop import EngineLoop, Event
-from batchinfer.server.errors import ApiError, of_row
+from batchinfer.server.errors import ApiError, from_row_error
 from batchinfer.server.metrics import Metrics
 
 T = TypeVar("T")
 
-_RETRY_LONGEST_S = 60
+_MAX_RETRY_AFTER_S = 60
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model as clients see it: the names that it answers to, the first of which it signs with."""
+    """A model as clients see it. names: accepted in requests; the first is the default in replies."""
 
     parts: EngineParts
     names: tuple[str, ...]
@@ -48,19 +48,19 @@ class ServedModel:
 
 
 class Generation:
-    """The samples of one HTTP request in the engine. Iterate over its events; close it, or its sequences run on."""
+    """Samples of one HTTP request in the engine. `Frontend.close_generation` must end it, or its sequences run on."""
 
     def __init__(self, prepared: list[Prepared]) -> None:
         self.prepared = prepared
-        self.open = {request.request_id for one in prepared for request in one.requests}
+        self.open = {request.request_id for prompt in prepared for request in prompt.requests}
         self._events: dict[int, Event] = {}
-        self._news = asyncio.Event()
+        self._wakeup = asyncio.Event()
         self._error: ApiError | None = None
 
-    async def batches(self) -> AsyncIterator[list[Event]]:
-        """Events as they come, at most one a sample: what comes while nobody looks is put together.
+    async def event_batches(self) -> AsyncIterator[list[Event]]:
+        """Yield new events, at most one per sample: events that pile up while the consumer is busy are merged.
 
-        Raises ApiError when a sample fails or the server ends.
+        Raises ApiError if a sample fails or the server ends.
         """
         while True:
             if self._events:
@@ -71,26 +71,26 @@ class Generation:
             elif not self.open:
                 return
             else:
-                await self._news.wait()
-                self._news.clear()
+                await self._wakeup.wait()
+                self._wakeup.clear()
 
     def add_event(self, event: Event) -> None:
         if event.finished is not None:
             self.open.discard(event.request_id)
             if event.finished.error is not None:
-                self.fail(of_row(event.finished.error))
+                self.fail(from_row_error(event.finished.error))
                 return
         earlier = self._events.get(event.request_id)
         self._events[event.request_id] = event if earlier is None else earlier.then(event)
-        self._news.set()
+        self._wakeup.set()
 
     def fail(self, error: ApiError) -> None:
         self._error = self._error or error
-        self._news.set()
+        self._wakeup.set()
 
 
 class EventSink(Protocol):
-    """Gets the news of requests, in the asyncio thread."""
+    """Receiver of requests' events, in the asyncio thread."""
 
     def add_event(self, event: Event) -> None: ...
 
@@ -98,9 +98,10 @@ class EventSink(Protocol):
 
 
 class Frontend:
-    """Stands between HTTP and the engine thread. All methods but `lend` and `take_back` are for the asyncio thread.
+    """Link between HTTP and the engine thread, used from the asyncio thread.
 
-    max_waiting: sequences beyond the engine's seats from which on requests are refused with 429.
+    `submit_shared` and `abort_shared` alone may be called from any thread. max_waiting: sequences that may wait beyond
+    the engine's seats; more are refused with 429 (back-pressure).
     """
 
     def __init__(self, model: ServedModel, metrics: Metrics, max_waiting: int) -> None:
@@ -112,13 +113,13 @@ class Frontend:
         self._max_waiting = max_waiting
         self._generations: dict[int, EventSink] = {}
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="batchinfer-prepare")
-        # of its own: requests without a grammar do not wait for one that takes long to compile
+        # a pool of its own: requests without a grammar do not wait for a slow compilation
         self._grammars = ThreadPoolExecutor(2, thread_name_prefix="batchinfer-grammar")
         self._loop: asyncio.AbstractEventLoop | None = None
-        metrics.watch(lambda: self.engine.snapshot)
+        metrics.watch_engine(lambda: self.engine.snapshot)
 
     def start(self) -> None:
-        """Call within the asyncio loop that will serve."""
+        """Start the engine thread; call it in the serving asyncio loop."""
         self._loop = asyncio.get_running_loop()
         self.engine.start()
 
@@ -129,17 +130,17 @@ class Frontend:
 
     @property
     def failure(self) -> str | None:
-        """Why the engine answers nothing any more, if so."""
+        """Return why the engine stopped, None while it works."""
         return self.engine.failure
 
     @property
     def open_samples(self) -> int:
         return len(self._generations)
 
-    # -- a request's way in -------------------------------------------------------------------------------------
+    # -- requests to the engine -------------------------------------------------------------------------------------
 
     def admit(self) -> None:
-        """Raises ApiError where the engine is dead (500) or the queue full (429)."""
+        """Raise ApiError if the engine stopped (500) or the queue is full (429)."""
         if self.failure is not None:
             raise ApiError(500, f"the engine stopped: {self.failure}", code="engine_failure")
         waiting = len(self._generations) - self._seats
@@ -149,56 +150,60 @@ class Frontend:
                 429,
                 f"{waiting} sequences are waiting already: try again later",
                 code="queue_full",
-                retry_after_s=min(max(wait_s, 1), _RETRY_LONGEST_S),
+                retry_after_s=min(max(wait_s, 1), _MAX_RETRY_AFTER_S),
             )
 
-    async def in_pool(self, work: Callable[[], T]) -> T:
-        """Run work that takes a while beside the asyncio loop. Raises ApiError for a RowError."""
+    async def run_in_pool(self, work: Callable[[], T]) -> T:
+        """Run slow work in a thread, outside the asyncio loop. Raises ApiError for a RowError."""
         try:
             return await asyncio.get_running_loop().run_in_executor(self._pool, work)
         except RowError as error:
-            raise of_row(error) from None
+            raise from_row_error(error) from None
 
-    async def encode(self, asked: ParsedRequest) -> list[list[int]]:
-        """Token ids of what is asked, rendered by the chat template where it is messages. Raises ApiError."""
-        return await self.in_pool(lambda: self.tokens_of(asked.contents, asked.options))
+    async def encode_request(self, request: ParsedRequest) -> list[list[int]]:
+        """Return the token ids of each prompt; messages go through the chat template. Raises ApiError."""
+        return await self.run_in_pool(lambda: self.encode_prompts(request.contents, request.options))
 
-    async def prepare(self, prompts: Sequence[list[int]], asked: ParsedRequest) -> list[Prepared]:
-        """Check token ids and parameters against the model. Raises ApiError for the first prompt that is wrong."""
-        if asked.params.structured_outputs is not None and asked.pooling is None:
+    async def prepare_request(self, request: ParsedRequest) -> list[Prepared]:
+        """Encode the prompts, and check token ids and parameters against the model. Raises ApiError."""
+        prompts = await self.encode_request(request)
+        if request.params.structured_outputs is not None and request.pooling is None:
             compile_ = self.model.parts.preparer.compile_grammar
-            await asyncio.get_running_loop().run_in_executor(self._grammars, lambda: compile_(asked.params))
-        return await self.in_pool(lambda: self._prepare(prompts, asked))
+            await asyncio.get_running_loop().run_in_executor(self._grammars, lambda: compile_(request.params))
+        return await self.run_in_pool(lambda: self._prepare(prompts, request))
 
-    def _prepare(self, prompts: Sequence[list[int]], asked: ParsedRequest) -> list[Prepared]:
+    def _prepare(self, prompts: Sequence[list[int]], request: ParsedRequest) -> list[Prepared]:
         key = random.getrandbits(64)
-        wanted = [
-            Prompt(index, [ids], asked.params, mix(key, index), read=asked.pooling, options=asked.options)
+        encoded = [
+            Prompt(index, [ids], request.params, mix(key, index), read=request.pooling, options=request.options)
             for index, ids in enumerate(prompts)
         ]
-        return [_sound(result) for result in self.model.parts.preparer.prepare(wanted)]
+        return [_prepared_or_raise(result) for result in self.model.parts.preparer.prepare(encoded)]
 
-    def tokens_of(self, contents: Sequence[Content], options: PromptOptions) -> list[list[int]]:
-        """Token ids of prompts of one kind; runs in the pool. Raises RowError."""
+    def encode_prompts(self, contents: Sequence[Content], options: PromptOptions) -> list[list[int]]:
+        """Return token ids of prompts that are all texts or messages, or all token ids. Raises RowError.
+
+        Blocks: call it in the pool.
+        """
         encoder = self.model.encoder
-        made = [_right(encoder.text(content, options)) for content in contents]
-        texts = [text.text for text in made if isinstance(text, Text)]
+        prompts = [_value_or_raise(encoder.text(content, options)) for content in contents]
+        texts = [prompt.text for prompt in prompts if isinstance(prompt, Text)]
         if texts:
-            return [_right(ids) for ids in encoder.encode(texts, options.special)]
-        return [ids for ids in made if isinstance(ids, list)]
+            return [_value_or_raise(ids) for ids in encoder.encode(texts, options.special)]
+        return [ids for ids in prompts if isinstance(ids, list)]
 
-    def open(self, prepared: list[Prepared], stream: bool) -> Generation:
-        """Hand requests to the engine."""
+    def open_generation(self, prepared: list[Prepared], stream: bool) -> Generation:
+        """Submit requests to the engine. Raises ApiError if the queue is full. stream: report tokens at every step."""
         self.admit()
         generation = Generation(prepared)
         for request_id in generation.open:
             self._generations[request_id] = generation
-        requests: list[Request] = [request for one in prepared for request in one.requests]
+        requests: list[Request] = [request for prompt in prepared for request in prompt.requests]
         self.engine.submit(requests, stream)
         return generation
 
-    def close(self, generation: Generation) -> None:
-        """Forget a generation; what of it still runs is aborted before the next step."""
+    def close_generation(self, generation: Generation) -> None:
+        """Remove a generation; its running sequences are aborted before the next step."""
         left = list(generation.open)
         for request_id in left:
             self._generations.pop(request_id, None)
@@ -207,43 +212,43 @@ class Frontend:
             self.engine.abort(left)
 
     def fail_all(self, error: ApiError) -> None:
-        """End all open generations with `error`."""
+        """Fail all open generations with `error`."""
         for generation in {id(one): one for one in self._generations.values()}.values():
             generation.fail(error)
 
-    # -- other threads' requests --------------------------------------------------------------------------------
+    # -- requests of other threads --------------------------------------------------------------------------------
 
-    def lend(self, request: Request, taker: EventSink) -> None:
-        """Run a request for another thread; `taker` gets its events in the asyncio thread."""
+    def submit_shared(self, request: Request, sink: EventSink) -> None:
+        """Run a request for another thread; `sink` gets its events in the asyncio thread."""
 
-        def begin() -> None:
+        def submit() -> None:
             if self.failure is not None:
-                taker.fail(ApiError(500, f"the engine stopped: {self.failure}", code="engine_failure"))
+                sink.fail(ApiError(500, f"the engine stopped: {self.failure}", code="engine_failure"))
                 return
-            self._generations[request.request_id] = taker
+            self._generations[request.request_id] = sink
             self.engine.submit([request], False)
 
-        self._soon(begin)
+        self._call_soon(submit)
 
-    def take_back(self, request_id: int) -> None:
-        """Drop a request that was lent."""
+    def abort_shared(self, request_id: int) -> None:
+        """Abort a request of `submit_shared`."""
 
-        def end() -> None:
+        def abort() -> None:
             if self._generations.pop(request_id, None) is not None:
                 self.engine.abort([request_id])
 
-        self._soon(end)
+        self._call_soon(abort)
 
-    # -- the engine's way out -----------------------------------------------------------------------------------
+    # -- events of the engine -----------------------------------------------------------------------------------
 
     def _deliver(self, events: list[Event]) -> None:
-        self._soon(lambda: self._dispatch(events))
+        self._call_soon(lambda: self._dispatch(events))
 
     def _failed(self, reason: str) -> None:
-        self._soon(lambda: self.fail_all(ApiError(500, f"the engine stopped: {reason}", code="engine_failure")))
+        self._call_soon(lambda: self.fail_all(ApiError(500, f"the engine stopped: {reason}", code="engine_failure")))
 
-    def _soon(self, work: Callable[[], None]) -> None:
-        """From the engine thread into the asyncio loop, unless that has ended."""
+    def _call_soon(self, work: Callable[[], None]) -> None:
+        """Call `work` in the asyncio loop, from any thread; do nothing if the loop is closed."""
         assert self._loop is not None
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(work)
@@ -251,20 +256,20 @@ class Frontend:
     def _dispatch(self, events: list[Event]) -> None:
         for event in events:
             generation = self._generations.get(event.request_id)
-            if generation is None:  # closed meanwhile
+            if generation is None:  # the client is gone
                 continue
             if event.finished is not None:
                 del self._generations[event.request_id]
             generation.add_event(event)
 
 
-def _right(found: T | RowError) -> T:
-    if isinstance(found, RowError):
-        raise found
-    return found
+def _value_or_raise(value: T | RowError) -> T:
+    if isinstance(value, RowError):
+        raise value
+    return value
 
 
-def _sound(result: Prepared | Refused) -> Prepared:
+def _prepared_or_raise(result: Prepared | Refused) -> Prepared:
     if isinstance(result, Refused):
         raise result.error
     return result

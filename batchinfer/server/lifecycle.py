@@ -1,4 +1,4 @@
-"""From a listening socket to an exit code: signals, time limits, and the command that an endpoint is started for."""
+"""Lifetime of an endpoint: listening, signals, time limits, the command it is started for, graceful shutdown."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from batchinfer.errors import EXIT_OK, UsageError
 from batchinfer.log import log
 from batchinfer.server.errors import ApiError
 from batchinfer.server.frontend import Frontend
-from batchinfer.server.middleware import Gate
+from batchinfer.server.middleware import GateMiddleware
 
 GRACE_S = 8.0
-_TAIL_S = 1.0  # of the grace: what open streams have to send their error event
-_TICK_S = 0.05
-_KEEP_ALIVE_S = 75  # longer than clients pause between requests: a connection closed under one is an error to them
+_LAST_EVENT_S = 1.0  # of the grace period: time for open streams to send their error event
+_POLL_S = 0.05
+_KEEP_ALIVE_S = 75  # longer than clients pause between requests: a closed connection is an error to them
 _EXIT_NOT_FOUND = 127
 
 
 @dataclass(frozen=True, slots=True)
 class ServeLimits:
-    """When an endpoint ends by itself, in seconds; None is never. idle: without a request in flight."""
+    """Time limits of an endpoint, in seconds; None means none. idle_s: time without a request in flight."""
 
     lifetime_s: float | None = None
     idle_s: float | None = None
@@ -37,7 +37,7 @@ class ServeLimits:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """What to run against the endpoint: its arguments, with {base_url}, {model} and {port} in them."""
+    """Command to run against the endpoint. arguments: may hold {base_url}, {model} and {port}."""
 
     arguments: Sequence[str]
     model: str
@@ -46,7 +46,7 @@ class Command:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A bound socket; port 0 is any that is free. Raises UsageError."""
+    """Return a listening socket; port 0 takes any free port. Raises UsageError."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
         return socket.create_server((host, port), family=family, backlog=2048)
@@ -55,7 +55,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class Background(Protocol):
-    """Work beside the requests: an endpoint is not idle while it is busy, and saves it when it ends."""
+    """Background work: the endpoint is not idle while it is busy, and closes it on shutdown."""
 
     @property
     def busy(self) -> bool: ...
@@ -64,11 +64,11 @@ class Background(Protocol):
 
 
 class Endpoint:
-    """Serves an application until something ends it, and drains it then."""
+    """Endpoint that serves an application until a signal, a time limit or its command ends it, then drains it."""
 
     def __init__(
         self,
-        gate: Gate,
+        gate: GateMiddleware,
         frontend: Frontend,
         sock: socket.socket,
         limits: ServeLimits,
@@ -95,57 +95,58 @@ class Endpoint:
 
     @property
     def url(self) -> str:
-        """Where clients on this machine reach it, without a path."""
-        host, port = self._socket.getsockname()[:2]
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        """Return the base URL for clients on this machine, without a path."""
+        host, port = self._local_address()
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
-    def run(self, command: Command | None = None) -> int:
-        """Serve; the exit code: the command's if there is one."""
-        # uvloop where it is installed: it writes a step's tokens to all streams at once. asyncio gives up the GIL at
-        # each of them, and takes it again before the engine thread, which waits for it, is awake
-        with asyncio.Runner(loop_factory=self._server.config.get_loop_factory()) as runner:
-            return runner.run(self._run(command))
+    def _local_address(self) -> tuple[str, int]:
+        host, port = self._socket.getsockname()[:2]
+        return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port
 
-    async def _run(self, command: Command | None) -> int:
+    def serve(self, command: Command | None = None) -> int:
+        """Serve until the end; return the exit code, the command's if there is one."""
+        # uvloop if installed: it writes a step's tokens to all streams at once. asyncio releases the GIL for each
+        # stream and takes it again before the waiting engine thread wakes up
+        with asyncio.Runner(loop_factory=self._server.config.get_loop_factory()) as runner:
+            return runner.run(self._serve(command))
+
+    async def _serve(self, command: Command | None) -> int:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
         started_s = time.monotonic()
         serving = asyncio.ensure_future(self._server.serve(sockets=[self._socket]))
         try:
-            await self._healthy(serving)
+            await self._wait_until_healthy(serving)
             log.info("listening", url=self.url)
             if command is None:
-                await self._until_over(started_s)
+                await self._wait_until_over(started_s)
                 code = EXIT_OK
             else:
-                code = await self._command(command, started_s)
+                code = await self._run_command(command, started_s)
             await self._drain()
         finally:
             self._server.should_exit = True
             await serving
         return code
 
-    async def _healthy(self, serving: asyncio.Future[None]) -> None:
+    async def _wait_until_healthy(self, serving: asyncio.Future[None]) -> None:
         while not self._server.started:
             if serving.done():
                 await serving
                 raise UsageError("the server did not start")
             await asyncio.sleep(0.01)
-        host, port = self._socket.getsockname()[:2]
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-        reader, writer = await asyncio.open_connection(host, port)
+        reader, writer = await asyncio.open_connection(*self._local_address())
         writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         status = await reader.readline()
         writer.close()
         if b" 200 " not in status:
             raise UsageError(f"the server is not healthy: {status.decode(errors='replace').strip()}")
 
-    # -- what ends it -------------------------------------------------------------------------------------------
+    # -- reasons to end -------------------------------------------------------------------------------------------
 
-    async def _until_over(self, started_s: float) -> None:
-        """Until a signal, the end of its lifetime, or too long without a request."""
+    async def _wait_until_over(self, started_s: float) -> None:
+        """Wait for a signal, the end of the lifetime, or too long without a request."""
         limits = self._limits
         while not self._signal.is_set():
             now = time.monotonic()
@@ -164,7 +165,7 @@ class Endpoint:
         left = [
             limit - used for limit, used in ((self._limits.lifetime_s, age_s), (self._limits.idle_s, idle_s)) if limit
         ]
-        return max(_TICK_S, min(left)) if left else None
+        return max(_POLL_S, min(left)) if left else None
 
     def _on_signal(self, number: int) -> None:
         self._signals += 1
@@ -173,8 +174,8 @@ class Endpoint:
         log.info("stopping", signal=signal.Signals(number).name)
         self._signal.set()
 
-    async def _command(self, command: Command, started_s: float) -> int:
-        """Run the command to its end, or until the endpoint's; its exit code."""
+    async def _run_command(self, command: Command, started_s: float) -> int:
+        """Run the command until it or the endpoint ends; return its exit code."""
         arguments = [_fill(argument, self._values(command)) for argument in command.arguments]
         environment = {
             **command.environment,
@@ -187,7 +188,7 @@ class Endpoint:
             log.error(f"{arguments[0]}: {error.strerror}")
             return _EXIT_NOT_FOUND
         ended = asyncio.ensure_future(child.wait())
-        over = asyncio.ensure_future(self._until_over(started_s))
+        over = asyncio.ensure_future(self._wait_until_over(started_s))
         await asyncio.wait((ended, over), return_when=asyncio.FIRST_COMPLETED)
         over.cancel()
         if not ended.done():
@@ -207,39 +208,40 @@ class Endpoint:
         port = str(self._socket.getsockname()[1])
         return {"{base_url}": f"{self.url}/v1", "{model}": command.model, "{port}": port}
 
-    # -- how it ends --------------------------------------------------------------------------------------------
+    # -- shutdown --------------------------------------------------------------------------------------------
 
     async def _drain(self) -> None:
-        """Take no more requests; wait for those in flight, and end what is left with an error within the grace."""
+        """Refuse new requests, wait for requests in flight, and fail what is left at the end of the grace period."""
         self._gate.draining = True
         end_s = time.monotonic() + GRACE_S
         saving = None
         if self._background is not None:
             saving = asyncio.ensure_future(asyncio.to_thread(self._background.close, GRACE_S))
-        if not await self._quiet_before(end_s - _TAIL_S):
+        if not await self._wait_until_quiet(end_s - _LAST_EVENT_S):
             log.warning("requests were cut off", number=self._gate.in_flight)
             self._frontend.fail_all(ApiError(503, "the server is shutting down", code="shutting_down"))
-            await self._quiet_before(end_s)
+            await self._wait_until_quiet(end_s)
         if saving is not None:
             await saving
 
-    async def _quiet_before(self, end_s: float) -> bool:
+    async def _wait_until_quiet(self, end_s: float) -> bool:
+        """Wait until no request is in flight; return False if some are at `end_s`."""
         while self._gate.in_flight:
             if time.monotonic() >= end_s:
                 return False
-            await asyncio.sleep(_TICK_S)
+            await asyncio.sleep(_POLL_S)
         return True
 
 
 def _fill(argument: str, values: Mapping[str, str]) -> str:
-    """Only these names: other braces are the command's own."""
+    """Replace these names only: other braces belong to the command."""
     for name, value in values.items():
         argument = argument.replace(name, value)
     return argument
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without its own signal handlers: `Endpoint` decides when it ends."""
+    """uvicorn without signal handlers: `Endpoint` decides when it ends."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

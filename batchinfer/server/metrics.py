@@ -1,4 +1,4 @@
-"""What Prometheus reads at /metrics. Names and meanings stand in docs/server.md, whose table a test compares."""
+"""Prometheus metrics at /metrics. A test compares their names and meanings with the table in docs/server.md."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from batchinfer.server.engine_loop import EngineSnapshot
 _FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _PER_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 _REQUEST_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
-_RECENT = 0.1  # weight of the newest request in the mean duration
+_NEWEST_WEIGHT = 0.1  # of the newest request in the exponential mean of durations
 
 
 class Metrics:
-    """A registry of its own: two servers in one process do not mix."""
+    """Metrics of one server, in a registry of its own: two servers in one process do not mix."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -50,33 +50,33 @@ class Metrics:
             "batchinfer_disconnects", "Requests whose client went away before the end", registry=self.registry
         )
 
-    def watch(self, snapshot: Callable[[], EngineSnapshot]) -> None:
-        """Read the engine's own figures whenever somebody asks."""
+    def watch_engine(self, snapshot: Callable[[], EngineSnapshot]) -> None:
+        """Read the engine's figures from `snapshot` at every scrape."""
         self.registry.register(_EngineFigures(snapshot))
 
-    def sample_done(self, arrived_s: float, first_s: float, now_s: float, tokens: int) -> None:
-        """One sample has ended; times are of time.monotonic."""
+    def observe_sample(self, arrived_s: float, first_s: float, now_s: float, tokens: int) -> None:
+        """Record a finished sample; times are on the clock of time.monotonic."""
         self._first.observe(max(0.0, first_s - arrived_s))
         if tokens > 1:
             self._per_token.observe((now_s - first_s) / (tokens - 1))
 
-    def request_done(self, seconds: float) -> None:
+    def observe_request(self, seconds: float) -> None:
         self._request.observe(seconds)
-        self.mean_request_s += _RECENT * (seconds - self.mean_request_s)
+        self.mean_request_s += _NEWEST_WEIGHT * (seconds - self.mean_request_s)
 
-    def response(self, status: int) -> None:
+    def count_response(self, status: int) -> None:
         self._responses.labels(str(status)).inc()
         if status >= 400:
-            self.error(status)
+            self.count_error(status)
 
-    def error(self, status: int) -> None:
-        """Also for an error inside a stream, whose response began with 200."""
+    def count_error(self, status: int) -> None:
+        """Count a failed request, also one whose stream began with 200."""
         self._errors.labels(str(status)).inc()
 
-    def disconnected(self) -> None:
+    def count_disconnect(self) -> None:
         self._disconnects.inc()
 
-    def text(self) -> bytes:
+    def render_text(self) -> bytes:
         return generate_latest(self.registry)
 
 

@@ -1,4 +1,4 @@
-"""Before and around every request: its id, the key, its size, whether the server still takes any, and the counts."""
+"""Middleware around every request: request id, API key, body size limit, draining, and request counts."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from batchinfer.server.errors import ApiError, as_api_error
 from batchinfer.server.metrics import Metrics
 
 REQUEST_ID = "x-request-id"
-_OPEN = frozenset({"/health"})  # for probes, which have no key
-_WATCHING = frozenset({"/health", "/metrics", "/version"})  # no use of the model: neither drained nor activity
+_WITHOUT_KEY = frozenset({"/health"})  # probes have no key
+_MONITORING = frozenset({"/health", "/metrics", "/version"})  # answered while draining; no activity
 _PLAIN_ID = re.compile(r"[\x21-\x7e]{1,200}")
 _DRAIN_RETRY_S = 5
 
 
-class Gate:
+class GateMiddleware:
     """Middleware around the whole application.
 
-    `draining` makes it refuse all that is not yet running. `in_flight` counts requests; `last_used_s` is when the last
-    of them began or ended (time.monotonic).
+    draining: refuse new requests with 503. in_flight: requests being answered. last_used_s: when a request last began
+    or ended, on the clock of time.monotonic.
     """
 
     def __init__(
@@ -49,20 +49,20 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        answer = _Answer(send, headers.get(REQUEST_ID, ""), self._metrics)
-        counts = scope["path"] not in _WATCHING
+        send_with_id = _SendWithRequestId(send, headers.get(REQUEST_ID, ""), self._metrics)
+        counts = scope["path"] not in _MONITORING
         self.in_flight += counts
         if counts:
             self.last_used_s = time.monotonic()
         try:
             self._check(scope, headers)
             if not scope["path"].startswith(self._large_paths or ("\0",)):
-                receive = await self._read(receive, headers)
-            await self._app(scope, receive, answer)
+                receive = await self._read_body(receive, headers)
+            await self._app(scope, receive, send_with_id)
         except Exception as error:
-            known = as_api_error(error)
-            if not answer.started:
-                await known.response(scope["path"])(scope, receive, answer)
+            api_error = as_api_error(error)
+            if not send_with_id.started:
+                await api_error.response(scope["path"])(scope, receive, send_with_id)
         finally:
             self.in_flight -= counts
             if counts:
@@ -70,36 +70,36 @@ class Gate:
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         path = scope["path"]
-        given = _given_key(headers).encode("latin-1", "replace")
-        if self._key is not None and path not in _OPEN and not hmac.compare_digest(given, self._key):
+        key = _client_key(headers).encode("latin-1", "replace")
+        if self._key is not None and path not in _WITHOUT_KEY and not hmac.compare_digest(key, self._key):
             raise ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
-        if self.draining and path not in _WATCHING:
+        if self.draining and path not in _MONITORING:
             raise ApiError(503, "the server is shutting down", code="shutting_down", retry_after_s=_DRAIN_RETRY_S)
 
-    async def _read(self, receive: Receive, headers: Headers) -> Receive:
-        """The whole body, as one message, then whatever comes. Raises ApiError for more than the limit."""
+    async def _read_body(self, receive: Receive, headers: Headers) -> Receive:
+        """Return a `receive` that delivers the whole body as one message. Raises ApiError if it exceeds the limit."""
         limit = self._max_body_bytes
         length = headers.get("content-length", "")
         if length.isdigit() and int(length) > limit:
             raise _too_large(limit)
         if not length and "transfer-encoding" not in headers:
             return receive
-        parts: list[bytes] = []
+        chunks: list[bytes] = []
         size = 0
         while True:
             message = await receive()
             if message["type"] != "http.request":
-                return _Replay(message, receive)
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
+                return _ReplayReceive(message, receive)
+            chunks.append(message.get("body", b""))
+            size += len(chunks[-1])
             if size > limit:
                 raise _too_large(limit)
             if not message.get("more_body", False):
-                return _Replay({"type": "http.request", "body": b"".join(parts), "more_body": False}, receive)
+                return _ReplayReceive({"type": "http.request", "body": b"".join(chunks), "more_body": False}, receive)
 
 
-class _Replay:
-    """One message that was read already, then the rest."""
+class _ReplayReceive:
+    """ASGI `receive` that delivers one message read ahead, then the rest."""
 
     def __init__(self, message: Message, receive: Receive) -> None:
         self._message: Message | None = message
@@ -110,8 +110,8 @@ class _Replay:
         return message if message is not None else await self._receive()
 
 
-class _Answer:
-    """`send` that adds the request's id to the headers and counts the status."""
+class _SendWithRequestId:
+    """ASGI `send` that adds the X-Request-ID header and counts the response's status."""
 
     def __init__(self, send: Send, request_id: str, metrics: Metrics) -> None:
         self._send = send
@@ -123,12 +123,12 @@ class _Answer:
         if message["type"] == "http.response.start":
             self.started = True
             MutableHeaders(raw=message["headers"])[REQUEST_ID] = self._id
-            self._metrics.response(message["status"])
+            self._metrics.count_response(message["status"])
         await self._send(message)
 
 
-def _given_key(headers: Headers) -> str:
-    """As OpenAI's clients send it, or as Anthropic's do."""
+def _client_key(headers: Headers) -> str:
+    """Return the API key: a Bearer token as OpenAI's clients send it, or Anthropic's X-API-Key."""
     kind, _, token = headers.get("authorization", "").partition(" ")
     return token.strip() if kind.lower() == "bearer" else headers.get("x-api-key", "")
 

@@ -1,72 +1,37 @@
-"""How a request is answered, whatever its route: prepare, run, reply as JSON or a stream, stop if the client goes."""
+"""Common course of a generation request: check the model, admit, prepare, run, reply; cancel on disconnect."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive
 
-from batchinfer.openai.delta import Delta, Used
-from batchinfer.openai.request_models import SamplingBody
+from batchinfer.openai.as_chat import ChatLikeRequest
+from batchinfer.openai.delta import Delta
+from batchinfer.openai.parse import ParsedRequest, parse_request
+from batchinfer.openai.request_models import ChatRequest, CompletionRequest
 from batchinfer.pipeline.prompt import Prepared
 from batchinfer.server.errors import ApiError, JsonResponse
 from batchinfer.server.frontend import Frontend
-from batchinfer.server.samples import Samples
-from batchinfer.server.stream import CLIENT_GONE, ClientGone, EventStream, Reply, unless_gone
+from batchinfer.server.sample_texts import DeltaSource, EmptySamples, SampleTexts
+from batchinfer.server.sse import (
+    CLIENT_DISCONNECTED,
+    ClientDisconnected,
+    EventStreamResponse,
+    Reply,
+    cancel_on_disconnect,
+)
 
-
-class Answering(Protocol):
-    """`Samples`, or what stands in for them where nothing is generated."""
-
-    def batches(self) -> AsyncIterator[list[Delta]]: ...
-
-    async def whole(self) -> list[Delta]: ...
-
-    def used(self) -> Used: ...
-
-    def close(self) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class ReplyWork:
-    """A request that is ready to run. `live`: its events leave step by step; else when their samples have ended.
-
-    `nothing`: it asks for no tokens, and the engine is not asked for any.
-    """
-
-    reply: Reply
-    prepared: list[Prepared]
-    live: bool = True
-    nothing: bool = False
-
-
-class Nothing:
-    """Samples of no tokens."""
-
-    def __init__(self, prepared: list[Prepared]) -> None:
-        self._prompt_tokens = sum(len(one.ids) for one in prepared)
-        count = sum(len(one.requests) for one in prepared)
-        self._deltas = [Delta(choice, "", [], [], "length", True) for choice in range(count)]
-
-    async def batches(self) -> AsyncIterator[list[Delta]]:
-        yield self._deltas
-
-    async def whole(self) -> list[Delta]:
-        return self._deltas
-
-    def used(self) -> Used:
-        return Used(self._prompt_tokens, 0, 0)
-
-    def close(self) -> None:
-        """Nothing runs."""
+GenerationBody = ChatRequest | CompletionRequest | ChatLikeRequest
+MakeReply = Callable[[ParsedRequest, list[Prepared], str], Reply]
+"""Returns the reply's format. Arguments: request, its prompts, model name for the reply."""
 
 
 def check_model(frontend: Frontend, name: str | None) -> str:
-    """The name to sign with. Raises ApiError for a model that is not served here."""
+    """Return the model name for the reply. Raises ApiError if `name` is not served here."""
     names = frontend.model.names
     if name is not None and name not in names:
         message = f"no model {name!r} is served here, only {', '.join(names)}"
@@ -74,64 +39,64 @@ def check_model(frontend: Frontend, name: str | None) -> str:
     return name or names[0]
 
 
-async def respond(
-    frontend: Frontend, receive: Receive, body: SamplingBody, prepare: Callable[[str], Awaitable[ReplyWork]]
-) -> Response:
-    """Answer a request for tokens; `prepare` gets the name to sign with.
+async def respond(frontend: Frontend, receive: Receive, body: GenerationBody, make_reply: MakeReply) -> Response:
+    """Generate, and return the response: JSON or server-sent events.
 
-    Raises ApiError, RowError for what is wrong before the first byte of an answer.
+    Raises ApiError, RowError for errors before the first byte of the reply.
     """
     arrived_s = time.monotonic()
     name = check_model(frontend, body.model)
     frontend.admit()
 
-    async def begin() -> Response:
-        work = await prepare(name)
-        samples: Answering
-        if work.nothing:
-            samples = Nothing(work.prepared)
+    async def generate() -> Response:
+        request = parse_request(body, frontend.model.facts)
+        prepared = await frontend.prepare_request(request)
+        reply = make_reply(request, prepared, name)
+        # prompt logprobs come with the end of a sample, and a reply shows them first
+        live = request.params.prompt_logprobs is None
+        samples: DeltaSource
+        if request.echo_only:
+            samples = EmptySamples(prepared)
         else:
-            samples = Samples(frontend, work.prepared, bool(body.stream) and work.live, arrived_s)
+            samples = SampleTexts(frontend, prepared, bool(body.stream) and live, arrived_s)
         if body.stream:
-            return await _stream(frontend, work, samples)
+            return await _stream_reply(frontend, reply, samples, live)
         try:
-            deltas = await samples.whole()
+            deltas = await samples.whole_deltas()
         finally:
             samples.close()
-        answer: dict[str, Any] = work.reply.whole(deltas, samples.used())
-        return JsonResponse(answer)
+        return JsonResponse(reply.whole_body(deltas, samples.usage()))
 
-    return await answer(frontend, receive, begin)
+    return await run_for_client(frontend, receive, generate())
 
 
-async def answer(frontend: Frontend, receive: Receive, begin: Callable[[], Any]) -> Response:
-    """The response of `begin`, which is cancelled if the client goes away."""
+async def run_for_client(frontend: Frontend, receive: Receive, work: Coroutine[Any, Any, Response]) -> Response:
+    """Return the response of `work`, which is cancelled if the client disconnects."""
     try:
-        response: Response = await unless_gone(receive, begin())
-    except ClientGone:
-        frontend.metrics.disconnected()
-        return Response(status_code=CLIENT_GONE)
-    return response
+        return await cancel_on_disconnect(receive, work)
+    except ClientDisconnected:
+        frontend.metrics.count_disconnect()
+        return Response(status_code=CLIENT_DISCONNECTED)
 
 
-async def _stream(frontend: Frontend, work: ReplyWork, samples: Answering) -> Response:
-    """Waits for the first events: what fails before them is still an error with a status."""
-    chunks = _chunks(work, samples)
+async def _stream_reply(frontend: Frontend, reply: Reply, samples: DeltaSource, live: bool) -> Response:
+    """Return a streaming response once the first events exist: an error before them still gets its HTTP status."""
+    chunks = _stream_chunks(reply, samples, live)
     try:
         first = await anext(chunks, b"")
     except BaseException:
         samples.close()
         raise
-    return EventStream(first, chunks, work.reply, samples.close, frontend.metrics)
+    return EventStreamResponse(first, chunks, reply, samples.close, frontend.metrics)
 
 
-async def _chunks(work: ReplyWork, samples: Answering) -> AsyncGenerator[bytes, None]:
-    async for deltas in samples.batches() if work.live else _at_once(samples):
-        chunk = work.reply.more(deltas, samples.used())
+async def _stream_chunks(reply: Reply, samples: DeltaSource, live: bool) -> AsyncGenerator[bytes, None]:
+    async for deltas in samples.delta_batches() if live else _whole_batch(samples):
+        chunk = reply.stream_events(deltas, samples.usage())
         if chunk:
             yield chunk
-    yield work.reply.end(samples.used())
+    yield reply.end_events(samples.usage())
 
 
-async def _at_once(samples: Answering) -> AsyncIterator[list[Delta]]:
-    yield await samples.whole()
+async def _whole_batch(samples: DeltaSource) -> AsyncIterator[list[Delta]]:
+    yield await samples.whole_deltas()

@@ -1,7 +1,8 @@
-"""A share of the engine for batches: what runs beside HTTP requests, in a thread of its own, and lets them go first.
+"""A share of the endpoint's engine for batches, which run in a thread of their own beside HTTP requests.
 
-`SharedEngine` looks like an engine to `Stream`, so that a batch has all that a job has: order by prefixes, repeats that
-run once, detokenizing together. It holds at most a share of the seats, so a request that comes never waits for a batch.
+`SharedEngine` has the interface of an engine that `Stream` needs, so a batch gets what a job gets: prefix ordering,
+dedup of identical requests, batched detokenizing. It holds at most a share of the seats, so an HTTP request never waits
+for a batch.
 """
 
 from __future__ import annotations
@@ -20,21 +21,21 @@ from batchinfer.server.engine_loop import Event
 from batchinfer.server.errors import ApiError
 from batchinfer.server.frontend import Frontend
 
-_SHARE = 0.75  # of the seats
-_LOOK_AGAIN_S = 0.05  # for new prompts, while nothing ends
+_SEAT_SHARE = 0.75
+_POLL_S = 0.05  # pause between looks for new prompts while no request ends
 
 
 class SharedEngine:
-    """Used from one thread; `add_event` and `fail` come from the asyncio thread."""
+    """Engine for one thread; the asyncio thread calls `add_event` and `fail`."""
 
     def __init__(self, frontend: Frontend) -> None:
         self._frontend = frontend
-        self._seats = max(1, int(frontend.model.parts.max_num_seqs * _SHARE))
+        self._seats = max(1, int(frontend.model.parts.max_num_seqs * _SEAT_SHARE))
         self._open: set[int] = set()
         self._ended: queue.SimpleQueue[Finished | ApiError] = queue.SimpleQueue()
         self._stats = EngineStats()
 
-    # -- an engine, as a stream sees it -------------------------------------------------------------------------
+    # -- the engine's interface to Stream -------------------------------------------------------------------------
 
     @property
     def stats(self) -> EngineStats:
@@ -53,24 +54,24 @@ class SharedEngine:
 
     def add(self, request: Request) -> None:
         self._open.add(request.request_id)
-        self._frontend.lend(request, self)
+        self._frontend.submit_shared(request, self)
 
     def abort(self, request_id: int) -> bool:
         if request_id not in self._open:
             return False
         self._open.discard(request_id)
-        self._frontend.take_back(request_id)
+        self._frontend.abort_shared(request_id)
         return True
 
     def step(self) -> StepOutput:
-        """Wait a moment for requests to end. Raises EngineError when the engine has stopped."""
+        """Return requests that ended, after at most a short wait. Raises EngineError if the engine stopped."""
         finished: list[Finished] = []
         try:
-            ended = self._ended.get(timeout=_LOOK_AGAIN_S if self._open else 0)
+            ended = self._ended.get(timeout=_POLL_S if self._open else 0)
             while True:
                 if isinstance(ended, ApiError):
                     raise EngineError(str(ended))
-                if ended.request.request_id in self._open:  # else it was dropped meanwhile
+                if ended.request.request_id in self._open:  # else it was aborted
                     self._open.discard(ended.request.request_id)
                     self._count(ended)
                     finished.append(ended)
@@ -83,7 +84,7 @@ class SharedEngine:
         self._stats.prompt_tokens_reused += ended.cached_tokens
         self._stats.prompt_tokens_computed += len(ended.request.prompt) - ended.cached_tokens
 
-    # -- news, from the asyncio thread --------------------------------------------------------------------------
+    # -- events, from the asyncio thread --------------------------------------------------------------------------
 
     def add_event(self, event: Event) -> None:
         if event.finished is not None:
@@ -94,7 +95,7 @@ class SharedEngine:
 
 
 class SharedAnswerer:
-    """An `Answerer` for jobs over the endpoint's engine."""
+    """`Answerer` for batches that runs prompts on the endpoint's engine."""
 
     def __init__(self, frontend: Frontend) -> None:
         self._frontend = frontend

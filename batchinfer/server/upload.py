@@ -1,4 +1,4 @@
-"""A multipart upload, written to disk as it arrives: memory holds a megabyte of it, whatever its size.
+"""Multipart upload, written to disk as it arrives: at most a megabyte of it is in memory.
 
 Follows RFC 7578. Starlette's own form parser would first keep the whole file in the system's temporary directory.
 """
@@ -25,7 +25,7 @@ _NAME_CHARS = 255
 
 @dataclass
 class Upload:
-    """The fields of a form with one file in it. `filename` is the client's, cut to what a list can show."""
+    """Fields of a form with one file. filename: as the client named it, shortened, without control characters."""
 
     path: Path
     fields: dict[str, str] = field(default_factory=dict)
@@ -34,10 +34,10 @@ class Upload:
 
 
 @asynccontextmanager
-async def receive(request: Request, path: Path, max_bytes: int) -> AsyncIterator[Upload]:
-    """Write the form's part `file` to `path`, which is gone afterwards unless the caller has moved it.
+async def receive_upload(request: Request, path: Path, max_bytes: int) -> AsyncIterator[Upload]:
+    """Write the form's part `file` to `path`, which is deleted afterwards unless the caller moved it.
 
-    Raises ApiError for a form that is malformed, has no such part, or is larger than `max_bytes`; OSError of the disk.
+    Raises ApiError if the form is malformed, has no such part or is larger than `max_bytes`; OSError from the disk.
     """
     kind, options = parse_options_header(request.headers.get("content-type"))
     boundary = options.get(b"boundary")
@@ -49,15 +49,15 @@ async def receive(request: Request, path: Path, max_bytes: int) -> AsyncIterator
     file = await run_in_threadpool(path.open, "wb")
     try:
         form = _Form(Upload(path), max_bytes)
-        parser = _parser(boundary, form)
+        parser = _make_parser(boundary, form)
         async for data in request.stream():
-            _parse(lambda data=data: parser.write(data))  # type: ignore[misc]
+            _run_parser(lambda data=data: parser.write(data))  # type: ignore[misc]
             if form.pending_bytes >= _WRITE_BYTES:
-                await _write(form, file)
-        _parse(parser.finalize)
+                await _write_pending(form, file)
+        _run_parser(parser.finalize)
         if not form.complete:
             raise bad_request("the form ends early: its last boundary is missing")
-        await _write(form, file)
+        await _write_pending(form, file)
         await run_in_threadpool(file.close)
         if form.upload.filename is None:
             raise bad_request("the form has no part 'file' with a file name", "file")
@@ -66,9 +66,9 @@ async def receive(request: Request, path: Path, max_bytes: int) -> AsyncIterator
         await run_in_threadpool(_discard, file, path)
 
 
-async def _write(form: _Form, file: BinaryIO) -> None:
-    """What has come of the file since the last time, outside the event loop: a disk may block."""
-    await run_in_threadpool(file.write, form.take())
+async def _write_pending(form: _Form, file: BinaryIO) -> None:
+    """Write the buffered bytes in a thread, because the disk may block."""
+    await run_in_threadpool(file.write, form.pop_pending())
 
 
 def _discard(file: BinaryIO, path: Path) -> None:
@@ -78,7 +78,7 @@ def _discard(file: BinaryIO, path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _parse(step: Callable[[], object]) -> None:
+def _run_parser(step: Callable[[], object]) -> None:
     try:
         step()
     except FormParserError as error:
@@ -92,7 +92,7 @@ def _too_large(max_bytes: int) -> ApiError:
 
 
 class _Form:
-    """Callbacks of the parser: fields into the upload, the file's bytes into `pending` until they are written."""
+    """Callbacks of the parser: they collect fields, and buffer the file's bytes until they are written."""
 
     def __init__(self, upload: Upload, max_bytes: int) -> None:
         self.upload = upload
@@ -105,7 +105,7 @@ class _Form:
         self._value = bytearray()
         self._in_file = False
 
-    def take(self) -> bytes:
+    def pop_pending(self) -> bytes:
         data, self._pending, self.pending_bytes = b"".join(self._pending), [], 0
         return data
 
@@ -158,7 +158,7 @@ class _Form:
         self.complete = True
 
 
-def _parser(boundary: bytes, form: _Form) -> MultipartParser:
+def _make_parser(boundary: bytes, form: _Form) -> MultipartParser:
     try:
         return MultipartParser(
             boundary,

@@ -1,4 +1,4 @@
-"""Chat messages as chat templates take them, from what clients of OpenAI's API send."""
+"""Chat messages: normalised once, from the form that clients and rows send, then adapted to a chat template."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ _WRITTEN_OUT = re.compile(r"""['"]type['"]""")  # a list of parts that was print
 
 
 class ContentForms(NamedTuple):
-    """What a template can do with a message's content: text, and a list of parts."""
+    """Forms of a message's content that a template can show: a text, and a list of parts."""
 
     text: bool
     parts: bool
 
 
 def content_forms(render: Callable[[list[dict[str, Any]]], str]) -> ContentForms:
-    """Found by trying. `render` raises where the template fails; one that fails at everything is taken to want text."""
+    """Return the forms that a template shows, found by rendering a probe.
+
+    `render` raises if the template fails. A template that fails with both forms is taken to accept text.
+    """
 
     def shows(content: Any) -> bool:
         try:
@@ -34,27 +37,36 @@ def content_forms(render: Callable[[list[dict[str, Any]]], str]) -> ContentForms
     return ContentForms(shows(_PROBE) or not parts, parts)
 
 
-def read_messages(messages: Any, place: str = "") -> list[dict[str, Any]]:
-    """Messages as clients and rows have them: checked, absent keys left out, no content as an empty text.
+class ChatMessages(list[dict[str, Any]]):
+    """Normalised messages: each has a role, no key is null, content is text or a list of text parts.
 
-    messages: a list of mappings with a role; content is text, a list of text parts, or null. place: what stands before
-    the name of a message in errors. Raises InvalidInput.
+    A message without content has an empty text, or no `content` if it has tool calls.
     """
+
+
+def normalize_messages(messages: Any, place: str = "") -> ChatMessages:
+    """Validate messages and return them normalised; return `ChatMessages` as they are. Raises InvalidInput.
+
+    messages: a list of mappings with a role; content is text, a list of text parts, or null. place: prefix of a
+    message's name in errors, e.g. "column 'm': ".
+    """
+    if isinstance(messages, ChatMessages):
+        return messages
     if not isinstance(messages, list) or not messages:
         raise InvalidInput(f"{place}messages must be a non-empty list, got {_short(messages)}", param="messages")
-    return [_read(message, f"{place}messages[{number}]") for number, message in enumerate(messages)]
+    return ChatMessages(_normalize(message, f"{place}messages[{number}]") for number, message in enumerate(messages))
 
 
 def shape_messages(messages: Any, forms: ContentForms) -> list[dict[str, Any]]:
-    """Messages for one template: content in a form that it takes, a call's arguments as mapping.
+    """Return messages for one template: content in a form that it shows, arguments of tool calls as mappings.
 
-    Text parts are joined by line breaks where the template takes text alone, as vLLM joins them. Raises InvalidInput.
+    Text parts are joined by line breaks if the template shows text only, as vLLM does. Raises InvalidInput.
     """
-    return [_shape(message, forms) for message in read_messages(messages)]
+    return [_shape(message, forms) for message in normalize_messages(messages)]
 
 
 def opened(messages: list[dict[str, Any]], mark: str) -> list[dict[str, Any]]:
-    """Messages whose last one has `mark` and a space behind its text: see `cut_open`. Raises InvalidInput."""
+    """Return messages with `mark` and a space appended to the last one's text, for `cut_open`. Raises InvalidInput."""
     *before, last = messages
     content = last.get("content")
     if isinstance(content, str):
@@ -66,9 +78,10 @@ def opened(messages: list[dict[str, Any]], mark: str) -> list[dict[str, Any]]:
 
 
 def cut_open(text: str, last: Mapping[str, Any], mark: str) -> str:
-    """A prompt up to the end of its last message, whose content `opened` marked; as transformers cuts it.
+    """Return the prompt cut at the mark that `opened` put at the end of its last message, as transformers cuts it.
 
-    Spaces at the end of the message stay if the template leaves them. Raises TemplateError where it lacks the message.
+    Spaces at the end of the message stay if the template keeps them. Raises TemplateError if the prompt lacks the
+    message.
     """
     content = last["content"]
     said = (content if isinstance(content, str) else content[-1]["text"]).strip()
@@ -78,16 +91,16 @@ def cut_open(text: str, last: Mapping[str, Any], mark: str) -> str:
     return text[:end] if text[end + 1 : end + 2] == " " else text[:end].rstrip()
 
 
-def _read(message: Any, place: str) -> dict[str, Any]:
+def _normalize(message: Any, place: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise InvalidInput(f"{place} must be an object with role and content, got {_short(message)}", param="messages")
     if not isinstance(message.get("role"), str):
         raise InvalidInput(f"{place} has no role, or one that is not text: {_short(message)}", param="messages")
-    read = {name: value for name, value in message.items() if value is not None}
-    calls = "tool_calls" in read or "function_call" in read
+    normalized = {name: value for name, value in message.items() if value is not None}
+    calls = "tool_calls" in normalized or "function_call" in normalized
     if "content" in message or not calls:
-        read["content"] = _content(message.get("content"), place, "content" in message)
-    return read
+        normalized["content"] = _content(message.get("content"), place, "content" in message)
+    return normalized
 
 
 def _content(content: Any, place: str, given: bool) -> str | list[dict[str, Any]]:
@@ -102,7 +115,7 @@ def _content(content: Any, place: str, given: bool) -> str | list[dict[str, Any]
 
 
 def _text(part: Any, place: str) -> str:
-    """The text of a content part. Raises InvalidInput for any other part."""
+    """Return the text of a content part. Raises InvalidInput for any other part."""
     if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
@@ -110,6 +123,7 @@ def _text(part: Any, place: str) -> str:
 
 
 def _shape(message: dict[str, Any], forms: ContentForms) -> dict[str, Any]:
+    message = dict(message)
     content = message.get("content")
     if isinstance(content, list) and not forms.parts:
         message["content"] = "\n".join(part["text"] for part in content)
@@ -121,7 +135,7 @@ def _shape(message: dict[str, Any], forms: ContentForms) -> dict[str, Any]:
 
 
 def _call(call: Any) -> Any:
-    """Arguments come as JSON text, and templates write them as JSON: text would be quoted once more."""
+    """Return a tool call with parsed arguments: templates write them as JSON, which would quote a JSON text again."""
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
         return call

@@ -9,8 +9,9 @@ from fastapi.exceptions import RequestValidationError
 from batchinfer.batches.catalog import Catalog
 from batchinfer.batches.runner import BatchRunner
 from batchinfer.llm import LLM
-from batchinfer.server.batch_routes import make_router
-from batchinfer.server.errors import ApiError, of_row
+from batchinfer.openai.request_models import validation_error
+from batchinfer.server.batch_routes import make_batch_router
+from batchinfer.server.errors import ApiError, from_row_error
 from batchinfer.spec import FakeSpec
 
 MODEL = "fake"
@@ -35,14 +36,14 @@ def make_app(root, llm=None, grace_s=5.0, **options):
 
     app = FastAPI(lifespan=lifespan)
     app.state.catalog, app.state.runner = catalog, runner
-    app.include_router(make_router(catalog, runner, **options))
+    app.include_router(make_batch_router(catalog, runner, **options))
 
     @app.exception_handler(ApiError)
     async def api_error(request, error):
         return error.response()
 
     @app.exception_handler(RequestValidationError)
-    async def validation_error(request, error):
-        return of_row(validation_error(error.errors())).response()
+    async def answer_validation_error(request, error):
+        return from_row_error(validation_error(error.errors())).response()
 
     return app

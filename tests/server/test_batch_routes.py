@@ -218,7 +218,7 @@ def test_a_full_disk_is_said(client, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(upload_module, "_write", full)
+        patch.setattr(upload_module, "_write_pending", full)
         assert problem_of(upload(client, rows(1)), 507)["code"] == "disk_full"
     with monkeypatch.context() as patch:
         patch.setattr(catalog_module.os, "fsync", full)

@@ -8,7 +8,6 @@ import threading
 import pytest
 
 from batchinfer.llm import LLM
-from batchinfer.openai.tools import ToolStream, ToolUse
 from batchinfer.spec import FakeSpec
 from batchinfer.text.grammar_trial import Trials
 from tests.server.conftest import Endpoint, referring_tool
@@ -209,29 +208,6 @@ def test_prompt_logprobs_of_a_chat(tiny):
 
 
 HERMES = "{% for m in messages %}{{ m.content }}{% endfor %}{% if tools %}<tool_call>{% endif %}"
-CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
-
-
-@pytest.mark.parametrize("size", [1, 3, 1000])
-def test_calls_in_the_models_own_format(size):
-    use = ToolUse("auto", "hermes")
-    text = f"Let me see. {CALL}\n{CALL}"
-    said = use.read(text)
-    assert said.content.strip() == "Let me see."
-    assert said.calls == [("add", '{"a": 1}')] * 2
-    assert len(ToolUse("auto", "hermes", only_first=True).read(text).calls) == 1
-    for only_first in (False, True):
-        stream = ToolStream(ToolUse("auto", "hermes", only_first=only_first), lambda: "call_1")
-        parts = [text[start : start + size] for start in range(0, len(text), size)]
-        deltas = [delta for number, part in enumerate(parts, 1) for delta in stream.push(part, number == len(parts))]
-        content = "".join(delta.get("content", "") for delta in deltas)
-        pieces = [delta["tool_calls"][0] for delta in deltas if "tool_calls" in delta]
-        assert content.strip() == "Let me see." and stream.called
-        assert {piece["index"] for piece in pieces} == ({0} if only_first else {0, 1})
-        for index in {piece["index"] for piece in pieces}:
-            own = [piece for piece in pieces if piece["index"] == index]
-            assert own[0]["function"]["name"] == "add" and own[0]["type"] == "function" and own[0]["id"]
-            assert "".join(piece["function"]["arguments"] for piece in own) == '{"a": 1}'
 
 
 def test_a_forced_call_in_the_models_own_format(tiny_directory):
@@ -282,8 +258,3 @@ def test_a_hostile_expression_is_a_400(tiny):
     error = tiny.refused(CHAT, {"messages": HI, "structured_outputs": {"regex": "a{1000000000}"}})
     assert error["param"] == "structured_outputs" and "too large" in error["message"]
     assert tiny.chat(messages=HI, max_tokens=5, structured_outputs={"regex": "ab"})["choices"][0]["message"]["content"]
-
-
-def test_large_integers_of_a_forced_call_stay_exact():
-    (call,) = ToolUse("many").read('[{"name": "add", "parameters": {"a": 1180591620717411303424, "b": "é"}}]').calls
-    assert call == ("add", '{"a":1180591620717411303424,"b":"é"}')

@@ -243,18 +243,3 @@ def test_characters_across_tokens(fake):
     asked = {"max_tokens": len(ids), "logit_bias": {}, "ignore_eos": True, "temperature": 0}
     text = fake.completion(prompt=ids, echo=True, **asked)["choices"][0]["text"]
     assert text.startswith(word)
-
-
-def test_one_key_for_texts_that_are_equal():
-    from batchinfer.openai.logprobs import CompletionLogprobs, TokenTexts
-    from batchinfer.request import TokenLogprob
-
-    class Doubles:
-        def bytes_of(self, token_id: int) -> bytes:
-            return b"\xe6" if token_id < 5 else b"x"
-
-    entry = TokenLogprob(1, -3.0, ((2, -0.5), (7, -1.0)))
-    table = CompletionLogprobs(TokenTexts(Doubles()), as_ids=False).of([1], [entry])
-    assert table["top_logprobs"] == [{"\ufffd": -0.5, "x": -1.0}]
-    impossible = TokenLogprob(1, -math.inf, ())
-    assert CompletionLogprobs(TokenTexts(Doubles()), False).of([1], [impossible])["token_logprobs"] == [-9999.0]

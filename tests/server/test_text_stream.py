@@ -42,7 +42,7 @@ def run(ids: list[int], cuts: list[int], **values) -> tuple[str, str, str]:
     places = sorted({cut for cut in cuts if cut < len(ids)})
     shown, at = "", 0
     for place in places:
-        shown += stream.push(ids[at:place])
+        shown += stream.push_tokens(ids[at:place])
         at = place
     return whole, shown, shown + stream.finish(ids[at:], reason)
 
@@ -72,8 +72,8 @@ def test_a_character_that_the_first_token_after_min_tokens_makes_whole_is_cut():
 def test_nothing_is_held_back_without_need():
     prepared = prepared_with(stop=("\n\nQuestion:",))
     stream = TextStream(TOKENIZER, prepared, prepared.requests[0])
-    assert stream.push(list(b"abc")) == "abc"
-    assert stream.push(list(b"\n")) == ""
-    assert stream.push(list(b"d")) == "\nd"
-    assert stream.push([0xF0, 0x9F]) == ""
-    assert stream.push([0x99, 0x82]) == "🙂"
+    assert stream.push_tokens(list(b"abc")) == "abc"
+    assert stream.push_tokens(list(b"\n")) == ""
+    assert stream.push_tokens(list(b"d")) == "\nd"
+    assert stream.push_tokens([0xF0, 0x9F]) == ""
+    assert stream.push_tokens([0x99, 0x82]) == "🙂"

@@ -1,4 +1,4 @@
-"""Offsets of tokens in the text that a client is given: alike however it comes, and whatever lies across tokens."""
+"""Character offsets of tokens in completions: the same whole and streamed, also for characters of several tokens."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchinfer.openai.completion_response import CompletionShape
+from batchinfer.openai.completion_response import CompletionChoices
 from batchinfer.openai.delta import Delta
 from batchinfer.openai.logprobs import TokenTexts
 from batchinfer.openai.parse import ModelFacts, parse_body, parse_request
@@ -25,7 +25,7 @@ BYTES = ByteTokenizer()
 
 
 def tables(found: Tokenizer, ids: list[int], cuts: list[int], prompt: str = "", **body) -> list[list[dict]]:
-    """The answer `ids` to one prompt, whole and in pieces: the choices that a client gets of it."""
+    """Return the choices of the answer `ids` to one prompt: whole, and cut into chunks at `cuts`."""
     model = ModelFacts(("m",), found, None, SamplingParams(max_tokens=99))
     asked = parse_request(parse_body("/v1/completions", {"prompt": prompt or "x", "logprobs": 1, **body}), model)
     preparer = Preparer(found, ModelLimits(1000, found.vocab_size, frozenset({EOS})), SamplingParams(), None)
@@ -37,15 +37,18 @@ def tables(found: Tokenizer, ids: list[int], cuts: list[int], prompt: str = "", 
     ids, reason = (ids[:end], "stop") if end else (ids, "length")
     made = []
     for places in ([], sorted({cut for cut in cuts if 0 < cut < len(ids)})):
-        shape, stream = CompletionShape(TokenTexts(found), asked, [prepared.ids]), TextStream(found, prepared, request)
+        writer, stream = (
+            CompletionChoices(TokenTexts(found), asked, [prepared.ids]),
+            TextStream(found, prepared, request),
+        )
         choices: list[dict] = []
         scored = [None, *(TokenLogprob(one, -1.0, ()) for one in prepared.ids[1:])] if body.get("echo") else None
         for start, stop in itertools.pairwise([0, *places, len(ids)]):
             part, last = ids[start:stop], stop == len(ids)
-            text = stream.finish(part, reason) if last else stream.push(part)
+            text = stream.finish(part, reason) if last else stream.push_tokens(part)
             entries = [TokenLogprob(one, -2.0, ()) for one in part]
             delta = Delta(0, text, part, entries, reason if last else None, start == 0, scored if start == 0 else None)
-            choices += shape.pieces(delta) if places else shape.whole([delta])[0]
+            choices += writer.chunk_choices(delta) if places else writer.whole_choices([delta])[0]
         made.append(choices)
     return made
 

@@ -1,4 +1,4 @@
-"""What every route owes its clients: errors, keys, sizes, ids, models, tokens, back-pressure, metrics, shutdown."""
+"""All routes alike: errors, API keys, body sizes, request ids, models, tokens, back-pressure, metrics, shutdown."""
 
 from __future__ import annotations
 
@@ -289,7 +289,7 @@ def test_a_client_that_goes_away_frees_its_sequences(held, stream):
     assert endpoint.idle() and runner.steps <= 7
     endpoint.integrity()
     assert endpoint.gate.in_flight == 0
-    assert b"batchinfer_disconnects_total 1.0" in endpoint.frontend.metrics.text()
+    assert b"batchinfer_disconnects_total 1.0" in endpoint.frontend.metrics.render_text()
     assert stream == any(b"data: " in message.get("body", b"") for message in sent)
 
 
