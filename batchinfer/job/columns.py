@@ -22,7 +22,7 @@ READ_COLUMNS: dict[str, dict[str, pa.DataType]] = {
     "embed": {"embedding": pa.list_(pa.float32())},
 }
 BODY = "response_body"  # of openai-batch input: an answer that the other columns have no place for
-_LINE_COLUMNS = ("custom_id", "url", "body")
+_LINE_COLUMNS = ("custom_id",)
 OK = "ok"
 ERROR = "error"
 LINE_SUFFIX = {"none": "", "gzip": ".gz", "zstd": ".zst"}
@@ -44,8 +44,9 @@ class OutputLayout:
     file_column: str | None = None
 
     def has(self, name: str) -> bool:
-        """Whether the added column `name` (without prefix) is part of this output."""
-        return self.prefix + name in self.schema.names
+        """Return True if this output adds the column `name` (without prefix); a carried one may have the name."""
+        full = self.prefix + name
+        return full in self.schema.names and full not in self.carried
 
     @property
     def suffix(self) -> str:
@@ -82,13 +83,12 @@ def output_layout(spec: JobSpec, inputs: Inputs) -> OutputLayout:
             raise SpecError(f"the output has a column {file_column!r} already", key="output.file_column")
         fields.append(pa.field(file_column, pa.string()))
     schema = pa.schema([*fields, *added])
-    needed = carried if spec.input.format != "openai-batch" else tuple(dict.fromkeys((*carried, "url", "body")))
     tables = {spec.output.prefix + name for name in ("logprobs", "prompt_logprobs", BODY)}
     json_columns = frozenset((inputs.text_json & set(carried)) | tables)
     names = tuple(field.name for field in fields)
     prefix = spec.output.prefix
     return OutputLayout(
-        format_, compression, names, needed, schema, json_columns, prefix, listed, exploded, file_column
+        format_, compression, names, carried, schema, json_columns, prefix, listed, exploded, file_column
     )
 
 

@@ -16,11 +16,11 @@ from pathlib import Path
 from batchinfer.io.rows import write_rows
 from batchinfer.job.columns import OutputLayout
 from batchinfer.job.ledger import CommitRecord, Ledger, part_name
-from batchinfer.job.openai_lines import build_lines, with_bodies
-from batchinfer.job.results import build_table, count, decode
+from batchinfer.job.openai_lines import build_lines
+from batchinfer.job.part_table import build_table
+from batchinfer.job.results import count_results, decode_results
 from batchinfer.job.spool import Spool
 from batchinfer.log import log
-from batchinfer.openai.parse import ModelFacts
 
 _THREADS = 2  # one builds while the other uploads
 _GRACE_S = 0.5
@@ -28,25 +28,23 @@ _GRACE_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class PartWriter:
-    """Builds, uploads and commits one chunk. `model` writes the answers of openai-batch lines."""
+    """Builds, uploads and commits one chunk."""
 
     ledger: Ledger
     layout: OutputLayout
     spool: Spool
     pass_number: int
-    model: ModelFacts
 
     def commit(self, chunk: int) -> CommitRecord:
         plan = self.ledger.plan
-        rows = decode(self.spool.lines(chunk))
+        results = decode_results(self.spool.lines(chunk))
         carried = self.spool.carried(chunk)
-        assert len(rows) == carried.num_rows, f"chunk {chunk}: {len(rows)} results for {carried.num_rows} rows"
+        assert len(results) == carried.num_rows, f"chunk {chunk}: {len(results)} results for {carried.num_rows} rows"
         if self.layout.format == "openai-batch":
-            table = build_lines(self.layout, rows, carried, plan.bases[chunk], self.model)
+            table = build_lines(self.layout, results, carried, plan.bases[chunk])
         else:
-            rows = with_bodies(self.layout, rows, carried, plan.bases[chunk], self.model)
-            table = build_table(self.layout, rows, carried, plan.chunks[chunk].start)
-        counts = count(rows, self.layout.exploded)
+            table = build_table(self.layout, results, carried, plan.chunks[chunk].start)
+        counts = count_results(results, self.layout.exploded)
         part, size, sha256 = None, 0, ""
         last = chunk == len(plan.chunks) - 1
         if counts.output_rows or last:  # readers find parts/ and the columns even where nothing was selected

@@ -1,20 +1,20 @@
 """Responses to openai-batch rows: lines as OpenAI's batch endpoint returns them, or bodies as cells of a column.
 
 Nothing in them depends on the time: `created` is 0, ids follow from the row. Only `cached_tokens`, how much of a prompt
-the prefix cache held, depends on what ran before. `batchinfer.openai` writes the bodies,
-here as for the endpoint.
+the prefix cache held, depends on what ran before. `batchinfer.openai` writes the bodies, here as for the endpoint.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, cast
+from dataclasses import replace
+from typing import Any
 
 import pyarrow as pa
 
-from batchinfer.job.columns import BODY, OutputLayout
-from batchinfer.job.results import Row
-from batchinfer.job.row_prompts import parse_line
+from batchinfer.job.columns import OutputLayout
+from batchinfer.job.results import RowFailure, RowResult, RowSample
+from batchinfer.job.row_prompts import LineRequest
 from batchinfer.openai.json_text import dump_json
 from batchinfer.openai.parse import ModelFacts, ParsedRequest, route_field
 from batchinfer.openai.request_models import CompletionRequest
@@ -26,104 +26,98 @@ from batchinfer.openai.response_bodies import (
     error_response,
     usage_tokens,
 )
-from batchinfer.request import FinishReason, TokenLogprob
+from batchinfer.request import Completion
 
 _ID = "batch_req_"
 
 
-def build_lines(layout: OutputLayout, rows: list[Row], carried: pa.Table, base: int, model: ModelFacts) -> pa.Table:
-    """The part of a chunk. `carried` has the requests of the same rows; `base` is the job's index of offset 0."""
-    ids = [base + row.offset for row in rows]
-    bodies = ResponseBodies(model)
+class ResponseWriter:
+    """Writes the `response` of results, as JSON text.
+
+    In openai-batch output that is the whole response of the line, for every row. In a table it is the response's body,
+    for rows whose answer is more than the other columns hold.
+    """
+
+    def __init__(self, layout: OutputLayout, model: ModelFacts) -> None:
+        self._layout = layout
+        self._lines = layout.format == "openai-batch"
+        self._bodies = ResponseBodies(model)
+
+    def add_response(self, result: RowResult, number: int, parsed: ParsedRequest, completion: Completion) -> RowResult:
+        """Return the result of a row that was answered with its response. number: the row's index in the job.
+
+        The samples of openai-batch output keep only their token counts: everything else is in the response.
+        """
+        if not self._lines and self._columns_hold(parsed, completion):
+            return result
+        body = self._body(result, number, parsed, completion)
+        if not self._lines:
+            return replace(result, response=dump_json(body).decode())
+        samples = [RowSample("", sample.finish_reason, sample.tokens) for sample in result.samples]
+        return replace(result, samples=samples, response=dump_json(_response(number, 200, body)).decode())
+
+    def _body(self, result: RowResult, number: int, parsed: ParsedRequest, completion: Completion) -> dict[str, Any]:
+        returned = parsed.returns_token_ids
+        prompts = [
+            PromptResult(
+                one.prompt_token_ids if returned or one.prompt_logprobs is not None else [],
+                one.prompt_logprobs,
+                one.embedding,
+            )
+            for one in completion.per_content or [completion]
+        ]
+        samples = [
+            SampleResult(output.text, output.finish_reason, sample.tokens, sample.ids, output.logprobs)
+            for output, sample in zip(completion.outputs, result.samples, strict=True)
+        ]
+        counted = PromptTokenCounts(result.prompt_tokens, completion.cached_tokens)
+        return self._bodies.build_body(parsed, number, counted, prompts, samples)
+
+    def write_failure(self, number: int, request: LineRequest, failure: RowFailure, prompt_tokens: int) -> str | None:
+        """Return the response to a row that failed; a table has columns for that."""
+        if not self._lines:
+            return None
+        param = route_field(request.url, failure.param)
+        status, body = error_response(failure.kind, failure.message, param, prompt_tokens)
+        return dump_json(_response(number, status, body)).decode()
+
+    def _columns_hold(self, parsed: ParsedRequest, completion: Completion) -> bool:
+        echoes = isinstance(parsed.body, CompletionRequest) and bool(parsed.body.echo)
+        no_place = len(completion.outputs) > 1 and not (self._layout.listed or self._layout.exploded)
+        special = parsed.returns_token_ids or parsed.pooling is not None or parsed.tool_use is not None
+        return not (no_place or echoes or special)
+
+
+def _response(number: int, status: int, body: dict[str, Any]) -> dict[str, Any]:
+    return {"status_code": status, "request_id": f"req_{number:09d}", "body": body}
+
+
+def build_lines(layout: OutputLayout, results: list[RowResult], carried: pa.Table, base: int) -> pa.Table:
+    """Return the part of a chunk. carried: `custom_id` of the same rows. base: index in the job of offset 0."""
+    failures = [result.failure for result in results]
     columns = {
-        "id": [f"{_ID}{number:09d}" for number in ids],
+        "id": [f"{_ID}{base + result.offset:09d}" for result in results],
         "custom_id": carried.column("custom_id").to_pylist(),
-        "response": [
-            dump_json(_response(row, number, line, bodies, model)).decode()
-            for row, number, line in zip(rows, ids, carried.to_pylist(), strict=True)
+        "response": [result.response for result in results],
+        "error": [
+            None if failure is None else dump_json({"code": failure.kind, "message": failure.message}).decode()
+            for failure in failures
         ],
-        "error": [dump_json(_error(row)).decode() if row.error else None for row in rows],
     }
     return pa.table(columns, schema=layout.schema)
 
 
-def with_bodies(layout: OutputLayout, rows: list[Row], carried: pa.Table, base: int, model: ModelFacts) -> list[Row]:
-    """The rows of a table of openai-batch input; those whose answer is more than the columns hold have its body."""
-    if not layout.has(BODY):
-        return rows
-    bodies = ResponseBodies(model)
-    requests = carried.select(["url", "body"]).to_pylist()
-    made = []
-    for row, line in zip(rows, requests, strict=True):
-        if row.error is None and BODY not in (row.read or {}):  # one that a retry keeps may have it
-            made.append(_with_body(layout, row, base, parse_line(line, model), bodies))
-        else:
-            made.append(row)
-    return made
-
-
-def _with_body(layout: OutputLayout, row: Row, base: int, asked: ParsedRequest, bodies: ResponseBodies) -> Row:
-    echoes = isinstance(asked.body, CompletionRequest) and bool(asked.body.echo)
-    no_place = len(row.samples) > 1 and not (layout.listed or layout.exploded)
-    if not (no_place or echoes or asked.returns_token_ids or asked.pooling is not None or asked.tool_use is not None):
-        return row
-    body = dump_json(_answer(row, base + row.offset, asked, bodies)).decode()
-    return row._replace(read={**(row.read or {}), BODY: body})
-
-
-def rows_of_lines(lines: Iterable[dict[str, Any]], base: int) -> list[Row]:
-    """The inverse of `build_lines`. The response of a row that was answered stays as it is."""
-    rows = []
+def results_of_lines(lines: Iterable[dict[str, Any]], base: int) -> list[RowResult]:
+    """Return the results that a part's lines hold: the inverse of `build_lines`. Responses stay as they are."""
+    results = []
     for line in lines:
         offset = int(line["id"].removeprefix(_ID)) - base
         body, failed = line["response"]["body"], line["error"]
+        response = dump_json(line["response"]).decode()
         prompt_tokens, answer_tokens = usage_tokens(body["usage"])
         if failed is not None:
-            param = body["error"]["param"]
-            why = [failed["code"], failed["message"], *([] if param is None else [param])]
-            rows.append(Row(offset, prompt_tokens, None, [], why))
-            continue
-        sample = ("", "stop", answer_tokens, None, None)
-        rows.append(Row(offset, prompt_tokens, None, [sample], None, {"response": line["response"]}))
-    return sorted(rows, key=lambda row: row.offset)
-
-
-def _response(row: Row, number: int, line: dict[str, Any], bodies: ResponseBodies, model: ModelFacts) -> dict[str, Any]:
-    read = row.read or {}
-    if "response" in read:
-        kept: dict[str, Any] = read["response"]
-        return kept
-    if row.error is not None:
-        kind, message, *param = row.error
-        named = route_field(line["url"], param[0] if param else None)
-        status, body = error_response(kind, message, named, row.prompt_tokens)
-    else:
-        status, body = 200, _answer(row, number, parse_line(line, model), bodies)
-    return {"status_code": status, "request_id": f"req_{number:09d}", "body": body}
-
-
-def _answer(row: Row, number: int, asked: ParsedRequest, bodies: ResponseBodies) -> dict[str, Any]:
-    read = row.read or {}
-    known = read.get("prompts") or [[[], None, None]] * len(asked.contents)
-    prompts = [PromptResult(ids, _entries(logprobs), vector) for ids, logprobs, vector in known]
-    said = [
-        SampleResult(cast(str, text), cast(FinishReason, reason), tokens, ids, _entries(logprobs))
-        for text, reason, tokens, ids, logprobs in row.samples
-    ]
-    return bodies.build_body(asked, number, PromptTokenCounts(row.prompt_tokens, read.get("cached", 0)), prompts, said)
-
-
-def _error(row: Row) -> dict[str, str]:
-    kind, message, *_ = row.error or ["", ""]
-    return {"code": kind, "message": message}
-
-
-def _entries(values: list[Any] | None) -> list[Any] | None:
-    """Entries of logprobs from their plain form; None where nothing precedes a token."""
-    if values is None:
-        return None
-    return [None if value is None else _entry(*value) for value in values]
-
-
-def _entry(token: int, logprob: float, top: list[Any]) -> TokenLogprob:
-    return TokenLogprob(token, logprob, tuple((other, value) for other, value in top))
+            failure = RowFailure(failed["code"], failed["message"], body["error"]["param"])
+            results.append(RowResult(offset, prompt_tokens, failure=failure, response=response))
+        else:
+            results.append(RowResult(offset, prompt_tokens, [RowSample("", "stop", answer_tokens)], response=response))
+    return sorted(results, key=lambda result: result.offset)

@@ -8,6 +8,7 @@ sees every row once at any moment. An interrupted pass continues with the same c
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from batchinfer.job.drain import Drain
 from batchinfer.job.error_limit import judge
 from batchinfer.job.finalize import finalise, is_finished, read_totals
 from batchinfer.job.ledger import CommitRecord, Listing
-from batchinfer.job.openai_lines import rows_of_lines
+from batchinfer.job.openai_lines import results_of_lines
 from batchinfer.job.part_reader import read_part
+from batchinfer.job.part_table import results_of_part
 from batchinfer.job.prepare import PreparedJob
 from batchinfer.job.report import Progress, Report, Silent
-from batchinfer.job.results import SCORED, Row, rows_of_part
+from batchinfer.job.results import RowResult
 from batchinfer.job.run import begin, run_pass
 from batchinfer.job.run_state import Dependencies, Pass, RunState, Worker
 from batchinfer.job.shard import Shard
@@ -84,7 +86,7 @@ def _failed_chunks(listing: Listing, number: int) -> dict[int, CommitRecord]:
     return dict(sorted(failed.items()))
 
 
-def _kept_rows(work: PreparedJob, record: CommitRecord) -> list[Row]:
+def _kept_rows(work: PreparedJob, record: CommitRecord) -> list[RowResult]:
     """The rows of a part that the pass leaves as they are. Raises OutputConflict for a part that was altered."""
     store, plan = work.ledger.store, work.plan
     assert record.part is not None, "a part without rows has no errors"
@@ -93,16 +95,16 @@ def _kept_rows(work: PreparedJob, record: CommitRecord) -> list[Row]:
         raise OutputConflict(f"{store.url}/{record.part}: gone or altered since it was committed; see verify")
     values = read_part(data, record.part)
     if work.layout.format == "openai-batch":
-        rows = rows_of_lines(values, plan.bases[record.chunk])
+        rows = results_of_lines(values, plan.bases[record.chunk])
     else:
-        rows = rows_of_part(work.layout, values, plan.chunks[record.chunk].start)
-    kept = [row for row in rows if row.error is None or row.error[0] not in RETRYABLE_KINDS]
+        rows = results_of_part(work.layout, values, plan.chunks[record.chunk].start)
+    kept = [row for row in rows if row.failure is None or row.failure.kind not in RETRYABLE_KINDS]
     return _with_scored(kept, record.scored_tokens)
 
 
-def _with_scored(rows: list[Row], tokens: int) -> list[Row]:
+def _with_scored(rows: list[RowResult], tokens: int) -> list[RowResult]:
     """A part does not say how many tokens each row scored; rows in error none. The first other row has all of them."""
-    first = next((place for place, row in enumerate(rows) if row.error is None), None)
+    first = next((place for place, row in enumerate(rows) if row.failure is None), None)
     if first is not None and tokens:
-        rows[first] = rows[first]._replace(read={**(rows[first].read or {}), SCORED: tokens})
+        rows[first] = replace(rows[first], scored_tokens=tokens)
     return rows

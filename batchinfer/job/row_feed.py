@@ -11,7 +11,7 @@ import pyarrow as pa
 from batchinfer.io.rows import Inputs, RowBatch, stream_rows
 from batchinfer.job.columns import OutputLayout
 from batchinfer.job.plan import JobPlan
-from batchinfer.job.results import Row, encode_row
+from batchinfer.job.results import RowResult, encode_result
 from batchinfer.job.row_prompts import LineRequest, RowContext, RowPrompts
 from batchinfer.job.spool import Spool
 from batchinfer.openai.parse import ModelFacts
@@ -62,9 +62,9 @@ class Feed:
     layout: OutputLayout
     spool: Spool
     window: Window
-    recover: Callable[[int], list[Row]]
+    recover: Callable[[int], list[RowResult]]
     complete: Callable[[int], None]
-    opened: Callable[[list[Row], int], None]
+    opened: Callable[[list[RowResult], int], None]
     requests: dict[int, LineRequest]
 
     def prompts(self, chunks: list[int], seed: int, model: ModelFacts, storage: StorageSpec) -> Iterator[Prompt]:
@@ -93,7 +93,7 @@ class Feed:
         self.opened(finished, carried.num_rows - len(selected))
         if len(selected) < carried.num_rows:
             carried = carried.take(pa.array(selected, pa.int64()))
-        left = self.spool.open(chunk, len(selected), map(encode_row, finished), carried)
+        left = self.spool.open(chunk, len(selected), map(encode_result, finished), carried)
         if left == 0:
             self.complete(chunk)
         done = {row.offset for row in finished}

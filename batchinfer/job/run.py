@@ -19,7 +19,8 @@ from batchinfer.job.ledger import CommitKey, CommitRecord, Listing
 from batchinfer.job.prepare import PreparedJob, prepare
 from batchinfer.job.repeat import Repeat
 from batchinfer.job.report import Progress, Report, Silent, report_name
-from batchinfer.job.results import ResultEncoder, Row
+from batchinfer.job.result_encoder import ResultEncoder
+from batchinfer.job.results import RowResult, encode_result
 from batchinfer.job.row_feed import Feed, Window, open_rows
 from batchinfer.job.run_state import Dependencies, Pass, RunState, Worker
 from batchinfer.job.salvage import Salvage
@@ -33,7 +34,7 @@ from batchinfer.spec import JobSpec
 
 _QUIET_S = 2.0  # how long the saving waits for the loop to stop, so that nothing finished is missed
 
-Recover = Callable[[int], list[Row]]
+Recover = Callable[[int], list[RowResult]]
 
 
 def run_job(
@@ -127,8 +128,8 @@ def run_chunks(
         window.leave(plan.chunks[record.chunk].count)
         folder.add(record)
 
-    writer = PartWriter(work.ledger, work.layout, spool, state.todo.number, llm.model_facts)
-    encoder = ResultEncoder(work.layout)
+    writer = PartWriter(work.ledger, work.layout, spool, state.todo.number)
+    encoder = ResultEncoder(work.layout, llm.model_facts)
     # a commit that failed frees no window: closing it ends the stream of prompts, and with it the loop
     committer = Committer(writer, done, failed=window.close)
     feed = Feed(plan, work.rows, work.layout, spool, window, recover, committer.submit, state.opened, {})
@@ -137,8 +138,8 @@ def run_chunks(
             chunk = plan.chunk_of(completion.index)
             tally.add(completion)
             request = feed.requests.pop(completion.index, None)
-            shows_ids = request is not None and request.parsed is not None and request.parsed.returns_token_ids
-            if spool.add(chunk, encoder.line(completion.index - plan.bases[chunk], completion, shows_ids)):
+            result = encoder.result(completion.index - plan.bases[chunk], completion.index, completion, request)
+            if spool.add(chunk, encode_result(result)):
                 committer.submit(chunk)
             if drain.requested or committer.failed or tally.too_many:
                 break

@@ -27,7 +27,7 @@ from batchinfer.job.report import (
     versions,
     write_report,
 )
-from batchinfer.job.results import Row
+from batchinfer.job.results import RowResult
 from batchinfer.job.shard import Shard
 from batchinfer.llm import LLM, Answerer
 from batchinfer.log import log
@@ -97,10 +97,10 @@ class RunState:
 
     # -- what happens -------------------------------------------------------------------------------------------
 
-    def opened(self, finished: list[Row], left_out: int) -> None:
+    def opened(self, finished: list[RowResult], left_out: int) -> None:
         """A chunk was read: rows that an earlier run finished, and rows that `where` leaves out."""
         self.tally.recovered_rows += len(finished)
-        self.tally.recovered_errors += sum(row.error is not None for row in finished)
+        self.tally.recovered_errors += sum(row.failure is not None for row in finished)
         self.tally.left_out += left_out
 
     def begin_pass(self, todo: Pass) -> None:

@@ -21,13 +21,13 @@ import zstandard
 from batchinfer.errors import InputMissing
 from batchinfer.io.storage import Store
 from batchinfer.job.plan import JobPlan
-from batchinfer.job.results import Row, decode
+from batchinfer.job.results import RowResult, decode_results
 from batchinfer.job.shard import Shard
 from batchinfer.job.spool import Spool, explained
 from batchinfer.log import log
 
 SALVAGE = "salvage/"
-_FORMAT = 1
+_FORMAT = 2  # of the journal and of the lines in it; raise it when either changes
 _NAME = re.compile(r"salvage/\d+-of-\d+-([0-9a-f]+)\.jsonl\.zst", re.ASCII)
 
 
@@ -85,13 +85,13 @@ class Salvage:
             packed.unlink(missing_ok=True)
             plain.unlink(missing_ok=True)
 
-    def rows(self, chunk: int) -> list[Row]:
+    def rows(self, chunk: int) -> list[RowResult]:
         """The recovered rows of a chunk, without doubles."""
         path = self._recovered.pop(chunk, None)
         if path is None:
             return []
         try:
-            return list({row.offset: row for row in decode(path.read_bytes())}.values())
+            return list({row.offset: row for row in decode_results(path.read_bytes())}.values())
         except (ValueError, TypeError) as error:
             log.warning("salvage of a chunk ignored: its rows will be computed again", chunk=chunk, why=str(error))
             return []
@@ -121,6 +121,8 @@ class Salvage:
 
     def _blocks(self, file: io.BufferedReader) -> Iterator[tuple[int, list[bytes]]]:
         header = _line(file)
+        if header.get("format") != _FORMAT:
+            raise ValueError("another version of batchinfer wrote it")
         if header != self._header:
             raise ValueError("it belongs to another job, or to another pass of this one")
         chunks = 0

@@ -353,7 +353,7 @@ def test_what_somebody_put_into_the_folder_of_a_batch_outlives_it(service):
 
 
 def test_repeated_ids_are_found_across_parts_of_the_index(tmp_path, monkeypatch):
-    monkeypatch.setattr("batchinfer.io.seen_ids._AT_ONCE", 100)
+    monkeypatch.setattr("batchinfer.io.seen_ids._BUFFERED_IDS", 100)
     data = tmp_path / "in.jsonl"
     data.write_bytes(rows(3000) + content([line(7), line(2999), line(3000)]))
     spool = Spool(tmp_path)

@@ -8,6 +8,7 @@ import pytest
 from batchinfer.errors import EngineFailure
 from batchinfer.job.inspect.verify import audit
 from batchinfer.job.retry import retry_job
+from batchinfer.job.row_prompts import parse_line
 from batchinfer.llm import LLM
 from batchinfer.spec import StorageSpec
 from tests.job.doubles import job, rows_of_output, run
@@ -49,6 +50,18 @@ def requests(tmp_path):
         return rows_of_output(tmp_path / folder)
 
     return answered
+
+
+@pytest.mark.parametrize("form", ["parquet", "openai-batch"])
+def test_a_body_is_parsed_once_and_not_again_for_its_part(requests, form, monkeypatch):
+    parsed = []
+
+    def counted(row, model):
+        parsed.append(row["url"])
+        return parse_line(row, model)
+
+    monkeypatch.setattr("batchinfer.job.row_prompts.parse_line", counted)
+    assert len(requests("out", output={"format": form})) == len(parsed) == len(ANSWERED) + 1
 
 
 @pytest.mark.parametrize("n", [1, 2])

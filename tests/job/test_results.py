@@ -9,8 +9,11 @@ from hypothesis import strategies as st
 from batchinfer.errors import ROW_ERRORS
 from batchinfer.io.rows import InputFile, Inputs
 from batchinfer.job.columns import output_layout
-from batchinfer.job.openai_lines import build_lines, rows_of_lines
-from batchinfer.job.results import ResultEncoder, build_table, count, decode, encode_row, rows_of_part
+from batchinfer.job.openai_lines import build_lines, results_of_lines
+from batchinfer.job.part_table import build_table, results_of_part
+from batchinfer.job.result_encoder import ResultEncoder
+from batchinfer.job.results import RowFailure, count_results, decode_results, encode_result
+from batchinfer.job.row_prompts import LineRequest, parse_line
 from batchinfer.openai.parse import ModelFacts
 from batchinfer.request import Completion, CompletionOutput, SamplingParams, TokenLogprob
 from batchinfer.spec import parse_spec
@@ -32,6 +35,7 @@ def layout_of(inputs=INPUTS, sampling=None, **output):
     return output_layout(parse_spec({**values, "output": {"path": "o", **output}}), inputs)
 
 
+MODEL = ModelFacts(("m",), ByteTokenizer(), ByteTokenizer.chat_template, SamplingParams())
 TOKENS = st.lists(st.integers(0, 2**31 - 1), max_size=5)
 LOGPROBS = st.lists(
     st.builds(
@@ -72,47 +76,48 @@ LAYOUTS = {
 def test_a_part_gives_back_the_rows_it_was_made_from(name, data):
     samples, layout = LAYOUTS[name]
     answers = data.draw(completions(samples))
-    encoder = ResultEncoder(layout)
-    lines = [encoder.line(3 * place, answer) for place, answer in enumerate(answers)]
-    rows = decode(b"\n".join(reversed(lines)) + b"\n")
+    encoder = ResultEncoder(layout, MODEL)
+    lines = [encode_result(encoder.result(3 * place, 0, answer, None)) for place, answer in enumerate(answers)]
+    rows = decode_results(b"\n".join(reversed(lines)) + b"\n")
     assert [row.offset for row in rows] == [3 * place for place in range(len(answers))]
-    assert [encode_row(row) for row in rows] == lines
+    assert [encode_result(row) for row in rows] == lines
     carried = pa.table({"id": range(len(rows))})
     table = build_table(layout, rows, carried, 100)
     assert table.schema == layout.schema
-    counts = count(rows, layout.exploded)
+    counts = count_results(rows, layout.exploded)
     assert counts.output_rows == table.num_rows and counts.ok + sum(counts.errors.values()) == len(rows)
-    back = rows_of_part(layout, table.to_pylist(), 100)
+    back = results_of_part(layout, table.to_pylist(), 100)
     assert build_table(layout, back, carried, 100) == table
-    assert count(back, layout.exploded) == counts
+    assert count_results(back, layout.exploded) == counts
 
 
 @settings(max_examples=60, deadline=None)
 @given(answers=completions(2), chat=st.booleans())
 def test_batch_lines_give_back_the_rows_they_were_made_from(answers, chat):
     layout = layout_of(BATCH)
-    encoder = ResultEncoder(layout)
-    rows = decode(b"\n".join(encoder.line(place, answer) for place, answer in enumerate(answers)))
+    encoder = ResultEncoder(layout, MODEL)
     url = "/v1/chat/completions" if chat else "/v1/completions"
     body = {"messages": [{"role": "user", "content": "x"}]} if chat else {"prompt": "x"}
     asked = orjson.dumps({**body, "n": 2, "logprobs": True if chat else 2}).decode()
-    names = [f"c{n}" for n in range(len(rows))]
-    carried = pa.table({"custom_id": names, "url": [url] * len(rows), "body": [asked] * len(rows)})
-    model = ModelFacts(("m",), ByteTokenizer(), ByteTokenizer.chat_template, SamplingParams())
-    table = build_lines(layout, rows, carried, 7, model)
+    request = LineRequest(url, parse_line({"url": url, "body": asked}, MODEL))
+    results = [encoder.result(place, 7 + place, answer, request) for place, answer in enumerate(answers)]
+    rows = decode_results(b"\n".join(map(encode_result, results)))
+    carried = pa.table({"custom_id": [f"c{n}" for n in range(len(rows))]})
+    table = build_lines(layout, rows, carried, 7)
     lines = [
         {**line, "response": orjson.loads(line["response"]), "error": line["error"] and orjson.loads(line["error"])}
         for line in table.to_pylist()
     ]
     assert [line["custom_id"] for line in lines] == carried.column("custom_id").to_pylist()
-    back = rows_of_lines(lines, 7)
-    assert build_lines(layout, back, carried, 7, model) == table and count(back, False) == count(rows, False)
-    assert [row.offset for row in decode(b"\n".join(map(encode_row, back)))] == [row.offset for row in rows]
+    back = results_of_lines(lines, 7)
+    assert build_lines(layout, back, carried, 7) == table and count_results(back, False) == count_results(rows, False)
+    assert decode_results(b"\n".join(map(encode_result, back))) == back
 
 
 def test_surrogates_in_an_error_do_not_stop_a_job():
-    line = ResultEncoder(layout_of()).line(0, Completion(0, [], error=ROW_ERRORS[0]("bad \ud800 text")))
-    assert decode(line)[0].error == ["invalid_input", "bad ? text"]
+    completion = Completion(0, [], error=ROW_ERRORS[0]("bad \ud800 text"))
+    line = encode_result(ResultEncoder(layout_of(), MODEL).result(0, 0, completion, None))
+    assert decode_results(line)[0].failure == RowFailure("invalid_input", "bad ? text")
 
 
 def test_layout_follows_what_was_asked():

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 
 from batchinfer.errors import SpoolError
+from batchinfer.job.results import RowResult, RowSample, encode_result
 from batchinfer.job.salvage import Salvage
 from batchinfer.job.shard import Shard
 from batchinfer.job.spool import Spool
@@ -114,11 +115,11 @@ def rows_of(salvage, chunk):
 
 def test_salvage_brings_rows_back_and_keeps_those_not_yet_opened(tmp_path):
     store = MemoryStore()
-    line = b'[%d,3,null,[["x","stop",1,null,null]],null]'
+    lines = [encode_result(RowResult(offset, 3, [RowSample("x", "stop", 1)])) for offset in (0, 4)]
     first = Spool(tmp_path)
     for chunk in (1, 2, 5):
-        first.open(chunk, 9, [line % 0], CARRIED)
-        first.add(chunk, line % 4)
+        first.open(chunk, 9, lines[:1], CARRIED)
+        first.add(chunk, lines[1])
     Salvage(store, first, Shard(0, 2), PLAN, 0).save()
     first.close()
 
@@ -126,7 +127,7 @@ def test_salvage_brings_rows_back_and_keeps_those_not_yet_opened(tmp_path):
     salvage = Salvage(store, second, Shard(0, 2), PLAN, 0)
     salvage.load({1, 2})
     assert rows_of(salvage, 1) == [0, 4] and rows_of(salvage, 1) == [] and rows_of(salvage, 5) == []
-    second.open(1, 9, [line % 0], CARRIED)
+    second.open(1, 9, lines[:1], CARRIED)
     salvage.save()  # replaces the journal: chunk 2, not opened yet, must stay in it
     third = Salvage(store, second, Shard(1, 2), PLAN, 0)
     third.load({1, 2})
@@ -137,7 +138,7 @@ def test_salvage_brings_rows_back_and_keeps_those_not_yet_opened(tmp_path):
 @pytest.mark.parametrize(("plan", "number"), [(PLAN._replace(digest="abcdef2"), 0), (PLAN, 1)])
 def test_a_journal_of_another_job_or_pass_is_ignored(tmp_path, plan, number, capsys):
     store, spool = MemoryStore(), Spool(tmp_path)
-    spool.open(1, 9, [b'[0,3,null,[["x","stop",1,null,null]],null]'], CARRIED)
+    spool.open(1, 9, [encode_result(RowResult(0, 3, [RowSample("x", "stop", 1)]))], CARRIED)
     Salvage(store, spool, Shard(), PLAN, 0).save()
     foreign = Salvage(store, spool, Shard(), plan, number)
     foreign.load({1})
