@@ -99,9 +99,9 @@ class LLM:
         **options: Any,
     ) -> None:
         storage = storage or StorageSpec()
+        engine = _engine_spec(options)  # before a download
         files = None if str(model) == FAKE_MODEL else fetch_model(str(model), storage)
         other = None if tokenizer is None else fetch_model(str(tokenizer), storage, weights=False)
-        engine = _engine_spec(options)
         self.model_name = str(model)
         self._setup(assemble(engine, files, other, fake or FakeSpec(), chat_template), engine, Defaults(seed))
 

@@ -6,7 +6,6 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-import torch
 from batchinfer_kernels.contract import Fallback
 
 from batchinfer.log import log
@@ -25,7 +24,7 @@ def load_backend(device: str = AUTO) -> Backend:
     for module in _modules(device):
         why = module.problem()
         if why is None:
-            made: Backend = module.make_backend(torch.device(device), log_fallback)
+            made: Backend = module.make_backend(device, log_fallback)
             return made
         log.warning("a slower backend serves this device", device=device, why=why)
     raise ValueError(f"no backend of {device} can serve on this machine")
@@ -35,7 +34,7 @@ def available_backends(device: str = AUTO) -> list[Backend]:
     """Return every backend of a device that can serve on this machine, the best first; for benchmarks and tests."""
     device = resolve_device(device)
     usable = [module for module in _modules(device) if module.problem() is None]
-    return [module.make_backend(torch.device(device), log_fallback) for module in usable]
+    return [module.make_backend(device, log_fallback) for module in usable]
 
 
 def log_fallback(fallback: Fallback) -> None:

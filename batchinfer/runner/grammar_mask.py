@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from batchinfer.errors import BadParameters
+from batchinfer.ops.resources import HOST
 from batchinfer.request import Constraint, Matcher
 
 Ints = npt.NDArray[np.int64]
@@ -93,7 +94,7 @@ def _lower(logits_NV: Tensor, rows_R: Ints, caps_RV: Tensor) -> None:
 
 def _caps(masks_RW: npt.NDArray[np.int32], vocab_size: int, device: torch.device) -> Tensor:
     """float32 [R, V]: infinity where bit v of a row is set, from the lowest of its first word on; else -infinity."""
-    if device.type == "cpu":
+    if device.type == HOST.type:
         bits_RV = np.unpackbits(masks_RW.view(np.uint8), axis=1, count=vocab_size, bitorder="little")
         set_RV = torch.from_numpy(bits_RV)
     else:

@@ -207,6 +207,6 @@ def problem() -> str | None:
     return None if why is None else f"the C++ kernels are not there: {why}"
 
 
-def make_backend(device: torch.device, report: Report) -> CPUBackend:
+def make_backend(device: str, report: Report) -> CPUBackend:
     """Return the backend with the best variant for this processor."""
     return CPUBackend(report)

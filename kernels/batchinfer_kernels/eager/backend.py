@@ -130,6 +130,6 @@ def problem() -> str | None:
     return None
 
 
-def make_backend(device: torch.device, report: Report) -> EagerBackend:
+def make_backend(device: str, report: Report) -> EagerBackend:
     """Return the backend of a device. `report` is never called: there is nothing to fall back to."""
-    return EagerBackend(device)
+    return EagerBackend(torch.device(device))

@@ -1,0 +1,57 @@
+"""Outside kernels/ and batchinfer/ops no code names a device, an instruction set or a backend."""
+
+from __future__ import annotations
+
+import io
+import re
+import tokenize
+
+from tests.test_budgets import ROOT
+
+NAMES = re.compile(r"(?<![a-z])(cpu|cuda|gpu|avx\w*|amx|vnni|triton|eager)(?![a-z])", re.IGNORECASE)
+ALLOWED = {
+    # the processor of the machine that a benchmark describes, and system files about it
+    "batchinfer/bench/machine.py": {
+        *("cpu", "cpu_count", "_cpu_name"),
+        "{machine.cpu}, {machine.cores} cores, {machine.threads} threads used",
+        "/sys/devices/system/cpu/cpu0/cache",
+        "/proc/cpuinfo",
+    },
+    "batchinfer/cli/main.py": {"is_eager"},  # an option of click
+    # help of options and job fields: users know their machine by these words
+    "batchinfer/cli/bench.py": {"CPU threads. Default: cores, within the container's quota."},
+    "batchinfer/spec.py": {
+        "type of weights and activations; default float32. bfloat16: faster with AMX or AVX512_BF16",
+        "CPU threads of the model; default: cores, limited by the container's quota",
+    },
+}
+
+
+def test_no_code_above_the_boundary_names_a_device():
+    found = []
+    for path in sorted((ROOT / "batchinfer").rglob("*.py")):
+        name = str(path.relative_to(ROOT))
+        if not name.startswith("batchinfer/ops/"):
+            found += [f"{name}:{line}: {text}" for line, text in _named(path.read_text()) if not _allowed(name, text)]
+    assert not found, "\n".join(found)
+
+
+def _named(source: str) -> list[tuple[int, str]]:
+    """Return (line, text) of identifiers and string literals that name one, docstrings apart.
+
+    `x.cpu()` is torch's name for a copy to the host, and counts as no name of a device.
+    """
+    found, before = [], ""
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        text = token.string
+        docstring = text.startswith('"""')
+        kind = tokenize.tok_name[token.type]
+        copy = text == "cpu" and before == "."
+        if kind in ("NAME", "STRING", "FSTRING_MIDDLE") and NAMES.search(text) and not docstring and not copy:
+            found.append((token.start[0], text))
+        before = text
+    return found
+
+
+def _allowed(name: str, text: str) -> bool:
+    return re.sub("^[rbf]?[\"']|[\"']$", "", text) in ALLOWED.get(name, ())

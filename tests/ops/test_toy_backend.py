@@ -1,0 +1,58 @@
+"""A third backend needs a module and one line of the table: a model runs on it through `engine.device`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from batchinfer import LLM, SamplingParams
+from batchinfer.errors import UsageError
+from batchinfer.ops.devices import BACKENDS
+from batchinfer.request import Completion
+from tests.bench.conftest import tiny_model  # noqa: F401 - a fixture
+from tests.models.tiny import build
+from tests.ops import toy
+
+OPS = {
+    *("rms_norm", "add_rms_norm", "linear", "gated_linear", "packed_rows", "rope_kv_write", "paged_attention"),
+    *("pack", "pack_gated", "pack_rows", "argmax_bounds", "prepare", "layer_stack", "allocate_kv"),
+}
+PARAMS = [SamplingParams(temperature=t, max_tokens=12, ignore_eos=True) for t in (0.0, 0.9, 0.0)]
+
+
+@pytest.fixture
+def model(tmp_path: Path, tiny_model: Path) -> Path:  # noqa: F811
+    """Build a model with norms of queries and keys and a head of its own, so that every op is called."""
+    build("qwen3", tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_model / name, tmp_path)
+    return tmp_path
+
+
+def test_a_model_runs_on_a_backend_that_the_table_names(model, monkeypatch):
+    def answers(device: str) -> list[list[int]]:
+        llm = LLM(model, device=device, kv_cache_tokens=512)
+        found = llm.generate([[5, 6, 7, 5, 6, 7, 5], [8, 9], [3] * 20], PARAMS) + llm.generate([[9, 5, 6]], PARAMS[0])
+        return [_tokens(one) for one in found]
+
+    monkeypatch.setitem(BACKENDS, "toy", ("tests.ops.toy",))
+    toy.CALLS.clear()
+    got = answers("toy")
+    assert all(toy.CALLS[op] for op in OPS), OPS - set(toy.CALLS)
+    monkeypatch.setitem(BACKENDS, "cpu", BACKENDS["cpu"][-1:])
+    assert answers("cpu") == got
+
+
+def _tokens(completion: Completion) -> list[int]:
+    assert completion.error is None
+    return completion.outputs[0].token_ids
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("cuda", ""), ("Auto", "did you mean 'auto'"), ("cpus", "did you mean 'cpu'")]
+)
+def test_a_device_that_no_backend_serves_is_refused_before_the_model_is_looked_for(name, near):
+    with pytest.raises(UsageError, match=f"device: must be one of auto, cpu; no backend serves '{name}'.*{near}"):
+        LLM("no/such/model", device=name)
