@@ -1,11 +1,11 @@
-"""Puts an engine together from its parts: tokenizer, weights, KV cache, runner, and the model's own defaults."""
+"""Assembly of an engine: tokenizer, backend, weights, KV cache, runner, and the model's own defaults."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from batchinfer.engine.blocks import BlockPool
 from batchinfer.engine.engine import StepRunner
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from batchinfer.layers.rotary import RopeConfig
 
 FAKE_CONTEXT_TOKENS = 32768
-_MAX_DRAFT_ROWS = 128  # above this, a step on a CPU takes as much longer as it has more rows
+_FAKE_DRAFT_ROWS = 128
 _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -41,7 +41,7 @@ class Assembly:
     limits: ModelLimits
     runner: StepRunner
     pool: BlockPool
-    max_draft_rows: int = _MAX_DRAFT_ROWS
+    max_draft_rows: int
 
 
 def assemble(
@@ -59,25 +59,32 @@ def assemble(
     generation = _generation_config(files.path) if files is not None else {}
     with shared_header(files.path if files is not None else None):
         tokenizer, chat = load_text(source, chat_template)
-        if files is None:
-            runner, pool, context = _fake_runner(engine, fake, tokenizer)
-            vocab_size = tokenizer.vocab_size
-        else:
-            runner, pool, context, vocab_size = _model_runner(engine, files.path)
-    eos_ids = frozenset(token for token in tokenizer.eos_ids | end_ids(generation) if token < vocab_size)
-    limits = ModelLimits(context, vocab_size, eos_ids)
-    return Assembly(tokenizer, chat, _defaults(generation, files), limits, runner, pool)
+        model = _fake_model(engine, fake, tokenizer) if files is None else _load_model(engine, files.path)
+    eos_ids = frozenset(token for token in tokenizer.eos_ids | end_ids(generation) if token < model.vocab_size)
+    limits = ModelLimits(model.context_tokens, model.vocab_size, eos_ids)
+    defaults = _defaults(generation, files)
+    return Assembly(tokenizer, chat, defaults, limits, model.runner, model.pool, model.max_draft_rows)
 
 
 def load_text(source: ModelFiles | None, chat_template: str | None) -> tuple[Tokenizer, ChatTemplate | None]:
-    """The tokenizer of these files (None: bytes), and the chat template that is given, or else its own."""
+    """Return the tokenizer of these files (None: bytes), and the given chat template or else its own."""
     tokenizer: Tokenizer = load_tokenizer(source.path) if source is not None else ByteTokenizer()
     template = chat_template or tokenizer.chat_template
     return tokenizer, ChatTemplate(template, tokenizer.special_tokens, tokenizer.control) if template else None
 
 
-def _model_runner(engine: EngineSpec, path: Path) -> tuple[StepRunner, BlockPool, int, int]:
-    """Load the weights and allocate the KV cache; (runner, pool, context in tokens, vocabulary size)."""
+class _LoadedModel(NamedTuple):
+    """Runner of a model, and what the engine needs to know of it."""
+
+    runner: StepRunner
+    pool: BlockPool
+    context_tokens: int
+    vocab_size: int
+    max_draft_rows: int
+
+
+def _load_model(engine: EngineSpec, path: Path) -> _LoadedModel:
+    """Choose the backend, load the weights and allocate the KV cache."""
     # torch takes seconds to import: only here, where a model is really wanted
     import torch
 
@@ -119,7 +126,7 @@ def _model_runner(engine: EngineSpec, path: Path) -> tuple[StepRunner, BlockPool
     _warn_of_slow_int8(engine, backend.capabilities)
     _tell_of_longrope(decoder.config.ropes, context)
     pool = BlockPool(num_blocks, engine.block_size, engine.enable_prefix_caching)
-    return runner, pool, context, decoder.config.vocab_size
+    return _LoadedModel(runner, pool, context, decoder.config.vocab_size, backend.capabilities.max_draft_rows)
 
 
 def _warn_of_slow_int8(engine: EngineSpec, capabilities: Capabilities) -> None:
@@ -142,7 +149,7 @@ def _tell_of_longrope(ropes: Sequence[RopeConfig], context_tokens: int) -> None:
             )
 
 
-def _fake_runner(engine: EngineSpec, fake: FakeSpec, tokenizer: Tokenizer) -> tuple[StepRunner, BlockPool, int]:
+def _fake_model(engine: EngineSpec, fake: FakeSpec, tokenizer: Tokenizer) -> _LoadedModel:
     context = engine.max_model_len or FAKE_CONTEXT_TOKENS
     kv_tokens = engine.kv_cache_tokens or max(context, 512 * engine.max_num_seqs)
     low, high = fake.answer_tokens if isinstance(fake.answer_tokens, tuple) else (fake.answer_tokens,) * 2
@@ -150,11 +157,11 @@ def _fake_runner(engine: EngineSpec, fake: FakeSpec, tokenizer: Tokenizer) -> tu
         raise ModelError("the tokenizer names no end-of-sequence token, which fake answers end with")
     answer = FakeAnswer(low, high, _plain_ids(tokenizer), min(tokenizer.eos_ids))
     pool = BlockPool(kv_tokens // engine.block_size, engine.block_size, engine.enable_prefix_caching)
-    return FakeRunner(answer, fake.step_s), pool, context
+    return _LoadedModel(FakeRunner(answer, fake.step_s), pool, context, tokenizer.vocab_size, _FAKE_DRAFT_ROWS)
 
 
 def _plain_ids(tokenizer: Tokenizer, wanted: int = 1024) -> list[int]:
-    """Ids of printable tokens, which fake answers are made of."""
+    """Return ids of printable tokens, which fake answers are made of."""
     candidates = list(range(min(tokenizer.vocab_size, 8 * wanted)))
     texts = tokenizer.decode_batch([[token] for token in candidates], skip_special_tokens=True)
     plain = [

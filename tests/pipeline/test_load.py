@@ -12,7 +12,7 @@ from batchinfer_kernels.cpu import library
 from batchinfer.errors import ModelError
 from batchinfer.io.fetch import ModelFiles
 from batchinfer.ops.resources import quota_threads
-from batchinfer.pipeline.load import _defaults, _generation_config, _model_runner
+from batchinfer.pipeline.load import _defaults, _generation_config, _load_model
 from batchinfer.spec import EngineSpec
 from tests.models.tiny import build
 
@@ -56,7 +56,7 @@ def test_sampling_defaults_of_the_model(tmp_path: Path) -> None:
 def test_longrope_says_once_which_factors_it_takes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     build("phi3-longrope", tmp_path)
     for context, said in ((None, 1), (32, 0)):
-        _model_runner(EngineSpec(kv_cache_tokens=256, max_model_len=context), tmp_path)
+        _load_model(EngineSpec(kv_cache_tokens=256, max_model_len=context), tmp_path)
         assert capfd.readouterr().err.count("longrope: ") == said
 
 
@@ -64,5 +64,5 @@ def test_longrope_says_once_which_factors_it_takes(tmp_path: Path, capfd: pytest
 def test_int8_without_vnni_logs_that_it_is_no_faster(tmp_path, capfd, monkeypatch, quantization, vnni, said) -> None:
     build("llama", tmp_path)
     monkeypatch.setattr(library, "WITH_VNNI", library.VARIANTS if vnni else ())
-    _model_runner(EngineSpec(kv_cache_tokens=256, quantization=quantization), tmp_path)
+    _load_model(EngineSpec(kv_cache_tokens=256, quantization=quantization), tmp_path)
     assert capfd.readouterr().err.count("int8 will not be faster than float32") == said
