@@ -6,7 +6,7 @@ since a machine's memory may be slower from one minute to the next, and is a med
 ops count bytes alone, and what multiplies in bfloat16 or in 8 bits is held to the GEMM rate in these.
 
 T tokens · S sequences · E hidden size · F feed-forward size · H query heads · K kv heads · D head size · R rotated
-pairs · N blocks · B slots per block · I, O input and output features
+pairs · N blocks · B slots per block · W blocks per table · I, O input and output features
 """
 
 from __future__ import annotations
@@ -209,11 +209,11 @@ def _attention(shapes: Shapes, queries: int, context: int, sequences: int, dtype
     def make(backend: Backend) -> Work:
         blocks = -(-context // _BLOCK_SIZE)
         order = torch.randperm(sequences * blocks, generator=torch.Generator().manual_seed(1))
-        tables_SB = order.view(sequences, blocks).to(torch.int32)
+        tables_SW = order.view(sequences, blocks).to(torch.int32)
         cache_shape = (len(order), 2, shapes.kv_heads, _BLOCK_SIZE, size)
         caches = [torch.rand(cache_shape).to(dtype) for _ in range(layers)]
         q_THD, out_THD = torch.rand(tokens, heads, size), torch.empty(tokens, heads, size)
-        step = _step(torch.arange(tokens), tables_SB, queries, context)
+        step = _step(torch.arange(tokens), tables_SW, queries, context)
         index = backend.prepare(step, caches[0], AttentionFacts(heads, (None,), q_THD.dtype))
         rule = ScoreRule(size**-0.5)
         following = itertools.cycle(caches)
@@ -266,14 +266,14 @@ def _element_wise(shapes: Shapes, tokens: int) -> Iterator[Case]:
     yield Case("gelu_mul", shape, 3 * tokens * feed * _FLOAT, 0, gelu)
 
 
-def _step(slots_T: torch.Tensor, tables_SB: torch.Tensor, queries: int, context: int) -> StepInputs:
+def _step(slots_T: torch.Tensor, tables_SW: torch.Tensor, queries: int, context: int) -> StepInputs:
     """Return a step in which each sequence has `queries` tokens, the last of a context of `context`."""
-    sequences = len(tables_SB)
+    sequences = len(tables_SW)
     return StepInputs(
         tokens_T=slots_T,
         positions_T=slots_T,
         slots_T=slots_T,
-        block_tables_SB=tables_SB,
+        block_tables_SW=tables_SW,
         query_starts_X=torch.arange(0, sequences * queries + 1, queries),
         lengths_S=torch.full((sequences,), context),
         prompt_S=torch.full((sequences,), queries > 1),

@@ -4,7 +4,7 @@ It owns, by seat, block tables and sampling state, and the KV cache; a plan says
 does a fixed number of array operations whatever the number of sequences; only those that join or grow are looped over.
 If a step raises, nothing in it counts, and whoever was in it joins again: nothing needs to be undone here.
 
-T tokens of a step · S sequences in it · N rows that are sampled from, then rows that are read · B blocks per table ·
+T tokens of a step · S sequences in it · N rows that are sampled from, then rows that are read · W blocks per table ·
 V vocabulary
 """
 
@@ -60,7 +60,7 @@ class ModelRunner:
         self.reader = PromptReader(decoder)
         self._device = backend.device
         self._capabilities = backend.capabilities
-        self._tables_SB = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int32)
+        self._tables_SW = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int32)
 
     @torch.inference_mode()
     def run_step(self, plan: StepPlan, constraints: Mapping[int, Constraint] | None = None) -> StepResult:
@@ -72,7 +72,7 @@ class ModelRunner:
             self.sampler.seat_sequence(join, constraints.get(join.seat) if constraints else None)
             self.reader.seat_sequence(join)
         for seat, first, blocks in plan.grown:
-            self._tables_SB[seat, first : first + len(blocks)] = blocks
+            self._tables_SW[seat, first : first + len(blocks)] = blocks
         if not plan.seats:
             return StepResult([])
         if plan.copies:
@@ -105,7 +105,7 @@ class ModelRunner:
         self._check(tokens_T, int(stops_S[-1]), longest)
         positions_T = np.arange(len(tokens_T)) + np.repeat(starts_S - starts_X[:-1], counts_S)
         size = self.cache.block_size
-        blocks_T = self._tables_SB[np.repeat(seats_S, counts_S), positions_T // size].astype(np.int64)
+        blocks_T = self._tables_SW[np.repeat(seats_S, counts_S), positions_T // size].astype(np.int64)
         self.cache.prefault(int(blocks_T.max()) + 1)
         rows_N = stops_S[sampling_S] - 1
         if read_rows is not None:  # after those that sample
@@ -114,7 +114,7 @@ class ModelRunner:
             tokens_T=self._to_device(tokens_T),
             positions_T=self._to_device(positions_T),
             slots_T=self._to_device(blocks_T * size + positions_T % size),
-            block_tables_SB=self._to_device(self._tables_SB[seats_S, : -(-longest // size)]),
+            block_tables_SW=self._to_device(self._tables_SW[seats_S, : -(-longest // size)]),
             query_starts_X=self._to_device(starts_X),
             lengths_S=self._to_device(ends_S),
             prompt_S=self._to_device(starts_S < self.sampler.prompt_tokens[seats_S]),
@@ -160,7 +160,7 @@ class ModelRunner:
     def _check(self, tokens_T: Ints, num_tokens: int, longest: int) -> None:
         """Bounds-check the plan on the host: on a GPU an invalid index aborts the process, or reads wrong memory."""
         assert len(tokens_T) == num_tokens, f"a plan of {num_tokens} tokens brings {len(tokens_T)}"
-        limit = self._tables_SB.shape[1] * self.cache.block_size
+        limit = self._tables_SW.shape[1] * self.cache.block_size
         if longest > limit:
             raise ValueError(f"a sequence of {longest} tokens is beyond the context of {limit}")
         lowest, highest = int(tokens_T.min()), int(tokens_T.max())

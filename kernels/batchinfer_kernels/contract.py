@@ -2,7 +2,7 @@
 
 `batchinfer.ops.backend` has the protocol that a backend satisfies.
 
-T tokens of a step · S sequences · X = S + 1 · B blocks per table · N rows that come out, or blocks of the cache ·
+T tokens of a step · S sequences · X = S + 1 · W blocks per table · N rows that come out, or blocks of the cache ·
 K kv heads · E hidden size · R rotated pairs of a head
 """
 
@@ -28,14 +28,14 @@ class StepInputs:
 
     Sequence s owns tokens query_starts_X[s] .. query_starts_X[s + 1] - 1: the last tokens of its context, which has
     lengths_S[s] tokens, these included. Position p of its context lies in slot p % block_size of block
-    block_tables_SB[s, p // block_size]. Every sequence has at least one token in the step. Table entries beyond the
+    block_tables_SW[s, p // block_size]. Every sequence has at least one token in the step. Table entries beyond the
     context are never used and may hold anything.
     """
 
     tokens_T: Tensor  # int64
     positions_T: Tensor  # int64
     slots_T: Tensor  # int64, block * block_size + offset: where the token's key and value go
-    block_tables_SB: Tensor  # int32, B ≥ ceil(max_length / block_size)
+    block_tables_SW: Tensor  # int32, W ≥ ceil(max_length / block_size)
     query_starts_X: Tensor  # int64, from 0 to T
     lengths_S: Tensor  # int64
     prompt_S: Tensor  # bool: tokens of a prompt, however few: computed alike however the prompt is cut into chunks

@@ -134,7 +134,7 @@ class Paged:
             tokens_T=torch.tensor([token for tokens in work.values() for token in tokens]),
             positions_T=torch.cat(positions),
             slots_T=torch.cat(slots),
-            block_tables_SB=self.tables[rows],
+            block_tables_SW=self.tables[rows],
             query_starts_X=torch.tensor(starts),
             lengths_S=torch.tensor(lengths),
             prompt_S=torch.tensor(starts).diff() > 1,

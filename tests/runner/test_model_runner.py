@@ -113,11 +113,11 @@ def test_inputs_equal_plain_loops():
         assert inputs.query_starts_X.tolist() == [sum(counts[:i]) for i in range(len(parts) + 1)]
         assert inputs.prompt_S.tolist() == [first < prompts[seat] for seat, first, _ in parts]
         assert inputs.output_rows_N.tolist() == rows
-        for row, (seat, _, last) in zip(inputs.block_tables_SB.tolist(), parts, strict=True):
+        for row, (seat, _, last) in zip(inputs.block_tables_SW.tolist(), parts, strict=True):
             used = -(-last // size)
             assert row[:used] == tables[seat][:used]
         dtypes = (inputs.tokens_T, inputs.positions_T, inputs.slots_T, inputs.output_rows_N)
-        assert {one.dtype for one in dtypes} == {torch.int64} and inputs.block_tables_SB.dtype == torch.int32
+        assert {one.dtype for one in dtypes} == {torch.int64} and inputs.block_tables_SW.dtype == torch.int32
         expected = [decoder.table[(flat[row][2] * 31 + flat[row][1]) % 997].argmax() for row in rows]
         assert result.tokens == [int(token) for token in expected]
 

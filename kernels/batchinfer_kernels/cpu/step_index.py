@@ -13,7 +13,7 @@ from batchinfer_kernels.eager.step_index import EagerStepIndex
 
 _DTYPES = {
     "slots_T": torch.int64,
-    "block_tables_SB": torch.int32,
+    "block_tables_SW": torch.int32,
     "query_starts_X": torch.int64,
     "lengths_S": torch.int64,
     "prompt_S": torch.bool,

@@ -5,7 +5,7 @@ tile reads only the part of the context that it can see. Tiles of like size shar
 attention. A decode is a tile of one query.
 
 T tokens of a step · S sequences · I tiles of a bucket · Q queries per tile · L context slots per tile · K kv heads ·
-N blocks · B slots per block · D head size
+N blocks · B slots per block · W blocks per table · D head size
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class EagerStepIndex:
 class _BucketFacts:
     """Step and cache as the functions below read them: small arrays on the host, block tables where they are."""
 
-    tables_SB: Tensor
+    tables_SW: Tensor
     query_starts_X: Ints
     lengths_S: Ints
     num_kv_heads: int
@@ -69,7 +69,7 @@ def prepare(step: StepInputs, kv_N2KBD: Tensor, attention: AttentionFacts) -> Ea
     """
     num_kv_heads, block_size, head_size = kv_N2KBD.shape[2:]
     facts = _BucketFacts(
-        tables_SB=step.block_tables_SB,
+        tables_SW=step.block_tables_SW,
         query_starts_X=step.query_starts_X.cpu().numpy(),
         lengths_S=step.lengths_S.cpu().numpy(),
         num_kv_heads=num_kv_heads,
@@ -164,10 +164,10 @@ def _bucket(facts: _BucketFacts, tiles: _Tiles, window: int | None) -> Bucket:
 
 def _key_rows(facts: _BucketFacts, sequence_I: Ints, position_IL: Ints) -> Tensor:
     """Return int32 [I * K * L]: row of each key in the cache seen as [N * 2 * K * B, D]. Tables stay on the device."""
-    device, size = facts.tables_SB.device, facts.block_size
+    device, size = facts.tables_SW.device, facts.block_size
     sequence_I1 = torch.from_numpy(sequence_I[:, None]).to(device)
     position = torch.from_numpy(position_IL).to(device)
-    block_IL = facts.tables_SB[sequence_I1, position // size].long()
+    block_IL = facts.tables_SW[sequence_I1, position // size].long()
     head_K1 = torch.arange(facts.num_kv_heads, device=device)[:, None]
     keys_IKL = (block_IL[:, None, :] * 2 * facts.num_kv_heads + head_K1) * size
     return keys_IKL.add_((position % size)[:, None, :]).view(-1).int()
