@@ -1,4 +1,4 @@
-"""The engine thread: the one place that touches the `Engine`. Commands in before a step, events out after it."""
+"""The engine thread, sole owner of the `Engine`: commands go in before a step, events come out after it."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ T = TypeVar("T")
 
 
 class Event(NamedTuple):
-    """News of one sample: tokens since its last event, and how it ended, if it did.
+    """New output of one sample: tokens since its last event, and `finished` if it ended.
 
-    first_token_s: when its first token came, on the clock of time.monotonic; None before, and for an error.
+    first_token_s: time of its first token on the clock of time.monotonic; None before it, and for an error.
     """
 
     request_id: int
@@ -33,8 +33,8 @@ class Event(NamedTuple):
     finished: Finished | None
     first_token_s: float | None
 
-    def then(self, later: Event) -> Event:
-        """Both as one."""
+    def merge_later(self, later: Event) -> Event:
+        """Return this event and a later one of the same sample as one event."""
         logprobs = None if self.logprobs is None or later.logprobs is None else self.logprobs + later.logprobs
         return later._replace(token_ids=self.token_ids + later.token_ids, logprobs=logprobs)
 
@@ -61,10 +61,10 @@ class _LiveSample:
 
 
 class EngineLoop:
-    """Runs an engine in a thread.
+    """Loop that runs an engine in a thread.
 
-    deliver: gets the events of each step that has any, in the engine thread. fail: gets the reason once, if the engine
-    gives up; `failure` holds it from then on, and no command is served any more.
+    deliver: called in the engine thread with the events of a step, if there are any. fail: called once with the reason
+    if the engine fails; from then on `failure` holds the reason and no command is served.
     """
 
     def __init__(self, engine: Engine, deliver: Callable[[list[Event]], None], fail: Callable[[str], None]) -> None:
@@ -74,7 +74,7 @@ class EngineLoop:
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._live: dict[int, _LiveSample] = {}
         self._events: list[Event] = []
-        self._thread = threading.Thread(target=self._work, name="batchinfer-engine", daemon=True)
+        self._thread = threading.Thread(target=self._run_loop, name="batchinfer-engine", daemon=True)
         self.failure: str | None = None
         self.snapshot = EngineSnapshot()
 
@@ -82,36 +82,36 @@ class EngineLoop:
         self._thread.start()
 
     def stop(self) -> None:
-        """End after the step that runs now; what is in the engine is dropped."""
+        """Stop after the current step, dropping all requests in the engine."""
         self._inbox.put(None)
         self._thread.join()
 
     # -- commands, from any thread ------------------------------------------------------------------------------
 
     def submit(self, requests: Sequence[Request], stream: bool) -> None:
-        """Queue requests. With `stream` every step reports their new tokens, else only the last one does."""
-        self._inbox.put(partial(self._add, requests, stream))
+        """Queue requests. stream: report new tokens at every step, else only when a sample ends."""
+        self._inbox.put(partial(self._add_requests, requests, stream))
 
     def abort(self, request_ids: Sequence[int]) -> None:
-        """Drop requests before the next step; those that have ended are no mistake."""
-        self._inbox.put(partial(self._drop, request_ids))
+        """Abort requests before the next step; ended ones are ignored."""
+        self._inbox.put(partial(self._abort_requests, request_ids))
 
     def call(self, function: Callable[[Engine], T]) -> Future[T]:
-        """Run `function` between two steps."""
+        """Call `function` with the engine between two steps."""
         future: Future[T] = Future()
-        self._inbox.put(partial(self._answer, function, future))
+        self._inbox.put(partial(self._run_call, function, future))
         if self.failure is not None:
             self._refuse_calls()
         return future
 
     # -- the engine thread --------------------------------------------------------------------------------------
 
-    def _work(self) -> None:
+    def _run_loop(self) -> None:
         try:
-            while self._obey():
+            while self._run_commands():
                 if self._engine.has_work:
-                    self._report(self._engine.step())
-                self._note()
+                    self._add_events(self._engine.step())
+                self._update_snapshot()
                 if self._events:
                     events, self._events = self._events, []
                     self._deliver(events)
@@ -121,8 +121,8 @@ class EngineLoop:
             self._refuse_calls()
             self._fail(self.failure)
 
-    def _obey(self) -> bool:
-        """Run what is in the inbox; wait for something if there is nothing else to do. False: stop."""
+    def _run_commands(self) -> bool:
+        """Run all commands of the inbox, waiting for one if the engine is idle. Return False to stop."""
         wait = not self._engine.has_work and not self._events
         while True:
             try:
@@ -134,23 +134,23 @@ class EngineLoop:
             command()
             wait = False
 
-    def _add(self, requests: Sequence[Request], stream: bool) -> None:
+    def _add_requests(self, requests: Sequence[Request], stream: bool) -> None:
         for request in requests:
             try:
                 self._engine.add(request, subscribe=stream)
-            except Exception as error:  # whatever is wrong with one request must not stop the others
+            except Exception as error:  # an error of one request must not stop the others
                 known = error if isinstance(error, RowError) else EngineFailure(f"{type(error).__name__}: {error}")
                 refused = Finished(request, [], "error", error=known)
                 self._events.append(Event(request.request_id, [], None, refused, None))
             else:
                 self._live[request.request_id] = _LiveSample(stream)
 
-    def _drop(self, request_ids: Sequence[int]) -> None:
+    def _abort_requests(self, request_ids: Sequence[int]) -> None:
         for request_id in request_ids:
             if self._live.pop(request_id, None) is not None:
                 self._engine.abort(request_id)
 
-    def _answer(self, function: Callable[[Engine], T], future: Future[T]) -> None:
+    def _run_call(self, function: Callable[[Engine], T], future: Future[T]) -> None:
         if not future.set_running_or_notify_cancel():
             return
         try:
@@ -161,17 +161,17 @@ class EngineLoop:
             future.set_exception(error)
 
     def _refuse_calls(self) -> None:
-        """After a failure: nobody may wait for an answer that never comes."""
+        """Fail the queued calls after the engine failed, so that no caller waits forever."""
         while True:
             try:
                 command = self._inbox.get(block=False)
             except queue.Empty:
                 return
-            if isinstance(command, partial) and command.func == self._answer:
+            if isinstance(command, partial) and command.func == self._run_call:
                 command()
 
-    def _report(self, output: StepOutput) -> None:
-        """Turn the news of a step into events."""
+    def _add_events(self, output: StepOutput) -> None:
+        """Append the events of one step."""
         now = time.monotonic()
         for request_id in output.started:
             self._live[request_id].first_token_s = now
@@ -188,7 +188,7 @@ class EngineLoop:
             first = None if answer.error is not None else live.first_token_s or now
             self._events.append(Event(request_id, tokens, logprobs, answer, first))
 
-    def _note(self) -> None:
+    def _update_snapshot(self) -> None:
         scheduler = self._engine.scheduler
         num_blocks = len(scheduler.pool.blocks)
         self.snapshot = EngineSnapshot(

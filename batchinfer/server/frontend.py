@@ -81,7 +81,7 @@ class Generation:
                 self.fail(from_row_error(event.finished.error))
                 return
         earlier = self._events.get(event.request_id)
-        self._events[event.request_id] = event if earlier is None else earlier.then(event)
+        self._events[event.request_id] = event if earlier is None else earlier.merge_later(event)
         self._wakeup.set()
 
     def fail(self, error: ApiError) -> None:

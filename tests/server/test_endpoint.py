@@ -54,7 +54,7 @@ JSON = {"content-type": "application/json"}
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_is_refused(fake, body, said, param, stream):
+def test_wrong_body_is_refused_with_its_field(fake, body, said, param, stream):
     if stream and "stream_options" in body:
         pytest.skip("allowed in a stream")
     error = fake.refused(COMPLETIONS, {**body, **({"stream": True} if stream else {})})
@@ -64,12 +64,12 @@ def test_what_is_refused(fake, body, said, param, stream):
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999"])
-def test_numbers_that_are_none(fake, number):
+def test_nan_and_infinity_are_refused(fake, number):
     response = fake.post(COMPLETIONS, content=f'{{"prompt": "x", "temperature": {number}}}', headers=JSON)
     assert response.status_code == 400 and error_of(response)
 
 
-def test_what_is_accepted(fake):
+def test_unknown_and_null_fields_are_accepted(fake):
     body = {
         "prompt": "x",
         "max_tokens": 2,
@@ -100,12 +100,12 @@ def test_what_is_accepted(fake):
         (b"", JSON),
     ],
 )
-def test_bodies_that_are_no_json_object(fake, content, headers):
+def test_body_that_is_no_json_object_is_a_400(fake, content, headers):
     response = fake.post(COMPLETIONS, content=content, headers=headers)
     assert response.status_code == 400 and error_of(response)["type"] == "invalid_request_error"
 
 
-def test_too_long_has_its_own_code(fake):
+def test_too_long_prompt_has_its_own_code(fake):
     for path, body in (
         (COMPLETIONS, {"prompt": "x" * 2048}),
         (CHAT, {"messages": [{"role": "user", "content": "x" * 3000}]}),
@@ -116,7 +116,7 @@ def test_too_long_has_its_own_code(fake):
     assert fake.completion(prompt="x" * 2000, max_tokens=48)
 
 
-def test_unknown_routes_methods_and_models(fake):
+def test_unknown_route_method_and_model_are_errors(fake):
     assert error_of(fake.get("/v1/nothing")) and fake.get("/v1/nothing").status_code == 404
     assert fake.get(COMPLETIONS).status_code == 405 and error_of(fake.get(COMPLETIONS))
     for body in ({"prompt": "x", "model": "other"}, {"prompt": "x", "model": "\ud800"}):
@@ -124,14 +124,14 @@ def test_unknown_routes_methods_and_models(fake):
         assert response.status_code == 404 and error_of(response)["code"] == "model_not_found"
 
 
-def test_models(fake):
+def test_models_route_lists_the_served_name(fake):
     body = fake.get("/v1/models").json()
     assert body["object"] == "list" and body["data"][0]["id"] == "test-model" and body["data"][0]["object"] == "model"
     assert fake.get("/v1/models/test-model").json() == body["data"][0]
     assert fake.get("/v1/models/other").status_code == 404
 
 
-def test_names_with_slashes_and_several():
+def test_model_may_have_several_names_with_slashes():
     endpoint = Endpoint(fake_llm(), names=("org/name", "short"))
     try:
         assert endpoint.get("/v1/models/org/name").json()["id"] == "org/name"
@@ -142,7 +142,7 @@ def test_names_with_slashes_and_several():
 
 
 @pytest.mark.parametrize("root", ["", "/v1"])
-def test_tokens(tiny, root):
+def test_tokenize_and_detokenize_are_inverse(tiny, root):
     info = tiny.get(f"{root}/tokenizer_info").json()
     assert (info["eos_token"], info["bos_token"], info["pad_token"]) == ("</s>", "<s>", None)
     assert "messages" in info["chat_template"]
@@ -157,7 +157,7 @@ def test_tokens(tiny, root):
     assert tiny.ok(f"{root}/tokenize", prompt="")["tokens"] == []
 
 
-def test_embeddings(tiny):
+def test_embeddings_are_normalized_and_packed_on_request(tiny):
     import base64
     import struct
 
@@ -175,7 +175,7 @@ def test_embeddings(tiny):
     assert tiny.refused("/v1/embeddings", {"input": ""})["param"] == "input"
 
 
-def test_request_ids(fake):
+def test_request_id_is_echoed_or_generated(fake):
     assert fake.get("/version", headers={"X-Request-ID": "my-id"}).headers["x-request-id"] == "my-id"
     assert fake.post(COMPLETIONS, {"prompt": ""}, headers={"X-Request-ID": "my-id"}).headers["x-request-id"] == "my-id"
     ids = {fake.get("/version").headers["x-request-id"] for _ in range(3)}
@@ -183,7 +183,7 @@ def test_request_ids(fake):
     assert fake.get("/version", headers={"X-Request-ID": "x" * 1000}).headers["x-request-id"] != "x" * 1000
 
 
-def test_key(capfd):
+def test_wrong_api_key_is_a_401_and_never_logged(capfd):
     endpoint = Endpoint(fake_llm(), AppOptions(api_key="s3cret-kéy"))
     try:
         assert endpoint.get("/health").status_code == 200
@@ -204,7 +204,7 @@ def test_key(capfd):
     assert "s3cret" not in "".join(capfd.readouterr())
 
 
-def test_large_bodies():
+def test_large_body_is_a_413():
     endpoint = Endpoint(fake_llm(), AppOptions(max_body_bytes=1000))
 
     async def pieces():
@@ -220,13 +220,13 @@ def test_large_bodies():
         endpoint.close()
 
 
-def test_cross_origin_requests_are_not_invited(fake):
+def test_cross_origin_request_gets_no_cors_headers(fake):
     headers = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
     response = fake.wait(fake.client.options(COMPLETIONS, headers=headers))
     assert response.status_code == 405 and not [name for name in response.headers if name.startswith("access-control")]
 
 
-def test_a_full_queue(held):
+def test_full_queue_is_a_429_with_retry_after(held):
     endpoint, runner = held  # two seats, two may wait
     busy = [
         endpoint.begin(endpoint.client.post(COMPLETIONS, json={"prompt": "x", "max_tokens": 3, "ignore_eos": True}))
@@ -251,7 +251,7 @@ def wait_until(condition, seconds: float = 5.0) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_goes_away_frees_its_sequences(held, stream):
+def test_disconnect_frees_the_sequences(held, stream):
     endpoint, runner = held
     gone = {"type": "http.disconnect"}
     body = json.dumps({"prompt": ["x", "y"], "max_tokens": 400, "ignore_eos": True, "stream": stream}).encode()
@@ -293,7 +293,7 @@ def test_a_client_that_goes_away_frees_its_sequences(held, stream):
     assert stream == any(b"data: " in message.get("body", b"") for message in sent)
 
 
-def test_an_engine_that_gives_up(held):
+def test_failed_engine_is_a_500_for_every_request(held):
     endpoint, runner = held
     waiting = [
         endpoint.begin(endpoint.client.post(COMPLETIONS, json={"prompt": "x", "ignore_eos": True, "stream": stream}))
@@ -323,7 +323,7 @@ def _give_up(error):
     raise error
 
 
-def test_one_step_that_fails_is_one_requests_error(held):
+def test_failed_step_fails_one_request_only(held):
     endpoint, runner = held
     real = runner._runner.run_step
 
@@ -344,7 +344,7 @@ def seat_prompt(endpoint: Endpoint, seat: int) -> list[int]:
     return running[seat].request.prompt if seat in running else []
 
 
-def test_a_prompt_beyond_the_cache_is_its_own_error():
+def test_prompt_larger_than_the_kv_cache_is_a_400():
     endpoint = Endpoint(fake_llm(kv_cache_tokens=64, max_model_len=1000))
     try:
         for stream in (False, True):
@@ -355,7 +355,7 @@ def test_a_prompt_beyond_the_cache_is_its_own_error():
         endpoint.close()
 
 
-def test_draining(held):
+def test_draining_refuses_new_requests_and_ends_streams_with_an_error(held):
     endpoint, runner = held
     body = {"prompt": "x", "max_tokens": 300, "ignore_eos": True, "stream": True}
     open_stream = endpoint.begin(endpoint.client.post(COMPLETIONS, json=body))
@@ -375,14 +375,14 @@ def test_draining(held):
     endpoint.gate.draining = False
 
 
-def test_a_bug_is_a_500_with_a_body(fake, monkeypatch, capfd):
+def test_bug_is_a_500_with_an_error_body(fake, monkeypatch, capfd):
     monkeypatch.setattr(fake.frontend, "admit", lambda: 1 / 0)
     response = fake.post(COMPLETIONS, {"prompt": "x"})
     assert response.status_code == 500 and error_of(response)["type"] == "server_error"
     assert "ZeroDivisionError" in capfd.readouterr().err
 
 
-def test_metrics_are_those_of_the_docs(fake):
+def test_metrics_equal_the_table_in_the_docs(fake):
     fake.completion(prompt="x" * 40, max_tokens=3, ignore_eos=True)
     fake.refused(COMPLETIONS, {"prompt": ""})
     text = fake.get("/metrics").text
@@ -399,7 +399,7 @@ def test_metrics_are_those_of_the_docs(fake):
     assert float(value['batchinfer_errors_total{status="400"}']) >= 1
 
 
-def test_the_schema_names_every_error(fake):
+def test_openapi_schema_names_error_bodies_of_every_route(fake):
     schema = fake.get("/openapi.json").json()
     for path, methods in schema["paths"].items():
         for operation in methods.values():
@@ -407,13 +407,13 @@ def test_the_schema_names_every_error(fake):
             assert "422" not in operation["responses"]
 
 
-def test_events_that_nobody_took_are_put_together():
+def test_events_of_a_busy_consumer_are_merged():
     first = Event(1, [1, 2], None, None, 5.0)
-    both = first.then(Event(1, [3], None, None, 5.0))
+    both = first.merge_later(Event(1, [3], None, None, 5.0))
     assert both.token_ids == [1, 2, 3] and both.first_token_s == 5.0
 
 
-def test_many_at_once_leave_nothing_behind(fake):
+def test_concurrent_requests_leave_nothing_behind(fake):
     async def all_of_them() -> list[httpx.Response]:
         import asyncio
 
