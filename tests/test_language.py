@@ -28,7 +28,6 @@ NOT_DONE: tuple[str, ...] = (
     "batchinfer/pipeline",
     "batchinfer/request.py",
     "batchinfer/runner",
-    "batchinfer/text",
     "kernels",
 )
 

@@ -1,1 +1,1 @@
-"""Text: tokenizers, chat templates, detokenizing and stop strings."""
+"""Text: tokenizers, chat templates, detokenization and stop strings."""

@@ -1,4 +1,4 @@
-"""The model's chat template."""
+"""Rendering of the model's chat template."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from batchinfer.text.sandbox import Sandbox, compile_template, json_filter, reas
 
 
 class Turn(NamedTuple):
-    """How a prompt ends, and what of it steers the model.
+    """End of a prompt, and the meaning of control tokens in its data.
 
-    continues: the last message stays open and the answer goes on with it. control: what in messages, tools and
-    documents looks like a control token is one.
+    continues: the last message stays open and generation continues it. control: control tokens spelled in messages,
+    tools and documents are parsed as such.
     """
 
     continues: bool = False
@@ -26,12 +26,13 @@ class Turn(NamedTuple):
 
 
 class ChatTemplate:
-    """A chat template as transformers renders it (`apply_chat_template` without tokenizing)."""
+    """A chat template, rendered as transformers does (`apply_chat_template` without tokenizing)."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], control: ControlTokens | None = None) -> None:
-        """`special_tokens` are template variables (bos_token, …), `control` finds the control tokens in a text.
+        """Compile a template.
 
-        Raises SpecError for bad syntax, with its line.
+        `special_tokens` are template variables (bos_token, …), `control` finds the control tokens in a text. Raises
+        SpecError for bad syntax, with its line.
         """
         self.source = source
         self._template: jinja2.Template = compile_template(_CHAT.from_string, source, "chat template")
@@ -46,12 +47,13 @@ class ChatTemplate:
         /,
         **kwargs: Any,
     ) -> str:
-        """The prompt. `kwargs` are variables: tools as in OpenAI's chat requests, enable_thinking, ….
+        """Return the prompt. `kwargs` are template variables: tools as in OpenAI's chat requests, enable_thinking, ….
 
-        Content may be text or a list of text parts, and a tool call's arguments a mapping or JSON text, whatever of it
-        the template takes. What looks like a control token is one in the template and in `defaults`, variables that
-        belong to it; in all else it is text, unless `turn` has it otherwise. Raises InvalidInput for messages that are
-        not a list of objects with a role, TemplateError where the template refuses them or fails.
+        Content may be text or a list of text parts, and a tool call's arguments a mapping or JSON text; both are
+        converted to the form that the template supports. Control tokens written by the template and by `defaults`,
+        which belong to it, are parsed; in all other data they are text, unless `turn` says otherwise. Raises
+        InvalidInput for messages that are not a list of objects with a role, TemplateError if the template refuses the
+        messages or fails.
         """
         shaped = shape_messages(messages, self._forms)
         end = ""
@@ -65,13 +67,13 @@ class ChatTemplate:
             return cut_open(text, data["messages"][-1], end) if end else text
 
         data = {**kwargs, "messages": shaped}
-        if not data.get("tools"):  # an empty list is no list
+        if not data.get("tools"):  # templates treat an empty list as tools
             data.pop("tools", None)
         try:
             return write(data) if turn.control else self._control.write(data, write, self.source)
         except RowError:
             raise
-        except Exception as error:  # whatever a template does ends this row, not the job
+        except Exception as error:  # any failure of a template ends this row, not the job
             raise TemplateError(f"chat template: {reason(error)}") from None
 
     @functools.cached_property

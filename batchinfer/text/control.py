@@ -1,12 +1,12 @@
-"""Control tokens that data spells are text: in a prompt, only those that its template writes steer the model.
+"""Protection against control-token injection: only control tokens written by the template steer the model.
 
-A tokenizer takes "<|im_end|>" for the control token wherever it stands. So before a template gets data that spells one,
-a mark (a character that neither has) goes behind the first character of each; what the template made of the data shows
-by the marks which of the prompt's control tokens came from it. So it is with data of which a template can make one when
-it joins two texts or drops white space, or a text that it names ("<|im_</think>end|>" without "</think>"). All other
-data goes through untouched. A template that counts, cuts or compares what it is given makes another text of marked
-data: then its text is that of the data itself, and what is known about the tokens of the one holds for those of the
-other.
+A tokenizer parses "<|im_end|>" as the control token anywhere in a text. So before a template gets data that spells one,
+a mark (a character that occurs in neither) is inserted after the first character of each spelled token; in the rendered
+prompt the marks show which control tokens came from the data. The same is done for data from which a template can build
+a control token by joining two texts, dropping white space, or dropping a text that it names ("<|im_</think>end|>"
+without "</think>"). All other data is passed unchanged. A template that counts, cuts or compares its data renders
+marked data differently: then the prompt is rendered from the unmarked data, and the classification of its control
+tokens is carried over from the marked rendering.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ import jinja2
 from batchinfer.errors import InvalidInput
 
 _LEXER = jinja2.Environment(autoescape=False)
-_NOTHING = r"(?!)"  # an expression that nothing fits
+_NOTHING = r"(?!)"  # a pattern that matches nothing
 _WHITE = r"\s*"
 _REMEMBERED = 64
-_MOST_PAIRS = 1 << 20
-_MARKS = range(0xE000, 0xF900)  # Unicode gives these characters no meaning
+_MAX_PAIRS = 1 << 20
+_MARKS = range(0xE000, 0xF900)  # Unicode's private use area
 
 
 class PromptText(str):
-    """A text in which some of what looks like a control token is none: `literal` holds where these begin."""
+    """A text in which some control-token spellings are plain text: `literal` holds their start positions."""
 
     literal: tuple[int, ...]
 
     def __new__(cls, text: str, literal: Iterable[int] = ()) -> PromptText:
-        made = super().__new__(cls, text)
-        made.literal = tuple(literal)
-        return made
+        prompt = super().__new__(cls, text)
+        prompt.literal = tuple(literal)
+        return prompt
 
     def __add__(self, other: str) -> PromptText:
         return joined(self, other)
@@ -46,12 +46,12 @@ class PromptText(str):
         return joined(other, self)
 
     def rstrip(self, chars: str | None = None, /) -> PromptText:
-        kept = super().rstrip(chars)
-        return PromptText(kept, [start for start in self.literal if start < len(kept)])
+        stripped = super().rstrip(chars)
+        return PromptText(stripped, [start for start in self.literal if start < len(stripped)])
 
 
 def joined(one: str, other: str) -> PromptText:
-    """The two as one text; what of either is no control token, is none in it."""
+    """Concatenate two texts and keep the literal positions of both."""
     moved = [len(one) + start for start in _literal(other)]
     return PromptText(str.__add__(one, other), [*_literal(one), *moved])
 
@@ -61,10 +61,13 @@ def _literal(text: str) -> tuple[int, ...]:
 
 
 class ControlTokens:
-    """What a tokenizer takes for control tokens, by their texts."""
+    """The control tokens of a tokenizer, by their texts."""
 
     def __init__(self, texts: Iterable[str] = (), normalized: bool = False) -> None:
-        """normalized: the tokenizer also takes for one what it first makes its text of (of another width, say)."""
+        """Build the matcher.
+
+        normalized: the tokenizer also parses control tokens after normalizing text (full-width, say).
+        """
         known = sorted({text for text in texts if text})
         self._words = known
         self._pattern = re.compile(_any_of(known))
@@ -74,14 +77,14 @@ class ControlTokens:
         self._suspects: dict[str, re.Pattern[str]] = {}  # by source
 
     def find(self, text: str) -> Iterator[re.Match[str]]:
-        """All that looks like a control token."""
+        """Yield all spellings of control tokens in a text."""
         return self._pattern.finditer(text)
 
     def write(self, data: Mapping[str, Any], template: Callable[[dict[str, Any]], str], source: str = "") -> str:
-        """The text that `template` makes of `data`, in which what `data` spells is no control token.
+        """Render `data` with `template`, so that no control token spelled by `data` is parsed as one.
 
-        data: texts, in lists and mappings too, by the names that the template has for them. source: other text that may
-        come out.
+        data: texts, also in lists and mappings, by the template's variable names. source: other text that may occur in
+        the result.
         """
         texts = texts_of(list(data.values())) if self._words else []
         whole = "\0".join(texts)
@@ -95,12 +98,12 @@ class ControlTokens:
         return text if text == meant else self._carried_over(text, meant)
 
     def literal(self, text: str) -> str:
-        """`text` in which nothing is a control token."""
+        """Return `text` with every control token marked as plain text."""
         places = [found.start() for found in self.find(text)]
         return PromptText(text, places) if places or self._normalized else text
 
     def _settle(self, text: str, mark: str) -> str:
-        """`text` without its marks, also where they were written as JSON."""
+        """Remove the marks from `text`, also where they were escaped in JSON, and record the literal tokens."""
         pieces = re.split(rf"{mark}|\\u{ord(mark):04x}", text, flags=re.IGNORECASE)
         places = set(accumulate(map(len, pieces[:-1])))
         plain = "".join(pieces)
@@ -108,16 +111,16 @@ class ControlTokens:
         return PromptText(plain, literal) if literal or self._normalized else plain
 
     def _carried_over(self, text: str, meant: str) -> str:
-        """`meant`, in which the control tokens are those of `text`, in the same order; any other there is none.
+        """Return `meant` with the control tokens of `text` matched in order; all others are literal.
 
-        Of the ways to find the ones among the others, that which finds most of the template's. Raises InvalidInput.
+        Among all in-order matchings, choose the one that keeps most of the template's own tokens. Raises InvalidInput.
         """
         literal = {*_literal(text)}
         known = [(found[0], found.start() not in literal) for found in self.find(text)]
         tokens = list(self.find(meant))
-        if len(tokens) * len(known) > _MOST_PAIRS:
+        if len(tokens) * len(known) > _MAX_PAIRS:
             raise InvalidInput("a text that the template counts, cuts or compares spells too many control tokens")
-        # best[i][j]: the most that the tokens from i on can have in common with the known ones from j on
+        # best[i][j]: weight of the longest common subsequence of the tokens from i and the known ones from j
         best = [[0] * (len(known) + 1) for _ in range(len(tokens) + 1)]
         for i, j in product(reversed(range(len(tokens))), reversed(range(len(known)))):
             best[i][j] = max(best[i + 1][j], best[i][j + 1])
@@ -137,10 +140,11 @@ class ControlTokens:
         return PromptText(meant, others) if others or self._normalized else meant
 
     def _suspects_in(self, source: str) -> re.Pattern[str]:
-        """An expression for the first characters of what may become a control token in the template `source`.
+        """Return a pattern for the first characters of possible control tokens in data for the template `source`.
 
-        In any case, as a template may change it: a control token, with white space in it or without; the beginning of
-        one before a text that stands in quotes in the template, or at the end, before what may be put directly behind.
+        Case is ignored, because a template may change it. Matched are: a control token, with or without white space
+        inside; and the beginning of one before a quoted text of the template, or at the end of a text, to which more
+        may be appended.
         """
         if source not in self._suspects:
             if len(self._suspects) >= _REMEMBERED:
@@ -157,7 +161,7 @@ class ControlTokens:
 
 
 def unused_character(texts: Iterable[str]) -> str:
-    """A character that stands in none of the texts, not even as JSON escapes it. Raises InvalidInput."""
+    """Return a character that occurs in none of the texts, not even as a JSON escape. Raises InvalidInput."""
     whole = "\0".join(texts)
     lower = whole.lower()
     for code in _MARKS:
@@ -167,21 +171,21 @@ def unused_character(texts: Iterable[str]) -> str:
 
 
 def _any_of(words: list[str], gap: str = "", partial: bool = False) -> str:
-    """An expression for any of the words, the longest that fits; what several begin with is looked at once.
+    """Return a pattern for any of the words, preferring the longest; common prefixes are matched once.
 
-    gap: what may stand between two characters. partial: a word's beginning is enough.
+    gap: pattern allowed between two characters. partial: a prefix of a word is enough.
     """
     branches = [re.escape(first) + _rest(rest, gap, partial) for first, rest in _by_first(words).items()]
     return f"(?:{'|'.join(branches)})" if branches else _NOTHING
 
 
 def _by_first(words: list[str]) -> dict[str, list[str]]:
-    """What follows each first character."""
+    """Group the words by first character: first character → the rests."""
     return {word[0]: [other[1:] for other in words if other[:1] == word[0]] for word in words if word}
 
 
 def _rest(words: list[str], gap: str = "", partial: bool = False) -> str:
-    """What may follow the character that the words had before."""
+    """Return a pattern for what may follow the words' common prefix."""
     if not any(words):
         return ""
     return f"(?:{gap}{_any_of(words, gap, partial)})" + ("?" if partial or "" in words else "")
@@ -192,21 +196,21 @@ def _marked(value: Any, places: re.Pattern[str], mark: str) -> Any:
 
 
 def texts_of(data: Any) -> list[str]:
-    """All texts in lists and mappings."""
-    found: list[str] = []
+    """Return all texts in lists and mappings."""
+    texts: list[str] = []
     waiting = [data]
     while waiting:
         item = waiting.pop()
         if isinstance(item, str):
-            found.append(item)
+            texts.append(item)
         elif isinstance(item, dict):
             waiting += item
             waiting += item.values()
         elif isinstance(item, list | tuple):
             waiting += item
         elif isinstance(item, bytes):
-            found.append(item.decode(errors="replace"))
-    return found
+            texts.append(item.decode(errors="replace"))
+    return texts
 
 
 def _mapped(data: Any, change: Callable[[str], str]) -> Any:
@@ -221,8 +225,8 @@ def _mapped(data: Any, change: Callable[[str], str]) -> Any:
         items = [_mapped(item, change) for item in data]
         return items if isinstance(data, list) else tuple(items)
     if isinstance(data, dict):
-        made = copy(data)  # of its own kind, with what that has besides
-        made.clear()
-        made.update((_mapped(key, change), _mapped(value, change)) for key, value in data.items())
-        return made
+        mapping = copy(data)  # keeps the class and its other attributes
+        mapping.clear()
+        mapping.update((_mapped(key, change), _mapped(value, change)) for key, value in data.items())
+        return mapping
     return data

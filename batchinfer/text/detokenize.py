@@ -1,4 +1,4 @@
-"""Stop strings and bad words: what of text the token-only engine needs to know."""
+"""Stop strings and bad words: the parts of text that the token-only engine depends on."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from batchinfer.request import StopCheck
 from batchinfer.text.pieces import Pieces
 from batchinfer.text.tokenizer import Tokenizer
 
-_MOST_MOVES = 1 << 15  # that one list of stop strings remembers: 3 MB
+_MAX_TRANSITIONS = 1 << 15  # per list of stop strings: 3 MB
 
 
 class StopStrings:
-    """Ends a sequence when one of `stop` appears in its text, and cuts the text there.
+    """Matcher of stop strings: ends a sequence when one appears in its text, and cuts the text there.
 
-    The stop string that is complete first counts, whatever the token borders; of several that are complete at the same
+    The stop string that is complete first counts, regardless of token borders; of several that are complete at the same
     character, the longest. `include` keeps it in the text.
     """
 
@@ -25,17 +25,17 @@ class StopStrings:
         self._stop = stop
         self._include = include
         self._skip_special_tokens = skip_special_tokens
-        self._places = _Places(stop, tokenizer.pieces(skip_special_tokens))
+        self._places = _StopAutomaton(stop, tokenizer.pieces(skip_special_tokens))
 
     def checker(self, min_tokens: int = 0) -> StopCheck:
-        """A check for one sequence. Its cost per token does not grow with the sequence.
+        """Return a check for one sequence, in constant time per token.
 
         A stop string that is complete after `min_tokens` tokens or fewer does not count, as in vLLM.
         """
         return _Checker(self._places.start, min_tokens)
 
     def cut(self, text: str, after: int = 0) -> str:
-        """`text` up to the first stop string that ends after character `after`, or through it; all if none does."""
+        """Cut `text` at the first stop string that ends after character `after`; return all of it if there is none."""
         ends = []
         for stop in self._stop:
             start = text.find(stop, max(0, after - len(stop) + 1))
@@ -48,15 +48,15 @@ class StopStrings:
 
 
 class _AutomatonState(dict[int, "_AutomatonState"]):
-    """All of a text that matters for what follows; the next place by the next token, found out when it is asked for.
+    """State of the stop-string automaton: token → next state, computed lazily.
 
-    `tail` is the longest end of the text that a stop string begins with, `pieces` the decoder after it. `found`: the
-    last token completed a stop string.
+    `tail` is the longest suffix of the text that is a prefix of a stop string, `pieces` the decoder after it. `found`:
+    the last token completed a stop string.
     """
 
     __slots__ = ("found", "pieces", "places", "tail")
 
-    def __init__(self, places: _Places, tail: str, pieces: Pieces, found: bool) -> None:
+    def __init__(self, places: _StopAutomaton, tail: str, pieces: Pieces, found: bool) -> None:
         self.places = places
         self.tail = tail
         self.pieces = pieces
@@ -66,11 +66,11 @@ class _AutomatonState(dict[int, "_AutomatonState"]):
         return self.places.after(self, token_id)
 
 
-class _Places:
-    """The places that the sequences with these stop strings have been at: a finite automaton that grows by use.
+class _StopAutomaton:
+    """Finite automaton over tokens for a list of stop strings, shared by sequences and grown on demand.
 
-    Most tokens lead where an earlier one has led already, so a check is a look-up. (Aho and Corasick, 1975, over
-    tokens in the place of characters.)
+    Most transitions have been taken before, so a check is a dict lookup. (Aho and Corasick, 1975, over tokens instead
+    of characters.)
     """
 
     def __init__(self, stop: tuple[str, ...], pieces: Pieces) -> None:
@@ -82,18 +82,18 @@ class _Places:
         self._forget()
 
     def after(self, place: _AutomatonState, token_id: int) -> _AutomatonState:
-        """Where `token_id` leads from `place`."""
+        """Compute the transition from `place` by `token_id`."""
         pieces, old = copy(place.pieces), len(place.tail)
         text = place.tail + pieces.push(token_id)
         whole = text + pieces.pending
-        # only what this token completes: an earlier one may still stand in the tail
+        # only stop strings completed by this token: the tail may hold an earlier one
         found = any(whole.find(stop, max(0, old - len(stop) + 1)) >= 0 for stop in self._stop)
         following = _AutomatonState(self, self._tail(text), pieces, found)
         if pieces.state is None:
             return following
-        if self._moves >= _MOST_MOVES:
+        if self._transitions >= _MAX_TRANSITIONS:
             self._forget()
-        self._moves += 1
+        self._transitions += 1
         following = self._known.setdefault((following.tail, pieces.state, found), following)
         place[token_id] = following
         return following
@@ -105,21 +105,21 @@ class _Places:
         return ""
 
     def _forget(self) -> None:
-        """Sequences go on from the places where they are."""
+        """Clear all transitions; running sequences continue from their current states."""
         for place in self._known.values():
             place.clear()
         self._known = {("", self.start.pieces.state, False): self.start}
-        self._moves = 0
+        self._transitions = 0
 
 
 class _Checker:
-    """Where one sequence is."""
+    """Current automaton state of one sequence."""
 
     __slots__ = ("_early", "_place")
 
     def __init__(self, start: _AutomatonState, min_tokens: int) -> None:
         self._place = start
-        self._early = min_tokens  # tokens to come that no stop string may end with
+        self._early = min_tokens  # remaining tokens that cannot end the sequence
 
     def __call__(self, token_id: int) -> bool:
         self._place = place = self._place[token_id]
@@ -130,9 +130,9 @@ class _Checker:
 
 
 def bad_word_ids(tokenizer: Tokenizer, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
-    """The id sequences that spell each word, at the start of a text and after a space.
+    """Return the id sequences that spell each word, at the start of a text and after a space.
 
-    Raises BadParameters for a word that no token spells.
+    Raises BadParameters for a word that no tokens spell.
     """
     spelled: dict[tuple[int, ...], None] = {}
     for word in words:
@@ -141,7 +141,7 @@ def bad_word_ids(tokenizer: Tokenizer, words: tuple[str, ...]) -> tuple[tuple[in
         if isinstance(found[0], InvalidInput) or not found[0]:
             raise BadParameters(f"bad_words holds {word!r}, which no tokens spell")
         spelled.update((tuple(ids), None) for ids in found if not isinstance(ids, InvalidInput) and ids)
-    # a sequence that ends in another one can never be reached: the other is refused already
+    # a sequence that ends with another one is redundant: the shorter one is refused first
     shortest = sorted(spelled, key=len)
     redundant = {long for long in shortest for short in shortest if long != short and long[-len(short) :] == short}
     return tuple(ids for ids in spelled if ids not in redundant)

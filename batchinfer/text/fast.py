@@ -1,4 +1,4 @@
-"""A tokenizer of the `tokenizers` library, which works in Rust with the GIL released."""
+"""Tokenizer of the `tokenizers` library, which runs in Rust with the GIL released."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """What stands beside the vocabulary. `source_digest` is a hash of the files that decide the ids."""
+    """Facts outside the vocabulary. `source_digest` is a hash of the files that decide the ids."""
 
     source_digest: str
     eos_ids: frozenset[int] = frozenset()
@@ -42,10 +42,10 @@ class TokenizerFacts:
 
 
 class FastTokenizer:
-    """A tokenizer of the `tokenizers` library."""
+    """Tokenizer backed by the `tokenizers` library."""
 
     def __init__(self, rust: RustTokenizer, facts: TokenizerFacts) -> None:
-        # tokenizer.json may ask for truncation: nothing is ever cut off silently here
+        # tokenizer.json may enable truncation, but text is never cut silently
         rust.no_truncation()
         rust.no_padding()
         self._rust = rust
@@ -68,17 +68,17 @@ class FastTokenizer:
     def encode_batch(self, texts: list[str], add_special_tokens: bool) -> list[list[int] | InvalidInput]:
         plain = [text for text in texts if not isinstance(text, PromptText)]
         try:
-            found = iter(self._rust.encode_batch_fast(plain, add_special_tokens=add_special_tokens))
-        except Exception:  # one text is enough to refuse them all
+            encodings = iter(self._rust.encode_batch_fast(plain, add_special_tokens=add_special_tokens))
+        except Exception:  # one invalid text fails the whole batch
             return [self._encode(text, add_special_tokens) for text in texts]
         return [
-            self._encode(text, add_special_tokens) if isinstance(text, PromptText) else next(found).ids
+            self._encode(text, add_special_tokens) if isinstance(text, PromptText) else next(encodings).ids
             for text in texts
         ]
 
     @functools.cached_property
     def _literal(self) -> LiteralEncoder:
-        """Made for the first text that needs it: most jobs have none."""
+        """Return the literal encoder, built on first use because most jobs never need it."""
         unknown = self._rust.token_to_id(self.special_tokens.get("unk_token", ""))
         return LiteralEncoder(self._rust, self.control, self._control_ids, unknown)
 
@@ -87,7 +87,7 @@ class FastTokenizer:
             if isinstance(text, PromptText):
                 return self._literal.encode(text, add_special_tokens)
             ids: list[int] = self._rust.encode(text, add_special_tokens=add_special_tokens).ids
-        except Exception as error:  # the library raises plain Exception for what it has no token for
+        except Exception as error:  # the library raises plain Exception for text without tokens
             return unicode_error(text) or InvalidInput(f"the text cannot be tokenized: {error}")
         return ids
 
@@ -112,10 +112,10 @@ class FastTokenizer:
         return [sentencepiece_bytes(self._rust.id_to_token(token_id) or "") for token_id in range(self.vocab_size)]
 
     def bytes_of(self, token_id: int) -> bytes:
-        found = self._bytes.get(token_id)
-        if found is None:
-            found = self._bytes[token_id] = self._look_up(token_id)
-        return found
+        data = self._bytes.get(token_id)
+        if data is None:
+            data = self._bytes[token_id] = self._look_up(token_id)
+        return data
 
     def _look_up(self, token_id: int) -> bytes:
         token = self._rust.id_to_token(token_id)
@@ -135,7 +135,7 @@ class FastTokenizer:
 
 
 def sentencepiece_strip(decoder: Mapping[str, Any] | None) -> bool | None:
-    """Whether a sentencepiece decoder strips one leading space; None for any other kind of decoder."""
+    """Return True if a sentencepiece decoder strips one leading space; None for any other kind of decoder."""
     steps = decoder["decoders"] if decoder is not None and decoder["type"] == "Sequence" else []
     if steps[:3] != _SENTENCEPIECE_STEPS or steps[3:] not in ([], [_STRIP]):
         return None
@@ -143,7 +143,7 @@ def sentencepiece_strip(decoder: Mapping[str, Any] | None) -> bool | None:
 
 
 def set_framing(rust: RustTokenizer, bos: str | None, eos: str | None) -> None:
-    """Put these tokens before and after every text that is encoded with special tokens."""
+    """Add these tokens before and after every text that is encoded with special tokens."""
     ids = {token: rust.token_to_id(token) for token in (bos, eos) if token is not None}
     before = [bos] if bos is not None and ids[bos] is not None else []
     after = [eos] if eos is not None and ids[eos] is not None else []
@@ -155,7 +155,7 @@ def set_framing(rust: RustTokenizer, bos: str | None, eos: str | None) -> None:
 
 
 def unicode_error(text: str) -> InvalidInput | None:
-    """The error of a text that cannot be written as UTF-8: JSON's \\ud800 and the like."""
+    r"""Return the error of a text that cannot be encoded as UTF-8 (JSON's \\ud800 and the like), or None."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

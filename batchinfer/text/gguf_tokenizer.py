@@ -1,7 +1,7 @@
-"""The tokenizer of a GGUF file, built from its metadata so that ids are llama.cpp's.
+"""Tokenizer of a GGUF file, built from its metadata with llama.cpp's ids.
 
-Source: src/llama-vocab.cpp of llama.cpp: vocabulary kinds, which regular expressions a pre-tokenizer's name stands
-for, default flags, and which tokens end a generation.
+Source: src/llama-vocab.cpp of llama.cpp: vocabulary kinds, regular expressions of each named pre-tokenizer, default
+flags, and tokens that end a generation.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _DEEPSEEK3 = (
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# pre-tokenizer names → expressions that split the text one after the other
+# pre-tokenizer names → regular expressions that split the text in turn
 _SPLITS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "gigachat", "mellum", "exaone4"): (_GPT2,),
     ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"): (r"\p{N}", _GPT2),
@@ -58,9 +58,9 @@ _SPLITS: dict[tuple[str, ...], tuple[str, ...]] = {
 }
 _PRE = {name: splits for names, splits in _SPLITS.items() for name in names}
 _WHOLE_WORDS = frozenset({"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"})
-_WHOLE_WORDS |= {"tekken"}  # these look a word up before they merge, and begin with bos by default
+_WHOLE_WORDS |= {"tekken"}  # these look up whole words before merging, and add bos by default
 
-# what llama.cpp takes for the end of a turn by its spelling, whatever the metadata says (without </s>, which it has for
+# tokens that llama.cpp treats as the end of a turn by name, whatever the metadata says (without </s>, which it has for
 # the sake of one model: in Gemma's vocabulary that is the end of struck-out HTML)
 _END_NAMES = frozenset(
     {
@@ -73,7 +73,10 @@ _DEFAULT_IDS = {"llama": {"bos": 1, "eos": 2, "unknown": 0}, "gpt2": {"bos": 11,
 
 
 def load_gguf(path: Path) -> FastTokenizer:
-    """Raises ModelError for a file without a usable vocabulary, and for a kind of tokenizer that is not known."""
+    """Build the tokenizer of a GGUF file.
+
+    Raises ModelError for a file without a usable vocabulary, and for an unknown kind of tokenizer.
+    """
     header = read_header(path)
     model = header.need("tokenizer.ggml.model")
     if model not in ("gpt2", "llama"):
@@ -98,7 +101,7 @@ def load_gguf(path: Path) -> FastTokenizer:
 
 
 def _vocabulary(header: GGUFHeader) -> tuple[list[str], list[int]]:
-    """Tokens by id, and their types; an empty token gets a name, since ids must not move."""
+    """Return tokens by id, and their types; empty tokens get a name, because ids must not shift."""
     tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(header.need("tokenizer.ggml.tokens"))]
     types = header.metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
     if len(types) < len(tokens):
@@ -125,10 +128,10 @@ def _byte_level(header: GGUFHeader, tokens: list[str]) -> RustTokenizer:
 
 
 def _halves(path: Path, merge: str) -> tuple[str, str]:
-    """ "a b" → ("a", "b"); the first half has at least one character, which may be a space."""
+    """Split "a b" into ("a", "b"); the first half has at least one character, which may be a space."""
     cut = merge.find(" ", 1)
     if cut < 0:
-        raise ModelError(f"{path}: the merge {merge!r} has no two halves")
+        raise ModelError(f"{path}: the merge {merge!r} does not have two halves")
     return merge[:cut], merge[cut + 1 :]
 
 
@@ -141,8 +144,8 @@ def _sentencepiece(header: GGUFHeader, tokens: list[str], types: list[int]) -> R
 
 
 def _add_tokens(header: GGUFHeader, rust: RustTokenizer, tokens: list[str], types: list[int]) -> None:
-    """Tokens that are found in text before anything else: control ones, which are special, and user-defined ones."""
-    # Phi-3's special tokens swallow the spaces after them; the file does not say so, llama.cpp goes by the name
+    """Register the tokens that are matched in text first: control tokens, which are special, and user-defined ones."""
+    # Phi-3's special tokens strip the spaces after them; the file lacks the flag, and llama.cpp goes by the name
     name = str(header.metadata.get("general.name", "")).lower()
     strips = "phi-3" in name or "phi3" in name
     special, plain = [], []
@@ -170,7 +173,7 @@ def _eos_ids(header: GGUFHeader, tokens: list[str], named: dict[str, str]) -> fr
     keys = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
     ids = {header.metadata[key] for key in keys if isinstance(header.metadata.get(key), int)}
     ends = {token for token in tokens if token in _END_NAMES} | {named.get("eos_token")}
-    # where <|return|> and <|call|> end a turn, <|end|> only ends a message in it
+    # if <|return|> and <|call|> end a turn, <|end|> only ends a message within it
     if {"<|return|>", "<|call|>"} <= ends:
         ends.discard("<|end|>")
     return frozenset(ids | {i for i, token in enumerate(tokens) if token in ends})

@@ -1,12 +1,12 @@
-"""Structured outputs compiled against a tokenizer, by llguidance (`pip install llguidance`).
+"""Compilation of structured outputs for a tokenizer, with llguidance (`pip install llguidance`).
 
-Why llguidance and not xgrammar: both are maintained, write bit masks and cover JSON schema, expressions and grammars.
-llguidance is one wheel of 3 MB without dependencies (MIT); xgrammar's is 1.3 MB and requires transformers and triton
-(Apache-2.0). llguidance compiles in about a millisecond, because it derives lexer states as they are reached, which
-suits rows with a schema each; it has limits on the work of a compilation and of a step; and it refuses what it cannot
-guarantee of a schema instead of passing over it.
+llguidance rather than xgrammar: both are maintained, write bit masks and support JSON schema, regular expressions and
+grammars. llguidance is one wheel of 3 MB without dependencies (MIT); xgrammar's is 1.3 MB and requires transformers and
+triton (Apache-2.0). llguidance compiles in about a millisecond, because it derives lexer states lazily, which suits
+rows with a schema each; it limits the work of a compilation and of a step; and it refuses schema keywords that it
+cannot guarantee instead of ignoring them.
 
-Special tokens are never text: an answer spells "</s>" with ordinary tokens, whatever a text says.
+Special tokens are never text: an output spells "</s>" with ordinary tokens, whatever a text says.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from batchinfer.errors import BadParameters, InvalidInput
 from batchinfer.request import Constraint, Matcher
 from batchinfer.structured import StructuredOutputs
 from batchinfer.text.grammar_trial import TOO_LARGE, TOO_SLOW, Trials, Vocabulary
-from batchinfer.text.schema_numbers import inexact_number, inexact_number_of_grammar, write_whole
+from batchinfer.text.schema_numbers import inexact_number, inexact_number_of_grammar, write_integers
 from batchinfer.text.tokenizer import ByteTokenizer, Tokenizer
 
 if TYPE_CHECKING:
     import llguidance
 
-_COMPILED = 256  # grammars, and refusals, that are kept
-_ENCODED = 4096  # texts that a grammar prescribes whose tokens are kept
+_COMPILED = 256  # cached grammars and refusals
+_ENCODED = 4096  # cached token sequences of forced texts
 # Between the tokens of JSON: one space, or a line break and indentation. Without a bound, a model that is unsure can
 # write spaces until its answer is cut off.
 _WHITESPACE = r" |\n[ \t]{0,40}"
-# also what a schema may otherwise choose for itself, with its x-guidance key
+# explicit, because a schema may otherwise set them with its x-guidance key
 _JSON_OPTIONS = {
     "whitespace_flexible": True,
     "whitespace_pattern": _WHITESPACE,
@@ -45,10 +45,11 @@ _JSON_OPTIONS = {
 
 
 class Grammars:
-    """Compiles constraints for one model. The table of tokens is built with the first, each constraint once.
+    """Cache of compiled constraints for one model.
 
-    vocab_size: of the model's logits; what the tokenizer does not have of it is never allowed. eos_ids: allowed where a
-    grammar may end, and nowhere else. Threads that want what is compiled do not wait for one that compiles.
+    The token table is built with the first constraint; each constraint compiles once. vocab_size: size of the model's
+    logits; ids beyond the tokenizer's are never allowed. eos_ids: allowed only where a grammar may end. Lookups of
+    compiled constraints do not wait for a running compilation.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: frozenset[int]) -> None:
@@ -57,66 +58,69 @@ class Grammars:
         self._eos_ids = eos_ids
         self._table: llguidance.LLTokenizer | None = None
         self._compiled: OrderedDict[StructuredOutputs, Constraint | str] = OrderedDict()
-        self._kept = threading.Lock()  # of `_compiled`
-        self._turn = threading.Lock()  # of whoever compiles
+        self._cache_lock = threading.Lock()  # guards `_compiled`
+        self._compile_lock = threading.Lock()  # held by the compiling thread
         self._trials: Trials | None = None
 
-    def compile(self, wanted: StructuredOutputs) -> Constraint:
-        """Raises BadParameters for what is invalid, unsupported, too large, or cannot be followed by any answer."""
-        found = self._find(wanted)
-        if found is None:
-            with self._turn:
-                found = self._find(wanted) or self._made(wanted)
-        if isinstance(found, str):
-            raise BadParameters(found)
-        return found
+    def compile(self, outputs: StructuredOutputs) -> Constraint:
+        """Return the compiled constraint.
 
-    def _find(self, wanted: StructuredOutputs) -> Constraint | str | None:
-        with self._kept:
-            if wanted in self._compiled:
-                self._compiled.move_to_end(wanted)
-            return self._compiled.get(wanted)
+        Raises BadParameters if it is invalid, unsupported, too large, or unsatisfiable.
+        """
+        constraint = self._find(outputs)
+        if constraint is None:
+            with self._compile_lock:
+                constraint = self._find(outputs) or self._compile_and_store(outputs)
+        if isinstance(constraint, str):
+            raise BadParameters(constraint)
+        return constraint
 
-    def _made(self, wanted: StructuredOutputs) -> Constraint | str:
-        made: Constraint | str
+    def _find(self, outputs: StructuredOutputs) -> Constraint | str | None:
+        with self._cache_lock:
+            if outputs in self._compiled:
+                self._compiled.move_to_end(outputs)
+            return self._compiled.get(outputs)
+
+    def _compile_and_store(self, outputs: StructuredOutputs) -> Constraint | str:
+        result: Constraint | str
         try:
-            made = self._compile(wanted)
+            result = self._compile(outputs)
         except BadParameters as error:
-            made = str(error)
-        with self._kept:
-            self._compiled[wanted] = made
+            result = str(error)
+        with self._cache_lock:
+            self._compiled[outputs] = result
             if len(self._compiled) > _COMPILED:
                 self._compiled.popitem(last=False)
-        return made
+        return result
 
-    def _compile(self, wanted: StructuredOutputs) -> Constraint:
+    def _compile(self, outputs: StructuredOutputs) -> Constraint:
         library = _library()
         if self._table is None or self._trials is None:
             table = _TokenTable(self._tokenizer, self._vocab_size, self._eos_ids)
             self._trials = Trials(Vocabulary(table.tokens, table.special_token_ids, table.eos_ids))
             self._table = _token_table(table)
-        source = _source(wanted)
+        source = _source(outputs)
         problem = self._trials.problem(source)
         if problem:
-            raise _refusal(wanted, problem)
+            raise _refusal(outputs, problem)
         matcher = library.LLMatcher(self._table, source, log_level=0, limits=_limits())
         if not matcher.is_error():
-            matcher.compute_bitmask()  # finds grammars that no text follows, and what is dear is paid here
+            matcher.compute_bitmask()  # detects unsatisfiable grammars, and pays for lazy work here
         if matcher.is_error():
-            raise _refusal(wanted, matcher.get_error())
+            raise _refusal(outputs, matcher.get_error())
         return _Compiled(matcher)
 
 
-def validate(wanted: StructuredOutputs) -> None:
-    """Find mistakes before a model is loaded: those of the language, and what is too large for any tokenizer.
+def validate(outputs: StructuredOutputs) -> None:
+    """Validate a constraint before a model is loaded: syntax, and limits that do not depend on the tokenizer.
 
-    It is compiled for bytes, in a process of its own, of which nothing else is believed: a grammar may name tokens that
-    only the model has. Raises BadParameters.
+    It is compiled for a byte vocabulary in a separate process. Only its resource limits are reported: a grammar may
+    name tokens that only the model has. Raises BadParameters.
     """
-    source = _source(wanted)
+    source = _source(outputs)
     problem = _library().LLMatcher.validate_grammar(source, None, limits=_limits())
     if problem and not problem.startswith("WARNING"):
-        raise _refusal(wanted, problem)
+        raise _refusal(outputs, problem)
     table = _TokenTable(ByteTokenizer(), ByteTokenizer.vocab_size, ByteTokenizer.eos_ids)
     trials = Trials(Vocabulary(table.tokens, table.special_token_ids, table.eos_ids))
     try:
@@ -124,11 +128,11 @@ def validate(wanted: StructuredOutputs) -> None:
     finally:
         trials.close()
     if problem in (TOO_LARGE, TOO_SLOW):
-        raise _refusal(wanted, problem)
+        raise _refusal(outputs, problem)
 
 
 class _Compiled:
-    """A compiled grammar: a matcher at its beginning, of which every sequence gets a copy."""
+    """A compiled grammar: a matcher in its start state, copied for every sequence."""
 
     def __init__(self, beginning: llguidance.LLMatcher) -> None:
         self._beginning = beginning
@@ -162,7 +166,7 @@ class _Progress:
 
 
 class _TokenTable:
-    """The tokenizer as the library wants it (its TokenizerWrapper, without the trial call).
+    """The tokenizer in the library's form (its TokenizerWrapper, without the trial call).
 
     `tokens` has an entry for each logit; an empty one is never allowed.
     """
@@ -187,7 +191,7 @@ class _TokenTable:
         self.greedy: Any = None  # the library's own encoder by the longest token, once it has the table
 
     def __call__(self, text: str) -> list[int]:
-        """Tokens of text that a grammar prescribes, as the model is used to it; the mask lets only these through."""
+        """Return the model's usual tokens for a text that a grammar forces; the mask allows only these."""
         return list(self.encode(text))
 
     def _encode(self, text: str) -> tuple[int, ...]:
@@ -197,57 +201,63 @@ class _TokenTable:
         return tuple(self.greedy(text))
 
     def _spells(self, ids: list[int], text: str) -> bool:
-        """Not so where the tokenizer finds a special token in the text, puts a space before it, or normalizes it."""
+        """Return True if the ids spell the text exactly.
+
+        False if the tokenizer parses a special token in the text, adds a space before it, or normalizes it.
+        """
         known = all(token < len(self.tokens) and token not in self._special for token in ids)
         return known and b"".join(self.tokens[token] for token in ids) == text.encode()
 
 
 def _token_table(table: _TokenTable) -> llguidance.LLTokenizer:
     library = _library()
-    made: llguidance.LLTokenizer = library.LLTokenizer(
+    tokenizer: llguidance.LLTokenizer = library.LLTokenizer(
         cast(Any, table), n_vocab=len(table.tokens), eos_token=table.eos_ids, slices=library.LLTokenizer.json_slices()
     )
-    table.greedy = made.greedy_tokenize
-    return made
+    table.greedy = tokenizer.greedy_tokenize
+    return tokenizer
 
 
-def _source(wanted: StructuredOutputs) -> str:
-    """The constraint as the library takes it. Raises BadParameters for what is no schema, or would be another one."""
+def _source(outputs: StructuredOutputs) -> str:
+    """Return the constraint in the library's form.
+
+    Raises BadParameters for an invalid schema or one that would change.
+    """
     build: type[llguidance.LLMatcher] = _library().LLMatcher
-    value = wanted.value
+    value = outputs.value
     if isinstance(value, tuple):
-        # one terminal: as rules, thousands of choices would be thousands of items of the parser
+        # one terminal: as rules, thousands of choices would be thousands of parser items
         return build.grammar_from_lark("start: CHOICE\nCHOICE: " + " | ".join(map(_quoted, value)))
-    if wanted.kind == "regex":
+    if outputs.kind == "regex":
         return build.grammar_from_regex(value)
-    if wanted.kind == "grammar":
-        _check_numbers(wanted, inexact_number_of_grammar(value))
+    if outputs.kind == "grammar":
+        _check_numbers(outputs, inexact_number_of_grammar(value))
         return build.grammar_from_lark(value)
     schema = json.loads(value) if value else {"type": "object"}
-    write_whole(schema)
-    _check_numbers(wanted, inexact_number(schema))
+    write_integers(schema)
+    _check_numbers(outputs, inexact_number(schema))
     try:
         return build.grammar_from_json_schema(json.dumps(schema), overrides=cast(Any, _JSON_OPTIONS))
     except ValueError as error:
-        raise _refusal(wanted, str(error)) from None
+        raise _refusal(outputs, str(error)) from None
 
 
-def _check_numbers(wanted: StructuredOutputs, inexact: str) -> None:
+def _check_numbers(outputs: StructuredOutputs, inexact: str) -> None:
     if inexact:
-        raise _refusal(wanted, f"{inexact} is too large to be exact: use integers up to 2**53, or a pattern of digits")
+        raise _refusal(outputs, f"{inexact} is too large to be exact: use integers up to 2**53, or a pattern of digits")
 
 
 def _quoted(text: str) -> str:
-    """A string of the grammar's language, which is JSON's."""
+    """Return a string literal of the grammar language, which is JSON's."""
     return json.dumps(text, ensure_ascii=False)
 
 
-def _refusal(wanted: StructuredOutputs, reason: str) -> BadParameters:
-    return BadParameters(f"structured_outputs.{wanted.kind}: {_brief(reason)}")
+def _refusal(outputs: StructuredOutputs, reason: str) -> BadParameters:
+    return BadParameters(f"structured_outputs.{outputs.kind}: {_brief(reason)}")
 
 
 def _brief(reason: str) -> str:
-    """The library's message without its dumps of state, on one line."""
+    """Return the library's message on one line, without its state dumps."""
     if reason.startswith("panic"):
         return "too large, or not a valid grammar"
     for mark in ("<state>", "<non-verbose", "<backtrace>"):
@@ -270,5 +280,5 @@ def _library() -> Any:
 
 @functools.cache
 def _limits() -> Any:
-    """The library's limits, less what it does ahead for large expressions: that took seconds for hostile ones."""
+    """Return the library's limits, without precomputation of large lexemes: it took seconds for hostile ones."""
     return _library().LLParserLimits(precompute_large_lexemes=False, verbose_errors=False)

@@ -1,8 +1,8 @@
-"""Compiles grammars of strangers in a process of its own, where one that takes too much memory or time hurts nobody.
+"""Trial compilation of untrusted grammars in a child process with limited memory and CPU time.
 
-The library's limits do not cover all: `a{1000000000}` is written out before they count, and ends the process for want
-of memory. Each trial has CPU time and memory of its own; whatever ends the process is a refusal, and the next trial
-starts another one. Run as a script it is that process.
+The library's limits do not cover everything: `a{1000000000}` is expanded before they apply, and exhausts the memory of
+the process. Each trial has its own CPU time and memory; a crash of the child counts as a refusal, and the next trial
+starts a new child. This file is the child when run as a script.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 if TYPE_CHECKING:
     import llguidance
 
-COMPILE_S = 1.0  # of CPU
-MASK_S = 0.02  # of CPU, for what may follow the first token: every step of an answer takes about so long
-MEMORY_BYTES = 2 << 30  # of address space
+COMPILE_S = 1.0  # CPU time
+MASK_S = 0.02  # CPU time of the mask after the first token: about the cost of every step
+MEMORY_BYTES = 2 << 30  # address space
 
 TOO_LARGE = "too large: compiling it takes too long or too much memory"
 TOO_SLOW = "too slow to follow: every token would take too long (repetitions of a text, as a{100000}, do that)"
 
 
 class Vocabulary(NamedTuple):
-    """As the library wants it: bytes by token id, and which ids are no text and which end an answer."""
+    """The vocabulary in the library's form: bytes by token id, ids that are not text, and ids that end an output."""
 
     tokens: list[bytes]
     special: list[int]
@@ -39,16 +39,19 @@ class Vocabulary(NamedTuple):
 
 
 class Trials:
-    """A process that tries grammars, one at a time; started with the first, and it ends with this one."""
+    """Owner of the child process, which tries one grammar at a time; started with the first trial."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = pickle.dumps(tuple(vocabulary))
-        self._turn = threading.Lock()
+        self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
 
     def problem(self, source: str) -> str:
-        """Why a grammar, in the library's own form, is refused; empty if it is not. Takes seconds at most."""
-        with self._turn:
+        """Return the reason why a grammar, in the library's form, is refused; empty if it is accepted.
+
+        Takes seconds at most.
+        """
+        with self._lock:
             process = self._process
             if process is not None and process.poll() is not None:
                 self._end(process)
@@ -69,7 +72,7 @@ class Trials:
             return TOO_LARGE
 
     def close(self) -> None:
-        with self._turn:
+        with self._lock:
             if self._process is not None:
                 self._end(self._process)
 
@@ -77,7 +80,7 @@ class Trials:
         self.close()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        # -P: the names beside this file are no packages. A session of its own: the terminal's ^C is not for it.
+        # -P: modules beside this file are not importable by name. New session: ^C in the terminal does not reach it.
         return subprocess.Popen(
             [sys.executable, "-P", __file__],
             stdin=subprocess.PIPE,
@@ -92,7 +95,7 @@ class Trials:
         process.wait()
         for pipe in (process.stdin, process.stdout):
             assert pipe is not None
-            with contextlib.suppress(OSError):  # what could not be written is not wanted any more
+            with contextlib.suppress(OSError):  # unwritten data is discarded
                 pipe.close()
 
 
@@ -103,7 +106,7 @@ def _send(process: subprocess.Popen[bytes], data: bytes) -> None:
 
 
 class _Table:
-    """The vocabulary for the library, which spells what a grammar prescribes with the longest tokens."""
+    """The vocabulary for the library, which spells forced text with the longest tokens."""
 
     is_tokenizer_wrapper = True
     bos_token_id: int | None = None
@@ -119,7 +122,7 @@ class _Table:
 
 
 def _serve() -> None:
-    """Answer each grammar on stdin (its length, a newline, its text) with a line of JSON: what is wrong, or ""."""
+    """Answer each grammar on stdin (its length, a newline, its text) with a line of JSON: the problem, or ""."""
     import llguidance
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
@@ -144,10 +147,10 @@ def _serve() -> None:
 
 
 def _step_s(matcher: llguidance.LLMatcher) -> float:
-    """CPU seconds of the second token's mask, the lesser of two tries."""
+    """Return the CPU seconds of the second token's mask, the lesser of two tries."""
     allowed = matcher.compute_bitmask()
     first = next((8 * place + (byte & -byte).bit_length() - 1 for place, byte in enumerate(allowed) if byte), None)
-    if first is None or matcher.is_error():  # no text follows it: found again where it is compiled for its model
+    if first is None or matcher.is_error():  # unsatisfiable: reported when it is compiled for its model
         return 0.0
     spent = []
     for _ in range(2):

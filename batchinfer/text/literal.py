@@ -1,4 +1,4 @@
-"""Encodes texts in which some control tokens are meant as such and others are text that only looks like them."""
+"""Encoder for texts in which some control-token spellings are plain text."""
 
 from __future__ import annotations
 
@@ -10,20 +10,23 @@ from tokenizers import Tokenizer as RustTokenizer
 from batchinfer.errors import InvalidInput
 from batchinfer.text.control import ControlTokens, PromptText
 
-_EDGE = "\U000f0000"  # around names of the stand-ins; Unicode gives it no meaning
+_EDGE = "\U000f0000"  # around stand-in names; a private use character
 
 
 class LiteralEncoder:
-    """A copy of a tokenizer that takes no control token for one; those that are meant go in under another name.
+    """Copy of a tokenizer that parses no control token; real ones are encoded under secret stand-in names.
 
-    So everything around them is split, normalized and merged as the tokenizer does it, in one text.
+    So the surrounding text is split, normalized and merged by the tokenizer as one text.
     """
 
     def __init__(self, rust: RustTokenizer, control: ControlTokens, ids: frozenset[int], unknown: int | None) -> None:
-        """ids: of the control tokens. unknown: of the token for what the vocabulary lacks, which text may become."""
+        """Build the copy.
+
+        ids: ids of the control tokens. unknown: id of the unknown token, which plain text may become.
+        """
         copied = RustTokenizer.from_str(rust.to_str())
         copied.encode_special_tokens = True
-        key = secrets.token_hex(8)  # so that no text can hold a name
+        key = secrets.token_hex(8)  # so that no text can contain a stand-in name
         self._names: dict[str, str] = {}
         self._ids: dict[int, int] = {}
         for token_id, token in rust.get_added_tokens_decoder().items():
@@ -33,7 +36,7 @@ class LiteralEncoder:
                 token.special = True
                 copied.add_special_tokens([token])
             self._add(copied, token, f"{_EDGE}{key}:{token_id}{_EDGE}", token_id)
-        self._border = f"{_EDGE}{key}{_EDGE}"  # between two halves of a text; it becomes no token
+        self._border = f"{_EDGE}{key}{_EDGE}"  # splits a text in two; removed from the ids
         copied.add_tokens([AddedToken(self._border, normalized=False)])
         self._border_id = copied.token_to_id(self._border)
         self._rust = copied
@@ -41,9 +44,9 @@ class LiteralEncoder:
         self._refused = ids - {unknown}
 
     def encode(self, text: PromptText, add_special_tokens: bool) -> list[int] | InvalidInput:
-        """Raises what the library raises for a text that it cannot encode."""
+        """Return the ids of a text. Raises the library's exception for a text that it cannot encode."""
         ids = self._encode(self._named(text, ""), add_special_tokens)
-        if ids is None:  # a vocabulary that has the name of a control token among its words: cut it in two
+        if ids is None:  # the vocabulary has the control token's spelling as a word: split it in two
             ids = self._encode(self._named(text, self._border), add_special_tokens)
         if ids is None:
             return InvalidInput("the text spells a control token that this tokenizer has no other tokens for")
@@ -58,7 +61,7 @@ class LiteralEncoder:
         self._ids[added] = token_id
 
     def _named(self, text: PromptText, border: str) -> str:
-        """`text` with the names of the control tokens that are meant, and with `border` within the others."""
+        """Return `text` with stand-in names for real control tokens, and with `border` inside the literal ones."""
         literal, pieces, at = set(text.literal), [], 0
         for found in self._control.find(text):
             start, end = found.span()
@@ -68,9 +71,9 @@ class LiteralEncoder:
         return "".join([*pieces, text[at:]])
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int] | None:
-        """None if a control token is among the ids that is not meant."""
+        """Return the ids, or None if a literal control token was parsed as one."""
         encoding = self._rust.encode(text, add_special_tokens=add_special_tokens)
-        added = encoding.special_tokens_mask  # those that the tokenizer puts around a text
+        added = encoding.special_tokens_mask  # tokens that the tokenizer adds around a text
         pairs = [(token, mask) for token, mask in zip(encoding.ids, added, strict=True) if token != self._border_id]
         if any(token in self._refused and not mask for token, mask in pairs):
             return None

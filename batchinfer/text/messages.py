@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from batchinfer.errors import InvalidInput, TemplateError, format_value
 
 _PROBE = "probe-of-the-template"
-_WRITTEN_OUT = re.compile(r"""['"]type['"]""")  # a list of parts that was printed as it is
+_WRITTEN_OUT = re.compile(r"""['"]type['"]""")  # a list of parts, printed by its repr
 
 
 class ContentForms(NamedTuple):
@@ -29,7 +29,7 @@ def content_forms(render: Callable[[list[dict[str, Any]]], str]) -> ContentForms
     def shows(content: Any) -> bool:
         try:
             text = render([{"role": "user", "content": content}])
-        except Exception:  # whatever a template does
+        except Exception:  # a template may raise anything
             return False
         return _PROBE in text and _WRITTEN_OUT.search(text) is None
 
@@ -72,7 +72,7 @@ def opened(messages: list[dict[str, Any]], mark: str) -> list[dict[str, Any]]:
     if isinstance(content, str):
         return [*before, {**last, "content": f"{content}{mark} "}]
     if not content:
-        raise InvalidInput("continue_final_message: the last message has no text to go on with", param="messages")
+        raise InvalidInput("continue_final_message: the last message has no text to continue", param="messages")
     *parts, part = content
     return [*before, {**last, "content": [*parts, {**part, "text": f"{part['text']}{mark} "}]}]
 
@@ -86,7 +86,7 @@ def cut_open(text: str, last: Mapping[str, Any], mark: str) -> str:
     content = last["content"]
     said = (content if isinstance(content, str) else content[-1]["text"]).strip()
     if said not in text:
-        raise TemplateError("continue_final_message: the chat template does not write the last message as it is")
+        raise TemplateError("continue_final_message: the chat template changes the last message's text")
     end = text.rindex(mark)
     return text[:end] if text[end + 1 : end + 2] == " " else text[:end].rstrip()
 

@@ -1,8 +1,8 @@
-"""The tokenizer of a model directory: tokenizer.json, sentencepiece's tokenizer.model, or Mistral's tekken.json.
+"""Tokenizer of a model directory: tokenizer.json, sentencepiece's tokenizer.model, or Mistral's tekken.json.
 
-Where there is a tokenizer.json it alone says how text is normalized and which tokens are put around it, whatever class
-tokenizer_config.json names: transformers 5 builds some classes anew and drops the file's normalizer (LlamaTokenizer),
-or makes a token special that the file does not (Gemma's <mask>). transformers is asked only for a vocab.json.
+A tokenizer.json alone decides normalization and added tokens, whatever class tokenizer_config.json names: transformers
+5 rebuilds some classes and drops the file's normalizer (LlamaTokenizer), or makes a token special that the file does
+not (Gemma's <mask>). transformers is used only for a vocab.json.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 
 
 def load_directory(path: Path) -> FastTokenizer:
-    """Raises ModelError for files that are missing or damaged, or that need a package that is not installed."""
+    """Load the tokenizer of a model directory.
+
+    Raises ModelError for files that are missing or damaged, or that need a package that is not installed.
+    """
     config = read_object(path / "tokenizer_config.json")
     rust, own = _vocabulary(path, config)
     named = {**own, **_special_tokens({**read_object(path / "special_tokens_map.json"), **config})}
@@ -38,7 +41,7 @@ def load_directory(path: Path) -> FastTokenizer:
 
 
 def _vocabulary(path: Path, config: Mapping[str, Any]) -> tuple[RustTokenizer, Mapping[str, str]]:
-    """The tokenizer of the first file there is, and the special tokens that it names itself."""
+    """Return the tokenizer of the first file that exists, and the special tokens named by the file itself."""
     if (path / "tokenizer.json").is_file():
         return _read_rust(path / "tokenizer.json"), {}
     if (path / "tokenizer.model").is_file():
@@ -56,7 +59,7 @@ def _read_text(path: Path) -> str:
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """bos_token and the like, from values that are strings or {"content": string}."""
+    """Return bos_token and the like, from values that are strings or {"content": string}."""
     names = [*_NAMED, *(name for name in config if name.endswith("_token") and name not in _NAMED)]
     contents = {name: _content(config.get(name)) for name in names}
     return {name: content for name, content in contents.items() if content is not None}
@@ -75,7 +78,7 @@ def _read_rust(path: Path) -> RustTokenizer:
 
 
 def _convert(path: Path) -> RustTokenizer:
-    """A vocabulary that only transformers can read: vocab.json with merges.txt."""
+    """Convert a vocabulary that only transformers can read: vocab.json with merges.txt."""
     try:
         from transformers import AutoTokenizer
     except ImportError as error:
@@ -84,22 +87,22 @@ def _convert(path: Path) -> RustTokenizer:
             f"more package ({error}): pip install transformers"
         ) from None
     try:
-        found = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except Exception as error:
         raise ModelError(
             f"{path}: has no tokenizer.json, tokenizer.model or tekken.json, and transformers cannot load its "
             f"tokenizer: {' '.join(str(error).split())}"
         ) from None
-    if not getattr(found, "is_fast", False):
+    if not getattr(tokenizer, "is_fast", False):
         raise ModelError(
-            f"{path}: its tokenizer {type(found).__name__} exists in Python only; provide a tokenizer.json"
+            f"{path}: its tokenizer {type(tokenizer).__name__} exists in Python only; provide a tokenizer.json"
         )
-    rust: RustTokenizer = found.backend_tokenizer
+    rust: RustTokenizer = tokenizer.backend_tokenizer
     return rust
 
 
 def _add_tokens(path: Path, rust: RustTokenizer, config: Mapping[str, Any], named: Mapping[str, str]) -> None:
-    """Tokens that tokenizer_config.json has and tokenizer.json lacks or has otherwise; named ones are special."""
+    """Add tokens that tokenizer.json lacks or defines differently; named ones become special."""
     present = {token.content: token for token in rust.get_added_tokens_decoder().values()}
     source = "tokenizer_config.json" if "added_tokens_decoder" in config else "added_tokens.json"
     for token_id, token in _config_tokens(path, config):
@@ -120,7 +123,7 @@ def _add_tokens(path: Path, rust: RustTokenizer, config: Mapping[str, Any], name
 
 
 def _config_tokens(path: Path, config: Mapping[str, Any]) -> list[tuple[int, AddedToken]]:
-    """(id, token) of added_tokens_decoder, else of the older added_tokens.json, by id."""
+    """Return (id, token) pairs of added_tokens_decoder, else of the older added_tokens.json, by id."""
     if "added_tokens_decoder" not in config:
         return _older_tokens(path / "added_tokens.json", config)
     try:
@@ -131,27 +134,27 @@ def _config_tokens(path: Path, config: Mapping[str, Any]) -> list[tuple[int, Add
 
 
 def _older_tokens(file: Path, config: Mapping[str, Any]) -> list[tuple[int, AddedToken]]:
-    """(id, token) of a file that maps text to id; those that the configuration names are special."""
+    """Return (id, token) pairs of a file that maps text to id; tokens named in the configuration are special."""
     named = set(_special_tokens(config).values())
     for key in ("additional_special_tokens", "extra_special_tokens"):
         listed = config.get(key)
         named.update(text for text in map(_content, listed if isinstance(listed, list) else ()) if text is not None)
-    found = []
+    tokens = []
     for text, token_id in read_object(file).items():
         if type(token_id) is not int:
             raise ModelError(f"{file}: token {text!r} has the id {token_id!r}, which is not a whole number")
-        found.append((token_id, _added_token(text, special=text in named)))
-    return sorted(found, key=itemgetter(0))
+        tokens.append((token_id, _added_token(text, special=text in named)))
+    return sorted(tokens, key=itemgetter(0))
 
 
 def _added_token(content: str, special: bool = False, normalized: bool | None = None, **flags: bool) -> AddedToken:
-    """Without a word on it, text is normalized before a token is looked for unless the token is special."""
+    """Return an AddedToken. By default, text is normalized before matching unless the token is special."""
     normalized = not special if normalized is None else normalized
     return AddedToken(content, special=special, normalized=normalized, **flags)
 
 
 def _read_chat_template(path: Path, config: Mapping[str, Any]) -> str | None:
-    """chat_template.jinja, else the key of tokenizer_config.json; of several named templates the one called default."""
+    """Return the template of chat_template.jinja, else of tokenizer_config.json; among named templates, `default`."""
     file = path / "chat_template.jinja"
     if file.is_file():
         kind = misplaced_content(file)
@@ -167,7 +170,7 @@ def _read_chat_template(path: Path, config: Mapping[str, Any]) -> str | None:
 
 
 def _eos_ids(path: Path, rust: RustTokenizer, named: Mapping[str, str]) -> frozenset[int]:
-    """The tokenizer's end of sequence, and generation_config.json's (a number or a list), else config.json's."""
+    """Return the tokenizer's end of sequence and generation_config.json's (a number or a list), else config.json's."""
     generation = read_object(path / "generation_config.json")
     listed = generation if generation.get("eos_token_id") is not None else read_object(path / "config.json")
     eos = rust.token_to_id(named["eos_token"]) if "eos_token" in named else None
@@ -175,7 +178,7 @@ def _eos_ids(path: Path, rust: RustTokenizer, named: Mapping[str, str]) -> froze
 
 
 def _digest(path: Path, rust: RustTokenizer) -> str:
-    """Of the files where there is a tokenizer.json: the library's own text changes with its version."""
+    """Hash the files, if there is a tokenizer.json: the library's own serialization changes with its version."""
     digest = hashlib.sha256()
     vocabulary = next((name for name in _VOCABULARIES if (path / name).is_file()), None)
     if vocabulary is None:

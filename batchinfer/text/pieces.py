@@ -1,7 +1,7 @@
-"""Decoding one token at a time, without decoding the whole again: what stop strings are found in.
+"""Incremental decoders: text of one token at a time, in constant time, for stop strings and streaming.
 
-The three ways that decoders of language models have: bytes (byte-level BPE), sentencepiece with byte fallback, and for
-any other decoder a short window that is decoded again. Each gives the text that decoding all tokens gives.
+The three kinds of decoders of language models: bytes (byte-level BPE), sentencepiece with byte fallback, and for any
+other decoder a short window that is decoded again. Each gives the same text as decoding all tokens at once.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import codecs
 from collections.abc import Callable, Hashable
 from typing import Protocol
 
-_WINDOW_TOKENS = 16  # of text that does not come to a valid end; a character has at most 4 bytes
+_WINDOW_TOKENS = 16  # limit for text without a valid end; a character has at most 4 bytes
 
 
 class Pieces(Protocol):
-    """`push` takes the next token and gives the text that is now settled; `pending` the text that may still change.
+    """Incremental decoder: `push` returns the text settled by a token; `pending` is text that may still change.
 
-    A shallow copy goes on by itself. With equal `state` the same tokens give the same text; None: with no other's.
+    A shallow copy continues independently. Decoders with equal `state` give equal text for equal tokens; the state None
+    equals no other.
     """
 
     def push(self, token_id: int) -> str: ...
@@ -29,12 +30,12 @@ class Pieces(Protocol):
 
 
 class BytePieces:
-    """Tokens that are bytes: the text is their UTF-8 decoding, where a cut character is U+FFFD until it is whole."""
+    """Decoder of byte tokens: UTF-8, with U+FFFD for an incomplete character until it is complete."""
 
     def __init__(self, token_bytes: Callable[[int], bytes], skip: frozenset[int]) -> None:
         self._token_bytes = token_bytes
         self._skip = skip
-        self._cut = b""  # the beginning of a character
+        self._cut = b""  # bytes of an incomplete character
 
     def push(self, token_id: int) -> str:
         if token_id in self._skip:
@@ -46,7 +47,7 @@ class BytePieces:
 
     @property
     def pending(self) -> str:
-        # mostly one U+FFFD; two for the beginning of a surrogate, which no byte after it can make whole
+        # usually one U+FFFD; two for the first bytes of a surrogate, which no byte can complete
         return self._cut.decode(errors="replace")
 
     @property
@@ -55,7 +56,9 @@ class BytePieces:
 
 
 class SentencePieces:
-    """▁ is a space, <0x0A> a byte; a run of byte tokens is text if all of it is UTF-8, else one U+FFFD each.
+    """Decoder of sentencepiece tokens: ▁ is a space, <0x0A> a byte.
+
+    A run of byte tokens is UTF-8 text if all of it is valid, else one U+FFFD per byte.
 
     `strip` drops one space at the very beginning of the text.
     """
@@ -97,12 +100,15 @@ class SentencePieces:
 
 
 class DecodedPieces:
-    """Any decoder: decodes the few last tokens with and without the new one, and takes the difference."""
+    """Decoder for any tokenizer: decodes the last few tokens with and without the new one.
+
+    The difference is the new text.
+    """
 
     def __init__(self, decode: Callable[[list[int]], str], skip: frozenset[int]) -> None:
         self._decode = decode
         self._skip = skip
-        self._context: tuple[int, ...] = ()  # settled tokens that the decoder sees before the new ones
+        self._context: tuple[int, ...] = ()  # settled tokens, decoded before the new ones
         self._new: tuple[int, ...] = ()
         self._before = ""  # text of the context
 
@@ -141,7 +147,7 @@ def _fallback_byte(token: str) -> bytes | None:
 
 
 def sentencepiece_bytes(token: str) -> bytes:
-    """The bytes of a token of a sentencepiece vocabulary."""
+    """Return the bytes of a token of a sentencepiece vocabulary."""
     byte = _fallback_byte(token)
     return token.replace("▁", " ").encode() if byte is None else byte
 
@@ -154,7 +160,7 @@ def _run_text(run: bytes) -> str:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable character for every byte."""
+    """Return GPT-2's printable character for every byte."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -167,12 +173,12 @@ _CHARACTERS = {byte: char for char, byte in BYTE_ALPHABET.items()}
 
 
 def byte_level_text(data: bytes) -> str:
-    """Return the token of a byte-level vocabulary that these bytes are."""
+    """Return the token of a byte-level vocabulary for these bytes."""
     return "".join(_CHARACTERS[byte] for byte in data)
 
 
 def byte_level_bytes(token: str) -> bytes:
-    """The bytes of a token of a byte-level vocabulary; an added token with other characters stands for itself."""
+    """Return the bytes of a byte-level token; an added token with other characters is its own UTF-8 text."""
     try:
         return bytes([BYTE_ALPHABET[char] for char in token])
     except KeyError:

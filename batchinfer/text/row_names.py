@@ -1,9 +1,8 @@
-"""What the names of a template over a row mean, and which columns it needs.
+"""Name resolution in templates over a row, and the columns that a template needs.
 
-A name is a column. `row` is the mapping of all columns, for names that Jinja cannot read: `row['user-id']`. Of Jinja's
-own functions (`range`, `dict`, …) a name is the function where it is called, and a column elsewhere; so it is with the
-methods of a mapping and its keys. A column named `row` is what `row` stands for, and `row['user-id']` still finds the
-others.
+A name is a column. `row` is the mapping of all columns, for names that Jinja cannot parse: `row['user-id']`. The name
+of a Jinja function (`range`, `dict`, …) is the function if called, and a column otherwise; the same holds for methods
+and keys of a mapping. A column named `row` shadows the mapping, but `row['user-id']` still finds the other columns.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from jinja2.visitor import NodeTransformer
 from batchinfer.text.sandbox import Sandbox
 
 ROW = "row"
-# names that no template can write: of the variable that holds all columns, and of the filter that makes text of a value
+# names that no template can write: the variable with all columns, and the filter that converts a value to text
 COLUMNS, TEXT = "columns of the row", "text of a value"
 _FUNCTIONS = frozenset(Sandbox().globals)
 _WORDS = frozenset(["true", "false", "none", "True", "False", "None", "not", "and", "or", "in", "is", "if", "else"])
@@ -29,11 +28,10 @@ _WORDS = frozenset(["true", "false", "none", "True", "False", "None", "not", "an
 
 @dataclass(frozen=True)
 class Uses:
-    """What a template takes from outside.
+    """Names that a template reads from the row.
 
-    variables: columns by their names. own: those whose names are something else to Jinja, or not told apart from others
-    by it. keys: constants that `row` is subscripted with. whole: `row` is used in other ways, so that any column may be
-    needed.
+    variables: columns by their names. own: columns whose names Jinja resolves differently or cannot distinguish. keys:
+    constant subscripts of `row`. whole: `row` is used in other ways, so that any column may be needed.
     """
 
     variables: frozenset[str]
@@ -42,7 +40,7 @@ class Uses:
     whole: bool = False
 
     def columns(self, known: Iterable[str]) -> frozenset[str]:
-        """The columns that are needed of an input with the columns `known`, missing ones included."""
+        """Return the columns needed from an input with the columns `known`, missing ones included."""
         known = frozenset(known)
         needed = {*self.variables, *self.own}
         for key in self.keys - known:
@@ -78,28 +76,28 @@ def uses_of(source: str) -> Uses:
 
 
 def rewrite(tree: nodes.Template) -> None:
-    """Make a parsed template mean what this module says."""
-    _Meanings(_local(tree)).visit(tree)
+    """Rewrite a parsed template so that its names resolve by this module's rules."""
+    _NameRewriter(_local(tree)).visit(tree)
 
 
 def spelling(source: str, known: Iterable[str]) -> str:
-    """How to write a column that the template names in a way that Jinja cannot read, as the end of a message."""
+    """Return a hint, for the end of a message, on how to write a column whose name Jinja cannot parse."""
     odd = [name for name in known if name in _WORDS or not name.isidentifier()]
-    found = [name for name in odd if name and re.search(rf"(?<!\w){re.escape(name)}(?!\w)", source)]
-    name = max(found, key=len, default=None)
+    mentioned = [name for name in odd if name and re.search(rf"(?<!\w){re.escape(name)}(?!\w)", source)]
+    name = max(mentioned, key=len, default=None)
     return "" if name is None else f"; the column {name!r} is written row[{name!r}]"
 
 
 def _local(tree: nodes.Template) -> frozenset[str]:
-    """Names that the template sets somewhere; of its blocks `self` is."""
+    """Return the names that the template assigns somewhere; `self` is one of them if it has blocks."""
     stored = {node.name for node in tree.find_all(nodes.Name) if node.ctx != "load"}
     return frozenset(stored | {"self"} if tree.find(nodes.Block) is not None else stored)
 
 
 def _is_own(name: str, local: frozenset[str]) -> bool:
-    """Whether a column of this name is looked up as a key.
+    r"""Return True if a column of this name must be looked up as a key.
 
-    Jinja makes identifiers of Python from names, and these are one where only their NFKC forms are: "ü" and "u\u0308".
+    Jinja compiles names to Python identifiers, which are equal if their NFKC forms are: "ü" and "u\u0308".
     """
     if name in local:
         return False
@@ -111,7 +109,7 @@ def _forms(names: Iterable[str]) -> frozenset[str]:
 
 
 def _key_of_row(node: nodes.Node) -> str | None:
-    """`x` of `row.x` and `row['x']`."""
+    """Return `x` of `row.x` and `row['x']`, or None."""
     if not isinstance(node, nodes.Getattr | nodes.Getitem) or not isinstance(node.node, nodes.Name):
         return None
     key = node.attr if isinstance(node, nodes.Getattr) else getattr(node.arg, "value", None)
@@ -123,7 +121,7 @@ def _column(name: str) -> nodes.Expr:
     return nodes.Getitem(columns, nodes.Const(name), "load")
 
 
-class _Meanings(NodeTransformer):
+class _NameRewriter(NodeTransformer):
     def __init__(self, local: frozenset[str]) -> None:
         self._local = local
         self._changes: dict[type[nodes.Node], Callable[[Any], nodes.Node]] = {
@@ -162,4 +160,4 @@ class _Meanings(NodeTransformer):
 
 
 _PARSER: jinja2.Environment = Sandbox()
-_PARSER.globals.clear()  # so that a column with the name of a Jinja function is found
+_PARSER.globals.clear()  # so that columns with the name of a Jinja function count as undeclared

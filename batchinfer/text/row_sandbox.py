@@ -1,5 +1,7 @@
-"""Jinja for templates over a row: keys before methods, nulls and NaN that are named where they are used, and nothing
-printed but values.
+"""Jinja environment for templates over a row.
+
+Keys take precedence over methods, uses of nulls and NaN are errors that name the column, and only values can be
+printed.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from batchinfer.text.sandbox import Sandbox, json_filter
 from batchinfer.values.cell import Struct, Unrepresentable
 from batchinfer.values.number import Number, format_percent
 
-# filters that make text of what they are given
+# filters that convert their arguments to text
 _OF_TEXT = (
     *("string", "upper", "lower", "capitalize", "title", "trim", "replace", "center", "indent", "wordwrap", "truncate"),
     *("wordcount", "striptags", "urlize", "urlencode", "escape", "e", "forceescape", "safe", "pprint", "xmlattr"),
@@ -35,13 +37,13 @@ _METHODS = [name for name in dir(dict) if not name.startswith("_")]
 
 
 class NullCell(jinja2.UndefinedError):
-    """A null was printed, compared or computed with."""
+    """Error of a null that was printed, compared or computed with."""
 
 
 class Null(jinja2.StrictUndefined):
-    """A null: false, equal to none, replaced by `default`, written by `tojson`; anything else is an error.
+    """A null cell: false, equal to none, replaced by `default`, written by `tojson`; any other use is an error.
 
-    None itself would go into prompts as the text "None" through every filter.
+    None itself would pass every filter and appear in prompts as the text "None".
     """
 
     __slots__ = ()
@@ -58,17 +60,17 @@ class Null(jinja2.StrictUndefined):
     def __repr__(self) -> str:
         return "None"
 
-    __hash__ = None  # type: ignore[assignment]  # as for any value that equals another type's
+    __hash__ = None  # type: ignore[assignment]  # unhashable, because it equals values of another type
 
 
 _UNLISTED = (Iterator, range, KeysView, ValuesView, ItemsView)
-_LISTED: tuple[Any, ...] = (list.__repr__, tuple.__repr__)  # other tuples print the name of their type
+_LISTED: tuple[Any, ...] = (list.__repr__, tuple.__repr__)  # named tuples print their type's name
 _ROUNDINGS = {"ceil": ROUND_CEILING, "floor": ROUND_FLOOR}
 _PLAIN = (str, int, datetime.date, datetime.time, datetime.timedelta, Null)
 
 
 class _NotFinite(float):
-    """NaN or infinity in a cell: neither has a text, and NaN has no order (`x == x` is false of it)."""
+    """NaN or infinity in a cell: it cannot be printed, and NaN cannot be ordered (`x == x` is false)."""
 
     what = ""
 
@@ -84,7 +86,7 @@ class _NotANumber(_NotFinite):
 
 
 class Method:
-    """A function that an attribute gave: to be called, and nothing else."""
+    """A method looked up as an attribute: it can be called, and nothing else."""
 
     __slots__ = ("_function", "_name")
 
@@ -103,11 +105,11 @@ class Method:
 
 
 class Columns(dict[str, Any]):
-    """All columns that are read of a row."""
+    """All columns read from a row."""
 
 
 def cell(value: Any, what: str) -> Any:
-    """A value as templates have it. `what`: how messages call it."""
+    """Return a value as templates see it. `what`: its name in messages."""
     if type(value) is str:
         return value
     if value is None:
@@ -122,7 +124,10 @@ def cell(value: Any, what: str) -> Any:
 
 
 def printed(value: Any) -> str:
-    """The text of a value. Raises InvalidInput, NullCell, or jinja2.TemplateError for what is no value."""
+    """Return the text of a value.
+
+    Raises InvalidInput, NullCell, or jinja2.TemplateError for objects that are not values.
+    """
     return value if type(value) is str else str(_printable(value))
 
 
@@ -134,7 +139,7 @@ def _printable(value: Any) -> Any:
 
 
 def _check(value: Any) -> None:
-    """Whether a value, with all that it holds, has a text."""
+    """Check that a value, including its nested parts, can be printed."""
     if value is None or isinstance(value, _PLAIN):
         return
     if isinstance(value, float | Decimal):
@@ -147,7 +152,7 @@ def _check(value: Any) -> None:
     elif type(value).__repr__ in _LISTED:
         _check_all(value)
     elif isinstance(value, jinja2.Undefined | Unrepresentable | Method):
-        str(value)  # says what it is
+        str(value)  # raises its own error
     else:
         raise jinja2.TemplateError(f"{_kind(value)} cannot be printed")
 
@@ -159,7 +164,7 @@ def _check_all(values: Iterable[Any]) -> None:
 
 def _kind(value: Any) -> str:
     if isinstance(value, Macro):
-        return f"the macro {value.name}, which is to be called,"
+        return f"the macro {value.name}, which must be called,"
     for kind, name in ((Namespace, "a namespace"), (LoopContext, "the loop"), (types.FunctionType, "a function")):
         if isinstance(value, kind):
             return name
@@ -168,7 +173,7 @@ def _kind(value: Any) -> str:
 
 
 class RowSandbox(Sandbox):
-    """The environment of templates over a row."""
+    """Jinja environment of templates over a row."""
 
     intercepted_binops = frozenset({"%"})
 
@@ -198,11 +203,11 @@ class RowSandbox(Sandbox):
         return self._named(super().getitem(obj, argument), argument)
 
     def method(self, obj: Any, name: str) -> Any:
-        """What `obj.name(…)` calls: a method, also where a key has its name."""
+        """Return the callee of `obj.name(…)`: the method, even if a key has its name."""
         return super().getattr(obj, name)
 
     def _key(self, obj: dict[Any, Any], key: Any) -> Any:
-        """The value of a mapping's key. Its methods are those that are called, and no keys."""
+        """Return the value of a mapping's key. Methods are only found when called."""
         what = f"column {key!r}" if isinstance(obj, Columns) else repr(key)
         try:
             return cell(obj[key], what)
@@ -220,7 +225,7 @@ class RowSandbox(Sandbox):
         return value if isinstance(value, Context) else cell(value, repr(name))
 
     def wrap_str_format(self, value: Any) -> Any:
-        """As the sandbox has it, and what is formatted is looked at."""
+        """Wrap str.format as the sandbox does, and check the formatted values."""
         wrapped = super().wrap_str_format(value)
         return wrapped and _of_text(wrapped)
 
@@ -233,9 +238,9 @@ class RowSandbox(Sandbox):
 
 
 def _of_text(make: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that makes text of its arguments, for which the same holds as for printing.
+    """Wrap a filter that converts its arguments to text, so that they are checked as for printing.
 
-    Nothing is escaped unasked here, so that text marked as HTML would only print that mark, within a list.
+    Autoescaping is off, so the result is a plain str: Markup would show its type when printed within a list.
     """
     first = 1 if hasattr(make, "jinja_pass_arg") else 0
 
@@ -244,14 +249,14 @@ def _of_text(make: Callable[..., Any]) -> Callable[..., Any]:
         for value in args[first:]:
             _printable(value)
         _check_all(kwargs.values())
-        made = make(*args, **kwargs)
-        return str.__str__(made) if isinstance(made, str) else made
+        result = make(*args, **kwargs)
+        return str.__str__(result) if isinstance(result, str) else result
 
     return checked
 
 
 def _of_number(make: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that makes a number of its first argument, which is no null."""
+    """Wrap a filter that converts its first argument to a number, so that a null is an error."""
 
     @functools.wraps(make)
     def checked(value: Any, *args: Any, **kwargs: Any) -> Any:

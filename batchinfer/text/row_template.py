@@ -1,4 +1,4 @@
-"""The job's templates and filters over a row."""
+"""Templates and filters of a job over a row."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from batchinfer.values.cell import unrepresentable_parts
 
 _ROWS = RowSandbox()
 _ONE_EQUALS = re.compile(r"(?<![=!<>])=(?!=)")
-_NOT_WORDS = re.compile(r"&|\||!(?!=)|<>")  # as other languages have them
+_NOT_WORDS = re.compile(r"&|\||!(?!=)|<>")  # operators of other languages
 
 
 class _OverRow:
-    """What templates and filters have in common: a `name` for errors, and the text that names columns, `source`."""
+    """Base of templates and filters: a `name` for errors, and the `source` that names columns."""
 
     def __init__(self, name: str, source: str) -> None:
         self._name = name
@@ -29,15 +29,15 @@ class _OverRow:
         self._called = {name: f"column {name!r}" for name in self._uses.variables}  # in messages
 
     def columns(self, known: Iterable[str]) -> frozenset[str]:
-        """The columns that it needs of an input that has the columns `known`."""
+        """Return the columns needed from an input with the columns `known`."""
         return self._uses.columns(known)
 
     @property
     def whole(self) -> bool:
-        """Whether it may need any column of the input."""
+        """Return True if any column of the input may be needed."""
         return self._uses.whole
 
-    def _of(self, row: Mapping[str, Any], write: Callable[[dict[str, Any]], Any]) -> Any:
+    def _evaluate(self, row: Mapping[str, Any], write: Callable[[dict[str, Any]], Any]) -> Any:
         uses = self._uses
         variables = {name: cell(row[name], what) for name, what in self._called.items() if name in row}
         if uses.own or uses.keys or uses.whole:
@@ -47,48 +47,49 @@ class _OverRow:
             return write(variables)
         except (NullCell, InvalidInput) as error:
             why = str(error)
-            # a part of a cell does not know its column
+            # a nested value does not know its column
             inside = (name for name, value in row.items() for part in unrepresentable_parts(value) if part.why == why)
             column = next(inside, None)
             raise InvalidInput(f"{self._name}: {f'column {column!r}: ' if column else ''}{why}") from None
-        except Exception as error:  # whatever a template does ends this row, not the job
+        except Exception as error:  # any failure of a template ends this row, not the job
             raise TemplateError(f"{self._name}: {reason(error)}") from None
 
 
 class RowTemplate(_OverRow):
-    """A template over a row's columns, compiled once (`row_names` says what its names mean).
+    """A template over a row's columns, compiled once (`row_names` defines its names).
 
     A line that holds only a block leaves no line behind, and one newline at the end is dropped.
     """
 
     def __init__(self, source: str, name: str) -> None:
-        """`name` is what errors call the template. Raises SpecError for bad syntax, with its line in the template."""
+        """Compile a template. `name` is its name in errors. Raises SpecError for bad syntax, with its line."""
         self._template: jinja2.Template = compile_template(_ROWS.from_string, source, name)
         super().__init__(name, source)
 
     def render(self, row: Mapping[str, Any]) -> str:
-        """Raises InvalidInput where a cell is used that has no value, TemplateError where the template fails.
+        """Return the text for a row.
 
-        That is a null other than where it is tested, NaN, and what Python cannot hold.
+        Raises InvalidInput for a use of a cell without a value (a null outside a test, NaN, an unrepresentable value),
+        TemplateError if the template fails.
         """
-        text: str = self._of(row, self._template.render)
+        text: str = self._evaluate(row, self._template.render)
         return text
 
 
 def _hint(expression: str) -> str:
-    """What was perhaps meant by an expression that is none."""
+    """Return advice for an invalid expression, or an empty string."""
     if "{{" in expression or "{%" in expression:
-        return "; it is an expression, and stands without {{ }}"
+        return "; an expression is written without {{ }}"
     if _ONE_EQUALS.search(expression):
-        return "; == asks whether two values are equal"
-    return "; and, or and not are words" if _NOT_WORDS.search(expression) else ""
+        return "; use == to compare two values"
+    return "; use the words and, or, not" if _NOT_WORDS.search(expression) else ""
 
 
 class RowFilter(_OverRow):
     """A Jinja expression over a row's columns: `lang == "en" and score > 0.5`."""
 
     def __init__(self, expression: str, name: str = "where") -> None:
-        """Raises SpecError for bad syntax."""
+        """Compile an expression. Raises SpecError for bad syntax."""
         try:
             self._expression = compile_template(
                 lambda source: _ROWS.compile_expression(source, False), expression, name
@@ -98,9 +99,10 @@ class RowFilter(_OverRow):
         super().__init__(name, "{{ (" + expression + ") }}")
 
     def matches(self, row: Mapping[str, Any]) -> bool:
-        """Raises InvalidInput where a null is compared or computed with, TemplateError where the expression fails.
+        """Return True if the row passes.
 
-        `score is not none and score > 3` is a filter that nulls pass through as false.
+        Raises InvalidInput if a null is compared or computed with, TemplateError if the expression fails. Nulls fail
+        the filter `score is not none and score > 3` without an error.
         """
-        matched: bool = self._of(row, lambda variables: bool(self._expression(variables)))
+        matched: bool = self._evaluate(row, lambda variables: bool(self._expression(variables)))
         return matched

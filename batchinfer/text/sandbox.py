@@ -1,6 +1,6 @@
-"""The sandbox that all templates run in: the model's, and the job's over a row.
+"""Sandboxed Jinja environment of all templates: the model's chat template, and the job's templates over a row.
 
-A sandboxed template reaches no underscore attribute, changes none of its arguments, and calls only what it is given.
+A sandboxed template can access no underscore attribute, modify none of its arguments, and call only allowed functions.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from batchinfer.values.plain import json_text
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja as transformers sets it up for chat templates. `options` are Jinja's own."""
+    """Jinja environment configured as transformers does for chat templates. `options` are Jinja's own."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols], **options)
@@ -48,9 +48,9 @@ def reason(error: Exception) -> str:
 def json_filter(
     check: Callable[[Any], object] = lambda value: None, nulls: tuple[type, ...] = ()
 ) -> Callable[..., str]:
-    """The filter `tojson` without Jinja's HTML escapes, as transformers has it; but JSON has no NaN.
+    """Return the filter `tojson` without Jinja's HTML escapes, as in transformers, but refusing NaN.
 
-    check: raises for what must not be written. nulls: see `json_text`. The filter raises InvalidInput.
+    check: raises for values that must not be written. nulls: see `json_text`. The filter raises InvalidInput.
     """
 
     def tojson(
@@ -76,14 +76,14 @@ def _strftime_now(layout: str) -> str:
 
 
 class _Dict:
-    """`dict(a=1)` without the type itself, whose attributes lead further."""
+    """`dict(a=1)` without the type itself, whose attributes would escape the sandbox."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
 
 
 class _Namespace(Namespace):
-    """A namespace whose attributes cannot be underscore names."""
+    """A namespace that refuses attributes with a leading underscore."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         self, *values = args
@@ -99,11 +99,11 @@ class _Namespace(Namespace):
 
 def _check_attribute(name: Any) -> None:
     if str(name).startswith("_"):
-        raise SecurityError(f"a namespace cannot hold {name!r}: names that begin with _ are refused")
+        raise SecurityError(f"a namespace cannot hold {name!r}: names with a leading underscore are refused")
 
 
 class _Generation(Extension):
-    """`{% generation %}`: marks the assistant's text for training; here it is only passed through."""
+    """`{% generation %}`, which marks the assistant's text for training; here its body is rendered unchanged."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja's own declaration is not a ClassVar)
 

@@ -1,8 +1,8 @@
-"""A `tokenizer.model` file of sentencepiece, read without its library, so that ids are sentencepiece's own.
+"""Reader of sentencepiece's `tokenizer.model`, without its library, with sentencepiece's own ids.
 
 transformers 5 builds these tokenizers from the class that tokenizer_config.json names and drops the file's own
-normalization (compared on models with NFKC, without a leading space and of the unigram kind); the file is the truth.
-The format is that of src/sentencepiece_model.proto of google/sentencepiece, in protobuf's wire encoding
+normalization (compared on models with NFKC, without a leading space and of the unigram kind); the file is
+authoritative. The format is src/sentencepiece_model.proto of google/sentencepiece, in protobuf's wire encoding
 (https://protobuf.dev/programming-guides/encoding/).
 """
 
@@ -28,7 +28,7 @@ _NAMED = {"unk_token": (40, 0), "bos_token": (41, 1), "eos_token": (42, 2), "pad
 
 @dataclass(frozen=True)
 class SentencePieceModel:
-    """What the file says. `named` are its special tokens ("bos_token" → "<s>")."""
+    """Parsed content of the file. `named` are its special tokens ("bos_token" → "<s>")."""
 
     pieces: PieceTable
     kind: int
@@ -43,23 +43,23 @@ def load_sentencepiece(path: Path, config: Mapping[str, Any]) -> tuple[RustToken
     """Return the tokenizer, and the special tokens that the file names.
 
     config: tokenizer_config.json, for `add_bos_token` and `add_eos_token`. Raises ModelError for a file that is not
-    sentencepiece's, or of a kind that is not supported.
+    sentencepiece's, or of an unsupported kind.
     """
     data = path.read_bytes()
     try:
         model = _parse(data)
         if model.kind in (_UNIGRAM, _BPE):
             return _build(model, config), model.named
-    except Exception as error:  # the library raises plain Exception for what a file cannot hold
-        raise ModelError(f"{path} {said(path, _otherwise(data, error))}") from None
+    except Exception as error:  # the library raises plain Exception for invalid content
+        raise ModelError(f"{path} {said(path, _describe_content(data, error))}") from None
     raise ModelError(f"{path}: a sentencepiece model of words or characters; only BPE and unigram are supported")
 
 
-def _otherwise(data: bytes, error: Exception) -> str:
+def _describe_content(data: bytes, error: Exception) -> str:
     word, _, rank = data.partition(b"\n")[0].partition(b" ")
     if word and rank.strip().isdigit():
         return (
-            "is a tiktoken vocabulary, which says neither how text is split nor which tokens are special: provide a "
+            "is a tiktoken vocabulary, which defines neither text splitting nor special tokens: provide a "
             "tokenizer.json"
         )
     return f"is not a sentencepiece model: {error}"
@@ -84,7 +84,7 @@ def _build(model: SentencePieceModel, config: Mapping[str, Any]) -> RustTokenize
 
 
 def _parse(data: bytes) -> SentencePieceModel:
-    """Raises ValueError and other exceptions of plain Python for damage."""
+    """Parse the file. Raises ValueError and other built-in exceptions for damage."""
     pieces: list[tuple[str, int, float]] = []
     trainer: dict[int, Any] = {}
     normalizer: dict[int, Any] = {}
@@ -97,7 +97,7 @@ def _parse(data: bytes) -> SentencePieceModel:
         elif number == 3:
             normalizer = dict(_fields(value))
     if not pieces or not trainer:
-        raise ValueError("it holds no pieces, or not how they were trained")
+        raise ValueError("it has no pieces, or no trainer specification")
     texts, types, scores = zip(*pieces, strict=True)
     named = {}
     for name, (field, default) in _NAMED.items():
@@ -117,14 +117,14 @@ def _parse(data: bytes) -> SentencePieceModel:
 
 def _text(piece: Mapping[int, Any]) -> str:
     if 1 not in piece:
-        raise ValueError("it holds a piece without a text")
+        raise ValueError("it has a piece without text")
     return str(piece[1], "utf-8")
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Field numbers and values of one message: an int, or bytes. Raises ValueError, IndexError at damage."""
+    """Yield field numbers and values (int or bytes) of one message. Raises ValueError, IndexError for damage."""
     if not isinstance(data, bytes):
-        raise ValueError("it holds a number where a message should be")
+        raise ValueError("it has a number instead of a message")
     position = 0
     while position < len(data):
         key, position = _varint(data, position)
@@ -154,7 +154,7 @@ def _varint(data: bytes, position: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, position
         shift += 7
-    raise ValueError(f"a number that does not end at byte {position}")
+    raise ValueError(f"an unterminated number at byte {position}")
 
 
 def _float(data: bytes) -> float:
@@ -162,5 +162,5 @@ def _float(data: bytes) -> float:
 
 
 def _signed(value: int) -> int:
-    """An int32 or int64 as protobuf writes it: negative numbers as their two's complement in 64 bits."""
+    """Decode an int32 or int64 of protobuf: negative numbers are their 64-bit two's complement."""
     return value - (1 << 64) if value >= 1 << 63 else value

@@ -1,7 +1,7 @@
 """Sentencepiece vocabularies as tokenizers of the `tokenizers` library, with the same ids.
 
-Source: Kudo and Richardson 2018, and src/bpe_model.cc of google/sentencepiece: the pair of neighbours that spells the
-piece with the best score is merged first.
+Source: Kudo and Richardson 2018, and src/bpe_model.cc of google/sentencepiece: the adjacent pair that forms the piece
+with the best score is merged first.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _LONGEST_PIECE = 4096
 
 @dataclass(frozen=True)
 class SpaceRules:
-    """What happens to white space before a text is split into pieces.
+    """White-space handling before a text is split into pieces.
 
-    prefix: a space is put before the text and before what follows a special token in it, as llama.cpp does, and as
-    sentencepiece does with the texts between them. collapse: runs of spaces become one, and those at the ends go.
+    prefix: add a space before the text and after each special token in it, as llama.cpp does, and as sentencepiece does
+    with the texts in between. collapse: reduce runs of spaces to one and strip both ends.
     """
 
     prefix: bool = True
@@ -32,7 +32,7 @@ class SpaceRules:
 
 @dataclass(frozen=True)
 class PieceTable:
-    """A vocabulary by id: the text, type and score (a log probability, or minus a rank) of every piece."""
+    """A vocabulary by id: text, type and score (a log probability, or a negative rank) of every piece."""
 
     texts: Sequence[str]
     types: Sequence[int]
@@ -44,9 +44,9 @@ class PieceTable:
 
 
 def bpe_tokenizer(pieces: PieceTable, rules: SpaceRules, charsmap: bytes = b"") -> RustTokenizer:
-    """Return BPE in the order of the scores, with ▁ for spaces and bytes for what the vocabulary lacks.
+    """Return BPE with merges in the order of scores, ▁ for spaces, and byte fallback.
 
-    charsmap: sentencepiece's compiled table of normalization, empty for none.
+    charsmap: sentencepiece's compiled normalization table, empty for none.
     """
     vocab = {text: number for number, text in enumerate(pieces.texts)}
     unknown = None if pieces.unknown is None else pieces.texts[pieces.unknown]
@@ -55,21 +55,24 @@ def bpe_tokenizer(pieces: PieceTable, rules: SpaceRules, charsmap: bytes = b"") 
 
 
 def unigram_tokenizer(pieces: PieceTable, rules: SpaceRules, charsmap: bytes, byte_fallback: bool) -> RustTokenizer:
-    """Return the most likely segmentation by the scores."""
+    """Return a unigram tokenizer, which finds the most likely segmentation by the scores."""
     scored = list(zip(pieces.texts, pieces.scores, strict=True))
     model = Unigram(scored, unk_id=pieces.unknown, byte_fallback=byte_fallback)
     return _framed(RustTokenizer(model), rules, charsmap)
 
 
 def check_lengths(texts: Iterable[str | bytes]) -> None:
-    """Raises ValueError for a piece that no vocabulary has: every place to cut it is tried."""
+    """Check the lengths of pieces, because every split of a piece is tried.
+
+    Raises ValueError for an implausible one.
+    """
     longest = max(map(len, texts), default=0)
     if longest > _LONGEST_PIECE:
-        raise ValueError(f"it holds a piece of {longest} characters")
+        raise ValueError(f"it has a piece of {longest} characters")
 
 
 def _framed(rust: RustTokenizer, rules: SpaceRules, charsmap: bytes) -> RustTokenizer:
-    """Add what stands before and after the model: normalization, the spaces' own sign, and back."""
+    """Add normalization, the escaping of spaces, and the decoder."""
     steps: list[normalizers.Normalizer] = [normalizers.Precompiled(charsmap)] if charsmap else []
     if rules.collapse:
         steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
@@ -82,9 +85,9 @@ def _framed(rust: RustTokenizer, rules: SpaceRules, charsmap: bytes) -> RustToke
 
 
 def _merges(pieces: PieceTable) -> list[tuple[str, str]]:
-    """Every pair of pieces that spells a third, best score of the third first.
+    """Return every pair of pieces that forms a third, ordered by the third's score, best first.
 
-    Pieces that are split off before (control, user-defined) and byte pieces are no result of a merge.
+    Pieces that are split off first (control, user-defined) and byte pieces are never merged.
     """
     parts = {
         text for text, kind in zip(pieces.texts, pieces.types, strict=False) if kind not in (CONTROL, UNKNOWN, BYTE)
@@ -99,5 +102,5 @@ def _merges(pieces: PieceTable) -> list[tuple[str, str]]:
             for cut in range(len(text) - 1, 0, -1)
             if text[:cut] in parts and text[cut:] in parts
         )
-    ranked.sort(key=itemgetter(0))  # stable: of one piece the split with the longest first half comes first
+    ranked.sort(key=itemgetter(0))  # stable: among the splits of one piece, the longest first half comes first
     return [pair for _, pair in ranked]

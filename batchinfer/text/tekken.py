@@ -1,6 +1,6 @@
-"""Mistral's `tekken.json` as a tokenizer: bytes merged by rank, special tokens before all others.
+"""Mistral's `tekken.json` as a tokenizer: byte-level BPE by rank, with special tokens first.
 
-Source: the fields of the file as mistral-common reads them (mistral_common/tokens/tokenizers/tekken.py).
+Source: the file's fields as read by mistral-common (mistral_common/tokens/tokenizers/tekken.py).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from batchinfer.text.pieces import byte_level_text
 from batchinfer.text.spm import check_lengths
 
 NAMED = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-_MOST_SPECIAL = 100_000  # Mistral's own files have a thousand
-# of files before version 7, which do not list them
+_MAX_SPECIAL = 100_000  # Mistral's own files have a thousand
+# special tokens of files before version 7, which do not list them
 _FIRST = (
     *("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]"),
     *("[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]"),
@@ -32,17 +32,17 @@ _FIRST = (
 
 
 def load_tekken(path: Path) -> RustTokenizer:
-    """Raises ModelError for a file that is not a tekken vocabulary."""
+    """Load a tekken vocabulary. Raises ModelError if the file is not one."""
     try:
         return _build(json.loads(path.read_bytes()))
-    except Exception as error:  # the library raises plain Exception for what a file cannot hold
+    except Exception as error:  # the library raises plain Exception for invalid content
         raise ModelError(f"{path} {said(path, f'is not a tekken vocabulary: {error!r}')}") from None
 
 
 def _build(values: dict[str, Any]) -> RustTokenizer:
     config = values["config"]
     num_special = int(config["default_num_special_tokens"])
-    if not 0 <= num_special <= _MOST_SPECIAL:
+    if not 0 <= num_special <= _MAX_SPECIAL:
         raise ValueError(f"it has {num_special} special tokens")
     ranked = sorted(values["vocab"], key=itemgetter("rank"))[: int(config["default_vocab_size"]) - num_special]
     tokens = [base64.b64decode(entry["token_bytes"]) for entry in ranked]
@@ -65,17 +65,17 @@ def _build(values: dict[str, Any]) -> RustTokenizer:
 
 
 def _special(listed: list[dict[str, Any]] | None, count: int) -> list[str]:
-    """The special tokens by id; ids that the file names no token for get names of their own."""
+    """Return the special tokens by id; ids without a token in the file get generated names."""
     named = {int(entry["rank"]): str(entry["token_str"]) for entry in listed or ()} or dict(enumerate(_FIRST))
     return [named.get(number, f"<SPECIAL_{number}>") for number in range(count)]
 
 
 def _merges(tokens: list[bytes]) -> list[tuple[bytes, bytes]]:
-    """Every pair of tokens that spells a third, in the order of the third's rank."""
+    """Return every pair of tokens that forms a third, ordered by the third's rank."""
     ranks = {token: rank for rank, token in enumerate(tokens)}
     pairs: list[tuple[bytes, bytes]] = []
     for token in tokens:
         cuts = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
-        found = [pair for pair in cuts if pair[0] in ranks and pair[1] in ranks]
-        pairs += sorted(found, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+        known = [pair for pair in cuts if pair[0] in ranks and pair[1] in ranks]
+        pairs += sorted(known, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
     return pairs

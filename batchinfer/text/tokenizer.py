@@ -1,6 +1,6 @@
 """Tokenizers: text to token ids and back, from a model directory, a GGUF file, or plain bytes.
 
-Decoding never "cleans up" spaces: the text is what the tokens say.
+Decoding never "cleans up" spaces: the text is exactly that of the tokens.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from batchinfer.text.pieces import BytePieces, Pieces
 
 
 class Tokenizer(Protocol):
-    """What the rest of the program knows of a tokenizer.
+    """Interface of a tokenizer.
 
-    `eos_ids` end a generation. `special_ids` are no text: decoding can leave them out. `special_tokens` ("bos_token" →
-    "<s>") are variables of the chat template. `control` finds what encoding takes for control tokens.
+    `eos_ids` end a generation. `special_ids` are not text: decoding can omit them. `special_tokens` ("bos_token" →
+    "<s>") are variables of the chat template. `control` finds the spellings that encoding parses as control tokens.
     """
 
     vocab_size: int
@@ -32,45 +32,45 @@ class Tokenizer(Protocol):
     chat_template: str | None
 
     def encode_batch(self, texts: list[str], add_special_tokens: bool) -> list[list[int] | InvalidInput]:
-        """Ids of each text, or the error of a text that is not valid Unicode.
+        """Return the ids of each text, or the error of a text that is not valid Unicode.
 
-        Control tokens in a text are parsed, but for those that a PromptText names.
+        Control tokens in a text are parsed, except those that a PromptText marks as literal.
         """
         ...
 
     def decode_batch(self, ids: list[list[int]], skip_special_tokens: bool) -> list[str]:
-        """Bytes that are not UTF-8 become U+FFFD; ids that the vocabulary does not have are left out."""
+        """Return the text of each sequence. Bytes that are not UTF-8 become U+FFFD; unknown ids are skipped."""
         ...
 
     def pieces(self, skip_special_tokens: bool) -> Pieces:
-        """A new incremental decoder: the same text as `decode_batch`, one token at a time."""
+        """Return a new incremental decoder: the same text as `decode_batch`, one token at a time."""
         ...
 
     def token_bytes(self) -> list[bytes] | None:
-        """The bytes that each token adds to a text, by id; None where tokens have no bytes of their own."""
+        """Return the bytes that each token adds to a text, by id; None if tokens have no bytes of their own."""
         ...
 
     def bytes_of(self, token_id: int) -> bytes:
-        """What one token stands for within a text; part of a character's bytes, for some. Empty for unknown ids."""
+        """Return the bytes of one token within a text, possibly part of a character. Empty for unknown ids."""
         ...
 
     def name_of(self, token_id: int) -> str:
-        """How the vocabulary writes a token (`Ġworld`, `▁world`); empty for unknown ids."""
+        """Return a token as the vocabulary writes it (`Ġworld`, `▁world`); empty for unknown ids."""
         ...
 
     def identity(self) -> str:
-        """Hash of everything that decides ids and text."""
+        """Return a hash of everything that decides ids and text."""
         ...
 
 
 class ByteTokenizer:
-    """Every UTF-8 byte is a token; 256 is <bos>, 257 <eos>. For `model: fake`, where no vocabulary is at hand."""
+    """Tokenizer of UTF-8 bytes; 256 is <bos>, 257 <eos>. Used by `model: fake`, which has no vocabulary."""
 
     vocab_size = 258
     eos_ids = frozenset({257})
     special_ids = frozenset({256, 257})
     bos_id: int | None = 256
-    control = ControlTokens()  # it parses none
+    control = ControlTokens()  # none are parsed
     chat_template: str | None = (
         "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -80,7 +80,7 @@ class ByteTokenizer:
         self.special_tokens = {"bos_token": "<bos>", "eos_token": "<eos>"}
 
     def encode_batch(self, texts: list[str], add_special_tokens: bool) -> list[list[int] | InvalidInput]:
-        """No special token is ever added or recognised."""
+        """Return the bytes of each text; special tokens are never added or parsed."""
         try:
             return [list(text.encode()) for text in texts]
         except UnicodeEncodeError:
@@ -115,7 +115,7 @@ class ByteTokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a model directory, or of a .gguf file. Raises ModelError where there is none that is usable."""
+    """Load the tokenizer of a model directory or .gguf file. Raises ModelError if there is no usable one."""
     path = Path(path)
     if path.is_dir():
         return load_directory(path)

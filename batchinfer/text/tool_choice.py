@@ -1,4 +1,4 @@
-"""tool_choice: grammars that make an answer a tool call, in the format that its model was trained on (see `tools`)."""
+"""Grammars for `tool_choice`: force a tool call in the format on which the model was trained (see `tools`)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from batchinfer.errors import BadParameters
 def tool_choice_schema(
     tools: Sequence[Mapping[str, Any]], tool_choice: Any, dialect: str | None, parallel: bool = True
 ) -> dict[str, Any] | None:
-    """The `structured_outputs` that make an answer what `tool_choice` asks for, as calls in the model's format.
+    """Return the `structured_outputs` that force the calls of `tool_choice`, in the model's format.
 
     tools: as in OpenAI's chat requests. tool_choice: "required", or {"type": "function", "function": {"name": …}}; None
     for "none" and "auto", which force nothing. parallel false: at most one call. The arguments follow each tool's own
-    schema. dialect None: the model's format is not known. Then the answer is a JSON list of {"name", "parameters"}, or
+    schema. dialect None: the model's format is unknown; the output is then a JSON list of {"name", "parameters"}, or
     for a named tool its arguments alone. Raises BadParameters.
     """
     if tool_choice in (None, "none", "auto"):
@@ -32,7 +32,7 @@ def tool_choice_schema(
         if dialect is None:
             return {"json": schemas[name]}
     if not schemas:
-        raise BadParameters("tool_choice asks for a call, and there are no tools")
+        raise BadParameters("tool_choice requires a call, but there are no tools")
     return {"grammar": _call_grammar(schemas, dialect, several=parallel and tool_choice == "required")}
 
 
@@ -47,9 +47,9 @@ def _declared(tool: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def _call_grammar(schemas: Mapping[str, dict[str, Any]], dialect: str | None, several: bool) -> str:
-    """In the dialect of llguidance. Each schema stands alone, so that its references keep their meaning.
+    """Return a grammar in llguidance's dialect. Each schema is separate, so that its references stay valid.
 
-    The layout is the one that templates show: that of json.dumps.
+    The layout is json.dumps', as templates show it.
     """
     layout = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
     key = "parameters" if dialect in ("llama3", None) else "arguments"
@@ -66,6 +66,6 @@ _LIST = ('"[" call "]"', '"[" call (", " call)* "]"')
 _RUNS: dict[str | None, tuple[str, str]] = {
     "hermes": (_TAGGED, rf'{_TAGGED} ("\n" {_TAGGED})*'),
     "llama3": ("call", "call"),
-    "mistral": _LIST,  # its mark is a token that only its tokenizer knows; the parser reads calls without it
+    "mistral": _LIST,  # without its mark, a token known only to its tokenizer; the parser accepts calls without it
     None: _LIST,
 }

@@ -1,9 +1,9 @@
-"""Tool calls in the answers of models: found, and streamed as they are written.
+"""Incremental parser of tool calls in model output.
 
-The three ways in which the common families write a call; which one a model has been trained on shows in its template:
+Three formats cover the common families; the chat template shows which one a model was trained on:
 
 - hermes (Hermes, Qwen 2.5 and 3, SmolLM3): `<tool_call>{"name": …, "arguments": {…}}</tool_call>`
-- llama3: the answer is `{"name": …, "parameters": {…}}`, perhaps after `<|python_tag|>`; several follow after `;`
+- llama3: the output is `{"name": …, "parameters": {…}}`, perhaps after `<|python_tag|>`; several follow after `;`
 - mistral: `[TOOL_CALLS][{"name": …, "arguments": {…}}, …]`, newer ones `[TOOL_CALLS]name[ARGS]{…}`
 """
 
@@ -17,7 +17,7 @@ from typing import NamedTuple, NoReturn
 FORMATS = ("hermes", "llama3", "mistral")
 
 _MARK = {"hermes": "<tool_call>", "llama3": "<|python_tag|>", "mistral": "[TOOL_CALLS]"}
-# where that is a special token it may have been left out of the text: how an answer begins that is calls without it
+# beginnings of calls without a mark: a special token may have been omitted from the text
 _BARE = {"hermes": None, "llama3": re.compile(r"\s*\{"), "mistral": re.compile(r"\s*\[\s*\{")}
 _BEFORE = {"hermes": re.compile(r"\s*"), "llama3": re.compile(r"\s*"), "mistral": re.compile(r"\s*\[?\s*")}
 _NEXT = {"hermes": None, "llama3": re.compile(r"\s*;?\s*(?=\{)"), "mistral": re.compile(r"\s*,\s*(?=\{)")}
@@ -30,7 +30,7 @@ _STRUCTURE = re.compile(r'["\\{}\[\]]')
 
 
 class ToolCall(NamedTuple):
-    """`arguments` is a JSON object as text, as the model wrote it."""
+    """A tool call. `arguments` is a JSON object as text, as the model wrote it."""
 
     name: str
     arguments: str
@@ -38,7 +38,7 @@ class ToolCall(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ToolDelta:
-    """A piece of an answer: text, or a piece of the call number `index`, whose `name` comes with its first piece."""
+    """A piece of output: text, or a piece of the call number `index`, whose `name` comes with its first piece."""
 
     content: str = ""
     index: int | None = None
@@ -47,7 +47,7 @@ class ToolDelta:
 
 
 def detect_format(chat_template: str) -> str | None:
-    """The format of calls that a chat template shows its model; None where it shows none, or another one."""
+    """Return the call format that a chat template shows its model; None for none or an unsupported one."""
     if "<tool_call>" in chat_template:
         other = "<function=" in chat_template or "<arg_key>" in chat_template  # XML in the same tags
         return None if other else "hermes"
@@ -58,14 +58,14 @@ def detect_format(chat_template: str) -> str | None:
 
 
 def keeps_special_tokens(dialect: str) -> bool:
-    """Whether the mark of a call is a special token, so that text for the parser needs skip_special_tokens false."""
+    """Return True if the mark of a call is a special token, so that parsing needs skip_special_tokens false."""
     return dialect in ("llama3", "mistral")
 
 
 def parse_tool_calls(text: str, dialect: str) -> tuple[str | None, list[ToolCall]]:
-    """The text beside the calls of a whole answer (None if there is none), and the calls, in order.
+    """Return the text of a complete output outside its calls (None if there is none), and the calls, in order.
 
-    A call that is malformed or cut off stays text, as it is. Space around calls is dropped.
+    A malformed or truncated call stays text, unchanged. Space around calls is dropped.
     """
     parser = ToolCallParser(dialect, whole_calls=True)
     deltas = parser.feed(text) + parser.finish()
@@ -74,10 +74,11 @@ def parse_tool_calls(text: str, dialect: str) -> tuple[str | None, list[ToolCall
 
 
 class ToolCallParser:
-    """The same while the answer is being written.
+    """Streaming version of `parse_tool_calls`.
 
-    A call's name comes as soon as its arguments begin, and these as they are written; with `whole_calls`, each call in
-    one piece once it is complete and valid. Without, a call that is cut off or malformed after that stays a call.
+    A call's name is emitted as soon as its arguments begin, and these as they are written; with `whole_calls`, each
+    call is emitted once, when it is complete and valid. Without, a call that turns out truncated or malformed stays a
+    call.
     """
 
     def __init__(self, dialect: str, whole_calls: bool = False) -> None:
@@ -85,18 +86,18 @@ class ToolCallParser:
             raise ValueError(f"the format of tool calls must be one of {', '.join(FORMATS)}, got {dialect!r}")
         self._dialect = dialect
         self._whole_calls = whole_calls
-        self._step = self._begin  # what the unsettled text is looked at for; None as its result: more text will tell
+        self._step = self._begin  # current state; returns None if it needs more text
         self._text = ""  # unsettled
-        self._mark = ""  # what stood before it and led to expect a call
-        self._space = ""  # after the content so far: dropped if no more content follows the next call
-        self._said = False  # there is content
+        self._mark = ""  # text before it that announced a call
+        self._space = ""  # trailing space of the content: dropped if no content follows the next call
+        self._has_content = False
         self._after_call = False
         self._count = 0
         self._call: _OpenCall | None = None
         self._last = False
 
     def feed(self, text: str) -> list[ToolDelta]:
-        """The pieces that `text` settles."""
+        """Return the deltas that `text` settles."""
         self._text += text
         deltas: list[ToolDelta] = []
         while (found := self._step()) is not None:
@@ -104,7 +105,7 @@ class ToolCallParser:
         return deltas
 
     def finish(self) -> list[ToolDelta]:
-        """The rest, at the end of the answer."""
+        """Return the remaining deltas at the end of the output."""
         self._last = True
         deltas = self.feed("")
         if self._space and not self._after_call:
@@ -112,7 +113,7 @@ class ToolCallParser:
         return deltas
 
     def _begin(self) -> list[ToolDelta] | None:
-        """At the first characters: calls without a mark, or text."""
+        """Handle the first characters: calls without a mark, or text."""
         bare = _BARE[self._dialect]
         if bare is not None and not self._last and len(self._text.lstrip("[ \n\r\t")) == 0:
             return None
@@ -133,7 +134,7 @@ class ToolCallParser:
         return self._content(content) if content else None
 
     def _expect(self) -> list[ToolDelta] | None:
-        """After a mark: the beginning of a call, or the mark was text."""
+        """Handle the text after a mark: the beginning of a call, or the mark was text."""
         before = _BEFORE[self._dialect].match(self._text)
         start = before.end() if before is not None else 0
         named = _NAMED.match(self._text, start) if self._dialect == "mistral" else None
@@ -155,7 +156,7 @@ class ToolCallParser:
         call.scan(self._text)
         deltas = [] if self._whole_calls else call.pieces(self._text, self._count)
         if call.end is None:
-            # cut off: text, unless some of it is out
+            # truncated: text, unless some of it was emitted
             self._text = "" if self._last and call.announced else self._text
             return deltas or (self._no_call() if self._last and self._text else None)
         if not call.announced:
@@ -165,13 +166,13 @@ class ToolCallParser:
             deltas.append(ToolDelta("", self._count, found.name, found.arguments))
         self._count += 1
         self._text = self._text[call.end :]
-        self._space = self._space if self._said else ""
+        self._space = self._space if self._has_content else ""
         self._mark, self._call, self._after_call = "", None, True
         self._step = self._read_close
         return deltas
 
     def _read_close(self) -> list[ToolDelta] | None:
-        """After a call: another one, the end of the run of calls, or text."""
+        """Handle the text after a call: another call, the end of the run of calls, or text."""
         following = _NEXT[self._dialect]
         found = following.match(self._text) if following is not None else None
         if found is not None:
@@ -188,21 +189,21 @@ class ToolCallParser:
         return []
 
     def _content(self, text: str) -> list[ToolDelta]:
-        """Text beside calls; space at its end waits for what follows."""
-        if self._after_call and (self._space or not self._said):
-            text = text.lstrip()  # text on both sides of a call keeps the space on one
+        """Return text outside calls; trailing space waits for what follows."""
+        if self._after_call and (self._space or not self._has_content):
+            text = text.lstrip()  # text around a call keeps the space on one side only
         if not text.strip() and self._after_call:
             return []
         self._after_call = False
         text = self._space + text
         bare = text.rstrip()
         self._space = text[len(bare) :]
-        self._said = self._said or bool(bare)
+        self._has_content = self._has_content or bool(bare)
         return [ToolDelta(bare)] if bare else []
 
 
 class _OpenCall:
-    """A call that is being read, at `start` of the text. `end`: where it ends, once that is there."""
+    """A call being parsed, at `start` of the text. `end`: its end, once known."""
 
     def __init__(self, start: int, named: re.Match[str] | None) -> None:
         self._start = start
@@ -231,7 +232,7 @@ class _OpenCall:
         self._arguments.scan(text)
 
     def pieces(self, text: str, index: int) -> list[ToolDelta]:
-        """What has come of name and arguments since the last time."""
+        """Return the name and arguments that arrived since the last call of this method."""
         if self._arguments is None:
             return []
         begin = self._arguments.start
@@ -245,7 +246,7 @@ class _OpenCall:
         return [ToolDelta("", index, name, written)]
 
     def parse(self, text: str) -> ToolCall | None:
-        """The complete call; None if it is not one."""
+        """Return the complete call; None if it is malformed."""
         try:
             value = json.loads(text[self._whole.start : self._whole.end], parse_constant=_no_number)
         except (ValueError, RecursionError):
@@ -261,7 +262,7 @@ class _OpenCall:
 
 
 class _JsonValue:
-    """A JSON object at `start` of a text that grows. `end`: behind its last brace, once that is there."""
+    """A JSON object at `start` of a growing text. `end`: the position after its last brace, once known."""
 
     def __init__(self, start: int) -> None:
         self.start = start
@@ -273,7 +274,7 @@ class _JsonValue:
     def scan(self, text: str) -> None:
         while self.end is None and (found := _STRUCTURE.search(text, self._at)) is not None:
             if found[0] == "\\":
-                if found.end() == len(text):  # what it escapes has not come
+                if found.end() == len(text):  # the escaped character has not arrived
                     self._at = found.start()
                     return
                 self._at = found.end() + 1
@@ -293,6 +294,6 @@ def _no_number(name: str) -> NoReturn:
 
 
 def _overlap(text: str, mark: str) -> int:
-    """How many characters at the end of `text` may be the beginning of `mark`."""
+    """Return the length of the longest suffix of `text` that is a proper prefix of `mark`."""
     longest = min(len(text), len(mark) - 1)
     return next((size for size in range(longest, 0, -1) if text.endswith(mark[:size])), 0)

@@ -74,11 +74,11 @@ def test_a_step_that_hangs_does_not_lose_the_finished_rows(tmp_path):
 from batchinfer.engine import fake
 import pathlib, time
 run = fake.FakeRunner.run_step
-def hang(self, plan):
+def hang(self, plan, *rest):
     if plan.step == 150:
         pathlib.Path({str(tmp_path)!r}, "hangs").touch()
         time.sleep(1000)
-    return run(self, plan)
+    return run(self, plan, *rest)
 fake.FakeRunner.run_step = hang
 """
     # answers of 1 to 200 tokens: some rows of a chunk are done, its longest is not

@@ -1,4 +1,4 @@
-"""Chat templates written for the tests, in the manner of the families that they are named for."""
+"""Chat templates for tests, in the style of the model families whose names they have."""
 
 CHATML = """{% for message in messages %}
     {%- if loop.first and message.role != 'system' %}

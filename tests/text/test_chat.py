@@ -1,4 +1,4 @@
-"""Templates: equal to transformers' rendering, safe from hostile ones, and exact about rows."""
+"""Tests of chat templates: equal to transformers' rendering, and safe against hostile templates."""
 
 from __future__ import annotations
 
@@ -76,16 +76,16 @@ def test_chat_templates_render_as_in_transformers(template: str, chat: str, kwar
         assert ChatTemplate(source, SPECIAL).render(messages, **kwargs) == expected
 
 
-def test_the_templates_own_words_reach_the_error() -> None:
+def test_template_error_has_the_templates_message() -> None:
     with pytest.raises(TemplateError, match=r"^chat template: conversation roles must alternate user/assistant$"):
         ChatTemplate(MISTRAL, SPECIAL).render(CHATS["wrong order"])
 
 
-def test_the_date_is_todays() -> None:
+def test_strftime_now_is_today() -> None:
     assert ChatTemplate("{{ strftime_now('%Y') }}", {}).render([USER]) == str(datetime.datetime.now().year)
 
 
-def test_the_byte_tokenizer_has_a_template() -> None:
+def test_byte_tokenizer_has_a_chat_template() -> None:
     source = ByteTokenizer().chat_template
     assert source is not None
     text = ChatTemplate(source, {}).render([{"role": "user", "content": "hi"}])
@@ -100,10 +100,10 @@ def test_the_byte_tokenizer_has_a_template() -> None:
         (None, "messages must be a non-empty list, got None"),
         ([USER, "hello"], r"messages\[1\] must be an object with role and content, got 'hello'"),
         ([{"content": "x"}], r"messages\[0\] has no role"),
-        ([{"role": 3, "content": "x"}], r"messages\[0\] has no role, or one that is not text"),
+        ([{"role": 3, "content": "x"}], r"messages\[0\] has no role, or its role is not text"),
     ],
 )
-def test_what_are_no_messages(messages: Any, message: str) -> None:
+def test_invalid_messages_are_refused(messages: Any, message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
         ChatTemplate(CHATML, SPECIAL).render(messages)
 
@@ -139,7 +139,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("source", HOSTILE)
 @pytest.mark.parametrize("kind", ["chat", "row"])
-def test_a_hostile_template_reaches_nothing(source: str, kind: str) -> None:
+def test_hostile_template_cannot_escape_the_sandbox(source: str, kind: str) -> None:
     """It ends in an error of the row, or renders to nothing; the messages are as they were."""
     messages = [{"role": "user", "content": "x"}]
     try:
@@ -155,12 +155,12 @@ def test_a_hostile_template_reaches_nothing(source: str, kind: str) -> None:
 
 @settings(deadline=None, max_examples=50)
 @given(text=st.text(max_size=50))
-def test_content_arrives_as_it_is(text: str) -> None:
+def test_message_content_is_unchanged(text: str) -> None:
     assert ChatTemplate("{{ messages[0].content }}", {}).render([{"role": "user", "content": text}]) == text
 
 
 @pytest.mark.parametrize("source", ["{{ a", "a\n{% endif %}"])
-def test_bad_syntax_of_a_chat_template(source: str) -> None:
+def test_invalid_chat_template_syntax_is_a_spec_error(source: str) -> None:
     with pytest.raises(SpecError, match=r"^chat template: line \d: "):
         ChatTemplate(source, {})
 
@@ -174,7 +174,7 @@ def test_bad_syntax_of_a_chat_template(source: str) -> None:
         ([float("-inf")], None),
     ],
 )
-def test_numbers_of_a_message_are_those_of_its_row(value: Any, expected: str | None) -> None:
+def test_tojson_keeps_all_digits_of_numbers(value: Any, expected: str | None) -> None:
     template = ChatTemplate("{{ messages[0].x | tojson }}", {})
     messages = chat_messages([{"role": "user", "content": "", "x": value}], "column 'm'")
     if expected is not None:

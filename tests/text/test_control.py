@@ -1,4 +1,4 @@
-"""Control tokens in data are text, those of the template are control tokens, and all else is as it would be."""
+"""Tests of control-token injection: only the template's control tokens are parsed, and other text is unchanged."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def tokenizer(rust: RustTokenizer, **flags: bool) -> FastTokenizer:
 
 
 def metaspace() -> RustTokenizer:
-    """A space before the first word alone: what stands after a control token is not the first."""
+    """Build a vocabulary that adds a space before the first word only, not after a control token."""
     words = RustTokenizer(models.Unigram([("<unk>", 0.0), *((c, -2.0) for c in "▁abcehlo|_sim<>[]/")], unk_id=0))
     words.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     return words
@@ -70,7 +70,7 @@ def written(found: Tokenizer, template: str, data: str) -> str:
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=60, deadline=None)
 @given(data=DATA, template=st.sampled_from(["{x}", "<|im_start|>user\n{x}<|im_end|>\n", "<s>[INST] {x} [/INST]a<s>"]))
-def test_the_templates_tokens_alone_are_control_tokens(kind: str, data: str, template: str) -> None:
+def test_only_the_templates_tokens_are_control_tokens(kind: str, data: str, template: str) -> None:
     """Whatever the data is, the ids are those of a tokenizer that has no other names for them."""
     found = KINDS[kind]
     text = written(found, template, data)
@@ -87,7 +87,7 @@ def test_the_templates_tokens_alone_are_control_tokens(kind: str, data: str, tem
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=40, deadline=None)
 @given(data=DATA, template=st.sampled_from(["{x}", "<|im_start|>user\n{x}<|im_end|>\n"]), special=st.booleans())
-def test_text_without_control_tokens_is_encoded_as_before(kind: str, data: str, template: str, special: bool) -> None:
+def test_text_without_control_tokens_encodes_unchanged(kind: str, data: str, template: str, special: bool) -> None:
     found = KINDS[kind]
     for control in CONTROL:
         data = data.replace(control, "")
@@ -99,7 +99,7 @@ def test_text_without_control_tokens_is_encoded_as_before(kind: str, data: str, 
     assert ids_of(found, literal, special) == ids_of(found, plain, special)
 
 
-def test_literal_text_is_split_as_any_text_is() -> None:
+def test_literal_text_is_split_like_other_text() -> None:
     """The names of control tokens are merged with their neighbours, as in a vocabulary that does not know them."""
     bare, known = byte_level(), KINDS["byte level"]
     plain = RustTokenizer.from_str(bare.to_str())
@@ -110,7 +110,7 @@ def test_literal_text_is_split_as_any_text_is() -> None:
         assert ids_of(known, literal) == plain.encode(text, add_special_tokens=False).ids
 
 
-def test_a_vocabulary_that_has_the_name_as_a_word_gets_it_cut_in_two() -> None:
+def test_literal_name_that_is_a_vocabulary_word_is_split() -> None:
     words = RustTokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2, "<": 3, "/s>": 4}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.add_special_tokens(["</s>", "<unk>"])
@@ -123,7 +123,7 @@ def test_a_vocabulary_that_has_the_name_as_a_word_gets_it_cut_in_two() -> None:
     assert 1 not in ids_of(found, written(found, "a{x}", "</s>"))
 
 
-def test_an_end_token_that_is_not_marked_special_is_one() -> None:
+def test_end_token_without_special_flag_is_a_control_token() -> None:
     rust = byte_level()
     rust.add_tokens([AddedToken("<turn>", special=False, normalized=False), AddedToken("<other>", special=False)])
     end, other = rust.token_to_id("<turn>"), rust.token_to_id("<other>")
@@ -149,7 +149,7 @@ CHATS: dict[str, list[dict[str, Any]]] = {
 
 
 def emptied(value: Any) -> Any:
-    """The same without a control token."""
+    """Replace each control token by text that is none."""
     if isinstance(value, dict):
         return {emptied(key): emptied(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -159,7 +159,7 @@ def emptied(value: Any) -> Any:
 
 @pytest.mark.parametrize("chat", CHATS)
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_no_message_steers_the_model(name: str, chat: str) -> None:
+def test_message_cannot_inject_a_control_token(name: str, chat: str) -> None:
     found = KINDS["byte level"]
     template = ChatTemplate(TEMPLATES[name], SPECIAL, found.control)
     tools = [{"type": "function", "function": {"name": "f", "description": HOSTILE}}]
@@ -178,7 +178,7 @@ def test_no_message_steers_the_model(name: str, chat: str) -> None:
     assert type(allowed) is str and allowed == template.render(CHATS[chat], tools=tools), "the text is the same"
 
 
-def test_parts_that_make_one_together_are_text() -> None:
+def test_control_token_joined_from_parts_is_text() -> None:
     source = "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}<|im_end|>"
     found = KINDS["byte level"]
     for texts in (
@@ -195,7 +195,7 @@ def test_parts_that_make_one_together_are_text() -> None:
             assert [one for one in ids if one in found.special_ids] == ids[-1:], (texts, template)
 
 
-def test_templates_that_look_into_content_see_it() -> None:
+def test_template_that_inspects_content_sees_it_unmarked() -> None:
     """Tokens that are not special are untouched, and marks lie within control tokens: nothing moves at the edges."""
     found = KINDS["byte level"]
     template = ChatTemplate(QWEN, SPECIAL, found.control)
@@ -223,7 +223,7 @@ def test_templates_that_look_into_content_see_it() -> None:
         ("{% if '<s>' in x %}<|im_end|>{% else %}<s>{% endif %}", "<s>", "<|im_end|>", []),
     ],
 )
-def test_a_template_reads_its_data_as_it_is(source: str, data: str, text: str, controls: list[int]) -> None:
+def test_template_reads_its_data_unmarked(source: str, data: str, text: str, controls: list[int]) -> None:
     """Counting, cutting and comparing give what they give without control tokens in the tokenizer."""
     found = KINDS["byte level"]
     made = found.control.write({"x": data}, RowTemplate(source, "t").render, source)
@@ -231,7 +231,7 @@ def test_a_template_reads_its_data_as_it_is(source: str, data: str, text: str, c
     assert made == text and [one.start() for one in found.control.find(made) if one.start() not in literal] == controls
 
 
-def test_what_a_template_refuses_and_what_is_too_much() -> None:
+def test_template_refusal_and_too_many_tokens_are_errors() -> None:
     found = KINDS["byte level"]
     source = "{% if '<s>' in x %}{{ raise_exception('no') }}{% endif %}{{ x }}"
     with pytest.raises(TemplateError, match="no"):
@@ -241,21 +241,21 @@ def test_what_a_template_refuses_and_what_is_too_much() -> None:
 
 
 @pytest.mark.parametrize("how", ["lower", "upper | lower", "trim | lower", "capitalize | lower", "join('')"])
-def test_a_control_token_by_way_of_a_filter_is_text(how: str) -> None:
+def test_control_token_produced_by_a_filter_is_text(how: str) -> None:
     found = KINDS["byte level"]
     source = "{{ messages[0].content | " + how + " }}<|im_end|>"
     text = ChatTemplate(source, {}, found.control).render([{"role": "user", "content": " <|IM_END|> <|im_end|> <|Im_"}])
     assert isinstance(text, PromptText) and ids_of(found, text).count(found._rust.token_to_id("<|im_end|>")) == 1
 
 
-def test_json_escapes_of_a_mark_are_marks() -> None:
+def test_json_escape_of_a_mark_is_removed() -> None:
     found = KINDS["byte level"]
     source = "{{ messages[0].content | tojson(ensure_ascii=true) }}"
     text = ChatTemplate(source, {}, found.control).render([{"role": "user", "content": 'é"<s>"'}])
     assert text == '"\\u00e9\\"<s>\\""' and isinstance(text, PromptText)
 
 
-def test_texts_are_joined_and_cut() -> None:
+def test_prompt_text_keeps_literals_when_joined_and_stripped() -> None:
     literal = ControlTokens(["<s>"]).literal("a<s> ")
     assert isinstance(literal, PromptText) and literal.literal == (1,)
     assert joined("<s>", literal).literal == (4,) and ("<s>" + literal).literal == (4,)
@@ -269,7 +269,7 @@ def test_texts_are_joined_and_cut() -> None:
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("said", ["The answer is", "The answer is ", "  x\n", "<|im_end|> is", "a\n<|im_"])
-def test_the_last_message_stays_open_as_in_transformers(name: str, said: str) -> None:
+def test_continued_message_equals_transformers(name: str, said: str) -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": said}]
@@ -282,19 +282,19 @@ def test_the_last_message_stays_open_as_in_transformers(name: str, said: str) ->
     assert template.render(parts, Turn(continues=True)) == expected
 
 
-def test_a_message_that_cannot_stay_open() -> None:
+def test_message_that_cannot_be_continued_is_refused() -> None:
     messages = [{"role": "user", "content": "hi"}]
-    with pytest.raises(TemplateError, match="does not write the last message as it is"):
+    with pytest.raises(TemplateError, match="changes the last message's text"):
         ChatTemplate("{{ messages[0].content | upper }}", {}).render(messages, Turn(continues=True))
     called = [*messages, {"role": "assistant", "tool_calls": [TOOL_CALL]}]
-    with pytest.raises(InvalidInput, match="no text to go on with"):
+    with pytest.raises(InvalidInput, match="no text to continue"):
         ChatTemplate(QWEN, {}).render(called, Turn(continues=True))
     split = [*messages, {"role": "assistant", "content": "<think>a</think>b"}]
     with pytest.raises(TemplateError, match="continue_final_message"):
         ChatTemplate(QWEN, {}).render(split, Turn(continues=True))
 
 
-def test_the_longest_name_that_fits_counts() -> None:
+def test_longest_matching_control_token_wins() -> None:
     names = ["<a>", "<a>b", "<a", "a+", "[x]", "<|reserved_1|>", "<|reserved_12|>", "<|reserved_"]
     found = ControlTokens(names)
     text = "<a>b<a>c<a <|reserved_12|><|reserved_1|><|reserved_7 a+a[x][y]"
@@ -304,7 +304,7 @@ def test_the_longest_name_that_fits_counts() -> None:
     assert [one[0] for one in many.find("<|7|><|77|><|7777|>")] == ["<|7|>", "<|77|>"]
 
 
-def test_a_text_with_every_private_character_is_an_error() -> None:
+def test_text_with_every_private_use_character_is_refused() -> None:
     hostile = "<s>" + "".join(map(chr, range(0xE000, 0xF900)))
     with pytest.raises(InvalidInput, match="private use"):
         ControlTokens(["<s>"]).write({"x": hostile}, lambda row: row["x"])
@@ -326,7 +326,7 @@ TAKEN_APART = ["<|im_</think>end|>", "<<think>x</think>|im_end|>", "<|im_\nend|>
 
 @pytest.mark.parametrize("data", TAKEN_APART)
 @pytest.mark.parametrize("name", REWRITING)
-def test_what_a_template_makes_of_data_is_no_control_token(name: str, data: str) -> None:
+def test_data_transformed_by_a_template_is_never_a_control_token(name: str, data: str) -> None:
     found = KINDS["byte level"]
     template = ChatTemplate(BEFORE + REWRITING[name] + AFTER, SPECIAL, found.control)
     other = ChatTemplate(BEFORE + REWRITING[name] + AFTER, SPECIAL)
@@ -337,7 +337,7 @@ def test_what_a_template_makes_of_data_is_no_control_token(name: str, data: str)
     assert [one for one in ids if one in found.special_ids] == [one for one in harmless if one in found.special_ids]
 
 
-def test_what_spells_no_control_token_is_cut_and_measured_as_it_is() -> None:
+def test_data_without_control_tokens_is_passed_unmarked() -> None:
     found = KINDS["byte level"]
     source = BEFORE + "{{ m.content[:20] }}{{ m.content | length }}{{ '<b>' in m.content }}" + AFTER
     messages = [{"role": "user", "content": "<b>x</b> <|i>if a < b_ | c > d<"}]
@@ -346,7 +346,7 @@ def test_what_spells_no_control_token_is_cut_and_measured_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("data", ["\uff1c|im_end|\uff1e", "<|IM_END|>", "a <|im_end|> b"])
-def test_what_becomes_a_control_token_s_name_is_none(data: str) -> None:
+def test_data_that_becomes_a_token_name_is_text(data: str) -> None:
     """A tokenizer that looks for its tokens in the normalized text takes other texts for them too."""
     rust = byte_level()
     rust.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])

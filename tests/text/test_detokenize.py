@@ -1,4 +1,4 @@
-"""Stop strings and bad words, on byte-level, sentencepiece and unknown decoders."""
+"""Tests of stop strings and bad words, with byte-level, sentencepiece and unknown decoders."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .test_tokenizer import byte_level, sentencepiece
 
 
 def metaspace() -> RustTokenizer:
-    """A decoder that is none of the two known kinds."""
+    """Build a tokenizer whose decoder is of neither known kind."""
     rust = RustTokenizer(
         WordLevel({token: i for i, token in enumerate(["<s>", "▁a", "b", "▁", "ab", "▁bc", "c", "é"])})
     )
@@ -58,7 +58,7 @@ def tokenizers() -> dict[str, Tokenizer]:
 
 
 def fires_at(check: StopCheck, ids: list[int]) -> int | None:
-    """The number of tokens after which the check is first true, called as the engine calls it."""
+    """Return the number of tokens after which the check is first true, called as in the engine."""
     return next((count for count, token_id in enumerate(ids, 1) if check(token_id)), None)
 
 
@@ -125,7 +125,7 @@ def token_ids(tokenizer: Tokenizer) -> st.SearchStrategy[list[int]]:
 @pytest.mark.parametrize("name", KINDS)
 @settings(deadline=None, max_examples=120)
 @given(data=st.data())
-def test_the_check_fires_at_the_first_token_that_completes_a_stop(
+def test_check_fires_at_the_first_token_that_completes_a_stop_string(
     name: str, tokenizers: dict[str, Tokenizer], data: st.DataObject
 ) -> None:
     tokenizer = tokenizers[name]
@@ -148,7 +148,7 @@ def test_pieces_join_to_the_decoded_text(name: str, tokenizers: dict[str, Tokeni
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_which_decoder_is_recognised(name: str, tokenizers: dict[str, Tokenizer]) -> None:
+def test_decoder_kind_is_recognised(name: str, tokenizers: dict[str, Tokenizer]) -> None:
     assert type(tokenizers[name].pieces(True)) is KINDS[name][1]
 
 
@@ -166,7 +166,7 @@ def naive_cut(text: str, stop: tuple[str, ...], include: bool) -> str:
     stop=st.lists(st.text("ab\n€", min_size=1, max_size=4), min_size=1, max_size=4).map(tuple),
     include=st.booleans(),
 )
-def test_cut_equals_the_naive_answer(text: str, stop: tuple[str, ...], include: bool) -> None:
+def test_cut_equals_naive_search(text: str, stop: tuple[str, ...], include: bool) -> None:
     assert StopStrings(ByteTokenizer(), stop, include, True).cut(text) == naive_cut(text, stop, include)
 
 
@@ -181,16 +181,16 @@ def test_cut_equals_the_naive_answer(text: str, stop: tuple[str, ...], include: 
         (("one ### two", "e "), False, "on"),  # "e " is complete first, though the other began before
     ],
 )
-def test_cut(stop: tuple[str, ...], include: bool, expected: str) -> None:
+def test_cut_at_the_first_stop_string(stop: tuple[str, ...], include: bool, expected: str) -> None:
     assert StopStrings(ByteTokenizer(), stop, include, True).cut("one ### two") == expected
 
 
-@pytest.mark.parametrize("most_moves", [1 << 15, 5])
+@pytest.mark.parametrize("max_transitions", [1 << 15, 5])
 @pytest.mark.parametrize("name", KINDS)
 @settings(deadline=None, max_examples=40)
 @given(data=st.data())
-def test_sequences_share_what_was_found_out_and_no_state(
-    name: str, most_moves: int, tokenizers: dict[str, Tokenizer], data: st.DataObject
+def test_sequences_share_transitions_but_not_state(
+    name: str, max_transitions: int, tokenizers: dict[str, Tokenizer], data: st.DataObject
 ) -> None:
     """Several samples in turns, of one StopStrings, each as if alone; also where its memory is always full."""
     tokenizer = tokenizers[name]
@@ -198,7 +198,7 @@ def test_sequences_share_what_was_found_out_and_no_state(
     stop = tuple(data.draw(st.lists(st.sampled_from(STOPS), min_size=1, max_size=3)))
     least = data.draw(st.integers(0, 6))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(detokenize, "_MOST_MOVES", most_moves)
+        patch.setattr(detokenize, "_MAX_TRANSITIONS", max_transitions)
         strings = StopStrings(tokenizer, stop, include=False, skip_special_tokens=False)
         checks = [strings.checker(least) for _ in samples]
         fired: list[list[bool]] = [[] for _ in samples]
@@ -209,7 +209,7 @@ def test_sequences_share_what_was_found_out_and_no_state(
     assert fired == [naive_fires(tokenizer, sample, stop, least) for sample in samples]
 
 
-def test_a_token_that_came_before_is_only_looked_up() -> None:
+def test_known_transition_is_only_looked_up() -> None:
     class Counting(ByteTokenizer):
         asked = 0
 
@@ -227,8 +227,8 @@ def test_a_token_that_came_before_is_only_looked_up() -> None:
     assert tokenizer.asked == asked
 
 
-def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(detokenize, "_MOST_MOVES", 50)
+def test_number_of_transitions_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detokenize, "_MAX_TRANSITIONS", 50)
     strings = StopStrings(ByteTokenizer(), ("abcabd",), False, True)
     rng = random.Random(0)
     for _ in range(40):
@@ -239,7 +239,7 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
             assert sum(map(len, known.values())) <= 50 and len(known) <= 51
 
 
-def test_the_work_of_a_token_does_not_grow() -> None:
+def test_cost_per_token_is_constant() -> None:
     """Counted, not timed: what is decoded again and searched again per token stays as short as at the start."""
     rust, decoded = metaspace(), []
 
@@ -258,7 +258,7 @@ def test_the_work_of_a_token_does_not_grow() -> None:
     assert max(decoded) <= 4 and len(decoded) <= 3 * 2000
 
 
-def test_bad_words_with_and_without_a_space() -> None:
+def test_bad_words_are_spelled_with_and_without_a_space() -> None:
     tokenizer = fast(byte_level())
     [bare, spaced] = tokenizer.encode_batch(["quick", " quick"], False)
     assert bare != spaced
@@ -267,12 +267,12 @@ def test_bad_words_with_and_without_a_space() -> None:
     assert all(tokenizer.decode_batch([list(ids)], False)[0].strip() == "quick" for ids in found)
 
 
-def test_bad_words_leave_out_what_can_never_be_reached() -> None:
+def test_bad_words_omit_unreachable_sequences() -> None:
     """Of " x" = (space, x) and "x" the second already refuses both."""
     assert bad_word_ids(ByteTokenizer(), ("x", "yz")) == ((120,), (121, 122))
 
 
 @pytest.mark.parametrize("word", ["", "   ", "\ud800"])
-def test_a_bad_word_that_no_tokens_spell(word: str) -> None:
+def test_bad_word_without_tokens_is_refused(word: str) -> None:
     with pytest.raises(BadParameters, match="bad_words holds"):
         bad_word_ids(ByteTokenizer(), (word,))

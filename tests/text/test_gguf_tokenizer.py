@@ -1,4 +1,4 @@
-"""Tokenizers built from GGUF metadata, against llama.cpp's two algorithms written out naively."""
+"""Tests of tokenizers from GGUF metadata, against llama.cpp's two algorithms written out naively."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NORMAL, UNKNOWN, CONTROL, USER, BYTE = 1, 2, 3, 4, 6
 
 
 def write(path: Path, values: dict[str, Any]) -> Path:
-    """A GGUF file that holds a tokenizer only."""
+    """Write a GGUF file that holds only a tokenizer."""
     writer = GGUFWriter(path, "llama")
     for name, value in values.items():
         key = name if name.startswith(("general.", "tokenizer.")) else f"tokenizer.ggml.{name}"
@@ -113,7 +113,7 @@ def test_sentencepiece_equals_the_naive_algorithm(spm: dict[bool, Tokenizer], te
     assert tokenizer.encode_batch([text], True) == [[1, *naive_spm(text, prefix)]]
 
 
-def test_sentencepiece_flags(tmp_path: Path) -> None:
+def test_sentencepiece_bos_and_eos_flags_are_applied(tmp_path: Path) -> None:
     assert load_tokenizer(spm_file(tmp_path, add_bos_token=False)).encode_batch(["ab"], True) == [naive_spm("ab", True)]
     both = load_tokenizer(spm_file(tmp_path, add_eos_token=True))
     assert both.encode_batch(["ab"], True) == [[1, *naive_spm("ab", True), 2]]
@@ -226,12 +226,12 @@ def test_every_pre_tokenizer_equals_the_naive_algorithm(pre: str, tmp_path: Path
         ("tekken", "camelCase 12", ["camel", "Case", " ", "1", "2"]),
     ],
 )
-def test_pre_tokenizers_split_as_their_models_were_trained(pre: str, text: str, words: list[str]) -> None:
+def test_pre_tokenizer_splits_text_as_in_training(pre: str, text: str, words: list[str]) -> None:
     """Literal expectations: the naive algorithm above shares the expressions with the code under test."""
     assert naive_words(text, _PRE[pre]) == words
 
 
-def test_smollm_is_digits_then_gpt2() -> None:
+def test_smollm_splits_digits_then_gpt2() -> None:
     """What SmolLM2's own tokenizer.json says."""
     theirs = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -241,13 +241,13 @@ def test_smollm_is_digits_then_gpt2() -> None:
         assert words == [word for word, _ in theirs.pre_tokenize_str(text)]
 
 
-def test_ends_of_generation(tmp_path: Path) -> None:
+def test_eos_ids_include_named_end_tokens(tmp_path: Path) -> None:
     eot, im_end, think = (BPE_TOKENS.index(token) for token in ("<|eot|>", "<|im_end|>", "<think>"))
     assert load_tokenizer(bpe_file(tmp_path, "gpt-2")).eos_ids == {eot, im_end}
     assert load_tokenizer(bpe_file(tmp_path, "gpt-2", eom_token_id=think)).eos_ids == {eot, im_end, think}
 
 
-def test_special_tokens_and_template(tmp_path: Path) -> None:
+def test_special_tokens_and_template_come_from_the_metadata(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(bpe_file(tmp_path, "gpt-2", **{"tokenizer.chat_template": "{{ bos_token }}"}))
     assert tokenizer.special_tokens == {"bos_token": "<|eot|>", "eos_token": "<|eot|>"}
     assert tokenizer.chat_template == "{{ bos_token }}"
@@ -255,7 +255,7 @@ def test_special_tokens_and_template(tmp_path: Path) -> None:
     assert tokenizer.decode_batch([ids], True) == ["<think>hello"]  # user-defined tokens are text, control ones are not
 
 
-def test_phi3_swallows_spaces_after_its_tokens(tmp_path: Path) -> None:
+def test_phi3_strips_spaces_after_special_tokens(tmp_path: Path) -> None:
     by_name = load_tokenizer(spm_file(tmp_path, **{"general.name": "Phi-3-mini"}))
     assert by_name.encode_batch(["<|user|>\n ab"], False) == by_name.encode_batch(["<|user|>ab"], False)
 
@@ -272,16 +272,16 @@ def test_identity_changes_with_the_vocabulary(tmp_path: Path) -> None:
     [
         ({"pre": "no-such"}, r"pre-tokenizer 'no-such' is not known; known: .*smollm.*tokenizer:"),
         ({"model": "t5"}, r"GGUF tokenizer 't5' is not supported; known: gpt2, llama"),
-        ({"merges": ["h e", "nospace"]}, r"the merge 'nospace' has no two halves"),
+        ({"merges": ["h e", "nospace"]}, r"the merge 'nospace' does not have two halves"),
         ({"merges": ["zz yy"]}, r"the tokenizer in the metadata is damaged: .*zz"),
         ({"token_type": [1, 1]}, r"tokens but 2 token types"),
     ],
 )
-def test_unusable_metadata(values: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_unusable_metadata_is_refused(values: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=message):
         load_tokenizer(bpe_file(tmp_path, **{"pre": "gpt-2", **values}))
 
 
-def test_no_tokenizer_in_the_file(tmp_path: Path) -> None:
+def test_file_without_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no 'tokenizer\.ggml\.model'"):
         load_tokenizer(write(tmp_path / "x.gguf", {}))

@@ -1,4 +1,4 @@
-"""Grammars over a vocabulary: which tokens may come next, what is refused, and what is done only once."""
+"""Tests of compiled grammars: token masks, refusals, caching."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def allowed(constraint: Constraint, matchers: list[Matcher], vocab_size: int = 2
 
 
 def follow(constraint: Constraint, text: bytes) -> Matcher:
-    """A matcher after `text`, each of whose bytes the mask before it let through."""
+    """Return a matcher after `text`, checking that the mask allowed each byte."""
     matcher = constraint.matcher([])
     for byte in text:
         assert byte in allowed(constraint, [matcher])[0], (text, chr(byte))
@@ -98,14 +98,14 @@ def test_large_integers_of_a_schema_are_exact_or_refused(key):
     ],
     ids=str,
 )
-def test_what_is_not_exact_is_named(given):
+def test_inexact_number_is_refused_by_key(given):
     with pytest.raises(BadParameters, match=r"(const|enum|minimum|maximum|multipleOf) \S+ is too large to be exact"):
         compiled(byte_grammars(), **given)
     named = {"json": {"type": "object", "properties": {"const": {"const": 1}, "minimum": {"type": "string"}}}}
     compiled(byte_grammars(), **named)
 
 
-def test_masks_follow_the_grammar_and_the_end_is_allowed_where_it_may_end():
+def test_mask_allows_eos_only_where_the_grammar_may_end():
     constraint = compiled(byte_grammars(), regex="ab[0-9]{1,2}")
     assert allowed(constraint, [constraint.matcher([])]) == [{ord("a")}]
     matcher = follow(constraint, b"ab1")
@@ -118,14 +118,14 @@ def test_masks_follow_the_grammar_and_the_end_is_allowed_where_it_may_end():
     assert ended.complete and not ended.error
 
 
-def test_many_matchers_of_several_grammars_are_filled_together():
+def test_matchers_of_several_grammars_fill_one_mask():
     grammars = byte_grammars()
     constraints = [compiled(grammars, choice=[f"{letter}x"]) for letter in "abcdefghijkl"]
     filled = allowed(constraints[0], [constraint.matcher([]) for constraint in constraints])
     assert filled == [{ord(letter)} for letter in "abcdefghijkl"]
 
 
-def test_padding_rows_of_the_model_are_never_allowed():
+def test_padding_ids_of_the_model_are_never_allowed():
     constraint = compiled(byte_grammars(vocab_size=320), regex="(?s).*")
     begins_text = {byte for byte in range(256) if byte < 0x80 or 0xC2 <= byte <= 0xF4}
     assert allowed(constraint, [constraint.matcher([])], 320) == [begins_text | {EOS}]
@@ -134,7 +134,7 @@ def test_padding_rows_of_the_model_are_never_allowed():
     assert allowed(constraint, [constraint.matcher([])], 100) == [set(range(100))]
 
 
-def test_a_token_that_is_not_allowed_is_an_error_and_no_completion():
+def test_disallowed_token_is_an_error():
     constraint = compiled(byte_grammars(), choice=["yes", "no"])
     matcher = constraint.matcher(list(b"yx"))
     assert matcher.error and not matcher.complete
@@ -144,7 +144,7 @@ def test_a_token_that_is_not_allowed_is_an_error_and_no_completion():
 @pytest.mark.parametrize(
     "text", ['{"a":1}', '{"a": 1}', '{\n  "a":\n    1\n}', '{"a": 1, "b": "x\\n\\u0007 é"}', '{\n\t"a" : 1}']
 )
-def test_json_may_be_indented(text):
+def test_indented_json_is_allowed(text):
     schema = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "string"}}, "required": ["a"]}
     assert follow(compiled(byte_grammars(), json=schema), text.encode()).complete
 
@@ -166,7 +166,7 @@ def bpe(tokens: list[str], decoder, special: list[str]) -> FastTokenizer:
     return FastTokenizer(rust, TokenizerFacts("test"))
 
 
-def test_text_that_looks_like_a_special_token_is_spelled_with_ordinary_ones():
+def test_forced_text_is_spelled_without_special_tokens():
     tokenizer = bpe(sorted(BYTE_ALPHABET), decoders.ByteLevel(), ["<|call|>", "</s>"])
     call, eos = tokenizer.vocab_size - 2, tokenizer.vocab_size - 1
     grammars = Grammars(tokenizer, tokenizer.vocab_size, frozenset({eos}))
@@ -178,7 +178,7 @@ def test_text_that_looks_like_a_special_token_is_spelled_with_ordinary_ones():
     assert allowed(marked, [marked.matcher([])], 258) == [{call}]
 
 
-def test_sentencepiece_tokens_have_bytes_and_other_decoders_are_refused():
+def test_unknown_decoder_is_refused_and_sentencepiece_supported():
     tokens = ["<unk>", "<0x0A>", "▁a", "a", "</s>"]
     steps = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     for decoder in (steps, decoders.Metaspace()):
@@ -191,7 +191,7 @@ def test_sentencepiece_tokens_have_bytes_and_other_decoders_are_refused():
         compiled(Grammars(bpe(tokens, decoders.WordPiece(), []), 5, frozenset({4})), regex="a")
 
 
-def test_without_an_end_of_sequence_token_it_is_refused():
+def test_model_without_eos_is_refused():
     with pytest.raises(BadParameters, match="end-of-sequence token"):
         compiled(Grammars(ByteTokenizer(), 258, frozenset()), regex="a")
 
@@ -213,7 +213,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("given", "message"), WRONG)
-def test_mistakes_are_named(given, message):
+def test_invalid_constraint_is_refused_by_name(given, message):
     kind = next(iter(given))
     with pytest.raises(BadParameters, match=rf"^structured_outputs\.{kind}: [^\n]*{message}"):
         compiled(byte_grammars(), **given)
@@ -247,7 +247,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_ones_end_as_an_error_or_a_mask(name):
+def test_hostile_grammar_ends_in_an_error_or_a_mask(name):
     """Neither an exception of another kind nor a step that hangs; refused at once when they come again."""
     grammars = byte_grammars()
     try:
@@ -268,7 +268,7 @@ def test_hostile_ones_end_as_an_error_or_a_mask(name):
         matcher.accept(min(ids))
 
 
-def test_each_is_compiled_once_and_the_cache_is_bounded():
+def test_constraint_compiles_once_and_the_cache_is_bounded():
     grammars = byte_grammars()
     first = compiled(grammars, regex="x{3}")
     assert compiled(grammars, regex="x{3}") is first
@@ -278,21 +278,21 @@ def test_each_is_compiled_once_and_the_cache_is_bounded():
 
 
 @pytest.mark.parametrize(("given", "message"), WRONG[:9])
-def test_a_job_checks_its_own_without_a_tokenizer(given, message):
+def test_validate_refuses_invalid_constraints_without_a_tokenizer(given, message):
     wanted = StructuredOutputs.of(given)
     assert wanted is not None
     with pytest.raises(BadParameters, match=message):
         validate(wanted)
 
 
-def test_what_a_job_may_ask_passes_without_a_tokenizer():
+def test_validate_accepts_valid_constraints_without_a_tokenizer():
     for given in ({"json_object": True}, {"choice": ["a"]}, {"grammar": "start: <|call|> /[0-9]/"}, {"regex": "a"}):
         wanted = StructuredOutputs.of(given)
         assert wanted is not None
         validate(wanted)
 
 
-def test_without_the_library_the_error_says_what_to_install(monkeypatch):
+def test_missing_library_error_names_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(BadParameters, match=r"pip install llguidance"):
         compiled(byte_grammars(), regex="a")
@@ -311,7 +311,7 @@ def test_without_the_library_the_error_says_what_to_install(monkeypatch):
         ({"regex": "a{150000}"}, "too slow to follow|too large"),
     ],
 )
-def test_what_takes_too_long_is_refused_once_and_hurts_nobody(given, why):
+def test_expensive_grammar_is_refused_once(given, why):
     grammars = byte_grammars()
     with pytest.raises(BadParameters, match=f"structured_outputs.{next(iter(given))}: ({why})"):
         compiled(grammars, **given)
@@ -322,7 +322,7 @@ def test_what_takes_too_long_is_refused_once_and_hurts_nobody(given, why):
     follow(compiled(grammars, regex="a{3}"), b"aaa")
 
 
-def test_nobody_waits_for_a_grammar_that_takes_long(monkeypatch):
+def test_compiled_lookup_does_not_wait_for_a_compilation(monkeypatch):
     """Neither prompts without one, nor those with one that is compiled already."""
     grammar = {"regex": "b+"}
     limits = ModelLimits(100, 258, frozenset({EOS}))
@@ -349,7 +349,7 @@ def test_nobody_waits_for_a_grammar_that_takes_long(monkeypatch):
     assert isinstance(results[0], Prepared) and results[0].requests[0].constraint is not None
 
 
-def test_a_process_that_was_killed_is_started_again():
+def test_killed_trial_process_is_restarted():
     grammars = byte_grammars()
     compiled(grammars, regex="x")
     trials = grammars._trials

@@ -1,4 +1,4 @@
-"""Messages as clients send them, in the form that each template takes."""
+"""Tests of message conversion to the form that each template supports."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def user(content: Any) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", TEXT_ONLY)
-def test_parts_are_joined_for_templates_of_text(name):
+def test_parts_are_joined_for_text_only_templates(name):
     template = ChatTemplate(TEXT_ONLY[name], SPECIAL)
     given = user(PARTS)
     assert template.render(given) == template.render(user("one \ntwo")), "as vLLM joins them"
@@ -33,13 +33,13 @@ def test_parts_are_joined_for_templates_of_text(name):
             template.render(user(wrong))
 
 
-def test_templates_of_parts_get_parts():
+def test_parts_only_template_gets_parts():
     assert ChatTemplate(GEMMA, SPECIAL).render(user(PARTS)).count("onetwo") == 1, "the template trims each"
     template = ChatTemplate(PARTS_ONLY, {})
     assert template.render(user("hello")) == "user:hello" and template.render(user(PARTS)) == "user:one two"
 
 
-def test_a_list_that_a_template_would_print_is_joined():
+def test_parts_are_joined_if_the_template_prints_the_list():
     assert ChatTemplate("{{ messages[0].content }}", {}).render(user(PARTS)) == "one \ntwo"
     assert ChatTemplate("{{ messages[0].content | tojson }}", {}).render(user(PARTS)) == '"one \\ntwo"'
 
@@ -55,7 +55,7 @@ def call(arguments: Any) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", ["llama 3", "qwen"])
-def test_arguments_as_json_text_are_written_as_the_object_that_they_are(name):
+def test_json_arguments_are_parsed_for_the_template(name):
     template = ChatTemplate(TEXT_ONLY[name], SPECIAL)
     arguments = {"city": "Zürich", "days": [1, 2]}
     found = template.render(call(json.dumps(arguments)))
@@ -65,13 +65,13 @@ def test_arguments_as_json_text_are_written_as_the_object_that_they_are(name):
     assert "{broken" in template.render(call("{broken"))
 
 
-def test_keys_that_are_null_are_absent():
+def test_null_keys_are_dropped():
     message = {"role": "user", "content": "hi", "tool_calls": None, "name": None}
     assert ChatTemplate(LLAMA3, SPECIAL).render([message]) == ChatTemplate(LLAMA3, SPECIAL).render(user("hi"))
 
 
 @pytest.mark.parametrize("name", [*TEXT_ONLY, "gemma"])
-def test_no_content_is_an_empty_text(name):
+def test_null_content_becomes_empty_text(name):
     template = ChatTemplate({**TEXT_ONLY, "gemma": GEMMA}[name], SPECIAL)
     for nothing in (None, []):
         assert template.render(user(nothing)) == template.render(user(""))
@@ -84,7 +84,7 @@ def test_no_content_is_an_empty_text(name):
             template.render(user(wrong))
 
 
-def test_no_tools_are_none():
+def test_empty_tools_list_equals_no_tools():
     template = ChatTemplate("{{ tools is none }}{{ tools }}", {})
     assert template.render(user("x"), tools=[]) == template.render(user("x")) == "TrueNone"
     tools = [{"type": "function", "function": {"name": "f"}}]

@@ -1,4 +1,4 @@
-"""Templates over a row: what their names mean, what is printed, and what is an error."""
+"""Tests of templates over a row: names, printing, errors."""
 
 from __future__ import annotations
 
@@ -59,19 +59,19 @@ def render(source: str, **row: Any) -> str:
         ("{% for k, v in plain | items %}{{ k }}{{ v }}{% endfor %}{{ plain | dictsort }}", "a1[('a', 1)]"),
     ],
 )
-def test_keys_come_before_methods(source: str, expected: str) -> None:
+def test_key_wins_over_method(source: str, expected: str) -> None:
     rows = [{"items": 2, "keys": "a"}, {"items": 1, "keys": "b"}]
     assert render(source, order=ORDER, rows=rows, plain={"a": 1}) == expected
 
 
-def test_keys_come_before_methods_in_filters() -> None:
+def test_key_wins_over_method_in_filters() -> None:
     for expression in ("order.items", "'tea' in order.items", "order['items'] | length == 2", "not order.copy == 'x'"):
         assert RowFilter(expression).matches({"order": ORDER})
     with pytest.raises(TemplateError, match="no attribute 'items': its method is called as items"):
         RowFilter("order.items").matches({"order": {}})
 
 
-def test_every_column_can_be_named() -> None:
+def test_every_column_name_can_be_used() -> None:
     row = {"user-id": 5, "Review Text": "ok", "meta.lang": "en", "class": "C", "größe": 3, "true": "T", "not": "N"}
     source = (
         "{{ row['user-id'] }} {{ row['Review Text'] }} {{ row['meta.lang'] }} {{ class }} {{ größe }} {{ row.größe }}"
@@ -103,7 +103,7 @@ def test_every_column_can_be_named() -> None:
         ("{{ row }}", "", "a b q", "row"),
     ],
 )
-def test_the_columns_that_row_needs(source: str, unknown: str, known: str, own: str) -> None:
+def test_columns_needed_by_uses_of_row(source: str, unknown: str, known: str, own: str) -> None:
     """`own`: where the input has a column of that name."""
     template = RowTemplate(source, "t")
     assert template.columns(()) == {*unknown.split()}
@@ -122,7 +122,7 @@ def test_row_is_the_mapping_of_all_columns() -> None:
         render("{{ row['a-b'] }}", **row)
 
 
-def test_a_column_named_row_and_the_others() -> None:
+def test_column_named_row_shadows_the_mapping() -> None:
     source = "{{ row }} {{ row['user-id'] }}"
     assert render(source, **{"row": 3, "user-id": 5}) == "3 5"
     assert RowTemplate(source, "t").columns(["row", "user-id", "x"]) == {"row", "user-id"}
@@ -150,7 +150,7 @@ def test_a_column_named_row_and_the_others() -> None:
         ("{{ nan == nan }} {{ inf > 3 }} {{ nan is none }}", "False True False"),
     ],
 )
-def test_values_and_their_texts(source: str, expected: str) -> None:
+def test_printed_text_of_values(source: str, expected: str) -> None:
     row = {
         "ts": timestamp(10**18 + 7, zone_of("UTC")),
         "day": date(5),
@@ -195,14 +195,14 @@ USES += [
 
 
 @pytest.mark.parametrize("use", USES)
-def test_only_values_are_printed(use: str) -> None:
+def test_printing_an_object_that_is_not_a_value_is_refused(use: str) -> None:
     row = {"text": "x", "order": ORDER, "rows": [{"bad": NOT_UTF8}], "ts": timestamp(0, zone_of("UTC"))}
     row |= {"nan": float("nan"), "inf": float("inf"), "bad": NOT_UTF8}
     for expression, message in UNPRINTABLE:
         with pytest.raises((InvalidInput, TemplateError), match=f"^prompt.user: .*{message}"):
             render(use % expression, **row)
     macro = "{% macro f() %}x{% endmacro %}"
-    with pytest.raises(TemplateError, match="the macro f, which is to be called,"):
+    with pytest.raises(TemplateError, match="the macro f, which must be called,"):
         render(macro + use % "f", **row)
     with pytest.raises(TemplateError, match="the loop cannot"):
         render("{% for x in [1] %}" + use % "loop" + "{% endfor %}", **row)
@@ -211,7 +211,7 @@ def test_only_values_are_printed(use: str) -> None:
 @pytest.mark.parametrize(
     "expression", ["[nan]", "{'a': [inf]}", "[bad]", "rows", "[text.upper]", "[range(2)]", "{'a': nan}"]
 )
-def test_only_values_are_printed_within_others(expression: str) -> None:
+def test_printing_a_nested_non_value_is_refused(expression: str) -> None:
     row = {"text": "x", "rows": [{"bad": NOT_UTF8}], "nan": float("nan"), "inf": float("inf"), "bad": NOT_UTF8}
     for use in (*USES, "{{ (%s) | tojson }}"):
         with pytest.raises((InvalidInput, TemplateError), match=r"NaN|infinite|UTF-8|method|range"):
@@ -227,14 +227,14 @@ def test_only_values_are_printed_within_others(expression: str) -> None:
         ("a fi", "{% for ﬁ in [1] %}{{ a }} {{ fi }} {{ a }}{% endfor %}"),
     ],
 )
-def test_names_that_python_takes_for_one_are_two(names: str, source: str) -> None:
+def test_columns_with_equal_nfkc_names_stay_distinct(names: str, source: str) -> None:
     first, second = names.split()
     assert render(source, **{first: "1", second: "2"}) == "1 2 1"
     assert RowTemplate(source, "t").columns([first, second]) == {first, second}
     assert RowFilter(f"{first} == 1 and {second} == 2").matches({first: 1, second: 2})
 
 
-def test_decimals_are_formatted_with_their_own_digits() -> None:
+def test_format_uses_exact_decimal_digits() -> None:
     row = {"p": Number("2.675"), "large": Number("1234567890123456789012345678901234567890.125"), "o": {"a": Number(3)}}
     for source, expected in {
         "{{ '%.2f' % p }} {{ '%.2f' | format(p) }} {{ '{:.2f}'.format(p) }} {{ p | round(2) }}": "2.68 2.68 2.68 2.68",
@@ -250,7 +250,7 @@ def test_decimals_are_formatted_with_their_own_digits() -> None:
         render("{{ '%.2f %.2f' % p }}", **row)
 
 
-def test_tuples_of_pythons_own_are_no_values() -> None:
+def test_named_tuples_are_not_values() -> None:
     row = {"day": date(19_723), "price": Number("9.99")}
     for expression in ("day.timetuple()", "day.isocalendar()", "price.as_tuple()"):
         with pytest.raises(TemplateError, match=r"a value of type .* cannot be printed"):
@@ -258,7 +258,7 @@ def test_tuples_of_pythons_own_are_no_values() -> None:
     assert render("{{ day.isocalendar()[1] }} {{ (1, 'x') }}", **row) == "1 (1, 'x')"
 
 
-def test_escaped_text_is_text() -> None:
+def test_escape_filter_returns_plain_text() -> None:
     row = {"xs": ["<a>", "b & c"], "x": "<a>"}
     assert render("{{ xs | map('escape') | list }} {{ [x | e] }}", **row) == "['&lt;a&gt;', 'b &amp; c'] ['&lt;a&gt;']"
     assert render("{{ x | e }} {{ (x | e) + x }} {{ x | urlize }} {{ [x | safe] }}", **row) == (
@@ -266,7 +266,7 @@ def test_escaped_text_is_text() -> None:
     )
 
 
-def test_a_cell_that_cannot_be_held_shows_nothing_of_itself() -> None:
+def test_unrepresentable_cell_cannot_be_used() -> None:
     bad = Unrepresentable("not JSON", "{")
     for expression in ("bad.text", "bad.why", "bad | attr('text')", "bad['text']", "bad.text is defined"):
         with pytest.raises(InvalidInput, match="column 'bad': not JSON"):
@@ -276,14 +276,14 @@ def test_a_cell_that_cannot_be_held_shows_nothing_of_itself() -> None:
             render(source, rows=[[bad]])
 
 
-def test_a_null_within_others_is_no_number() -> None:
+def test_nested_null_is_not_a_number() -> None:
     for filter_ in ("int", "float", "round", "abs", "int(5)"):
         for expression in (f"x | {filter_}", f"xs | map('{filter_.partition('(')[0]}') | list", f"xs[0] | {filter_}"):
             with pytest.raises(InvalidInput, match="is null"):
                 render(f"{{{{ {expression} }}}}", x=None, xs=[None])
 
 
-def test_nan_has_no_order_and_infinity_has() -> None:
+def test_nan_cannot_be_ordered_but_infinity_can() -> None:
     for expression in ("x > 3", "x <= 3", "3 < x", "x and true", "nested.x > 3", "rows[0] > 1"):
         row = {"x": float("nan"), "nested": {"x": float("nan")}, "rows": [float("nan")]}
         with pytest.raises(InvalidInput, match="is NaN"):
@@ -309,11 +309,11 @@ def test_nan_has_no_order_and_infinity_has() -> None:
         ("no columns", set()),
     ],
 )
-def test_columns_of_a_template(source: str, columns: set[str]) -> None:
+def test_columns_used_by_a_template(source: str, columns: set[str]) -> None:
     assert RowTemplate(source, "prompt.template").columns(()) == columns
 
 
-def test_columns_with_the_names_of_jinjas_own() -> None:
+def test_columns_may_have_names_of_jinja_functions() -> None:
     template = RowTemplate("{{ range }}, {{ dict }}, {{ cycler.next }}, {{ item }}", "prompt.template")
     row = {"range": 1, "dict": {"a": 1}, "cycler": {"next": 2}, "item": "x", "unused": None}
     assert template.render(row) == "1, {'a': 1}, 2, x"
@@ -321,7 +321,7 @@ def test_columns_with_the_names_of_jinjas_own() -> None:
     assert called.render({"range": "a column that the template does not name"}) == "01"
 
 
-def test_blocks_leave_no_lines_and_text_is_not_escaped() -> None:
+def test_block_lines_are_removed_and_text_is_not_escaped() -> None:
     template = RowTemplate("Q: {{ q }}\n{% if c %}\n  C: {{ c }}\n{% endif %}\nA:\n", "prompt.template")
     assert template.render({"q": "<b> & 'x'", "c": "日本\n"}) == "Q: <b> & 'x'\n  C: 日本\n\nA:"
     assert template.render({"q": "{{ c }}", "c": ""}) == "Q: {{ c }}\nA:"  # a cell is never a template
@@ -340,7 +340,7 @@ def test_blocks_leave_no_lines_and_text_is_not_escaped() -> None:
         ("{{ {'a': a, 'b': b} | tojson }}", '{"a": null, "b": 1}'),
     ],
 )
-def test_a_null_cell_may_be_tested(source: str, expected: str) -> None:
+def test_null_cell_can_be_tested(source: str, expected: str) -> None:
     assert RowTemplate(source, "prompt.user").render({"a": None, "b": 1}) == expected
 
 
@@ -352,12 +352,12 @@ def test_a_null_cell_may_be_tested(source: str, expected: str) -> None:
         *("{% for x in a %}{{ x }}{% endfor %}", "{{ 'x' in a }}", "{{ a | string }}", "{{ a | replace('x', 'y') }}"),
     ],
 )
-def test_a_null_cell_that_is_used_is_the_rows_error(source: str) -> None:
+def test_use_of_a_null_cell_is_a_row_error(source: str) -> None:
     with pytest.raises(InvalidInput, match=r"^prompt\.user: column 'a' is null$"):
         RowTemplate(source, "prompt.user").render({"a": None})
 
 
-def test_a_null_inside_a_nested_value() -> None:
+def test_nested_null_is_a_row_error() -> None:
     template = RowTemplate("{{ meta.author }}", "prompt.user")
     assert template.render({"meta": {"author": "x"}}) == "x"
     with pytest.raises(InvalidInput, match="'author' is null"):
@@ -375,7 +375,7 @@ def test_a_null_inside_a_nested_value() -> None:
         ("{{ n | nonexistent }}", None),
     ],
 )
-def test_a_template_that_fails_on_a_row(source: str, message: str | None) -> None:
+def test_template_failure_is_a_row_error(source: str, message: str | None) -> None:
     if message is None:
         with pytest.raises(SpecError, match=r"prompt\.user: line 1: No filter named 'nonexistent'"):
             RowTemplate(source, "prompt.user")
@@ -393,7 +393,7 @@ def test_a_template_that_fails_on_a_row(source: str, message: str | None) -> Non
         ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", r"cannot be compiled"),
     ],
 )
-def test_bad_syntax_names_the_template_and_its_line(source: str, message: str) -> None:
+def test_invalid_syntax_names_template_and_line(source: str, message: str) -> None:
     with pytest.raises(SpecError, match=rf"^prompt\.user: {message}"):
         RowTemplate(source, "prompt.user")
 
@@ -411,13 +411,13 @@ def test_bad_syntax_names_the_template_and_its_line(source: str, message: str) -
         ("range == 5", {"range": 5}, True),
     ],
 )
-def test_filters(expression: str, row: dict[str, Any], expected: bool) -> None:
+def test_filter_matches_expected_rows(expression: str, row: dict[str, Any], expected: bool) -> None:
     found = RowFilter(expression)
     assert found.matches(row) is expected
     assert found.columns(()) == row.keys()
 
 
-def test_filters_that_fail() -> None:
+def test_filter_failure_is_a_row_error() -> None:
     with pytest.raises(InvalidInput, match="where: column 'score' is null"):
         RowFilter("score > 3").matches({"score": None})
     with pytest.raises(TemplateError, match="where: TypeError"):
@@ -430,20 +430,20 @@ def test_filters_that_fail() -> None:
 
 @settings(deadline=None, max_examples=200)
 @given(text=st.text(max_size=50))
-def test_a_cell_arrives_as_it_is(text: str) -> None:
+def test_cell_text_is_unchanged(text: str) -> None:
     assert RowTemplate("[{{ a }}]", "t").render({"a": text}) == f"[{text}]"
 
 
 @pytest.mark.parametrize(
     ("expression", "hint"),
     [
-        ("{{ id > 0 }}", "stands without {{ }}"),
-        ("id = 1", "== asks whether"),
-        ("id > 1 && id < 5", "and, or and not are words"),
-        ("!id", "and, or and not are words"),
+        ("{{ id > 0 }}", "written without {{ }}"),
+        ("id = 1", "use == to compare"),
+        ("id > 1 && id < 5", "use the words and, or, not"),
+        ("!id", "use the words and, or, not"),
         ("id >", "unexpected 'end of template'$"),
     ],
 )
-def test_what_is_no_expression_is_told_what_was_meant(expression, hint):
+def test_invalid_expression_error_has_advice(expression, hint):
     with pytest.raises(SpecError, match=rf"^where: line 1: .*{hint}"):
         RowFilter(expression)

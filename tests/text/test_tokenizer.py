@@ -1,4 +1,4 @@
-"""Tokenizers against transformers': a model directory, SmolLM2's GGUF, and bytes."""
+"""Tests of tokenizers against transformers': a model directory, SmolLM2's GGUF, and bytes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 
 
 def byte_level(vocab_size: int = 600) -> RustTokenizer:
-    """A byte-level BPE trained on the synthetic texts."""
+    """Train a byte-level BPE on the synthetic texts."""
     rust = RustTokenizer(BPE())
     rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     rust.decoder = decoders.ByteLevel()
@@ -62,7 +62,7 @@ def save(folder: Path, rust: RustTokenizer, config: dict[str, Any] | None = None
 
 @pytest.mark.model
 def test_smollm2_equals_transformers_on_real_texts(smollm2_gguf: Path) -> None:
-    """transformers' own reading of the file forgets to split digits; with that put right, every text must agree."""
+    """Transformers' own reading of the file forgets to split digits; with that put right, every text must agree."""
     texts = [*(real_texts() or synthetic_texts(800)), *HOSTILE]
     theirs = AutoTokenizer.from_pretrained(str(smollm2_gguf.parent), gguf_file=smollm2_gguf.name)
     ours = load_tokenizer(smollm2_gguf)
@@ -78,7 +78,7 @@ def test_smollm2_equals_transformers_on_real_texts(smollm2_gguf: Path) -> None:
 
 
 @pytest.mark.model
-def test_smollm2_facts(smollm2_gguf: Path) -> None:
+def test_smollm2_special_tokens_and_template(smollm2_gguf: Path) -> None:
     tokenizer = load_tokenizer(smollm2_gguf)
     assert tokenizer.vocab_size == 49152
     assert tokenizer.eos_ids == {0, 2}  # <|im_end|>, and llama.cpp ends at <|endoftext|> as well
@@ -101,7 +101,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("make", [byte_level, sentencepiece])
-def test_a_directory_equals_transformers(name: str, make: Callable[[], RustTokenizer], tmp_path: Path) -> None:
+def test_directory_tokenizer_equals_transformers(name: str, make: Callable[[], RustTokenizer], tmp_path: Path) -> None:
     rust = make()
     if name.startswith("bos"):
         bos(rust)
@@ -123,7 +123,7 @@ def test_a_directory_equals_transformers(name: str, make: Callable[[], RustToken
     assert ours.special_tokens["eos_token"] == "</s>" and theirs.eos_token_id in ours.eos_ids
 
 
-def test_a_token_whose_id_differs_is_an_error(tmp_path: Path) -> None:
+def test_conflicting_token_id_is_refused(tmp_path: Path) -> None:
     folder = save(tmp_path / "m", byte_level(400), {"added_tokens_decoder": {"9999": {"content": "<new>"}}})
     with pytest.raises(ModelError, match=r"'<new>' is 9999 in tokenizer_config\.json but 400 in the vocabulary"):
         load_tokenizer(folder)
@@ -155,14 +155,14 @@ def test_end_of_sequence_ids_come_from_all_files(tmp_path: Path) -> None:
         ({}, None, None),
     ],
 )
-def test_where_the_chat_template_is(config: dict, file: str | None, expected: str | None, tmp_path: Path) -> None:
+def test_chat_template_precedence(config: dict, file: str | None, expected: str | None, tmp_path: Path) -> None:
     folder = save(tmp_path / "m", byte_level(), config)
     if file is not None:
         (folder / "chat_template.jinja").write_text(file)
     assert load_tokenizer(folder).chat_template == expected
 
 
-def test_identity_is_of_what_decides_the_ids(tmp_path: Path) -> None:
+def test_identity_changes_with_files_that_decide_the_ids(tmp_path: Path) -> None:
     first = load_tokenizer(save(tmp_path / "a", byte_level())).identity()
     assert load_tokenizer(save(tmp_path / "b", byte_level())).identity() == first
     assert load_tokenizer(save(tmp_path / "b", byte_level(), {"add_bos_token": True})).identity() != first
@@ -177,7 +177,7 @@ BOTH: dict[str, Callable[[Path], Tokenizer]] = {
 
 
 @pytest.mark.parametrize("name", BOTH)
-def test_a_lone_surrogate_is_its_own_text_error(name: str, tmp_path: Path) -> None:
+def test_lone_surrogate_fails_only_its_own_text(name: str, tmp_path: Path) -> None:
     tokenizer = BOTH[name](tmp_path)
     texts = ["before", "bad \ud83d here", "", "\udcff", "after"]
     found = tokenizer.encode_batch(texts, False)
@@ -187,7 +187,7 @@ def test_a_lone_surrogate_is_its_own_text_error(name: str, tmp_path: Path) -> No
     assert found[2] == []
 
 
-def test_a_text_that_no_token_spells_is_its_own_error(tmp_path: Path) -> None:
+def test_text_without_tokens_fails_only_itself(tmp_path: Path) -> None:
     rust = RustTokenizer(WordLevel({"yes": 0, "no": 1}))
     tokenizer = load_tokenizer(save(tmp_path / "m", rust, {"eos_token": None}))
     [yes, maybe, no] = tokenizer.encode_batch(["yes", "maybe", "no"], False)
@@ -196,7 +196,7 @@ def test_a_text_that_no_token_spells_is_its_own_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", BOTH)
-def test_a_megabyte_is_one_text(name: str, tmp_path: Path) -> None:
+def test_megabyte_text_encodes(name: str, tmp_path: Path) -> None:
     tokenizer = BOTH[name](tmp_path)
     text = "hello a\x00b " * 100_000
     [ids] = tokenizer.encode_batch([text], False)
@@ -204,7 +204,7 @@ def test_a_megabyte_is_one_text(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", BOTH)
-def test_ids_that_do_not_exist_are_left_out(name: str, tmp_path: Path) -> None:
+def test_unknown_ids_are_skipped_in_decoding(name: str, tmp_path: Path) -> None:
     tokenizer = BOTH[name](tmp_path)
     [ids] = tokenizer.encode_batch(["hello"], False)
     assert tokenizer.decode_batch([[*ids, 123_456]], True) == ["hello"]
@@ -219,7 +219,7 @@ def test_bytes_round_trip(texts: list[str]) -> None:
     assert tokenizer.decode_batch(ids, True) == texts
 
 
-def test_bytes_and_their_special_tokens() -> None:
+def test_byte_tokenizer_special_tokens() -> None:
     tokenizer = ByteTokenizer()
     assert tokenizer.decode_batch([[256, 104, 105, 257]], False) == ["<bos>hi<eos>"]
     assert tokenizer.decode_batch([[256, 104, 105, 257], [0xE2, 0x82]], True) == ["hi", "\ufffd"]
@@ -239,7 +239,7 @@ def test_encoding_does_not_hold_the_gil(tmp_path: Path) -> None:
     assert turns > 10  # one or two if it were held
 
 
-def test_what_is_no_tokenizer(tmp_path: Path) -> None:
+def test_path_without_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no such model directory"):
         load_tokenizer(tmp_path / "missing")
     folder = save(tmp_path / "m", byte_level())
@@ -252,7 +252,7 @@ def test_what_is_no_tokenizer(tmp_path: Path) -> None:
         load_tokenizer(folder)
 
 
-def test_vocab_and_merges_go_through_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vocab_json_is_converted_by_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The layout of GPT-2 before tokenizer.json; without transformers the error says what to install."""
     rust = byte_level()
     rust.model.save(str(tmp_path))
@@ -273,7 +273,7 @@ def test_vocab_and_merges_go_through_transformers(tmp_path: Path, monkeypatch: p
         load_tokenizer(tmp_path)
 
 
-def test_an_empty_directory_is_an_error(tmp_path: Path) -> None:
+def test_empty_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"has no tokenizer\.json"):
         load_tokenizer(tmp_path)
 
@@ -304,7 +304,7 @@ def test_flags_of_added_tokens_are_kept(token: AddedToken, listed: bool, tmp_pat
     assert ours.decode_batch(found, True) == theirs.batch_decode(found, skip_special_tokens=True)
 
 
-def test_a_damaged_list_of_added_tokens(tmp_path: Path) -> None:
+def test_damaged_added_tokens_are_refused(tmp_path: Path) -> None:
     for damaged in ([1], {"x": {"content": "a"}}, {"600": {"content": 3}}, {"600": "a"}, {"600": {}}):
         folder = save(tmp_path / "m", byte_level(), {"added_tokens_decoder": damaged})
         with pytest.raises(ModelError, match="added_tokens_decoder is damaged"):
@@ -316,21 +316,21 @@ def test_a_damaged_list_of_added_tokens(tmp_path: Path) -> None:
     ("content", "said"),
     [("[" * 100_000, "nested too deeply"), ('{"bos_token": "\\ud800"}', "is not JSON"), ("[]", "object")],
 )
-def test_what_no_file_of_a_model_holds(name: str, content: str, said: str, tmp_path: Path) -> None:
+def test_misplaced_file_content_is_described(name: str, content: str, said: str, tmp_path: Path) -> None:
     folder = save(tmp_path / "m", byte_level(), {})
     (folder / name).write_text(content)
     with pytest.raises(ModelError, match=rf"{name}.*{said}"):
         load_tokenizer(folder)
 
 
-def test_a_template_that_is_a_web_page(tmp_path: Path) -> None:
+def test_template_that_is_a_web_page_is_refused(tmp_path: Path) -> None:
     folder = save(tmp_path / "m", byte_level(), {})
     (folder / "chat_template.jinja").write_text("<!DOCTYPE html><html>{{ nothing }}</html>")
     with pytest.raises(ModelError, match=r"chat_template\.jinja is a web page"):
         load_tokenizer(folder)
 
 
-def test_ids_that_cannot_end_an_answer_are_left_out(tmp_path: Path) -> None:
+def test_invalid_eos_ids_are_skipped(tmp_path: Path) -> None:
     folder = save(tmp_path / "m", byte_level(), {})
     (folder / "generation_config.json").write_text('{"eos_token_id": [3, -1, "7", null, true, 2.0]}')
     assert load_tokenizer(folder).eos_ids == {1, 3}

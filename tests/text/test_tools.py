@@ -1,4 +1,4 @@
-"""Tool calls in answers: every format, whole and in pieces, malformed and forced."""
+"""Tests of tool calls: every format, whole and streamed, malformed and forced."""
 
 from __future__ import annotations
 
@@ -89,19 +89,19 @@ def in_pieces(text: str, dialect: str, cuts: list[int]) -> tuple[str | None, lis
 
 
 @pytest.mark.parametrize(("dialect", "text", "content", "calls"), ANSWERS)
-def test_calls_are_found(dialect, text, content, calls):
+def test_calls_are_parsed_from_output(dialect, text, content, calls):
     assert parse_tool_calls(text, dialect) == (content, calls)
     assert all(isinstance(json.loads(call.arguments), dict) for call in calls)
 
 
 @pytest.mark.parametrize(("dialect", "text"), MALFORMED)
-def test_what_is_malformed_stays_text(dialect, text):
+def test_malformed_call_stays_text(dialect, text):
     assert parse_tool_calls(text, dialect) == (text, [])
 
 
 @settings(deadline=None, max_examples=300)
 @given(st.sampled_from([answer[:2] for answer in ANSWERS] + MALFORMED), st.lists(st.integers(0, 400), max_size=12))
-def test_in_pieces_the_same_comes_out(answer, cuts):
+def test_streamed_parse_equals_whole_parse(answer, cuts):
     dialect, text = answer
     expected = parse_tool_calls(text, dialect)
     found = in_pieces(text, dialect, cuts)
@@ -111,7 +111,7 @@ def test_in_pieces_the_same_comes_out(answer, cuts):
 
 
 @pytest.mark.parametrize("dialect", FORMATS)
-def test_every_character_alone_and_random_text_is_never_lost(dialect):
+def test_text_is_never_lost_in_streaming(dialect):
     for other, text, _, _ in ANSWERS:
         if other == dialect:
             assert in_pieces(text, dialect, list(range(len(text)))) == parse_tool_calls(text, dialect)
@@ -157,7 +157,7 @@ def test_long_arguments_take_linear_time():
     assert pieces == len(text) - len('<tool_call>{"name": "f", "arguments": }</tool_call>')
 
 
-def test_formats_show_in_templates():
+def test_format_is_detected_from_the_template():
     assert [detect_format(one) for one in (QWEN, LLAMA3, CHATML, GEMMA, MISTRAL)] == [
         "hermes",
         "llama3",
@@ -172,7 +172,7 @@ def test_formats_show_in_templates():
 
 
 @pytest.mark.parametrize(("template", "dialect"), [(QWEN, "hermes"), (LLAMA3, "llama3")])
-def test_what_a_template_writes_is_read_back(template, dialect):
+def test_calls_rendered_by_a_template_parse_back(template, dialect):
     function = {"name": "weather", "arguments": {"city": "Zürich", "days": [1, None]}}
     said = {"role": "assistant", "content": "", "tool_calls": [{"function": function}]}
     chat = ChatTemplate(template, {"bos_token": "", "eos_token": ""})
@@ -204,7 +204,7 @@ TOOLS = [
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
 @pytest.mark.parametrize("dialect", FORMATS)
-def test_a_forced_answer_is_a_call(dialect, choice):
+def test_forced_output_parses_as_a_call(dialect, choice):
     seen = set()
     for text in answers_to(tool_choice_schema(TOOLS, choice, dialect)):
         content, calls = parse_tool_calls(text, dialect)
@@ -238,7 +238,7 @@ def schema_of(name):
 
 
 @pytest.mark.parametrize("parallel", [True, False])
-def test_calls_where_no_format_is_known(parallel):
+def test_forced_calls_without_known_format_are_a_json_list(parallel):
     """A list of calls as JSON; references in a tool's schema are to that schema."""
     lengths, seen = set(), set()
     for text in answers_to(tool_choice_schema(TOOLS, "required", None, parallel), 20):
@@ -255,12 +255,12 @@ def test_calls_where_no_format_is_known(parallel):
 
 
 @pytest.mark.parametrize("dialect", ["hermes", "mistral"])
-def test_one_call_where_no_more_are_wanted(dialect):
+def test_parallel_false_allows_one_call(dialect):
     for text in answers_to(tool_choice_schema(TOOLS, "required", dialect, parallel=False)):
         assert len(parse_tool_calls(text, dialect)[1]) == 1
 
 
-def test_choices_that_force_nothing_or_make_no_sense():
+def test_tool_choice_without_force_is_none_and_invalid_is_refused():
     assert tool_choice_schema(TOOLS, "auto", "hermes") is tool_choice_schema(TOOLS, None, "hermes") is None
     for choice in ("requird", {"type": "function", "function": {"name": "wether"}}, {"type": "function"}):
         with pytest.raises(BadParameters, match='given tools: weather, say "hi"'):

@@ -1,4 +1,4 @@
-"""Directories whose tokenizer is a tokenizer.model or a tekken.json, or has older files beside tokenizer.json."""
+"""Tests of directories with a tokenizer.model, a tekken.json, or older files beside tokenizer.json."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def train(folder: Path, texts: Sequence[str] = (), **options: Any) -> Theirs:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_sentencepiece_model_alone_gives_sentencepiece_s_ids(kind: str, tmp_path: Path) -> None:
+def test_sentencepiece_model_ids_equal_sentencepiece(kind: str, tmp_path: Path) -> None:
     texts = [text for text in (*synthetic_texts(120), *HOSTILE) if not any(token in text for token in SPECIAL)]
     theirs = train(tmp_path, ["a", *texts], **KINDS[kind])
     ours = load_tokenizer(tmp_path)
@@ -95,7 +95,7 @@ def test_a_sentencepiece_model_alone_gives_sentencepiece_s_ids(kind: str, tmp_pa
     assert ours.special_tokens == {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 
 
-def test_control_pieces_are_special_and_user_defined_ones_text(tmp_path: Path) -> None:
+def test_control_pieces_are_special_and_user_defined_are_not(tmp_path: Path) -> None:
     theirs = train(tmp_path, ["is"], **KINDS["no prefix"])
     ours = load_tokenizer(tmp_path)
     [ids] = ours.encode_batch(["<turn>is<mask>"], False)
@@ -103,7 +103,7 @@ def test_control_pieces_are_special_and_user_defined_ones_text(tmp_path: Path) -
     assert ours.decode_batch([ids], True) == ["is<mask>"]
 
 
-def test_what_the_configuration_says_of_a_sentencepiece_model_counts(tmp_path: Path) -> None:
+def test_configuration_sets_bos_and_eos_of_a_sentencepiece_model(tmp_path: Path) -> None:
     train(tmp_path, **KINDS["no prefix"])
     first = load_tokenizer(tmp_path)
     config = {"add_bos_token": False, "eos_token": "<turn>"}
@@ -122,19 +122,19 @@ def test_what_the_configuration_says_of_a_sentencepiece_model_counts(tmp_path: P
         (b"\xff" * 40, "is not a sentencepiece model"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "is a Git LFS pointer"),
         (b"IQ== 0\nIg== 1\n", "is a tiktoken vocabulary.*tokenizer.json"),
-        (b"\xff" * 5_000_000, "is not a sentencepiece model: a number that does not end"),
-        (b"\x08\x05", "is not a sentencepiece model: it holds a number"),
-        (b"\x0a\x05\x15\0\0\0\0", "is not a sentencepiece model: it holds a piece without a text"),
+        (b"\xff" * 5_000_000, "is not a sentencepiece model: an unterminated number"),
+        (b"\x08\x05", "is not a sentencepiece model: it has a number"),
+        (b"\x0a\x05\x15\0\0\0\0", "is not a sentencepiece model: it has a piece without text"),
         (b"\x0a\x02\x08\x07", "is not a sentencepiece model"),
     ],
 )
-def test_what_is_no_sentencepiece_model_is_said_to_be(content: bytes, said: str, tmp_path: Path) -> None:
+def test_file_that_is_not_a_sentencepiece_model_is_refused(content: bytes, said: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(content)
     with pytest.raises(ModelError, match=f"tokenizer.model {said}"):
         load_tokenizer(tmp_path)
 
 
-def test_damage_anywhere_in_a_sentencepiece_model_is_said(tmp_path: Path) -> None:
+def test_damaged_sentencepiece_model_is_refused(tmp_path: Path) -> None:
     train(tmp_path, **KINDS["nfkc"])
     whole = (tmp_path / "tokenizer.model").read_bytes()
     for seed in range(60):
@@ -147,8 +147,8 @@ def test_damage_anywhere_in_a_sentencepiece_model_is_said(tmp_path: Path) -> Non
             load_tokenizer(tmp_path).encode_batch(["a b"], True)
 
 
-def test_the_normalizer_of_tokenizer_json_stays_whatever_class_is_named(tmp_path: Path) -> None:
-    """transformers 5 drops it for LlamaTokenizer; sentencepiece, from whose model the file was made, does normalize."""
+def test_tokenizer_json_normalizer_wins_over_the_class(tmp_path: Path) -> None:
+    """Transformers 5 drops it for LlamaTokenizer; sentencepiece, from whose model the file was made, does normalize."""
     texts = ["ﬁne  Ⅷ", "a\u00a0b", "  x  "]
     (tmp_path / "model").mkdir()
     theirs = train(tmp_path / "model", texts, **KINDS["nfkc"])
@@ -157,8 +157,8 @@ def test_the_normalizer_of_tokenizer_json_stays_whatever_class_is_named(tmp_path
     assert load_tokenizer(folder).encode_batch(texts, False) == theirs.ids
 
 
-def test_gemma_s_mask_is_text_as_its_file_says(tmp_path: Path) -> None:
-    """transformers 5 makes it special by the class's default, and an answer that holds it loses it."""
+def test_gemma_mask_token_is_not_special(tmp_path: Path) -> None:
+    """Transformers 5 makes it special by the class's default, and an answer that holds it loses it."""
     tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *"ab▁"]
     rust = RustTokenizer(BPE({token: number for number, token in enumerate(tokens)}, [], unk_token="<unk>"))
     rust.normalizer = normalizers.Replace(" ", "▁")
@@ -195,7 +195,7 @@ def test_added_tokens_json_beside_tokenizer_json_equals_transformers(tmp_path: P
 
 
 def tekken(rust: RustTokenizer, pattern: str, special: list[dict[str, Any]] | None = None) -> dict[str, Any]:
-    """A byte-level vocabulary in the form of tekken.json, its 20 special tokens first."""
+    """Return a byte-level vocabulary in the form of tekken.json, with 20 special tokens first."""
     ordinary = sorted((number, token) for token, number in rust.get_vocab().items() if not token.startswith("<"))
     entries = [
         {"rank": rank, "token_bytes": base64.b64encode(byte_level_bytes(token)).decode(), "token_str": None}
@@ -208,7 +208,7 @@ def tekken(rust: RustTokenizer, pattern: str, special: list[dict[str, Any]] | No
     return values if special is None else {**values, "special_tokens": special}
 
 
-def test_a_tekken_vocabulary_alone(tmp_path: Path) -> None:
+def test_tekken_vocabulary_is_loaded(tmp_path: Path) -> None:
     rust = byte_level(500)
     pattern = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # byte_level's own
     (tmp_path / "tekken.json").write_text(json.dumps(tekken(rust, pattern)))
@@ -223,7 +223,7 @@ def test_a_tekken_vocabulary_alone(tmp_path: Path) -> None:
     assert (ours.bos_id, ours.eos_ids, ours.vocab_size) == (1, {2}, len(ordinary) + 20)
 
 
-def test_the_special_tokens_that_a_tekken_file_lists(tmp_path: Path) -> None:
+def test_special_tokens_listed_in_tekken_are_used(tmp_path: Path) -> None:
     listed = [{"rank": rank, "token_str": text} for rank, text in enumerate(["<unk>", "<s>", "</s>", "[THINK]"])]
     (tmp_path / "tekken.json").write_text(json.dumps(tekken(byte_level(400), r"\S+|\s+", listed)))
     ours = load_tokenizer(tmp_path)

