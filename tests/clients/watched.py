@@ -1,4 +1,4 @@
-"""`batchinfer` as it is, with one route more: what the process holds. For the soak; arguments are the command's."""
+"""`batchinfer` with one more route, for the soak: what the process holds. Takes the command's arguments."""
 
 import asyncio
 import gc

@@ -1,4 +1,4 @@
-"""Equality of JSON bodies from steps of different shapes."""
+"""Comparison of JSON bodies that came from steps of different batch shapes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def alike(one: Any, other: Any, plain_torch: bool) -> bool:
-    """Equal; without C++ up to a number's last bits, as sums in plain torch depend on how many rows a step has."""
+    """Return True if equal; in plain torch up to a float's last bits, as its sums depend on the number of rows."""
     if isinstance(one, float) and isinstance(other, float):
         return abs(one - other) <= (1e-5 if plain_torch else 0.0)
     if isinstance(one, dict) and isinstance(other, dict):

@@ -1,4 +1,4 @@
-"""The batch routes alone over the fake model."""
+"""Application with the batch routes only, over the fake model."""
 
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -23,7 +23,7 @@ def fake_llm(step_s=0.0):
 
 
 def make_app(root, llm=None, grace_s=5.0, **options):
-    """The app; `app.state` has catalog and runner. Closing its lifespan stops the runner."""
+    """Return the app; `app.state` has catalog and runner. Closing its lifespan stops the runner."""
     catalog = Catalog(Path(root))
     runner = BatchRunner(catalog, llm or fake_llm(), JOB, {MODEL})
 

@@ -1,4 +1,4 @@
-"""Input of batches, and what tests ask of their results."""
+"""Input lines of batches, and helpers that read their results."""
 
 import json
 import time
@@ -27,7 +27,7 @@ def parsed(data):
 
 
 def wait_for(read, accepted=ENDED, timeout_s=30.0):
-    """Reads a batch until its status is one of `accepted`."""
+    """Poll a batch until its status is one of `accepted`."""
     give_up = time.monotonic() + timeout_s
     while True:
         batch = read()
@@ -38,7 +38,7 @@ def wait_for(read, accepted=ENDED, timeout_s=30.0):
 
 
 def gone(path, timeout_s=10.0):
-    """Whether a path vanishes soon: a batch's folder is removed after its last status."""
+    """Return True if a path vanishes soon: a batch's folder is removed after its last status."""
     give_up = time.monotonic() + timeout_s
     while path.exists() and time.monotonic() < give_up:
         time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""Endpoints for tests: in this process over ASGI, or a real uvicorn of its own."""
+"""Endpoints for tests: in this process over ASGI, or as a process with uvicorn."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from batchinfer.text.pieces import BYTE_ALPHABET
 
 
 class Endpoint:
-    """An application in this process, its asyncio loop in a thread; calls are plain functions."""
+    """Application in this process with its asyncio loop in a thread; calls are synchronous."""
 
     def __init__(self, llm: LLM, options: AppOptions | None = None, max_waiting: int = 2048, **model) -> None:
         parts = llm.parts()
@@ -79,24 +79,24 @@ class Endpoint:
         return self.ok("/v1/chat/completions", **body)
 
     def refused(self, path: str, body, status: int = 400) -> dict:
-        """The error object, whose shape is checked."""
+        """Post a body that must be refused; return the error object after checking its fields."""
         response = self.post(path, body)
         assert response.status_code == status, response.text
         return error_of(response)
 
     def stream(self, path: str, **body) -> list[dict]:
-        """The events of a stream that ends with [DONE]."""
+        """Return the events of a stream that must end with [DONE]."""
         response = self.post(path, {**body, "stream": True})
         assert response.status_code == 200, response.text
         assert response.headers["content-type"].startswith("text/event-stream")
         return events_of(response.text)
 
     def integrity(self) -> None:
-        """Nothing of a request is left anywhere."""
+        """Check that no request has left anything in the scheduler."""
         self.frontend.engine.call(lambda engine: engine.scheduler.check_integrity()).result(10)
 
     def idle(self) -> bool:
-        """Whether the engine holds nothing."""
+        """Return True if the engine holds no request."""
         return (
             self.frontend.engine.call(lambda engine: not engine.has_work).result(10) and not self.frontend.open_samples
         )
@@ -117,7 +117,7 @@ def error_of(response: httpx.Response) -> dict:
 
 
 class Held:
-    """A runner that waits before every step until the test lets it go on; checks integrity before each."""
+    """Runner that waits before every step until the test releases it."""
 
     def __init__(self, runner) -> None:
         self._runner = runner
@@ -136,7 +136,7 @@ class Held:
             self._go.release()
 
     def breaks(self, after: int) -> None:
-        """Lets so many steps run, and fails at every later one."""
+        """Run `after` steps, then fail every later one."""
 
         def broken(plan: StepPlan, constraints: object) -> StepResult:
             raise RuntimeError("broken")
@@ -156,7 +156,7 @@ def fake_llm(answer_tokens=(3, 30), step_s: float = 0.0, **options) -> LLM:
 
 @pytest.fixture(scope="module")
 def fake() -> Iterator[Endpoint]:
-    """Answers of up to 30 tokens; a token is a byte."""
+    """Yield an endpoint of the fake model: answers of up to 30 tokens, a token is a byte."""
     endpoint = Endpoint(fake_llm(max_num_seqs=16, max_model_len=2048))
     yield endpoint
     endpoint.close()
@@ -164,7 +164,7 @@ def fake() -> Iterator[Endpoint]:
 
 @pytest.fixture
 def held() -> Iterator[tuple[Endpoint, Held]]:
-    """Two seats, long answers, and a step at a time."""
+    """Yield an endpoint with two seats and long answers, and its runner, which is stepped by the test."""
     llm = fake_llm(answer_tokens=500, max_num_seqs=2, max_model_len=1024)
     engine = llm.parts().engine
     engine._runner = held = Held(engine._runner)
@@ -176,7 +176,7 @@ def held() -> Iterator[tuple[Endpoint, Held]]:
 
 @pytest.fixture(scope="session")
 def tiny_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama whose tokens are bytes, with a tokenizer and a chat template beside it."""
+    """Return the directory of a random Llama whose tokens are bytes, with tokenizer and chat template."""
     import torch
     import transformers
 
@@ -203,7 +203,7 @@ def tiny_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tiny(tiny_directory: Path) -> Iterator[Endpoint]:
-    """A real model, small and random."""
+    """Yield an endpoint of a real model, small and random."""
     endpoint = Endpoint(LLM(tiny_directory, max_num_seqs=8, kv_cache_tokens=4096))
     yield endpoint
     endpoint.close()
@@ -225,7 +225,7 @@ def hermes(tiny_directory):
 
 
 class Process:
-    """`batchinfer serve` as a process of its own."""
+    """`batchinfer serve` as a separate process."""
 
     def __init__(self, *arguments: str, env: dict[str, str] | None = None) -> None:
         command = [sys.executable, "-c", "import sys; from batchinfer.cli.main import process; process()"]
@@ -239,7 +239,7 @@ class Process:
         self.log: list[dict] = []
 
     def url(self) -> str:
-        """Waits until it listens."""
+        """Wait until the process listens; return its URL."""
         for line in self.popen.stderr:
             self.log.append(json.loads(line))
             if self.log[-1]["message"] == "listening":
@@ -247,14 +247,14 @@ class Process:
         raise AssertionError(f"it ended: {self.log}")
 
     def end(self, timeout: float = 20) -> tuple[int, str, str]:
-        """Waits for its end; exit code, stdout, the rest of stderr."""
+        """Wait for the end; return exit code, stdout and the rest of stderr."""
         out, err = self.popen.communicate(timeout=timeout)
         return self.popen.returncode, out, err
 
 
 @pytest.fixture
 def processes() -> Iterator[type[Process]]:
-    """Starts processes that do not outlive the test."""
+    """Yield a function that starts processes; they are killed at the end of the test."""
     started: list[Process] = []
 
     def start(*arguments: str, env: dict[str, str] | None = None) -> Process:
@@ -269,7 +269,7 @@ def processes() -> Iterator[type[Process]]:
 
 
 def referring_tool(name):
-    """A tool whose parameters refer into their own schema."""
+    """Return a tool whose parameters refer into their own schema."""
     parameters = {
         "type": "object",
         "properties": {"a": {"$ref": "#/$defs/one"}},

@@ -1,4 +1,4 @@
-"""Batches against a real process, driven by the real client: killed, stopped and started again."""
+"""Batches on a real server process, driven by OpenAI's client: killed, stopped and restarted."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ def free_port():
 
 
 class Process:
-    """`batchinfer serve` in a process of its own."""
+    """`batchinfer serve` as a separate process."""
 
     def __init__(self, root, step_s=0.0):
         self.root = root
@@ -62,7 +62,7 @@ class Process:
         return self.client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h", **values)
 
     def begun(self, completed, **values):
-        """A batch of ROWS rows, more than `completed` of which are, in a process that has just started."""
+        """Start a process and a batch of ROWS rows; return once more than `completed` of them are done."""
         self.step_s = 0.01  # some 6 s of work
         self.start()
         batch = self.create(rows(ROWS), **values)

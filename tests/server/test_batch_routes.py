@@ -1,4 +1,4 @@
-"""The routes of files and batches over the fake model, in one process."""
+"""Routes of files and batches over the fake model, in one process."""
 
 import errno
 import json
@@ -49,7 +49,7 @@ def problem_of(response, status):
     return error
 
 
-def test_a_file_comes_back_as_it_was(client):
+def test_uploaded_file_is_returned_byte_for_byte(client):
     data = rows(3)
     made = upload(client, data, name="../../täglich.jsonl").json()
     assert made["object"] == "file" and made["bytes"] == len(data) and made["purpose"] == "batch"
@@ -95,7 +95,7 @@ def test_a_batch_answers_every_row_in_input_order(client):
     assert gone(client.app.state.catalog.work(batch["id"]))
 
 
-def test_a_wrong_body_is_that_requests_error_alone(client):
+def test_wrong_body_fails_its_own_row_only(client):
     wrong = [
         line(1, body={"temperature": -1}),
         line(2, body={"messages": []}),
@@ -159,12 +159,12 @@ def test_many_faults_are_listed_up_to_a_hundred(client):
         ({"metadata": {str(n): "v" for n in range(17)}}, "metadata"),
     ],
 )
-def test_what_no_batch_can_be_is_refused(client, values, param):
+def test_wrong_batch_body_is_refused_with_its_field(client, values, param):
     assert problem_of(create(client, rows(1), **values), 400)["param"] == param
     assert client.get("/v1/batches").json()["data"] == []
 
 
-def test_a_body_that_is_no_json_is_refused(client):
+def test_body_that_is_no_json_is_a_400(client):
     problem_of(client.post("/v1/batches", content=b"{"), 400)
     problem_of(client.post("/v1/batches", content=b"[]", headers={"content-type": "text/plain"}), 400)
 
@@ -183,7 +183,7 @@ def test_a_result_is_no_input(client):
     assert problem_of(client.post("/v1/batches", json=asked), 400)["param"] == "input_file_id"
 
 
-def test_uploads_that_are_no_upload(client):
+def test_malformed_upload_is_a_400(client):
     assert problem_of(client.post("/v1/files", json={"purpose": "batch"}), 400)
     assert problem_of(client.post("/v1/files", data={"purpose": "batch"}, files={"other": ("a", b"1")}), 400)["param"]
     assert problem_of(upload(client, b"1", purpose="assistants"), 400)["param"] == "purpose"
@@ -213,7 +213,7 @@ def test_an_upload_above_the_limit_is_refused(client):
     assert not list((client.app.state.catalog.root / ".tmp").iterdir())
 
 
-def test_a_full_disk_is_said(client, monkeypatch):
+def test_full_disk_is_a_507(client, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -258,7 +258,7 @@ def test_an_ended_batch_cannot_be_cancelled(client):
     assert problem_of(client.post(f"/v1/batches/{batch['id']}/cancel"), 400)["code"] == "batch_not_cancellable"
 
 
-def test_completions_and_byte_order_marks(client):
+def test_batch_of_completions_with_a_byte_order_mark_runs(client):
     lines = [line(n, url="/v1/completions", body={"messages": None, "prompt": f"P{n}"}) for n in range(3)]
     batch = ended(client, create(client, b"\xef\xbb\xbf" + content(lines), endpoint="/v1/completions").json()["id"])
     assert batch["status"] == "completed", batch
@@ -267,13 +267,13 @@ def test_completions_and_byte_order_marks(client):
     ] * 3
 
 
-def test_the_routes_are_documented(client):
+def test_openapi_schema_documents_the_batch_routes(client):
     described = client.get("/openapi.json").json()["paths"]
     assert "multipart/form-data" in described["/v1/files"]["post"]["requestBody"]["content"]
     assert {"400", "404", "507"} <= set(described["/v1/batches"]["post"]["responses"])
 
 
-def test_the_wire_shapes_hold_all_of_openais_fields():
+def test_file_and_batch_objects_have_all_of_openais_fields():
     openai = pytest.importorskip("openai")
     record = catalog_module.BatchRecord("batch_1", CHAT, "file-1", "24h", 2, None, times={"validating": 1})
     problem = catalog_module.Problem("invalid_url", "no", 3, "url")

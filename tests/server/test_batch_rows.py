@@ -1,4 +1,4 @@
-"""A row of a batch answers as the endpoint's route does: the same bodies through both."""
+"""Rows of a batch equal the endpoint's responses: the same bodies through both."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def endpoint(tiny_directory):
 
 
 class Batches:
-    """Runs batches over an endpoint's engine."""
+    """Runner of batches on an endpoint's engine."""
 
     def __init__(self, root, endpoint):
         self.catalog = Catalog(root)
@@ -144,7 +144,7 @@ class Batches:
         self.runner.start()
 
     def bodies(self, url, bodies):
-        """What each body is answered: (status, body)."""
+        """Return (status, body) of the response to each body."""
         lines = [{"custom_id": str(n), "method": "POST", "url": url, "body": b} for n, b in enumerate(bodies)]
         path = self.catalog.temporary()
         path.write_bytes(content(lines))
@@ -175,7 +175,7 @@ def batches(endpoint, tmp_path_factory):
 
 
 def plain(body):
-    """Less what differs from one call to the next: ids, times, and how much the cache held."""
+    """Return a body without what differs between calls: ids, times and cached tokens."""
     body = {name: value for name, value in body.items() if name not in ("id", "created", "created_at")}
     for kind in ("prompt", "input"):
         if f"{kind}_tokens_details" in body.get("usage", {}):
@@ -193,7 +193,7 @@ def plain(body):
 
 
 @pytest.mark.parametrize("url", BODIES)
-def test_a_row_answers_as_the_route_does(endpoint, batches, url, plain_torch):
+def test_row_equals_the_response_of_the_route(endpoint, batches, url, plain_torch):
     asked = [{"model": "test-model", **body} for body in BODIES[url]]
     statuses = set()
     for body, (status, answer) in zip(asked, batches.bodies(url, asked), strict=True):
@@ -213,7 +213,7 @@ def test_tokens_of_logprobs_have_text_and_bytes(batches):
     assert len(entries) == 5
 
 
-def test_what_the_cache_held_of_prompts_is_counted(endpoint, batches):
+def test_cached_tokens_of_rows_are_counted(endpoint, batches):
     asked = {"model": "test-model", "prompt": ["x" * 100, "y" * 70, "x" * 100], "max_tokens": 2, "logprobs": 1}
     for _ in range(2):  # the second time all whole blocks of 16 are there
         answer = endpoint.completion(**asked, temperature=0.5, seed=3)

@@ -20,7 +20,7 @@ TOOL = {
 }
 
 
-def test_what_is_always_there(fake):
+def test_required_fields_are_present(fake):
     body = fake.chat(messages=HI, max_tokens=5, ignore_eos=True)
     assert body["id"].startswith("chatcmpl-") and body["object"] == "chat.completion"
     (choice,) = body["choices"]
@@ -30,7 +30,7 @@ def test_what_is_always_there(fake):
     assert body["usage"]["completion_tokens"] == 5
 
 
-def test_text_parts_are_the_text(fake):
+def test_text_parts_equal_the_joined_text(fake):
     parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
     asked = {"max_tokens": 8, "temperature": 0}
     whole = fake.chat(messages=[{"role": "user", "content": "h\ni"}], **asked)
@@ -41,14 +41,14 @@ def test_text_parts_are_the_text(fake):
     assert "image_url" in error["message"] and error["param"] == "messages"
 
 
-def test_the_answer_is_as_long_as_the_newer_field_says(fake):
+def test_max_completion_tokens_wins_over_max_tokens(fake):
     asked = {"messages": HI, "ignore_eos": True}
     assert fake.chat(**asked, max_tokens=3, max_completion_tokens=7)["usage"]["completion_tokens"] == 7
     assert fake.chat(**asked, max_completion_tokens=4)["usage"]["completion_tokens"] == 4
 
 
 @pytest.mark.parametrize("top", [None, 0, 3])
-def test_logprobs(tiny, top):
+def test_logprobs_have_bytes_and_alternatives(tiny, top):
     asked = {"messages": HI, "max_tokens": 4, "temperature": 0, "logprobs": True, "top_logprobs": top}
     content = tiny.chat(**asked)["choices"][0]["logprobs"]["content"]
     assert len(content) == 4
@@ -62,7 +62,7 @@ def test_logprobs(tiny, top):
     assert [entry for one in streamed if one["logprobs"] for entry in one["logprobs"]["content"]] == content
 
 
-def test_a_stream(fake):
+def test_stream_builds_the_whole_response(fake):
     asked = {"messages": HI, "max_tokens": 20, "temperature": 0, "n": 2, "ignore_eos": True}
     whole = fake.chat(**asked)
     events = fake.stream(CHAT, **asked, stream_options={"include_usage": True})
@@ -83,7 +83,7 @@ def test_a_stream(fake):
         ]
 
 
-def test_usage_on_every_chunk(fake):
+def test_continuous_usage_stats_put_usage_on_every_chunk(fake):
     options = {"include_usage": True, "continuous_usage_stats": True}
     events = fake.stream(CHAT, messages=HI, max_tokens=9, ignore_eos=True, stream_options=options)
     counts = [event["usage"]["completion_tokens"] for event in events]
@@ -102,12 +102,12 @@ def test_usage_on_every_chunk(fake):
         ([{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}], "not JSON"),
     ],
 )
-def test_messages_that_are_wrong(fake, messages, said):
+def test_wrong_messages_are_refused(fake, messages, said):
     response = fake.post(CHAT, content=json.dumps({"messages": messages}), headers={"content-type": "application/json"})
     assert response.status_code == 400 and said in response.json()["error"]["message"], response.text
 
 
-def test_template_that_refuses(tiny_directory):
+def test_error_of_the_template_is_a_400(tiny_directory):
     template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}{{ mood }}x"
     llm = LLM("fake", chat_template=template, fake=FakeSpec(answer_tokens=3))
     endpoint = Endpoint(llm, chat_template=template, chat_kwargs={"mood": "ab"})
@@ -141,11 +141,11 @@ def test_tools_need_a_template_that_takes_them(fake, tiny):
         {"tools": [{"type": "function", "function": {"name": "f", "parameters": 3}}]},
     ],
 )
-def test_tools_that_are_wrong(tiny, wrong):
+def test_wrong_tools_are_refused(tiny, wrong):
     assert tiny.refused(CHAT, {"messages": HI, **wrong})["param"] in ("tools", "tool_choice")
 
 
-def test_calls_in_messages_reach_the_template():
+def test_tool_calls_in_messages_reach_the_template():
     calls = "{% for c in m.tool_calls or [] %}{{ c.function.arguments.a }}{% endfor %}"
     template = "{% for m in messages %}{{ m.content }}" + calls + "{% endfor %}"
     endpoint = Endpoint(LLM("fake", chat_template=template), chat_template=template)
@@ -158,7 +158,7 @@ def test_calls_in_messages_reach_the_template():
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "add"}}])
-def test_a_forced_call(tiny, choice):
+def test_forced_tool_call_follows_its_schema(tiny, choice):
     asked = {
         "messages": HI,
         "tools": [referring_tool("add")],
@@ -179,7 +179,7 @@ def test_a_forced_call(tiny, choice):
     assert events[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
 
-def test_response_formats(tiny):
+def test_answer_follows_the_response_format(tiny):
     schema = {
         "type": "object",
         "properties": {"b": {"type": "boolean"}},
@@ -196,13 +196,13 @@ def test_response_formats(tiny):
     tiny.chat(messages=HI, max_tokens=1)  # it lives on
 
 
-def test_response_format_text_and_wrong_ones(fake):
+def test_response_format_text_is_accepted_and_unknown_ones_refused(fake):
     assert fake.chat(messages=HI, response_format={"type": "text"}, max_tokens=1)
     for wrong in ({"type": "yaml"}, {"type": "json_schema"}, {"type": "json_schema", "json_schema": {"name": "x"}}):
         assert fake.refused(CHAT, {"messages": HI, "response_format": wrong})["param"] == "response_format"
 
 
-def test_prompt_logprobs_of_a_chat(tiny):
+def test_prompt_logprobs_of_a_chat_cover_its_prompt(tiny):
     body = tiny.chat(messages=HI, max_tokens=1, prompt_logprobs=1)
     assert len(body["prompt_logprobs"]) == body["usage"]["prompt_tokens"]
 
@@ -210,7 +210,7 @@ def test_prompt_logprobs_of_a_chat(tiny):
 HERMES = "{% for m in messages %}{{ m.content }}{% endfor %}{% if tools %}<tool_call>{% endif %}"
 
 
-def test_a_forced_call_in_the_models_own_format(tiny_directory):
+def test_forced_call_in_the_models_own_format_is_parsed(tiny_directory):
     llm = LLM(tiny_directory, chat_template=HERMES, max_num_seqs=2, kv_cache_tokens=1024)
     endpoint = Endpoint(llm, chat_template=HERMES)
     try:
@@ -235,7 +235,7 @@ def test_a_forced_call_in_the_models_own_format(tiny_directory):
         endpoint.close()
 
 
-def test_grammars_that_take_long_hold_up_no_other_request(tiny, monkeypatch):
+def test_slow_grammar_does_not_delay_other_requests(tiny, monkeypatch):
     begun, go = threading.Event(), threading.Event()
 
     def held(trials, source):
@@ -254,7 +254,7 @@ def test_grammars_that_take_long_hold_up_no_other_request(tiny, monkeypatch):
     assert [one.result(20).status_code for one in slow] == [400] * 6
 
 
-def test_a_hostile_expression_is_a_400(tiny):
+def test_hostile_regular_expression_is_a_400(tiny):
     error = tiny.refused(CHAT, {"messages": HI, "structured_outputs": {"regex": "a{1000000000}"}})
     assert error["param"] == "structured_outputs" and "too large" in error["message"]
     assert tiny.chat(messages=HI, max_tokens=5, structured_outputs={"regex": "ab"})["choices"][0]["message"]["content"]

@@ -1,4 +1,4 @@
-"""/v1/completions, as the harnesses use it: prompts of every form, echo, logprobs, samples, stop strings, usage."""
+"""/v1/completions as evaluation harnesses use it: forms of prompts, echo, logprobs, samples, stop strings, usage."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def texts(body: dict) -> list[str]:
     return [choice["text"] for choice in body["choices"]]
 
 
-def test_what_is_always_there(fake):
+def test_required_fields_are_present(fake):
     body = fake.completion(prompt="hello", max_tokens=5, ignore_eos=True)
     assert body["id"].startswith("cmpl-") and body["object"] == "text_completion" and body["model"] == "test-model"
     assert isinstance(body["created"], int)
@@ -34,7 +34,7 @@ def test_what_is_always_there(fake):
     ("prompt", "count"),
     [("ab", 1), (["ab", "cd"], 2), ([97, 98], 1), ([[97, 98]], 1), ([[97, 98], [99, 100]], 2)],
 )
-def test_prompts_of_every_form(fake, prompt, count):
+def test_prompt_may_be_text_ids_or_lists_of_them(fake, prompt, count):
     body = fake.completion(prompt=prompt, max_tokens=4, temperature=0)
     assert [choice["index"] for choice in body["choices"]] == list(range(count))
     same = fake.completion(prompt="ab", max_tokens=4, temperature=0)
@@ -42,12 +42,12 @@ def test_prompts_of_every_form(fake, prompt, count):
     assert body["usage"]["prompt_tokens"] == 2 * count
 
 
-def test_ids_get_no_special_tokens(tiny):
+def test_token_ids_get_no_special_tokens(tiny):
     assert tiny.completion(prompt=[97, 98], max_tokens=1)["usage"]["prompt_tokens"] == 2
 
 
 @pytest.mark.parametrize("stop", [None, [], "q", ["q"], ["zz", "q", "yy", "xx", "ww", "vv"]])
-def test_stop_of_every_form(fake, stop):
+def test_stop_may_be_null_text_or_list(fake, stop):
     whole = fake.completion(prompt="a long answer", max_tokens=200, temperature=0, ignore_eos=True)
     body = fake.completion(prompt="a long answer", max_tokens=200, temperature=0, ignore_eos=True, stop=stop)
     if not stop:
@@ -66,7 +66,7 @@ def test_stop_of_every_form(fake, stop):
 
 
 @pytest.mark.parametrize("logprobs", [None, 1])
-def test_a_token_is_streamed_in_its_step(logprobs):
+def test_token_is_streamed_in_the_step_that_samples_it(logprobs):
     """Also of sequences that no step visits, as those that decode without drafts."""
     endpoint = Endpoint(fake_llm(answer_tokens=60, step_s=0.01, speculative_tokens=0, max_model_len=512))
     try:
@@ -79,7 +79,7 @@ def test_a_token_is_streamed_in_its_step(logprobs):
         endpoint.close()
 
 
-def test_default_is_16_tokens(fake):
+def test_default_max_tokens_is_16(fake):
     assert fake.completion(prompt="x", ignore_eos=True)["usage"]["completion_tokens"] == 16
 
 
@@ -111,7 +111,7 @@ def test_cached_tokens_are_counted(tiny):
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])
-def test_logprobs_of_generated_tokens(tiny, count):
+def test_logprobs_of_generated_tokens_hold_the_token_and_the_best(tiny, count):
     choice = tiny.completion(prompt="hello", max_tokens=6, temperature=0, logprobs=count)["choices"][0]
     logprobs = choice["logprobs"]
     assert set(logprobs) == {"tokens", "token_logprobs", "top_logprobs", "text_offset"}
@@ -125,14 +125,14 @@ def test_logprobs_of_generated_tokens(tiny, count):
         assert 1 <= len(top) <= max(1, count)
 
 
-def test_tokens_as_ids(tiny):
+def test_return_tokens_as_token_ids_writes_ids(tiny):
     asked = {"prompt": "hello", "max_tokens": 3, "temperature": 0, "logprobs": 3, "return_tokens_as_token_ids": True}
     logprobs = tiny.completion(**asked)["choices"][0]["logprobs"]
     assert all(token.startswith("token_id:") for token in logprobs["tokens"])
     assert all(len(top) == 3 for top in logprobs["top_logprobs"])
 
 
-def test_echo_without_logprobs(fake):
+def test_echo_without_logprobs_prepends_the_prompt(fake):
     body = fake.completion(prompt=["hello", "ab"], max_tokens=3, temperature=0, echo=True)
     plain = fake.completion(prompt=["hello", "ab"], max_tokens=3, temperature=0)
     assert texts(body) == ["hello" + texts(plain)[0], "ab" + texts(plain)[1]]
@@ -141,7 +141,7 @@ def test_echo_without_logprobs(fake):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_no_tokens_with_echo(fake, stream):
+def test_echo_with_zero_max_tokens_scores_the_prompt(fake, stream):
     asked = {"prompt": [[104, 105], [97]], "max_tokens": 0, "echo": True}
     if stream:
         choices = [event["choices"][0] for event in fake.stream(COMPLETIONS, **asked)]
@@ -155,7 +155,7 @@ def test_no_tokens_with_echo(fake, stream):
     ]
 
 
-def test_log_likelihood_as_lm_eval_asks(tiny, plain_torch):
+def test_log_likelihood_request_of_lm_eval_is_answered(tiny, plain_torch):
     prompts = [[104, 101, 108, 108, 111], [97, 98, 99], [104, 101, 108, 108, 111]]
     asked = {"prompt": prompts, "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}
     for _ in range(2):  # the second time with a warm prefix cache
@@ -186,7 +186,7 @@ EDGES = [  # what is asked, tokens of the longest prompt that it may have
 
 @pytest.mark.parametrize("form", ["text", "ids", "texts", "lists of ids"])
 @pytest.mark.parametrize(("asked", "most"), EDGES)
-def test_the_contexts_edge(tiny, form, asked, most):
+def test_longest_prompt_fits_and_one_token_more_is_a_400(tiny, form, asked, most):
     """The longest prompt is answered whole; one token more is a 400 that says so, streamed or not."""
 
     def prompt(tokens):
@@ -227,7 +227,7 @@ def test_prompt_logprobs_do_not_depend_on_samples_or_streaming(tiny, plain_torch
         assert alike(one["logprobs"], choice["logprobs"], plain_torch)
 
 
-def test_prompt_logprobs_of_their_own(tiny):
+def test_prompt_logprobs_are_a_table_of_their_own(tiny):
     choice = tiny.completion(prompt="some", max_tokens=1, prompt_logprobs=2)["choices"][0]
     entries = choice["prompt_logprobs"]
     assert choice["logprobs"] is None and len(entries) == 4 and entries[0] is None
@@ -236,7 +236,7 @@ def test_prompt_logprobs_of_their_own(tiny):
         assert sorted(one["rank"] for one in entry.values() if one["rank"] is not None)[:2] == [1, 2]
 
 
-def test_characters_across_tokens(fake):
+def test_characters_of_several_tokens_stay_whole(fake):
     """Every byte is a token: text is whole characters in whatever chunks."""
     word = "naïve 東京 🙂"
     ids = list(word.encode())

@@ -1,4 +1,4 @@
-"""Control tokens in what clients send, and chats whose last message stays open, over HTTP."""
+"""Control tokens in request bodies, and chats that continue their last message, over HTTP."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_messages_hold_text_unless_a_request_allows_more(tiny):
     assert tiny.refused(CHAT, {"messages": SAID, "special_tokens": "yes"})["param"] == "special_tokens"
 
 
-def test_an_endpoint_may_allow_them_for_all(tiny_directory):
+def test_endpoint_may_allow_control_tokens_in_messages(tiny_directory):
     endpoint = Endpoint(LLM(tiny_directory, max_num_seqs=2, kv_cache_tokens=1024), special_tokens="allow")
     try:
         assert END in ids(endpoint, messages=SAID) and END not in ids(endpoint, messages=SAID, special_tokens="text")
@@ -31,7 +31,7 @@ def test_an_endpoint_may_allow_them_for_all(tiny_directory):
         endpoint.close()
 
 
-def test_the_last_message_stays_open(tiny):
+def test_answer_continues_the_last_message(tiny):
     opened = ids(tiny, messages=SAID, continue_final_message=True)
     assert bytes(opened) == b"[user]a</s>\n[assistant]b"
     asked = {"messages": SAID, "max_tokens": 6, "temperature": 0}

@@ -1,4 +1,4 @@
-"""/v1/messages: Anthropic's form of a chat, by hand and through its own client."""
+"""/v1/messages, through plain HTTP and through Anthropic's client."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def events(endpoint, **body):
 
 
 def refused(endpoint, body, status=400, path=MESSAGES):
-    """The error object, whose shape is checked."""
+    """Post a body that must be refused; return the error object after checking its fields."""
     response = endpoint.post(path, body)
     assert response.status_code == status, response.text
     answer = response.json()
@@ -37,7 +37,7 @@ def refused(endpoint, body, status=400, path=MESSAGES):
     return answer["error"]
 
 
-def test_a_text(fake):
+def test_text_answer_is_one_block(fake):
     given = {"max_tokens": 6, "temperature": 0, "ignore_eos": True}
     answer = fake.ok(MESSAGES, **given, system="Be brief.", messages=HI, metadata={"user_id": "me"}, top_k=5)
     chat = fake.chat(messages=[{"role": "system", "content": "Be brief."}, *HI], **given)
@@ -64,7 +64,7 @@ def test_a_text(fake):
     assert fake.ok(COUNT, system=system, messages=HI) == {"input_tokens": answer["usage"]["input_tokens"]}
 
 
-def test_a_bound_beyond_the_context(tiny):
+def test_answer_ends_at_the_context_before_max_tokens(tiny):
     given = {"messages": HI, "max_tokens": 32000, "temperature": 0, "ignore_eos": True}
     answer = tiny.ok(MESSAGES, **given)
     used = answer["usage"]
@@ -74,7 +74,7 @@ def test_a_bound_beyond_the_context(tiny):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_the_stop_sequence_that_ended_it(tiny, stream):
+def test_stop_sequence_that_ended_the_answer_is_named(tiny, stream):
     given = {"messages": HI, "max_tokens": 9, "temperature": 0, "allowed_token_ids": [97]}
     for stops, text, reason, found in (
         (["zz", "aaa"], "", "stop_sequence", "aaa"),
@@ -91,7 +91,7 @@ def test_the_stop_sequence_that_ended_it(tiny, stream):
         assert (said, end["stop_reason"], end["stop_sequence"]) == (text, reason, found)
 
 
-def test_the_events_of_a_text(fake):
+def test_events_of_a_text_come_in_order(fake):
     given = {"messages": HI, "max_tokens": 5, "temperature": 0, "ignore_eos": True}
     whole = fake.ok(MESSAGES, **given)
     found = events(fake, **given)
@@ -113,7 +113,7 @@ def test_the_events_of_a_text(fake):
 
 @pytest.mark.parametrize("choice", [FORCED["tool_choice"], {"type": "tool", "name": "add"}])
 @pytest.mark.parametrize("endpoint", ["hermes", "tiny"])  # in the model's own format, and as JSON alone
-def test_a_call(request, endpoint, choice):
+def test_tool_call_is_a_tool_use_block(request, endpoint, choice):
     hermes = request.getfixturevalue(endpoint)
     given = {"messages": HI, "max_tokens": 200, "temperature": 0, "tools": [TOOL], "tool_choice": choice}
     answer = hermes.ok(MESSAGES, **given)
@@ -129,7 +129,7 @@ def test_a_call(request, endpoint, choice):
     assert found[-2]["delta"]["stop_reason"] == "tool_use"
 
 
-def test_a_call_that_is_cut_off(hermes):
+def test_cut_off_call_has_empty_input(hermes):
     answer = hermes.ok(MESSAGES, messages=HI, max_tokens=45, temperature=0, **FORCED)
     assert answer["stop_reason"] == "max_tokens"
     assert (
@@ -173,7 +173,7 @@ def test_a_conversation_with_calls_reaches_the_template(hermes):
     assert hermes.ok(MESSAGES, messages=[*messages[:2], {"role": "user", "content": empty}], **given)
 
 
-def test_an_answer_goes_on_with_the_last_turn(fake):
+def test_answer_continues_the_last_assistant_message(fake):
     given = {"messages": [*HI, {"role": "assistant", "content": "The answer (is"}], "max_tokens": 4, "temperature": 0}
     answer = fake.ok(MESSAGES, **given, ignore_eos=True)
     prompt = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nThe answer (is"
@@ -182,7 +182,7 @@ def test_an_answer_goes_on_with_the_last_turn(fake):
     assert answer["usage"]["input_tokens"] == len(prompt)
 
 
-def test_text_that_follows_a_schema(tiny):
+def test_text_follows_the_output_format(tiny):
     form = {"format": {"type": "json_schema", "schema": SCHEMA}, "effort": "low"}
     answer = tiny.ok(MESSAGES, messages=HI, max_tokens=80, temperature=0, output_config=form)
     assert json.loads(answer["content"][0]["text"])["a"] in (1, 2)
@@ -233,12 +233,12 @@ def test_text_that_follows_a_schema(tiny):
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_is_refused(tiny, body, said, stream):
+def test_unsupported_fields_are_refused(tiny, body, said, stream):
     error = refused(tiny, {"messages": HI, "max_tokens": 5, "stream": stream, **body})
     assert error["type"] == "invalid_request_error" and said in error["message"], error
 
 
-def test_what_is_accepted(fake):
+def test_harmless_fields_are_accepted(fake):
     given = {
         "thinking": {"type": "disabled"},
         "tool_choice": {"type": "none"},
@@ -254,7 +254,7 @@ def test_what_is_accepted(fake):
     assert fake.post(f"{MESSAGES}?beta=true", body, headers=headers).status_code == 200
 
 
-def test_errors_have_the_form_of_the_route_everywhere():
+def test_errors_have_anthropics_form_on_every_path():
     endpoint = Endpoint(fake_llm(), AppOptions(api_key="s3cret", max_body_bytes=1000))
     body = {"messages": HI, "max_tokens": 3}
     try:
@@ -278,7 +278,7 @@ def test_errors_have_the_form_of_the_route_everywhere():
         endpoint.close()
 
 
-def test_an_answer_that_breaks_off_ends_with_an_error(held):
+def test_broken_off_stream_ends_with_an_error_event(held):
     endpoint, runner = held
     given = {"messages": HI, "stream": True, "max_tokens": 50, "ignore_eos": True}
     call = endpoint.begin(endpoint.client.post(MESSAGES, json=given))
@@ -289,7 +289,7 @@ def test_an_answer_that_breaks_off_ends_with_an_error(held):
     assert name == "event: error" and json.loads(data.removeprefix("data: "))["error"]["type"] == "api_error"
 
 
-def test_through_anthropics_client(hermes):
+def test_anthropics_client_reads_whole_and_streamed_answers(hermes):
     anthropic = pytest.importorskip("anthropic")
 
     async def run():
@@ -321,7 +321,7 @@ def test_through_anthropics_client(hermes):
     assert count.input_tokens == text.usage.input_tokens
 
 
-def test_both_routes_are_counted(fake):
+def test_metrics_count_both_routes(fake):
     def requests():
         found = [
             line

@@ -1,4 +1,4 @@
-"""`batchinfer serve` as a process: exit code of a command, signals under load, time limits, sockets, real clients."""
+"""`batchinfer serve` as a process: exit codes of commands, signals under load, time limits, sockets, clients."""
 
 from __future__ import annotations
 
@@ -47,17 +47,17 @@ def test_a_command_gets_the_endpoint_and_its_exit_code_counts(processes):
     assert "secret" not in err
 
 
-def test_a_command_that_is_not_there(processes):
+def test_missing_command_is_exit_code_127(processes):
     exit_code, _, err = processes("fake", "--", "/no/such/command").end()
     assert exit_code == 127 and "/no/such/command" in err
 
 
-def test_a_command_that_a_signal_ends(processes):
+def test_command_ended_by_a_signal_is_128_plus_its_number(processes):
     code = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
     assert processes("fake", "--", sys.executable, "-c", code).end()[0] == 128 + 9
 
 
-def test_sigterm_goes_to_the_command_too(processes):
+def test_sigterm_is_passed_to_the_command(processes):
     serve = processes("fake", "--", sys.executable, "-c", "import time; time.sleep(60)")
     serve.url()
     time.sleep(0.3)
@@ -68,7 +68,7 @@ def test_sigterm_goes_to_the_command_too(processes):
 
 
 @pytest.mark.parametrize("option", ["--idle-timeout", "--max-lifetime"])
-def test_time_limits(processes, option):
+def test_endpoint_stops_at_its_time_limits(processes, option):
     serve = processes("fake", "--port", "0", option, "0.5")
     url = serve.url()
     assert urllib.request.urlopen(f"{url}/health", timeout=5).status == 200
@@ -81,7 +81,7 @@ def stream(url: str, max_tokens: int, results: list) -> None:
         results.append((response.status_code, "".join(response.iter_text())))
 
 
-def test_sigterm_under_load(processes):
+def test_sigterm_under_load_drains_within_the_grace_period(processes):
     """Short streams finish, new requests are refused, long ones end with an error event; exit within the grace."""
     serve = processes("fake", "--port", "0", "--set", "fake.step_s=0.02", "--set", "fake.answer_tokens=9999")
     url = serve.url()
@@ -107,7 +107,7 @@ def test_sigterm_under_load(processes):
         assert status == 200 and "shutting_down" in text and text.endswith("data: [DONE]\n\n")
 
 
-def test_a_second_signal_is_now(processes):
+def test_second_signal_exits_at_once(processes):
     serve = processes("fake", "--port", "0", "--set", "fake.step_s=0.02", "--set", "fake.answer_tokens=9999")
     url = serve.url()
     results: list = []
@@ -155,7 +155,7 @@ def wait_for(url: str, line: str) -> None:
         time.sleep(0.02)
 
 
-def test_the_openai_client(processes):
+def test_openai_client_uses_every_route(processes):
     openai = pytest.importorskip("openai")
     serve = processes("fake", "--port", "0", "--api-key", "k", "--set", "fake.answer_tokens=12")
     base = serve.url() + "/v1"
@@ -199,12 +199,12 @@ def test_the_openai_client(processes):
         (["fake", "--port", "99999"], "--port"),
     ],
 )
-def test_mistakes(arguments, said, capsys):
+def test_wrong_option_is_a_usage_error(arguments, said, capsys):
     assert main(["serve", *arguments]) == 64
     assert said in capsys.readouterr().err
 
 
-def test_a_port_that_is_taken(capsys):
+def test_taken_port_is_a_usage_error(capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert main(["serve", "fake", "--port", str(port)]) == 64

@@ -1,4 +1,4 @@
-"""/v1/responses: what is sent and what comes back, whole and streamed, through OpenAI's own client."""
+"""/v1/responses, whole and streamed, through plain HTTP and through OpenAI's client."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ADD = {"type": "function", "name": "add", "description": "Adds.", "parameters": 
 
 
 def asked(endpoint, call):
-    """What `call` of a real client returns."""
+    """Return the result of `call` with OpenAI's client on a real server."""
 
     async def run():
         transport = httpx2.AsyncClient(transport=httpx2.ASGITransport(endpoint.gate))
@@ -47,14 +47,14 @@ def events(endpoint, **body):
 
 
 def less_ids(value):
-    """Less what differs from one call to the next."""
+    """Return a response without what differs between calls."""
     if isinstance(value, dict):
         left = {name: less_ids(entry) for name, entry in value.items()}
         return {name: entry for name, entry in left.items() if name not in ("id", "created_at", "call_id", "item_id")}
     return [less_ids(entry) for entry in value] if isinstance(value, list) else value
 
 
-def test_a_text_through_the_client(fake):
+def test_client_reads_a_text_answer(fake):
     async def call(client):
         given = {"model": "test-model", "max_output_tokens": 6, "temperature": 0, "extra_body": {"ignore_eos": True}}
         answer = await client.responses.create(**given, input="hi", instructions="Be brief.", metadata={"a": "b"})
@@ -85,7 +85,7 @@ def test_an_answer_that_ends_by_itself_is_complete(fake):
     assert body["output"][0]["status"] == "completed" and body["temperature"] == 0
 
 
-def test_the_events_of_a_text(fake):
+def test_events_of_a_text_come_in_order(fake):
     given = {"input": "hi", "max_output_tokens": 5, "temperature": 0, "ignore_eos": True}
     whole = fake.ok(RESPONSES, **given)
     found = events(fake, **given)
@@ -104,7 +104,7 @@ def test_the_events_of_a_text(fake):
     assert found[-2]["item"] == found[-1]["response"]["output"][0]
 
 
-def test_a_stream_through_the_client(fake):
+def test_client_reads_a_stream(fake):
     async def call(client):
         async with client.responses.stream(model="test-model", input="hi", temperature=0) as stream:
             texts = [event.delta async for event in stream if event.type == "response.output_text.delta"]
@@ -114,7 +114,7 @@ def test_a_stream_through_the_client(fake):
     assert final.status == "completed" and "".join(texts) == final.output_text and texts
 
 
-def test_logprobs(tiny):
+def test_logprobs_come_with_the_text(tiny):
     given = {"input": "hi", "max_output_tokens": 3, "temperature": 0, "top_logprobs": 2}
     body = tiny.ok(RESPONSES, **given, include=["message.output_text.logprobs"])
     entries = body["output"][0]["content"][0]["logprobs"]
@@ -139,7 +139,7 @@ def test_a_stream_has_the_logprobs_of_tokens_without_text(tiny, last):
     assert told == part["logprobs"]
 
 
-def test_text_that_follows_a_schema(tiny):
+def test_text_follows_the_schema(tiny):
     class Choice(BaseModel):
         a: Literal[1, 2]
 
@@ -160,7 +160,7 @@ def test_text_that_follows_a_schema(tiny):
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "add"}])
-def test_a_call_through_the_client(hermes, choice):
+def test_client_reads_a_function_call(hermes, choice):
     given = {"model": "test-model", "input": "hi", "tools": [ADD], "tool_choice": choice, "temperature": 0}
 
     async def call(client):
@@ -217,7 +217,7 @@ def test_a_conversation_with_calls_reaches_the_template(hermes):
     assert hermes.ok(RESPONSES, input=[*items[:2], *items[4:]], max_output_tokens=1)
 
 
-def test_an_answer_can_be_sent_back(hermes):
+def test_output_is_accepted_as_input_of_the_next_turn(hermes):
     forced = {"tools": [ADD], "tool_choice": "required", "parallel_tool_calls": False}
     first = hermes.ok(RESPONSES, input="hi", **forced, temperature=0, max_output_tokens=200)
     result = {"type": "function_call_output", "call_id": first["output"][0]["call_id"], "output": "3"}
@@ -270,12 +270,12 @@ def test_an_answer_can_be_sent_back(hermes):
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_is_refused(tiny, body, param, said, stream):
+def test_unsupported_fields_are_refused(tiny, body, param, said, stream):
     error = tiny.refused(RESPONSES, {"input": "hi", **body, "stream": stream} if body else {"stream": stream})
     assert error["param"] == param and said in error["message"], error
 
 
-def test_what_is_accepted(fake):
+def test_harmless_fields_are_accepted(fake):
     given = {
         "previous_response_id": None,
         "background": False,
@@ -296,7 +296,7 @@ def test_what_is_accepted(fake):
     assert events(fake, input="hi", max_output_tokens=2, **given)[-1]["type"] == "response.incomplete"
 
 
-def test_defaults_that_have_no_place_here_are_taken_back(tiny_directory):
+def test_defaults_without_a_field_here_are_switched_off(tiny_directory):
     llm = fake_llm()
     llm.default_params = type(llm.default_params)(n=3, logprobs=2, prompt_logprobs=1, logprob_token_ids=[5])
     endpoint = Endpoint(llm)
@@ -320,7 +320,7 @@ def test_an_answer_that_breaks_off_ends_with_failed(held):
     assert "broken" in last["response"]["error"]["message"]
 
 
-def test_an_unknown_model_and_no_template(fake):
+def test_unknown_model_and_missing_template_are_errors(fake):
     assert fake.refused(RESPONSES, {"input": "x", "model": "other"}, 404)["code"] == "model_not_found"
     endpoint = Endpoint(fake_llm(), chat_template=None)
     try:

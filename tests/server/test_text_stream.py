@@ -1,4 +1,4 @@
-"""Text piece by piece equals the text of a job, whatever the pieces, stop strings and characters."""
+"""Streamed text equals a job's text, however tokens are chunked, with stop strings and characters of several tokens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def prepared_with(**values) -> Prepared:
 
 
 def run(ids: list[int], cuts: list[int], **values) -> tuple[str, str, str]:
-    """(what a job writes, what the stream says before the end, all that it says)."""
+    """Return (a job's text, the streamed text before the last chunk, all streamed text)."""
     prepared = prepared_with(**values)
     request = prepared.requests[0]
     reason = "length"
@@ -57,7 +57,7 @@ STOPS = st.lists(st.text("abcé\n", min_size=1, max_size=4), max_size=4).map(tup
 
 @settings(deadline=None, max_examples=400)
 @given(IDS, st.lists(st.integers(0, 30), max_size=8), STOPS, st.booleans(), st.integers(0, 6))
-def test_pieces_are_the_whole(ids, cuts, stop, include, min_tokens):
+def test_streamed_text_equals_the_jobs_text(ids, cuts, stop, include, min_tokens):
     whole, shown, said = run(ids, cuts, stop=stop, include_stop_str_in_output=include, min_tokens=min_tokens)
     assert said == whole
     assert whole.startswith(shown)
@@ -69,7 +69,7 @@ def test_a_character_that_the_first_token_after_min_tokens_makes_whole_is_cut():
         assert whole == said == text
 
 
-def test_nothing_is_held_back_without_need():
+def test_text_is_held_back_only_for_stop_strings_and_characters():
     prepared = prepared_with(stop=("\n\nQuestion:",))
     stream = TextStream(TOKENIZER, prepared, prepared.requests[0])
     assert stream.push_tokens(list(b"abc")) == "abc"

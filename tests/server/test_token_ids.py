@@ -1,4 +1,4 @@
-"""Token ids in answers, logprobs of named tokens, prompts that are cut: fields that vLLM has beside OpenAI's."""
+"""vLLM's fields beside OpenAI's: token ids in responses, logprobs of named tokens, truncated prompts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CHAT, TEXT, VECTORS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings
 HI = [{"role": "user", "content": "hi"}]
 
 
-def test_completions_with_token_ids(tiny):
+def test_completions_return_token_ids(tiny):
     asked = {"prompt": ["hé", "there"], "max_tokens": 20, "temperature": 1, "seed": 3, "n": 2, "logprobs": 0}
     plain = tiny.completion(**asked)["choices"]
     assert all("token_ids" not in choice and "prompt_token_ids" not in choice for choice in plain)
@@ -32,7 +32,7 @@ def test_completions_with_token_ids(tiny):
         assert [token for one in own for token in one["token_ids"]] == choice["token_ids"]
 
 
-def test_chats_with_token_ids(tiny):
+def test_chats_return_token_ids(tiny):
     asked = {"messages": HI, "max_tokens": 12, "temperature": 1, "seed": 3, "n": 2}
     assert "prompt_token_ids" not in tiny.chat(**asked)
     body = tiny.chat(**asked, return_token_ids=True)
@@ -54,7 +54,7 @@ def test_the_token_that_ends_an_answer_is_among_its_ids(tiny):
     assert cut["text"] == "" and cut["token_ids"] == [97, 97]
 
 
-def test_nothing_but_the_prompt_has_no_ids_of_its_own(tiny):
+def test_echo_only_request_returns_no_answer_ids(tiny):
     choice = tiny.completion(prompt="hi", max_tokens=0, echo=True, return_token_ids=True)["choices"][0]
     assert (choice["text"], choice["token_ids"], choice["prompt_token_ids"]) == ("hi", [], [104, 105])
 
@@ -111,7 +111,7 @@ def test_with_echo_the_prompt_has_its_best_and_the_answer_the_named(tiny):
         ({"prompt_logprob_token_ids": [1]}, "not supported"),
     ],
 )
-def test_named_tokens_that_are_refused(tiny, body, said):
+def test_wrong_logprob_token_ids_are_refused(tiny, body, said):
     for path, more in ((TEXT, {"prompt": "hi"}), (CHAT, {"messages": HI})):
         if path == CHAT:
             more = {**more, **({"logprobs": True} if "logprobs" in body else {})}
@@ -122,7 +122,7 @@ def test_named_tokens_that_are_refused(tiny, body, said):
         assert error["param"] == name and re.search(said, error["message"]), error
 
 
-def test_a_long_prompt_is_cut_from_its_beginning(tiny):
+def test_long_prompt_is_truncated_on_the_left(tiny):
     text = "".join(chr(97 + n % 26) for n in range(1000))  # the context is 512
     kept = tiny.completion(prompt=text[-30:], max_tokens=4, temperature=0, logprobs=0)["choices"]
     cut = tiny.completion(prompt=text, max_tokens=4, temperature=0, logprobs=0, truncate_prompt_tokens=30)
@@ -143,7 +143,7 @@ def test_a_long_prompt_is_cut_from_its_beginning(tiny):
     assert unlimited["usage"]["prompt_tokens"] == 511 and unlimited["usage"]["completion_tokens"] == 1
 
 
-def test_embeddings_of_cut_inputs(tiny):
+def test_inputs_of_embeddings_are_truncated(tiny):
     text = "".join(chr(97 + n % 26) for n in range(1000))
     kept = tiny.ok(VECTORS, input=text[-30:])
     cut = tiny.ok(VECTORS, input=[text, "short"], truncate_prompt_tokens=30)
@@ -153,13 +153,13 @@ def test_embeddings_of_cut_inputs(tiny):
 
 
 @pytest.mark.parametrize("kept", [0, -2, 513, 1 << 70, "7", True])
-def test_cuts_that_are_refused(tiny, kept):
+def test_wrong_truncation_is_refused(tiny, kept):
     for path, body in ((TEXT, {"prompt": "hi"}), (VECTORS, {"input": "hi"}), (CHAT, {"messages": HI})):
         error = tiny.refused(path, {**body, "truncate_prompt_tokens": kept})
         assert error["param"] == "truncate_prompt_tokens", error
 
 
-def test_a_cut_prompt_still_needs_room_for_its_answer(tiny):
+def test_truncated_prompt_needs_room_for_its_answer(tiny):
     body = {"prompt": "x" * 1000, "truncate_prompt_tokens": 512, "max_tokens": 1}
     assert tiny.refused(TEXT, body)["code"] == "context_length_exceeded"
 
