@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import orjson
 
@@ -29,10 +29,10 @@ class Results(NamedTuple):
     error_file_id: str | None
 
 
-def store_results(catalog: Catalog, batch_id: str, manifest: dict[str, Any]) -> Results:
-    """Split the parts that the manifest names. Done twice it makes the same two files again."""
+def store_results(catalog: Catalog, batch_id: str, parts: Sequence[str]) -> Results:
+    """Split the parts of the job's output into the two files. Idempotent: done twice it makes the same files again."""
     with _Target(catalog, batch_id, "output") as output, _Target(catalog, batch_id, "error") as errors:
-        for line in _lines(catalog.work(batch_id), manifest):
+        for line in _lines(catalog.work(batch_id), parts):
             if line.endswith(_GOOD):
                 output.write(line)
             else:
@@ -40,8 +40,8 @@ def store_results(catalog: Catalog, batch_id: str, manifest: dict[str, Any]) -> 
         return Results(output.store(), errors.store())
 
 
-def _lines(work: Path, manifest: dict[str, Any]) -> Iterator[bytes]:
-    for name in (part["part"] for part in manifest["parts"] if part["part"] is not None):
+def _lines(work: Path, parts: Sequence[str]) -> Iterator[bytes]:
+    for name in parts:
         try:
             with (work / name).open("rb") as lines:
                 yield from lines

@@ -24,7 +24,7 @@ from batchinfer.engine.stats import EngineStats
 from batchinfer.errors import BatchInferError, Cancelled, DeadlineExceeded, Drained, InfrastructureError, RowError
 from batchinfer.job.clear_output import clear_output
 from batchinfer.job.drain import Drain
-from batchinfer.job.finalize import read_manifest
+from batchinfer.job.manifest import read_manifest
 from batchinfer.job.plan import load_plan
 from batchinfer.job.report import RunSnapshot
 from batchinfer.job.run import run_job
@@ -193,7 +193,7 @@ class BatchRunner:
             spool_dir=self._catalog.root / "spool",
             drain=drain,
             progress=_Watch(self._catalog, record, drain if refusal is None else None),
-            seams=Dependencies(load_llm=lambda *_: answerer, salvage_every_s=_SALVAGE_EVERY_S),
+            dependencies=Dependencies(load_llm=lambda *_: answerer, salvage_every_s=_SALVAGE_EVERY_S),
         )
 
     def _spec(self, record: BatchRecord) -> JobSpec:
@@ -213,13 +213,13 @@ class BatchRunner:
         store = open_store(self._spec(record))
         manifest = read_manifest(store, load_plan(store))
         assert manifest is not None, "a job of one worker that ends well has a manifest"
-        counts = RequestCounts(manifest["rows"], manifest["ok"], sum(manifest["errors"].values()))
+        counts = RequestCounts(manifest.rows, manifest.ok, manifest.error_rows)
         # cancelling and expiring end as themselves, whatever happens from here on
-        if "deadline" not in manifest["errors"]:
+        if "deadline" not in manifest.errors:
             self._catalog.move(record.id, "finalizing", "in_progress")
-        files = store_results(self._catalog, record.id, manifest)
+        files = store_results(self._catalog, record.id, manifest.parts)
         changes = {**files._asdict(), "counts": counts}
-        if "deadline" in manifest["errors"]:
+        if "deadline" in manifest.errors:
             self._catalog.move(record.id, "expired", "in_progress", **changes)
         self._catalog.move(record.id, "completed", "finalizing", **changes)
         self._catalog.move(record.id, "cancelled", "cancelling", **changes)

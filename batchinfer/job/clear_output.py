@@ -6,8 +6,9 @@ from pathlib import Path
 
 from batchinfer.errors import OutputConflict
 from batchinfer.io.storage import LocalStore
-from batchinfer.job.finalize import MANIFEST, SUCCESS, foreign_end
+from batchinfer.job.finalize import SUCCESS, foreign_end
 from batchinfer.job.ledger import JOB, commit_key, is_part
+from batchinfer.job.manifest import MANIFEST
 from batchinfer.job.output_claim import FOLDERS
 from batchinfer.job.plan import PLAN, JobPlan
 from batchinfer.job.report import report_name

@@ -10,9 +10,10 @@ from itertools import islice
 
 from batchinfer.errors import OutputConflict
 from batchinfer.io.storage import Store, check_names
-from batchinfer.job.finalize import MANIFEST, SUCCESS, foreign_end
+from batchinfer.job.finalize import SUCCESS, foreign_end
 from batchinfer.job.fingerprint import begins_with
 from batchinfer.job.ledger import COMMITS, JOB, PARTS
+from batchinfer.job.manifest import MANIFEST
 from batchinfer.job.plan import PLAN, JobPlan
 from batchinfer.job.salvage import SALVAGE
 from batchinfer.job.summaries import SUMMARIES

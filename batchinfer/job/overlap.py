@@ -17,8 +17,8 @@ from batchinfer.io.filesystem import local_path, local_pattern, protocol_of
 from batchinfer.io.source import Sources
 from batchinfer.io.trees import hidden
 from batchinfer.job.columns import LINE_SUFFIX
-from batchinfer.job.finalize import MANIFEST
 from batchinfer.job.ledger import COMMITS, JOB, PARTS
+from batchinfer.job.manifest import MANIFEST
 from batchinfer.job.plan import PLAN
 from batchinfer.job.salvage import SALVAGE
 from batchinfer.job.summaries import SUMMARIES

@@ -10,21 +10,21 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from batchinfer.errors import RETRYABLE_KINDS, OutputConflict, UsageError
 from batchinfer.job.drain import Drain
-from batchinfer.job.error_limit import judge
-from batchinfer.job.finalize import finalise, is_finished, read_totals
+from batchinfer.job.error_limit import refuse_too_many_errors
+from batchinfer.job.finalize import finish_output, is_finished
 from batchinfer.job.ledger import CommitRecord, Listing
+from batchinfer.job.manifest import Manifest, read_manifest
 from batchinfer.job.openai_lines import results_of_lines
 from batchinfer.job.part_reader import read_part
 from batchinfer.job.part_table import results_of_part
 from batchinfer.job.prepare import PreparedJob
 from batchinfer.job.report import Progress, Report, Silent
 from batchinfer.job.results import RowResult
-from batchinfer.job.run import begin, run_pass
-from batchinfer.job.run_state import Dependencies, Pass, RunState, Worker
+from batchinfer.job.run import JobRun
+from batchinfer.job.run_state import Dependencies, Pass, Worker
 from batchinfer.job.shard import Shard
 from batchinfer.log import log
 from batchinfer.spec import JobSpec
@@ -37,41 +37,44 @@ def retry_job(
     spool_dir: Path | None = None,
     drain: Drain | None = None,
     progress: Progress | None = None,
-    seams: Dependencies = Dependencies(),  # noqa: B008 - frozen
+    dependencies: Dependencies = Dependencies(),  # noqa: B008 - frozen
 ) -> Report:
     """Run a new pass over a finished output, or continue one. Returns the report that also stands beside the output.
 
     Raises UsageError for an output that is not finished, and what `run_job` raises.
     """
-    worker = Worker(shard, spool_dir, drain or Drain(), progress or Silent(), seams)
-    state = RunState(spec, worker)
-    with state.reporting():
-        work = begin(spec, state)
-        state.manifest = _finished(work)
-        number = state.manifest["pass"] + 1
-        listing = work.ledger.listing()
+    run = JobRun(spec, Worker(shard, spool_dir, drain or Drain(), progress or Silent(), dependencies))
+    counts = run.counts
+    with run.reporter.reporting():
+        job = run.begin()
+        counts.manifest = _finished_manifest(job)
+        number = counts.manifest.pass_number + 1
+        listing = job.ledger.listing()
         failed = _failed_chunks(listing, number)
         if not failed:
             log.info("nothing to retry: no row ended with a retryable error", kinds=sorted(RETRYABLE_KINDS))
-            state.manifest = finalise(work.ledger, number - 1)  # the last pass may have been stopped while it swept
+            counts.manifest = finish_output(job.ledger, number - 1)  # the last pass may have stopped while it swept
         else:
             done = listing.of_pass(number)
             own = [chunk for chunk in failed if shard.owns(chunk)]
             todo = Pass(number, [chunk for chunk in own if chunk not in done], [c for c in own if c in done])
-            run_pass(work, state, todo, listing, lambda chunk: _kept_rows(work, failed[chunk]))
-            state.clock.enter("finishing")
-            done = work.ledger.listing().of_pass(number)
-            state.manifest = finalise(work.ledger, number) if done >= failed.keys() else None
-        judge(work, state)
-    return state.report(None)
+            run.run_pass(job, todo, listing, lambda chunk: _kept_results(job, failed[chunk]))
+            counts.clock.enter("finishing")
+            done = job.ledger.listing().of_pass(number)
+            counts.manifest = finish_output(job.ledger, number) if done >= failed.keys() else None
+        refuse_too_many_errors(job, counts)
+    return run.reporter.report(None)
 
 
-def _finished(work: PreparedJob) -> dict[str, Any]:
-    """The manifest of the last pass; a pass that was stopped while it wrote it is brought to its end."""
-    store = work.ledger.store
-    manifest = read_totals(store, work.plan)
+def _finished_manifest(job: PreparedJob) -> Manifest:
+    """Return the manifest of the last pass; a pass that was stopped while it wrote it is brought to its end.
+
+    Raises UsageError if the job is not finished.
+    """
+    store = job.ledger.store
+    manifest = read_manifest(store, job.plan, with_parts=False)
     if manifest is not None and not is_finished(store):
-        manifest = finalise(work.ledger, manifest["pass"])
+        manifest = finish_output(job.ledger, manifest.pass_number)
     if manifest is None:
         raise UsageError(
             f"{store.url}: the job is not finished, there is nothing to retry yet: run it to its end first"
@@ -86,18 +89,18 @@ def _failed_chunks(listing: Listing, number: int) -> dict[int, CommitRecord]:
     return dict(sorted(failed.items()))
 
 
-def _kept_rows(work: PreparedJob, record: CommitRecord) -> list[RowResult]:
+def _kept_results(job: PreparedJob, record: CommitRecord) -> list[RowResult]:
     """The rows of a part that the pass leaves as they are. Raises OutputConflict for a part that was altered."""
-    store, plan = work.ledger.store, work.plan
+    store, plan = job.ledger.store, job.plan
     assert record.part is not None, "a part without rows has no errors"
     data = store.read(record.part)
     if data is None or hashlib.sha256(data).hexdigest() != record.sha256:
         raise OutputConflict(f"{store.url}/{record.part}: gone or altered since it was committed; see verify")
     values = read_part(data, record.part)
-    if work.layout.format == "openai-batch":
+    if job.layout.format == "openai-batch":
         rows = results_of_lines(values, plan.bases[record.chunk])
     else:
-        rows = results_of_part(work.layout, values, plan.chunks[record.chunk].start)
+        rows = results_of_part(job.layout, values, plan.chunks[record.chunk].start)
     kept = [row for row in rows if row.failure is None or row.failure.kind not in RETRYABLE_KINDS]
     return _with_scored(kept, record.scored_tokens)
 

@@ -1,4 +1,4 @@
-"""What one run knows about itself: totals, phases and records, and the snapshots and reports made from them."""
+"""State of one run: what is fixed (`Worker`, `Pass`), what is counted (`RunCounts`), and its reports (`Reporter`)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from batchinfer.engine.stats import EngineStats
 from batchinfer.errors import Drained, StorageError
 from batchinfer.io.fetch import ModelFiles
 from batchinfer.io.storage import Store
 from batchinfer.job.drain import Drain
+from batchinfer.job.manifest import Manifest
+from batchinfer.job.plan import JobPlan
 from batchinfer.job.prepare import PreparedJob
 from batchinfer.job.repeat import Repeat
 from batchinfer.job.report import (
@@ -47,7 +50,7 @@ def open_store(spec: JobSpec) -> Store:
 
 @dataclass(frozen=True, slots=True)
 class Dependencies:
-    """What can be replaced: the store, who answers (a server has an engine already), how often the salvage is saved."""
+    """Replaceable parts of a run: store, model (a server has an engine already), time between two salvages."""
 
     open_store: Callable[[JobSpec], Store] = open_store
     load_llm: Callable[[JobSpec, ModelFiles | None], Answerer] = load_llm
@@ -56,13 +59,13 @@ class Dependencies:
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """One process's part in a job, and its surroundings."""
+    """One process's share of a job, and its surroundings."""
 
     shard: Shard
     spool_dir: Path | None = None
     drain: Drain = field(default_factory=Drain)
     progress: Progress = field(default_factory=Silent)
-    seams: Dependencies = field(default_factory=Dependencies)
+    dependencies: Dependencies = field(default_factory=Dependencies)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,52 +77,38 @@ class Pass:
     before: list[int]
 
 
-def _settings(spec: JobSpec | None) -> dict[str, Any]:
-    """What may differ from one run of a job to the next; None of an engine's settings means chosen for the machine."""
-    own = {} if spec is None else {"engine": spec.engine.model_dump(), "errors": spec.errors.model_dump()}
-    return {**own, "versions": versions()}
+class RunCounts:
+    """Counters and phases of a run. Each field is written by one of the run's threads and read at any moment."""
 
-
-class RunState:
-    """Written by the run's own threads, each its own fields; read at any moment."""
-
-    def __init__(self, spec: JobSpec, worker: Worker) -> None:
-        self.worker = worker
+    def __init__(self, max_errors: int | float | None) -> None:
         self.clock = Clock()
-        self.tally = Tally(max_errors=spec.errors.max)
+        self.tally = Tally(max_errors=max_errors)
         self.committed = 0  # chunks, by this run
-        self.work: PreparedJob | None = None
         self.todo = Pass(0, [], [])
-        self._rows_before = self._rows_open = 0  # that the pass covers
-        self.llm: Answerer | None = None
-        self.manifest: dict[str, Any] | None = None
+        self.manifest: Manifest | None = None
+        self.engine_stats: Callable[[], EngineStats] | None = None  # once the model is loaded
+        self._rows_before = self._rows_open = 0  # rows that the pass covers
         self._lock = threading.Lock()
 
-    # -- what happens -------------------------------------------------------------------------------------------
-
-    def opened(self, finished: list[RowResult], left_out: int) -> None:
-        """A chunk was read: rows that an earlier run finished, and rows that `where` leaves out."""
-        self.tally.recovered_rows += len(finished)
-        self.tally.recovered_errors += sum(row.failure is not None for row in finished)
-        self.tally.left_out += left_out
-
-    def begin_pass(self, todo: Pass) -> None:
-        self._rows_before, self._rows_open = self._covered(todo.before), self._covered(todo.chunks)
+    def begin_pass(self, todo: Pass, plan: JobPlan) -> None:
+        covered = [sum(plan.chunks[chunk].count for chunk in chunks) for chunks in (todo.before, todo.chunks)]
+        self._rows_before, self._rows_open = covered
         self.todo = todo
 
-    def done(self) -> None:
-        """A chunk was committed; called by the committing threads."""
+    def count_opened(self, finished: list[RowResult], left_out: int) -> None:
+        """Count the rows of a chunk that an earlier run finished, and those that `where` leaves out."""
+        self.tally.recovered_rows += len(finished)
+        self.tally.recovered_errors += sum(result.failure is not None for result in finished)
+        self.tally.left_out += left_out
+
+    def count_committed(self) -> None:
+        """Count a committed chunk; called by the committing threads."""
         with self._lock:
             self.committed += 1
 
-    # -- what is shown ------------------------------------------------------------------------------------------
-
-    def show(self) -> None:
-        self.worker.progress.update(self.snapshot())
-
     def snapshot(self) -> RunSnapshot:
         tally, todo = self.tally, self.todo
-        stats = self.llm.stats() if self.llm is not None else None
+        stats = self.engine_stats() if self.engine_stats is not None else None
         return RunSnapshot(
             phase=self.clock.phase,
             rows_total=self._rows_open + self._rows_before,
@@ -136,67 +125,22 @@ class RunState:
             elapsed_s=self.clock.since("running"),
         )
 
-    def report(self, error: BaseException | None) -> Report:
-        """What report.json says if the run ends now, with this error or without."""
-        tally, work = self.tally, self.work
-        report = Report(
-            output=work.ledger.store.url if work is not None else "",
-            shard=self.worker.shard.name,
-            pass_number=self.todo.number,
-            complete=self.manifest is not None,
-            totals={name: value for name, value in (self.manifest or {}).items() if name != "parts"},
-            timing={"started": self.clock.started, **self.clock.seconds()},
-            ran_with=_settings(work.spec if work is not None else None),
-        )
-        self._count(report)
-        kinds = sorted(tally.examples)
-        report.errors = {kind: {"rows": tally.errors[kind], "examples": tally.examples[kind]} for kind in kinds}
-        settle(report, error)
-        return report
 
-    def _count(self, report: Report) -> None:
-        snapshot, tally = self.snapshot(), self.tally
-        report.rows = {
-            "covered": snapshot.rows_total,
-            "committed_before": snapshot.rows_before,
-            "recovered": tally.recovered_rows,
-            "left_out": tally.left_out,
-            "run": tally.rows,
-            "failed": tally.all_errors,
-        }
-        report.chunks = {
-            "total": snapshot.chunks_total,
-            "committed_before": len(self.todo.before),
-            "committed": self.committed,
-        }
-        report.tokens = {
-            "prompt": snapshot.prompt_tokens,
-            "completion": snapshot.completion_tokens,
-            "scored": tally.scored_tokens,
-            "prompt_computed": snapshot.computed_tokens,
-            "prompt_reused": snapshot.reused_tokens,
-        }
-        seen = snapshot.computed_tokens + snapshot.reused_tokens
-        seconds = max(self.clock.seconds().get("running", 0.0), 1e-9)
-        report.rates = {
-            "rows_per_s": round(tally.rows / seconds, 2),
-            "prompt_tokens_per_s": round(snapshot.prompt_tokens / seconds, 1),
-            "completion_tokens_per_s": round(snapshot.completion_tokens / seconds, 1),
-            "scored_tokens_per_s": round(tally.scored_tokens / seconds, 1),
-            "cache_reuse": round(snapshot.reused_tokens / seen, 4) if seen else 0.0,
-        }
-        if self.llm is not None:
-            stats = self.llm.stats()
-            report.tokens |= {"drafted": stats.draft_tokens, "draft_accepted": stats.accepted_tokens}
-            report.rates |= {"steps": stats.steps, "preemptions": stats.preemptions}
+class Reporter:
+    """Shows a run's progress and writes its report. `job` is set once the plan is on storage: the output is ours."""
+
+    def __init__(self, worker: Worker, counts: RunCounts) -> None:
+        self.job: PreparedJob | None = None
+        self._worker = worker
+        self._counts = counts
 
     @contextmanager
     def reporting(self) -> Iterator[None]:
-        """Whatever ends the block, the report lands beside the output, if the output is known to be ours."""
-        drain = self.worker.drain
+        """Write the report beside the output, however the block ends, if the output is known to be ours."""
+        drain = self._worker.drain
         ending: BaseException | None = None
         try:
-            with Repeat(_SHOW_EVERY_S, self.show, "showing progress"):
+            with Repeat(_SHOW_EVERY_S, self.show_progress, "showing progress"):
                 yield
         except BaseException as error:
             ending = error
@@ -208,18 +152,80 @@ class RunState:
             else:
                 drain.on_request(None)
                 self.write_report(ending)
-            self.worker.progress.close()
+            self._worker.progress.close()
+
+    def show_progress(self) -> None:
+        self._worker.progress.update(self._counts.snapshot())
 
     def write_report(self, error: BaseException | None) -> None:
-        if self.work is None:
+        if self.job is None:
             return
-        store = self.work.ledger.store
+        store = self.job.ledger.store
         if isinstance(error, StorageError):
             store.retry.total_s = _LAST_WORD_S
         try:
-            write_report(self.report(error), store, report_name(self.worker.shard), self.work.plan.digest)
+            write_report(self.report(error), store, report_name(self._worker.shard), self.job.plan.digest)
         except Exception as problem:
             log.warning("the report could not be written", output=store.url, error=str(problem))
 
-    def _covered(self, chunks: list[int]) -> int:
-        return sum(self.work.plan.chunks[chunk].count for chunk in chunks) if self.work is not None else 0
+    def report(self, error: BaseException | None) -> Report:
+        """Return the content of report.json if the run ends now, with this error or without."""
+        counts, job = self._counts, self.job
+        tally, manifest = counts.tally, counts.manifest
+        report = Report(
+            output=job.ledger.store.url if job is not None else "",
+            shard=self._worker.shard.name,
+            pass_number=counts.todo.number,
+            complete=manifest is not None,
+            totals=manifest.totals() if manifest is not None else {},
+            timing={"started": counts.clock.started, **counts.clock.seconds()},
+            ran_with=_settings(job.spec if job is not None else None),
+        )
+        _add_counts(report, counts)
+        kinds = sorted(tally.examples)
+        report.errors = {kind: {"rows": tally.errors[kind], "examples": tally.examples[kind]} for kind in kinds}
+        settle(report, error)
+        return report
+
+
+def _settings(spec: JobSpec | None) -> dict[str, Any]:
+    """Return what may differ between runs of a job; None in an engine's settings means chosen for the machine."""
+    own = {} if spec is None else {"engine": spec.engine.model_dump(), "errors": spec.errors.model_dump()}
+    return {**own, "versions": versions()}
+
+
+def _add_counts(report: Report, counts: RunCounts) -> None:
+    snapshot, tally = counts.snapshot(), counts.tally
+    report.rows = {
+        "covered": snapshot.rows_total,
+        "committed_before": snapshot.rows_before,
+        "recovered": tally.recovered_rows,
+        "left_out": tally.left_out,
+        "run": tally.rows,
+        "failed": tally.all_errors,
+    }
+    report.chunks = {
+        "total": snapshot.chunks_total,
+        "committed_before": len(counts.todo.before),
+        "committed": counts.committed,
+    }
+    report.tokens = {
+        "prompt": snapshot.prompt_tokens,
+        "completion": snapshot.completion_tokens,
+        "scored": tally.scored_tokens,
+        "prompt_computed": snapshot.computed_tokens,
+        "prompt_reused": snapshot.reused_tokens,
+    }
+    seen = snapshot.computed_tokens + snapshot.reused_tokens
+    seconds = max(counts.clock.seconds().get("running", 0.0), 1e-9)
+    report.rates = {
+        "rows_per_s": round(tally.rows / seconds, 2),
+        "prompt_tokens_per_s": round(snapshot.prompt_tokens / seconds, 1),
+        "completion_tokens_per_s": round(snapshot.completion_tokens / seconds, 1),
+        "scored_tokens_per_s": round(tally.scored_tokens / seconds, 1),
+        "cache_reuse": round(snapshot.reused_tokens / seen, 4) if seen else 0.0,
+    }
+    if counts.engine_stats is not None:
+        stats = counts.engine_stats()
+        report.tokens |= {"drafted": stats.draft_tokens, "draft_accepted": stats.accepted_tokens}
+        report.rates |= {"steps": stats.steps, "preemptions": stats.preemptions}

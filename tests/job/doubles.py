@@ -1,4 +1,4 @@
-"""Stand-ins at the job's seams: a store in memory that can fail, a model that answers as it is told."""
+"""Stand-ins for a job's dependencies: a store in memory that can fail, a model that answers as it is told."""
 
 from __future__ import annotations
 
@@ -162,12 +162,12 @@ def job(tmp_path, **sections):
 
 
 def run(spec, llm=None, store=None, job=run_job, **worker):
-    seams = {}
+    replaced = {}
     if llm is not None:
-        seams["load_llm"] = lambda *_: llm
+        replaced["load_llm"] = lambda *_: llm
     if store is not None:
-        seams["open_store"] = lambda _: store
-    return job(spec, seams=Dependencies(**seams), **worker)
+        replaced["open_store"] = lambda _: store
+    return job(spec, dependencies=Dependencies(**replaced), **worker)
 
 
 def rows_of_output(path):

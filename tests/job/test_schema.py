@@ -231,3 +231,10 @@ class TestNumbersThatJsonLacks:
         rows, _ = finish(tmp_path, lines(tmp_path / "a.jsonl", *self.ROWS), form="parquet")
         assert [repr(row["x"]) for row in rows] == ["nan", "0.5", "1.0"]
         assert [row["n"] for row in rows] == ["[null]", '["NaN"]', None]
+
+
+def test_a_carried_column_may_be_named_as_a_column_of_another_task(tmp_path):
+    pq.write_table(pa.table({"text": ["a"], "choice": ["mine"]}), tmp_path / "in.parquet")
+    run(job(tmp_path, prompt={"template": "{{ text }} more"}, sampling={"prompt_logprobs": 1}))
+    [row] = rows_of_output(tmp_path / "out")
+    assert row["choice"] == "mine" and row["prompt_logprobs"] is not None
