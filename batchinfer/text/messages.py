@@ -95,7 +95,7 @@ def _normalize(message: Any, place: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise InvalidInput(f"{place} must be an object with role and content, got {_short(message)}", param="messages")
     if not isinstance(message.get("role"), str):
-        raise InvalidInput(f"{place} has no role, or one that is not text: {_short(message)}", param="messages")
+        raise InvalidInput(f"{place} has no role, or its role is not text: {_short(message)}", param="messages")
     normalized = {name: value for name, value in message.items() if value is not None}
     calls = "tool_calls" in normalized or "function_call" in normalized
     if "content" in message or not calls:
