@@ -18,7 +18,6 @@ DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 NOT_DONE: tuple[str, ...] = (
     "batchinfer/batches",
     "batchinfer/bench",
-    "batchinfer/cli",
     "batchinfer/engine",
     "batchinfer/job",
     "batchinfer/layers",

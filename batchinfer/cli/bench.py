@@ -1,4 +1,4 @@
-"""`batchinfer bench`: options in, tables on stdout, JSON into a file. All measuring is done in `bench`."""
+"""`batchinfer bench`: options in, tables on stdout, JSON into a file. The measurements are in `batchinfer.bench`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from batchinfer.bench.workload import Synthetic, Workload
 
 JOB_FILES = (".yaml", ".yml", ".json")
-_JOB_ROWS = 128  # of a job's input, unless told
+_JOB_ROWS = 128  # default number of a job's rows
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Directory, .gguf file, URL or Hugging Face id.", show_default=False)
@@ -32,16 +32,14 @@ ModelOrJob = Annotated[
         show_default=False,
     ),
 ]
-Tokens = Annotated[
-    str | None, typer.Option(metavar="N|LOW-HIGH", help="Tokens of each prompt, random ids. Default: 128.")
-]
+Tokens = Annotated[str | None, typer.Option(metavar="N|LOW-HIGH", help="Tokens per prompt, random ids. Default: 128.")]
 Answers = Annotated[
-    str | None, typer.Option(metavar="N|LOW-HIGH", help="Tokens of each answer; nothing ends it early. Default: 64.")
+    str | None, typer.Option(metavar="N|LOW-HIGH", help="Tokens per answer; end-of-sequence is ignored. Default: 64.")
 ]
 Seed = Annotated[int | None, typer.Option(metavar="N", help="Seed of random prompts and lengths. Default: 0.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything there as JSON.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all results to FILE as JSON.")]
 Threads = Annotated[
-    int | None, typer.Option(metavar="N", min=1, help="CPU threads. Default: cores, within the container's quota.")
+    int | None, typer.Option(metavar="N", min=1, help="CPU threads. Default: cores, limited by the container's quota.")
 ]
 
 bench = typer.Typer(
@@ -56,21 +54,24 @@ bench = typer.Typer(
 
 @dataclass(frozen=True)
 class ThroughputOptions:
+    """Options of `bench throughput`."""
+
     target: ModelOrJob
     workload: Annotated[
         Path | None, typer.Option(metavar="FILE", help='Lines {"id", "ids", "max_tokens"}: token ids, greedy answers.')
     ] = None
     requests: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="How many. Default: 128, or the whole workload file.")
+        int | None,
+        typer.Option(metavar="N", min=1, help="Number of requests. Default: 128, or the whole workload file."),
     ] = None
     input_tokens: Tokens = None
     output_tokens: Answers = None
     shared_prefix: Annotated[
         int | None,
-        typer.Option(metavar="N", min=0, help="First tokens that all prompts share, counted in their length."),
+        typer.Option(metavar="N", min=0, help="Length of the prefix that all prompts share, part of their length."),
     ] = None
     seed: Seed = None
-    settings: Settings = ()  # type: ignore[assignment]  # a default of a dataclass must not be a list
+    settings: Settings = ()  # type: ignore[assignment]  # dataclass defaults must not be lists
     repeat: Annotated[int, typer.Option(metavar="K", min=1, help="Runs; the median counts.")] = 1
     json: JsonFile = None
 
@@ -102,7 +103,7 @@ def _workload_and_subject(options: ThroughputOptions) -> tuple[Workload, Subject
     }
     is_job = options.target.endswith(JOB_FILES) and "://" not in options.target
     if is_job or options.workload is not None:
-        instead = "a job brings its own input" if is_job else "a workload file brings its own prompts"
+        instead = "a job has its own input" if is_job else "a workload file has its own prompts"
         given = [name for name, value in made_up.items() if value is not None]
         given += ["--workload"] if is_job and options.workload is not None else []
         if given:
@@ -147,13 +148,17 @@ def _synthetic(
 
 @dataclass(frozen=True)
 class LatencyOptions:
+    """Options of `bench latency`."""
+
     target: Model
     input_tokens: Tokens = None
     output_tokens: Answers = None
-    batch: Annotated[str, typer.Option(metavar="N,N", help="Requests that run at once; measured one by one.")] = "1,8"
+    batch: Annotated[str, typer.Option(metavar="N,N", help="Concurrent requests; each number is measured in turn.")] = (
+        "1,8"
+    )
     seed: Seed = None
     settings: Settings = ()  # type: ignore[assignment]
-    repeat: Annotated[int, typer.Option(metavar="K", min=1, help="Requests one after the other at each place.")] = 4
+    repeat: Annotated[int, typer.Option(metavar="K", min=1, help="Successive requests per slot of the batch.")] = 4
     json: JsonFile = None
 
 
@@ -183,7 +188,7 @@ def latency(options: LatencyOptions) -> None:
 @bench.command(help=pages.BENCH_HOST)
 def host(
     sequences: Annotated[
-        str, typer.Option(metavar="N,N", help="Sequences that run at once; they take turns.")
+        str, typer.Option(metavar="N,N", help="Concurrent sequences; the numbers are measured in turns.")
     ] = "64,256,1024,4096",
     json: JsonFile = None,
 ) -> None:
@@ -203,7 +208,7 @@ def host(
 @bench.command(help=pages.BENCH_KERNELS)
 def kernels(
     model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="Whose shapes to take. Default: SmolLM2-135M's.")
+        str | None, typer.Argument(metavar="MODEL", help="Model whose shapes to measure. Default: SmolLM2-135M.")
     ] = None,
     threads: Threads = None,
     json: JsonFile = None,
@@ -226,7 +231,7 @@ def kernels(
 
 
 def _begin(subject: Subject | None = None) -> Session:
-    """Measure the machine, and show it."""
+    """Measure the machine, and print it."""
     from batchinfer.bench.machine import describe
     from batchinfer.bench.session import Session
 
@@ -237,7 +242,7 @@ def _begin(subject: Subject | None = None) -> Session:
 
 
 def _finish(write: Write, command: str, session: Session, found: dict[str, Any]) -> None:
-    """What is to be said of the machine after all is measured, and the JSON file."""
+    """Print the notes about the machine after the measurement, and write the JSON file."""
     values, notes = session.end()
     if notes:
         print_text("\n" + "\n".join(f"note: {note}" for note in notes))

@@ -1,7 +1,7 @@
-"""The command line: options and environment in, exit codes out. All work is done below, and imported when it is due.
+"""Command line: options and environment in, exit codes out. Commands import what they need when they run.
 
-The environment is read here, in `cli.options` and in `cli.serve`, and nowhere below: the platform variables of an array
-job, BATCHINFER_SHARD_INDEX and BATCHINFER_SHARD_COUNT, BATCHINFER_CACHE, BATCHINFER_API_KEY.
+The environment is read only here, in `cli.options` and in `cli.serve`: the platform variables of an array job,
+BATCHINFER_SHARD_INDEX and BATCHINFER_SHARD_COUNT, BATCHINFER_CACHE, BATCHINFER_API_KEY.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from batchinfer.job.shard import Shard
     from batchinfer.spec import JobSpec, StorageSpec
 
-# How long a thread of torch's pool spins for the others (GNU OpenMP) before it sleeps. On two cores, GEMMs of 32 rows
+# Spins of an idle thread of torch's pool (GNU OpenMP) before it sleeps. On two cores, GEMMs of 32 rows
 # take 15 ms with the default and with this; beside one busy process 370 ms with the default and 72 ms with this.
 SPIN = ("GOMP_SPINCOUNT", "10000")
 EXIT_BUG = 70
@@ -40,7 +40,7 @@ EXIT_INTERRUPTED = 130
 _COMMANDS_WITH_LOG = ("run", "retry", "serve")
 _LEVELS = ("debug", "info", "warning", "error")
 _JOB_FILES = (".yaml", ".yml", ".json")
-_PIPED_COLUMNS = 100  # width of text that no terminal shows
+_PIPED_COLUMNS = 100  # text width without a terminal
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.", show_default=False)]
 Where = Annotated[
@@ -48,7 +48,7 @@ Where = Annotated[
 ]
 ShardFlag = Annotated[
     str | None,
-    typer.Option(metavar="I/N", help="Do only share I (from 0) of N. Default: the scheduler's own variables."),
+    typer.Option(metavar="I/N", help="Process only share I (from 0) of N. Default: the scheduler's variables."),
 ]
 Limit = Annotated[int | None, typer.Option(metavar="N", min=1, help="Stop after N selected rows (input.limit).")]
 Rehearse = Annotated[
@@ -70,13 +70,13 @@ app.command(epilog=pages.EXIT_CODES, help=pages.SERVE)(takes(ServeOptions)(serve
 
 
 def process() -> None:
-    """The whole process: `main`, then out at once.
+    """Run `main`, then exit without interpreter shutdown.
 
-    A thread that reads ahead may be inside C++ code, and an interpreter that winds down under it ends in an abort.
+    A read-ahead thread may be inside C++ code, and shutting the interpreter down under it would abort the process.
     """
     code = main()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):  # the reader is gone
+        with suppress(OSError):  # the reader closed the pipe
             stream.flush()
     os._exit(code)
 
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault(*SPIN)  # before torch is loaded
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # rows hold characters that a plain locale has not
+            stream.reconfigure(errors="backslashreplace")  # rows may hold characters that the locale lacks
     try:
         code = app(args=arguments, prog_name="batchinfer", standalone_mode=False)
     except BatchInferError as error:
@@ -101,9 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _usage_error(error: Exception) -> int:
-    """The exit code of a mistake on the command line, after its message; 0 if `error` is something else.
+    """Print a usage error and return its exit code; return 0 if `error` is something else.
 
-    Typer carries its own copy of click or imports it, depending on its version; its usage errors share these names.
+    Depending on its version, Typer bundles click or imports it; the usage errors of both have these attributes.
     """
     describe, context = getattr(error, "format_message", None), getattr(error, "ctx", None)
     if describe is None:
@@ -119,14 +119,14 @@ def _usage_error(error: Exception) -> int:
 def _bug(error: Exception) -> int:
     traceback.print_exception(error)
     sys.stderr.write(
-        "error: batchinfer failed in a way that it should not; nothing that was committed is lost. "
+        "error: this is a bug in batchinfer; nothing that was committed is lost. "
         "Please report the lines above together with the job file.\n"
     )
     return EXIT_BUG
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         from batchinfer import __version__
 
         typer.echo(__version__)
@@ -142,24 +142,26 @@ def _options(
     log_json: Annotated[
         bool | None, typer.Option(help="Log JSON lines, or text. Default: text on a terminal, else JSON.")
     ] = None,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     if log_json is None and context.invoked_subcommand not in _COMMANDS_WITH_LOG:
-        log_json = False  # their messages are for the person who typed the command
+        log_json = False  # interactive commands log text
     known = log_level in _LEVELS
     log.configure(log_level if known else "info", log_json)
     if not known:
-        raise UsageError(f"--log-level: {log_level!r} is none of {', '.join(_LEVELS)}")
+        raise UsageError(f"--log-level: {log_level!r} is not one of {', '.join(_LEVELS)}")
 
 
 def _job_at(output: str, settings: list[str]) -> JobSpec | None:
-    """The job whose file stands in place of its output."""
+    """Load the job if `output` is a job file."""
     is_file = output.endswith(_JOB_FILES) and "://" not in output
     return load_job(Path(output), settings) if is_file else None
 
 
 def _locate(output: str, settings: list[str]) -> tuple[str, StorageSpec]:
-    """Where an output lies and how to reach it, from its job file or from its URL and `--set storage.…`."""
+    """Return the URL and storage options of an output, from its job file or from its URL and `--set storage.…`."""
     from batchinfer.spec import StorageSpec, parse_section
 
     spec = _job_at(output, settings)
@@ -169,7 +171,7 @@ def _locate(output: str, settings: list[str]) -> tuple[str, StorageSpec]:
     known = {f"storage.{name}" for name in StorageSpec.model_fields}
     for key in values:
         if key not in known:
-            raise UsageError(f"--set {key}: beside an output URL these can be set: {', '.join(sorted(known))}")
+            raise UsageError(f"--set {key}: with an output URL only these can be set: {', '.join(sorted(known))}")
     given = {key.removeprefix("storage."): value for key, value in values.items()}
     try:
         return output, parse_section(StorageSpec, given, lambda _: "--set storage")
@@ -179,8 +181,10 @@ def _locate(output: str, settings: list[str]) -> tuple[str, StorageSpec]:
 
 @dataclass(frozen=True)
 class JobOptions:
+    """Options of `run` and `retry`."""
+
     job: JobFile
-    settings: Settings = ()  # type: ignore[assignment]  # a default of a dataclass must not be a list
+    settings: Settings = ()  # type: ignore[assignment]  # dataclass defaults must not be lists
     shard: ShardFlag = None
     limit: Limit = None
     rehearse: Rehearse = False
@@ -193,7 +197,7 @@ def run(options: JobOptions) -> None:
     drain = _install_drain()
     from batchinfer.job.run import run_job
 
-    _work(run_job, options, drain)
+    _run_job_command(run_job, options, drain)
 
 
 @app.command(epilog=pages.EXIT_CODES, help=pages.RETRY)
@@ -202,10 +206,10 @@ def retry(options: JobOptions) -> None:
     drain = _install_drain()
     from batchinfer.job.retry import retry_job
 
-    _work(retry_job, options, drain)
+    _run_job_command(retry_job, options, drain)
 
 
-def _work(job: Callable[..., Report], options: JobOptions, drain: Drain) -> None:
+def _run_job_command(job: Callable[..., Report], options: JobOptions, drain: Drain) -> None:
     spec = load_job(options.job, list(options.settings), options.limit, options.rehearse)
     shard = _resolve_shard(options.shard)
     with located(options.job, options.settings):
@@ -217,7 +221,7 @@ def _work(job: Callable[..., Report], options: JobOptions, drain: Drain) -> None
 
 
 def _install_drain() -> Drain:
-    """Signals are heard from here on; importing the rest of a job takes a second."""
+    """Install the signal handlers before the slow imports, which take a second."""
     from batchinfer.job.drain import Drain
 
     drain = Drain()
@@ -279,8 +283,8 @@ def verify(
 @app.command(epilog=pages.EXIT_CODES, help=pages.SHOW)
 def show(
     output: Where,
-    rows: Annotated[int, typer.Option("--rows", "-n", metavar="N", min=1, help="How many.")] = 5,
-    errors: Annotated[bool, typer.Option("--errors", help="Only rows that ended as errors.")] = False,
+    rows: Annotated[int, typer.Option("--rows", "-n", metavar="N", min=1, help="Number of rows.")] = 5,
+    errors: Annotated[bool, typer.Option("--errors", help="Only rows that failed.")] = False,
     row: Annotated[int | None, typer.Option(metavar="N", min=0, help="The row at this position of its file.")] = None,
     settings: Settings = [],  # noqa: B006
 ) -> None:

@@ -1,4 +1,4 @@
-"""What commands share: the job file with `--set` on top, where its mistakes stand, and text that a reader may not want.
+"""Options shared by commands: the job file with `--set` applied, error locations, output for pipes.
 
 Reads BATCHINFER_CACHE.
 """
@@ -29,11 +29,11 @@ Settings = Annotated[
 ]
 
 Options = TypeVar("Options")
-MODEL_SETTINGS = ("engine.", "storage.", "fake.")  # beside a model, the rest of a job file means nothing
+MODEL_SETTINGS = ("engine.", "storage.", "fake.")  # with a model alone, other keys of a job file have no meaning
 
 
 def takes(kind: type[Options]) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
-    """A command whose options are the fields of a dataclass, which it gets as one value."""
+    """Return a decorator for a command whose options are the fields of a dataclass, passed as one value."""
     hints = get_type_hints(kind, include_extras=True)
     parameters = [
         inspect.Parameter(
@@ -62,18 +62,18 @@ def print_text(text: str) -> None:
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
     except BrokenPipeError:
-        # the reader went away, as `| head` does; the exit code still says what was found, and nothing is flushed again
+        # the reader closed the pipe, as `| head` does: keep the exit code, and discard what would be flushed at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def load_job(job: Path, settings: list[str], limit: int | None = None, rehearse: bool = False) -> JobSpec:
-    """The job as it will run: the file, then --set, --limit and --rehearse on top."""
+    """Load the job file, then apply --set, --limit and --rehearse."""
     from batchinfer.spec import load_spec
 
     values = parse_settings(settings)
     if limit is not None:
         if "input.limit" in values:
-            raise UsageError("--limit and --set input.limit are the same: give one of them")
+            raise UsageError("--limit and --set input.limit are the same: use one of them")
         values["input.limit"] = limit
     spec = load_spec(job, values)
     spec = with_cache(spec)
@@ -81,7 +81,7 @@ def load_job(job: Path, settings: list[str], limit: int | None = None, rehearse:
 
 
 def with_cache(spec: JobSpec) -> JobSpec:
-    """Models from URLs are copied to where the environment says, if the job does not say it."""
+    """Set the model cache directory from the environment, unless the job sets it."""
     cache = os.environ.get(CACHE_VARIABLE)
     if cache and spec.storage.cache is None:
         return spec.model_copy(update={"storage": spec.storage.model_copy(update={"cache": cache})})
@@ -90,7 +90,7 @@ def with_cache(spec: JobSpec) -> JobSpec:
 
 @contextmanager
 def located(job: Path, settings: Sequence[str]) -> Iterator[None]:
-    """Mistakes that show only beside the input name file and line of their key, like those of the file alone."""
+    """Add file and line of their key to errors that are only detected once the input is read."""
     try:
         yield
     except UserError as error:
@@ -103,7 +103,7 @@ def located(job: Path, settings: Sequence[str]) -> Iterator[None]:
 
 
 def _rehearsal(spec: JobSpec) -> JobSpec:
-    """The same job with fake answers: the real output is not touched, a tokenizer on local disk is kept."""
+    """Return the job with the fake model and its own output path; a tokenizer on local disk is kept."""
     from batchinfer.io.filesystem import local_path
     from batchinfer.spec import FAKE_MODEL
 
@@ -114,7 +114,7 @@ def _rehearsal(spec: JobSpec) -> JobSpec:
 
 
 def parse_settings(settings: list[str]) -> dict[str, Any]:
-    """`seed=7` → {"seed": 7}. Values are YAML, as in the job file; what is not, as `{{ text }}` alone, is text."""
+    """Parse `seed=7` to {"seed": 7}. Values are YAML, as in the job file; invalid YAML such as `{{ text }}` is text."""
     values: dict[str, Any] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
@@ -134,13 +134,13 @@ def _setting(key: str, text: str) -> Any:
         document = read_yaml(text, f"--set {key}")
     except NotYaml:
         return text
-    # a comment makes no sense here: `#` is a character of the text; nor does a list of one null: `-` is standard input
+    # comments are not useful here, so `#` is text; neither is a list of one null, so `-` is standard input
     cut = text.strip() == "-" or () in document.comments or (document.value is None and text.lstrip().startswith("#"))
     return text if cut else document.value
 
 
 def model_spec(model: str, settings: list[str], more: Sequence[str] = ()) -> JobSpec:
-    """A job that is nothing but a model, with its settings on top; `more` are further keys or sections that count."""
+    """Return a job with a model and its settings only; `more` are further allowed keys or sections."""
     from batchinfer.spec import parse_spec
 
     values: dict[str, Any] = {
@@ -158,5 +158,5 @@ def model_spec(model: str, settings: list[str], more: Sequence[str] = ()) -> Job
             values.setdefault(section, {})[name] = value
         else:
             listed = ", ".join(f"{name}*" if name.endswith(".") else name for name in ("tokenizer", *known))
-            raise UsageError(f"--set {key}: beside a model only these can be set: {listed}")
+            raise UsageError(f"--set {key}: with a model only these can be set: {listed}")
     return with_cache(parse_spec(values, "--set"))

@@ -1,6 +1,6 @@
-"""What a person sees of a running job: a line that moves on a terminal, a log line now and then elsewhere.
+"""Display of a running job: a live line on a terminal, periodic log lines elsewhere.
 
-Rates are of the last seconds, the time left follows from the whole run. Nothing is shown that was not measured.
+Rates cover the last seconds; the time left is estimated from the whole run. Only measured values are shown.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _BAR_CELLS = 24
 
 
 def choose_progress() -> Progress:
-    """A moving line where stderr is a terminal and logs are text, else log lines."""
+    """Return a live line if stderr is a terminal and logs are text, else log lines."""
     return TerminalProgress() if sys.stderr.isatty() and not log.as_json else LogProgress()
 
 
@@ -39,7 +39,7 @@ class RecentRates:
             self._recent.popleft()
 
     def tokens_per_s(self) -> tuple[float, float]:
-        """Prompt tokens in, from the cache or computed, and generated tokens out; 0 before two snapshots."""
+        """Return prompt tokens in (cached or computed) and generated tokens out; 0 before two snapshots."""
         if not self._recent:
             return 0.0, 0.0
         first, last = self._recent[0], self._recent[-1]
@@ -51,21 +51,21 @@ class RecentRates:
 
 
 def cache_share(snapshot: RunSnapshot) -> float:
-    """Share of prompt tokens that the engine found in its cache."""
+    """Return the share of prompt tokens that the engine found in its prefix cache."""
     looked_up = snapshot.computed_tokens + snapshot.reused_tokens
     return snapshot.reused_tokens / looked_up if looked_up else 0.0
 
 
 def seconds_left(snapshot: RunSnapshot) -> float | None:
-    """At the speed of this run so far; None before the first row."""
+    """Estimate the time left from this run's speed so far; None before the first row."""
     if not snapshot.rows_done or not snapshot.elapsed_s:
         return None
     left = snapshot.rows_total - snapshot.rows_before - snapshot.rows_done
     return left * snapshot.elapsed_s / snapshot.rows_done
 
 
-def duration(seconds: float) -> str:
-    """`"48 s"`, `"3 min 07 s"`, `"2 h 05 min"`."""
+def format_duration(seconds: float) -> str:
+    """Format seconds as `"48 s"`, `"3 min 07 s"` or `"2 h 05 min"`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -75,7 +75,7 @@ def duration(seconds: float) -> str:
 
 
 class LogProgress:
-    """A log line when the phase changes, then every ten seconds."""
+    """Progress as log lines: at each change of phase, then every ten seconds."""
 
     def __init__(self) -> None:
         self._phase = ""
@@ -112,7 +112,7 @@ class LogProgress:
 
 
 class TerminalProgress:
-    """One line at the bottom of the terminal that log lines scroll past."""
+    """Progress as one live line at the bottom of the terminal, below the log lines."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -144,7 +144,7 @@ class TerminalProgress:
             f"{tokens_in:,.0f} tokens/s in, {tokens_out:,.0f} out",
             f"cache {cache_share(snapshot):.0%}",
             f"{snapshot.errors:,} errors",
-            "" if left is None else f"{duration(left)} left",
+            "" if left is None else f"{format_duration(left)} left",
         ]
         bar = Text("━" * full, style="green") + Text("━" * (_BAR_CELLS - full), style="bright_black")
         text = Text(" " + " · ".join(part for part in parts if part), no_wrap=True, overflow="ellipsis")
@@ -154,27 +154,28 @@ class TerminalProgress:
 
 
 def summary(report: Report) -> str:
-    """How a run went, and what to type next."""
+    """Return the summary of a run, with commands for next steps."""
     rows, tokens = report.rows, report.tokens
     output = report.output
     if not report.chunks["committed"] and report.complete:
         lines = [f"already complete: {report.totals.get('rows', rows['covered']):,} rows"]
     else:
         seconds = report.timing.get("running", 0.0)
-        lines = [f"{rows['run']:,} rows in {duration(seconds)}, {rows['failed']:,} of them errors"]
+        lines = [f"{rows['run']:,} rows in {format_duration(seconds)}, {rows['failed']:,} failed"]
         if rows["committed_before"] + rows["recovered"]:
             lines.append(f"{rows['committed_before'] + rows['recovered']:,} rows were done before")
         lines.append(
-            f"{tokens['prompt']:,} tokens in ({report.rates['cache_reuse']:.0%} from the prefix cache), {_made(report)}"
+            f"{tokens['prompt']:,} tokens in ({report.rates['cache_reuse']:.0%} from the prefix cache), "
+            f"{_output_tokens(report)}"
         )
     if not report.complete:
-        lines.append(f"other workers are not done; how far they are: {shell_command('status', output)}")
+        lines.append(f"other workers are not done; to see their progress: {shell_command('status', output)}")
     failed = [shell_command("show", output, "--errors")] if rows["failed"] else []
     commands = [shell_command("show", output), *failed, shell_command("verify", output)]
     return "\n".join([*lines, f"output: {output}", "next:", *(f"  {line}" for line in commands)])
 
 
-def _made(report: Report) -> str:
-    """Tokens that were scored, by the tasks that score, or else generated."""
+def _output_tokens(report: Report) -> str:
+    """Return the scored tokens of scoring tasks, the generated tokens of others."""
     kind, word = ("scored", "scored") if report.tokens["scored"] else ("completion", "out")
     return f"{report.tokens[kind]:,} {word}, {report.rates[f'{kind}_tokens_per_s']:,.0f} {word} per second"

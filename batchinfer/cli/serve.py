@@ -1,4 +1,4 @@
-"""`batchinfer serve`: options in, an endpoint for as long as it is wanted, the exit code of its command out.
+"""`batchinfer serve`: options in, an endpoint while it is needed, its command's exit code out.
 
 Reads BATCHINFER_API_KEY.
 """
@@ -38,6 +38,8 @@ _NEEDED = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
 
 @dataclass(frozen=True)
 class ServeOptions:
+    """Options of `serve`."""
+
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="Directory, .gguf file, URL or Hugging Face id.", show_default=False)
     ]
@@ -45,7 +47,7 @@ class ServeOptions:
         list[str] | None,
         typer.Argument(
             metavar="-- COMMAND ARGS",
-            help="Run it against the endpoint, then stop. {base_url}, {model} and {port} are filled in.",
+            help="Run it with the endpoint, then stop. {base_url}, {model} and {port} are replaced.",
             show_default=False,
         ),
     ] = None
@@ -53,7 +55,7 @@ class ServeOptions:
     port: Annotated[
         int | None,
         typer.Option(
-            metavar="PORT", min=0, max=65535, help="0: any that is free. Default: 8000, with a command any free one."
+            metavar="PORT", min=0, max=65535, help="0: any free port. Default: 8000; with a command, any free port."
         ),
     ] = None
     api_key: Annotated[
@@ -64,16 +66,16 @@ class ServeOptions:
     ] = None
     served_model_name: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="What clients call the model; may be repeated. Default: MODEL."),
+        typer.Option(metavar="NAME", help="Model name for clients; may be repeated. Default: MODEL."),
     ] = None
     max_lifetime: Annotated[
-        float | None, typer.Option(metavar="SECONDS", min=0.0, help="Stop after so long, whatever happens.")
+        float | None, typer.Option(metavar="SECONDS", min=0.0, help="Stop after this time in any case.")
     ] = None
     idle_timeout: Annotated[
-        float | None, typer.Option(metavar="SECONDS", min=0.0, help="Stop after so long without a request.")
+        float | None, typer.Option(metavar="SECONDS", min=0.0, help="Stop after this time without a request.")
     ] = None
     max_waiting: Annotated[
-        int, typer.Option(metavar="N", min=0, help="Sequences that may wait for a seat; beyond it clients get 429.")
+        int, typer.Option(metavar="N", min=0, help="Limit of waiting sequences; beyond it clients get 429.")
     ] = 2048
     max_body_mb: Annotated[
         int, typer.Option("--max-body-mb", metavar="N", min=1, help="Largest request body, in MiB; beyond it 413.")
@@ -82,12 +84,12 @@ class ServeOptions:
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Where uploaded files and batches are kept. Default: in the cache directory, by port; with --port 0 "
-            "until it ends.",
+            help="Directory of uploaded files and batches. Default: in the cache directory, by port; with --port 0 "
+            "a temporary one.",
             show_default=False,
         ),
     ] = None
-    settings: Settings = ()  # type: ignore[assignment]  # a default of a dataclass must not be a list
+    settings: Settings = ()  # type: ignore[assignment]  # dataclass defaults must not be lists
 
 
 def serve(options: ServeOptions) -> None:
@@ -104,10 +106,12 @@ def serve(options: ServeOptions) -> None:
 
     port = options.port if options.port is not None else 0 if options.command else _PORT
     if options.api_key == "":
-        raise UsageError("--api-key is empty: give a key, or leave it out")
+        raise UsageError("--api-key is empty: set a key, or omit it")
     if options.api_key is None and options.host not in _LOOPBACK:
-        log.warning("everybody who reaches this host may use the endpoint: there is no --api-key", host=options.host)
-    sock = listen(options.host, port)  # before the model is loaded, which takes longer than to find the port taken
+        log.warning(
+            "everybody who can connect to this host may use the endpoint: --api-key is not set", host=options.host
+        )
+    sock = listen(options.host, port)  # before the model is loaded, so that a used port is reported at once
     model = _in_thread(lambda: _load(spec, options.served_model_name))
     frontend = Frontend(model, Metrics(), options.max_waiting)
     catalog = Catalog(options.data_dir or _data_dir(spec, port))
@@ -124,7 +128,7 @@ def serve(options: ServeOptions) -> None:
 
 
 def _data_dir(spec: JobSpec, port: int) -> Path:
-    """One per port, which only one endpoint can have; what an endpoint on any free port keeps goes with it."""
+    """Return a folder per port, which only one endpoint can own; for any free port, a temporary one."""
     from batchinfer.io.fetch import cache_folder
 
     if port == 0:
@@ -135,7 +139,7 @@ def _data_dir(spec: JobSpec, port: int) -> Path:
 
 
 def _job_values(spec: JobSpec) -> dict[str, Any]:
-    """What the jobs of all batches have in common."""
+    """Return the job keys that all batches share."""
     values = spec.model_dump(exclude_none=True, include={"model", "tokenizer", "engine", "storage", "fake", "sampling"})
     return {name: value for name, value in values.items() if value}
 
@@ -158,15 +162,15 @@ def _load(spec: JobSpec, names: list[str] | None) -> ServedModel:
         raise ModelError(f"{spec.model}: its context of {parts.limits.context} tokens has no room for an answer")
     prompt = spec.prompt
     template = (prompt.chat_template if prompt else None) or parts.tokenizer.chat_template
-    said = (prompt.chat_template_kwargs, prompt.special_tokens) if prompt else ()
-    return ServedModel(parts, tuple(dict.fromkeys(names or [spec.model])), template, *said)
+    template_options = (prompt.chat_template_kwargs, prompt.special_tokens) if prompt else ()
+    return ServedModel(parts, tuple(dict.fromkeys(names or [spec.model])), template, *template_options)
 
 
 def _in_thread(work: Callable[[], T]) -> T:
-    """Its result, from a thread that ends with it, and with that thread its pool of OpenMP workers.
+    """Run `work` in a thread that ends with it, together with the thread's pool of OpenMP workers.
 
-    A pool that the main thread kept would count beside the engine thread's own: more workers than cores, upon which
-    libgomp lets them sleep at every barrier instead of waiting awake, and steps take a tenth longer.
+    A pool kept by the main thread would count in addition to the engine thread's own: with more workers than cores,
+    libgomp makes them sleep at every barrier instead of spinning, and steps take a tenth longer.
     """
     done: Future[T] = Future()
 

@@ -1,4 +1,4 @@
-"""The command line: options and environment in; exit codes, messages and help pages out."""
+"""Tests of the command line: exit codes, messages and help pages."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CLI = [sys.executable, "-c", "from batchinfer.cli.main import process; process()
 
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch):
-    """No scheduler's variables, no signal handlers of the test process, and the log as it was."""
+    """Remove scheduler variables, disable signal handlers, and restore the log."""
     for names in _PLATFORMS.values():
         for name in filter(None, names):
             monkeypatch.delenv(name, raising=False)
@@ -68,11 +68,11 @@ def docs_page(name: str) -> str:
 # -- frozen pages --------------------------------------------------------------------------------------------------
 
 
-def test_help_pages_are_as_frozen():
+def test_help_pages_equal_the_frozen_text():
     assert frozen.help_pages() == frozen.HELP.read_text(encoding="utf-8"), "meant? then: python -m tests.frozen"
 
 
-def test_job_fields_are_as_frozen():
+def test_job_fields_equal_the_frozen_text():
     frozen_table = frozen.FIELDS.read_text(encoding="utf-8").strip()
     assert frozen.generated.job_table() == frozen_table, "meant? then: python -m tests.frozen"
     assert len(frozen.generated.job_fields()) <= 55
@@ -109,7 +109,7 @@ def test_docs_list_the_output_columns(tmp_path, samples):
 # -- a job from start to finish ------------------------------------------------------------------------------------
 
 
-def test_job_from_start_to_finish(job, tmp_path, capsys):
+def test_job_runs_shows_and_verifies(job, tmp_path, capsys):
     assert run("plan", job) == 0
     assert "does not exist yet" in capsys.readouterr().out
     assert run("--no-log-json", "run", job) == 0
@@ -131,7 +131,7 @@ def test_job_from_start_to_finish(job, tmp_path, capsys):
     assert run("retry", job) == 0
 
 
-def test_json_logs(job, tmp_path, capsys):
+def test_run_logs_json_lines(job, tmp_path, capsys):
     assert run("--log-json", "run", job) == 0
     captured = capsys.readouterr()
     events = [json.loads(line) for line in captured.err.splitlines()]
@@ -140,21 +140,21 @@ def test_json_logs(job, tmp_path, capsys):
     assert events[-1]["output"] == str(tmp_path / "out")
 
 
-def test_settings_and_limit(job, tmp_path):
+def test_set_and_limit_override_the_job_file(job, tmp_path):
     other = tmp_path / "other"
     assert run("run", job, "--set", f"output.path={other}", "--set", "output.format=jsonl", "--limit", 7) == 0
     rows = [json.loads(line) for part in (other / "parts").iterdir() for line in part.read_text().splitlines()]
     assert len(rows) == 7 and not (tmp_path / "out").exists()
 
 
-def test_cache_directory(job, monkeypatch, tmp_path):
+def test_cache_directory_comes_from_the_environment(job, monkeypatch, tmp_path):
     monkeypatch.setenv(CACHE_VARIABLE, "/from/environment")
     assert load_job(job, []).storage.cache == "/from/environment"
     assert load_job(job, ["storage.cache=/from/job"]).storage.cache == "/from/job"
 
 
 @pytest.mark.parametrize("model", ["some-org/some-model", "fake"])
-def test_rehearsal_leaves_the_real_output_alone(job, tmp_path, model):
+def test_rehearsal_does_not_touch_the_real_output(job, tmp_path, model):
     values = yaml.safe_load(job.read_text()) | {"model": model}
     values["output"]["path"] += "/"
     job.write_text(yaml.safe_dump(values))
@@ -164,7 +164,7 @@ def test_rehearsal_leaves_the_real_output_alone(job, tmp_path, model):
 
 
 @pytest.mark.model
-def test_rehearsal_keeps_a_local_tokenizer(job, tmp_path, smollm2_gguf):
+def test_rehearsal_uses_a_local_tokenizer(job, tmp_path, smollm2_gguf):
     assert run("run", job, "--rehearse", "--set", f"model={smollm2_gguf}", "--set", "output.token_ids=true") == 0
     part = next((tmp_path / "out-rehearsal" / "parts").iterdir())
     assert max(pq.read_table(part).column("prompt_token_ids")[0].as_py()) > 300  # the byte tokenizer has fewer ids
@@ -184,7 +184,7 @@ def test_shards_share_the_work(job, tmp_path, monkeypatch, capsys):
     assert run("verify", job) == 0
 
 
-def test_platform_variables(job, tmp_path, monkeypatch, capsys):
+def test_shard_comes_from_platform_variables(job, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("JOB_COMPLETION_INDEX", "2")
     assert run("run", job) == 64
     assert OUR_COUNT in capsys.readouterr().err
@@ -193,7 +193,7 @@ def test_platform_variables(job, tmp_path, monkeypatch, capsys):
     assert output_rows(tmp_path / "out") == 10
 
 
-def test_spool_dir(job, tmp_path):
+def test_spool_dir_is_used_and_emptied(job, tmp_path):
     assert run("run", job, "--spool-dir", tmp_path / "spool") == 0
     assert (tmp_path / "spool").is_dir()
 
@@ -210,7 +210,7 @@ def test_spool_dir(job, tmp_path):
         (["run", "JOB", "--limit", "many"], "--limit"),
         (["run", "JOB", "--limit", "0"], "--limit"),
         (["run", "JOB", "--log-level", "debug"], "batchinfer --log-level debug run"),
-        (["--log-level", "loud", "run", "JOB"], "'loud' is none of debug"),
+        (["--log-level", "loud", "run", "JOB"], "'loud' is not one of debug"),
         (["run", "JOB", "--set", "seed"], "must be KEY=VALUE"),
         (["run", "JOB", "--shard", "3"], "must be INDEX/COUNT"),
         (["run", "JOB", "--shard", "3/3"], "does not exist"),
@@ -219,7 +219,7 @@ def test_spool_dir(job, tmp_path):
         (["show", "OUT", "--row", "-1"], "--row"),
     ],
 )
-def test_wrong_usage(job, tmp_path, capsys, arguments, message):
+def test_usage_error_exits_with_64_and_a_message(job, tmp_path, capsys, arguments, message):
     places = {"JOB": str(job), "OUT": str(tmp_path / "out")}
     assert run("--no-log-json", *(places.get(argument, argument) for argument in arguments)) == 64
     captured = capsys.readouterr()
@@ -238,7 +238,7 @@ def test_wrong_usage(job, tmp_path, capsys, arguments, message):
         (["input.columns=[id, row]"], 78, "'row'"),
     ],
 )
-def test_mistakes_in_a_job(job, capsys, settings, code, message):
+def test_invalid_job_exits_with_its_code_and_message(job, capsys, settings, code, message):
     arguments = [part for setting in settings for part in ("--set", setting)]
     assert run("--no-log-json", "run", job, *arguments) == code
     captured = capsys.readouterr()
@@ -246,7 +246,7 @@ def test_mistakes_in_a_job(job, capsys, settings, code, message):
     assert run("plan", job, *arguments) == code
 
 
-def test_mistakes_that_show_beside_the_input_name_the_line_of_their_key(tmp_path, capsys):
+def test_error_found_in_the_input_names_the_line_of_its_key(tmp_path, capsys):
     (tmp_path / "in.jsonl").write_text('{"text": "a"}\n')
     path = tmp_path / "job.yaml"
     path.write_text(
@@ -260,12 +260,12 @@ def test_mistakes_that_show_beside_the_input_name_the_line_of_their_key(tmp_path
         assert "--set: input.path: nothing matches" in capsys.readouterr().err
 
 
-def test_missing_job_file(tmp_path, capsys):
+def test_missing_job_file_is_reported(tmp_path, capsys):
     assert run("run", tmp_path / "nothing.yaml") == 78
     assert "nothing.yaml" in capsys.readouterr().err
 
 
-def test_output_of_another_job(job, capsys):
+def test_output_of_another_job_is_refused(job, capsys):
     assert run("run", job) == 0
     capsys.readouterr()
     assert run("--no-log-json", "run", job, "--set", "seed=5") == 73
@@ -275,12 +275,12 @@ def test_output_of_another_job(job, capsys):
 
 
 @pytest.mark.parametrize("command", ["status", "verify", "show"])
-def test_output_that_is_not_there(tmp_path, command, capsys):
+def test_missing_output_is_reported(tmp_path, command, capsys):
     assert run(command, tmp_path / "nothing") == 66
     assert "no job has written there" in capsys.readouterr().err
 
 
-def test_error_in_json_logs(tmp_path, capsys):
+def test_error_is_logged_as_json(tmp_path, capsys):
     assert run("--log-json", "run", tmp_path / "nothing.yaml") == 78
     event = json.loads(capsys.readouterr().err.splitlines()[-1])
     assert (event["level"], event["error"], event["exit_code"]) == ("error", "SpecError", 78)
@@ -289,13 +289,13 @@ def test_error_in_json_logs(tmp_path, capsys):
     assert json.loads(capsys.readouterr().err.splitlines()[-1])["error"] == "SpecError"  # as errors.py names it
 
 
-def test_too_many_row_errors(job, capsys):
+def test_too_many_row_errors_exit_with_10(job, capsys):
     arguments = ["--set", "prompt.template={{ text.missing.attribute }}", "--set", "errors.max=3"]
     assert run("--no-log-json", "run", job, *arguments) == 10
     assert "errors.max" in capsys.readouterr().err
 
 
-def test_a_bug_is_told_from_a_mistake(job, capsys, monkeypatch):
+def test_bug_exits_with_70_and_a_traceback(job, capsys, monkeypatch):
     monkeypatch.setattr("batchinfer.job.run.run_job", lambda *_, **__: {}["gone"])
     assert run("run", job) == 70
     err = capsys.readouterr().err
@@ -305,7 +305,7 @@ def test_a_bug_is_told_from_a_mistake(job, capsys, monkeypatch):
 # -- as a process --------------------------------------------------------------------------------------------------
 
 
-def test_reader_that_goes_away(job):
+def test_closed_pipe_keeps_the_exit_code(job):
     """`batchinfer verify OUTPUT | true` keeps its exit code, and prints no traceback."""
     assert run("run", job, "--shard", "0/2") == 0
     for command, code in (("verify", 1), ("show", 0)):
@@ -317,7 +317,7 @@ def test_reader_that_goes_away(job):
         assert "Traceback" not in result.stderr and "BrokenPipe" not in result.stderr
 
 
-def test_plain_locale(tmp_path):
+def test_ascii_locale_prints_escapes(tmp_path):
     (tmp_path / "in.jsonl").write_text('{"text": "für 日本"}\n')
     values = {"model": "fake", "input": {"path": str(tmp_path / "in.jsonl")}, "prompt": {"template": "{{ text }}"}}
     job = tmp_path / "job.yaml"
@@ -328,7 +328,7 @@ def test_plain_locale(tmp_path):
     assert result.returncode == 0 and "f\\xfcr" in result.stdout
 
 
-def test_sigterm_drains(job, tmp_path):
+def test_sigterm_exits_with_33(job, tmp_path):
     slow = ["--set", "fake.step_s=0.5", "--set", "fake.answer_tokens=400"]
     command = [*CLI, "--log-json", "run", str(job), *slow]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("BATCHINFER_")}

@@ -1,4 +1,4 @@
-"""Progress: rates and time left from snapshots, log lines now and then, one line on a terminal."""
+"""Tests of progress: rates, time left, log lines, terminal line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from batchinfer.cli.progress import (
     TerminalProgress,
     cache_share,
     choose_progress,
-    duration,
+    format_duration,
     seconds_left,
 )
 from batchinfer.job.report import RunSnapshot
@@ -31,7 +31,7 @@ def lines(capsys):
     log.configure("info", None)
 
 
-def test_rates_are_of_the_last_seconds():
+def test_rates_cover_the_last_seconds():
     rates = RecentRates()
     assert rates.tokens_per_s() == (0, 0)
     for second in range(201):
@@ -40,13 +40,13 @@ def test_rates_are_of_the_last_seconds():
     assert rates.tokens_per_s() == (30, 0)
 
 
-def test_time_left():
+def test_seconds_left_follows_the_run_so_far():
     assert seconds_left(snapshot(5)) is None
     assert seconds_left(snapshot(10, rows=20)) == 40
     assert seconds_left(snapshot(10, rows=20, rows_before=60)) == 10
 
 
-def test_cache_share():
+def test_cache_share_of_prompt_tokens():
     assert cache_share(snapshot(1)) == 0
     assert cache_share(snapshot(1, computed_tokens=75, reused_tokens=25)) == 0.25
 
@@ -54,11 +54,11 @@ def test_cache_share():
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.4, "0 s"), (59.7, "1 min 00 s"), (187, "3 min 07 s"), (7500, "2 h 05 min")]
 )
-def test_duration(seconds, text):
-    assert duration(seconds) == text
+def test_format_duration(seconds, text):
+    assert format_duration(seconds) == text
 
 
-def test_log_lines_every_ten_seconds(lines):
+def test_log_line_is_written_every_ten_seconds(lines):
     progress = LogProgress()
     for tenth in range(300):
         progress.update(snapshot(tenth / 10, rows=tenth // 10, errors=2))
@@ -69,7 +69,7 @@ def test_log_lines_every_ten_seconds(lines):
     assert "errors=2" in rest[0] and "percent=10.0" in rest[0] and "left_s=90" in rest[0]
 
 
-def test_terminal_line(lines):
+def test_terminal_line_has_rows_rates_and_errors(lines):
     progress = TerminalProgress()
     try:
         assert progress._line(RunSnapshot("loading")).plain == "loading …"
@@ -82,7 +82,7 @@ def test_terminal_line(lines):
         assert part in text
 
 
-def test_choice(monkeypatch):
+def test_progress_choice_follows_terminal_and_log_format(monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
