@@ -156,7 +156,7 @@ class Endpoint:
             busy = self._gate.in_flight or (self._background is not None and self._background.busy)
             idle_s = 0.0 if busy else now - self._gate.last_used_s
             if limits.idle_s is not None and idle_s >= limits.idle_s:
-                log.info("nobody asked for a while", seconds=limits.idle_s)
+                log.info("no request for a while", seconds=limits.idle_s)
                 return
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._signal.wait(), self._nap_s(now - started_s, idle_s))

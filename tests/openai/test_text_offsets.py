@@ -24,7 +24,7 @@ EOS = 257
 BYTES = ByteTokenizer()
 
 
-def tables(found: Tokenizer, ids: list[int], cuts: list[int], prompt: str = "", **body) -> list[list[dict]]:
+def choices_of(found: Tokenizer, ids: list[int], cuts: list[int], prompt: str = "", **body) -> list[list[dict]]:
     """Return the choices of the answer `ids` to one prompt: whole, and cut into chunks at `cuts`."""
     model = ModelFacts(("m",), found, None, SamplingParams(max_tokens=99))
     asked = parse_request(parse_body("/v1/completions", {"prompt": prompt or "x", "logprobs": 1, **body}), model)
@@ -37,10 +37,8 @@ def tables(found: Tokenizer, ids: list[int], cuts: list[int], prompt: str = "", 
     ids, reason = (ids[:end], "stop") if end else (ids, "length")
     made = []
     for places in ([], sorted({cut for cut in cuts if 0 < cut < len(ids)})):
-        writer, stream = (
-            CompletionChoices(TokenTexts(found), asked, [prepared.ids]),
-            TextStream(found, prepared, request),
-        )
+        writer = CompletionChoices(TokenTexts(found), asked, [prepared.ids])
+        stream = TextStream(found, prepared, request)
         choices: list[dict] = []
         scored = [None, *(TokenLogprob(one, -1.0, ()) for one in prepared.ids[1:])] if body.get("echo") else None
         for start, stop in itertools.pairwise([0, *places, len(ids)]):
@@ -70,7 +68,7 @@ CUTS = st.lists(st.integers(0, 20), max_size=6)
 @given(IDS, CUTS, st.sampled_from([[], ["b"], ["é", "ab"], ["🙂a"]]), st.booleans(), st.booleans())
 def test_streamed_and_whole_offsets_are_alike_and_within_the_text(ids, cuts, stop, include, skip):
     more = {"stop": stop, "include_stop_str_in_output": include, "skip_special_tokens": skip}
-    whole, pieces = (joined(choices) for choices in tables(BYTES, ids, cuts, **more))
+    whole, pieces = (joined(choices) for choices in choices_of(BYTES, ids, cuts, **more))
     assert whole == pieces
     text, offsets, _ = whole
     assert offsets == sorted(offsets) and all(0 <= place <= len(text) for place in offsets)
@@ -80,7 +78,7 @@ def test_streamed_and_whole_offsets_are_alike_and_within_the_text(ids, cuts, sto
 @given(st.text("ab é🙂\ufffd\n", max_size=12), CUTS)
 def test_every_byte_begins_with_its_character(text, cuts):
     expected = [place for place, character in enumerate(text) for _ in character.encode()]
-    for choices in tables(BYTES, list(text.encode()), cuts):
+    for choices in choices_of(BYTES, list(text.encode()), cuts):
         assert joined(choices)[:2] == (text, expected)
         for choice in choices[:-1]:
             assert len(choice["logprobs"]["tokens"]) == len(choice["logprobs"]["text_offset"])
@@ -88,9 +86,9 @@ def test_every_byte_begins_with_its_character(text, cuts):
 
 def test_hidden_tokens_have_no_text_and_a_cut_text_no_more():
     ids = [*b"a", 256, *"é".encode(), EOS]
-    assert joined(tables(BYTES, ids, [])[0])[:2] == ("aé", [0, 1, 1, 1, 2])
-    assert joined(tables(BYTES, ids, [], skip_special_tokens=False)[0])[:2] == ("a<bos>é", [0, 1, 6, 6, 7])
-    stopped = tables(BYTES, list("one éstop".encode()), [2, 4, 6], stop=["ést"])
+    assert joined(choices_of(BYTES, ids, [])[0])[:2] == ("aé", [0, 1, 1, 1, 2])
+    assert joined(choices_of(BYTES, ids, [], skip_special_tokens=False)[0])[:2] == ("a<bos>é", [0, 1, 6, 6, 7])
+    stopped = choices_of(BYTES, list("one éstop".encode()), [2, 4, 6], stop=["ést"])
     assert joined(stopped[0])[:2] == joined(stopped[1])[:2] == ("one ", [0, 1, 2, 3, 4, 4, 4, 4])
 
 
@@ -101,7 +99,7 @@ def test_echoed_prompts_and_what_follows(kind):
     [answer] = found.encode_batch([" hello 🙂"], False)
     assert isinstance(answer, list)
     answer = [one for one in answer if one != EOS]
-    choices = tables(found, answer, [], prompt=prompt, echo=True)[0]
+    choices = choices_of(found, answer, [], prompt=prompt, echo=True)[0]
     text, offsets, tokens = joined(choices)
     assert text.startswith(prompt) and offsets == sorted(offsets) and offsets[len(tokens) - len(answer)] == len(prompt)
     for (place, following), token in zip(itertools.pairwise([*offsets, len(text)]), tokens, strict=True):
@@ -119,6 +117,12 @@ def test_a_text_that_is_normalized_stays_within_itself():
 
 
 def test_ids_come_with_the_logprobs_of_their_text():
-    streamed = tables(BYTES, list("a🙂b".encode()), [2, 3, 4], return_token_ids=True)[1]
+    streamed = choices_of(BYTES, list("a🙂b".encode()), [2, 3, 4], return_token_ids=True)[1]
     assert [choice["token_ids"] for choice in streamed] == [[97], list("🙂b".encode())]
     assert all(len(choice["token_ids"]) == len(choice["logprobs"]["tokens"]) for choice in streamed)
+
+
+def test_chunk_whose_first_character_is_held_back_has_the_ids_of_the_prompt():
+    _, chunks = choices_of(BYTES, [240, 240, 240], [1, 2], prompt="abc", return_token_ids=True)
+    assert chunks[0]["prompt_token_ids"] == [97, 98, 99] and not chunks[0]["text"]
+    assert [token for chunk in chunks for token in chunk["token_ids"]] == [240] * 3

@@ -64,6 +64,7 @@ def test_logprobs_have_bytes_and_alternatives(tiny, top):
 
 def test_stream_builds_the_whole_response(fake):
     asked = {"messages": HI, "max_tokens": 20, "temperature": 0, "n": 2, "ignore_eos": True}
+    fake.chat(**asked)  # fills the prefix cache: both usages count its tokens
     whole = fake.chat(**asked)
     events = fake.stream(CHAT, **asked, stream_options={"include_usage": True})
     assert {event["object"] for event in events} == {"chat.completion.chunk"}

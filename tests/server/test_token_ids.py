@@ -201,11 +201,3 @@ def test_defaults_that_name_tokens_are_taken_back():
         assert endpoint.completion(prompt="hi", max_tokens=0, echo=True, logprobs=1)["choices"][0]["logprobs"]
     finally:
         endpoint.close()
-
-
-def test_a_stream_whose_first_character_is_held_back_has_the_ids_of_the_prompt(tiny):
-    body = {"prompt": "abc", "max_tokens": 3, "temperature": 0, "logit_bias": {"240": 100}, "logprobs": 0}
-    chunks = tiny.stream("/v1/completions", **body, return_token_ids=True)
-    choices = [choice for chunk in chunks for choice in chunk["choices"]]
-    assert choices[0]["prompt_token_ids"] == [97, 98, 99] and not choices[0]["text"]
-    assert [token for choice in choices for token in choice["token_ids"]] == [240] * 3
