@@ -1,14 +1,16 @@
 """The block pool: which KV blocks are free, shared, or kept because a later prompt may begin the same way.
 
 State: every block is either held (`refs` > 0) or on the free list. A free block may still be indexed: its content is
-found again by prefix until the block is taken for something else. The free list is in order of eviction: blocks that
-nobody can find come first, then the least recently used.
+found by prefix until the block is allocated for another content. The free list is in order of eviction: unindexed
+blocks first, then the least recently used. Owner: the scheduler. Flow: `allocate` → `index` when full → `release` →
+found by prefix (`follow`, `acquire`) or evicted. Failure: after a failed step nothing indexed is trusted
+(`forget_all`).
 
 The prefix index is a trie in a dict: (uid of the parent block's content, the block's own tokens) → block. A uid names
 one content for ever, so a hit is verified all the way to the root by dict equality on the tokens themselves; there is
-no hash to trust. The root's uid is 0. A key is packed into bytes, since these keep their hash and Python's garbage
-collector does not visit them. Of the blocks that follow one content, the last few are also remembered, once they are
-computed: what begins like one of them and then differs need not be computed from the block's first token on.
+no hash to trust. The root's uid is 0. A key is packed into bytes, because bytes cache their hash and Python's garbage
+collector does not visit them. Of the blocks that follow one content, the last few are also remembered once they are
+computed: a block that begins like one of them and then differs starts as a copy of it (copy-on-write).
 """
 
 from __future__ import annotations
@@ -19,15 +21,15 @@ from struct import Struct
 from sys import byteorder
 
 ROOT = 0
-_REMEMBERED = 8  # blocks that follow one content: the newest, since rows come in the order of their prefixes
-_WORTH_COPYING = 4  # a block is copied, or waited for, for a fourth of its tokens, not for one that all begin with
+_REMEMBERED = 8  # blocks that follow one content: the newest, because rows come in the order of their prefixes
+_WORTH_COPYING = 4  # a block is copied, or waited for, if a fourth of its tokens match
 _TOKENS_AT = 8  # bytes of a key before its tokens
 
 
 class Block:
     """One block of KV cache. `uid` and `key` are set while it is indexed; `prev`/`next` while it is free.
 
-    `follows` is the uid of the content among whose followers it may be remembered, or None.
+    `follows` is the uid of the content before it if the block may be remembered for copies, or None.
     """
 
     __slots__ = ("follows", "index", "key", "next", "prev", "refs", "uid")
@@ -46,7 +48,7 @@ class Block:
 
 
 class BlockPool:
-    """Hands out blocks, counts who holds them, and finds them again by prefix."""
+    """Pool of KV blocks: allocation, reference counts, and lookup by prefix."""
 
     def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
         self.block_size = block_size
@@ -56,8 +58,8 @@ class BlockPool:
         self._least_alike = -(-block_size // _WORTH_COPYING)
         self._key = Struct(f"=Q{block_size}I").pack
         self._index: dict[bytes, Block] = {}
-        self._following: dict[int, list[Block]] = {}  # uid → the computed blocks after it, the newest last
-        self._coming: dict[int, list[Block]] = {}  # the same of those that the step being planned computes
+        self._following: dict[int, list[Block]] = {}  # uid → computed blocks after it, newest last
+        self._coming: dict[int, list[Block]] = {}  # uid → blocks after it that the step being planned computes
         self._last_uid = ROOT
         self._head = Block(-1)  # sentinel: head.next is evicted first, head.prev last
         self._head.prev = self._head.next = self._head
@@ -65,7 +67,7 @@ class BlockPool:
             self._link(block, self._head)
 
     def allocate(self) -> Block:
-        """Take the block that is least worth keeping. The caller has checked `num_free`."""
+        """Return the first block in order of eviction, unindexed. The caller has checked `num_free`."""
         block = self._head.next
         assert block is not None and block is not self._head, "no free block"
         self._unlink(block)
@@ -75,11 +77,11 @@ class BlockPool:
         return block
 
     def find(self, parent: int, tokens: Sequence[int]) -> Block | None:
-        """The block that holds `tokens`, which fill it, after the content `parent`, if there is one."""
+        """Return the block that holds `tokens`, which fill it, after the content `parent`, or None."""
         return self._index.get(self._key(parent, *tokens))
 
     def follow(self, parent: int, tokens: Sequence[int], start: int, end: int) -> list[Block]:
-        """The blocks that hold `tokens` after the content `parent`, from position `start` on, all before `end`."""
+        """Return the indexed blocks that hold `tokens[start:end]` after the content `parent`, up to the first miss."""
         found: list[Block] = []
         if not self.enable_prefix_caching:
             return found
@@ -92,14 +94,14 @@ class BlockPool:
         return found
 
     def find_beginning(self, parent: int, tokens: Sequence[int]) -> tuple[Block, int] | None:
-        """Of the computed blocks after `parent` the one that begins most as `tokens` do, and with how many of them.
+        """Return the remembered block after `parent` with the longest common beginning with `tokens`, and its length.
 
-        None if none of those that are remembered has enough of them.
+        Return None if no remembered block has enough tokens in common.
         """
         return self._most_alike(self._following.get(parent), tokens)
 
     def better_is_coming(self, parent: int, tokens: Sequence[int]) -> bool:
-        """Whether the step that is being planned computes a block that begins more as `tokens` do, by enough."""
+        """Return True if the step being planned computes a block with a longer common beginning, by enough tokens."""
         coming = self._most_alike(self._coming.get(parent), tokens)
         if coming is None:
             return False
@@ -107,7 +109,7 @@ class BlockPool:
         return there is None or coming[1] - there[1] >= self._least_alike
 
     def computed(self) -> None:
-        """The step in which blocks were indexed has been run."""
+        """Remember the blocks indexed since the last call: the step that computes them has run."""
         for parent, blocks in self._coming.items():
             following = self._following.setdefault(parent, blocks)
             if following is not blocks:
@@ -116,23 +118,23 @@ class BlockPool:
         self._coming.clear()
 
     def acquire(self, block: Block) -> None:
-        """One more holder of a block that `find` returned."""
+        """Add a holder to a block that `find` returned."""
         if block.refs == 0:
             self._unlink(block)
         block.refs += 1
 
     def release(self, blocks: Sequence[Block]) -> None:
-        """One holder less of each block of a chain, tail first: a prefix outlives what follows it."""
+        """Drop a holder of each block of a chain, tail first, so that a prefix is evicted after what follows it."""
         for block in reversed(blocks):
             block.refs -= 1
             if block.refs == 0:
-                # nobody can find an unindexed block again: reuse it before anything worth keeping
+                # an unindexed block cannot be found again: evict it first
                 self._link(block, self._head if block.key is not None else self._head.next)
 
     def index(self, block: Block, parent: int, tokens: Sequence[int], remember: bool = True) -> int:
-        """Make a full block findable; returns the uid of its content (an equal block's, if one is indexed already).
+        """Index a full block. Return the uid of its content (that of an equal block, if one is indexed already).
 
-        remember: whether others may also begin as it does and then differ.
+        remember: keep it for copies, because other prompts may begin like it and then differ.
         """
         key = self._key(parent, *tokens)
         known = self._index.get(key)
@@ -147,13 +149,13 @@ class BlockPool:
         return block.uid
 
     def forget(self, blocks: Iterable[Block]) -> None:
-        """Nobody shall find these again: what they hold is not to be trusted."""
+        """Take blocks out of the index, because their content is not to be trusted."""
         for block in blocks:
             if block.key is not None:
                 self._forget(block)
 
     def forget_all(self) -> None:
-        """Drop the whole index: after a failed step nobody knows what the blocks hold."""
+        """Drop the whole index: after a failed step the content of blocks is unknown."""
         self.forget(list(self._index.values()))
 
     def check_integrity(self, tables: Iterable[Sequence[Block]]) -> None:
@@ -201,7 +203,7 @@ class BlockPool:
         block.follows = None
 
     def _most_alike(self, blocks: Sequence[Block] | None, tokens: Sequence[int]) -> tuple[Block, int] | None:
-        """Of the last few blocks the one that begins most as `tokens` do, and with how many of them."""
+        """Return the block of the last few with the longest common beginning with `tokens`, and its length, or None."""
         least = self._least_alike
         if blocks is None or len(tokens) < least:
             return None
@@ -210,7 +212,7 @@ class BlockPool:
         for block in reversed(blocks[-_REMEMBERED:]):
             assert block.key is not None
             if block.key.startswith(start, _TOKENS_AT):
-                alike = _common(memoryview(block.key)[_TOKENS_AT:].cast("I"), tokens)
+                alike = _common_length(memoryview(block.key)[_TOKENS_AT:].cast("I"), tokens)
                 if alike > most:
                     best, most = block, alike
         return None if best is None else (best, most)
@@ -229,8 +231,8 @@ class BlockPool:
         self.num_free -= 1
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens they begin with in common."""
+def _common_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return the length of the common beginning."""
     for place, (a, b) in enumerate(zip(one, other, strict=False)):
         if a != b:
             return place

@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Items
 from operator import itemgetter
-from typing import Any
 
 from batchinfer.engine.plan import StepResult
 from batchinfer.engine.sequence import Sequence
@@ -72,11 +71,14 @@ class DecodeLanes:
         if lane < end:
             self._settle_lane(end)  # the history of the lane that it moves to belongs to another sequence
             self._lanes[self.seats[end]] = lane
-        lists: list[list[Any]] = [self.seats, self.positions, self.last_tokens]
-        lists += [self._sequences, self._settled_at, self._visit_at]
-        for facts in lists:
-            facts[lane] = facts[end]
-            del facts[end]
+            self.seats[lane] = self.seats[end]
+            self.positions[lane] = self.positions[end]
+            self.last_tokens[lane] = self.last_tokens[end]
+            self._sequences[lane] = self._sequences[end]
+            self._settled_at[lane] = self._settled_at[end]
+            self._visit_at[lane] = self._visit_at[end]
+        del self.seats[end], self.positions[end], self.last_tokens[end]
+        del self._sequences[end], self._settled_at[end], self._visit_at[end]
 
     def settle(self, seat: int) -> None:
         """Bring the tokens of the sequence of a seat up to date; nothing to do for a seat without a lane."""

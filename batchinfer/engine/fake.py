@@ -1,7 +1,8 @@
 """FakeRunner: runs a plan without a model, so that everything around the engine can be tested and rehearsed.
 
-Its answers depend on the request alone: on the prompt's tokens, and if the request samples, on its random key. The
-logprob of a prompt's token depends on the token, its position and the one before it.
+State: per seat its join and where its answer ends. Owner: the engine. Its answers depend on the request alone: on the
+prompt tokens, and for a request that samples, on its random key. The logprob of a prompt token depends on the token,
+its position and the token before it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _HIDDEN = 16  # numbers in a hidden state
 
 @dataclass(frozen=True, slots=True)
 class FakeAnswer:
-    """How fake answers look: their length in tokens, [shortest, longest], and the ids that they are made of."""
+    """Shape of fake answers: their length in tokens, [shortest, longest], and the ids that they consist of."""
 
     shortest: int
     longest: int
@@ -35,7 +36,7 @@ class FakeRunner:
     def __init__(self, answer: FakeAnswer, step_s: float = 0.0) -> None:
         self._answer = answer
         self._step_s = step_s
-        self._seats: dict[int, tuple[int, int]] = {}  # seat → (where in the vocabulary it begins, position of its end)
+        self._seats: dict[int, tuple[int, int]] = {}  # seat → (offset in the vocabulary, position of the end)
         self._joins: dict[int, Join] = {}  # by seat
         self._with_logprobs: set[int] = set()  # seats
 
@@ -62,13 +63,13 @@ class FakeRunner:
             seed = zlib.crc32(join.key.to_bytes(8, "little"), seed)
         length = answer.shortest + seed % (answer.longest - answer.shortest + 1)
         if answer.eos_id not in join.stop_ids or length <= join.params.min_tokens:
-            length = 0  # no token has this number: it goes on to max_tokens
+            length = 0  # no position is the end: the answer goes on to max_tokens
         self._seats[seat] = (seed - prompt * _STRIDE) % len(answer.vocabulary), prompt + length - 1
         self._joins[seat] = join
         (self._with_logprobs.discard if join.params.logprobs is None else self._with_logprobs.add)(seat)
 
     def _logprobs(self, plan: StepPlan, tokens: list[int]) -> list[TokenLogprob | None]:
-        """Every chosen token is certain: logprob 0. Others that a request names have -100."""
+        """Return logprob 0 for every sampled token, and -100 for other tokens that a request names."""
         entries: list[TokenLogprob | None] = []
         sampling = (seat for seat, samples in zip(plan.seats, plan.samples, strict=True) for _ in range(samples))
         for seat, token in zip(sampling, tokens, strict=True):
@@ -90,7 +91,7 @@ class FakeRunner:
         )
 
     def _score_token(self, join: Join, position: int) -> TokenLogprob:
-        """The best tokens are neighbours in the vocabulary, 0.1 apart; the token is one of them, or far behind."""
+        """Return the logprob of a prompt token. The best tokens are neighbours in the vocabulary, 0.1 apart."""
         vocabulary = self._answer.vocabulary
         token, before = join.prompt[position], join.prompt[position - 1]
         first = (before * _STRIDE + position) % len(vocabulary)
