@@ -1,4 +1,4 @@
-"""What is asked of the engine, and what it answers: plain values, no torch, no numpy.
+"""Requests to the engine and their results: plain values, no torch, no numpy.
 
 A row asks for `n` samples; each sample is one `Request`. Token ids are ints, logprobs natural logarithms.
 """
@@ -18,10 +18,10 @@ from batchinfer.structured import StructuredOutputs
 
 FinishReason = Literal["stop", "length", "error"]
 Pooling = Literal["mean", "last", "cls"]
-"""Which hidden states of a prompt become its embedding: the mean of all, that of the last token, of the first."""
+"""Pooling of a prompt's hidden states to its embedding: mean of all tokens, last token, or first token (cls)."""
 
 StopCheck = Callable[[int], bool]
-"""Takes the output token ids one by one, and says whether the last one completed a stop string."""
+"""Function of the next output token id; True if that token completed a stop string."""
 
 MAX_LOGPROBS = 20
 MAX_LOGPROB_TOKEN_IDS = 128  # vLLM's limit
@@ -31,12 +31,12 @@ _TOKEN_ID = re.compile(r"[0-9]{1,18}")
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are chosen and when a sequence ends. Field names follow vLLM's and OpenAI's.
+    """Sampling parameters and stop conditions, with the field names of vLLM and OpenAI.
 
-    temperature 0 is greedy. top_k 0 or -1 and top_p 1 mean off. `max_tokens` None means up to the context's end.
-    `logprobs` k returns the chosen token's logprob and the k best, from the unmodified log-softmax; `prompt_logprobs`
-    k the same for the prompt's tokens. With it `max_tokens` may be 0: nothing is generated.
-    `logprob_token_ids` names the tokens that the answer's logprobs have instead of the best ones, and implies logprobs.
+    temperature 0 is greedy. top_k 0 or -1 and top_p 1 mean off. `max_tokens` None means up to the end of the context.
+    `logprobs` k returns the logprob of the sampled token and of the k best tokens, from the unmodified log-softmax;
+    `prompt_logprobs` k does the same for the tokens of the prompt, and allows `max_tokens` 0: nothing is generated.
+    `logprob_token_ids` names the tokens to return logprobs of instead of the best ones, and implies logprobs.
     `structured_outputs` may be given as a mapping: see `StructuredOutputs.of`.
     Raises BadParameters for a value out of range.
     """
@@ -92,7 +92,7 @@ class SamplingParams:
     def from_mapping(
         cls, values: Mapping[str, Any], base: SamplingParams | None = None, without: Collection[str] = ()
     ) -> SamplingParams:
-        """`base`, less its fields `without`, and `values` on top; None leaves a field as it is.
+        """Return `base` without the fields `without`, overridden by `values`; a None in `values` overrides nothing.
 
         Raises BadParameters for an unknown name.
         """
@@ -111,12 +111,12 @@ class SamplingParams:
 
     @property
     def penalised(self) -> bool:
-        """Whether any penalty is asked for."""
+        """True if any penalty is on."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
 
 
 class _Range(NamedTuple):
-    """Which numbers a field takes. `above`: `low` itself is none of them; `optional`: None is allowed."""
+    """Range of a numeric field. `above`: `low` itself is excluded; `optional`: None is allowed."""
 
     whole: bool
     low: float
@@ -125,7 +125,7 @@ class _Range(NamedTuple):
     optional: bool = False
 
     def checked(self, name: str, value: Any) -> int | float | None:
-        """`value` as a plain number. Raises BadParameters."""
+        """Return `value` as a plain number. Raises BadParameters."""
         if value is None and self.optional:
             return None
         given = to_integer(value) if self.whole else to_number(value)
@@ -163,7 +163,7 @@ _RANGES = {
 
 
 def _freeze(params: SamplingParams, name: str) -> None:
-    """Lists become tuples, a single stop string a tuple of one; the items' type is checked."""
+    """Turn a list into a tuple and a single stop string into a tuple of one, and check the type of the items."""
     value = getattr(params, name)
     if value is None and name in ("allowed_token_ids", "logprob_token_ids"):
         return
@@ -181,7 +181,7 @@ def _freeze(params: SamplingParams, name: str) -> None:
 
 
 def _name_logprobs(params: SamplingParams, ids: tuple[int, ...]) -> None:
-    """Each id once. Logprobs of the tokens themselves come with them."""
+    """Drop repeated ids, and turn logprobs on."""
     if not 1 <= len(ids) <= MAX_LOGPROB_TOKEN_IDS:
         raise BadParameters(f"logprob_token_ids must name 1 to {MAX_LOGPROB_TOKEN_IDS} tokens, got {len(ids)}")
     if params.max_tokens == 0:
@@ -192,7 +192,7 @@ def _name_logprobs(params: SamplingParams, ids: tuple[int, ...]) -> None:
 
 
 def _bias(value: Any) -> dict[int, float]:
-    """Token ids may be text: JSON has no other keys."""
+    """Return logit_bias by token id. Ids may be text: JSON has no other keys."""
     if not isinstance(value, Mapping):
         raise BadParameters(f"logit_bias must map token ids to numbers, got {format_value(value)}")
     bias = {}
@@ -210,14 +210,14 @@ def _bias(value: Any) -> dict[int, float]:
 
 
 class Matcher(Protocol):
-    """Where one answer stands in its grammar.
+    """Parser state of one answer in its grammar.
 
-    complete: nothing may follow. error: why it cannot be followed any further (a limit, a token that it does not
-    allow), else empty.
+    complete: True if nothing may follow. error: why the grammar cannot be followed any further (a limit, a token that
+    it forbids), else empty.
     """
 
     def accept(self, token: int) -> None:
-        """The answer's next token."""
+        """Advance by the next token of the answer."""
         ...
 
     @property
@@ -231,11 +231,11 @@ class Constraint(Protocol):
     """A compiled grammar, shared by all sequences that must follow it."""
 
     def matcher(self, output: Sequence[int]) -> Matcher:
-        """A matcher of its own for a sequence that has generated `output` so far."""
+        """Return a matcher for one sequence, which has generated `output` so far."""
         ...
 
     def fill(self, matchers: Sequence[Matcher], address: int, row_bytes: int) -> None:
-        """Write which tokens may come next, for matchers of any constraints of this tokenizer.
+        """Write the bit mask of the tokens that may come next, for matchers of any constraints of this tokenizer.
 
         Row i starts at `address + i * row_bytes`: 32-bit words, bit t % 32 of word t // 32 for token t.
         """
@@ -246,10 +246,11 @@ class Constraint(Protocol):
 class Request:
     """One sample of one row, ready for the engine: everything that needs a tokenizer is already resolved.
 
-    `max_tokens` is what fits the context; it may be 0 where the prompt is read. `key` seeds the counter-based random
-    numbers of this sample. `stop_ids` end the sequence (end-of-sequence tokens unless ignored, and the user's).
-    `bad_words` are id sequences. Reading the prompt: with `score_from`, the logprob of each of its tokens from that
-    position (≥ 1) on, and their `params.prompt_logprobs` alternatives; with `pooling`, the sum of hidden states.
+    `max_tokens` fits the context; it may be 0 if the prompt is read. `key` seeds the counter-based random numbers of
+    this sample. `stop_ids` end the sequence (end-of-sequence tokens unless ignored, and the ids of the user).
+    `bad_words` are token id sequences. `score_from` reads the logprob of each prompt token from that position (≥ 1) on,
+    and of its `params.prompt_logprobs` alternatives; `pooling` reads the sum of hidden states. `stop_check` and
+    `constraint` stay in the scheduler's process: see `engine.plan`.
     """
 
     request_id: int
@@ -266,15 +267,15 @@ class Request:
 
     @property
     def stateless(self) -> bool:
-        """Whether a token depends on its logits, position and key alone, and on nothing kept of the tokens before."""
+        """True if a token depends on its logits, position and key alone, not on state kept of the tokens before."""
         params = self.params
         edited = self.bad_words or params.logit_bias or params.allowed_token_ids or params.min_tokens
         return self.constraint is None and not params.penalised and not edited
 
     def rows_read(self) -> range | None:
-        """Positions of the prompt whose final hidden state is wanted; None if only the KV cache is."""
+        """Return the prompt positions whose final hidden state is read, or None if only the KV cache is filled."""
         length = len(self.prompt)
-        if self.score_from is not None:  # a position says how likely the next one's token is
+        if self.score_from is not None:  # the hidden state at a position gives the logprob of the next token
             return range(min(self.score_from, length) - 1, length - 1)
         if self.pooling is None:
             return None
@@ -282,10 +283,10 @@ class Request:
 
 
 class TokenLogprob(NamedTuple):
-    """A token's logprob, and in `top` the best tokens (as many as were asked for) with theirs, best first.
+    """The logprob of a token, and in `top` the best tokens (as many as requested) with their logprobs, best first.
 
-    All are gathered from one log-softmax: a token that is the most probable has the logprob of the first in `top`.
-    With `logprob_token_ids`, `top` has those instead, in their order.
+    All are gathered from one log-softmax: the most probable token has the logprob of the first in `top`.
+    With `logprob_token_ids`, `top` holds the named tokens instead, in their order.
     """
 
     token_id: int
@@ -295,9 +296,10 @@ class TokenLogprob(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """How likely a continuation, or a whole text, is. `logprob` is the sum of `token_logprobs`.
+    """Log-likelihood of a continuation or of a whole text. `logprob` is the sum of `token_logprobs`.
 
-    `is_greedy`: at every position no token was more probable. `text`: a continuation that was given as one.
+    `is_greedy`: True if no other token was more probable at any position. `text`: the continuation, if it was given as
+    text.
     """
 
     logprob: float
@@ -309,7 +311,7 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """What became of a request. `token_ids` holds the stop token, if one ended it. `error` excludes the rest.
+    """Result of a request. `token_ids` includes the stop token, if one ended it. `error` excludes the rest.
 
     `prompt_logprobs` has an entry per prompt token, None before `score_from`. `hidden` is the sum of the pooled rows'
     final hidden states, [hidden size].
@@ -328,7 +330,7 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class CompletionOutput:
-    """One sample's answer."""
+    """Answer of one sample."""
 
     text: str
     token_ids: list[int]
@@ -338,13 +340,12 @@ class CompletionOutput:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """The answer to one prompt: `n` outputs, or an error and none.
+    """Answer to one prompt: `n` outputs, or an error and no output.
 
-    `prompt_logprobs`, where asked for: one entry per prompt token, None for the first and for others that nobody asked
-    for. `scores`: of each continuation (`choice` is the most likely), or one of the whole text. `embedding` has the
-    model's hidden size. With either there are no outputs. `per_content`: of a prompt with several contents, the
-    completion of each.
-    `cached_tokens` of the prompt were not computed for it.
+    `prompt_logprobs`, if requested: one entry per prompt token, None for the first and for tokens before `score_from`.
+    `scores`: one per continuation (`choice` is the most likely), or one of the whole text. `embedding` has the hidden
+    size of the model. With scores or an embedding there are no outputs. `per_content`: of a prompt with several
+    contents, the completion of each. `cached_tokens` of the prompt were not computed for it.
     """
 
     index: int

@@ -1,4 +1,8 @@
-"""Grammars that answers must follow: which tokens each may take next, as one mask over the rows that have a grammar.
+"""Grammar masks: the logits processor of structured outputs, one bit mask over the rows that have a grammar.
+
+State: by seat a compiled grammar and the matcher of one answer. Owner: the sampler. Flow: the grammar of a sequence
+comes beside the plan in which it joins; `apply` masks logits before tokens are chosen; `append_tokens` advances the
+matchers. Failure: a matcher that cannot go on fails its own row.
 
 R rows with a grammar · N rows that sample · V vocabulary · W words of 32 tokens
 """
@@ -19,7 +23,7 @@ from batchinfer.ops.resources import HOST
 from batchinfer.request import Constraint, Matcher
 
 Ints = npt.NDArray[np.int64]
-_TOGETHER = 1 << 21  # logits at once: what they are compared with should stay in the processor's cache
+_TOGETHER = 1 << 21  # logits at once: their mask in float32 should stay in the processor's cache
 
 
 class _Held(NamedTuple):
@@ -28,14 +32,14 @@ class _Held(NamedTuple):
 
 
 class Accepted(NamedTuple):
-    """What the tokens of a step did to their grammars. `ended`: rows whose answer is complete; `failed`: why not."""
+    """Effect of a step's tokens on the grammars: rows whose answer is complete, and errors by row."""
 
     ended: list[int]
     failed: dict[int, BadParameters]
 
 
 class GrammarMasks:
-    """Seat-indexed: `seat_sequence` when a sequence takes a seat, `apply` before tokens are chosen, `append` after."""
+    """Matchers by seat: `seat_sequence`, then per step `apply` before tokens are chosen and `append_tokens` after."""
 
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
@@ -51,7 +55,7 @@ class GrammarMasks:
         return True
 
     def apply(self, logits_NV: Tensor, rows_R: Ints, seats_R: Ints) -> dict[int, BadParameters]:
-        """What the grammars of these rows do not allow becomes -inf, in place; rows whose grammar failed, and why."""
+        """Set logits that the grammars of these rows forbid to -inf, in place. Return errors of grammars by row."""
         if len(rows_R) > len(self._masks_RW):
             self._masks_RW = np.zeros((2 * len(rows_R), self._masks_RW.shape[1]), dtype=np.int32)
         masks_RW = self._masks_RW[: len(rows_R)]
@@ -64,8 +68,8 @@ class GrammarMasks:
             _lower(logits_NV, rows_R[some], _caps(masks_RW[some], self._vocab_size, logits_NV.device))
         return _failures(rows_R, matchers)
 
-    def append(self, rows_R: Ints, seats_R: Ints, tokens_R: Ints) -> Accepted:
-        """The tokens that these seats generated in this step."""
+    def append_tokens(self, rows_R: Ints, seats_R: Ints, tokens_R: Ints) -> Accepted:
+        """Advance the matchers of these seats by the tokens of this step."""
         matchers = [self._held[seat].matcher for seat in seats_R.tolist()]
         for matcher, token in zip(matchers, tokens_R.tolist(), strict=True):
             matcher.accept(token)
@@ -82,7 +86,10 @@ def _failures(rows_R: Ints, matchers: list[Matcher]) -> dict[int, BadParameters]
 
 
 def _lower(logits_NV: Tensor, rows_R: Ints, caps_RV: Tensor) -> None:
-    """The smaller of both, in place; NaN stays NaN. (masked_fill branches on every logit, and is slower for it.)"""
+    """Set rows to the minimum of logits and caps, in place. NaN stays NaN.
+
+    (masked_fill branches on every logit, and is slower.)
+    """
     first = int(rows_R[0])
     if int(rows_R[-1]) - first == len(rows_R) - 1:
         part_RV = logits_NV[first : first + len(rows_R)]
@@ -93,7 +100,7 @@ def _lower(logits_NV: Tensor, rows_R: Ints, caps_RV: Tensor) -> None:
 
 
 def _caps(masks_RW: npt.NDArray[np.int32], vocab_size: int, device: torch.device) -> Tensor:
-    """float32 [R, V]: infinity where bit v of a row is set, from the lowest of its first word on; else -infinity."""
+    """Return float32 [R, V]: infinity if bit v of the row is set (least significant bit first), else -infinity."""
     if device.type == HOST.type:
         bits_RV = np.unpackbits(masks_RW.view(np.uint8), axis=1, count=vocab_size, bitorder="little")
         set_RV = torch.from_numpy(bits_RV)

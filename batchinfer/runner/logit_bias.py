@@ -1,7 +1,8 @@
-"""Edits of single logits that a request asks for: logit_bias, allowed_token_ids, bad_words, min_tokens.
+"""Edits of single logits: the logits processor of logit_bias, allowed_token_ids, bad_words and min_tokens.
 
-Each is a flat table over all seats that have any, so that a step costs a few array operations however many there are.
-The tables are host arrays: a seat's entries change when a sequence joins, and only the few that act in a step travel.
+State: entries by seat, and one flat table per kind over all seats that have entries, so that a step costs a few array
+operations whatever the number of entries. The tables are host arrays: entries change when a sequence takes a seat, and
+only the entries that act in a step are copied to the device. Owner: the sampler.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _ALWAYS = np.iinfo(np.int64).max
 
 
 class _Entries(NamedTuple):
-    """One seat's part of the tables. `until_M`: the entry acts while the output is shorter than that."""
+    """Entries of one seat. `until_M`: the entry acts while the output has fewer tokens."""
 
     added_ids_M: Ints
     added_M: npt.NDArray[np.float32]
@@ -33,7 +34,7 @@ class _Entries(NamedTuple):
 
 
 class _Tables(NamedTuple):
-    """The entries of all seats, and beside each the seat that it belongs to."""
+    """Entries of all seats, and the seat of each entry."""
 
     added_seats_M: Ints
     added_ids_M: Ints
@@ -47,7 +48,7 @@ class _Tables(NamedTuple):
 
 
 class LogitEdits:
-    """Seat-indexed: `seat_sequence` when a sequence takes a seat, `apply` before tokens are chosen, `append` after."""
+    """Edits by seat: `seat_sequence`, then per step `apply` before tokens are chosen and `append_tokens` after."""
 
     def __init__(self, max_num_seqs: int, vocab_size: int) -> None:
         self._vocab_size = vocab_size
@@ -78,14 +79,14 @@ class LogitEdits:
         return True
 
     def apply(self, logits_NV: Tensor, seats_N: Ints, num_output_N: Ints) -> None:
-        """Edit the rows in place. seats_N: whose rows they are; num_output_N: tokens that each has generated."""
+        """Edit the rows in place. seats_N: the seat of each row; num_output_N: output tokens of its sequence."""
         tables = self._tables = self._tables or self._join_tables()
         rows_of = np.full(len(self._tails_SL), -1, dtype=np.int64)  # by seat
         rows_of[seats_N] = np.arange(len(seats_N))
         if len(tables.allowed_ids_M):
             _keep_only(logits_NV, *_select(rows_of, tables.allowed_seats_M, tables.allowed_ids_M))
         rows_M = rows_of[tables.added_seats_M]
-        # num_output_N[-1] stands in for seats that are not here, and is masked out with them
+        # a seat that is not in this step has row -1, which reads num_output_N[-1]; the mask drops it
         acts_M = (rows_M >= 0) & (num_output_N[rows_M] < tables.until_M)
         _add(logits_NV, rows_M[acts_M], tables.added_ids_M[acts_M], tables.added_M[acts_M])
         if len(tables.last_ids_M):
@@ -94,8 +95,8 @@ class LogitEdits:
             rows_M, ids_M = _select(rows_of, tables.word_seats_M[hit_M], tables.last_ids_M[hit_M])
             _add(logits_NV, rows_M, ids_M, np.full(len(ids_M), -math.inf, dtype=np.float32))
 
-    def append(self, seats_N: Ints, tokens_N: Ints) -> None:
-        """The tokens that these seats generated in this step."""
+    def append_tokens(self, seats_N: Ints, tokens_N: Ints) -> None:
+        """Shift the tokens that these seats generated in this step into their tails."""
         if self._tails_SL.shape[1]:
             self._tails_SL[seats_N, :-1] = self._tails_SL[seats_N, 1:]
             self._tails_SL[seats_N, -1] = tokens_N
@@ -154,21 +155,21 @@ def _left_pad(prefix_ML: Ints, length: int) -> Ints:
 
 
 def _select(rows_of: Ints, seats_M: Ints, ids_M: Ints) -> tuple[Ints, Ints]:
-    """Rows and ids of the entries whose seat is in the step."""
+    """Return rows and ids of the entries whose seat is in the step."""
     rows_M = rows_of[seats_M]
     here_M = rows_M >= 0
     return rows_M[here_M], ids_M[here_M]
 
 
 def _add(logits_NV: Tensor, rows_M: Ints, ids_M: Ints, amounts_M: npt.NDArray[np.float32]) -> None:
-    """Amounts for the same logit add up: a banned token stays banned whatever its bias."""
+    """Add amounts in place. Amounts for the same logit add up: a banned token stays banned whatever its bias."""
     device = logits_NV.device
     place = (torch.from_numpy(rows_M).to(device), torch.from_numpy(ids_M).to(device))
     logits_NV.index_put_(place, torch.from_numpy(amounts_M).to(device), accumulate=True)
 
 
 def _keep_only(logits_NV: Tensor, rows_M: Ints, ids_M: Ints) -> None:
-    """Everything but the given ids becomes -inf in the rows that have any."""
+    """Set all logits but those of the given ids to -inf, in the rows that have any ids."""
     device = logits_NV.device
     place = (torch.from_numpy(rows_M).to(device), torch.from_numpy(ids_M).to(device))
     kept_M = logits_NV[place]

@@ -1,4 +1,4 @@
-"""Log-softmax of logits, gathered where it is wanted: the one tokens' values, and the best or the named of each row.
+"""Logprobs: log-softmax of logits, gathered for sampled tokens and for the best or the named tokens of each row.
 
 R rows · V vocabulary · K best or named tokens
 """
@@ -27,11 +27,11 @@ def token_logprobs(
     counts_R: Ints,
     named_R: Sequence[tuple[int, ...]] = (),
 ) -> list[TokenLogprob]:
-    """For each row the logprob of its token, and the best `counts` ones of the row, or those of the tokens it names.
+    """Return for each row the logprob of its token, and of its best `counts` tokens or of the tokens that it names.
 
-    logits_RV: float32, finite where they are largest (`largest_R`: the maximum of each row). named_R: empty where a row
-    names none, or nobody does. A row's result depends on its logits alone, bit for bit. All values come from one sum,
-    so that equal logits have equal logprobs.
+    logits_RV: float32, the maximum of each row (`largest_R`) finite. named_R: an empty tuple for a row that names no
+    tokens; empty if no row does. The result of a row depends on its logits alone, bit for bit. All values come from
+    one sum, so that equal logits have equal logprobs.
     """
     norm_R1 = log_sum_exp(logits_RV, largest_R)[:, None]
     values_RK, ids_RK = ranked(logits_RV, int(counts_R.max()))

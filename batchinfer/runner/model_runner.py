@@ -34,7 +34,7 @@ _READ_LOGITS_BYTES = 1 << 26  # of rows of a prompt, which come by thousands: wh
 
 
 class _Sampled(NamedTuple):
-    """What is sampled: for whose seat, and the position in its sequence that the token gets."""
+    """Seats that sample a token in this step, and the position that the token gets in its sequence."""
 
     seats_N: Ints
     positions_N: Ints
@@ -83,7 +83,7 @@ class ModelRunner:
         if not plan.reads:
             return result
         rows = max(1, _READ_LOGITS_BYTES // (4 * self.decoder.config.vocab_size))
-        return result._replace(readings=self.reader.read(hidden_NE[len(sampled.seats_N) :], plan, rows))
+        return result._replace(readings=self.reader.read_prompts(hidden_NE[len(sampled.seats_N) :], plan, rows))
 
     def _inputs(self, plan: StepPlan) -> tuple[StepInputs, _Sampled]:
         seats_S = np.array(plan.seats, dtype=np.int64)
@@ -91,7 +91,7 @@ class ModelRunner:
         counts_S = np.array(plan.counts, dtype=np.int64)
         samples_S = np.array(plan.samples, dtype=np.int64)
         tokens_T = np.array(plan.tokens, dtype=np.int64)
-        read_rows = self.reader.rows(plan, counts_S.cumsum() - counts_S) if plan.reads else None
+        read_rows = self.reader.token_rows(plan, counts_S.cumsum() - counts_S) if plan.reads else None
         together_S = self._together(seats_S, starts_S, counts_S, samples_S)
         if ((counts_S > 1) & (starts_S + counts_S > together_S)).any():
             seats_S, starts_S, counts_S, samples_S = split_decode_rows(
@@ -152,9 +152,9 @@ class ModelRunner:
         return StepResult(tokens, logprobs if any(logprobs) else None, failed or None, frozenset(ended))
 
     def _sample_rows(self, hidden_NE: Tensor, seats_N: Ints, positions_N: Ints) -> StepResult:
-        largest = self.decoder.largest_logits(hidden_NE) if self.sampler.takes_largest(seats_N) else None
+        largest = self.decoder.largest_logits(hidden_NE) if self.sampler.all_plain_greedy(seats_N) else None
         if largest is not None:
-            return self.sampler.take(*largest)
+            return self.sampler.result_of_largest(*largest)
         return self.sampler.sample(self.decoder.logits(hidden_NE), seats_N, positions_N)
 
     def _check(self, tokens_T: Ints, num_tokens: int, longest: int) -> None:

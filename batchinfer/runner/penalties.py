@@ -1,8 +1,9 @@
-"""Repetition, presence and frequency penalties, with vLLM's meaning: repetition counts prompt and output, the other two
-the output alone; repetition comes first.
+"""Repetition, presence and frequency penalties: a logits processor with vLLM's meaning.
 
-What is kept per sequence is its distinct tokens, not a row over the vocabulary: memory and time follow the length of
-the text, and only sequences that use a penalty have any.
+Repetition counts prompt and output, the other two the output alone; repetition is applied first.
+
+State: per sequence with a penalty its distinct tokens and their counts, not a row over the vocabulary, so memory and
+time follow the length of the text. Owner: the sampler.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ _MILDEST, _HARSHEST = 1e-30, 1e30  # beyond, float32 logits would overflow
 
 
 class Penalties:
-    """Seat-indexed: `seat_sequence` when a sequence takes a seat, `apply` before tokens are chosen, `append` after.
+    """Token counts by seat: `seat_sequence`, then per step `apply` before tokens are chosen and `append_tokens` after.
 
-    Legend: P places, one per sequence with penalties · L distinct tokens · M such tokens of all rows together.
+    Legend: P places, one per sequence with penalties · L distinct tokens · M distinct tokens of all rows together.
     """
 
     def __init__(self, max_num_seqs: int, vocab_size: int) -> None:
@@ -30,7 +31,9 @@ class Penalties:
         self._places = np.full(max_num_seqs, _NONE, dtype=np.int64)  # by seat
         self._free: list[int] = []
         self._tokens_PL = np.zeros((0, 0), dtype=np.int32)
-        self._counts_PL = np.zeros((0, 0), dtype=np.int32)  # how often in the output; 0 for tokens of the prompt alone
+        self._counts_PL = np.zeros(
+            (0, 0), dtype=np.int32
+        )  # occurrences in the output; 0 for tokens of the prompt alone
         self._lengths_P = np.zeros(0, dtype=np.int64)
         self._amounts_P3 = np.zeros((0, 3), dtype=np.float32)  # repetition, presence, frequency
 
@@ -51,9 +54,9 @@ class Penalties:
         known_L = (tokens_L >= 0) & (tokens_L < self._vocab_size)
         tokens_L, counts_L = tokens_L[known_L], counts_L[known_L]
         if not self._free:
-            self._more_places()
+            self._add_places()
         place = self._free.pop()
-        self._more_tokens(len(tokens_L))
+        self._widen_to(len(tokens_L))
         self._places[seat] = place
         self._lengths_P[place] = len(tokens_L)
         self._tokens_PL[place, : len(tokens_L)] = tokens_L
@@ -62,7 +65,7 @@ class Penalties:
         return True
 
     def apply(self, logits_NV: Tensor, rows_R: Ints, seats_R: Ints) -> None:
-        """Penalise in place the given rows, which belong to the given seats."""
+        """Penalise the logits of the given rows, which belong to the given seats, in place."""
         places_R = self._places[seats_R]
         lengths_R = self._lengths_P[places_R]
         filled_RL = np.arange(lengths_R.max(initial=0)) < lengths_R[:, None]
@@ -81,11 +84,11 @@ class Penalties:
         values_M -= presence_M * (count_M > 0)
         flat[index_M] = values_M
 
-    def append(self, seats_R: Ints, tokens_R: Ints) -> None:
-        """The tokens that these seats generated in this step."""
+    def append_tokens(self, seats_R: Ints, tokens_R: Ints) -> None:
+        """Count the tokens that these seats generated in this step."""
         places_R = self._places[seats_R]
         lengths_R = self._lengths_P[places_R]
-        self._more_tokens(int(lengths_R.max(initial=0)) + 1)
+        self._widen_to(int(lengths_R.max(initial=0)) + 1)
         width = int(lengths_R.max(initial=0))
         same_RL = self._tokens_PL[places_R, :width] == tokens_R[:, None]
         same_RL &= np.arange(width) < lengths_R[:, None]
@@ -97,7 +100,7 @@ class Penalties:
         self._lengths_P[fresh_P] += 1
         self._counts_PL[places_R, column_R] += 1
 
-    def _more_places(self) -> None:
+    def _add_places(self) -> None:
         old = len(self._lengths_P)
         added = max(8, old)
         self._free.extend(range(old + added - 1, old - 1, -1))
@@ -106,7 +109,7 @@ class Penalties:
         self._lengths_P = np.pad(self._lengths_P, (0, added))
         self._amounts_P3 = np.pad(self._amounts_P3, ((0, added), (0, 0)))
 
-    def _more_tokens(self, needed: int) -> None:
+    def _widen_to(self, needed: int) -> None:
         width = self._tokens_PL.shape[1]
         if needed > width:
             added = max(needed, min(2 * width, self._vocab_size), 64) - width

@@ -1,5 +1,7 @@
-"""Counter-based random numbers: Philox 4x32-10 (Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as
-1, 2, 3; SC 2011). A number depends on its key and counter alone, so there is no state to carry, split or save.
+"""Counter-based random numbers: Philox 4x32-10.
+
+Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011. A number depends on its key
+and counter alone, so there is no state to carry, split or save.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ Words = npt.NDArray[np.uint64]
 
 
 def philox4x32(counter_4N: Words, key_2N: Words) -> Words:
-    """Four random 32-bit words for each of N counters and keys, all held as uint64 below 2^32."""
+    """Return four random 32-bit words for each of N counters and keys, all held as uint64 below 2^32."""
     a_N, b_N, c_N, d_N = counter_4N
     first_N, second_N = key_2N
     for _ in range(_ROUNDS):
@@ -31,7 +33,7 @@ def philox4x32(counter_4N: Words, key_2N: Words) -> Words:
 
 
 def uniforms(keys_N: Words, positions_N: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """One number in [0, 1) per 64-bit key and position, a multiple of 2^-53."""
+    """Return one number in [0, 1) per 64-bit key and position, a multiple of 2^-53."""
     position_N = positions_N.astype(np.uint64)
     zero_N = np.zeros_like(position_N)
     counter_4N = np.stack([position_N & _LOW, position_N >> _HALF, zero_N, zero_N])

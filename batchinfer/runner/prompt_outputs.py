@@ -1,7 +1,8 @@
-"""What is read of prompts besides their KV: logprobs of their own tokens, and sums of hidden states.
+"""Prompt outputs: logprobs of prompt tokens, and pooled hidden states.
 
-It owns, by seat, the requests that read. Logits exist for a slice of rows at a time: a long prompt times the vocabulary
-never does.
+State: by seat the joins of sequences whose prompt is read. Owner: the runner. Flow: `seat_sequence` → per step
+`token_rows` before the forward pass and `read_prompts` after it. Logits exist for a slice of rows at a time, never for
+a long prompt times the vocabulary. Failure: a reading that is not finite is a failure of its own.
 
 T tokens of a step · R rows that are read · E hidden size · V vocabulary
 """
@@ -27,7 +28,7 @@ _NOT_FINITE_STATES = NOT_FINITE.replace("logits", "hidden states")
 
 
 class PromptReader:
-    """Call `seat_sequence` when a sequence takes a seat; per step, `rows` before the forward pass and `read` after."""
+    """Reader of prompts, by seat: `seat_sequence`, then per step `token_rows` and `read_prompts`."""
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
@@ -40,16 +41,16 @@ class PromptReader:
         else:
             self._joins.pop(join.seat, None)
 
-    def rows(self, plan: StepPlan, query_starts: Ints) -> Ints:
-        """Which of the step's tokens are read, [R] indices into T. query_starts [S]: each sequence's first token."""
+    def token_rows(self, plan: StepPlan, query_starts: Ints) -> Ints:
+        """Return which tokens of the step are read: [R] indices into T. query_starts [S]: first token by sequence."""
         spans = [
             np.arange(read.rows) + query_starts[read.place] + read.first - plan.starts[read.place]
             for read in plan.reads
         ]
         return np.concatenate(spans) if spans else np.empty(0, dtype=np.int64)
 
-    def read(self, hidden_RE: Tensor, plan: StepPlan, slice_rows: int) -> list[Reading]:
-        """One result per read. Of at most `slice_rows` rows there are logits at once."""
+    def read_prompts(self, hidden_RE: Tensor, plan: StepPlan, slice_rows: int) -> list[Reading]:
+        """Return one reading per read of the plan. Logits exist for at most `slice_rows` rows at once."""
         ends = np.cumsum([read.rows for read in plan.reads]).tolist()
         parts = [slice(end - read.rows, end) for read, end in zip(plan.reads, ends, strict=True)]
         joins = [self._joins[plan.seats[read.place]] for read in plan.reads]
@@ -61,11 +62,13 @@ class PromptReader:
             hidden_RE = torch.cat([hidden_RE[parts[place]] for place in scored])
         if scored:
             reads, owners = [plan.reads[place] for place in scored], [joins[place] for place in scored]
-            for place, reading in zip(scored, self._scores(hidden_RE, reads, owners, slice_rows), strict=True):
+            for place, reading in zip(scored, self._score_prompts(hidden_RE, reads, owners, slice_rows), strict=True):
                 readings[place] = reading
         return [reading for reading in readings if reading is not None]
 
-    def _scores(self, hidden_RE: Tensor, reads: list[PromptRead], joins: list[Join], slice_rows: int) -> list[Reading]:
+    def _score_prompts(
+        self, hidden_RE: Tensor, reads: list[PromptRead], joins: list[Join], slice_rows: int
+    ) -> list[Reading]:
         targets_R = np.concatenate(
             [
                 np.array(join.prompt[read.first + 1 : read.first + 1 + read.rows], dtype=np.int64)
@@ -92,6 +95,6 @@ class PromptReader:
 
 
 def _pooled(hidden_RE: Tensor) -> Reading:
-    """Their sum, in float64 whatever the model computes in: the same however the rows are cut into steps."""
+    """Return the sum of the rows in float64, so that it does not depend on how the rows are cut into steps."""
     total = array("d", hidden_RE.double().sum(0).tolist())
     return Reading(hidden=total) if np.isfinite(total).all() else Reading(failure=_NOT_FINITE_STATES)

@@ -1,15 +1,15 @@
 """Choosing tokens from logits: the filters (min_p, top_k, top_p), the draw, and exact sums of probabilities.
 
-The same row of logits must give the same token in whatever batch it stands, so nothing here may depend on the order of
-a sum or on how ties are sorted:
+Batch invariance: a row of logits gives the same token in every batch, so nothing here may depend on the order of a sum
+or on how ties are sorted:
 
 - A token's probability is a whole number: `exp((logit - max) / temperature)` in units of 2^-40. Sums of integers are
   exact in any order, on any number of threads.
-- A filter is a threshold on the scaled logit. Tokens that tie with the last one kept are kept as well. top_p keeps the
-  tokens whose more probable ones together have less than p; it looks at what min_p and top_k left, as in vLLM.
+- A filter is a threshold on the scaled logit. Tokens that tie with the last token kept are kept as well. top_p keeps a
+  token if all more probable tokens together have less than p, of the tokens that min_p and top_k left, as in vLLM.
 - The token is found by inverse CDF over token ids in ascending order.
 
-Whether a row is drawn from its best few tokens or from the whole vocabulary is then only a question of cost.
+So drawing from the best few tokens and drawing from the whole vocabulary give the same token, and differ in cost only.
 
 N rows of logits · R rows to draw · V vocabulary · K best tokens of each row · C blocks · B tokens of a block
 """
@@ -29,9 +29,9 @@ from batchinfer.ops.resources import HOST
 
 _SCALE_BITS = 40  # with up to 2^22 tokens, a row's sum stays below 2^63
 _SCALE = float(1 << _SCALE_BITS)
-_BLOCK = 128  # tokens that the draw from a whole vocabulary searches one by one
-_COLUMN = 32  # tokens that argmax searches one by one
-_CANDIDATES = (64, 256)  # best tokens to look at, then more; beyond the last, sorting the row is cheaper
+_BLOCK = 128  # tokens per block when drawing from the whole vocabulary: first the block is found, then the token
+_COLUMN = 32  # tokens per column of argmax
+_CANDIDATES = (64, 256)  # best tokens to try first, then second; with more, sorting the row is cheaper
 # elements of temporaries at once: on CPUs what a core's cache holds, elsewhere a bound on memory
 _DRAW_ELEMENTS = {HOST.type: 1 << 19}
 _SUM_ELEMENTS = {HOST.type: 1 << 17}
@@ -41,7 +41,7 @@ Ints = npt.NDArray[np.int64]
 
 
 class Filters(NamedTuple):
-    """How to draw each of R rows: host arrays. Off: top_k 0, top_p 1, min_p 0. temperature > 0."""
+    """Sampling filters and random numbers of R rows: host arrays. Off: top_k 0, top_p 1, min_p 0. temperature > 0."""
 
     temperature_R: npt.NDArray[np.float32]
     top_k_R: npt.NDArray[np.int64]
@@ -51,7 +51,7 @@ class Filters(NamedTuple):
 
 
 class _Candidates(NamedTuple):
-    """Filters of some rows on the logits' device, as columns that broadcast over tokens.
+    """Filters of some rows on the device of the logits, as columns that broadcast over tokens.
 
     needs_total: some row has top_p without top_k. has_min_p: some row has min_p.
     """
@@ -67,7 +67,10 @@ class _Candidates(NamedTuple):
 
 
 def draw(logits_NV: Tensor, rows_R: Ints, filters: Filters) -> Tensor:
-    """A token id for each of the given rows, int64 [R]. Their largest logits must be finite; no logit is changed."""
+    """Return a token id for each given row, int64 [R]. The largest logit of each row must be finite.
+
+    No logit is changed.
+    """
     vocab = logits_NV.shape[1]
     tokens_R = torch.empty(len(rows_R), dtype=torch.int64, device=logits_NV.device)
     limited_R = (filters.top_k_R > 0) & (filters.top_k_R < vocab)
@@ -77,21 +80,21 @@ def draw(logits_NV: Tensor, rows_R: Ints, filters: Filters) -> Tensor:
     open_R = needed_R > 0
     for size in _CANDIDATES:
         for chunk in _chunks(np.nonzero(open_R & (needed_R <= size))[0], logits_NV):
-            some = _take(filters, chunk, logits_NV.device)
+            some = _candidates(filters, chunk, logits_NV.device)
             drawn_R, solved_R = _draw_from_best(_select(logits_NV, rows_R[chunk]), min(size, vocab), some)
             tokens_R[some.place_R] = drawn_R
             open_R[chunk[solved_R.cpu().numpy()]] = False
     for group_R, sort in ((open_R, True), (needed_R == 0, False)):
         for chunk in _chunks(np.nonzero(group_R)[0], logits_NV):
-            some = _take(filters, chunk, logits_NV.device)
+            some = _candidates(filters, chunk, logits_NV.device)
             tokens_R[some.place_R] = _draw_from_all(_select(logits_NV, rows_R[chunk]), some, sort)
     return tokens_R
 
 
 def argmax(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest logit of each row and its token id, the lowest of equals. A NaN counts as the largest.
+    """Return the largest logit of each row and its token id, the lowest of equals. A NaN counts as the largest.
 
-    torch.argmax is not vectorised on CPUs; maxima over a slow axis are, and then only one column is searched.
+    torch.argmax is not vectorised on CPUs; maxima over the slow axis are, and then only one column is searched.
     """
     rows, vocab = logits_NV.shape
     columns = vocab // _COLUMN
@@ -116,7 +119,7 @@ def argmax(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def largest(logits_NV: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest logits of each row in descending order, and their ids. Which of equals: unspecified.
+    """Return the `count` largest logits of each row in descending order, and their ids; ties in any order.
 
     The best tokens lie in the blocks with the best maxima, so few tokens besides the maxima need to be compared.
     """
@@ -139,7 +142,7 @@ def largest(logits_NV: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def ranked(logits_NV: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """As `largest`, equals in ascending order of their ids, and those with the lowest ids if not all have room."""
+    """Return the same as `largest`, with ties in ascending order of ids, cut after the lowest ids."""
     count = min(count, logits_NV.shape[1])
     if count == 0:
         return logits_NV[:, :0], torch.empty_like(logits_NV[:, :0], dtype=torch.int64)
@@ -158,7 +161,7 @@ def ranked(logits_NV: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def log_sum_exp(logits_NV: Tensor, largest_N: Tensor) -> Tensor:
-    """float64 [N], bit for bit the same whatever other rows there are. `largest_N` is each row's maximum."""
+    """Return float64 [N], bit for bit independent of the other rows. `largest_N` is the maximum of each row."""
     total_N = _sums(logits_NV, largest_N[:, None], None)[:, 0].double()
     return largest_N.double() + total_N.log() - _SCALE_BITS * math.log(2.0)
 
@@ -167,7 +170,7 @@ def log_sum_exp(logits_NV: Tensor, largest_N: Tensor) -> Tensor:
 
 
 def _draw_from_best(logits_NV: Tensor, count: int, rows: _Candidates) -> tuple[Tensor, Tensor]:
-    """Token ids, and which of them are right: those of rows where nothing outside the candidates could be kept."""
+    """Return token ids, and for which rows they are right: no token outside the candidates passes the filters."""
     values_NK, ids_NK = largest(logits_NV, count)
     scaled_NK = (values_NK - values_NK[:, :1]) / rows.temperature_R1
     weights_NK = _weights(scaled_NK.clone())
@@ -186,7 +189,7 @@ def _draw_from_best(logits_NV: Tensor, count: int, rows: _Candidates) -> tuple[T
 
 
 def _draw_from_all(logits_NV: Tensor, rows: _Candidates, sort: bool) -> Tensor:
-    """Token ids drawn from the whole vocabulary; `sort` where top_k or top_p need all tokens in order."""
+    """Return token ids drawn from the whole vocabulary; `sort` if top_k or top_p need all tokens in order."""
     vocab = logits_NV.shape[1]
     scaled_NV = (logits_NV - logits_NV.amax(1, keepdim=True)).div_(rows.temperature_R1)
     threshold_N1 = rows.log_min_p_R1
@@ -213,10 +216,10 @@ def _draw_from_all(logits_NV: Tensor, rows: _Candidates, sort: bool) -> Tensor:
 def _thresholds(
     scaled_NK: Tensor, weights_NK: Tensor, rows: _Candidates, totals_N1: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The lowest scaled logit that min_p and top_k keep, and the lowest that all filters keep.
+    """Return the lowest scaled logit that min_p and top_k keep, and the lowest that all filters keep.
 
-    scaled_NK is in descending order. totals_N1, where not None, holds the weight that min_p leaves of each row's whole
-    vocabulary, for the rows without top_k; else that of the given tokens counts.
+    scaled_NK is in descending order. totals_N1: the weight that min_p leaves of the whole vocabulary, for rows without
+    top_k; for other rows, and if it is None, the weight of the given tokens counts.
     """
     last_N1 = (rows.top_k_R1 - 1).clamp(0, scaled_NK.shape[1] - 1)
     kth_N1 = torch.where(rows.top_k_R1 > 0, scaled_NK.gather(1, last_N1), -math.inf)
@@ -233,7 +236,7 @@ def _thresholds(
 
 
 def _sums(logits_NV: Tensor, largest_N1: Tensor, rows: _Candidates | None) -> Tensor:
-    """The weight of each row's whole vocabulary, int64 [N, 1]: after temperature and min_p if `rows` is given."""
+    """Return the weight of the whole vocabulary, int64 [N, 1]: after temperature and min_p if `rows` is given."""
     sums = []
     for part in _slices(len(logits_NV), logits_NV, _SUM_ELEMENTS):
         scaled_NV = logits_NV[part] - largest_N1[part]
@@ -246,17 +249,17 @@ def _sums(logits_NV: Tensor, largest_N1: Tensor, rows: _Candidates | None) -> Te
 
 
 def _weights(scaled: Tensor) -> Tensor:
-    """Probabilities relative to the most probable token's as whole numbers of 2^-40, int64. Overwrites `scaled`."""
+    """Return int64 weights: probability relative to the most probable token, times 2^40. Overwrites `scaled`."""
     return scaled.exp_().mul_(_SCALE).to(torch.int64)
 
 
 def _targets(total_N1: Tensor, rows: _Candidates) -> Tensor:
-    """Whole numbers in [0, total): of a number of at most 1 - 2^-53 the product rounds below the total."""
+    """Return whole numbers in [0, total): a uniform number is at most 1 - 2^-53, so the product rounds below it."""
     return (rows.uniform_R1 * total_N1.double()).to(torch.int64)
 
 
 def _search(sums_NK: Tensor, targets_N1: Tensor) -> Tensor:
-    """The first place whose running sum is above the target."""
+    """Return the first place whose running sum is above the target."""
     return torch.searchsorted(sums_NK, targets_N1, right=True)
 
 
@@ -268,14 +271,14 @@ def _descending(scaled_NV: Tensor) -> Tensor:
 
 
 def _select(logits_NV: Tensor, rows_R: Ints) -> Tensor:
-    """These rows; without a copy if they follow one another."""
+    """Return these rows; a view without a copy if they are contiguous."""
     first, last = int(rows_R[0]), int(rows_R[-1])
     if last - first + 1 == len(rows_R) and np.all(np.diff(rows_R) == 1):
         return logits_NV[first : last + 1]
     return logits_NV.index_select(0, torch.from_numpy(rows_R).to(logits_NV.device))
 
 
-def _take(filters: Filters, chunk: Ints, device: torch.device) -> _Candidates:
+def _candidates(filters: Filters, chunk: Ints, device: torch.device) -> _Candidates:
     def column(values_R: npt.NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(values_R[chunk][:, None]).to(device)
 
