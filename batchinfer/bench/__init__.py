@@ -1,1 +1,1 @@
-"""Measurements: throughput, latency, host work and kernels, each beside the limit of the machine it ran on."""
+"""Benchmarks: throughput, latency, host work and kernels, each compared with the limit of the machine."""

@@ -1,8 +1,8 @@
-"""What a model's linear layers must cost at least: operations and weight bytes, and the time that a machine needs.
+"""Lower bound of a model's linear layers: operations, weight bytes, and the time that a machine needs for them.
 
 The limit of a step is the longer of two times: the operations of its linear layers at the measured GEMM rate, and one
-read of their weights at the measured bandwidth. Weights count as they are held (in 16 bits, say, where that is exact),
-and those of 8 bits at the rate of 8-bit products. Attention, norms, sampling and the host come on top in any engine, so
+read of their weights at the measured bandwidth. Weights count as stored (in 16 bits, say, if that is exact), and 8-bit
+weights at the rate of 8-bit products. Attention, norms, sampling and host work take additional time in any engine, so
 no run reaches the limit.
 """
 
@@ -20,7 +20,7 @@ from batchinfer.models.decoder import Decoder
 
 
 class StepWork(NamedTuple):
-    """One step: tokens computed, rows that reach the LM head, sequences, and seconds in the runner."""
+    """One step: tokens computed, rows of the LM head, sequences, and seconds in the runner."""
 
     tokens: int
     sampled: int
@@ -32,7 +32,7 @@ class StepWork(NamedTuple):
 class LinearCost:
     """Weights of the linear layers of all decoder layers, and of the LM head, in numbers and bytes.
 
-    `quantized`: the layers' are of 8 bits. The head's never are.
+    `quantized`: the layers' weights have 8 bits. The head's never do.
     """
 
     layer_weights: int
@@ -43,7 +43,7 @@ class LinearCost:
 
     @classmethod
     def of(cls, decoder: Decoder) -> LinearCost:
-        """A tied head is the embedding's matrix, used again."""
+        """Count the weights of a decoder. A tied head is the embedding's matrix, used again."""
         layers = [module for module in decoder.layers.modules() if isinstance(module, Linear)]
         head = decoder.embedding if decoder.head is None else decoder.head
         return cls(
@@ -55,16 +55,16 @@ class LinearCost:
         )
 
     def operations(self, tokens: int, sampled: int) -> int:
-        """A multiplication and an addition for each weight: layers per token, head per sampled row."""
+        """Return one multiplication and one addition per weight: layers per token, head per sampled row."""
         return 2 * (self.layer_weights * tokens + self.head_weights * sampled)
 
     def weight_bytes(self, sampled: int) -> int:
-        """What a step reads at least once; the head only if a row reaches it."""
+        """Return the bytes that a step reads at least once; the head's only if a row needs it."""
         return self.layer_bytes + (self.head_bytes if sampled else 0)
 
 
 class MachineRates(NamedTuple):
-    """What a machine does in a second: operations of the layers and of the LM head, and bytes of weights read."""
+    """Rates of a machine per second: operations of the layers and of the LM head, and bytes of weights read."""
 
     layers: float
     head: float
@@ -78,7 +78,7 @@ class MachineRates(NamedTuple):
 
 @dataclass(frozen=True)
 class Limit:
-    """Least seconds: of the operations alone, of the weights alone, and of both, the longer counting in each step."""
+    """Minimum seconds: of the operations alone, of the weights alone, and of the longer one in each step."""
 
     arithmetic_s: float
     weights_s: float

@@ -1,9 +1,9 @@
-"""What a step costs around the model: scheduling, building its inputs, sampling bookkeeping, taking in tokens.
+"""Host cost of a step: scheduling, building inputs, sampling bookkeeping, appending tokens.
 
-Two runners answer each plan. `FakeRunner` decides the tokens, and its time is left out. `ModelRunner` runs with a
-decoder that computes nothing: what it then does is all host work that a real step has. Sequences come and go at random
-times, with answers of 32 to 128 tokens, so that a step sees the usual share of arrivals and ends. One core.
-The same again with a stop string in each request, in turns.
+Two runners execute each plan. `FakeRunner` decides the tokens, and its time is excluded. `ModelRunner` runs with a
+decoder that computes nothing: the rest is the host work of a real step. Sequences arrive and finish at random times,
+with outputs of 32 to 128 tokens, so that a step has the usual share of arrivals and ends. One core. The same is
+measured with a stop string in each request, in turns.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ class StepSeconds:
 
 @dataclass(frozen=True)
 class HostCost:
-    """Medians, in milliseconds per step. `total_with_stop_ms`: the total with a stop string in each request, which adds
-    `stop_checks_ms` to the update.
+    """Medians, in milliseconds per step.
 
-    `growth`: how much the time grew, over how much the number of sequences did, since the row before; 1 is linear.
+    `total_with_stop_ms`: the total with a stop string in each request, which adds `stop_checks_ms` to the update.
+    `growth`: relative growth of the time over that of the number of sequences since the row before; 1 is linear.
     """
 
     sequences: int
@@ -88,7 +88,7 @@ class HostCost:
 
 
 def parse_sequences(text: str) -> list[int]:
-    """`"64,256"`, ascending. Raises UsageError."""
+    """Parse `"64,256"`, ascending. Raises UsageError."""
     parts = [part.strip() for part in text.split(",")]
     numbers = [int(part) for part in parts if part.isascii() and part.isdigit()]
     if (
@@ -104,7 +104,7 @@ def parse_sequences(text: str) -> list[int]:
 
 
 def measure(numbers: Sequence[int]) -> list[HostCost]:
-    """One cost for each number of sequences, which take turns: growth must not be a change of the machine's speed."""
+    """Measure one cost per number of sequences, in turns, so that growth is not a change of the machine's speed."""
     works = {str(sequences): _steps(sequences) for sequences in numbers}
     taken = take_turns(works, _BUDGET_S * len(numbers), least=_LEAST_STEPS // TURNS)
     found: list[HostCost] = []
@@ -114,7 +114,7 @@ def measure(numbers: Sequence[int]) -> list[HostCost]:
 
 
 def _steps(sequences: int) -> Callable[[], tuple[StepSeconds, StepSeconds]]:
-    """Takes a step without and one with stop strings, in engines that have run for a while."""
+    """Return a function that runs one step without and one with stop strings, in warmed-up engines."""
     plain, checked = _Load(sequences, False), _Load(sequences, True)
     for _ in range(2 * _ANSWER_TOKENS[1]):
         plain.step()
@@ -123,7 +123,7 @@ def _steps(sequences: int) -> Callable[[], tuple[StepSeconds, StepSeconds]]:
 
 
 def _cost(sequences: int, taken: Sequence[tuple[StepSeconds, StepSeconds]], before: HostCost | None) -> HostCost:
-    """`before` is the cost at fewer sequences, from which growth is measured."""
+    """Summarize steps. `before` is the cost at fewer sequences, from which growth is computed."""
     steps, with_stop = zip(*taken, strict=True)
     median = {
         part.name: 1e3 * percentile([getattr(step, part.name) for step in steps], 0.5) for part in fields(StepSeconds)
@@ -148,7 +148,7 @@ def _cost(sequences: int, taken: Sequence[tuple[StepSeconds, StepSeconds]], befo
 
 
 class _Load:
-    """An engine with all seats taken, fed for as long as it is stepped."""
+    """An engine with all seats taken, refilled for as long as it is stepped."""
 
     def __init__(self, sequences: int, stop_strings: bool) -> None:
         blocks = 2 * sequences * _CONTEXT // _BLOCK_SIZE
@@ -188,7 +188,10 @@ class _Load:
 
 
 class _HostRunner:
-    """`build_s` and `sample_s` of the last plan: until the decoder is called, and from its logits to tokens."""
+    """Runner that times the host work of the last plan.
+
+    `build_s`: until the decoder is called. `sample_s`: from its logits to tokens.
+    """
 
     def __init__(self, sequences: int, blocks: int) -> None:
         self._decoder = _NoArithmetic(sequences)
@@ -207,7 +210,7 @@ class _HostRunner:
 
 
 class _NoArithmetic(Decoder):
-    """Takes a step's inputs, indexes them as a real decoder does, and has its logits at hand. Notes when."""
+    """Decoder that indexes a step's inputs like a real one and returns prepared logits; it records the times."""
 
     def __init__(self, sequences: int) -> None:
         super().__init__(available_backends()[0], _smallest_config())

@@ -1,4 +1,4 @@
-"""The first rows of a job as a workload: its input, templates and sampling; nothing of its output is touched."""
+"""The first rows of a job as a workload: its input, templates and sampling; its output is not touched."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from batchinfer.spec import JobSpec
 
 
 class JobInput:
-    """`name` says which job it is. `spec.input.limit` bounds its rows; `files` are its model's."""
+    """Workload from a job named `name`. `spec.input.limit` bounds its rows; `files` are its model's."""
 
     def __init__(self, name: str, spec: JobSpec) -> None:
-        """Scans the input. Raises what `run` raises before it loads the model."""
+        """Scan the input. Raises the errors of `run` before the model is loaded."""
         self._name = name
         self._draft: Draft = draft_plan(spec, weights=True)
         self._rows = 0
@@ -27,15 +27,15 @@ class JobInput:
         return f"{self._name}: its first {self._rows:,} rows, with its templates and sampling"
 
     def prompts(self, llm: MeasuredLLM) -> list[Prompt]:
-        """Rows in error become prompts in error, as in the job."""
+        """Return the prompts; rows in error become prompts in error, as in the job."""
         plan, rows, spec = self._draft.plan, self._draft.rows, self._draft.spec
         inputs = plan.inputs.select(rows.read_columns)
-        made: list[Prompt] = []
+        prompts: list[Prompt] = []
         batches: Any = stream_rows(inputs, plan.chunks, spec.storage)
         with closing(batches):
             for number, (_, batch) in enumerate(batches):
-                wanted = rows.select(batch, inputs.text_json)
+                selected = rows.select(batch, inputs.text_json)
                 context = RowContext(inputs.text_json, llm.model_facts, plan.bases[number], spec.seed)
-                made += rows.prompts(batch, wanted, context, {})
-        self._rows = len(made)
-        return made
+                prompts += rows.prompts(batch, selected, context, {})
+        self._rows = len(prompts)
+        return prompts

@@ -1,4 +1,4 @@
-"""Where `--json` goes: a path that cannot be written is found before anything is measured, and no half file is left."""
+"""Output of `--json`: checked before the measurement, written atomically."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Write = Callable[[Mapping[str, Any]], None]
 
 @contextmanager
 def json_file(path: Path | None) -> Iterator[Write]:
-    """Gives a function that takes the whole content, once; the file appears complete. None: nothing is written.
+    """Yield a function that writes the whole content once, atomically. For None it writes nothing.
 
     Raises UsageError if the path cannot be written.
     """
@@ -48,7 +48,7 @@ def json_file(path: Path | None) -> Iterator[Write]:
 
 
 def _umask() -> int:
-    """What the process takes away from the mode of new files; it can only be read by setting it."""
+    """Return the process's umask, which can only be read by setting it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

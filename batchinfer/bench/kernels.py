@@ -1,9 +1,9 @@
-"""Each op of a forward pass against what memory and arithmetic allow: bytes over bandwidth, operations over GEMM rate.
+"""Comparison of each op of a forward pass with its limits: bytes over bandwidth, operations over GEMM rate.
 
-Bytes are those that an op cannot avoid: every input read once, every output written once. Bandwidth is that of reading
-data of the same size, so that what stays in a cache is held to the cache's speed; it is measured in turn with the op,
-since a machine's memory may be slower from one minute to the next, and is a median as the op's time is. Element-wise
-ops count bytes alone, and what multiplies in bfloat16 or in 8 bits is held to the GEMM rate in these.
+Bytes are the unavoidable ones: every input read once, every output written once. The bandwidth is that of reading data
+of the same size, so that cached data is compared with the cache's speed; it is measured in turns with the op, because a
+machine's memory may be slower from one minute to the next, and is a median like the op's time. Element-wise ops count
+bytes alone; bfloat16 and 8-bit products are compared with the GEMM rate of their type.
 
 T tokens · S sequences · E hidden size · F feed-forward size · H query heads · K kv heads · D head size · R rotated
 pairs · N blocks · B slots per block · W blocks per table · I, O input and output features
@@ -48,7 +48,7 @@ _FLOAT = 4  # bytes
 
 @dataclass(frozen=True)
 class Shapes:
-    """Of a model; the defaults are SmolLM2-135M's."""
+    """Shapes of a model; the defaults are SmolLM2-135M's."""
 
     name: str = "SmolLM2-135M"
     layers: int = 30
@@ -81,9 +81,9 @@ def shapes_of(model: str, storage: StorageSpec) -> Shapes:
 
 @dataclass(frozen=True)
 class Case:
-    """An op on some shape. `make` sets up its data for a backend, and returns the call.
+    """An op on some shape. `make` prepares its data for a backend, and returns the call.
 
-    `turns` calls pass before the same data comes again. `dtype` is that of what is multiplied.
+    The same data is used again only after `turns` calls. `dtype` is the type of the multiplication.
     """
 
     op: str
@@ -102,7 +102,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Measured:
-    """`limit_s` is the longer of the two bounds, and `bound` says which; `fits` is the cache that holds the data."""
+    """Result of one case. `limit_s` is the longer bound, `bound` names it; `fits` is the cache that holds the data."""
 
     op: str
     shape: str

@@ -1,7 +1,7 @@
-"""How long one request waits: time to the first token, and per token after it, with a fixed number of them running.
+"""Latency of requests: time to first token and time per output token, with a fixed number of running requests.
 
-A request that ends is replaced at once, so that `batch` requests are always in the engine, until all have been started.
-Times are taken after the step that sampled a token; tokenizing and preparing prompts are not part of them.
+A finished request is replaced at once, so that `batch` requests are always in the engine until all have been started.
+Times are taken after the step that sampled a token; tokenizing and preparing prompts are excluded.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _WARM_REQUESTS = 2
 
 @dataclass(frozen=True)
 class Spread:
-    """Seconds; `count` values."""
+    """Distribution of `count` values, in seconds."""
 
     count: int
     min: float
@@ -41,11 +41,11 @@ class Spread:
 
 @dataclass(frozen=True)
 class Latency:
-    """At one batch size: time to first token and mean time per later token of each request, and single gaps between
-    tokens. Without a second token there is nothing after the first.
+    """Latency at one batch size, from which times after the first token are missing without a second token.
 
-    The limits are those of `cost`: of a step with the shortest prompt alone, and of one with a token of each request.
-    The fake model has none.
+    It holds the time to first token and the mean time per later token of each request, and single gaps between tokens.
+    The limits are those of `cost`: of a step with the shortest prompt alone, and of a step with one token of each
+    request. The fake model has none.
     """
 
     batch: int
@@ -60,7 +60,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class Plan:
-    """`repeat` requests run at each of the `batch` places, one after the other; `shape` says how long they are."""
+    """`repeat` requests run in each of the `batch` slots, one after the other; `shape` defines their lengths."""
 
     shape: Synthetic
     batches: list[int]
@@ -68,7 +68,7 @@ class Plan:
 
 
 def parse_batches(text: str) -> list[int]:
-    """`"1,8,32"`. Raises UsageError."""
+    """Parse `"1,8,32"`. Raises UsageError."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
         raise UsageError(f"--batch {text}: must be numbers from 1, separated by commas, for example 1,8,32")
@@ -76,7 +76,7 @@ def parse_batches(text: str) -> list[int]:
 
 
 def check(llm: MeasuredLLM, plan: Plan) -> None:
-    """Raises UsageError for batches that cannot run together."""
+    """Check that the batches can run. Raises UsageError."""
     most = max(plan.batches)
     if most > llm.max_num_seqs:
         raise UsageError(
@@ -91,7 +91,7 @@ def check(llm: MeasuredLLM, plan: Plan) -> None:
 
 
 def measure(subject: Subject, plan: Plan, batch: int, machine: Machine) -> Latency:
-    """Raises EngineError if the model fails."""
+    """Measure one batch size. Raises EngineError if the model fails."""
     llm = subject.llm
     made = replace(plan.shape, requests=batch * plan.repeat + _WARM_REQUESTS).prompts(llm)
     _closed_loop(llm, made[:_WARM_REQUESTS], 1)
@@ -122,7 +122,7 @@ def _limit(cost: LinearCost | None, machine: Machine, tokens: int, sampled: int)
 
 
 class _Track:
-    """When a request was added, and when each of its tokens came."""
+    """Time at which a request was added, and times of its tokens."""
 
     def __init__(self) -> None:
         self.times: list[float] = []

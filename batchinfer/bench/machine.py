@@ -1,8 +1,8 @@
-"""What the machine is and what it can do: the limits that measured times are put beside.
+"""Description and measured limits of the machine.
 
-Both limits are measured through torch on the threads that the benchmark uses, and are the best of many attempts: how
-fast a large matrix product is, and how fast a buffer of a given size is read or copied. Operations count a
-multiplication and an addition as two.
+Both limits are measured with torch on the benchmark's threads, each as the best of many attempts: the rate of large
+matrix products, and the bandwidth of reading or copying a buffer of a given size. Operations count a multiplication and
+an addition as two.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _BUSY = 0.25  # load average for each core, before the measurement, that is wort
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates per second: operations (`dtype`'s GEMM, and that of 8-bit integers where it is wanted), bytes read, bytes
-    read and written in a copy.
+    """Rates per second: operations, bytes read, and bytes read and written in a copy.
 
-    `buffer_bytes` is the size of the data that bandwidth was measured on. `caches` are sizes in bytes by level.
+    Operations are those of `dtype`'s GEMM, and of 8-bit integers if requested. `buffer_bytes` is the size of the data
+    on which bandwidth was measured. `caches` are sizes in bytes by level.
     """
 
     cpu: str
@@ -117,14 +117,14 @@ def describe(machine: Machine) -> str:
 
 
 def weight_bandwidth(machine: Machine, weight_bytes: int) -> float:
-    """Bytes per second that weights can be read with: those of a small model stay in a cache."""
+    """Return the bytes per second at which weights can be read: a small model stays in a cache."""
     return machine.read_bytes_per_s if weight_bytes >= machine.buffer_bytes else Bandwidth().of(weight_bytes)
 
 
 def gemm_rate(dtype: torch.dtype) -> float:
-    """Operations per second of the fastest of some products of large square matrices.
+    """Return the operations per second of the fastest of some products of large square matrices.
 
-    Numbers of 16 bits may be multiplied as float32, which on some machines is faster.
+    16-bit numbers may be multiplied as float32, which is faster on some machines.
     """
     best = gemm_rate(torch.float32) if dtype in (torch.bfloat16, torch.float16) else 0.0
     for edge in _GEMM_SIZES:
@@ -141,14 +141,14 @@ def _product(left: Tensor, right: Tensor) -> Callable[[], Tensor]:
 
 
 class Bandwidth:
-    """Bytes per second that data of a size is read or copied with, while it stays in whatever cache it fits."""
+    """Bytes per second of reading or copying data of a given size, while it stays in the cache that holds it."""
 
     def __init__(self) -> None:
         self._known: dict[int, float] = {}
         self._most = _largest_buffer()
 
     def of(self, data_bytes: int) -> float:
-        """Measured on a buffer of that size, rounded up to two or three significant bits, and at most 512 MiB."""
+        """Measure on a buffer of that size, rounded up to two or three significant bits, and at most 512 MiB."""
         wanted = max(data_bytes, _LEAST_BYTES)
         grain = 1 << (wanted.bit_length() - 3)
         rounded = min(-(-wanted // grain) * grain, self._most)
@@ -158,10 +158,10 @@ class Bandwidth:
 
 
 def readings(data_bytes: int, turns: int = 1) -> tuple[dict[str, Callable[[], object]], int]:
-    """Ways to read as many bytes, of which none is the fastest on every machine; and how many they are.
+    """Return several ways to read as many bytes, and the number of bytes; which is fastest depends on the machine.
 
-    It may be a few more, to whole 4 KiB, or less, where memory is short. `turns` calls pass before the same bytes come
-    again.
+    The number may be larger, rounded up to whole 4 KiB, or smaller, if memory is short. The same bytes are read again
+    only after `turns` calls.
     """
     most = _largest_buffer()
     read_bytes = min(-(-data_bytes // _LEAST_BYTES) * _LEAST_BYTES, most)
@@ -181,7 +181,7 @@ def readings(data_bytes: int, turns: int = 1) -> tuple[dict[str, Callable[[], ob
 
 
 def _rates(buffer_bytes: int) -> tuple[float, float]:
-    """Bytes per second read, and read and written, on a buffer of this size in all."""
+    """Return bytes per second read, and read and written, with a buffer of this total size."""
     ways, read_bytes = readings(buffer_bytes)
     read = _fastest(ways, 2 * _BANDWIDTH_BUDGET_S)
     first, second = torch.ones(2, buffer_bytes // 8)
@@ -199,7 +199,7 @@ def _largest_buffer() -> int:
 
 
 def size(number_of_bytes: float) -> str:
-    """`"48 KiB"`, `"1.5 GiB"`."""
+    """Format a number of bytes as `"48 KiB"` or `"1.5 GiB"`."""
     for unit in ("B", "KiB", "MiB"):
         if number_of_bytes < 1024:
             return f"{number(number_of_bytes)} {unit}"
@@ -217,7 +217,10 @@ def _cpu_name() -> str:
 
 
 def _caches(root: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> dict[str, int]:
-    """Data caches of the first core as the system tells them; a virtual machine may be told of more than its share."""
+    """Return the data caches of the first core, as the system reports them.
+
+    A virtual machine may report more than its share.
+    """
     found = {}
     for folder in sorted(root.glob("index*")):
         try:

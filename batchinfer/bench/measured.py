@@ -1,4 +1,4 @@
-"""An LLM that notes what each step did and how long its runner took, and that can start again as if it were new."""
+"""An LLM that records each step and its runner's time, and that can be reset to its initial state."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class NotingRunner:
-    """Runs plans through another runner; `steps` says what they were. A step that fails is not noted."""
+    """Runner that delegates to another one and records completed steps in `steps`. Failed steps are not recorded."""
 
     def __init__(self, runner: StepRunner) -> None:
         self.runner = runner
@@ -38,7 +38,7 @@ class NotingRunner:
 
 
 class MeasuredLLM(LLM):
-    """`limits` are the model's; `steps` is what the runner did since the last `restart`."""
+    """LLM with recorded steps. `limits` are the model's; `steps` cover the time since the last `restart`."""
 
     limits: ModelLimits
 
@@ -70,7 +70,7 @@ class MeasuredLLM(LLM):
         return len(pool.blocks) * pool.block_size
 
     def restart(self) -> None:
-        """Forget cached prefixes, expected answer lengths, counters and steps: the next run is like the first."""
+        """Reset cached prefixes, length estimates, counters and steps, so that the next run is like the first."""
         old = self._engine.scheduler.pool
         pool = BlockPool(len(old.blocks), old.block_size, old.enable_prefix_caching)
         self._engine = make_engine(pool, self._noting, self._engine_spec, self._assembly.max_draft_rows)
@@ -87,9 +87,9 @@ class Subject:
 
 
 def load_subject(spec: JobSpec, files: ModelFiles | None = None) -> Subject:
-    """The model of a job, or of a spec that has nothing but a model. Raises ModelError.
+    """Load the model of a job or of a model-only spec. Raises ModelError.
 
-    files: as `fetch_model` gives them, if they are known already.
+    files: the result of `fetch_model`, if it is known already.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""One benchmark, from the look at the machine to the last word about what else ran on it."""
+"""One benchmark session: the machine before, and the load and speed changes until the end."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import torch
 
 from batchinfer.bench.machine import gemm_rate, look_at
 
-_DRIFT = 0.1  # of the GEMM rate, from before to after, that is worth a word
-_OTHERS = 0.1  # cores, likewise
+_DRIFT = 0.1  # relative change of the GEMM rate from which it is reported
+_OTHERS = 0.1  # cores busy for others from which they are reported
 _BUSY_COLUMNS = (0, 1, 2, 5, 6, 7)  # of /proc/stat: user, nice, system, irq, softirq, steal
 
 
 class Session:
-    """`machine` was measured when it began."""
+    """Session of one benchmark. `machine` is measured at its start."""
 
     def __init__(self, dtype: torch.dtype = torch.float32, int8: bool = False) -> None:
         self._others = OtherLoad()
         self.machine = look_at(dtype, int8)
 
     def end(self) -> tuple[dict[str, Any], list[str]]:
-        """The machine and what changed meanwhile, for the JSON; and notes that were not shown yet."""
+        """Return the machine and its changes, for the JSON file, and notes that were not printed yet."""
         cores = self._others.cores()
         machine, after = self.machine, gemm_rate(getattr(torch, self.machine.dtype))
         notes = []
@@ -43,14 +43,14 @@ class Session:
 
 
 class OtherLoad:
-    """What everything but this process takes of the machine, time stolen by a hypervisor included; Linux only."""
+    """CPU use of everything but this process, including time stolen by a hypervisor; Linux only."""
 
     def __init__(self, stat: Path = Path("/proc/stat")) -> None:
         self._stat = stat
         self._before = self._read()
 
     def cores(self) -> float | None:
-        """Cores that were busy for others, on average since this was made."""
+        """Return the mean number of cores that others kept busy since construction."""
         now = self._read()
         if now is None or self._before is None:
             return None
@@ -58,7 +58,7 @@ class OtherLoad:
         return max(0.0, (busy - ours) / seconds)
 
     def _read(self) -> tuple[float, float, float] | None:
-        """Seconds that all cores were busy, that they were for us, and that the clock shows."""
+        """Return seconds: busy time of all cores, this process's share of it, and the clock."""
         try:
             columns = self._stat.read_text(encoding="utf-8").split("\n", 1)[0].split()[1:]
             ticks = sum(int(columns[place]) for place in _BUSY_COLUMNS)

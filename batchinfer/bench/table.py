@@ -1,4 +1,4 @@
-"""Aligned columns for a screen."""
+"""Text tables with aligned columns."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Columns two spaces apart; the first `left` of them start at the left, the others end at the right."""
+    """Format columns two spaces apart; the first `left` columns are left-aligned, the rest right-aligned."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     return "\n".join(
         "  ".join(
@@ -19,13 +19,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -
 
 
 def facts(pairs: Sequence[tuple[str, str]]) -> str:
-    """A name and what there is to say about it, a line each."""
+    """Format one line per pair: a name and its text, aligned."""
     width = max(len(name) for name, _ in pairs)
     return "\n".join(f"{name:<{width}}  {text}".rstrip() for name, text in pairs)
 
 
 def number(value: float) -> str:
-    """Three significant digits, or all before the point: 0.0123, 1.23, 12.3, 1,234."""
+    """Format three significant digits, or all digits before the point: 0.0123, 1.23, 12.3, 1,234."""
     if value == 0:
         return "0"
     places = 2 - math.floor(math.log10(abs(value)))

@@ -1,4 +1,4 @@
-"""How many tokens a second: prompts in, text out, through everything that a job uses but its files."""
+"""Tokens per second from prompts to text, through everything that a job uses except its files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ _WARM_TOKENS = 4
 
 @dataclass(frozen=True)
 class Run:
-    """One pass over the workload. Tokens as the engine counts them; `answer_tokens` counts equal answers each time."""
+    """One pass over the workload.
+
+    Tokens as the engine counts them; `answer_tokens` counts deduplicated outputs each time.
+    """
 
     seconds: float
     runner_s: float
@@ -53,8 +56,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Throughput:
-    """All runs, in order. `example` is the first error, if there was any. Without weights (the fake model) the last two
-    are 0."""
+    """All runs, in order.
+
+    `example` is the first error, if any. The weight figures are 0 without weights (the fake model).
+    """
 
     workload: str
     runs: list[Run]
@@ -64,7 +69,7 @@ class Throughput:
 
     @property
     def median(self) -> Run:
-        """The run of median time, the faster one of two."""
+        """Return the run of median time, the faster one of two."""
         return sorted(self.runs, key=lambda run: run.seconds)[(len(self.runs) - 1) // 2]
 
     def as_json(self) -> dict[str, Any]:
@@ -79,7 +84,7 @@ class Throughput:
 
 
 def measure(subject: Subject, prompts: list[Prompt], workload: str, machine: Machine, repeat: int) -> Throughput:
-    """Run the prompts `repeat` times, each time as if for the first time. Raises InputError if none can run."""
+    """Run the prompts `repeat` times, each time from the initial state. Raises InputError if none can run."""
     llm, cost = subject.llm, subject.cost
     weight_bytes = 0 if cost is None else cost.weight_bytes(1)
     rates = None if cost is None else MachineRates.of(machine, cost)
@@ -90,7 +95,7 @@ def measure(subject: Subject, prompts: list[Prompt], workload: str, machine: Mac
         if cost is not None and rates is not None:
             run = replace(run, limit=limit_of(cost, llm.steps, rates))
         if run.errors == len(prompts):
-            raise InputError(f"{workload}: no request can run: {example}")
+            raise InputError(f"{workload}: every request fails: {example}")
         runs.append(run)
     return Throughput(workload, runs, example, weight_bytes, 0.0 if rates is None else rates.bytes)
 
@@ -120,7 +125,7 @@ def _run(llm: MeasuredLLM, prompts: list[Prompt]) -> tuple[Run, str]:
 
 
 def _drain(llm: MeasuredLLM, prompts: Iterable[Prompt]) -> tuple[int, int, list[str]]:
-    """Prompt tokens and answer tokens of all that ran, and the errors of the others."""
+    """Run all prompts; return their prompt tokens, their output tokens, and the errors of failed ones."""
     prompt_tokens = answer_tokens = 0
     errors = []
     for completion in llm.run(prompts):
@@ -149,7 +154,7 @@ def describe(found: Throughput, machine: Machine) -> str:
             f"{run.prompt_tokens:,} tokens, {run.computed_tokens:,} computed, {run.reused_tokens:,} from the cache",
         ),
         ("answers", f"{run.answer_tokens:,} tokens, {run.generated_tokens:,} generated"),
-        ("drafts", f"{run.draft_tokens:,} tokens proposed, {run.accepted_tokens:,} of them right"),
+        ("drafts", f"{run.draft_tokens:,} tokens proposed, {run.accepted_tokens:,} accepted"),
         ("time", f"{number(run.seconds)} s ({of}), {run.runner_s / run.seconds:.1%} of it in the model"),
         (
             "rate",
@@ -161,7 +166,7 @@ def describe(found: Throughput, machine: Machine) -> str:
     if run.limit is not None:
         lines += _limit_lines(found, run, run.limit, machine)
     if run.errors:
-        lines.append(("errors", f"{run.errors:,} requests could not run, the first: {found.example}"))
+        lines.append(("errors", f"{run.errors:,} requests failed, the first: {found.example}"))
     return facts(lines)
 
 
@@ -172,5 +177,5 @@ def _limit_lines(found: Throughput, run: Run, limit: Limit, machine: Machine) ->
         ("limit", f"{number(limit.seconds)} s for the linear layers alone, in each step the longer of"),
         ("", f"their operations at the measured {rate} GEMM rate ({number(limit.arithmetic_s)} s in all)"),
         ("", f"and one read of their weights, {weights} ({number(limit.weights_s)} s in all)"),
-        ("share", f"{run.share_of_limit:.1%} of what that limit allows"),
+        ("share", f"{run.share_of_limit:.1%} of that limit"),
     ]

@@ -1,4 +1,4 @@
-"""Times of repeated work: one warm-up, then samples, and what they say."""
+"""Timing of repeated work: a warm-up, then samples and their statistics."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class Timing(NamedTuple):
-    """Seconds of one call: the fastest, and the median of `samples` calls."""
+    """Seconds per call: the fastest, and the median of `samples` calls."""
 
     min_s: float
     median_s: float
@@ -26,29 +26,29 @@ def take_turns(
     least: int = 1,
     uncounted: int = 1,
 ) -> dict[str, list[T]]:
-    """Things that are compared take turns, so that a slow moment of the machine meets all of them: what calls gave.
+    """Call the works in turns, so that a slow moment of the machine affects all of them, and return their results.
 
     Each gets five turns: of as many calls as fit into its share of `budget_s`, or of `least`. A turn begins with
-    `uncounted` calls: the others have taken its data out of the caches. Let that be as many as have data of their own,
-    or some are measured with it near and some with it far.
+    `uncounted` calls, because the other works have evicted its data from the caches. `uncounted` must be at least the
+    number of calls with separate data, else some calls are measured with cached data and some without.
     """
     for work in works.values():
         work()
-    given: dict[str, list[T]] = {name: [] for name in works}
+    results: dict[str, list[T]] = {name: [] for name in works}
     for _ in range(TURNS):
         for name, work in works.items():
             for _ in range(uncounted if len(works) > 1 else 0):
                 work()
-            given[name] += _turn(work, budget_s / TURNS / len(works), least)
-    return given
+            results[name] += _run_turn(work, budget_s / TURNS / len(works), least)
+    return results
 
 
-def _turn(work: Callable[[], T], length_s: float, least: int) -> list[T]:
-    given: list[T] = []
+def _run_turn(work: Callable[[], T], length_s: float, least: int) -> list[T]:
+    results: list[T] = []
     end = perf_counter() + length_s
-    while len(given) < least or perf_counter() < end:
-        given.append(work())
-    return given
+    while len(results) < least or perf_counter() < end:
+        results.append(work())
+    return results
 
 
 def time_in_turn(
@@ -57,7 +57,7 @@ def time_in_turn(
     least: int = 1,
     uncounted: int = 1,
 ) -> dict[str, Timing]:
-    """How long each takes; see `take_turns`."""
+    """Return the timing of each work; see `take_turns`."""
     timed = {name: partial(_seconds, work) for name, work in works.items()}
     samples = take_turns(timed, budget_s, least, uncounted)
     return {name: Timing(min(times), percentile(times, 0.5), len(times)) for name, times in samples.items()}
@@ -70,7 +70,10 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The value below which `share` of `values` lie, linear between neighbours; `values` in any order, not empty."""
+    """Return the value below which `share` of `values` lie, interpolated linearly.
+
+    `values` is in any order and not empty.
+    """
     ordered = sorted(values)
     place = share * (len(ordered) - 1)
     low = int(place)

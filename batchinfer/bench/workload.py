@@ -1,7 +1,7 @@
-"""What a benchmark asks of the model: made-up token ids, a file of them, or the first rows of a job.
+"""Workloads of benchmarks: random token ids, a file of token ids, or the first rows of a job.
 
-Made-up prompts and those of a file are greedy and run to their `max_tokens`: end-of-sequence tokens do not end them, so
-that two engines, or two versions of one, do the same work.
+Random and file prompts are greedy and run to their `max_tokens`: end-of-sequence tokens are ignored, so that two
+engines, or two versions of one engine, do the same work.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _KEYS = ("id", "ids", "max_tokens")
 
 
 class TokenSpan(NamedTuple):
-    """A number of tokens, or a range that numbers are drawn from, both ends included."""
+    """A number of tokens, or a range for random numbers, both ends included."""
 
     low: int
     high: int
@@ -34,7 +34,7 @@ class TokenSpan(NamedTuple):
 
 
 def parse_span(option: str, text: str) -> TokenSpan:
-    """`"128"` or `"64-256"`, at least 1. Raises UsageError."""
+    """Parse `"128"` or `"64-256"`, at least 1. Raises UsageError."""
     match = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", text.strip())
     if match is None:
         raise UsageError(f"{option} {text}: must be a number of tokens, or LOW-HIGH, for example 128 or 64-256")
@@ -48,7 +48,7 @@ _INPUT, _OUTPUT = TokenSpan(128, 128), TokenSpan(64, 64)
 
 
 class Workload(Protocol):
-    """`prompts` are made for a model whose vocabulary and context are known."""
+    """Source of prompts for a model whose vocabulary and context are known."""
 
     def describe(self) -> str: ...
 
@@ -57,7 +57,7 @@ class Workload(Protocol):
 
 @dataclass(frozen=True)
 class Synthetic:
-    """Random token ids. The first `shared_prefix` of them are the same in all prompts, and part of their lengths."""
+    """Random token ids. The first `shared_prefix` ids are the same in all prompts, and part of their lengths."""
 
     requests: int = 128
     input_tokens: TokenSpan = _INPUT
@@ -80,7 +80,7 @@ class Synthetic:
         )
 
     def prompts(self, llm: MeasuredLLM) -> list[Prompt]:
-        """Raises UsageError if they do not fit the model's context."""
+        """Return the prompts. Raises UsageError if they exceed the model's context."""
         limits = llm.limits
         longest = self.input_tokens.high + self.output_tokens.high
         if longest > limits.context:
@@ -90,12 +90,12 @@ class Synthetic:
             )
         rng = random.Random(self.seed)
         shared = rng.choices(range(limits.vocab_size), k=self.shared_prefix)
-        made = []
+        prompts = []
         for index in range(self.requests):
             own = rng.randint(*self.input_tokens) - self.shared_prefix
             ids = shared + rng.choices(range(limits.vocab_size), k=own)
-            made.append(_greedy(index, ids, rng.randint(*self.output_tokens)))
-        return made
+            prompts.append(_greedy(index, ids, rng.randint(*self.output_tokens)))
+        return prompts
 
 
 class WorkloadLine(NamedTuple):
@@ -108,12 +108,14 @@ class WorkloadLine(NamedTuple):
 
 @dataclass(frozen=True)
 class WorkloadFile:
+    """A workload from a file of JSON lines."""
+
     path: Path
     lines: list[WorkloadLine]
 
     @classmethod
     def read(cls, path: Path, requests: int | None) -> WorkloadFile:
-        """The first `requests` lines, or all. Raises InputMissing, InputError with file and line."""
+        """Read the first `requests` lines, or all. Raises InputMissing, InputError with file and line."""
         try:
             with path.open(encoding="utf-8") as file:
                 numbered = ((number, text) for number, text in enumerate(file, 1) if text.strip())
@@ -123,14 +125,17 @@ class WorkloadFile:
         except UnicodeDecodeError as error:
             raise InputError(f"--workload {path}: is not UTF-8 text: {error.reason}") from None
         if not lines:
-            raise InputMissing(f"--workload {path}: holds no requests")
+            raise InputMissing(f"--workload {path}: has no requests")
         return cls(path, lines)
 
     def describe(self) -> str:
         return f"{self.path}: {len(self.lines):,} requests"
 
     def prompts(self, llm: MeasuredLLM) -> list[Prompt]:
-        """Raises InputError, with file and line, for what the model cannot take."""
+        """Return the prompts.
+
+        Raises InputError, with file and line, for ids or lengths that the model does not support.
+        """
         for line in self.lines:
             self._check(line, llm.limits)
         return [_greedy(index, line.ids, line.max_tokens) for index, line in enumerate(self.lines)]

@@ -1,4 +1,4 @@
-"""A tiny model with a tokenizer, limits that need no measuring, and the command line."""
+"""Fixtures of benchmark tests: a tiny model with a tokenizer, fast limits, the command line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def tiny_model(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def quick_machine(monkeypatch):
-    """Rates of one attempt on little data: these tests look at no times."""
+    """Measure rates with one attempt on little data: these tests check no times."""
     monkeypatch.setattr(machine, "_GEMM_SIZES", (16,))
     monkeypatch.setattr(machine, "_GEMM_BUDGET_S", 0.0)
     monkeypatch.setattr(machine, "_BANDWIDTH_BUDGET_S", 0.0)
@@ -38,7 +38,7 @@ def quick_machine(monkeypatch):
 
 @pytest.fixture
 def bench(quick_machine) -> Callable[..., int]:
-    """Runs `batchinfer bench …`; its exit code. Threads are as before, afterwards."""
+    """Return a function that runs `batchinfer bench …` and returns its exit code; restore the threads."""
     threads = torch.get_num_threads()
 
     def run(*arguments: object) -> int:

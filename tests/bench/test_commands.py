@@ -134,9 +134,9 @@ def test_rows_in_error_are_counted(bench, job, tmp_path, capsys):
     assert bench("throughput", job, "--set", template, "--json", out) == 0
     found = read(out)
     assert found["median"]["errors"] == 1 and found["first_error"]
-    assert "1 requests could not run, the first: " in capsys.readouterr().out
+    assert "1 requests failed, the first: " in capsys.readouterr().out
     assert bench("throughput", job, "--set", "prompt.template={{ text.x.y }}") == 65
-    assert "no request can run" in capsys.readouterr().err
+    assert "every request fails" in capsys.readouterr().err
 
 
 # -- latency -------------------------------------------------------------------------------------------------------
@@ -252,7 +252,7 @@ def test_kernels(bench, tiny_model, tmp_path, capsys, monkeypatch):
         (["throughput", "fake", "--input-tokens", "40000"], 64, "the context has 32768"),
         (["throughput", "fake", "--shared-prefix", "128"], 64, "--shared-prefix 128"),
         (["throughput", "fake", "--workload", "nothing.jsonl"], 66, "nothing.jsonl"),
-        (["throughput", "fake", "--workload", "W", "--seed", "1"], 64, "--seed: a workload file brings"),
+        (["throughput", "fake", "--workload", "W", "--seed", "1"], 64, "--seed: a workload file has"),
         (["throughput", "fake", "--workload", "W"], 65, "w.jsonl:1: ids: token 999 is not in"),
         (["throughput", "fake", "--set", "engine.max_num_sqes=4"], 78, "did you mean 'max_num_seqs'?"),
         (["throughput", "fake", "--set", "sampling.temperature=1"], 64, "--set sampling.temperature"),

@@ -1,4 +1,4 @@
-"""What linear layers cost at least, against figures worked out by hand and against decoders with weights."""
+"""Tests of the cost of linear layers, against figures worked out by hand and against decoders with weights."""
 
 from __future__ import annotations
 
