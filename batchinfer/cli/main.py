@@ -242,12 +242,12 @@ def plan(
     limit: Limit = None,
     sample: Annotated[int, typer.Option(metavar="N", min=1, help="Rows to render and tokenize.")] = 1000,
 ) -> None:
-    from batchinfer.job.inspect.preview import describe, preview
+    from batchinfer.job.inspect.preview import describe_preview, preview
 
     spec = load_job(job, settings, limit)
     with located(job, settings):
         found = preview(spec, sample)
-    print_text(describe(found))
+    print_text(describe_preview(found))
     if found.conflict is not None:
         raise found.conflict
 
@@ -258,10 +258,10 @@ def status(
     settings: Settings = [],  # noqa: B006  typer reads the default and never changes it
     shards: Annotated[int, typer.Option(metavar="N", min=1, help="Show the share of each of N workers.")] = 1,
 ) -> None:
-    from batchinfer.job.inspect.status import describe, read_status
+    from batchinfer.job.inspect.status import describe_status, read_status
     from batchinfer.job.ledger import open_output
 
-    print_text(describe(read_status(open_output(*_locate(output, settings)), shards)))
+    print_text(describe_status(read_status(open_output(*_locate(output, settings)), shards)))
 
 
 @app.command(epilog=pages.EXIT_CODES, help=pages.VERIFY)
@@ -270,12 +270,12 @@ def verify(
     settings: Settings = [],  # noqa: B006
 ) -> None:
     from batchinfer.errors import VerifyFailed
-    from batchinfer.job.inspect.verify import audit, describe
+    from batchinfer.job.inspect.verify import audit, describe_audit
 
     spec = _job_at(output, settings)
     url, storage = _locate(output, settings) if spec is None else (spec.output.path, spec.storage)
     found = audit(url, storage, spec)
-    print_text(describe(found))
+    print_text(describe_audit(found))
     if found.differences:
         raise VerifyFailed(f"{url}: {len(found.differences)} differences")
 
@@ -290,10 +290,10 @@ def show(
 ) -> None:
     import shutil
 
-    from batchinfer.job.inspect.show import describe, pick
+    from batchinfer.job.inspect.show import describe_rows, pick
     from batchinfer.job.ledger import open_output
 
     url, storage = _locate(output, settings)
     shown = pick(open_output(url, storage), storage, rows, errors=errors, row=row)
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else _PIPED_COLUMNS
-    print_text(describe(shown, width))
+    print_text(describe_rows(shown, width))

@@ -60,7 +60,7 @@ class ChunkLoop:
         with closing(self._committer), closing(llm.run(prompts)) as completions, closing(run.window):
             for completion in completions:
                 chunk = plan.chunk_of(completion.index)
-                tally.add(completion)
+                tally.add_completion(completion)
                 request = self._requests.pop(completion.index, None)
                 result = encoder.result(completion.index - plan.bases[chunk], completion.index, completion, request)
                 if run.spool.add(chunk, encode_result(result)):
@@ -69,7 +69,7 @@ class ChunkLoop:
                     break
             self._committer.finish(lambda: drain.requested)
         if self._counts.committed < len(run.todo.chunks):
-            drain.check()
+            drain.raise_if_requested()
             assert tally.too_many, "the engine ended before all rows were done"
             raise tally.refusal(tally.all_rows, tally.all_errors, "stopped; raise errors.max and run again to go on")
 
@@ -89,4 +89,4 @@ class ChunkLoop:
         """Count a commit and make room for more rows; in a committing thread."""
         self._counts.count_committed()
         self._run.window.leave(self._run.job.plan.chunks[record.chunk].count)
-        self._folder.add(record)
+        self._folder.add_record(record)

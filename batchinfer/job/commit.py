@@ -35,7 +35,7 @@ class PartWriter:
     spool: Spool
     pass_number: int
 
-    def commit(self, chunk: int) -> CommitRecord:
+    def commit_chunk(self, chunk: int) -> CommitRecord:
         plan = self.ledger.plan
         results = decode_results(self.spool.lines(chunk))
         carried = self.spool.carried(chunk)
@@ -127,7 +127,7 @@ class Committer:
     def _work(self) -> None:
         while (chunk := self._queue.get()) is not None and not self.failed and not self._closed:
             try:
-                self._done(self._writer.commit(chunk))
+                self._done(self._writer.commit_chunk(chunk))
             except BaseException as error:
                 self._error = error
                 self._on_failure()

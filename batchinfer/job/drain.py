@@ -68,7 +68,7 @@ class Drain:
             log.warning(why, **values)
             self._leave(EXIT_DRAINED)
 
-    def check(self) -> None:
+    def raise_if_requested(self) -> None:
         """Raises Drained once stopping was requested."""
         if self._event.is_set():
             raise Drained("stopped by a signal with work left: run the same command again to continue")
@@ -82,9 +82,9 @@ class Drain:
         """Wait until the saving is over, at most until the deadline."""
         self._saved.wait(max(0.0, self._requested_at + self.deadline_s - time.monotonic()))
 
-    def call(self, work: Callable[[], T]) -> T:
+    def run_in_thread(self, work: Callable[[], T]) -> T:
         """Run `work` in a thread, so that a request to stop need not wait for it. Raises Drained, or what it raises."""
-        self.check()
+        self.raise_if_requested()
         results: list[T] = []
         errors: list[BaseException] = []
         done = threading.Event()
@@ -98,7 +98,7 @@ class Drain:
 
         threading.Thread(target=run, name="load", daemon=True).start()
         while not done.wait(0.1):
-            self.check()
+            self.raise_if_requested()
         if errors:
             raise errors[0]
         return results[0]

@@ -20,13 +20,13 @@ def ahead(
     Results that exist or are on their way cost `at_once` in all at most; one that costs more is alone.
     What a call raises is raised where its result would be.
     """
-    with _Window(call, at_once) as window:
+    with _CallWindow(call, at_once) as window:
         for item in items:
             while window.full(cost(item)):
-                yield window.take()
-            window.add(item, cost(item))
+                yield window.pop_result()
+            window.submit(item, cost(item))
         while window.waiting:
-            yield window.take()
+            yield window.pop_result()
 
 
 def many_ahead(call: Callable[[list[A]], list[B]], items: Iterable[A], at_once: int, batch: int) -> Iterator[B]:
@@ -35,7 +35,7 @@ def many_ahead(call: Callable[[list[A]], list[B]], items: Iterable[A], at_once: 
     return chain.from_iterable(ahead(call, iter(lambda: list(islice(left, batch)), []), max(1, at_once // batch)))
 
 
-class _Window(Generic[A, B]):
+class _CallWindow(Generic[A, B]):
     """The calls that are under way or done, and not taken."""
 
     def __init__(self, call: Callable[[A], B], at_once: int) -> None:
@@ -47,16 +47,16 @@ class _Window(Generic[A, B]):
     def full(self, cost: int) -> bool:
         return bool(self.waiting) and cost > self._free
 
-    def add(self, item: A, cost: int) -> None:
+    def submit(self, item: A, cost: int) -> None:
         self.waiting.append((self._pool.submit(self._call, item), cost))
         self._free -= cost
 
-    def take(self) -> B:
+    def pop_result(self) -> B:
         future, cost = self.waiting.popleft()
         self._free += cost
         return future.result()
 
-    def __enter__(self) -> _Window[A, B]:
+    def __enter__(self) -> _CallWindow[A, B]:
         return self
 
     def __exit__(self, *_: object) -> None:

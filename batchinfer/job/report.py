@@ -66,7 +66,8 @@ class Silent:
 @dataclass
 class Tally:
     """Running totals of this run, against `errors.max`. `recovered` rows came from the salvage, `before` are committed
-    rows of earlier runs (counted only where a threshold needs them)."""
+    rows of earlier runs (counted only where a threshold needs them).
+    """
 
     max_errors: int | float | None = None
     rows: int = 0
@@ -81,7 +82,7 @@ class Tally:
     before_errors: int = 0
     left_out: int = 0  # by `where`
 
-    def add(self, completion: Completion) -> None:
+    def add_completion(self, completion: Completion) -> None:
         self.rows += 1
         self.prompt_tokens += len(completion.prompt_token_ids)
         for output in completion.outputs:

@@ -71,10 +71,10 @@ class JobRun:
         worker = self.worker
         self.counts.clock.enter("planning")
         open_store, report = worker.dependencies.open_store, report_name(worker.shard)
-        job = worker.drain.call(lambda: prepare(self._spec, open_store, report))
+        job = worker.drain.run_in_thread(lambda: prepare(self._spec, open_store, report))
         self.reporter.job = job
         worker.drain.on_request(lambda: self.reporter.write_report(Drained("stopped before the first row")))
-        worker.drain.check()
+        worker.drain.raise_if_requested()
         plan = job.plan
         log.info(
             "plan", output=job.ledger.store.url, files=len(plan.inputs.files), rows=plan.rows, chunks=len(plan.chunks)
@@ -92,21 +92,21 @@ class JobRun:
         if not todo.chunks:
             return
         counts.clock.enter("loading")
-        llm = worker.drain.call(lambda: worker.dependencies.load_llm(job.spec, job.files))
+        llm = worker.drain.run_in_thread(lambda: worker.dependencies.load_llm(job.spec, job.files))
         counts.engine_stats = llm.stats
         with ExitStack() as stack:
             spool = stack.enter_context(closing(Spool(worker.spool_dir)))
             salvage = Salvage(job.ledger.store, spool, worker.shard, job.plan, todo.number)
-            salvage.load(set(todo.chunks))
+            salvage.load_journals(set(todo.chunks))
             window = Window(open_rows(job.plan.chunk_rows, job.spec.engine.max_num_seqs))
             quiet = threading.Event()
             worker.drain.on_request(lambda: self._save(window, quiet, salvage))
-            stack.enter_context(Repeat(worker.dependencies.salvage_every_s, salvage.save, "saving the salvage"))
+            stack.enter_context(Repeat(worker.dependencies.salvage_every_s, salvage.save_journal, "saving the salvage"))
             counts.clock.enter("running")
             try:
                 folder = Folder(listing, worker.shard, todo.number, todo.chunks, todo.before)
                 run = PassRun(job, worker, todo, llm, spool, window)
-                ChunkLoop(run, counts, folder, lambda chunk: kept(chunk) + salvage.rows(chunk)).run_chunks()
+                ChunkLoop(run, counts, folder, lambda chunk: kept(chunk) + salvage.results_of(chunk)).run_chunks()
             except Drained:
                 quiet.set()
                 worker.drain.wait_saved()
@@ -124,7 +124,7 @@ class JobRun:
         window.close()
         quiet.wait(_QUIET_S)
         try:
-            salvage.save()
+            salvage.save_journal()
         finally:
             problem = "stopped by a signal with work left: run the same command again to continue"
             self.reporter.write_report(Drained(problem))
@@ -147,6 +147,6 @@ def _run_open_chunks(job: PreparedJob, run: JobRun) -> None:
 
 def _save_quietly(salvage: Salvage) -> None:
     try:
-        salvage.save()
+        salvage.save_journal()
     except Exception as error:
         log.warning("the salvage could not be saved; its rows will be computed again", error=str(error))

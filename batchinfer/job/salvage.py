@@ -50,7 +50,7 @@ class Salvage:
         self._saved_changes = 0
         self._recovered: dict[int, Path] = {}
 
-    def save(self) -> None:
+    def save_journal(self) -> None:
         """Upload what is finished and not committed, if there is anything new."""
         with self._lock:
             changes = self._spool.changes
@@ -68,7 +68,7 @@ class Salvage:
             self._store.put_file(self._name, path)
             self._saved_changes = changes
 
-    def load(self, wanted: set[int]) -> None:
+    def load_journals(self, wanted: set[int]) -> None:
         """Fetch the journals' rows of the `wanted` chunks into the spool directory."""
         journals = [name for name in self._store.find(SALVAGE) if is_journal(name, self._plan)]
         for number, name in enumerate(journals):
@@ -85,7 +85,7 @@ class Salvage:
             packed.unlink(missing_ok=True)
             plain.unlink(missing_ok=True)
 
-    def rows(self, chunk: int) -> list[RowResult]:
+    def results_of(self, chunk: int) -> list[RowResult]:
         """The recovered rows of a chunk, without doubles."""
         path = self._recovered.pop(chunk, None)
         if path is None:

@@ -30,7 +30,7 @@ class Folder:
         self._marked_by_md5: bool | None = None  # None: not known yet
         self._off = False
 
-    def add(self, record: CommitRecord) -> None:
+    def add_record(self, record: CommitRecord) -> None:
         """A chunk was committed. Called by the committing threads; raises nothing."""
         with self._lock:
             if self._off:

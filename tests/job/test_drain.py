@@ -147,12 +147,12 @@ def test_request_runs_the_saving_once_and_raises_in_the_loop():
     left, saved = [], threading.Event()
     drain = Drain(deadline_s=0.3, leave=left.append)
     drain.on_request(saved.set)
-    drain.check()
+    drain.raise_if_requested()
     drain.request("test")
     drain.wait_saved()
     assert saved.is_set() and drain.requested
     with pytest.raises(Drained):
-        drain.check()
+        drain.raise_if_requested()
     time.sleep(0.5)
     assert left == [33]
     drain.request("again")
@@ -161,13 +161,13 @@ def test_request_runs_the_saving_once_and_raises_in_the_loop():
 
 def test_call_returns_raises_and_is_interrupted():
     drain = Drain(deadline_s=100, leave=lambda code: None)
-    assert drain.call(lambda: 7) == 7
+    assert drain.run_in_thread(lambda: 7) == 7
     with pytest.raises(ZeroDivisionError):
-        drain.call(lambda: 1 // 0)
+        drain.run_in_thread(lambda: 1 // 0)
     release = threading.Event()
     threading.Timer(0.2, lambda: drain.request("test")).start()
     with pytest.raises(Drained):
-        drain.call(lambda: release.wait(20))
+        drain.run_in_thread(lambda: release.wait(20))
     release.set()
 
 

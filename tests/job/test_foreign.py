@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from batchinfer.errors import OutputConflict, StorageError
-from batchinfer.job.inspect.preview import describe, preview
+from batchinfer.job.inspect.preview import describe_preview, preview
 from batchinfer.job.retry import retry_job
 from batchinfer.job.shard import Shard
 from tests.job.doubles import MemoryStore, ScriptedLLM, job, run, snapshot, write_parquet
@@ -105,7 +105,7 @@ def test_an_output_without_a_plan_in_which_something_has_our_place(place, name):
     (place / "out" / name).touch()
     refused(place, f"holds {name} where this job would write")
     found = preview(job(place), 5)
-    assert found.conflict is not None and "holds what is not this job's" in describe(found)
+    assert found.conflict is not None and "holds what is not this job's" in describe_preview(found)
 
 
 def test_what_lies_beside_is_nobodys_business(place):

@@ -8,8 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchinfer.errors import InputError
-from batchinfer.job.inspect.preview import describe as describe_preview
-from batchinfer.job.inspect.preview import preview
+from batchinfer.job.inspect.preview import describe_preview, preview
 from batchinfer.job.inspect.verify import audit
 from batchinfer.job.retry import retry_job
 from batchinfer.job.run import run_job

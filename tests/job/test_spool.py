@@ -110,7 +110,7 @@ def test_an_unwritable_place(tmp_path):
 
 
 def rows_of(salvage, chunk):
-    return [row.offset for row in salvage.rows(chunk)]
+    return [row.offset for row in salvage.results_of(chunk)]
 
 
 def test_salvage_brings_rows_back_and_keeps_those_not_yet_opened(tmp_path):
@@ -120,17 +120,17 @@ def test_salvage_brings_rows_back_and_keeps_those_not_yet_opened(tmp_path):
     for chunk in (1, 2, 5):
         first.open(chunk, 9, lines[:1], CARRIED)
         first.add(chunk, lines[1])
-    Salvage(store, first, Shard(0, 2), PLAN, 0).save()
+    Salvage(store, first, Shard(0, 2), PLAN, 0).save_journal()
     first.close()
 
     second = Spool(tmp_path)
     salvage = Salvage(store, second, Shard(0, 2), PLAN, 0)
-    salvage.load({1, 2})
+    salvage.load_journals({1, 2})
     assert rows_of(salvage, 1) == [0, 4] and rows_of(salvage, 1) == [] and rows_of(salvage, 5) == []
     second.open(1, 9, lines[:1], CARRIED)
-    salvage.save()  # replaces the journal: chunk 2, not opened yet, must stay in it
+    salvage.save_journal()  # replaces the journal: chunk 2, not opened yet, must stay in it
     third = Salvage(store, second, Shard(1, 2), PLAN, 0)
-    third.load({1, 2})
+    third.load_journals({1, 2})
     assert rows_of(third, 1) == [0] and rows_of(third, 2) == [0, 4]
     second.close()
 
@@ -139,9 +139,9 @@ def test_salvage_brings_rows_back_and_keeps_those_not_yet_opened(tmp_path):
 def test_a_journal_of_another_job_or_pass_is_ignored(tmp_path, plan, number, capsys):
     store, spool = MemoryStore(), Spool(tmp_path)
     spool.open(1, 9, [encode_result(RowResult(0, 3, [RowSample("x", "stop", 1)]))], CARRIED)
-    Salvage(store, spool, Shard(), PLAN, 0).save()
+    Salvage(store, spool, Shard(), PLAN, 0).save_journal()
     foreign = Salvage(store, spool, Shard(), plan, number)
-    foreign.load({1})
+    foreign.load_journals({1})
     assert rows_of(foreign, 1) == []
     assert "belongs to another job" in capsys.readouterr().err
     spool.close()
@@ -150,6 +150,6 @@ def test_a_journal_of_another_job_or_pass_is_ignored(tmp_path, plan, number, cap
 def test_a_journal_without_the_mark_of_the_plan_is_not_read(tmp_path, capsys):
     store, spool = MemoryStore(), Spool(tmp_path)
     store.objects = {"salvage/0-of-1-00000000.jsonl.zst": b"theirs", "salvage/notes.txt": b"", "salvage/a/b": b""}
-    Salvage(store, spool, Shard(), PLAN, 0).load({1})
+    Salvage(store, spool, Shard(), PLAN, 0).load_journals({1})
     assert capsys.readouterr().err == ""
     spool.close()

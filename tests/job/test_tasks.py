@@ -12,7 +12,7 @@ from batchinfer.cli.progress import summary
 from batchinfer.errors import Drained, EngineFailure, InputError, OutputConflict, SpecError, StorageError
 from batchinfer.job.drain import Drain
 from batchinfer.job.inspect.preview import preview
-from batchinfer.job.inspect.status import describe, read_status
+from batchinfer.job.inspect.status import describe_status, read_status
 from batchinfer.job.inspect.verify import audit
 from batchinfer.job.inspect.verify_report import Audit
 from batchinfer.job.ledger import JobOutput, Ledger
@@ -137,7 +137,10 @@ def test_totals_count_what_a_stopped_run_scored(rows, section):
     report = run(spec, store=stopped)
     assert report.rows["recovered"] >= 7 and report.totals == expected
     assert report.totals["scored_tokens"] == (10 * 3 if section else 10 * 5) > report.tokens["scored"] > 0
-    done = describe(read_status(JobOutput(stopped, load_plan(stopped), spec, Ledger(stopped, load_plan(stopped)))))
+    output = JobOutput(stopped, load_plan(stopped), spec, Ledger(stopped, load_plan(stopped)))
+    done = describe_status(read_status(output))
+        read_status(JobOutput(stopped, load_plan(stopped), spec, Ledger(stopped, load_plan(stopped))))
+    )
     assert f"{report.totals['scored_tokens']} scored" in done
 
 

@@ -81,7 +81,7 @@ def preview(spec: JobSpec, sample_rows: int) -> Preview:
     except OutputConflict as error:
         conflict = error
     measure = _Measure(spec, draft)
-    sample = measure.take(sample_rows)
+    sample = measure.measure_rows(sample_rows)
     return Preview(draft, store.url, measure.context_tokens, sample, theirs is not None, committed, conflict)
 
 
@@ -99,7 +99,7 @@ class _Measure:
         self._preparer = Preparer(tokenizer, limits, defaults, chat, *said)
         self._model = ModelFacts((spec.model,), tokenizer, chat.source if chat else None, defaults)
 
-    def take(self, rows: int) -> Sample:
+    def measure_rows(self, rows: int) -> Sample:
         """Measure about `rows` rows."""
         plan, readers = self._draft.plan, self._draft.rows
         inputs = plan.inputs.select(readers.read_columns)
@@ -163,7 +163,7 @@ def _common(left: list[int], right: list[int]) -> int:
     return next((place for place in range(length) if left[place] != right[place]), length)
 
 
-def describe(found: Preview) -> str:
+def describe_preview(found: Preview) -> str:
     """The preview as lines for a person."""
     plan, sample = found.draft.plan, found.sample
     files = plan.inputs.files

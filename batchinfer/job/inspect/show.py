@@ -124,7 +124,7 @@ def _with_inputs(output: JobOutput, storage: StorageSpec, shown: list[Shown]) ->
 # -- text -------------------------------------------------------------------------------------------------------
 
 
-def describe(shown: list[Shown], width: int) -> str:
+def describe_rows(shown: list[Shown], width: int) -> str:
     """Input and output of each row, next to each other if `width` (columns of text) has room for it."""
     if not shown:
         return "no row that is committed is an error"

@@ -74,7 +74,7 @@ def _share(worker: Shard, chunks: int, done: Iterable[int]) -> ShardShare:
     return ShardShare(worker, sum(map(worker.owns, done)), len(own))
 
 
-def describe(status: Status) -> str:
+def describe_status(status: Status) -> str:
     """The status as lines for a person."""
     share = f"{100 * status.chunks_done / status.chunks:.1f} %" if status.chunks else "nothing to do"
     scored = f", {status.scored_tokens:,} scored" if status.scored_tokens else ""

@@ -111,7 +111,7 @@ def _check_end(manifest: dict[str, Any] | None, store: Store, commits: Commits, 
         result.note("_SUCCESS", "is not the sha256 of manifest.json")
 
 
-def describe(found: Audit) -> str:
+def describe_audit(found: Audit) -> str:
     """The audit as lines for a person; each difference is one."""
     lines = [
         f"{'output':<10} {found.url}",

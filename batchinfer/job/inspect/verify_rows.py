@@ -58,7 +58,7 @@ def check_parts(store: Store, reach: Reach, layout: PlannedOutput, commits: Comm
         return _Part(layout.chunks[item[0]], record, data, hashlib.sha256(data or b"").hexdigest())
 
     for part in ahead(load, commits.in_effect(), _PARTS_AT_ONCE, _cost):
-        wanted = source.take(part.chunk)
+        wanted = source.next_chunk(part.chunk)
         if part.record is None:
             continue
         result.chunks += 1
@@ -214,7 +214,7 @@ class _Source:
         except BatchInferError as error:
             self._fail(error)
 
-    def take(self, chunk: Chunk) -> _Wanted | None:
+    def next_chunk(self, chunk: Chunk) -> _Wanted | None:
         """The next chunk; None if nothing is known about which rows it should have."""
         try:
             _, batch = next(self._batches)
@@ -222,7 +222,7 @@ class _Source:
             return None if self._filter else _Wanted(set(range(chunk.start, chunk.stop)), {})
         except BatchInferError as error:
             self._fail(error)
-            return self.take(chunk)
+            return self.next_chunk(chunk)
         kept = self._kept(batch)
         file = self._layout.of_file(chunk)
         values = rows_of(self._as_written(batch.table), self.compared)

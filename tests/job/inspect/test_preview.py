@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchinfer.errors import InputMissing, SpecError
-from batchinfer.job.inspect.preview import Preview, describe, preview
+from batchinfer.job.inspect.preview import Preview, describe_preview, preview
 from tests.job.outputs import make_output, make_spec, write_input
 
 
@@ -28,7 +28,7 @@ def test_counts_and_writes_nothing(tmp_path):
     assert (found.draft.plan.rows, len(found.draft.plan.chunks), found.exists) == (30, 4, False)
     assert (found.sample.rows, found.sample.selected) == (30, 30)
     assert not (tmp_path / "out").exists()
-    text = describe(found)
+    text = describe_preview(found)
     assert "2 files, 30 rows" in text and "b.parquet  parquet, 15 rows" in text and "does not exist yet" in text
 
 
@@ -57,7 +57,7 @@ def test_rows_that_would_fail(tmp_path):
     assert found.sample.errors == {"too_long": 1, "invalid_input": 2}
     assert found.sample.cut_short == 1  # "fine" leaves room for 60 tokens
     assert any("row 2: the prompt has" in example for example in found.sample.examples)
-    assert "too_long 1" in describe(found)
+    assert "too_long 1" in describe_preview(found)
 
 
 def test_filter(tmp_path):
@@ -70,10 +70,10 @@ def test_output_that_is_there(tmp_path):
     make_output(tmp_path)
     found = preview_of(tmp_path)
     assert (found.exists, found.committed, found.conflict) == (True, 3, None)
-    assert found.conflict is None and "3 of 3 chunks committed" in describe(found)
+    assert found.conflict is None and "3 of 3 chunks committed" in describe_preview(found)
     other = preview_of(tmp_path, seed=9)
     assert other.conflict is not None and "seed: was 0, is 9" in str(other.conflict)
-    assert "belongs to another job" in describe(other)
+    assert "belongs to another job" in describe_preview(other)
 
 
 def test_openai_batch(tmp_path):

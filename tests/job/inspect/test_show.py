@@ -7,7 +7,7 @@ import json
 import pytest
 
 from batchinfer.errors import OutputConflict, UsageError
-from batchinfer.job.inspect.show import Shown, describe, pick
+from batchinfer.job.inspect.show import Shown, describe_rows, pick
 from batchinfer.job.ledger import open_output
 from tests.job.outputs import STORAGE, make_output, part_of, write_input
 
@@ -33,7 +33,7 @@ def test_errors_only(tmp_path):
     out = make_output(tmp_path, prompt=FAILING)
     assert [shown.row for shown in picked(out, errors=True)] == [3, 15]
     assert [shown.row for shown in picked(out, 1, errors=True)] == [3]
-    assert "missing" in describe(picked(out, 1, errors=True), 100)
+    assert "missing" in describe_rows(picked(out, 1, errors=True), 100)
 
 
 def test_no_errors(tmp_path):
@@ -83,7 +83,7 @@ def test_missing_part(tmp_path):
 
 def test_layout_stacked_and_side_by_side():
     shown = [Shown("in.parquet", 7, {"id": "x", "text": "word " * 40}, {"row": 7, "response": "answer", "error": None})]
-    stacked, wide = describe(shown, 80), describe(shown, 160)
+    stacked, wide = describe_rows(shown, 80), describe_rows(shown, 160)
     assert max(map(len, stacked.splitlines())) <= 80 and max(map(len, wide.splitlines())) <= 160
     assert "row 7 of in.parquet" in stacked and "error" not in stacked
     assert "│ response  answer" in wide and len(wide.splitlines()) < len(stacked.splitlines())
@@ -91,7 +91,7 @@ def test_layout_stacked_and_side_by_side():
 
 def test_text_is_safe_and_bounded():
     values = {"bell": "a\x1b[31mred\x07", "long": "x" * 5000, "list": [1, 2], "empty": "", "lines": "one\n\ntwo"}
-    text = describe([Shown("f", 0, values, {"row": 0})], 100)
+    text = describe_rows([Shown("f", 0, values, {"row": 0})], 100)
     assert "\x1b" not in text and "\\x1b[31mred\\x07" in text
     assert "(3,800 more characters)" in " ".join(text.split()) and "[1,2]" in text
     assert len(text) < 2500

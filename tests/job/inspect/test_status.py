@@ -7,7 +7,7 @@ import json
 import pytest
 
 from batchinfer.errors import InputMissing, OutputConflict
-from batchinfer.job.inspect.status import Status, describe, read_status
+from batchinfer.job.inspect.status import Status, describe_status, read_status
 from batchinfer.job.ledger import open_output
 from batchinfer.job.run import run_job
 from batchinfer.job.shard import Shard
@@ -24,7 +24,7 @@ def test_finished(tmp_path):
     assert (status.finished, status.chunks_done, status.chunks, status.rows, status.covered) == (True, 3, 3, 30, 30)
     assert (status.ok, status.errors, status.retry_passes, status.salvage) == (29, {"template": 1}, 0, {})
     assert status.completion_tokens > 29 and status.prompt_tokens > 29
-    text = describe(status)
+    text = describe_status(status)
     assert "finished" in text and "1 rows (template 1)" in text
 
 
@@ -40,7 +40,7 @@ def test_shares_of_shards(tmp_path):
     status = status_of(tmp_path / "out", shards=2)
     assert not status.finished and (status.chunks_done, status.chunks) == (2, 5)
     assert [(share.done, share.chunks) for share in status.shards] == [(0, 3), (2, 2)]
-    assert "shard 1/2  2 of 2" in describe(status)
+    assert "shard 1/2  2 of 2" in describe_status(status)
 
 
 def test_salvage_is_mentioned_until_the_end(tmp_path):
@@ -49,9 +49,9 @@ def test_salvage_is_mentioned_until_the_end(tmp_path):
     mark = json.loads((out / "plan.json").read_bytes())["digest"][:8]
     (out / "salvage" / f"0-of-1-{mark}.jsonl.zst").write_bytes(b"12345")
     (out / "salvage" / "0-of-1-00000000.jsonl.zst").write_bytes(b"another job's")
-    assert "journals" not in describe(status_of(out))
+    assert "journals" not in describe_status(status_of(out))
     (out / "_SUCCESS").unlink()
-    assert "1 journals, 5 bytes" in describe(status_of(out))
+    assert "1 journals, 5 bytes" in describe_status(status_of(out))
 
 
 def test_nothing_there(tmp_path):

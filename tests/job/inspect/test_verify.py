@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchinfer.errors import InputMissing
-from batchinfer.job.inspect.verify import audit, describe
+from batchinfer.job.inspect.verify import audit, describe_audit
 from tests.job.outputs import (
     CHUNK_ROWS,
     ROWS,
@@ -50,7 +50,7 @@ def test_good_output(out):
     assert found.differences == []
     assert (found.chunks, found.parts, found.rows) == (3, 3, ROWS)
     assert found.bytes == sum(part.stat().st_size for part in (out / "parts").iterdir())
-    assert "no difference" in describe(found)
+    assert "no difference" in describe_audit(found)
 
 
 @pytest.mark.parametrize(
