@@ -34,7 +34,7 @@ __all__ = ["LLM", "Answerer", "Prompt"]
 
 
 class EngineParts(NamedTuple):
-    """What a server drives by itself: see `LLM.parts`."""
+    """Components that a server drives by itself: see `LLM.parts`."""
 
     engine: Engine
     preparer: Preparer
@@ -46,7 +46,7 @@ class EngineParts(NamedTuple):
 
 
 class Defaults(NamedTuple):
-    """What holds for all prompts, beside the model: sampling parameters, and for messages those of `Encoder`."""
+    """Defaults of all prompts: sampling parameters, and for messages the variables of the chat template."""
 
     seed: int
     sampling: Mapping[str, Any] = {}
@@ -58,7 +58,7 @@ _MISSING = SamplingParams()  # marks a prompt beyond the last of the given param
 
 
 class Answerer(Protocol):
-    """What a job needs of a model: an LLM of its own, or a share of the engine that a server runs.
+    """Model as a job uses it: an LLM of its own, or a share of the engine that a server runs.
 
     `model_facts.defaults` apply to prompts without parameters; the rest of `model_facts` is for rows that are requests.
     """
@@ -107,7 +107,7 @@ class LLM:
 
     @classmethod
     def from_spec(cls, spec: JobSpec, files: ModelFiles | None) -> Self:
-        """The model of a job; `files` as `fetch_model` returned them, None for the fake model.
+        """Load the model of a job; `files` as `fetch_model` returned them, None for the fake model.
 
         Raises ModelError, SpecError where the job's grammar cannot be followed with the model's tokens.
         """
@@ -151,7 +151,7 @@ class LLM:
         return self.run(_prompt(index, content, given, mix(self._seed, index)) for index, (content, given) in pairs)
 
     def score(self, pairs: Iterable[tuple[Content, Continuation]]) -> list[Completion]:
-        """How likely each continuation is after its context; `scores` of a completion has one entry.
+        """Score each continuation by its likelihood after its context; `scores` of a completion has one entry.
 
         A context is a prompt of any kind (empty: the continuation follows the model's prefix token), a continuation a
         text or token ids. Of texts, spaces at the end of the context count to the continuation.
@@ -161,7 +161,7 @@ class LLM:
     def choose(
         self, questions: Iterable[tuple[Content, Sequence[Continuation]]], by: Measure = "sum"
     ) -> list[Completion]:
-        """How likely each of several continuations of one context is: `scores` has an entry each, in their order.
+        """Score several continuations of one context: `scores` has an entry for each, in their order.
 
         `choice` is the index of the most likely: by its logprob, or by that per token or per character. The context is
         computed once.
@@ -169,7 +169,7 @@ class LLM:
         return self._read((context, continuations(choices, by)) for context, choices in questions)
 
     def rolling(self, texts: Iterable[str | list[int]]) -> list[Completion]:
-        """How likely whole texts are; `scores` has one entry, which covers every token of the text once.
+        """Score whole texts; `scores` has one entry, which covers every token of the text once.
 
         The first token follows the model's beginning-of-sequence token, or else its end-of-sequence token. A text
         longer than the context is read in windows, each token after as many others as fit.
@@ -177,7 +177,7 @@ class LLM:
         return self._read((text, Rolling()) for text in texts)
 
     def embed(self, prompts: Iterable[Content], pooling: Pooling = "mean", normalize: bool = True) -> list[Completion]:
-        """The `embedding` of each prompt: its final hidden states' mean, or the last or first token's alone.
+        """Embed each prompt: the mean of its final hidden states, or that of the last or first token alone.
 
         normalize: to length 1.
         """
@@ -199,7 +199,7 @@ class LLM:
         return self._engine.stats
 
     def parts(self) -> EngineParts:
-        """What is under it, for a caller with a loop of its own. `run` and such a loop exclude each other."""
+        """Return the components, for a caller with a loop of its own. `run` and such a loop exclude each other."""
         return EngineParts(
             self._engine,
             self._preparer,

@@ -101,12 +101,12 @@ Record = TypeVar("Record", FileRecord, BatchRecord)
 
 
 def new_id(prefix: str) -> str:
-    """An id nobody can guess that sorts by the time it was made."""
+    """Return an id that nobody can guess, and that sorts by the time it was made."""
     return f"{prefix}{time.time_ns():016x}{secrets.token_hex(8)}"
 
 
 class Catalog:
-    """All files and batches below `root`, which one process has at a time. Thread-safe.
+    """Catalog of files and batches below `root`, which one process has at a time. Thread-safe.
 
     Raises UsageError where another process has the directory, OutputConflict where something else lies in the place of
     its records, StorageError where it cannot be read or written.
@@ -148,11 +148,11 @@ class Catalog:
         return self._files.get(file_id)
 
     def content(self, file_id: str) -> Path:
-        """Where the content of a file lies that the catalog has."""
+        """Return the path of the content of a file that the catalog has."""
         return self.root / "files" / f"{file_id}.content"
 
     def temporary(self) -> Path:
-        """A path for a file that `add_file` is to take; the caller removes it if it does not come to that."""
+        """Return a path for a file that `add_file` is to take; else the caller removes the file."""
         return self.root / ".tmp" / f"upload-{secrets.token_hex(16)}"
 
     def add_file(self, temporary: Path, filename: str, purpose: str, file_id: str | None = None) -> FileRecord:
@@ -174,7 +174,7 @@ class Catalog:
         return record
 
     def delete_file(self, file_id: str) -> bool:
-        """False if there is no such file. One that is being read stays readable to its reader."""
+        """Delete a file; return False if there is none. A reader that has it open can read on."""
         with self._lock:
             if self._files.pop(file_id, None) is None:
                 return False
@@ -191,7 +191,7 @@ class Catalog:
         return self._batches.get(batch_id)
 
     def work(self, batch_id: str) -> Path:
-        """The output folder of the batch's job."""
+        """Return the output folder of the batch's job."""
         return self.root / "work" / batch_id
 
     def add_batch(self, record: BatchRecord) -> BatchRecord:
@@ -214,7 +214,7 @@ class Catalog:
         return record
 
     def count(self, batch_id: str, counts: RequestCounts) -> None:
-        """How far a batch is. Kept in memory until its next status: a restart counts again."""
+        """Set how far a batch is. Kept in memory until its next status: a restart counts again."""
         with self._lock:
             self._batches[batch_id] = replace(self._batches[batch_id], counts=counts)
 
@@ -229,7 +229,7 @@ class Catalog:
         self._store.put(f"{folder}/{record.id}.json", orjson.dumps(asdict(record), default=list) + b"\n")
 
     def _refuse_foreign(self) -> None:
-        """Raises OutputConflict where no catalog is and something else lies where its records go."""
+        """Raise OutputConflict if there is no catalog and something else lies where its records go."""
         check_names(str(self.root), _FOLDERS, [".lock"])
         found = [entry.name for folder in _FOLDERS for entry in self._store.scan(f"{folder}/")]
         foreign = sorted(name for name in found if not _OWN.fullmatch(name))

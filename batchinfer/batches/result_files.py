@@ -50,7 +50,7 @@ def _lines(work: Path, parts: Sequence[str]) -> Iterator[bytes]:
 
 
 def _error_line(line: bytes) -> bytes:
-    """A request that failed has a response with an error; one that never ran has an error and no response."""
+    """Return the line of the error file: a failed request has a response, one that never ran only an error."""
     values = orjson.loads(line)
     kind = values["error"]["code"]
     if kind in _NOT_RUN:
@@ -67,7 +67,7 @@ def _error_line(line: bytes) -> bytes:
 
 
 class _Target:
-    """One of the two files while it is written; gone again unless `store` was reached."""
+    """One of the two files while it is written; removed unless `store` was reached."""
 
     def __init__(self, catalog: Catalog, batch_id: str, what: str) -> None:
         self._catalog = catalog

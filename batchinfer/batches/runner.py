@@ -58,7 +58,7 @@ class Refusing:
 
 
 class BatchRunner:
-    """One thread checks files as batches come, another runs one batch after the other.
+    """Runs batches: one thread checks files as batches come, another runs one batch after the other.
 
     `job` holds what the jobs of all batches have in common: model, engine and so on, as a job file names them.
     `models` are the names that a request may ask for.
@@ -99,7 +99,7 @@ class BatchRunner:
 
     @property
     def busy(self) -> bool:
-        """Whether a batch runs, or waits to."""
+        """Return True if a batch runs or waits to."""
         return self._running is not None or not self._to_run.empty() or not self._to_check.empty()
 
     def cancel(self, batch_id: str) -> BatchRecord | None:
@@ -209,7 +209,7 @@ class BatchRunner:
         return parse_spec(values, f"batch {record.id}")
 
     def _finish(self, record: BatchRecord) -> None:
-        """The job is complete: two files, the last status, and its folder is not needed any more."""
+        """End a batch whose job is complete: write its two files, set the last status, remove the job's output."""
         store = open_store(self._spec(record))
         manifest = read_manifest(store, load_plan(store))
         assert manifest is not None, "a job of one worker that ends well has a manifest"
@@ -251,7 +251,7 @@ class BatchRunner:
 
 
 def _refusal(record: BatchRecord) -> RowError | None:
-    """What requests that have not run are told, if no more may run."""
+    """Return the error of requests that have not run, if no more may run."""
     if record.status == "cancelling":
         return Cancelled("the batch was cancelled before this request ran")
     if time.time() >= record.expires_at:

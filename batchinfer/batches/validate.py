@@ -1,4 +1,4 @@
-"""What must be right about a batch's file before anything runs: https://platform.openai.com/docs/guides/batch.
+"""Validation of a batch's file before anything runs: https://platform.openai.com/docs/guides/batch.
 
 Every line is a request of its own; the first faults are listed with their lines. What only the body decides (a sampling
 value out of range, a prompt too long) is that request's error and no fault of the batch.

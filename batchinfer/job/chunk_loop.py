@@ -23,7 +23,7 @@ Recover = Callable[[int], list[RowResult]]
 
 @dataclass(frozen=True, slots=True)
 class PassRun:
-    """What is fixed while a pass runs."""
+    """Fixed values of a pass that runs."""
 
     job: PreparedJob
     worker: Worker

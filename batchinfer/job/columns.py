@@ -30,7 +30,10 @@ LINE_SUFFIX = {"none": "", "gzip": ".gz", "zstd": ".zst"}
 
 @dataclass(frozen=True, slots=True)
 class OutputLayout:
-    """How a part looks. `listed`: n samples of a row are one row of lists; `exploded`: each is a row of its own."""
+    """Columns and form of a part.
+
+    `listed`: n samples of a row are one row of lists; `exploded`: each is a row of its own.
+    """
 
     format: str  # parquet, jsonl or openai-batch
     compression: str  # zstd, snappy, gzip or none
@@ -54,12 +57,12 @@ class OutputLayout:
 
     @property
     def file_format(self) -> str:
-        """What io writes: openai-batch lines are JSON lines whose columns are built here."""
+        """Return the format for io: openai-batch lines are JSON lines whose columns the job builds."""
         return "parquet" if self.format == "parquet" else "jsonl"
 
 
 def output_layout(spec: JobSpec, inputs: Inputs) -> OutputLayout:
-    """The layout that a job asks for. Raises SpecError for a name clash or a compression that does not fit."""
+    """Return the layout that a job asks for. Raises SpecError for a name clash or a compression that does not fit."""
     format_ = spec.output.format or inputs.files[0].format
     compression = spec.output.compression or ("zstd" if format_ == "parquet" else "none")
     if format_ != "parquet" and compression == "snappy":

@@ -53,7 +53,7 @@ class Drain:
         threading.Thread(target=self._listen, args=(reader, writer), name="drain", daemon=True).start()
 
     def request(self, reason: str) -> None:
-        """The first call starts the saving and the clock; a second one ends the process at once."""
+        """Ask to stop: the first call starts the saving and the clock, a second one ends the process at once."""
         if self._event.is_set():
             self._end("second signal: leaving at once", signal=reason)
             return
@@ -69,12 +69,12 @@ class Drain:
             self._leave(EXIT_DRAINED)
 
     def raise_if_requested(self) -> None:
-        """Raises Drained once stopping was requested."""
+        """Raise Drained once stopping was requested."""
         if self._event.is_set():
             raise Drained("stopped by a signal with work left: run the same command again to continue")
 
     def on_request(self, save: Callable[[], None] | None) -> None:
-        """What to run when stopping is requested; None: nothing any more."""
+        """Set what to run when stopping is requested; None runs nothing any more."""
         with self._lock:
             self._save = save
 

@@ -43,7 +43,7 @@ def fingerprint(spec: JobSpec, layout: OutputLayout, identities: Mapping[str, st
 
 
 def input_parts(spec: JobSpec) -> dict[str, str]:
-    """What decides which rows are read, besides the files themselves."""
+    """Return the settings that decide which rows are read, besides the files themselves."""
     return _named("input", spec.input.model_dump(exclude_none=True, exclude={"path"}))
 
 
@@ -52,17 +52,17 @@ def digest(parts: Mapping[str, str]) -> str:
 
 
 def document(fingerprint: str, values: Mapping[str, Any]) -> bytes:
-    """A JSON object that begins with the digest of its job's fingerprint, and is known by it."""
+    """Return a JSON object that begins with the digest of its job's fingerprint, and is known by it."""
     return json.dumps({"fingerprint": fingerprint, **values}, indent=1).encode() + b"\n"
 
 
 def begins_with(data: bytes, fingerprint: str) -> bool:
-    """Whether this is a `document` of the job, or the beginning of one that was cut short."""
+    """Return True if this is a `document` of the job, or the beginning of one that was cut short."""
     return data.startswith(json.dumps({"fingerprint": fingerprint}, indent=1).removesuffix("\n}").encode())
 
 
 def refuse_difference(ours: Mapping[str, str], theirs: Mapping[str, str], where: str) -> None:
-    """Raises OutputConflict that names every part that differs, with the old and the new value."""
+    """Raise OutputConflict that names every part that differs, with the old and the new value."""
     names = sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
     if names:
         lines = [f"  {name}: was {theirs.get(name, 'not set')}, is {ours.get(name, 'not set')}" for name in names]

@@ -1,4 +1,4 @@
-"""What is done: commit records on storage, the only thing that readers, resume and `verify` trust.
+"""Commit records on storage: the only truth about what is done, for readers, resume and `verify`.
 
 A chunk is done when its commit record exists. A record is put-if-absent, names a part that was uploaded whole before,
 and never changes; a retry pass p adds `<chunk>.r<p>.json`, and the highest pass of a chunk is in effect.
@@ -39,6 +39,8 @@ _COUNTS = attrgetter(
 
 
 class CommitKey(NamedTuple):
+    """Chunk and pass that a commit record is for."""
+
     chunk: int
     pass_number: int  # 0: the run itself; p ≥ 1: the p-th retry pass
 
@@ -49,7 +51,10 @@ class CommitKey(NamedTuple):
 
 
 def commit_key(name: str) -> CommitKey | None:
-    """Of which chunk and pass an object may be the record, its content says whose; None for a name that none has."""
+    """Return the chunk and pass whose record may have this name, None for other names.
+
+    The content says whose record it is.
+    """
     match = _COMMIT_NAME.fullmatch(name)
     key = CommitKey(int(match[1]), int(match[2] or 0)) if match else None
     return key if key is not None and key.name == name else None
@@ -57,7 +62,7 @@ def commit_key(name: str) -> CommitKey | None:
 
 @dataclass(frozen=True, slots=True)
 class CommitRecord:
-    """One chunk's result. Deterministic: no times, no worker. `part` is None where no row was selected."""
+    """Result of a chunk. Deterministic: no times, no worker. `part` is None where no row was selected."""
 
     chunk: int
     pass_number: int
@@ -102,7 +107,7 @@ def part_name(plan: JobPlan, chunk: int, sha256: str, suffix: str) -> str:
 
 
 def is_part(name: str, plan: JobPlan) -> bool:
-    """Whether a job of this plan may have written the object: `part_name` gives such names, and nobody else does."""
+    """Return True if a job of this plan may have written the object: only `part_name` gives such names."""
     match = _PART_NAME.fullmatch(name)
     return match is not None and match[2] == plan.mark and f"{int(match[1]):06d}" == match[1]
 
@@ -115,7 +120,7 @@ class Ledger:
         self.plan = plan
 
     def listing(self) -> Listing:
-        """All records that exist now."""
+        """List all records that exist now."""
         stretches = {stretch_of(entry.name, self.plan) for entry in self.store.scan(SUMMARIES)}
         records: dict[CommitKey, tuple[int, str | None]] = {}
         for name, size, mark in self.store.scan(COMMITS):
@@ -158,7 +163,7 @@ class Listing:
         return {key.chunk: key for key in keys}
 
     def of_pass(self, number: int) -> set[int]:
-        """The chunks that this pass has committed."""
+        """Return the chunks that this pass has committed."""
         return {key.chunk for key in self.records if key.pass_number == number}
 
     def read(self, keys: Iterable[CommitKey]) -> Iterator[CommitRecord]:
@@ -169,14 +174,17 @@ class Listing:
         return (record for record, _ in self._read(keys))
 
     def entries(self, keys: Iterable[CommitKey]) -> Iterator[tuple[CommitKey, Entry]]:
-        """What a summary holds of these records; those are left out that the store does not mark, or not ours wrote."""
+        """Yield the summary entries of these records.
+
+        Records that the store does not mark, or that we did not write, are left out.
+        """
         for record, line in self._read(keys):
             mark = self.records[record.key][1]
             if mark is not None and line == record.to_bytes():
                 yield record.key, Entry(line, mark)
 
     def requests(self, keys: Iterable[CommitKey]) -> int:
-        """How many objects `read` asks for if all summaries agree."""
+        """Return the number of objects that `read` asks for if all summaries agree."""
         wanted = set(keys)
         chosen = cover(self.stretches, len(self.ledger.plan.chunks), wanted)
         covered = sum((chunk, stretch.pass_number) in wanted for stretch in chosen for chunk in stretch.chunks)
@@ -193,7 +201,7 @@ class Listing:
         yield from many_ahead(self.ledger.read, sorted(wanted), _RECORDS_AT_ONCE, self.ledger.store.batch)
 
     def in_order(self, keys: list[CommitKey]) -> Iterator[CommitRecord]:
-        """As `read`, in the order of `keys`, for who may stop early: few first, then more and more at once."""
+        """Read records in the order of `keys`, for callers that may stop early: few first, then more at once."""
         size = _RECORDS_AT_ONCE
         while keys:
             places = {key: place for place, key in enumerate(keys[:size])}
@@ -205,7 +213,7 @@ class Listing:
         return name, self.ledger.store.read(name)
 
     def _agreeing(self, name: str, data: bytes | None) -> Iterator[tuple[CommitRecord, bytes]]:
-        """The records whose entries agree with the listing; none of a summary that is gone, damaged or foreign."""
+        """Yield records whose entries agree with the listing; none of a summary that is gone, damaged or foreign."""
         digest = self.ledger.plan.digest
         try:
             for line, mark in decode(data, digest) if data is not None else []:

@@ -1,4 +1,4 @@
-"""Whether an output is free for a job, looked at before anything is written: what is not ours is not written over.
+"""Check before anything is written that an output is free for a job: what is not ours is never overwritten.
 
 Ours are the plan and what its digest marks. Where no plan stands nothing is ours, and then nothing may lie where the
 job's objects go; what lies elsewhere in the output is nobody's business.
@@ -23,7 +23,7 @@ _SHOWN = 3
 
 
 def find_plan(store: Store, report: str) -> JobPlan | None:
-    """The plan that stands in the output, None for an output that is free. `report`: the name of this worker's report.
+    """Return the output's plan, None for an output that is free. `report`: the name of this worker's report.
 
     Raises OutputConflict for an output that holds something else where the job's objects go.
     """
@@ -47,7 +47,7 @@ def find_plan(store: Store, report: str) -> JobPlan | None:
 
 
 def _occupied(store: Store, report: str) -> list[str]:
-    """The first names of what has a place of ours."""
+    """Return the first names of objects that have a place of ours."""
     files = [name for name in (JOB, MANIFEST, SUCCESS, report) if store.read(name) is not None]
     listed = (entry.name for folder in FOLDERS for entry in store.scan(folder))
     return [*files, *islice(listed, _SHOWN + 1)]

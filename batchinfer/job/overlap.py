@@ -1,4 +1,4 @@
-"""Whether a job's input and its output lie apart: else a second run would read the results of the first."""
+"""Check that a job's input and output do not overlap: a second run would read the results of the first."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _ESCAPED = re.compile(r"\[([*?[])\]")  # as glob.escape does
 
 
 class Location(NamedTuple):
-    """Where a path or URL points to: equal for two names of one thing, links and relative paths resolved."""
+    """Target of a path or URL: equal for two names of one thing, links and relative paths resolved."""
 
     protocol: str
     parts: tuple[str, ...]
@@ -46,13 +46,13 @@ class Location(NamedTuple):
         return cls(_SAME_STORE.get(protocol, protocol), (container, *(key.split("/") if slash else ())))
 
     def below(self, other: Location) -> tuple[str, ...] | None:
-        """The rest of the name where this is `other` or lies below it."""
+        """Return the rest of the name if this is `other` or lies below it."""
         whole = self.protocol == other.protocol and self.parts[: len(other.parts)] == other.parts
         return self.parts[len(other.parts) :] if whole else None
 
 
 def refuse_overlap(spec: JobSpec) -> None:
-    """Raises OutputConflict if an entry of `input.path` lies under the output or would match what the job writes there.
+    """Raise OutputConflict if an entry of `input.path` lies under the output or would match what the job writes there.
 
     What the job will write counts as if it were there: a first run is refused as a second one would be.
     """
@@ -79,7 +79,7 @@ def refuse_overlap(spec: JobSpec) -> None:
 
 
 def refuse_inside(spec: JobSpec, urls: Iterable[str]) -> None:
-    """Raises OutputConflict if a file of the input lies under the output, by whatever way it was found."""
+    """Raise OutputConflict if a file of the input lies under the output, by whatever way it was found."""
     output = Location.of(spec.output.path)
     resolved = cache(os.path.realpath)
     for url in urls:
@@ -100,7 +100,7 @@ def _lies_under(name: str, output: OutputSpec) -> OutputConflict:
 
 
 def _split(pattern: str) -> tuple[Location, tuple[str, ...]]:
-    """The folder or file that a pattern begins with, and the parts of the glob below it."""
+    """Return the folder or file that a pattern begins with, and the names of the glob below it."""
     found = local_pattern(pattern)
     if found is None:
         scheme, _, text = pattern.partition("://")
@@ -116,14 +116,14 @@ def _split(pattern: str) -> tuple[Location, tuple[str, ...]]:
 
 
 def _plain(folder: Path, part: str) -> str | None:
-    """The name that a part of a glob stands for; one that exists with brackets in it means itself."""
+    """Return the name that one name of a glob stands for; an existing name with brackets means itself."""
     if os.path.lexists(folder / part):
         return part
     return None if glob.has_magic(_ESCAPED.sub("", part)) else _ESCAPED.sub(r"\1", part)
 
 
 def _written(output: OutputSpec) -> list[tuple[str, ...]]:
-    """One name of each kind that a job writes below its output."""
+    """Return one name of each kind that a job writes below its output."""
     endings = [".parquet"] if output.format in (None, "parquet") else []
     if output.format != "parquet":
         endings.append(f".jsonl{LINE_SUFFIX.get(output.compression or 'none', '')}")
@@ -142,7 +142,7 @@ def _written(output: OutputSpec) -> list[tuple[str, ...]]:
 
 
 def _takes(pattern: tuple[str, ...], name: tuple[str, ...]) -> bool:
-    """Whether a glob matches a name, or a folder above it, which stands for the files in it that are not hidden."""
+    """Return True if a glob matches a name, or a folder above it, which stands for its files that are not hidden."""
     if not pattern:
         return not any(map(hidden, name))
     if not name:
@@ -155,7 +155,7 @@ def _takes(pattern: tuple[str, ...], name: tuple[str, ...]) -> bool:
 
 
 def _reaches(pattern: tuple[str, ...], folder: tuple[str, ...]) -> bool:
-    """Whether a glob can match anything below a folder."""
+    """Return True if a glob can match anything below a folder."""
     if not folder or not pattern or pattern[0] == "**":
         return bool(pattern)
     return fnmatchcase(folder[0], pattern[0]) and _reaches(pattern[1:], folder[1:])

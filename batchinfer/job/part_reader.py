@@ -25,7 +25,7 @@ _DECOMPRESS = {".gz": gzip.decompress, ".zst": _unzstd}
 
 
 def read_part(data: bytes, name: str, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """The rows of a part, as Python values; of its columns those in `columns`, where it has them.
+    """Return the rows of a part as Python values; `columns` picks those of its columns that it has.
 
     Raises OutputConflict for bytes that are no such file.
     """

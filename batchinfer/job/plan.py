@@ -1,4 +1,4 @@
-"""What a job covers: the input files as they were, cut into chunks of fixed row ranges, and the fingerprint.
+"""Plan of a job: the input files as they were, cut into chunks of fixed row ranges, and the fingerprint.
 
 `plan.json` is written once, put-if-absent. It names files, not chunks: chunk ranges follow from rows per chunk, so it
 stays small for any number of rows, and it holds no time of day.
@@ -93,7 +93,7 @@ class JobPlan:
         return sum(self.taken)
 
     def chunk_of(self, index: int) -> int:
-        """The chunk that holds the row of this global index."""
+        """Return the chunk that holds the row of this global index."""
         return bisect.bisect_right(self.bases, index) - 1
 
     def to_bytes(self) -> bytes:
@@ -115,7 +115,7 @@ class JobPlan:
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str = PLAN) -> JobPlan:
-        """Raises OutputConflict for bytes that are not a plan of this version, or a plan that was altered."""
+        """Raise OutputConflict for bytes that are not a plan of this version, or a plan that was altered."""
         try:
             values = orjson.loads(data)
             found = values["format"] if "fingerprint" in values else None  # another tool's plan has a format, too
@@ -177,7 +177,7 @@ def save_plan(plan: JobPlan, store: Store) -> JobPlan:
 
 
 def refuse_other(ours: JobPlan, theirs: JobPlan, where: str) -> None:
-    """Raises OutputConflict that names every part in which plans differ, and which input file changed."""
+    """Raise OutputConflict that names every setting in which plans differ, and which input file changed."""
     parts = ours.fingerprint
     if parts["input.files"] != theirs.fingerprint.get("input.files"):
         files = ours.inputs.files
@@ -248,7 +248,7 @@ def _files_hash(inputs: Inputs) -> str:
 
 
 def _identity(file: InputFile) -> tuple[Any, ...]:
-    """What makes a file the same one: a local file may have another name or place, on another machine say."""
+    """Return what identifies a file; a local file may have another name or place, on another machine say."""
     place = file.url if local_path(file.url) is None else ""
     return place, file.format, file.size, file.content, file.rows, file.partitions
 

@@ -15,7 +15,7 @@ B = TypeVar("B")
 def ahead(
     call: Callable[[A], B], items: Iterable[A], at_once: int, cost: Callable[[A], int] = lambda _: 1
 ) -> Iterator[B]:
-    """The result of each call, in the order of `items`, which are taken as they are needed.
+    """Yield the result of each call in the order of `items`, which is read lazily.
 
     Results that exist or are on their way cost `at_once` in all at most; one that costs more is alone.
     What a call raises is raised where its result would be.
@@ -30,7 +30,7 @@ def ahead(
 
 
 def many_ahead(call: Callable[[list[A]], list[B]], items: Iterable[A], at_once: int, batch: int) -> Iterator[B]:
-    """As `ahead`, for a call that takes a `batch` of items."""
+    """Prefetch as `ahead` does, for a call that takes a `batch` of items."""
     left = iter(items)
     return chain.from_iterable(ahead(call, iter(lambda: list(islice(left, batch)), []), max(1, at_once // batch)))
 

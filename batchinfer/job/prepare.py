@@ -1,4 +1,4 @@
-"""From a job spec to its plan on storage: everything that can be wrong is found here, before a model is loaded."""
+"""Job spec to plan on storage: finds everything that can be wrong before a model is loaded."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def prepare(spec: JobSpec, open_store: Callable[[JobSpec], Store], report: str) 
 
 
 def _compiled(spec: JobSpec) -> RowPrompts:
-    """Raises SpecError for a template that cannot be read, and says how a column in it is to be written."""
+    """Compile the templates. Raises SpecError, which says how a column is to be written."""
     try:
         return RowPrompts(spec)
     except SpecError as error:
@@ -108,7 +108,7 @@ def _compiled(spec: JobSpec) -> RowPrompts:
 
 
 def _check_grammar(spec: JobSpec) -> None:
-    """The job's own schema or grammar, before each row has an error because of it."""
+    """Check the job's own schema or grammar, before every row fails because of it."""
     wanted = StructuredOutputs.of(spec.sampling_values.get("structured_outputs"))
     try:
         if wanted is not None:
@@ -118,7 +118,7 @@ def _check_grammar(spec: JobSpec) -> None:
 
 
 def rows_taken(spec: JobSpec, rows: RowPrompts, inputs: Inputs) -> tuple[int, ...]:
-    """How many rows of each file the job covers. With `where` and `limit`, up to the row that fills the limit."""
+    """Return the rows of each file that are covered. With `where` and `limit`, up to the row that fills the limit."""
     counts = [file.rows for file in inputs.files]
     limit = spec.input.limit
     if limit is None or not rows.filters:

@@ -11,7 +11,7 @@ from batchinfer.values.plain import parse_exact_json, to_json_value
 
 
 def parse_json(text: str, what: str) -> Any:
-    """Raises InvalidInput."""
+    """Parse JSON of a cell. Raises InvalidInput."""
     try:
         return parse_exact_json(text)
     except ValueError as error:
@@ -27,7 +27,7 @@ def chat_messages(value: Any, what: str) -> list[dict[str, Any]]:
 
 
 def ready_prompt(value: Any, what: str) -> str | list[int]:
-    """A prompt as it is: text, or token ids. Raises InvalidInput."""
+    """Return a ready prompt: text, or token ids. Raises InvalidInput."""
     require_representable(value, what)
     if value is None:
         raise InvalidInput(f"{what} is null")

@@ -1,4 +1,4 @@
-"""What a run did: running totals, the snapshots that a progress display shows, and report.json.
+"""Running totals of a run, the snapshots that a progress display shows, and report.json.
 
 report.json lands whether a run ends well, is drained or fails; with several workers each writes its own.
 """
@@ -28,7 +28,7 @@ _VERSIONED = ("torch", "pyarrow", "tokenizers", "fsspec", "s3fs")
 
 @dataclass(frozen=True, slots=True)
 class RunSnapshot:
-    """One moment of a run. Rows and tokens are this worker's; `rows_before` were done when it started."""
+    """Snapshot of a run. Rows and tokens are this worker's; `rows_before` were done when it started."""
 
     phase: str  # planning, loading, running, finishing
     rows_total: int = 0  # that this worker's chunks cover; `where` may leave some out
@@ -65,8 +65,10 @@ class Silent:
 
 @dataclass
 class Tally:
-    """Running totals of this run, against `errors.max`. `recovered` rows came from the salvage, `before` are committed
-    rows of earlier runs (counted only where a threshold needs them).
+    """Running totals of this run, against `errors.max`.
+
+    `recovered` rows came from the salvage, `before` are committed rows of earlier runs (counted only if a threshold
+    needs them).
     """
 
     max_errors: int | float | None = None
@@ -105,7 +107,7 @@ class Tally:
 
     @property
     def too_many(self) -> bool:
-        """Whether the job should stop now. A share is judged once enough rows are done."""
+        """Return True if the job should stop now. A share is judged once enough rows are done."""
         if self.max_errors is None or not self.errors:
             return False
         early = isinstance(self.max_errors, float) and self.all_rows < _SHARE_FROM_ROWS
@@ -119,7 +121,10 @@ class Tally:
         return errors > allowed
 
     def refusal(self, rows: int, errors: int, ending: str, first: str = "") -> TooManyRowErrors:
-        """`ending`: what became of the job. `first`: an error of the output, for a run that has seen none."""
+        """Return the error of a job that failed too often.
+
+        `ending`: what became of the job. `first`: an error of the output, for a run that has seen none.
+        """
         kinds = ", ".join(f"{kind}: {number}" for kind, number in self.errors.most_common())
         seen = next((f"row {e[0]['row']}: {e[0]['error']}" for e in self.examples.values()), first)
         limit = "errors.max is not set" if self.max_errors is None else f"errors.max is {self.max_errors}"

@@ -1,4 +1,4 @@
-"""From the completion of a row to its result."""
+"""Results of rows, made from their completions."""
 
 from __future__ import annotations
 

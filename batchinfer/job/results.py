@@ -20,7 +20,7 @@ PlainLogprobs = list[list[Any] | None]
 
 @dataclass(frozen=True, slots=True)
 class RowSample:
-    """One sample of a row. `text` is None if the part from which it was read does not hold the sample's answer."""
+    """Sample of a row. `text` is None if the part from which it was read does not hold the sample's answer."""
 
     text: str | None
     finish_reason: str | None

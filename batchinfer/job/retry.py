@@ -90,7 +90,7 @@ def _failed_chunks(listing: Listing, number: int) -> dict[int, CommitRecord]:
 
 
 def _kept_results(job: PreparedJob, record: CommitRecord) -> list[RowResult]:
-    """The rows of a part that the pass leaves as they are. Raises OutputConflict for a part that was altered."""
+    """Return the results that the pass leaves as they are. Raises OutputConflict for a part that was altered."""
     store, plan = job.ledger.store, job.plan
     assert record.part is not None, "a part without rows has no errors"
     data = store.read(record.part)
@@ -106,7 +106,7 @@ def _kept_results(job: PreparedJob, record: CommitRecord) -> list[RowResult]:
 
 
 def _with_scored(rows: list[RowResult], tokens: int) -> list[RowResult]:
-    """A part does not say how many tokens each row scored; rows in error none. The first other row has all of them."""
+    """Give the first row without an error all scored tokens: a part does not say how many each row has."""
     first = next((place for place, row in enumerate(rows) if row.failure is None), None)
     if first is not None and tokens:
         rows[first] = replace(rows[first], scored_tokens=tokens)

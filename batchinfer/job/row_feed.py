@@ -49,7 +49,7 @@ class Window:
 
 
 class ChunkEvents(Protocol):
-    """What a feed asks about chunks and tells of them, in the engine's feeder thread."""
+    """Events of chunks that a feed opens, and its one question. Called in the engine's feeder thread."""
 
     def finished_results(self, chunk: int) -> list[RowResult]:
         """Return the results of the chunk that an earlier run left, so their rows do not run again."""

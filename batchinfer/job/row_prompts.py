@@ -76,7 +76,7 @@ class RowPrompts:
 
     @property
     def whole(self) -> bool:
-        """Whether prompts may need any column of the input."""
+        """Return True if prompts may need any column of the input."""
         return any(template.whole for template in self._over_row.values())
 
     @property
@@ -84,7 +84,7 @@ class RowPrompts:
         return self._where is not None
 
     def check(self, inputs: Inputs) -> None:
-        """Every column exists, and holds what it is used for. Raises SpecError or InputError."""
+        """Check that every column exists and holds what it is used for. Raises SpecError or InputError."""
         for key, template in self._over_row.items():
             self.columns[key] = template.columns(inputs.schema.names)
         check_columns(self.columns, inputs, {key: template.source for key, template in self._over_row.items()})
@@ -167,7 +167,7 @@ class RowPrompts:
         return params
 
     def _compile(self, spec: JobSpec) -> tuple[Callable[[Row, ControlTokens], Content], bool]:
-        """How a row becomes a prompt, and whether it is an openai-batch line instead."""
+        """Return the function from a row to its content, and True if rows are openai-batch lines instead."""
         prompt = spec.prompt
         if prompt is None:
             self.columns["input.format"] = frozenset({"url", "body"})
@@ -189,7 +189,7 @@ class RowPrompts:
         return lambda row, _: ready_prompt(row[name], f"column {name!r}"), False
 
     def _compile_read(self, spec: JobSpec) -> Callable[[Row, ControlTokens], Read] | None:
-        """What a row's prompt is read for; None where it is answered."""
+        """Return how a row's prompt is scored or embedded; None if it is answered."""
         if spec.task == "generate":
             return None
         score, embed = spec.score, spec.embed
@@ -210,7 +210,7 @@ class RowPrompts:
         return lambda row, control: _choices(row[column], column, score.measure, control)
 
     def _ready_text(self, key: str, source: str) -> Callable[[Row, ControlTokens], str]:
-        """A template whose text is tokenized as it is: its own control tokens are some, those of a row are text."""
+        """Compile a template whose text is tokenized as it is: control tokens in it count, those in a row are text."""
         render = self._text(key, source)
         return lambda row, control: control.write(row, render, source)
 
@@ -246,7 +246,7 @@ def parse_line(row: Row, model: ModelFacts) -> ParsedRequest:
 
 
 def _choices(value: Any, column: str, measure: Measure, control: ControlTokens) -> Continuations:
-    """The choices that a column holds: a list of texts, or its JSON text."""
+    """Return the choices that a column holds: a list of texts, or its JSON text."""
     value = to_json_value(value, f"column {column!r}")
     if isinstance(value, str):
         value = parse_json(value, f"column {column!r}")

@@ -58,7 +58,7 @@ def run_job(
 
 
 class JobRun:
-    """One run of a job by one worker: its settings, its counts, and who reports them."""
+    """Run of a job by one worker: its settings, its counts, and their reporter."""
 
     def __init__(self, spec: JobSpec, worker: Worker) -> None:
         self.worker = worker

@@ -59,7 +59,7 @@ class Dependencies:
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """One process's share of a job, and its surroundings."""
+    """Process that runs a share of a job, and its surroundings."""
 
     shard: Shard
     spool_dir: Path | None = None
@@ -70,7 +70,7 @@ class Worker:
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """One go over chunks: the run itself (0) or a retry. `before` are chunks of this worker that are done already."""
+    """Pass over chunks: the run itself (0) or a retry. `before` are chunks of this worker that are done already."""
 
     number: int
     chunks: list[int]

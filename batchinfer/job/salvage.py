@@ -32,7 +32,7 @@ _NAME = re.compile(r"salvage/\d+-of-\d+-([0-9a-f]+)\.jsonl\.zst", re.ASCII)
 
 
 def is_journal(name: str, plan: JobPlan) -> bool:
-    """Whether a worker of this plan may have written the object."""
+    """Return True if a worker of this plan may have written the object."""
     match = _NAME.fullmatch(name)
     return match is not None and match[1] == plan.mark
 
@@ -86,7 +86,7 @@ class Salvage:
             plain.unlink(missing_ok=True)
 
     def results_of(self, chunk: int) -> list[RowResult]:
-        """The recovered rows of a chunk, without doubles."""
+        """Return the recovered results of a chunk, one per row."""
         path = self._recovered.pop(chunk, None)
         if path is None:
             return []

@@ -17,7 +17,7 @@ _STAT_THREADS = 8
 
 
 def same_inputs(spec: JobSpec, known: JobPlan) -> Inputs | None:
-    """The inputs of a plan, where this job finds them; None if it would read other rows, or files of other content.
+    """Return a plan's inputs at the place where this job finds them; None if it would read other rows or content.
 
     Nobody needs to count their rows again. Raises as `find_files`.
     """

@@ -1,4 +1,4 @@
-"""Which share of the chunks this worker takes: worker i of n takes the chunks whose number leaves i when divided by n.
+"""Static shards: worker i of n runs the chunks with chunk % n == i.
 
 The index and the count come from a flag, from our own variables, or from the platform that started the container.
 Nothing heavy is imported here, and the environment is an argument: only the command line reads it.
@@ -46,7 +46,7 @@ class Shard:
 
 
 def resolve_shard(flag: str | None, environment: Mapping[str, str], sagemaker_config: Path = SAGEMAKER_CONFIG) -> Shard:
-    """The flag `i/n`, else BATCHINFER_SHARD_INDEX and _COUNT, else the platform's variables, else everything.
+    """Read the flag `i/n`, else BATCHINFER_SHARD_INDEX and _COUNT, else the platform's variables, else take all chunks.
 
     Raises UsageError for a value that is no number, an index without a count, or sources that contradict each other.
     """
@@ -67,7 +67,7 @@ def resolve_shard(flag: str | None, environment: Mapping[str, str], sagemaker_co
 
 
 def _agreed(found: list[Shard], count: int | None) -> Shard:
-    """One platform inside another is common; a share of one says nothing, two different shares cannot both be right."""
+    """Choose the shard that all platforms agree on: one inside another is common, and a share of one says nothing."""
     telling = [shard for shard in found if shard.count > 1]
     for shard in telling[1:]:
         if (shard.index, shard.count) != (telling[0].index, telling[0].count):

@@ -92,7 +92,7 @@ class Spool:
             return opened.left == 0
 
     def lines(self, chunk: int) -> bytes:
-        """All finished rows of an open chunk so far, a line each."""
+        """Return all finished rows of an open chunk so far, a line each."""
         with self._lock, explained(self.path):  # while it is read, nobody drops it
             self._flush(chunk, self._open[chunk])
             return self._rows(chunk).read_bytes()
@@ -102,18 +102,18 @@ class Spool:
             return pa.ipc.open_file(source).read_all()
 
     def scratch(self, name: str) -> Path:
-        """A path for a file of the caller's, which removes it."""
+        """Return a path for a file of the caller, who removes it."""
         return self.path / name
 
     def drop(self, chunk: int) -> None:
-        """The chunk is committed: forget it."""
+        """Forget a chunk that is committed."""
         with self._lock:
             self._open.pop(chunk)
         self._carried(chunk).unlink(missing_ok=True)
         self._rows(chunk).unlink(missing_ok=True)
 
     def finished(self) -> Iterator[tuple[int, bytes]]:
-        """The finished rows of every open chunk that has some, for the salvage."""
+        """Yield the finished rows of every open chunk that has some, for the salvage."""
         with self._lock:
             chunks = sorted(self._open)
         for chunk in chunks:

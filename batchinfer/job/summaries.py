@@ -37,7 +37,7 @@ _NAME = re.compile(
 
 
 class Stretch(NamedTuple):
-    """Every `step`-th chunk from `first` on, `length` of them: their records of one pass, where they have one."""
+    """Every `step`-th chunk from `first` on, `length` of them, and their records of one pass."""
 
     first: int
     step: int
@@ -54,7 +54,7 @@ class Stretch(NamedTuple):
 
 
 def stretch_of(name: str, plan: JobPlan) -> Stretch | None:
-    """What a name says; None for one that a job of this plan does not give."""
+    """Return the stretch that a name stands for; None for a name that a job of this plan does not give."""
     match = _NAME.fullmatch(name)
     if match is None:
         return None
@@ -75,7 +75,7 @@ def md5(line: bytes) -> str:
 
 
 def encode(digest: str, entries: list[Entry]) -> bytes:
-    """The content of a summary. `digest`: of the plan. Records are lines by themselves."""
+    """Return the content of a summary. `digest`: of the plan. Records are lines by themselves."""
     marks = None if all(entry.mark == md5(entry.line) for entry in entries) else [entry.mark for entry in entries]
     header = orjson.dumps({"format": _FORMAT, "fingerprint": digest, "marks": marks})
     lines = b"".join(entry.line for entry in entries)
@@ -83,7 +83,7 @@ def encode(digest: str, entries: list[Entry]) -> bytes:
 
 
 def decode(data: bytes, digest: str) -> list[Entry]:
-    """Raises ValueError for bytes that are no summary of this plan's records."""
+    """Raise ValueError for bytes that are no summary of this plan's records."""
     try:
         if zstandard.frame_content_size(data) > _MAX_BYTES:
             raise ValueError("it is too large")
@@ -103,7 +103,7 @@ def decode(data: bytes, digest: str) -> list[Entry]:
 
 
 def cover(stretches: Iterable[Stretch], chunks: int, wanted: Iterable[tuple[int, int]]) -> list[Stretch]:
-    """The stretches to read for these (chunk, pass), as few as their names allow; each has several of them.
+    """Return the stretches to read for these (chunk, pass), as few as possible; each covers several of them.
 
     `chunks`: how many the plan has.
     """

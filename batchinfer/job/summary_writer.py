@@ -31,7 +31,7 @@ class Folder:
         self._off = False
 
     def add_record(self, record: CommitRecord) -> None:
-        """A chunk was committed. Called by the committing threads; raises nothing."""
+        """Note a commit, and write the summary that it completes. Called by committing threads; raises nothing."""
         with self._lock:
             if self._off:
                 return
@@ -57,7 +57,7 @@ class Folder:
         return chunk // self._shard.count
 
     def _ended(self, place: int) -> int:
-        """The size of the largest stretch that has no open chunk left now, 0 if there is none."""
+        """Return the size of the largest stretch without an open chunk now, 0 if there is none."""
         for size in SIZES:
             self._open[size][place // size] -= 1
         return max((size for size in SIZES if not self._open[size][place // size]), default=0)

@@ -1,4 +1,4 @@
-"""From what a prompt holds to token ids: the chat template, and the special tokens that stand around and within it."""
+"""Prompt contents to token ids: the chat template, and the special tokens around and within a prompt."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ ready prompt what it says."""
 
 
 class Truncation(NamedTuple):
-    """How much of a prompt is kept: its last `tokens`, or the `first`; -1: what fits the context beside the answer."""
+    """Truncation of a prompt to its last `tokens`, or the `first`; -1 keeps what fits the context beside the answer."""
 
     tokens: int
     first: bool = False
 
     def cut(self, ids: list[int], context: int, answer_tokens: int) -> list[int]:
-        """Raises BadParameters."""
+        """Truncate token ids. Raises BadParameters."""
         if not (self.tokens == -1 or 1 <= self.tokens <= context):
             problem = f"truncate_prompt_tokens must be -1, or 1 to {context} (the context), got {self.tokens}"
             raise BadParameters(problem, param="truncate_prompt_tokens")
@@ -34,7 +34,7 @@ class Truncation(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PromptOptions:
-    """What a request says about its prompt beside its content.
+    """Options of a prompt beside its content.
 
     special: whether the tokenizer adds its special tokens. variables: of the chat template, over those of the job.
     whole_answer: room for fewer tokens than `max_tokens` asks for is an error; else the answer ends with the context.
@@ -79,7 +79,7 @@ class PromptEncoder:
         self._special_tokens = special_tokens
 
     def text(self, content: Content | None, options: PromptOptions | None) -> Text | list[int] | RowError:
-        """The prompt before it is tokenized, or token ids, or what is wrong."""
+        """Return the prompt before it is tokenized, or its token ids, or what is wrong."""
         if isinstance(content, str):
             literal = options is not None and options.special_tokens == "text"
             text = self._tokenizer.control.literal(content) if literal else content

@@ -33,7 +33,7 @@ _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_pena
 
 @dataclass(frozen=True, slots=True)
 class Assembly:
-    """All parts of an engine, ready. `defaults` are the sampling parameters of the model's generation_config.json."""
+    """Components of an engine, ready. `defaults` are the sampling parameters of the model's generation_config.json."""
 
     tokenizer: Tokenizer
     chat: ChatTemplate | None

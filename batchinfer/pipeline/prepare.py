@@ -1,4 +1,4 @@
-"""From prompts to requests: chat template, tokenizing, and every check of a prompt against the model.
+"""Prompts to requests: chat template, tokenizing, and every check of a prompt against the model.
 
 `Preparer` works on batches. A prompt that is wrong becomes a `Refused`: no exception for one prompt leaves this module.
 """
@@ -46,7 +46,7 @@ class Preparer:
         chat_kwargs: Mapping[str, Any] | None = None,
         special_tokens: SpecialTokens | None = None,
     ) -> None:
-        """The last three: see `PromptEncoder`."""
+        """Make a preparer. The last three parameters: see `PromptEncoder`."""
         self.encoder = PromptEncoder(tokenizer, chat, chat_kwargs, special_tokens)
         self._tokenizer = tokenizer
         self._limits = limits

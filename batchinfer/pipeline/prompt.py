@@ -16,7 +16,7 @@ _MASK = (1 << 64) - 1
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What one completion answers; its `index` comes back in the completion.
+    """Prompt of one completion, which has the same `index`.
 
     contents: each is text as it is, token ids, or chat messages. Mostly there is one; several are answered as prompts
     of their own, and one completion joins their answers (see `Completion.per_content`).
@@ -37,7 +37,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class PromptContent:
-    """One content of a prompt, the `place`-th of `count`; of a prompt without contents there is one that is None."""
+    """Content of a prompt, the `place`-th of `count`; a prompt without contents has one that is None."""
 
     prompt: Prompt
     content: Content | None

@@ -21,7 +21,7 @@ Measure = Literal["sum", "tokens", "characters"]
 
 @dataclass(frozen=True, slots=True)
 class Continuations:
-    """How likely each of these is after the prompt: texts, or token ids. `by`: how the most likely one is found."""
+    """Task: score texts or token ids by their likelihood after the prompt. `by`: how the best one is found."""
 
     texts: tuple[str | tuple[int, ...], ...]
     by: Measure = "sum"
@@ -36,7 +36,7 @@ class Continuations:
 
 @dataclass(frozen=True, slots=True)
 class Rolling:
-    """How likely the whole prompt is, its first token after the model's prefix token."""
+    """Task: score the whole prompt, its first token after the model's prefix token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Pooled:
     dimensions: int | None = None
 
     def vector(self, hidden: Sequence[float], rows: int) -> list[float]:
-        """Of the sum of the hidden states of `rows` rows. Raises BadParameters where it has not `dimensions`."""
+        """Return the embedding, of the sum of `rows` hidden states. Raises BadParameters if it has not `dimensions`."""
         if self.dimensions not in (None, len(hidden)):
             problem = f"dimensions is not supported: this model's embeddings have {len(hidden)}"
             raise BadParameters(problem, param="dimensions")
@@ -83,7 +83,7 @@ def windows(ids: list[int], prefix_id: int, context_tokens: int) -> Iterator[tup
 
 
 def score_of(readings: Sequence[Sequence[TokenLogprob | None]], text: str | None = None) -> Score:
-    """One score of all tokens that were read, in one prompt or in the windows of a text."""
+    """Return one score of all tokens that were read, in one prompt or in the windows of a text."""
     entries = [entry for reading in readings for entry in reading if entry is not None]
     return Score(
         logprob=sum(entry.logprob for entry in entries),
@@ -95,7 +95,7 @@ def score_of(readings: Sequence[Sequence[TokenLogprob | None]], text: str | None
 
 
 def best_choice(scores: Sequence[Score], by: Measure) -> int:
-    """The index of the most likely one, the first of equals."""
+    """Return the index of the most likely one, the first of equals."""
 
     def value(index: int) -> float:
         score = scores[index]

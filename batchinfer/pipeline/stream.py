@@ -1,4 +1,4 @@
-"""One pass of prompts through the engine: feeder → prefix order → engine → text → completions.
+"""Stream of prompts through the engine: feeder → prefix order → engine → text → completions.
 
 State: contents that are prepared and not yet in the engine (`PrefixOrder`), contents in it (`_Running`), those that
 have ended and are not yet text, dedup (`Repeats`), and prompts some of whose contents are answered (`_Joined`).

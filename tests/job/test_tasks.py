@@ -139,8 +139,6 @@ def test_totals_count_what_a_stopped_run_scored(rows, section):
     assert report.totals["scored_tokens"] == (10 * 3 if section else 10 * 5) > report.tokens["scored"] > 0
     output = JobOutput(stopped, load_plan(stopped), spec, Ledger(stopped, load_plan(stopped)))
     done = describe_status(read_status(output))
-        read_status(JobOutput(stopped, load_plan(stopped), spec, Ledger(stopped, load_plan(stopped))))
-    )
     assert f"{report.totals['scored_tokens']} scored" in done
 
 

@@ -1,4 +1,4 @@
-"""What a job would do: its files and chunks, and what a sample of its rows says about prompts. Loads no weights.
+"""Preview of a job: its files and chunks, and statistics of a sample of its prompts. Loads no weights.
 
 Everything shown was counted or measured on the sample; nothing is extrapolated.
 """
@@ -67,7 +67,10 @@ class Preview:
 
 
 def preview(spec: JobSpec, sample_rows: int) -> Preview:
-    """Raises what `run` would raise before it loads the model, except that the output is not free for this job."""
+    """Plan without writing.
+
+    Raises what `run` raises before it loads the model, except for an output that is not free for this job.
+    """
     refuse_overlap(spec)
     draft = draft_plan(spec)
     refuse_inside(spec, (file.url for file in draft.plan.inputs.files))
@@ -164,7 +167,7 @@ def _common(left: list[int], right: list[int]) -> int:
 
 
 def describe_preview(found: Preview) -> str:
-    """The preview as lines for a person."""
+    """Return the preview as lines for a person."""
     plan, sample = found.draft.plan, found.sample
     files = plan.inputs.files
     size = sum(file.size for file in files)

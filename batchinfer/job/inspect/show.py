@@ -25,7 +25,7 @@ _SIDE_BY_SIDE = 120  # columns of text that two blocks next to each other need
 
 @dataclass(frozen=True)
 class Shown:
-    """One output row: where its input is, the input's columns, and the added columns without prefix."""
+    """Output row: where its input is, the input's columns, and the added columns without prefix."""
 
     file: str
     row: int
@@ -76,7 +76,7 @@ def _spread(items: list[T], count: int) -> list[T]:
 def rows_of_record(
     output: JobOutput, layout: OutputLayout, record: CommitRecord, errors: bool, row: int | None = None
 ) -> list[Shown]:
-    """The rows of a part, or its error rows, or those at position `row`; with the carried columns as their input."""
+    """Return the rows of a part, or its error rows, or those at position `row`, beside their carried columns."""
     if record.part is None or (errors and not record.errors):
         return []
     data = output.store.read(record.part)
@@ -104,7 +104,7 @@ def _shown(values: dict[str, Any], layout: OutputLayout, file: str, first: int) 
 
 
 def _with_inputs(output: JobOutput, storage: StorageSpec, shown: list[Shown]) -> list[Shown]:
-    """The whole input rows in place of the carried columns, where the input can still be read."""
+    """Return the rows with their whole input rows in place of the carried columns, if the input can be read."""
     inputs = output.plan.inputs
     if set(inputs.schema.names) <= set(shown[0].input):
         return shown

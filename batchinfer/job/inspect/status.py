@@ -1,4 +1,4 @@
-"""How far a job is, from its output alone: commit records, salvage, manifest. No worker is asked."""
+"""Status of a job from its output alone: commit records, salvage, manifest. No worker is asked."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _share(worker: Shard, chunks: int, done: Iterable[int]) -> ShardShare:
 
 
 def describe_status(status: Status) -> str:
-    """The status as lines for a person."""
+    """Return the status as lines for a person."""
     share = f"{100 * status.chunks_done / status.chunks:.1f} %" if status.chunks else "nothing to do"
     scored = f", {status.scored_tokens:,} scored" if status.scored_tokens else ""
     lines = [

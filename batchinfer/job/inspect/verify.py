@@ -90,7 +90,7 @@ def _note_missing_chunks(missing: list[Chunk], result: Audit) -> None:
 
 
 def _check_names(store: Store, commits: Commits, result: Audit) -> None:
-    """A file in parts/ that no record names would be read by everyone who reads parts/*."""
+    """Note files in parts/ that no record names: everyone who reads parts/* would read them."""
     for name in sorted(entry.name for entry in store.scan("parts/") if entry.name not in commits.parts):
         result.note(name, "no commit record names it")
 
@@ -112,7 +112,7 @@ def _check_end(manifest: dict[str, Any] | None, store: Store, commits: Commits, 
 
 
 def describe_audit(found: Audit) -> str:
-    """The audit as lines for a person; each difference is one."""
+    """Return the audit as lines for a person, one per difference."""
     lines = [
         f"{'output':<10} {found.url}",
         f"{'read':<10} {found.chunks:,} chunks, {found.parts:,} parts, {found.bytes:,} bytes",

@@ -33,7 +33,7 @@ Key = tuple[int, int]  # chunk, pass
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
-    """Raises ValueError."""
+    """Parse a JSON object. Raises ValueError."""
     values = json.loads(data)
     if not isinstance(values, dict):
         raise ValueError("not an object")
@@ -60,7 +60,7 @@ class Commits:
     def __init__(
         self, store: Store, digest: Any, chunks: int, manifest: Mapping[str, Any] | None, result: Audit
     ) -> None:
-        """Lists them. What has no place among them, and a retry pass that was not ended, are differences."""
+        """List them. Objects without a place among them, and a retry pass that did not end, are differences."""
         self.parts: set[str | None] = set()  # what any record of the job names, superseded ones left out
         self.sums: Counter[str] = Counter()  # of the records in effect, once these were read, and so below
         self.errors: Counter[str] = Counter()
@@ -169,7 +169,7 @@ class Commits:
                 )
 
     def _disagreeing(self, lines: list[bytes]) -> list[str]:
-        """The names of the records whose bytes are other than a summary's. Raises ValueError."""
+        """Return the names of records whose bytes differ from the summary's. Raises ValueError."""
         found: dict[Key, bytes] = {}
         for line in lines:
             values = parse_object(line)
@@ -184,7 +184,7 @@ class Commits:
 
 
 def _entries(manifest: Mapping[str, Any] | None) -> dict[int, Mapping[str, Any]] | None:
-    """The manifest's parts by chunk."""
+    """Return the manifest's parts by chunk."""
     if manifest is None:
         return None
     parts = manifest.get("parts")
@@ -193,7 +193,7 @@ def _entries(manifest: Mapping[str, Any] | None) -> dict[int, Mapping[str, Any]]
 
 
 def _lines(data: bytes, digest: Any) -> list[bytes]:
-    """The records of a summary: compressed lines, after one with the job's fingerprint. Raises ValueError."""
+    """Return the records of a summary: compressed lines after one with the fingerprint. Raises ValueError."""
     try:
         if zstandard.frame_content_size(data) > _SUMMARY_BYTES:
             raise ValueError("it is too large")

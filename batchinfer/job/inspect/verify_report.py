@@ -22,7 +22,7 @@ class Difference:
 
 @dataclass
 class Audit:
-    """What was looked at, and what is wrong."""
+    """Result of an audit: counts of what was read, and the differences."""
 
     url: str
     chunks: int = 0
@@ -49,7 +49,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class PlannedOutput:
-    """What plan.json and job.json say about the output's shape."""
+    """Shape of the output as plan.json and job.json have it."""
 
     chunks: list[Chunk]
     where: str | None
@@ -79,7 +79,7 @@ class PlannedOutput:
         return cls(chunks, where, exploded, prefix, format_, output.get("file_column"))
 
     def of_file(self, chunk: Chunk) -> dict[str, str]:
-        """What every row of the chunk has of its input file."""
+        """Return the column of the input file, which is the same in every row of the chunk."""
         return {} if self.file_column is None else {self.file_column: chunk.url}
 
 

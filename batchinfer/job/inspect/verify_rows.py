@@ -30,7 +30,7 @@ _PART_BYTES = 16 << 20  # a larger part counts as several
 
 
 class Reach(NamedTuple):
-    """How to come to the input. `spec`: a job file that says where it is; without it, it is where it was."""
+    """Access to the input. `spec`: a job file that says where it is now; None: where the run read it."""
 
     storage: StorageSpec
     spec: JobSpec | None
@@ -49,7 +49,7 @@ class _PartRow(NamedTuple):
 
 
 def check_parts(store: Store, reach: Reach, layout: PlannedOutput, commits: Commits, result: Audit) -> None:
-    """Every part against its record and the input. Parts are read side by side, ahead of the one that is looked at."""
+    """Compare every part with its record and the input. Parts are prefetched, several at once."""
     source = _Source(store, reach, layout, [layout.chunks[number] for number in commits.chosen], result)
 
     def load(item: tuple[int, Record | None]) -> _Part:
@@ -80,12 +80,12 @@ class _Part(NamedTuple):
 
 
 def _cost(item: tuple[int, Record | None]) -> int:
-    """Of a part, in sixteenths of the memory that parts may take while they wait."""
+    """Return the cost of a part, in sixteenths of the memory that waiting parts may take."""
     return 1 if item[1] is None else 1 + max(0, item[1].values.get("bytes", 0)) // _PART_BYTES
 
 
 def _part_rows(part: _Part, record: Record, reader: _RowReader, result: Audit) -> list[_PartRow] | None:
-    """The rows of a record's part, whose size and hash are compared; None if it cannot be read."""
+    """Compare the part's size and hash with its record and return its rows; None if it cannot be read."""
     if record.part is None:
         return []
     data = part.data
@@ -116,7 +116,7 @@ class _RowReader:
     compared: tuple[str, ...]
 
     def rows(self, data: bytes, name: str) -> list[_PartRow]:
-        """Raises OutputConflict, or KeyError, TypeError or ValueError for rows that are not ours."""
+        """Read a part. Raises OutputConflict, or KeyError, TypeError or ValueError for rows that are not ours."""
         if self.layout.format == "openai-batch":
             return [self._batch_line(row) for row in read_part(data, name)]
         added = [self.layout.prefix + name for name in _ADDED]
@@ -131,7 +131,7 @@ class _RowReader:
         return _PartRow(int(number), int(sample), status == "ok", error_type, prompt, completion, row)
 
     def _batch_line(self, row: dict[str, Any]) -> _PartRow:
-        """A response line of OpenAI's batch format; its id carries the row's index in the job."""
+        """Read a response line of OpenAI's batch format; its id carries the row's index in the job."""
         number = int(row["id"].rpartition("_")[2]) - self.chunk.base + self.chunk.start
         tokens, error = usage_tokens(row["response"]["body"]["usage"]), row["error"]
         carried = {"custom_id": row["custom_id"]}
@@ -139,7 +139,7 @@ class _RowReader:
 
 
 def _check_rows(where: str, chunk: Chunk, wanted: _Wanted, found: list[_PartRow], result: Audit) -> None:
-    """Every wanted row once, and with the input's own values."""
+    """Compare: every wanted row stands there once, with the input's own values."""
     samples: dict[int, list[int]] = {}
     for row in found:
         samples.setdefault(row.row, []).append(row.sample)
@@ -215,7 +215,7 @@ class _Source:
             self._fail(error)
 
     def next_chunk(self, chunk: Chunk) -> _Wanted | None:
-        """The next chunk; None if nothing is known about which rows it should have."""
+        """Return the wanted rows of the next chunk; None if it is not known which rows it should have."""
         try:
             _, batch = next(self._batches)
         except StopIteration:
@@ -256,7 +256,7 @@ class _Source:
 
 
 def _inputs(store: Store, spec: JobSpec | None) -> Inputs:
-    """The plan's inputs: where the job file has them, if they are there and the same."""
+    """Return the plan's inputs, at the place that the job file names if the same files are there."""
     plan = load_plan(store)
     try:
         found = same_inputs(spec, plan) if spec is not None else None
@@ -266,7 +266,7 @@ def _inputs(store: Store, spec: JobSpec | None) -> Inputs:
 
 
 def _plain(inputs: Inputs, name: str, lines: bool) -> bool:
-    """Whether values of this column look the same in the output. JSON changes the form of dates, bytes, fractions."""
+    """Return True if the output has this column's values unchanged: JSON changes dates, bytes and fractions."""
     kind = inputs.schema.field(name).type
     if name in inputs.text_json and (lines or not pa.types.is_string(kind)):
         return False
