@@ -50,7 +50,7 @@ class FileRecord:
 
 
 class Problem(NamedTuple):
-    """Why a batch failed. `line` counts from 1; `param` is the field of the line."""
+    """Reason for which a batch failed. `line` counts from 1; `param` is the field of the line."""
 
     code: str
     message: str

@@ -114,7 +114,7 @@ class Tally:
         return not early and self.exceeds(self.all_rows, self.all_errors)
 
     def exceeds(self, rows: int, errors: int) -> bool:
-        """Without `errors.max` a job fails that has rows and no answer."""
+        """Return True if these errors are too many; without `errors.max`, if there are rows and no answer."""
         if self.max_errors is None:
             return 0 < rows == errors
         allowed = self.max_errors if isinstance(self.max_errors, int) else self.max_errors * rows
@@ -162,7 +162,7 @@ class Report:
 
 
 class Clock:
-    """When the phases of a run began."""
+    """Start times of the phases of a run."""
 
     def __init__(self) -> None:
         self.started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -40,7 +40,7 @@ class Shown:
 def pick(
     output: JobOutput, storage: StorageSpec, count: int, *, errors: bool = False, row: int | None = None
 ) -> list[Shown]:
-    """At most `count` rows: spread over what is committed, or the first error rows, or those at position `row`.
+    """Pick at most `count` rows: spread over what is committed, or the first error rows, or those at position `row`.
 
     None where no row is an error. Raises UsageError if there is no such row otherwise.
     """
@@ -68,7 +68,7 @@ def pick(
 
 
 def _spread(items: list[T], count: int) -> list[T]:
-    """At most `count` of the items, evenly."""
+    """Return at most `count` of the items, evenly spread."""
     number = min(count, len(items))
     return [items[place * len(items) // number] for place in range(number)]
 
