@@ -17,19 +17,19 @@ REPEATS = 40  # a prompt that begins with it has an answer that mostly repeats i
 
 
 def next_token(context: list[int]) -> int:
-    """The model: the next token after `context`, with an end of sequence now and then."""
+    """Return the next token of the model after `context`; now and then it is the end of sequence."""
     if context[0] == REPEATS and len(context) > 9 and hash(tuple(context)) % 9:
         return context[-5]
     return hash(tuple(context)) % VOCAB
 
 
 def score(context: list[int], token: int) -> TokenLogprob:
-    """The logprob of a token after `context`."""
+    """Return the logprob of a token after `context`."""
     return TokenLogprob(token, -float(hash((*context, token)) % 997), ())
 
 
 def state(context: list[int]) -> array[float]:
-    """The hidden state at the last token of `context`."""
+    """Return the hidden state at the last token of `context`."""
     return array("d", [hash((*context, axis)) % 1009 for axis in range(3)])
 
 
@@ -84,7 +84,7 @@ class CheckingRunner:
         return StepResult(sampled, readings=self._readings(plan))
 
     def _drop_wrong(self, known: list[int], sampled: list[int]) -> None:
-        """What is known with a draft at its end, less what is not as it was sampled."""
+        """Remove the rejected tokens of a draft from the end of `known`."""
         first = len(known) - len(sampled) + 1
         right = 0
         while first + right < len(known) and known[first + right] == sampled[right]:
@@ -113,7 +113,7 @@ class CheckingRunner:
 
 
 def naive(request: Request) -> list[int]:
-    """What the engine must answer, by the plainest loop there is."""
+    """Return the answer by the plainest loop: the specification of the engine."""
     context, output = list(request.prompt), []
     while len(output) < request.max_tokens:
         output.append(next_token(context))
@@ -124,7 +124,7 @@ def naive(request: Request) -> list[int]:
 
 
 def naive_reading(request: Request) -> tuple[list[TokenLogprob | None] | None, array[float] | None]:
-    """What the engine must read of the prompt."""
+    """Return the reading of the prompt that the engine must give."""
     prompt = request.prompt
     scores, total = None, None
     if request.score_from is not None:
@@ -138,7 +138,7 @@ def naive_reading(request: Request) -> tuple[list[TokenLogprob | None] | None, a
 
 
 def make_reading(request_id: int, prompt: list[int], max_tokens: int, **reads: object) -> Request:
-    """A request that reads its prompt: score_from or pooling."""
+    """Return a request that reads its prompt: score_from or pooling."""
     params = SamplingParams(temperature=0, prompt_logprobs=0)
     return Request(request_id, prompt, params, max_tokens, stop_ids=frozenset([EOS]), **reads)
 

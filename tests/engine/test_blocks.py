@@ -5,7 +5,7 @@ from __future__ import annotations
 from batchinfer.engine.blocks import ROOT, BlockPool
 
 
-def test_the_newest_blocks_after_a_content_are_compared_in_their_step_and_after_it() -> None:
+def test_newest_blocks_after_a_content_are_compared_during_and_after_their_step() -> None:
     pool = BlockPool(20, 4)
     blocks = [pool.allocate() for _ in range(12)]
     for number, block in enumerate(blocks):
@@ -32,7 +32,7 @@ def test_the_newest_blocks_after_a_content_are_compared_in_their_step_and_after_
     pool.check_integrity([[block] for block in pool.blocks if block.refs])
 
 
-def test_only_what_is_alike_by_a_fourth_of_a_block_is_worth_a_copy_or_a_wait() -> None:
+def test_a_common_beginning_of_a_fourth_of_a_block_is_worth_a_copy_or_a_wait() -> None:
     pool = BlockPool(4, 8)
     there, coming = pool.allocate(), pool.allocate()
     pool.index(there, ROOT, [1, 2, 3, 4, 0, 0, 0, 0])
@@ -45,7 +45,7 @@ def test_only_what_is_alike_by_a_fourth_of_a_block_is_worth_a_copy_or_a_wait() -
     assert not pool.better_is_coming(there.uid, [1, 2, 3, 4, 5, 6, 9])
 
 
-def test_a_block_that_shall_not_be_remembered_is_found_whole_only() -> None:
+def test_a_block_indexed_without_remember_is_found_only_whole() -> None:
     pool = BlockPool(2, 4)
     block = pool.allocate()
     pool.index(block, ROOT, [1, 2, 3, 4], remember=False)

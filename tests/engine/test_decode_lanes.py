@@ -1,4 +1,4 @@
-"""Sequences that only decode, whom a step does not visit: what ends them, what is kept of them."""
+"""Decode lanes: how sequences in them end, leave, come back and are preempted."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ def request(number: int, max_tokens: int = 12, **more: object) -> Request:
 @pytest.mark.parametrize(
     ("stop_ids", "lengths"), [(({10}, {11}), (1, 1)), (({12}, {11}), (12, 1)), (({11}, {12}), (12, 12))]
 )
-def test_each_ends_by_its_own_stop_ids(stop_ids: tuple[set[int], set[int]], lengths: tuple[int, int]) -> None:
+def test_a_sequence_ends_by_its_own_stop_ids_only(
+    stop_ids: tuple[set[int], set[int]], lengths: tuple[int, int]
+) -> None:
     """Another's stop id is just a token."""
     requests = [request(number, stop_ids=frozenset(ids)) for number, ids in enumerate(stop_ids)]
     assert tuple(len(answer.token_ids) for answer in answers(Counting(), requests)) == lengths
@@ -63,7 +65,7 @@ def test_a_stop_check_sees_the_tokens_of_its_own_sequence(ends_at: int) -> None:
     assert plain.token_ids == [10] * 12 and plain.finish_reason == "length"
 
 
-def test_logprobs_go_to_those_who_asked() -> None:
+def test_logprobs_go_to_the_sequences_that_asked() -> None:
     entry = TokenLogprob(11, -0.5, ())
     runner = Counting(lambda step: {"logprobs": [None, entry]})
     plain, asked = answers(runner, [request(0, 5), request(1, 4, params=SamplingParams(temperature=0, logprobs=0))])
@@ -79,14 +81,14 @@ def test_a_row_that_fails_ends_its_sequence_before_the_token(step: int) -> None:
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 7])
-def test_a_token_may_complete_an_answer(step: int) -> None:
+def test_a_token_that_completes_a_grammar_ends_its_sequence(step: int) -> None:
     runner = Counting(lambda now: {"ended": frozenset([1])} if now == step else {})
     going, complete = answers(runner, [request(0), request(1)])
     assert (going.finish_reason, complete.finish_reason) == ("length", "stop")
     assert complete.token_ids == [11] * step
 
 
-def test_a_mid_prompt_sequence_leaves_a_token_for_each_that_decodes() -> None:
+def test_a_long_prompt_leaves_a_token_for_each_decoding_sequence() -> None:
     """A long prompt takes what is left of a step, whoever came first."""
     runner = Counting()
     engine = make_engine(runner, 99, seats=3, step_tokens=8)
@@ -102,7 +104,7 @@ def test_a_mid_prompt_sequence_leaves_a_token_for_each_that_decodes() -> None:
 
 
 def test_a_decoding_sequence_can_be_preempted() -> None:
-    """The newest leaves a plan into which it had come already, for an older one's next block."""
+    """The newest sequence leaves a plan that it was in already, for the next block of an older one."""
     requests = [make_request(number, [1 + number, 2, 3], 30) for number in range(6)]
     engine, _ = checking_engine(20, 4)
     expect_short_answers(engine.scheduler)
@@ -119,7 +121,7 @@ def lengths_apart(count: int) -> list[Request]:
 
 @pytest.mark.parametrize("block_size", [1, 4, 512])
 def test_a_sequence_that_leaves_the_decode_lanes_keeps_its_tokens(block_size: int) -> None:
-    """Whoever moves into the gap as well, however many steps neither has been visited."""
+    """So does the sequence that moves into the gap, however many steps neither has been visited."""
     requests = lengths_apart(40)
     engine, _ = checking_engine(20_000 // block_size, block_size)
     found = run_requests(engine, requests)
@@ -157,7 +159,7 @@ def test_an_answer_is_found_again_up_to_its_last_computed_block() -> None:
 
 @pytest.mark.parametrize("block_size", [1, 4])
 def test_a_sequence_already_in_the_plan_can_be_preempted(block_size: int) -> None:
-    """Visits are in any order, so an older one may take away the block, or the last step, of one that had its visit."""
+    """Visits are in any order, so an older sequence may take the block of one that was visited already."""
     shuffle = random.Random(block_size).shuffle
     requests = [make_request(number, [1 + number, 2, 3], 2 + number % 11) for number in range(150)]
     engine, runner = checking_engine(24 // block_size, block_size)
@@ -176,7 +178,7 @@ def test_a_sequence_already_in_the_plan_can_be_preempted(block_size: int) -> Non
     assert engine.stats.preemptions > 20
 
 
-def test_a_reading_fails_beside_one_who_decodes() -> None:
+def test_a_reading_that_fails_ends_only_its_sequence_beside_a_decoding_one() -> None:
     engine, runner = checking_engine(50)
     plain, reading = make_request(0, [1, 2, 3], 20), make_reading(1, [7, 8, 9], 5, score_from=1)
     engine.add(plain)

@@ -133,7 +133,7 @@ def test_sequences_admitted_in_one_step_compute_a_common_prefix_once() -> None:
     assert engine.stats.prompt_tokens_reused == 3 * 40
 
 
-def test_what_begins_as_a_block_does_is_computed_from_where_it_differs() -> None:
+def test_a_block_with_a_cached_beginning_is_computed_from_the_first_difference() -> None:
     engine, runner = checking_engine(100, block_size=4)
     prompts = [[*range(1, 12), 20 + i, 30, 31, 32] for i in range(3)]
     plans = []
@@ -151,7 +151,7 @@ def test_what_begins_as_a_block_does_is_computed_from_where_it_differs() -> None
         assert other[0].stats.prompt_tokens_reused == 0
 
 
-def test_nothing_is_copied_from_a_block_of_the_same_step() -> None:
+def test_a_block_of_the_same_step_is_not_copied() -> None:
     """It is not computed before the step is."""
     engine, _ = checking_engine(100, block_size=4)
     requests = [make_request(i, [*range(1, 12), 20 + i], 1) for i in range(3)]
@@ -160,7 +160,7 @@ def test_nothing_is_copied_from_a_block_of_the_same_step() -> None:
     assert engine.stats.prompt_tokens_reused == 2 * 8
 
 
-def test_a_full_step_is_waited_for_where_it_computes_what_then_need_not_be() -> None:
+def test_admission_waits_for_a_full_step_that_computes_the_shared_prefix() -> None:
     """A fourth of a block at least, beyond what there is: what fills a step need not be computed twice in it."""
     for shared, waits in ((203, True), (201, True), (200, False)):
         engine, runner = checking_engine(1000, block_size=4, step_tokens=2048)
@@ -173,7 +173,7 @@ def test_a_full_step_is_waited_for_where_it_computes_what_then_need_not_be() -> 
         assert engine.stats.prompt_tokens_reused == 3 * shared
 
 
-def test_a_block_is_copied_although_the_same_step_writes_over_it() -> None:
+def test_a_block_is_copied_before_the_same_step_overwrites_it() -> None:
     engine, runner = checking_engine(3, block_size=4)
     run_requests(engine, [make_request(0, list(range(1, 9)), 1)])
     plans = []
@@ -194,7 +194,7 @@ def test_a_prompt_found_whole_in_the_cache_computes_one_token() -> None:
     assert engine.stats.prompt_tokens_computed - computed == 1
 
 
-def test_too_long_prompt_is_refused_and_growth_is_that_rows_error() -> None:
+def test_a_prompt_beyond_the_cache_is_refused_and_an_answer_beyond_it_is_an_error() -> None:
     engine, _ = checking_engine(num_blocks=4, block_size=4)
     with pytest.raises(TooLong, match="16 tokens and the KV cache 16"):
         engine.add(make_request(0, [1] * 16, 5))
@@ -205,7 +205,7 @@ def test_too_long_prompt_is_refused_and_growth_is_that_rows_error() -> None:
     assert answers[2].token_ids == naive(short)
 
 
-def test_failing_sequence_is_found_and_only_it_ends() -> None:
+def test_a_sequence_that_fails_steps_is_found_and_ends_alone() -> None:
     engine, runner = checking_engine(400, seats=16, step_tokens=200)
     requests = [make_request(i, [1 + i, 2, 3], 10) for i in range(40)]
     runner.fail_if = lambda plan: any(
@@ -243,7 +243,7 @@ def test_failed_rows_of_a_result_end_alone() -> None:
     assert engine.stats.prompt_tokens_reused == 4, "blocks of a failed sequence must not be found again"
 
 
-def test_abort_frees_everything() -> None:
+def test_abort_frees_seats_and_blocks() -> None:
     engine, _ = checking_engine(50)
     for i in range(12):
         engine.add(make_request(i, [1, 2, 3, i], 50))
@@ -283,7 +283,7 @@ def test_fake_answers_depend_on_the_request_alone() -> None:
     assert answers(list(reversed(range(40))), 3, 4) == reference
 
 
-def test_expected_length_is_a_running_quantile() -> None:
+def test_estimated_length_is_a_running_quantile() -> None:
     estimator = OutputLengthEstimator(quantile=0.8, window=100, enough=10)
     assert estimator.estimate_up_to(1000) == 256 and estimator.estimate_up_to(20) == 20
     for length in range(1, 101):
@@ -294,7 +294,7 @@ def test_expected_length_is_a_running_quantile() -> None:
     assert estimator.estimate_up_to(1000) == 7
 
 
-def test_admission_by_expected_length_prevents_preemption() -> None:
+def test_admission_by_estimated_length_prevents_preemption() -> None:
     """Once lengths are known, hardly anything is preempted, although max_tokens alone would fit two at a time."""
     engine, _ = checking_engine(num_blocks=64, block_size=4, seats=32)
     engine.scheduler.length_estimator = OutputLengthEstimator(enough=4)
@@ -304,7 +304,7 @@ def test_admission_by_expected_length_prevents_preemption() -> None:
     assert engine.stats.preemptions < 40
 
 
-def test_admission_knows_the_length_of_what_nothing_ends_early() -> None:
+def test_admission_sets_aside_the_exact_length_if_nothing_ends_an_answer_early() -> None:
     """Short answers before say nothing about those: what they will take is set aside, and nothing is preempted."""
     engine, _ = checking_engine(num_blocks=64, block_size=4, seats=32)
     engine.scheduler.length_estimator = OutputLengthEstimator(enough=1)
@@ -350,7 +350,7 @@ def test_plans_with_prompt_reads_are_as_written_here() -> None:
 
 @given(st.data())
 @settings(deadline=None, max_examples=40)
-def test_blocks_keep_prefixes_longest(data: st.DataObject) -> None:
+def test_a_prefix_is_evicted_after_the_blocks_that_follow_it(data: st.DataObject) -> None:
     """Whatever is released in whatever order, a prefix is never evicted before what follows it."""
     pool = BlockPool(8, 2)
     chain, parent = [], 0

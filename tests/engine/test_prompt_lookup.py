@@ -108,7 +108,7 @@ def repeating(number: int, max_tokens: int = 50, **more: object) -> Request:
 
 
 def started(seats: int, max_step_tokens: int, requests: list[Request]) -> Scheduler:
-    """After the step that computes the prompts; a result of fives."""
+    """Return a scheduler after the step that computes the prompts; every sampled token is a five."""
     scheduler = make_scheduler(4 * seats, 64, seats=seats, step_tokens=max_step_tokens, drafts=4)
     for request in requests:
         scheduler.add(request)
@@ -139,7 +139,7 @@ def test_no_draft_goes_past_the_end_of_an_answer() -> None:
     assert scheduler.schedule().samples == [1, 2, 3, 4]
 
 
-def test_what_follows_a_wrong_token_does_not_count() -> None:
+def test_rows_after_a_wrong_draft_token_do_not_count() -> None:
     """Nor does its failure; one that is reached ends the sequence."""
     scheduler = started(3, 99, [repeating(number) for number in range(3)])
     plan = scheduler.schedule()
@@ -189,8 +189,6 @@ class _Grammar:
         ({}, {"constraint": _Grammar()}, False),
     ],
 )
-def test_only_requests_that_keep_nothing_of_their_tokens(
-    params: dict[str, object], more: dict[str, object], drafted: bool
-) -> None:
+def test_only_stateless_requests_get_drafts(params: dict[str, object], more: dict[str, object], drafted: bool) -> None:
     request = Request(0, [5] * 6, SamplingParams(**params), 50, **more)
     assert started(1, 99, [request]).schedule().samples == [5 if drafted else 1]

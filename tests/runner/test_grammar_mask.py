@@ -83,7 +83,7 @@ def run_out(batch: Batch, members: list[int], seed: int) -> dict[int, list[int]]
 
 @pytest.mark.parametrize("params", [SamplingParams(temperature=0), SamplingParams(logprobs=2, frequency_penalty=1.5)])
 @pytest.mark.parametrize("together", [1, 3 * VOCAB, 1 << 21])
-def test_every_answer_follows_its_rule_to_the_end(params, together, monkeypatch):
+def test_every_answer_follows_its_grammar_to_the_end(params, together, monkeypatch):
     monkeypatch.setattr("batchinfer.runner.grammar_mask._TOGETHER", together)
     batch = Batch([request(params, rising, key) for key in range(7)], VOCAB, seats=[6, 0, 3, 2, 1, 5, 4])
     ended = run_out(batch, list(range(7)), 1)
@@ -92,7 +92,7 @@ def test_every_answer_follows_its_rule_to_the_end(params, together, monkeypatch)
         assert output[-1] > 60
 
 
-def test_rows_without_a_rule_get_what_they_would_alone():
+def test_rows_without_a_grammar_sample_as_without_neighbours():
     rng = np.random.default_rng(2)
     params = SamplingParams(temperature=0.8, logprobs=1)
     free = [request(params, None, key) for key in range(3)]
@@ -118,7 +118,7 @@ def test_logprobs_are_those_of_the_unmodified_logits():
     assert entry.top == ((VOCAB - 1, pytest.approx(float(expected[-1]), abs=1e-6)),)
 
 
-def test_other_edits_work_on_what_the_rule_leaves():
+def test_other_edits_act_on_the_tokens_that_the_grammar_allows():
     def rule(output: list[int]) -> set[int]:
         return {0, 4, 5, 6}
 
@@ -134,7 +134,7 @@ def test_other_edits_work_on_what_the_rule_leaves():
     assert failed is not None and "structured_outputs" in str(failed[0])
 
 
-def test_a_seat_forgets_its_rule_with_the_next_sequence():
+def test_a_seat_forgets_its_grammar_with_the_next_sequence():
     batch = Batch([request(SamplingParams(temperature=0), rising), request(SamplingParams(temperature=0), None)], VOCAB)
     logits = torch.arange(VOCAB).float().repeat(2, 1)
     assert batch.step(logits).tokens == [9, VOCAB - 1]

@@ -203,7 +203,7 @@ def requests_of(count: int, vocab: int) -> list[Request]:
 
 @torch.inference_mode()
 def alone(decoder, one: Request) -> list[int]:
-    """The plainest loop: a fresh cache, the whole context again for every token, a sampler with one seat."""
+    """Return the answer by the plainest loop: fresh cache, whole context for every token, a sampler with one seat."""
     output: list[int] = []
     while len(output) < one.max_tokens:
         logits = Paged(decoder, sequences=1).step({0: [*one.prompt, *output]})[-1:]
@@ -229,7 +229,7 @@ def expected(tiny_llama):
 
 
 def _counting_copies(engine: Engine) -> list:
-    """The copies between blocks that the engine's runner makes from now on."""
+    """Return a list that collects the block copies of the engine's runner from now on."""
     copied = []
     cache = engine._runner.cache
     copy = cache.copy
@@ -271,7 +271,7 @@ def test_logits_are_the_same_bits_however_prompts_are_cut(tiny_llama, caching, n
 
 
 @pytest.mark.skipif(cpu.problem() is not None, reason=str(cpu.problem()))
-def test_greedy_rows_that_are_found_by_bounds_are_those_of_all_logits(tmp_path, monkeypatch):
+def test_greedy_rows_found_by_bounds_equal_the_argmax_of_all_logits(tmp_path, monkeypatch):
     """Steps of greedy rows alone take the LM head's shorter way, others the long one, with the same tokens."""
     build("llama", tmp_path)
     decoder = load_decoder(tmp_path)

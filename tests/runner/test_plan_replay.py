@@ -39,7 +39,7 @@ class PicklingRunner:
 
 
 def alternating(output: list[int]) -> set[int]:
-    """A grammar: odd and even tokens in turn, twelve in all."""
+    """Allow odd and even tokens in turn, twelve in all."""
     return set(range(3 + len(output) % 2, VOCAB, 2)) if len(output) < 12 else set()
 
 
@@ -56,7 +56,7 @@ class EndsAfter:
 
 
 def workload(count: int) -> list[Request]:
-    """Samples of prompts with shared beginnings: every kind of parameter, stop check and read, n > 1."""
+    """Return samples of prompts with shared prefixes: all kinds of parameters, stop checks and reads, n > 1."""
     generator = np.random.default_rng(11)
     shared = generator.integers(3, VOCAB, 14).tolist()
     repeating = [5, 6, 7, 8, 9] * 4

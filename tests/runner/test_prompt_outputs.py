@@ -94,7 +94,7 @@ def test_embeddings_equal_transformers(family):
             assert list(answer.hidden) == pytest.approx(pooled.tolist(), rel=1e-4, abs=1e-3)
 
 
-def test_however_it_is_computed(tiny_llama):
+def test_readings_are_the_same_bits_however_steps_are_cut(tiny_llama):
     """Cache cold, hot or off; whole or in chunks; one by one or together; preempted or not: the same values."""
     decoder, reference = tiny_llama
     prompts = prompts_of(16)

@@ -12,7 +12,7 @@ from batchinfer.runner.sample_tokens import Filters, argmax, draw, largest, log_
 
 
 def filters(count, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, uniform=0.5):
-    """Filters for `count` rows; every argument is one value for all, or one each."""
+    """Return filters for `count` rows; every argument is one value for all rows, or one per row."""
     kinds = (np.float32, np.int64, np.float64, np.float64, np.float64)
     values = (temperature, top_k, top_p, min_p, uniform)
     return Filters(*(np.array(np.broadcast_to(v, count), dtype=k) for v, k in zip(values, kinds, strict=True)))
@@ -27,7 +27,7 @@ def all_rows(logits):
 
 
 def kept(logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float) -> np.ndarray:
-    """The distribution that is drawn from, written the plain way: float64, one row, one filter after another."""
+    """Return the exact distribution of a row in float64, one filter after another."""
     scaled = (logits - logits.max()).astype(np.float64) / np.float32(temperature)
     mass = np.exp(scaled)
     keep = mass >= min_p * mass.max()
@@ -43,7 +43,7 @@ def kept(logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p
 
 
 def chi_square(counts: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
-    """The statistic, and what it exceeds once in about a million (Wilson-Hilferty)."""
+    """Return the statistic, and the value that it exceeds once in about a million (Wilson-Hilferty)."""
     expected = expected * counts.sum()
     assert counts[expected == 0].sum() == 0, "a token of no probability was drawn"
     order = np.argsort(expected)
@@ -170,7 +170,7 @@ def test_candidates_and_the_whole_vocabulary_draw_the_same(monkeypatch):
 
 @pytest.mark.parametrize("uniform", [0.0, 1 - 2.0**-53])
 @pytest.mark.parametrize("case", CASES)
-def test_extreme_uniforms_stay_inside_what_is_kept(case, uniform):
+def test_extreme_uniforms_draw_tokens_that_the_filters_keep(case, uniform):
     generator = np.random.default_rng(3)
     row = generator.standard_normal(2000).astype(np.float32)
     values = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, **CASES[case]}
@@ -195,7 +195,7 @@ def test_ties_with_the_last_one_kept_are_kept():
     assert len(draw(logits, all_rows(logits), filters(3000, top_k=4, top_p=0.2, uniform=uniform)).unique()) > 450
 
 
-def test_masked_and_extreme_logits_draw_what_is_allowed():
+def test_masked_and_extreme_logits_draw_allowed_tokens():
     row = torch.full((1, 1000), -math.inf)
     row[0, 7], row[0, 900] = 3e38, -3e38
     for case in ({}, {"top_k": 5}, {"top_p": 0.5}, {"temperature": 1e-5}, {"temperature": 1e30, "top_k": 1}):
@@ -224,7 +224,7 @@ def test_argmax_and_largest_agree_with_torch(vocab):
 
 @pytest.mark.parametrize("place", [0, 700, 1023, 1024, 1400])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_argmax_finds_what_is_not_finite(place, bad):
+def test_argmax_finds_values_that_are_not_finite(place, bad):
     logits = torch.randn(3, 1500)
     logits[1, place] = bad
     assert argmax(logits)[0].isfinite().tolist() == [True, False, True]

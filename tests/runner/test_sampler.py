@@ -101,7 +101,7 @@ def mass_above(mass: np.ndarray) -> np.ndarray:
 
 
 def naive_sample(logits: np.ndarray, one: Request, output: list[int]) -> tuple[int, np.ndarray]:
-    """The token, and the running sums that the uniform number was compared with (empty if greedy)."""
+    """Return the token, and its distances to the running sums of the distribution (empty if greedy)."""
     params = one.params
     row = naive_edits(logits, one, output)
     if params.temperature == 0 or params.top_k == 1:
@@ -273,7 +273,7 @@ def test_logits_that_are_not_finite_fail_their_row_alone(params, bad, vocab):
         assert result.logprobs[3] is None and all(math.isfinite(one.logprob) for one in result.logprobs if one)
 
 
-def test_what_this_model_cannot_honour_fails_that_row_alone():
+def test_parameters_that_the_model_cannot_honour_fail_their_row_alone():
     params = [
         SamplingParams(allowed_token_ids=(3, 100)),
         SamplingParams(logit_bias={-1: 1.0}),
@@ -289,7 +289,7 @@ def test_what_this_model_cannot_honour_fails_that_row_alone():
     assert set(result.failed) == {0, 1, 2} and result.tokens[3] == 5
 
 
-def test_a_seat_forgets_who_had_it_before():
+def test_a_seat_forgets_the_parameters_of_the_sequence_before():
     special = SamplingParams(
         temperature=0.0,
         logit_bias={7: 100.0},
@@ -309,7 +309,7 @@ def test_a_seat_forgets_who_had_it_before():
         assert result.tokens == [int(logits.argmax())] and result.logprobs is None and result.failed is None
 
 
-def test_neighbours_with_edits_do_not_wake_what_a_seat_forgot():
+def test_neighbours_with_edits_do_not_revive_the_edits_of_a_former_sequence():
     plain, special = SamplingParams(temperature=0.0), SamplingParams(temperature=0.0, logit_bias={7: 100.0})
     batch = Batch([request(special), request(special)], 20)
     logits = torch.arange(20).float().expand(2, -1)
