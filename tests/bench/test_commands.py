@@ -31,7 +31,7 @@ def read(path: Path) -> dict:
 # -- throughput ----------------------------------------------------------------------------------------------------
 
 
-def test_throughput_of_random_prompts(bench, tiny_model, tmp_path, capsys):
+def test_throughput_of_random_prompts_counts_tokens(bench, tiny_model, tmp_path, capsys):
     out = tmp_path / "x.json"
     arguments = ("--requests", 12, *SHORT, "--shared-prefix", 16, "--repeat", 2, "--set", "engine.block_size=4")
     assert bench("throughput", tiny_model, *arguments, "--json", out) == 0
@@ -78,7 +78,7 @@ def test_throughput_of_random_prompts(bench, tiny_model, tmp_path, capsys):
         assert limit["weights_s"] == pytest.approx(weights_s)
 
 
-def test_throughput_of_a_file(bench, tiny_model, tmp_path, capsys):
+def test_throughput_runs_a_workload_file(bench, tiny_model, tmp_path, capsys):
     path, out = tmp_path / "w.jsonl", tmp_path / "x.json"
     path.write_text("".join(json.dumps({"id": n, "ids": [n + 3] * 9, "max_tokens": n + 1}) + "\n" for n in range(6)))
     assert bench("throughput", tiny_model, "--workload", path, "--requests", 4, "--json", out) == 0
@@ -120,7 +120,7 @@ def job(tmp_path) -> Path:
         (("--set", "input.limit=9999"), ROWS),
     ],
 )
-def test_throughput_of_a_job(bench, job, tmp_path, arguments, rows):
+def test_throughput_runs_the_first_rows_of_a_job(bench, job, tmp_path, arguments, rows):
     out = tmp_path / "x.json"
     assert bench("throughput", job, *arguments, "--json", out) == 0
     found = read(out)
@@ -128,7 +128,7 @@ def test_throughput_of_a_job(bench, job, tmp_path, arguments, rows):
     assert not (tmp_path / "out").exists()
 
 
-def test_rows_in_error_are_counted(bench, job, tmp_path, capsys):
+def test_throughput_counts_rows_in_error(bench, job, tmp_path, capsys):
     out = tmp_path / "x.json"
     template = "prompt.template={{ text if text != 'question 3' else text.x.y }}"
     assert bench("throughput", job, "--set", template, "--json", out) == 0
@@ -142,7 +142,7 @@ def test_rows_in_error_are_counted(bench, job, tmp_path, capsys):
 # -- latency -------------------------------------------------------------------------------------------------------
 
 
-def test_latency(bench, tiny_model, tmp_path, capsys):
+def test_latency_reports_times_per_batch(bench, tiny_model, tmp_path, capsys):
     out = tmp_path / "x.json"
     assert bench("latency", tiny_model, *SHORT, "--batch", "1,3", "--repeat", 2, "--json", out) == 0
     assert "first token" in capsys.readouterr().out
@@ -171,7 +171,7 @@ def test_latency(bench, tiny_model, tmp_path, capsys):
         assert result["per_token_limit_s"] > 0 and result["first_token_limit_s"] > 0
 
 
-def test_latency_of_one_token_has_nothing_after_it(bench, tmp_path, capsys):
+def test_latency_of_one_token_has_no_later_tokens(bench, tmp_path, capsys):
     out = tmp_path / "x.json"
     assert bench("latency", "fake", "--output-tokens", "1", "--repeat", 1, "--batch", "2", "--json", out) == 0
     result = read(out)["results"][0]
@@ -179,7 +179,7 @@ def test_latency_of_one_token_has_nothing_after_it(bench, tmp_path, capsys):
     assert "gap" not in capsys.readouterr().out
 
 
-def test_a_step_never_holds_more_than_the_batch(tiny_model):
+def test_latency_step_never_exceeds_the_batch(tiny_model):
     from batchinfer.bench import latency
     from batchinfer.bench.measured import load_subject
     from batchinfer.bench.workload import Synthetic, TokenSpan
@@ -196,7 +196,7 @@ def test_a_step_never_holds_more_than_the_batch(tiny_model):
 # -- host and kernels ----------------------------------------------------------------------------------------------
 
 
-def test_host(bench, tmp_path, capsys, monkeypatch):
+def test_host_reports_parts_of_a_step(bench, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("batchinfer.bench.host._BUDGET_S", 0.0)
     out = tmp_path / "x.json"
     assert bench("host", "--sequences", "2,8", "--json", out) == 0
@@ -221,7 +221,7 @@ def test_host(bench, tmp_path, capsys, monkeypatch):
     assert all(0 < row[part] < row["total_ms"] for row in (first, second) for part in parts)
 
 
-def test_kernels(bench, tiny_model, tmp_path, capsys, monkeypatch):
+def test_kernels_reports_every_op(bench, tiny_model, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("batchinfer.bench.kernels._BUDGET_S", 0.0)
     monkeypatch.setattr("batchinfer.bench.kernels._CONTEXT", 20)
     monkeypatch.setattr("batchinfer.bench.kernels._PROMPT", 20)
@@ -275,7 +275,7 @@ def test_kernels(bench, tiny_model, tmp_path, capsys, monkeypatch):
         (["kernels", "/no/such/model"], 69, "/no/such/model"),
     ],
 )
-def test_mistakes(bench, job, tmp_path, capsys, arguments, code, message):
+def test_invalid_option_is_refused(bench, job, tmp_path, capsys, arguments, code, message):
     (tmp_path / "w.jsonl").write_text('{"ids": [999], "max_tokens": 4}\n')
     places = {"JOB": str(job), "W": str(tmp_path / "w.jsonl")}
     assert bench(*(places.get(argument, argument) for argument in arguments)) == code

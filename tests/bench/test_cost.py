@@ -16,7 +16,7 @@ from tests.models.tiny import build
 from .test_figures import make_machine
 
 
-def test_cost_of_the_tiny_model(tiny_model):
+def test_cost_of_the_tiny_model_equals_hand_count(tiny_model):
     backend = EagerBackend(HOST)  # which adds no rows to fill a panel
     precisions = WeightPrecision(), WeightPrecision.of_all(Precision.BFLOAT16), WeightPrecision(layers=Precision.INT8)
     cost, half, eighth = (LinearCost.of(load_decoder(tiny_model, one, backend=backend)) for one in precisions)
@@ -34,7 +34,7 @@ def test_cost_of_the_tiny_model(tiny_model):
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "qwen3", "gemma2"])
-def test_cost_is_that_of_the_weights(name, tmp_path):
+def test_cost_equals_the_decoders_weights(name, tmp_path):
     build(name, tmp_path)
     decoder = load_decoder(tmp_path)
     cost = LinearCost.of(decoder)
@@ -58,7 +58,7 @@ def test_limit_takes_the_longer_time_of_each_step():
     assert limit_of(cost, [], MachineRates(1.0, 1.0, 1.0)).seconds == 0
 
 
-def test_layers_of_8_bits_count_at_the_rate_of_8_bits(monkeypatch):
+def test_8_bit_layers_count_at_the_8_bit_rate(monkeypatch):
     monkeypatch.setattr("batchinfer.bench.cost.weight_bandwidth", lambda machine, size: float(size))
     machine = make_machine(gemm_per_s=10.0, int8_per_s=30.0)
     assert MachineRates.of(machine, LinearCost(1, 1, 4, 4)) == (10.0, 10.0, 8.0)

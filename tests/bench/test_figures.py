@@ -27,7 +27,7 @@ def test_percentile_is_linear_between_neighbours():
     assert percentile(range(101), 1.0) == 100
 
 
-def test_compared_things_take_turns():
+def test_works_take_turns():
     calls: list[str] = []
     works = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
     timings = time_in_turn(works, budget_s=0.0)
@@ -40,7 +40,7 @@ def test_compared_things_take_turns():
     assert "".join(calls) == "ab" + ("a" * 5 + "b" * 5) * 5
 
 
-def test_samples_go_on_until_the_budget_is_spent():
+def test_samples_continue_until_the_budget_is_spent():
     assert time_in_turn({"a": lambda: None}, budget_s=0.0)["a"].samples == 5
     works = {"a": lambda: time.sleep(0.001), "b": lambda: time.sleep(0.1)}
     began = time.perf_counter()
@@ -49,7 +49,7 @@ def test_samples_go_on_until_the_budget_is_spent():
     assert time.perf_counter() - began - 11 * 0.1 >= 0.1  # b's calls; a's share of the budget
 
 
-def test_columns():
+def test_table_columns_are_aligned():
     assert table(("op", "ms"), [("rope", "1"), ("x", "1,000")]) == "op       ms\nrope      1\nx     1,000"
     assert facts([("a", "one"), ("long", "two"), ("", "three")]) == "a     one\nlong  two\n      three"
 
@@ -66,16 +66,16 @@ def test_columns():
         (-2.5, "-2.50"),
     ],
 )
-def test_three_significant_digits(value, text):
+def test_number_has_three_significant_digits(value, text):
     assert number(value) == text
 
 
 @pytest.mark.parametrize(("count", "text"), [(100, "100 B"), (48 << 10, "48.0 KiB"), (3 << 30, "3.00 GiB")])
-def test_sizes(count, text):
+def test_size_has_a_unit(count, text):
     assert size(count) == text
 
 
-def test_machine_says_what_it_measured(quick_machine):
+def test_machine_description_has_its_measurements(quick_machine):
     found = look_at()
     assert found.gemm_per_s > 0 and found.read_bytes_per_s > 0 and found.copy_bytes_per_s > 0
     assert found.threads == torch.get_num_threads() and found.dtype == "float32"
@@ -106,7 +106,7 @@ def test_int8_is_said_to_be_no_faster_if_the_backend_says_so(monkeypatch, why):
     assert said == (why is not None)
 
 
-def test_what_changed_meanwhile_is_noted(monkeypatch):
+def test_speed_change_during_the_session_is_noted(monkeypatch):
     monkeypatch.setattr(session, "look_at", lambda dtype, int8: make_machine(load_average=4.0))
     for rate, cores, count in ((1.05e9, 0.1, 0), (2e9, 0.1, 1), (1e9, 0.2, 1), (0.5e9, None, 1), (2e9, 2.0, 2)):
         monkeypatch.setattr(session, "gemm_rate", lambda dtype, rate=rate: rate)
@@ -118,7 +118,7 @@ def test_what_changed_meanwhile_is_noted(monkeypatch):
     assert "2.0 cores busy" in notes[0] and "1 GFLOP/s before, 2 after" in notes[1]
 
 
-def test_load_of_others(tmp_path, monkeypatch):
+def test_other_load_excludes_this_process(tmp_path, monkeypatch):
     stat = tmp_path / "stat"
     tick = os.sysconf("SC_CLK_TCK")
     now, used = [10.0], [1.0]
@@ -132,14 +132,14 @@ def test_load_of_others(tmp_path, monkeypatch):
     assert OtherLoad(tmp_path / "nothing").cores() is None
 
 
-def test_weights_in_a_cache_are_read_at_its_speed(monkeypatch):
+def test_small_weights_are_read_at_cache_speed(monkeypatch):
     monkeypatch.setattr(machine, "_rates", lambda size: (5.0, 6.0))
     found = make_machine(read_bytes_per_s=2.0)
     assert machine.weight_bandwidth(found, 1 << 20) == 2.0
     assert machine.weight_bandwidth(found, (1 << 20) - 1) == 6.0
 
 
-def test_caches_are_those_that_hold_data(tmp_path):
+def test_instruction_caches_are_excluded(tmp_path):
     levels = {"index0": ("1", "Data", "48K"), "index1": ("1", "Instruction", "32K"), "index2": ("3", "Unified", "2M")}
     for name, values in levels.items():
         (tmp_path / name).mkdir()
@@ -157,7 +157,7 @@ def test_bandwidth_is_measured_once_for_sizes_of_one_kind(quick_machine, monkeyp
     assert measured == [5120, 8192, 10240, 4096, 1 << 16]
 
 
-def test_readings_read_all_of_what_is_next(quick_machine, monkeypatch):
+def test_readings_read_the_whole_next_buffer(quick_machine, monkeypatch):
     made = []
     ones = torch.ones
     monkeypatch.setattr(torch, "ones", lambda *shape: made.append(ones(*shape)) or made[-1])
@@ -175,7 +175,7 @@ def test_readings_read_all_of_what_is_next(quick_machine, monkeypatch):
 # -- the JSON file -------------------------------------------------------------------------------------------------
 
 
-def test_json_appears_whole_or_not_at_all(tmp_path):
+def test_json_file_is_written_atomically(tmp_path):
     path = tmp_path / "found.json"
     path.write_text("old")
     with pytest.raises(KeyError), json_file(path):
@@ -194,12 +194,12 @@ def test_json_appears_whole_or_not_at_all(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o640
 
 
-def test_no_json_asked_for():
+def test_without_json_option_nothing_is_written():
     with json_file(None) as write:
         write({"a": 1})
 
 
 @pytest.mark.parametrize("where", ["no/such/folder/x.json", "."])
-def test_json_that_cannot_be_written_is_found_first(tmp_path, where):
+def test_unwritable_json_path_is_refused_before_measuring(tmp_path, where):
     with pytest.raises(UsageError, match="--json"), json_file(tmp_path / where):
         pytest.fail("measured before the path was tried")

@@ -22,7 +22,7 @@ def small(quick_machine, monkeypatch):
         monkeypatch.setattr(kernels, name, value)
 
 
-def test_bytes_and_operations():
+def test_bytes_and_operations_equal_hand_counts():
     cases = {f"{case.op} {case.shape}": (case.data_bytes, case.operations) for case in all_cases(SMALL)}
     kv, queries = 2 * 3 * 20 * 2 * 8, 2 * 3 * 4 * 8
     assert cases["paged_attention 3 decodes x 20, float32 KV"] == (4 * kv + 4 * queries, 4 * 3 * 20 * 4 * 8)
@@ -67,7 +67,7 @@ def test_the_limit_is_the_median_of_the_fastest_reading(monkeypatch):
     assert all(one.median_s == 9.0 for one in found)
 
 
-def test_what_has_the_data_of_many_layers_is_measured_over_all_of_them_after_a_round_that_does_not_count(monkeypatch):
+def test_case_of_many_layers_is_measured_after_an_uncounted_round(monkeypatch):
     called = []
 
     def make(backend):
@@ -85,7 +85,7 @@ def test_what_has_the_data_of_many_layers_is_measured_over_all_of_them_after_a_r
     assert called == [1 + 5 * (7 + 7)] * len(called)
 
 
-def test_arithmetic_is_held_to_the_rate_of_its_type(monkeypatch):
+def test_arithmetic_limit_uses_the_rate_of_its_type(monkeypatch):
     read_at(1e9, monkeypatch)
     rates = {torch.bfloat16: 2e6, torch.int8: 4e6}
     monkeypatch.setattr(kernels, "gemm_rate", rates.pop)  # each is measured once

@@ -16,22 +16,22 @@ LLM = SimpleNamespace(limits=ModelLimits(context=64, vocab_size=96, eos_ids=froz
 
 
 @pytest.mark.parametrize(("text", "span"), [("5", (5, 5)), (" 1-9 ", (1, 9)), ("7-7", (7, 7))])
-def test_spans(text, span):
+def test_span_is_parsed(text, span):
     assert parse_span("--input-tokens", text) == span
 
 
 @pytest.mark.parametrize("text", ["", "0", "0-4", "9-3", "-3", "3-", "1-2-3", "1.5", "many", "٣", "9999999999"])
-def test_wrong_spans(text):
+def test_invalid_span_is_refused(text):
     with pytest.raises(UsageError, match="--input-tokens"):
         parse_span("--input-tokens", text)
 
 
-def test_span_as_text():
+def test_span_is_printed_as_written():
     assert (str(TokenSpan(3, 3)), str(TokenSpan(3, 9))) == ("3", "3-9")
 
 
 @pytest.mark.parametrize("text", ["", "0", "1,,2", "1,x", "-1", "²"])
-def test_wrong_batches(text):
+def test_invalid_batch_list_is_refused(text):
     with pytest.raises(UsageError, match="--batch"):
         parse_batches(text)
     assert parse_batches("8, 1") == [8, 1]
@@ -50,7 +50,7 @@ def test_synthetic_lengths_and_prefix():
     assert "6-12 in, the first 4 of them shared, 2-5 out" in shape.describe()
 
 
-def test_synthetic_that_cannot_be():
+def test_invalid_synthetic_workload_is_refused():
     with pytest.raises(UsageError, match="--shared-prefix 6"):
         Synthetic(1, TokenSpan(6, 12), TokenSpan(1, 1), shared_prefix=6)
     with pytest.raises(UsageError, match="65 tokens, and the context has 64"):
@@ -62,7 +62,7 @@ def write(path, *lines):
     return path
 
 
-def test_file(tmp_path):
+def test_workload_file_is_read(tmp_path):
     path = write(tmp_path / "w.jsonl", {"id": "a", "ids": [1, 95], "max_tokens": 62}, "", {"ids": [3], "max_tokens": 1})
     workload = WorkloadFile.read(path, None)
     assert [line.number for line in workload.lines] == [1, 3]
@@ -92,14 +92,14 @@ GOOD = {"ids": [1], "max_tokens": 1}
         ({"ids": [1] * 60, "max_tokens": 5}, "60 ids and max_tokens 5 are 65 tokens"),
     ],
 )
-def test_wrong_lines_are_named(tmp_path, line, message):
+def test_invalid_line_is_refused_with_its_number(tmp_path, line, message):
     path = write(tmp_path / "w.jsonl", GOOD, line)
     with pytest.raises(InputError) as caught:
         WorkloadFile.read(path, None).prompts(LLM)
     assert str(caught.value).startswith(f"{path}:2: ") and message in str(caught.value)
 
 
-def test_missing_and_empty_files(tmp_path):
+def test_missing_or_empty_file_is_refused(tmp_path):
     for path in (tmp_path / "nothing.jsonl", tmp_path, write(tmp_path / "empty.jsonl", "", " ")):
         with pytest.raises(InputMissing, match=str(path)):
             WorkloadFile.read(path, None)
