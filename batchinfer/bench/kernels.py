@@ -344,8 +344,8 @@ def _packed(layer: Callable[[Backend], Linear], rows: int, dtype: torch.dtype) -
 
 
 def _ready(layer: Linear, dtype: torch.dtype) -> Linear:
-    layer.weight.uniform_(-0.1, 0.1)
-    layer.pack(Precision(str(dtype).removeprefix("torch.")))
+    weight_OI = torch.empty(layer.out_features, layer.in_features).uniform_(-0.1, 0.1)
+    layer.pack_weight(weight_OI, Precision(str(dtype).removeprefix("torch.")))
     return layer
 
 

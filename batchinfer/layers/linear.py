@@ -1,7 +1,7 @@
 """Linear layers. Several maps of one input are one parameter, stacked by rows: one GEMM, one read of the input.
 
-State: the packed matrix, which stays with the backend that packed it, and a bias. Until `pack` a layer holds an
-uninitialised parameter that the loader copies weights into; `pack_weight` takes a weight without that detour.
+State: the packed matrix, which stays with the backend that packed it, and a bias. A layer has no matrix before
+`pack_weight`, and never holds it in another form.
 
 N rows · I input features · O output features
 """
@@ -16,26 +16,19 @@ from batchinfer.ops.backend import Backend
 
 
 class Linear(nn.Module):
-    """y = x Wᵀ + b. Memory is uninitialised: weights are always read from a file."""
+    """y = x Wᵀ + b. The bias is uninitialised: weights are always read from a file."""
 
     def __init__(self, backend: Backend, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__()
         self.backend = backend
         self.in_features = in_features
         self.out_features = out_features
-        self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
         self._packed: PackedMatrix | None = None
-
-    def pack(self, precision: Precision) -> None:
-        """Pack the weight, once it is read, and give back its memory."""
-        if self._packed is None:
-            self.pack_weight(self.weight, precision)
 
     def pack_weight(self, weight_OI: Tensor | BlockMatrix, precision: Precision) -> None:
         """Pack a weight that is already cut to the layer's shape; the layer keeps the packed form alone."""
         self._packed = self._pack(weight_OI, precision)
-        self.weight = nn.Parameter(self.weight.new_empty(0, self.in_features), requires_grad=False)
 
     def _pack(self, weight_OI: Tensor | BlockMatrix, precision: Precision) -> PackedMatrix:
         return self.backend.pack(weight_OI, precision)
@@ -43,7 +36,7 @@ class Linear(nn.Module):
     @property
     def matrix(self) -> PackedMatrix:
         """Return the packed matrix [O, I]."""
-        assert self._packed is not None, "weights are packed once they are read"
+        assert self._packed is not None, "a weight is packed before it is used"
         return self._packed
 
     @property

@@ -14,6 +14,7 @@ from batchinfer.layers.rotary import SCALINGS, RopeConfig
 from batchinfer.models.families import Family, HFConfig, architecture_of, family_of
 from batchinfer.models.gguf import GGUFFile
 from batchinfer.models.json_file import read_object
+from batchinfer.models.schemes import quant_method
 
 _TOO_LARGE = 1e30  # for every number of a configuration; infinity and NaN are no smaller
 _MOST_LAYERS = 10_000
@@ -51,6 +52,7 @@ class ModelConfig:
     layers: tuple[LayerConfig, ...]
     ropes: tuple[RopeConfig, ...]
     multipliers: Multipliers
+    quant_method: str | None = None  # a key of schemes.SCHEMES
 
     @property
     def kv_shape(self) -> tuple[int, int, int]:
@@ -72,7 +74,7 @@ def parse_config(values: HFConfig, where: str) -> ModelConfig:
     """From config.json's content; `where` names it in errors. Raises ModelError."""
     architecture = architecture_of(values, where)
     family = family_of(architecture)
-    _refuse_quantized(values, where)
+    method = quant_method(values, where)
     text = values["text_config"] if family.text_config and isinstance(values.get("text_config"), dict) else values
     facts = _Facts({**family.defaults, **text}, where)
     ropes, rope_of = _ropes(facts, family)
@@ -89,21 +91,7 @@ def parse_config(values: HFConfig, where: str) -> ModelConfig:
         layers=_layers(facts, family, rope_of),
         ropes=ropes,
         multipliers=_multipliers(facts, family),
-    )
-
-
-def _refuse_quantized(values: HFConfig, where: str) -> None:
-    """Raises ModelError that names the format. MLX alone writes `quantization`, which has no method's name."""
-    mlx = values.get("quantization")
-    written = mlx or values.get("quantization_config")
-    if not written:
-        return
-    facts = written if isinstance(written, dict) else {}
-    method = "MLX" if mlx else facts.get("quant_method") or "an unnamed method"
-    bits = f", {facts['bits']} bits" if "bits" in facts else ""
-    raise ModelError(
-        f"{where}: the checkpoint is quantized ({method}{bits}), which is not supported; use the unquantized model, or "
-        "a GGUF file"
+        quant_method=method,
     )
 
 

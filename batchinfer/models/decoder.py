@@ -20,7 +20,6 @@ from batchinfer.layers.mlp import MLP
 from batchinfer.layers.norm import RMSNorm
 from batchinfer.layers.rotary import Rotary
 from batchinfer.models.config import LayerConfig, ModelConfig
-from batchinfer.models.precision import WeightPrecision
 from batchinfer.ops.backend import Backend
 
 
@@ -171,14 +170,8 @@ class Decoder(nn.Module):
     def _head(self) -> Linear:
         return self.embedding if self.head is None else self.head
 
-    def pack(self, precision: WeightPrecision) -> None:
-        """Pack every matrix, once the weights are read, and let the backend choose the form of the layer stack."""
-        for module in self.layers.modules():
-            if isinstance(module, Linear):
-                module.pack(precision.layers)
-        if self.head is not None:
-            self.head.pack(precision.ends)
-        self.embedding.pack(precision.ends)
+    def build_stack(self) -> None:
+        """Let the backend choose the form of the layer stack, once every matrix is packed."""
         layers = [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
         ropes = [config.rope for config in self.config.layers]
         attention = self.config.attention

@@ -1,7 +1,7 @@
-"""GGUF files as Hugging Face models: configuration, and weights de-quantised under Hugging Face names.
+"""GGUF files as Hugging Face models: configuration, and weights under Hugging Face names, de-quantised or in blocks.
 
 llama.cpp's converter changes tensors on the way in (rows of q and k permuted for its rope, Gemma's norms stored as
-1 + w); `weights` undoes that. Sizes and layouts of the types are the `gguf` package's.
+1 + w); reading undoes that. Sizes and layouts of the types are the `gguf` package's.
 """
 
 from __future__ import annotations
@@ -9,17 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import torch
-from batchinfer_kernels.formats import BlockMatrix
+from batchinfer_kernels.formats import BlockMatrix, stacked_blocks
 from gguf import GGMLQuantizationType as GGMLType
 
 from batchinfer.errors import ModelError
 from batchinfer.models import gguf_blocks, gguf_config
+from batchinfer.models.checkpoint import StoredTensor, TensorSlice
 from batchinfer.models.gguf_header import TensorInfo, read_header
 
 SUPPORTED = frozenset(
@@ -35,7 +37,7 @@ _THREADS = 2  # numpy releases the GIL here; more threads only share the memory 
 
 
 class GGUFFile:
-    """An open GGUF file. Tensor bytes are memory-mapped and read when asked for."""
+    """An open GGUF file, a Checkpoint. Tensor bytes are memory-mapped and read when asked for."""
 
     def __init__(self, path: str | Path) -> None:
         """Raises ModelError for a missing, truncated or damaged file and for an architecture that is not known."""
@@ -48,65 +50,99 @@ class GGUFFile:
         self._data = np.memmap(self.path, dtype=np.uint8, mode="c")
 
     def config_dict(self) -> dict[str, Any]:
-        """The model's facts with the keys of a Hugging Face config.json."""
+        """Return the model's facts with the keys of a Hugging Face config.json."""
         factors = {name: self.tensor(name) for name in self.tensors if gguf_config.is_rope_factors(name)}
         try:
             return gguf_config.config_dict(self.header, factors)
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:
             raise ModelError(f"{self.path}: the metadata is damaged: {type(error).__name__}: {error}") from None
 
+    @cached_property
+    def stored(self) -> dict[str, StoredTensor]:
+        """See Checkpoint. Raises ModelError for a tensor without a place in the model, of another type or cut off."""
+        found = {}
+        for hf_name, name in self._names.items():
+            info = self.tensors[name]
+            ggml_type = self._type(info)
+            self._raw(info, ggml_type)
+            found[hf_name] = StoredTensor(self.path, info.shape, ggml_type.name)
+        return found
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        """Return Hugging Face's name → the name here, of every tensor of the model."""
+        names = (name for name in self.tensors if not gguf_config.is_rope_factors(name))
+        return {gguf_config.hf_name(self.header, name): name for name in names}
+
     def tensor(self, name: str) -> np.ndarray:
-        """float32 values of one tensor, as they stand in the file: no permutation undone."""
+        """Return float32 values of one tensor by its name here, as they stand in the file: no permutation undone."""
         info = self.tensors[name]
         ggml_type = self._type(info)
         raw = self._raw(info, ggml_type)
-        return _dequantize(raw, ggml_type, math.prod(info.shape)).reshape(info.shape)
+        out = torch.empty(math.prod(info.shape), dtype=torch.float32)
+        _dequantize(raw, ggml_type, out)
+        return out.view(info.shape).numpy()
 
-    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(Hugging Face name, float32 tensor) in file order, one in memory at a time.
+    def block_size(self, hf_name: str) -> int:
+        """Return the number of input features that a block of the tensor's type holds; 1 for plain numbers."""
+        block, _ = gguf.GGML_QUANT_SIZES[self._type(self.tensors[self._names[hf_name]])]
+        return int(block)
 
-        Raises ModelError for a tensor that has no place in the model, or a type that is not supported.
-        """
-        for name, hf_name in self._names():
-            yield hf_name, self._weight(name)
+    def read_into(self, part: TensorSlice, out: torch.Tensor) -> None:
+        """See Checkpoint. Columns are cut on the borders of blocks."""
+        name = self._names[part.name]
+        if part.columns is None:
+            out.copy_(self._vector(name, part))
+            return
+        ggml_type, first = self._type(self.tensors[name]), 0
+        for raw_rows in self._raw_rows(name, part):
+            _dequantize(raw_rows.reshape(-1), ggml_type, out[first : first + len(raw_rows)].view(-1))
+            first += len(raw_rows)
 
-    def weights_in_blocks(self) -> Iterator[tuple[str, torch.Tensor | BlockMatrix]]:
-        """The same, but matrices of a type that `BlockMatrix` holds exactly are that."""
-        for name, hf_name in self._names():
-            blocks = self._blocks(name)
-            yield hf_name, self._weight(name) if blocks is None else blocks
+    def read_blocks(self, part: TensorSlice) -> BlockMatrix | None:
+        """Return a slice as it is stored, zeros appended, if BlockMatrix holds it exactly."""
+        name = self._names[part.name]
+        ggml_type = self._type(self.tensors[name])
+        if ggml_type not in gguf_blocks.TYPES:
+            return None
+        matrices = [gguf_blocks.block_matrix(raw_rows, ggml_type) for raw_rows in self._raw_rows(name, part)]
+        found = [matrix for matrix in matrices if matrix is not None]
+        if len(found) < len(matrices):
+            return None
+        if part.zeros:
+            found.append(gguf_blocks.zero_matrix(part.zeros, found[0]))
+        return stacked_blocks(found)
 
-    def _names(self) -> Iterator[tuple[str, str]]:
-        """Here, and at Hugging Face."""
-        for name in self.tensors:
-            if not gguf_config.is_rope_factors(name):
-                yield name, gguf_config.hf_name(self.header, name)
-
-    def _weight(self, name: str) -> torch.Tensor:
+    def _vector(self, name: str, part: TensorSlice) -> torch.Tensor:
         values = self._unpermuted(name, self.tensor(name))
         if self.family.norm_plus_one and name.endswith("norm.weight"):
             values -= 1.0
-        return torch.from_numpy(values)
+        return torch.from_numpy(np.concatenate([values[rows.start : rows.stop] for rows in part.rows]))
 
-    def _blocks(self, name: str) -> BlockMatrix | None:
+    def _raw_rows(self, name: str, part: TensorSlice) -> Iterator[np.ndarray]:
+        """Yield uint8 [rows, bytes of the columns] of each range of rows, in Hugging Face's order. May be a copy."""
         info = self.tensors[name]
         ggml_type = self._type(info)
-        if len(info.shape) != 2 or ggml_type not in gguf_blocks.TYPES:
-            return None
-        rows = self._raw(info, ggml_type).reshape(info.shape[0], -1)
-        return gguf_blocks.matrix(self._unpermuted(name, rows), ggml_type)
+        block, block_bytes = gguf.GGML_QUANT_SIZES[ggml_type]
+        whole = self._raw(info, ggml_type).reshape(info.shape[0], info.shape[1] // block * block_bytes)
+        assert part.columns is not None and part.columns.start % block == 0, "the scheme checks the cut"
+        columns = slice(part.columns.start // block * block_bytes, part.columns.stop // block * block_bytes)
+        for rows in part.rows:
+            yield self._unpermuted(name, whole[rows.start : rows.stop, columns])
 
     def _unpermuted(self, name: str, values: np.ndarray) -> np.ndarray:
-        """Rows of each head from interleaved pairs to two halves: the inverse of llama.cpp's `LlamaModel.permute`."""
+        """Rows of each head from interleaved pairs to two halves: the inverse of llama.cpp's `LlamaModel.permute`.
+
+        `values` are rows of whole heads, all of them or a rank's.
+        """
         if not (self.family.permuted and (".attn_q." in name or ".attn_k." in name)):
             return values
-        heads = gguf_config.head_counts(self.header)[".attn_k." in name]
-        rows = values.shape[0]
+        heads, rows = gguf_config.head_counts(self.header)[".attn_k." in name], self.tensors[name].shape[0]
         if rows % (2 * heads):
             raise ModelError(
                 f"{self.path}: tensor {name!r} has {rows} rows, not an even number for each of {heads} heads"
             )
-        paired = values.reshape(heads, rows // heads // 2, 2, *values.shape[1:])
+        paired = values.reshape(-1, rows // heads // 2, 2, *values.shape[1:])
         return np.ascontiguousarray(paired.swapaxes(1, 2)).reshape(values.shape)
 
     def _type(self, info: TensorInfo) -> GGMLType:
@@ -136,33 +172,29 @@ class GGUFFile:
         return self._data[start:end]
 
 
-def _dequantize(raw: np.ndarray, ggml_type: GGMLType, count: int) -> np.ndarray:
-    """`count` float32 values of contiguous blocks. Blocks know nothing of rows, so chunks may cut anywhere between."""
+def _dequantize(raw: np.ndarray, ggml_type: GGMLType, out: torch.Tensor) -> None:
+    """Fill `out`, a vector, from contiguous blocks. Blocks know nothing of rows: chunks may end between any two."""
     if ggml_type not in gguf_blocks.TYPES:  # for those, three times as fast as numpy and equal to the last bit
-        return _dequantize_in_numpy(raw, ggml_type, count)
+        _dequantize_in_numpy(raw, ggml_type, out)
+        return
     block, block_bytes = gguf.GGML_QUANT_SIZES[ggml_type]
-    out = torch.empty(count // block, block, dtype=torch.float32)
     bytes_ = torch.from_numpy(raw).view(-1, block_bytes)
-    for part, part_bytes in zip(torch.split(out, _CHUNK // block), torch.split(bytes_, _CHUNK // block), strict=True):
-        part.copy_(gguf_blocks.decoded(part_bytes, ggml_type).float())
-    return out.view(-1).numpy()
+    for chunk, raw_chunk in zip(torch.split(out, _CHUNK), torch.split(bytes_, _CHUNK // block), strict=True):
+        chunk.view(-1, block).copy_(gguf_blocks.decode_blocks(raw_chunk, ggml_type).float())
 
 
-def _dequantize_in_numpy(raw: np.ndarray, ggml_type: GGMLType, count: int) -> np.ndarray:
+def _dequantize_in_numpy(raw: np.ndarray, ggml_type: GGMLType, out: torch.Tensor) -> None:
     block, block_bytes = gguf.GGML_QUANT_SIZES[ggml_type]
-    out = np.empty(count, np.float32)
     step_bytes = _CHUNK // block * block_bytes
 
     def fill(start: int) -> None:
         with np.errstate(all="ignore"):  # a scale may be infinite or nan in a damaged file
-            out[start : start + _CHUNK] = gguf.dequantize(
-                raw[start // _CHUNK * step_bytes :][:step_bytes][None], ggml_type
-            )[0]
+            values = gguf.dequantize(raw[start // _CHUNK * step_bytes :][:step_bytes][None], ggml_type)[0]
+        out[start : start + _CHUNK].copy_(torch.from_numpy(values))
 
-    starts = range(0, count, _CHUNK)
+    starts = range(0, len(out), _CHUNK)
     if len(starts) == 1:
         fill(0)
     else:
         with ThreadPoolExecutor(_THREADS) as pool:
             list(pool.map(fill, starts))
-    return out

@@ -1,4 +1,4 @@
-"""GGUF's matrices of the types Q4_0, Q4_1 and Q8_0 as they are: in blocks. O output features, rows of bytes"""
+"""GGUF matrices of the types Q4_0, Q4_1 and Q8_0 as BlockMatrix, without de-quantising. O output features"""
 
 from __future__ import annotations
 
@@ -12,15 +12,23 @@ TYPES = {GGMLType.Q4_0: (4, False), GGMLType.Q4_1: (4, True), GGMLType.Q8_0: (8,
 _CHUNK_BLOCKS = 1 << 14  # that stay in the cache while their values are spread
 
 
-def matrix(rows: np.ndarray, ggml_type: GGMLType) -> BlockMatrix | None:
-    """rows: uint8 [O, bytes of a row]. Copies. None if a scale is not finite, as in a damaged file."""
-    made = decoded(torch.from_numpy(rows), ggml_type)
+def block_matrix(rows: np.ndarray, ggml_type: GGMLType) -> BlockMatrix | None:
+    """Return a copy of rows, uint8 [O, bytes of a row]. None if a scale is not finite, as in a damaged file."""
+    made = decode_blocks(torch.from_numpy(np.ascontiguousarray(rows)), ggml_type)
     parts = (made.scales_OG,) if made.mins_OG is None else (made.scales_OG, made.mins_OG)
     return made if all(bool(part.isfinite().all()) for part in parts) else None
 
 
-def decoded(rows: torch.Tensor, ggml_type: GGMLType) -> BlockMatrix:
-    """The same, whatever the scales are."""
+def zero_matrix(rows: int, like: BlockMatrix) -> BlockMatrix:
+    """Return rows of zeros of the kind and width of `like`."""
+    parts = like.values_OI, like.scales_OG, like.mins_OG
+    values, scales, mins = (None if part is None else part.new_zeros(rows, part.shape[1]) for part in parts)
+    assert values is not None and scales is not None
+    return BlockMatrix(values, scales, mins, like.bits)
+
+
+def decode_blocks(rows: torch.Tensor, ggml_type: GGMLType) -> BlockMatrix:
+    """Return a copy of rows, uint8 [O, bytes of a row], whatever the scales are."""
     bits, with_mins = TYPES[ggml_type]
     block, block_bytes = gguf.GGML_QUANT_SIZES[ggml_type]
     assert block == BLOCK
@@ -37,7 +45,7 @@ def _halves(blocks: torch.Tensor, at: int) -> torch.Tensor:
 
 
 def _spread(data: torch.Tensor, zero: int) -> torch.Tensor:
-    """Low halves of bytes are values 0 to 15, high halves 16 to 31 of a block."""
+    """Spread bytes to 4-bit values: low halves are values 0 to 15 of a block, high halves 16 to 31."""
     out = torch.empty(len(data), BLOCK, dtype=torch.int8)
     for part, part_data in zip(torch.split(out, _CHUNK_BLOCKS), torch.split(data, _CHUNK_BLOCKS), strict=True):
         part[:, :16] = part_data & 15

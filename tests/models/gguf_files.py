@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from gguf import GGUFWriter
 
+from batchinfer.models.checkpoint import TensorSlice
+from batchinfer.models.gguf import GGUFFile
+
 PERMUTED = {"llama", "granite", "smollm3"}
 Writer = Callable[[GGUFWriter], None]
 
@@ -80,3 +83,19 @@ def finish(writer: GGUFWriter) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def float_weights(file: GGUFFile) -> dict[str, torch.Tensor]:
+    """Return every weight of a file in float32, by Hugging Face's name."""
+    return {name: read_whole(file, name) for name in file.stored}
+
+
+def whole_slice(file: GGUFFile, name: str) -> TensorSlice:
+    shape = file.stored[name].shape
+    return TensorSlice(name, shape, (range(shape[0]),), range(shape[1]) if len(shape) == 2 else None)
+
+
+def read_whole(file: GGUFFile, name: str) -> torch.Tensor:
+    out = torch.empty(file.stored[name].shape)
+    file.read_into(whole_slice(file, name), out)
+    return out

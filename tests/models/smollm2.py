@@ -11,13 +11,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from batchinfer.models.gguf import GGUFFile
 from batchinfer.text.fast import FastTokenizer
 from batchinfer.text.tokenizer import load_tokenizer
+from tests.models.gguf_files import float_weights
 
 
 def in_transformers(gguf: Path) -> LlamaForCausalLM:
     """float32."""
     file = GGUFFile(gguf)
     model = LlamaForCausalLM(LlamaConfig(**file.config_dict()))
-    missing, unexpected = model.load_state_dict(dict(file.weights()), strict=False)
+    missing, unexpected = model.load_state_dict(float_weights(file), strict=False)
     assert set(missing) <= {"lm_head.weight"} and not unexpected, (missing, unexpected)
     model.tie_weights()
     return model.eval()

@@ -26,7 +26,7 @@ from batchinfer.models import gguf_header
 from batchinfer.models.gguf import GGUFFile
 from batchinfer.models.gguf_header import read_header, shared_header
 
-from .gguf_files import finish, write_model
+from .gguf_files import finish, float_weights, write_model
 
 _SMALL = {
     "vocab_size": 96,
@@ -183,7 +183,7 @@ def test_a_converted_model_computes_the_same(name: str, tmp_path: Path) -> None:
     values = file.config_dict()
     assert values["architectures"] == [type(model).__name__]
     again = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values)).eval()
-    missing, unexpected = again.load_state_dict(dict(file.weights()), strict=False)
+    missing, unexpected = again.load_state_dict(float_weights(file), strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}
     assert values["tie_word_embeddings"] == bool(missing)
 
@@ -214,7 +214,7 @@ def test_every_type_is_dequantised_in_chunks(
     path = tmp_path / "one.gguf"
     raw = quantized_file(path, ggml_type, rows=5, columns=768)  # 7.5 chunks
     expected = gguf.dequantize(raw, ggml_type)
-    [(name, tensor)] = GGUFFile(path).weights()
+    [(name, tensor)] = float_weights(GGUFFile(path)).items()
     assert name == "model.layers.0.mlp.up_proj.weight"
     assert tensor.dtype == torch.float32 and tensor.shape == (5, 768)
     np.testing.assert_array_equal(tensor.numpy(), expected)
@@ -228,14 +228,16 @@ def test_any_bytes_are_dequantised_as_by_the_gguf_package(ggml_type: GGMLType) -
     with np.errstate(all="ignore"):
         expected = gguf.dequantize(raw[None], ggml_type)[0]
     assert np.isnan(expected).any() and (expected < 0).any()
-    np.testing.assert_array_equal(ours._dequantize(raw, ggml_type, 30_000 * block), expected)
+    out = torch.empty(30_000 * block)
+    ours._dequantize(raw, ggml_type, out)
+    np.testing.assert_array_equal(out.numpy(), expected)
 
 
 def test_an_unsupported_type_is_named(tmp_path: Path) -> None:
     path = tmp_path / "one.gguf"
     quantized_file(path, GGMLType.Q2_K, 1, 256)
     with pytest.raises(ModelError, match=r"'blk.0.ffn_up.weight' has type Q2_K; supported are BF16, F16"):
-        list(GGUFFile(path).weights())
+        float_weights(GGUFFile(path))
 
 
 def test_an_unknown_tensor_is_named(tmp_path: Path) -> None:
@@ -244,7 +246,7 @@ def test_an_unknown_tensor_is_named(tmp_path: Path) -> None:
     writer.add_tensor("blk.0.ffn_gate_exps.weight", np.zeros((2, 2), np.float32))
     finish(writer)
     with pytest.raises(ModelError, match=r"'blk\.0\.ffn_gate_exps\.weight' has no place in LlamaForCausalLM"):
-        list(GGUFFile(tmp_path / "x.gguf").weights())
+        float_weights(GGUFFile(tmp_path / "x.gguf"))
 
 
 def test_an_unknown_architecture_lists_the_known(tmp_path: Path) -> None:
@@ -284,8 +286,7 @@ def tiny_llama(folder: Path) -> Path:
 def load_all(path: Path) -> None:
     file = GGUFFile(path)
     file.config_dict()
-    for _ in file.weights():
-        pass
+    float_weights(file)
 
 
 def test_a_truncated_file_is_an_error_wherever_it_ends(tmp_path: Path) -> None:
@@ -379,4 +380,4 @@ def test_smollm2_reads_with_its_config_and_number_of_weights(smollm2_gguf: Path)
     config = file.config_dict()
     assert (config["num_hidden_layers"], config["hidden_size"], config["vocab_size"]) == (30, 576, 49152)
     assert (config["rms_norm_eps"], config["rope_theta"], config["tie_word_embeddings"]) == (1e-5, 1e5, True)
-    assert sum(tensor.numel() for _, tensor in file.weights()) == 134_515_008
+    assert sum(tensor.numel() for tensor in float_weights(file).values()) == 134_515_008

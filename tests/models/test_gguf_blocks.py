@@ -9,7 +9,7 @@ import torch
 from batchinfer_kernels.cpu.gated_linear import GatedPanels
 from batchinfer_kernels.cpu.linear import PackedBlocks
 from batchinfer_kernels.eager.linear import DenseMatrix
-from batchinfer_kernels.formats import BlockMatrix, Precision
+from batchinfer_kernels.formats import Precision
 from gguf import GGMLQuantizationType as GGMLType
 from gguf import GGUFWriter
 
@@ -18,14 +18,14 @@ from batchinfer.models import gguf_blocks
 from batchinfer.models.gguf import GGUFFile
 from batchinfer.models.precision import WeightPrecision
 from batchinfer.models.weights import load_decoder
-from tests.models.gguf_files import finish
+from tests.models.gguf_files import finish, float_weights, whole_slice
 from tests.models.tiny import Paged
 
 TOKENS = [5, 17, 40, 3, 90, 41, 7]
 _HIDDEN, _FEED, _VOCABULARY = 64, 96, 97
 
 
-def _write(path, types, tied=False, scale=None):
+def write_blocks(path, types, tied=False, scale=None, feed=_FEED):
     """A llama of two layers with random weights: `types` gives the type of each matrix by its GGUF name's last word.
 
     `scale` replaces the scale of the first block of every matrix that has one.
@@ -34,7 +34,7 @@ def _write(path, types, tied=False, scale=None):
     writer.add_block_count(2)
     writer.add_context_length(64)
     writer.add_embedding_length(_HIDDEN)
-    writer.add_feed_forward_length(_FEED)
+    writer.add_feed_forward_length(feed)
     writer.add_head_count(4)
     writer.add_head_count_kv(2)
     writer.add_layer_norm_rms_eps(1e-5)
@@ -55,9 +55,9 @@ def _write(path, types, tied=False, scale=None):
     for layer in range(2):
         shapes = {"attn_q": (64, 64), "attn_k": (32, 64), "attn_v": (32, 64), "attn_output": (64, 64)}
         shapes |= {
-            "ffn_gate": (96, 64),
-            "ffn_up": (96, 64),
-            "ffn_down": (64, 96),
+            "ffn_gate": (feed, 64),
+            "ffn_up": (feed, 64),
+            "ffn_down": (64, feed),
             "attn_norm": (64,),
             "ffn_norm": (64,),
         }
@@ -73,7 +73,7 @@ def _logits(decoder):
 def _with_and_without(path, monkeypatch):
     """Decoders of the same file: as it is loaded, and from float32 weights."""
     kept = load_decoder(path)
-    monkeypatch.setattr(GGUFFile, "weights_in_blocks", GGUFFile.weights)
+    monkeypatch.setattr(GGUFFile, "read_blocks", lambda file, part: None)
     return kept, load_decoder(path)
 
 
@@ -89,7 +89,7 @@ def _in_blocks(decoder):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", gguf_blocks.TYPES, ids=lambda kind: kind.name)
 def test_logits_are_those_of_float32_weights(kind, tied, tmp_path, monkeypatch):
-    _write(tmp_path / "m.gguf", {"*": kind, "token_embd": GGMLType.Q8_0}, tied)
+    write_blocks(tmp_path / "m.gguf", {"*": kind, "token_embd": GGMLType.Q8_0}, tied)
     kept, floats = _with_and_without(tmp_path / "m.gguf", monkeypatch)
     assert torch.equal(_logits(kept), _logits(floats)) and _logits(kept).std() > 0.1
     layers = {
@@ -100,22 +100,23 @@ def test_logits_are_those_of_float32_weights(kind, tied, tmp_path, monkeypatch):
 
 
 def test_every_matrix_is_that_of_the_file(tmp_path):
-    _write(
+    write_blocks(
         tmp_path / "m.gguf",
         {"*": GGMLType.Q4_0, "ffn_up": GGMLType.Q4_1, "attn_v": GGMLType.Q8_0, "output": GGMLType.F16},
     )
     file = GGUFFile(tmp_path / "m.gguf")
-    floats, kinds = dict(file.weights()), set()
-    for name, weight in file.weights_in_blocks():
-        assert torch.equal(weight.float(), floats[name]), name
-        if isinstance(weight, BlockMatrix):
+    kinds = set()
+    for name, floats in float_weights(file).items():
+        weight = None if floats.ndim == 1 else file.read_blocks(whole_slice(file, name))
+        if weight is not None:
+            assert torch.equal(weight.float(), floats), name
             kinds.add((weight.bits, weight.mins_OG is not None))
     assert kinds == {(4, False), (4, True), (8, False)}
 
 
 @pytest.mark.parametrize("other", [GGMLType.Q4_0, GGMLType.Q8_0, GGMLType.F32, GGMLType.F16])
 def test_a_stack_of_several_types_is_float32(other, tmp_path, monkeypatch):
-    _write(tmp_path / "m.gguf", {"*": GGMLType.Q4_1, "attn_k": other, "ffn_gate": other})
+    write_blocks(tmp_path / "m.gguf", {"*": GGMLType.Q4_1, "attn_k": other, "ffn_gate": other})
     kept, floats = _with_and_without(tmp_path / "m.gguf", monkeypatch)
     assert torch.equal(_logits(kept), _logits(floats))
     alone = {f"layers.{i}.{name}" for i in (0, 1) for name in ("attention.out", "mlp.down")}
@@ -123,12 +124,15 @@ def test_a_stack_of_several_types_is_float32(other, tmp_path, monkeypatch):
 
 
 def test_blocks_with_an_infinite_scale_become_float32(tmp_path):
-    _write(tmp_path / "m.gguf", {"*": GGMLType.Q4_0}, scale=np.inf)
-    assert all(isinstance(weight, torch.Tensor) for _, weight in GGUFFile(tmp_path / "m.gguf").weights_in_blocks())
+    write_blocks(tmp_path / "m.gguf", {"*": GGMLType.Q4_0}, scale=np.inf)
+    file = GGUFFile(tmp_path / "m.gguf")
+    matrices = [name for name, stored in file.stored.items() if len(stored.shape) == 2]
+    assert all(file.read_blocks(whole_slice(file, name)) is None for name in matrices)
+    assert not _in_blocks(load_decoder(tmp_path / "m.gguf"))
 
 
 def test_other_types_of_numbers_take_the_weights_as_before(tmp_path):
-    _write(tmp_path / "m.gguf", {"*": GGMLType.Q4_1})
+    write_blocks(tmp_path / "m.gguf", {"*": GGMLType.Q4_1})
     for precision in (WeightPrecision.of_all(Precision.BFLOAT16), WeightPrecision(layers=Precision.INT8)):
         decoder = load_decoder(tmp_path / "m.gguf", precision)
         assert _logits(decoder).std() > 0.1

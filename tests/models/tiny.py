@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -89,11 +90,14 @@ MODELS: dict[str, tuple[str, dict]] = {
 }
 
 
-def build(name: str, folder: Path) -> transformers.PreTrainedModel:
-    """A random model, saved in `folder`. Norm weights and biases too are random: ones and zeros would hide mistakes."""
+def build(name: str, folder: Path, **more: Any) -> transformers.PreTrainedModel:
+    """Save a random model in `folder`. Norm weights and biases too are random: ones and zeros would hide mistakes.
+
+    `more` are further changes of its configuration.
+    """
     config_class, changes = MODELS[name]
     torch.manual_seed(sum(name.encode()))
-    config = getattr(transformers, config_class)(**(SIZES | changes))
+    config = getattr(transformers, config_class)(**(SIZES | changes | more))
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     for weight in model.parameters():
         weight.data.add_(torch.randn_like(weight) * 0.15)

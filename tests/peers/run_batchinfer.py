@@ -16,10 +16,10 @@ from pathlib import Path
 import batchinfer
 from batchinfer import LLM, SamplingParams
 from batchinfer.bench.cost import LinearCost
+from batchinfer.layers.linear import Linear
 from batchinfer.models.config import load_config, parse_config
 from batchinfer.models.decoder import Decoder
 from batchinfer.models.gguf import GGUFFile
-from batchinfer.models.precision import EXACT
 
 
 def main(model: str, arguments: list[str]) -> None:
@@ -28,13 +28,15 @@ def main(model: str, arguments: list[str]) -> None:
     llm = LLM(model, max_num_seqs=64, max_step_tokens=2048, kv_cache_tokens=46_000, **options)
     import torch
     from batchinfer_kernels.eager import EagerBackend
+    from batchinfer_kernels.formats import Precision
 
     start_s = time.perf_counter() - began
     path = Path(model)
     config = load_config(path) if path.is_dir() else parse_config(GGUFFile(path).config_dict(), model)
     with torch.device("meta"):
         decoder = Decoder(EagerBackend(torch.device("meta")), config)
-        decoder.pack(EXACT)
+        for linear in (module for module in decoder.modules() if isinstance(module, Linear)):
+            linear.pack_weight(torch.empty(linear.out_features, linear.in_features), Precision.FLOAT32)
     cost = LinearCost.of(decoder)
     for workload in (argument for argument in arguments if not argument.startswith("--")):
         rows = [json.loads(line) for line in Path(workload).read_text().splitlines()]
