@@ -83,9 +83,10 @@ def prepare(step: StepInputs, kv_N2KBD: Tensor, attention: AttentionFacts) -> Ea
         for window in dict.fromkeys(attention.windows)
     }
     rows = max((len(bucket.rows_M[0]) for found in buckets.values() for bucket in found), default=0)
-    space = kv_N2KBD.new_empty(2, rows, head_size)  # fresh memory costs more than the copy into it
+    # one each, aligned as torch aligns a tensor; fresh memory in every layer would cost more than the copy into it
+    keys_MD, values_MD = (kv_N2KBD.new_empty(rows, head_size) for _ in range(2))
     places_T = step.slots_T // block_size, step.slots_T % block_size
-    return EagerStepIndex(places_T, buckets, (space[0], space[1]))
+    return EagerStepIndex(places_T, buckets, (keys_MD, values_MD))
 
 
 @dataclass(frozen=True, slots=True)
