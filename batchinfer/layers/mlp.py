@@ -21,12 +21,16 @@ ACTIVATIONS: dict[str, Activation] = {
 
 @dataclass(frozen=True, slots=True)
 class MLPConfig:
+    """Facts that all feed-forward blocks of a model share."""
+
     size: int
     activation: str  # a key of ACTIVATIONS
     bias: bool = False
 
 
 class MLP(nn.Module):
+    """Gated feed-forward block: down(activation(gate(x)) * up(x))."""
+
     def __init__(self, backend: Backend, config: MLPConfig, hidden_size: int) -> None:
         super().__init__()
         self.gate_up = GatedLinear(backend, hidden_size, config.size, ACTIVATIONS[config.activation], config.bias)

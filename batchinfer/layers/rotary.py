@@ -118,6 +118,8 @@ def _longrope(config: RopeConfig, context_tokens: int) -> tuple[Tensor, float]:
 
 @dataclass(frozen=True)
 class Scaling:
+    """Computation of one kind of scaling."""
+
     compute: Callable[[RopeConfig, int], tuple[Tensor, float]]  # frequencies_R and the factor of cos and sin
     needs: tuple[str, ...] = ()  # keys of RopeConfig.scaling
 

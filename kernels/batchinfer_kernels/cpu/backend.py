@@ -52,7 +52,7 @@ class CPUBackend:
     """See batchinfer.ops.backend.Backend for what each op means. `variant` None: the best for this processor."""
 
     def __init__(self, report: Report, variant: str | None = None) -> None:
-        """Raises OSError without the compiled library, InterfaceMismatch if it was built from other sources."""
+        """Load the library. Raises OSError without it, InterfaceMismatch if it was built from other sources."""
         self.device = torch.device("cpu")
         variant = library.variants()[0] if variant is None else variant
         self.functions = library.load(variant)

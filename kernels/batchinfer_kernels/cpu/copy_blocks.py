@@ -1,4 +1,7 @@
-"""Copies of whole blocks within a KV cache (csrc/ops.cpp). C copies · N blocks · K kv heads · B slots · D head size"""
+"""Copies of whole blocks within a KV cache (csrc/ops.cpp).
+
+C copies · N blocks · K kv heads · B slots · D head size
+"""
 
 from __future__ import annotations
 

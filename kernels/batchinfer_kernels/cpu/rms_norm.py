@@ -19,8 +19,9 @@ def rms_norm(
     eps: float,
     offset: float,
 ) -> Tensor | None:
-    """Return the norm of x, or of the residual once x is added to it in place. None, with nothing done, if an argument
-    is not float32 or lies in memory in a way that C++ does not know.
+    """Return the norm of x, or of the residual once x is added to it in place.
+
+    None, with nothing done, if an argument is not float32 or has strides that C++ does not read.
     """
     rows = _rows(x_NE)
     if rows is None or x_NE.dtype != torch.float32 or weight_E.dtype != torch.float32 or not weight_E.is_contiguous():

@@ -13,10 +13,14 @@ POINTER, INT64, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctyp
 
 
 class NormStruct(ctypes.Structure):
+    """Mirror of Norm."""
+
     _fields_ = (("weight", POINTER), ("size", INT64), ("eps", FLOAT), ("offset", FLOAT))
 
 
 class MatrixStruct(ctypes.Structure):
+    """Mirror of Matrix."""
+
     _fields_ = (
         ("panels", POINTER),
         ("offsets", POINTER),
@@ -30,6 +34,8 @@ class MatrixStruct(ctypes.Structure):
 
 
 class LayerStruct(ctypes.Structure):
+    """Mirror of Layer."""
+
     _fields_ = (
         *((name, NormStruct) for name in LayerFacts._fields[:6]),
         *((name, MatrixStruct) for name in LayerFacts._fields[6:10]),
@@ -39,6 +45,8 @@ class LayerStruct(ctypes.Structure):
 
 
 class ModelStruct(ctypes.Structure):
+    """Mirror of Model."""
+
     _fields_ = (
         ("layers", ctypes.POINTER(LayerStruct)),
         *((name, INT64) for name in ("num_layers", "hidden_size", "heads", "kv_heads", "head_size")),
@@ -47,6 +55,8 @@ class ModelStruct(ctypes.Structure):
 
 
 class StepStruct(ctypes.Structure):
+    """Mirror of Step."""
+
     _fields_ = (
         ("x_TE", POINTER),
         ("tokens", INT64),

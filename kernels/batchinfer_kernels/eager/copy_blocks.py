@@ -1,4 +1,7 @@
-"""Copies of whole blocks within a KV cache. C copies · N blocks · K kv heads · B slots per block · D head size"""
+"""Copies of whole blocks within a KV cache.
+
+C copies · N blocks · K kv heads · B slots per block · D head size
+"""
 
 from __future__ import annotations
 

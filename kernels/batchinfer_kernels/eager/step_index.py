@@ -180,8 +180,9 @@ def _bags(values_M: Tensor, num_slots: int, group: int) -> tuple[Tensor, Tensor]
 
 
 def _bias(key_I1L: Ints, query_IQ1: Ints, window: int | None, group: int, dtype: torch.dtype) -> Tensor | None:
-    """Return 0 or -inf from positions, None if all is visible. torch's fused attention on CPUs wants a float mask over
-    all query heads of a kv head.
+    """Return 0 or -inf from positions, None if all is visible.
+
+    torch's fused attention on CPUs wants a float mask over all query heads of a kv head.
     """
     visible_IQL = key_I1L <= query_IQ1
     if window is not None:
