@@ -66,7 +66,7 @@ class Answerer(Protocol):
     @property
     def model_facts(self) -> ModelFacts: ...
 
-    def run(self, prompts: Iterable[Prompt]) -> Generator[Completion, None, None]:
+    def run_prompts(self, prompts: Iterable[Prompt]) -> Generator[Completion, None, None]:
         """Answer prompts in any order, each exactly once. `prompts` is read in a thread, a bounded number ahead.
 
         Closing the iterator stops that thread and drops what is running. One run at a time.
@@ -148,7 +148,9 @@ class LLM:
         else:
             params = chain(sampling_params, repeat(_MISSING))
         pairs = enumerate(zip(contents, params, strict=False))
-        return self.run(_prompt(index, content, given, mix(self._seed, index)) for index, (content, given) in pairs)
+        return self.run_prompts(
+            _prompt(index, content, given, mix(self._seed, index)) for index, (content, given) in pairs
+        )
 
     def score(self, pairs: Iterable[tuple[Content, Continuation]]) -> list[Completion]:
         """Score each continuation by its likelihood after its context; `scores` of a completion has one entry.
@@ -185,7 +187,7 @@ class LLM:
 
     def _read(self, items: Iterable[tuple[Content, Read]]) -> list[Completion]:
         prompts = (Prompt(index, [content], read=read) for index, (content, read) in enumerate(items))
-        return sorted(self.run(prompts), key=lambda completion: completion.index)
+        return sorted(self.run_prompts(prompts), key=lambda completion: completion.index)
 
     @property
     def model_facts(self) -> ModelFacts:
@@ -199,7 +201,7 @@ class LLM:
         return self._engine.stats
 
     def parts(self) -> EngineParts:
-        """Return the components, for a caller with a loop of its own. `run` and such a loop exclude each other."""
+        """Return the components, for a caller with its own loop, which excludes `run_prompts`."""
         return EngineParts(
             self._engine,
             self._preparer,
@@ -212,7 +214,7 @@ class LLM:
 
     # -- the loop under it --------------------------------------------------------------------------------------
 
-    def run(self, prompts: Iterable[Prompt]) -> Generator[Completion, None, None]:
+    def run_prompts(self, prompts: Iterable[Prompt]) -> Generator[Completion, None, None]:
         """Answer prompts in any order. `prompts` is read in a thread, a bounded number ahead of the engine.
 
         Closing the iterator stops the thread and drops what is running. One run at a time.

@@ -67,7 +67,7 @@ def fake_llm() -> LLM:
 def completions_of(llm: LLM, prompts: list[Prompt]) -> list[Completion]:
     """Return the completions in prompt order, with the fields cleared that may depend on other prompts."""
     numbered = [replace(prompt, index=index) for index, prompt in enumerate(prompts)]
-    completions = sorted(llm.run(numbered), key=lambda completion: completion.index)
+    completions = sorted(llm.run_prompts(numbered), key=lambda completion: completion.index)
     assert [completion.index for completion in completions] == list(range(len(prompts)))
     return [replace(completion, index=0, cached_tokens=0) for completion in completions]
 

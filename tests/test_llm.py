@@ -134,7 +134,7 @@ def test_exception_of_the_prompt_iterator_is_raised_and_the_engine_stays_usable(
 def test_run_passes_prompt_errors_through() -> None:
     llm = fake_llm()
     items = [Prompt(7, (), error=TemplateError("no column x")), Prompt(9, ["fine"])]
-    completions = {c.index: c for c in llm.run(items)}
+    completions = {c.index: c for c in llm.run_prompts(items)}
     assert isinstance(completions[7].error, TemplateError) and completions[9].error is None
 
 

@@ -49,7 +49,7 @@ class Refusing:
     error: RowError
     model_facts: ModelFacts
 
-    def run(self, prompts: Iterable[Prompt]) -> Generator[Completion, None, None]:
+    def run_prompts(self, prompts: Iterable[Prompt]) -> Generator[Completion, None, None]:
         for prompt in prompts:
             yield Completion(prompt.index, [], error=prompt.error or self.error)
 

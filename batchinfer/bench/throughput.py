@@ -128,7 +128,7 @@ def _drain(llm: MeasuredLLM, prompts: Iterable[Prompt]) -> tuple[int, int, list[
     """Run all prompts; return their prompt tokens, their output tokens, and the errors of failed ones."""
     prompt_tokens = answer_tokens = 0
     errors = []
-    for completion in llm.run(prompts):
+    for completion in llm.run_prompts(prompts):
         if completion.error is not None:
             errors.append(str(completion.error))
             continue

@@ -57,7 +57,7 @@ class ChunkLoop:
         encoder = ResultEncoder(job.layout, llm.model_facts)
         feed = RowFeed(job, run.spool, run.window, self, self._requests)
         prompts = feed.prompts(run.todo.chunks, llm.model_facts)
-        with closing(self._committer), closing(llm.run(prompts)) as completions, closing(run.window):
+        with closing(self._committer), closing(llm.run_prompts(prompts)) as completions, closing(run.window):
             for completion in completions:
                 chunk = plan.chunk_of(completion.index)
                 tally.add_completion(completion)

@@ -19,7 +19,10 @@ def parse_json(text: str, what: str) -> Any:
 
 
 def chat_messages(value: Any, what: str) -> list[dict[str, Any]]:
-    """Messages of a row: a list of mappings, or its JSON text. Raises InvalidInput that names the message."""
+    """Return the normalised messages of a cell: a list of mappings, or its JSON text.
+
+    Raises InvalidInput that names the message.
+    """
     value = parse_json(value, what) if isinstance(value, str) else to_json_value(value, what, exact=True)
     if value is None:
         raise InvalidInput(f"{what} is null")

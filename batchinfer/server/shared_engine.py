@@ -105,8 +105,8 @@ class SharedAnswerer:
     def model_facts(self) -> ModelFacts:
         return self._frontend.model.facts
 
-    def run(self, prompts: Iterable[Prompt]) -> Generator[Completion, None, None]:
-        """See `Answerer.run`."""
+    def run_prompts(self, prompts: Iterable[Prompt]) -> Generator[Completion, None, None]:
+        """See `Answerer.run_prompts`."""
         parts = self._frontend.model.parts
         stream = Stream(prompts, parts.preparer, self._engine, parts.tokenizer, parts.max_num_seqs)
         try:

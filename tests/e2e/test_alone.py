@@ -75,10 +75,10 @@ ALONE: dict[str, tuple[list[object], list[float]]] = {}
 def test_answers_among_others_are_those_alone(models, prompts):
     sharing, plain = models
     numbered = [replace(prompt, index=index) for index, prompt in enumerate(prompts)]
-    for completion in sharing.run(numbered):
+    for completion in sharing.run_prompts(numbered):
         key = repr(prompts[completion.index])
         if key not in ALONE:
-            ALONE[key] = values(next(iter(list(plain.run([prompts[completion.index]])))))
+            ALONE[key] = values(next(iter(list(plain.run_prompts([prompts[completion.index]])))))
         exact, numbers = values(completion)
         assert exact == ALONE[key][0], key
         assert numbers == pytest.approx(ALONE[key][1], abs=1e-4), key

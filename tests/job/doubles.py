@@ -111,7 +111,7 @@ class ScriptedLLM:
     def stats(self):
         return Stats()
 
-    def run(self, prompts):
+    def run_prompts(self, prompts):
         held, done = [], 0
         for prompt in prompts:
             held.append(self._complete(prompt))
@@ -144,7 +144,7 @@ def write_parquet(path, rows, **columns):
 
 
 def job(tmp_path, **sections):
-    """A small job over `tmp_path/in.parquet`; a section given replaces or extends the default one."""
+    """Return a small job over `tmp_path/in.parquet`; a section given replaces or extends the default one."""
     values = {
         "model": "fake",
         "input": {"path": str(tmp_path / "in.parquet")},

@@ -30,7 +30,7 @@ def write_input(folder: Path, name: str = "in.parquet", rows: int = ROWS) -> Pat
 
 
 def make_spec(folder: Path, **sections: Any) -> JobSpec:
-    """A job over `in.parquet`; keyword arguments replace or extend its sections."""
+    """Return a job over `in.parquet`; keyword arguments replace or extend its sections."""
     values: dict[str, Any] = {
         "model": "fake",
         "input": {"path": str(folder / "in.parquet")},

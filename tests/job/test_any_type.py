@@ -45,7 +45,7 @@ def number(value):
 
 
 def through(tmp_path, table):
-    """What templates say of each row, and what the lines of a part hold; a Parquet part holds what the input did."""
+    """Return what templates say of each row, and what a part of lines holds; Parquet holds what the input did."""
     pq.write_table(table, tmp_path / "in.parquet")
     inputs = scan_all(tmp_path / "in.parquet")
     [(_, batch)] = stream_rows(inputs, [RowSpan(0, 0, len(table))], LOCAL)

@@ -114,7 +114,7 @@ def test_a_second_signal_leaves_at_once(tmp_path):
     leave(process, 1.5)
 
 
-def test_a_signal_while_the_model_loads(tmp_path):
+def test_a_signal_while_the_model_loads_ends_the_process_in_time(tmp_path):
     write_parquet(tmp_path / "in.parquet", 10)
     code = "import time, batchinfer.llm; batchinfer.llm.LLM.from_spec = lambda *_: time.sleep(1000)\n"
     process = start(write_job(tmp_path), code + RUN)
@@ -159,7 +159,7 @@ def test_request_runs_the_saving_once_and_raises_in_the_loop():
     assert left == [33, 33]
 
 
-def test_call_returns_raises_and_is_interrupted():
+def test_work_in_a_thread_returns_raises_or_is_interrupted():
     drain = Drain(deadline_s=100, leave=lambda code: None)
     assert drain.run_in_thread(lambda: 7) == 7
     with pytest.raises(ZeroDivisionError):
@@ -179,7 +179,7 @@ def test_a_saving_that_fails_is_a_warning(capsys):
     assert "could not save" in capsys.readouterr().err
 
 
-def test_the_module_is_light():
+def test_the_drain_module_imports_nothing_heavy():
     code = "import sys, batchinfer.job.drain, batchinfer.job.shard\n"
     code += "print('pyarrow' in sys.modules, 'torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)

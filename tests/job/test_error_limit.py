@@ -30,7 +30,7 @@ def report(tmp_path, name="report.json"):
     return json.loads((tmp_path / "out" / name).read_bytes())
 
 
-def test_all_rows_failed(tmp_path):
+def test_a_job_whose_rows_all_failed_is_refused_with_its_first_error(tmp_path):
     write_parquet(tmp_path / "in.parquet", 10)
     with pytest.raises(TooManyRowErrors) as caught:
         run(job(tmp_path), failing())
@@ -67,7 +67,7 @@ def test_what_errors_max_allows(tmp_path, most):
     assert report(tmp_path)["outcome"] == "done"
 
 
-def test_one_row_that_failed(tmp_path):
+def test_a_single_row_that_failed_is_called_the_only_row(tmp_path):
     write_parquet(tmp_path / "in.parquet", 1)
     with pytest.raises(TooManyRowErrors, match=r"^the only row failed \(engine: 1\)"):
         run(job(tmp_path), failing())
@@ -84,7 +84,7 @@ def test_rows_that_are_left_out_do_not_count(tmp_path):
         run(job(tmp_path, input={"where": "id > 7"}), failing())
 
 
-def test_retry(tmp_path):
+def test_a_retry_that_answers_a_row_ends_well(tmp_path):
     write_parquet(tmp_path / "in.parquet", 10)
     spec = job(tmp_path)
     with pytest.raises(TooManyRowErrors):

@@ -128,19 +128,19 @@ def test_what_lies_beside_is_nobodys_business(place):
 
 
 @pytest.mark.parametrize("name", ["", "parts", "commits", "salvage", ".tmp"])
-def test_a_file_where_a_folder_goes(place, name):
+def test_a_file_where_a_folder_goes_is_refused(place, name):
     (place / "out").mkdir() if name else None
     (place / "out" / name).write_bytes(b"theirs")
     refused(place, "is not a folder")
 
 
 @pytest.mark.parametrize("name", ["plan.json", "job.json", "manifest.json", "_SUCCESS", "report.json"])
-def test_a_folder_where_a_file_goes(place, name):
+def test_a_folder_where_a_file_goes_is_refused(place, name):
     (place / "out" / name).mkdir(parents=True)
     refused(place, "is not a file")
 
 
-def test_links_in_our_places(place):
+def test_links_in_our_places_are_refused(place):
     (place / "out/real").mkdir(parents=True)
     (place / "out/report.json").symlink_to("nothing")
     refused(place, "is not a file")
@@ -153,7 +153,7 @@ def test_links_in_our_places(place):
     refused(place, "holds parts/data where")
 
 
-def test_a_plan_of_another_tool_or_version(place):
+def test_a_plan_of_another_tool_or_version_is_refused(place):
     (place / "out").mkdir()
     (place / "out/plan.json").write_text('{"format": 1}')
     refused(place, "not a plan of batchinfer")
@@ -179,8 +179,8 @@ def test_what_came_under_our_names_after_the_job_began(place, name, again):
 
 
 class Dying(ScriptedLLM):
-    def run(self, prompts):
-        yield from super().run(prompt for prompt, _ in zip(prompts, range(6), strict=False))
+    def run_prompts(self, prompts):
+        yield from super().run_prompts(prompt for prompt, _ in zip(prompts, range(6), strict=False))
         raise StorageError("dead")
 
 

@@ -54,7 +54,7 @@ TEMPORARY = re.compile(r"(?:work/batch_[0-9a-f]{32}/)?\.tmp/(batchinfer|upload)-
 
 @st.composite
 def near(draw):
-    """A name of ours with one thing changed, or in another place."""
+    """Return a name of ours with one thing changed, or in another place."""
     name = draw(st.sampled_from(OWN))
     folder, _, last = name.rpartition("/")
     kind = draw(st.integers(0, 6))
@@ -178,7 +178,7 @@ def quick_disk():
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A folder with an input, and what the job writes where nothing else lies."""
+    """Make a folder with an input, and what the job writes where nothing else lies."""
     folder = tmp_path_factory.mktemp("whole")
     write_parquet(folder / "in.parquet", 6)
     run(job(folder, output={"chunk_rows": 2}), ScriptedLLM(answer))

@@ -50,7 +50,7 @@ def of(tmp_path, path, **sections):
 
 
 def interrupted(spec, store, rows=6):
-    """A run that ends after some rows, some of them committed."""
+    """Run a job that ends after some rows, some of them committed."""
 
     class Enough(Exception):
         pass

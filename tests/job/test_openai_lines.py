@@ -34,7 +34,7 @@ ANSWERED = [
 
 @pytest.fixture
 def requests(tmp_path):
-    """A job over requests of every kind; its sections may be changed."""
+    """Return a job over requests of every kind; its sections may be changed."""
     lines = [{"custom_id": str(n), "method": "POST", "url": u, "body": b} for n, (u, b, _) in enumerate(ANSWERED)]
     lines.append({"custom_id": "bad", "method": "POST", "url": "/v1/rerank", "body": {"input": "a"}})
     (tmp_path / "in.jsonl").write_bytes(b"\n".join(map(orjson.dumps, lines)))
@@ -112,8 +112,8 @@ def test_a_retry_keeps_bodies(requests, form, samples):
         model_facts = right.model_facts
         stats = right.stats
 
-        def run(self, prompts):
-            for completion in right.run(prompts):
+        def run_prompts(self, prompts):
+            for completion in right.run_prompts(prompts):
                 bad = completion.index == 2
                 yield replace(completion, outputs=[], error=EngineFailure("once")) if bad else completion
 

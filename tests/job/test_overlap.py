@@ -17,7 +17,7 @@ def check(tmp_path, patterns, output, **section):
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder with lines in it, in which the job runs."""
+    """Make a folder with lines in it, in which the job runs."""
     monkeypatch.chdir(tmp_path)
     for name in ("in.jsonl", "data/a.jsonl", "data/day=1/b.jsonl"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -74,19 +74,19 @@ APART = [
 
 
 @pytest.mark.parametrize(("pattern", "output"), LIE_UNDER)
-def test_an_input_under_the_output(place, pattern, output):
+def test_an_input_under_the_output_is_refused(place, pattern, output):
     with pytest.raises(OutputConflict, match=r"lies under output\.path"):
         check(place, [pattern], output)
 
 
 @pytest.mark.parametrize(("pattern", "output"), TAKE_IN)
-def test_a_pattern_that_takes_in_the_output(place, pattern, output):
+def test_a_pattern_that_matches_the_output_is_refused(place, pattern, output):
     with pytest.raises(OutputConflict, match="takes in what this job writes"):
         check(place, [pattern], output)
 
 
 @pytest.mark.parametrize(("pattern", "output"), APART)
-def test_input_and_output_apart(place, pattern, output):
+def test_input_and_output_apart_are_accepted(place, pattern, output):
     if "://" not in pattern:
         check(place, [pattern], output)
     else:

@@ -121,7 +121,7 @@ def test_a_second_pass_and_a_run_after_it(tmp_path):
 
 
 def see(objects):
-    """What a reader of commit records sees: chunk → part, of the highest pass."""
+    """Return what a reader of commit records sees: chunk → part, of the highest pass."""
     seen = {}
     for name, data in sorted(objects.items()):
         if name.startswith("commits/"):

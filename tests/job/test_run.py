@@ -223,7 +223,7 @@ def test_a_straggler_does_not_hold_memory(tmp_path):
     opened = []
 
     class Straggler(ScriptedLLM):
-        def run(self, prompts):
+        def run_prompts(self, prompts):
             first = None
             for prompt in prompts:
                 opened.append(prompt.index)
@@ -314,8 +314,8 @@ def test_two_workers_with_the_same_shard(tmp_path):
     store = MemoryStore()
 
     class Slow(ScriptedLLM):
-        def run(self, prompts):
-            for completion in super().run(prompts):
+        def run_prompts(self, prompts):
+            for completion in super().run_prompts(prompts):
                 if completion.index == 7:
                     run(job(tmp_path), ScriptedLLM(lambda prompt: "fast"), store)
                 yield completion
@@ -366,8 +366,8 @@ def test_a_file_that_changes_while_it_is_read(tmp_path):
     write_parquet(tmp_path / "in.parquet", 12000)
 
     class Meddling(ScriptedLLM):
-        def run(self, prompts):
-            for completion in super().run(prompts):
+        def run_prompts(self, prompts):
+            for completion in super().run_prompts(prompts):
                 if completion.index == 5:
                     write_parquet(tmp_path / "in.parquet", 12001)
                 yield completion

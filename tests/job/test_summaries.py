@@ -42,7 +42,7 @@ def without(objects, prefix=SUMMARIES):
 
 
 def results(store):
-    """What must not depend on summaries."""
+    """Return what must not depend on summaries."""
     names = ("parts/", "commits/", "manifest.json", "_SUCCESS", "plan.json")
     return {name: data for name, data in store.objects.items() if name.startswith(names)}
 
@@ -153,7 +153,7 @@ DAMAGE = ("keep", "delete", "cut", "flip", "foreign", "swap", "lie", "old")
 
 
 def damaged(store, kind, name, other):
-    """The bytes of a summary after some accident, None where it is gone."""
+    """Return the bytes of a summary after some accident, None where it is gone."""
     data, digest = store.objects[name], load_plan(store).digest
     entries = decode(data, digest)
     lied = [Entry(line.replace(b'"ok": 1', b'"ok": 7'), mark) for line, mark in entries]

@@ -122,9 +122,9 @@ def test_totals_count_what_a_stopped_run_scored(rows, section):
         model_facts = right.model_facts
         stats = right.stats
 
-        def run(self, prompts):
+        def run_prompts(self, prompts):
             drain = self.drain
-            held = sorted(right.run(prompts), key=lambda completion: completion.index)
+            held = sorted(right.run_prompts(prompts), key=lambda completion: completion.index)
             yield from (held[place] for place in (0, 1, 2, 4, 5, 6, 8))  # of three chunks, none is complete
             drain.request("test")
             yield held[9]
@@ -151,8 +151,8 @@ def test_retry_keeps_what_was_read(rows):
         model_facts = right.model_facts
         stats = right.stats
 
-        def run(self, prompts):
-            for completion in right.run(prompts):
+        def run_prompts(self, prompts):
+            for completion in right.run_prompts(prompts):
                 if completion.index % 4 == 1:
                     completion = type(completion)(completion.index, [], error=EngineFailure("once"))
                 yield completion

@@ -17,7 +17,7 @@ ZONED = pa.timestamp("us", "Mars/Phobos")
 
 
 def prompts(tmp_path, table, template, **sections):
-    """What each row's template gives, or its error; and the rows of the output as `show` and `verify` read them."""
+    """Return each row's template text or error, and the output's rows as `show` and `verify` read them."""
     pq.write_table(table, tmp_path / "in.parquet")
     llm = ScriptedLLM()
     spec = job(tmp_path, prompt={"template": template}, **sections)

@@ -124,7 +124,7 @@ def test_variables_may_have_any_name(name: str) -> None:
 
 
 def prompts_of_job(tmp_path: Any, columns: dict[str, list[Any]], **sections: Any) -> list[str]:
-    """What a job's rows become, whole prompts with their continuations."""
+    """Return what a job's rows become, whole prompts with their continuations."""
     table = pa.table(columns)
     pq.write_table(table, tmp_path / "in.parquet")
     spec = job(tmp_path, **sections)

@@ -26,7 +26,7 @@ def prepared(index: int, ids: list[int]) -> Prepared:
 
 
 def ordered(prompts: list[tuple[list[int], int]]) -> list[int]:
-    """Indices of (ids, expected tokens) in the order of `longest_first`."""
+    """Return the indices of (ids, expected tokens) in the order of `longest_first`."""
     given_ = sorted((prepared(i, ids) for i, (ids, _) in enumerate(prompts)), key=lambda p: p.ids)
     return [p.index for p in longest_first(given_, lambda p: prompts[p.index][1])]
 

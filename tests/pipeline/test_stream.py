@@ -37,8 +37,8 @@ def test_repeats_run_once_and_every_row_has_its_answer() -> None:
 
 def test_several_contents_are_one_completion_that_has_each_of_theirs() -> None:
     several = Prompt(3, ["one", "two", "one"], GREEDY, key=5)
-    [joined] = fake_llm().run([several])
-    alone = [next(fake_llm().run([Prompt(0, [text], GREEDY)])) for text in several.contents]
+    [joined] = fake_llm().run_prompts([several])
+    alone = [next(fake_llm().run_prompts([Prompt(0, [text], GREEDY)])) for text in several.contents]
     assert joined.index == 3 and bytes(joined.prompt_token_ids) == b"onetwoone"
     assert joined.outputs == [output for completion in alone for output in completion.outputs]
     assert [one.outputs for one in joined.per_content or []] == [one.outputs for one in alone]
@@ -46,7 +46,7 @@ def test_several_contents_are_one_completion_that_has_each_of_theirs() -> None:
 
 
 def test_an_error_of_one_content_is_that_of_its_prompt() -> None:
-    [joined] = fake_llm().run([Prompt(3, ["one", "", "two"], GREEDY)])
+    [joined] = fake_llm().run_prompts([Prompt(3, ["one", "", "two"], GREEDY)])
     assert isinstance(joined.error, InvalidInput) and not joined.outputs
     assert bytes(joined.prompt_token_ids) == b"onetwo"
 

@@ -21,7 +21,7 @@ def preview_of(tmp_path, rows: int = 1000, **sections) -> Preview:
     return preview(make_spec(tmp_path, **sections), rows)
 
 
-def test_counts_and_writes_nothing(tmp_path):
+def test_a_preview_counts_and_writes_nothing(tmp_path):
     for name in ("a.parquet", "b.parquet"):
         write_input(tmp_path, name, rows=15)
     found = preview_of(tmp_path, input={"path": str(tmp_path / "?.parquet")})
@@ -32,7 +32,7 @@ def test_counts_and_writes_nothing(tmp_path):
     assert "2 files, 30 rows" in text and "b.parquet  parquet, 15 rows" in text and "does not exist yet" in text
 
 
-def test_measures_prompts(tmp_path):
+def test_a_preview_measures_prompts(tmp_path):
     texts(tmp_path, ["abcdef", "abcxyz", "abcdef", "q"])
     sample = preview_of(tmp_path).sample
     lengths = sample.lengths
@@ -43,14 +43,14 @@ def test_measures_prompts(tmp_path):
     assert sample.prefix_tokens == lengths[-1] + special + 3 + special
 
 
-def test_sample_is_spread_and_bounded(tmp_path):
+def test_the_sample_is_spread_and_bounded(tmp_path):
     write_input(tmp_path, rows=1000)
     found = preview_of(tmp_path, rows=50)
     assert found.sample.rows == 50
     assert preview_of(tmp_path, rows=3).sample.rows == 3
 
 
-def test_rows_that_would_fail(tmp_path):
+def test_rows_that_would_fail_are_counted_by_kind(tmp_path):
     texts(tmp_path, ["fine", None, "x" * 200, ""])
     found = preview_of(tmp_path, engine={"max_model_len": 64}, sampling={"max_tokens": 63})
     assert found.context_tokens == 64
@@ -60,13 +60,13 @@ def test_rows_that_would_fail(tmp_path):
     assert "too_long 1" in describe_preview(found)
 
 
-def test_filter(tmp_path):
+def test_rows_that_where_leaves_out_are_not_sampled(tmp_path):
     write_input(tmp_path)
     sample = preview_of(tmp_path, input={"where": "score < 1"}).sample
     assert (sample.rows, sample.selected, len(sample.lengths)) == (30, 7, 7)
 
 
-def test_output_that_is_there(tmp_path):
+def test_an_output_that_exists_is_told_apart(tmp_path):
     make_output(tmp_path)
     found = preview_of(tmp_path)
     assert (found.exists, found.committed, found.conflict) == (True, 3, None)
@@ -76,7 +76,7 @@ def test_output_that_is_there(tmp_path):
     assert "belongs to another job" in describe_preview(other)
 
 
-def test_openai_batch(tmp_path):
+def test_a_preview_of_openai_batch_reads_bodies(tmp_path):
     url = {"method": "POST", "url": "/v1/completions"}
     lines = [{"custom_id": f"c{n}", **url, "body": {"prompt": "say", "max_tokens": 4}} for n in range(3)]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -85,7 +85,7 @@ def test_openai_batch(tmp_path):
     assert (len(sample.lengths), sample.repeated) == (3, 2)
 
 
-def test_mistakes(tmp_path):
+def test_mistakes_are_raised_as_run_raises_them(tmp_path):
     with pytest.raises(InputMissing):
         preview_of(tmp_path)
     write_input(tmp_path)

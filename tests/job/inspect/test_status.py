@@ -18,7 +18,7 @@ def status_of(out, shards: int = 1) -> Status:
     return read_status(open_output(str(out), STORAGE), shards)
 
 
-def test_finished(tmp_path):
+def test_status_of_a_finished_output_counts_everything(tmp_path):
     template = "{{ text.missing.attribute if row_id == 'r3' else text }}".replace("row_id", "id")
     status = status_of(make_output(tmp_path, prompt={"template": template}))
     assert (status.finished, status.chunks_done, status.chunks, status.rows, status.covered) == (True, 3, 3, 30, 30)
@@ -28,12 +28,12 @@ def test_finished(tmp_path):
     assert "finished" in text and "1 rows (template 1)" in text
 
 
-def test_rows_left_out_are_not_written(tmp_path):
+def test_rows_that_where_leaves_out_are_not_counted_as_written(tmp_path):
     status = status_of(make_output(tmp_path, input={"where": "score < 1"}))
     assert (status.rows, status.covered, status.finished) == (7, 30, True)
 
 
-def test_shares_of_shards(tmp_path):
+def test_status_has_the_share_of_each_shard(tmp_path):
     write_input(tmp_path, rows=50)
     spec = make_spec(tmp_path)
     run_job(spec, shard=Shard(1, 2))
@@ -54,12 +54,12 @@ def test_salvage_is_mentioned_until_the_end(tmp_path):
     assert "1 journals, 5 bytes" in describe_status(status_of(out))
 
 
-def test_nothing_there(tmp_path):
+def test_status_of_an_empty_folder_is_an_error(tmp_path):
     with pytest.raises(InputMissing, match="no job has written there"):
         status_of(tmp_path)
 
 
-def test_damaged_record(tmp_path):
+def test_a_damaged_record_is_an_error_that_names_it(tmp_path):
     out = make_output(tmp_path)
     commit_files(out)[0].write_bytes(b"{")
     with pytest.raises(OutputConflict, match=r"commits/000000\.json"):

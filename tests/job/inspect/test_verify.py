@@ -32,7 +32,7 @@ def finished(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def out(finished, tmp_path) -> Path:
-    """A copy to damage; the input stays where the plan says it is."""
+    """Return a copy to damage; the input stays where the plan says it is."""
     return Path(shutil.copytree(finished, tmp_path / "out"))
 
 
@@ -45,7 +45,7 @@ def only(found: list[str]) -> str:
     return found[0]
 
 
-def test_good_output(out):
+def test_a_good_output_has_no_difference(out):
     found = audit(str(out), STORAGE)
     assert found.differences == []
     assert (found.chunks, found.parts, found.rows) == (3, 3, ROWS)
@@ -71,11 +71,11 @@ def test_good_output(out):
     ],
     ids=str,
 )
-def test_good_output_of_every_shape(sections, tmp_path):
+def test_a_good_output_of_every_shape_has_no_difference(sections, tmp_path):
     assert problems(make_output(tmp_path, **sections)) == []
 
 
-def test_openai_batch(tmp_path):
+def test_openai_batch_output_is_compared(tmp_path):
     url = {"method": "POST", "url": "/v1/completions"}
     lines = [{"custom_id": f"c{n}", **url, "body": {"prompt": f"say {n}", "max_tokens": 4}} for n in range(12)]
     lines[5]["body"]["prompt"] = ""
@@ -103,7 +103,7 @@ def test_several_files_name_the_file_and_its_own_row(tmp_path):
 # -- damage to rows, with size and hash made to fit ----------------------------------------------------------------
 
 
-def test_removed_row(out):
+def test_a_removed_row_is_named(out):
     table = pq.read_table(part_of(out, 1))
     rewrite(out, 1, pa.concat_tables([table.slice(0, 4), table.slice(5)]))
     found = problems(out)
@@ -112,18 +112,18 @@ def test_removed_row(out):
     assert audit(str(out), STORAGE).rows == ROWS - 1
 
 
-def test_doubled_row(out):
+def test_a_doubled_row_is_named(out):
     table = pq.read_table(part_of(out, 1))
     rewrite(out, 1, pa.concat_tables([table, table.slice(2, 1)]))
     assert any("has more than one output for rows 12 of" in problem for problem in problems(out))
 
 
-def test_row_of_another_chunk(out):
+def test_a_row_of_another_chunk_is_named(out):
     rewrite(out, 1, pa.concat_tables([pq.read_table(part_of(out, 1)), pq.read_table(part_of(out, 2)).slice(0, 1)]))
     assert any("has rows 20 of" in problem for problem in problems(out))
 
 
-def test_results_beside_the_wrong_input(out):
+def test_results_beside_the_wrong_input_are_named(out):
     table = pq.read_table(part_of(out, 0))
     swapped = table.column("row").combine_chunks().take(pa.array([1, 0, *range(2, CHUNK_ROWS)]))
     rewrite(out, 0, table.set_column(table.schema.get_field_index("row"), "row", swapped))
@@ -133,7 +133,7 @@ def test_results_beside_the_wrong_input(out):
 
 
 @pytest.mark.parametrize("column", ["row", "status", "prompt_tokens"])
-def test_removed_column(out, column):
+def test_a_removed_column_is_a_difference(out, column):
     rewrite(out, 0, pq.read_table(part_of(out, 0)).drop_columns([column]))
     found = [problem for problem in problems(out) if problem.startswith("parts/")]
     assert column in only(found)
@@ -146,7 +146,7 @@ def test_counts_that_do_not_add_up(out):
     assert any(problem.startswith("manifest.json: completion_tokens is") for problem in found)
 
 
-def test_missing_sample(tmp_path):
+def test_a_missing_sample_is_a_difference(tmp_path):
     out = make_output(tmp_path, output={"samples": "rows"}, sampling={"n": 3})
     table = pq.read_table(part_of(out, 0))
     assert (table.column("row")[1].as_py(), table.column("sample")[1].as_py()) == (0, 1)
@@ -157,7 +157,7 @@ def test_missing_sample(tmp_path):
 # -- damage to files -----------------------------------------------------------------------------------------------
 
 
-def test_altered_byte(out):
+def test_an_altered_byte_is_a_difference(out):
     part = part_of(out, 1)
     data = bytearray(part.read_bytes())
     data[len(data) // 2] ^= 1
@@ -165,7 +165,7 @@ def test_altered_byte(out):
     assert any("was altered: its sha256" in problem for problem in problems(out))
 
 
-def test_truncated_part(out):
+def test_a_truncated_part_is_a_difference(out):
     part = part_of(out, 1)
     part.write_bytes(part.read_bytes()[:-20])
     found = problems(out)
@@ -173,18 +173,18 @@ def test_truncated_part(out):
     assert any("damaged" in problem for problem in found)
 
 
-def test_missing_part(out):
+def test_a_missing_part_is_a_difference(out):
     part_of(out, 1).unlink()
     assert "missing, and commits/000001.json names it" in only(problems(out))
 
 
-def test_stray_part(out):
+def test_a_stray_part_is_a_difference(out):
     shutil.copy(part_of(out, 1), out / "parts" / "part-000001-0000000000000000.parquet")
     problem = only(problems(out))
     assert problem.startswith("parts/part-000001-0000000000000000.parquet") and "no commit record names it" in problem
 
 
-def test_missing_commit_names_the_rows(out):
+def test_a_missing_commit_names_its_rows(out):
     commit_files(out)[1].unlink()
     found = problems(out)
     assert any("rows 10-19 have no output: chunks 1 are not committed" in problem for problem in found)
@@ -193,18 +193,18 @@ def test_missing_commit_names_the_rows(out):
 
 @pytest.mark.parametrize("content", [b"", b"[1]", b"{", b"\xff"])
 @pytest.mark.parametrize("name", ["plan.json", "job.json", "manifest.json", "commits/000000.json"])
-def test_damaged_json(out, name, content):
+def test_damaged_json_is_a_difference(out, name, content):
     (out / name).write_bytes(content)
     assert any(problem.startswith(f"{name}: damaged") for problem in problems(out))
 
 
 @pytest.mark.parametrize("name", ["job.json", "manifest.json", "_SUCCESS"])
-def test_missing_file(out, name):
+def test_a_missing_document_is_a_difference(out, name):
     (out / name).unlink()
     assert any(problem.startswith(f"{name}: missing") for problem in problems(out))
 
 
-def test_commit_of_another_job(out):
+def test_a_commit_of_another_job_is_a_difference(out):
     change_json(commit_files(out)[0], fingerprint="0" * 64)
     assert any("commits/000000.json: belongs to another" in problem for problem in problems(out))
 
@@ -214,28 +214,28 @@ def test_commit_record_that_should_not_be_there(out):
     assert any("commits/000077.json: is not a commit record of this job" in problem for problem in problems(out))
 
 
-def test_altered_plan(out):
+def test_an_altered_plan_is_a_difference(out):
     plan = json.loads((out / "plan.json").read_bytes())
     plan["fingerprint"]["seed"] = "1"
     (out / "plan.json").write_text(json.dumps(plan))
     assert any("its digest is not that of its fingerprint" in problem for problem in problems(out))
 
 
-def test_manifest_and_success(out):
+def test_manifest_and_success_must_agree_with_the_records(out):
     change_json(out / "manifest.json", rows=29)
     found = problems(out)
     assert any("manifest.json: rows is 29, and the commit records have 30" in problem for problem in found)
     assert any("_SUCCESS: is not the sha256 of manifest.json" in problem for problem in found)
 
 
-def test_input_that_changed(tmp_path):
+def test_an_input_that_changed_is_a_difference(tmp_path):
     out = make_output(tmp_path)
     write_input(tmp_path, rows=ROWS + 1)
     problem = only(problems(out))
     assert problem.startswith("input:") and "changed" in problem
 
 
-def test_input_that_is_gone(tmp_path):
+def test_an_input_that_is_gone_is_a_difference(tmp_path):
     out = make_output(tmp_path)
     (tmp_path / "in.parquet").unlink()
     assert only(problems(out)).startswith("input:")
@@ -244,7 +244,7 @@ def test_input_that_is_gone(tmp_path):
     assert any("has no output for rows 14-19" in problem for problem in problems(out))
 
 
-def test_nothing_there(tmp_path):
+def test_an_empty_folder_is_an_error(tmp_path):
     with pytest.raises(InputMissing, match=r"plan\.json"):
         audit(str(tmp_path), STORAGE)
 
