@@ -54,7 +54,7 @@ def models(random_model: Path) -> tuple[LLM, LLM]:  # noqa: F811
 
 
 def values(completion: Completion) -> tuple[list[object], list[float]]:
-    """What must be equal, and numbers whose last bits may differ between batches."""
+    """Return what must be equal, and numbers whose last bits may differ between batches."""
     scores, logprobs = completion.scores or [], completion.prompt_logprobs or []
     exact = [completion.prompt_token_ids, completion.choice, repr(completion.error)]
     exact += [(one.text, one.token_ids, one.finish_reason) for one in completion.outputs]

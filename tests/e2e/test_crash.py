@@ -50,7 +50,7 @@ def final(store):
 
 @pytest.fixture(scope="module")
 def whole(table, seaweed):
-    """An uninterrupted run."""
+    """Run the job without interruption."""
     spec = parse_spec(job(table, f"{seaweed.bucket()}/out", seaweed.endpoint))
     spec = spec.model_copy(update={"storage": seaweed.storage})
     run_job(spec)

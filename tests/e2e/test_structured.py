@@ -51,7 +51,7 @@ SCHEMAS = [
 
 @pytest.fixture(scope="module")
 def random_model(tmp_path_factory) -> Path:
-    """A llama of random weights over a small byte-level vocabulary; its logits have rows that no token has."""
+    """Build a llama of random weights over a small byte-level vocabulary; its logits have rows that no token has."""
     folder = tmp_path_factory.mktemp("structured")
     tokens = sorted(BYTE_ALPHABET)
     spelled = [

@@ -143,7 +143,7 @@ def make_blocks(in_features, out_features, bits, with_mins, seed=0):
 
 
 def on_threads(count, call):
-    """What `call` returns with so many threads of torch's pool."""
+    """Return the result of `call` with this number of threads in torch's pool."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -153,7 +153,7 @@ def on_threads(count, call):
 
 
 def make_step(slots, tables, starts, lengths, prompts=None):
-    """The inputs of a step, of which an index is made; `prompts` default: sequences of more than one token."""
+    """Return the inputs of a step, for its index; `prompts` default: sequences of more than one token."""
     starts = torch.as_tensor(starts)
     return StepInputs(
         tokens_T=slots,
@@ -169,5 +169,5 @@ def make_step(slots, tables, starts, lengths, prompts=None):
 
 
 def attention_facts(q, *windows):
-    """What `prepare` needs to know of layers with queries like q and these windows, default none."""
+    """Return the facts that `prepare` needs of layers with queries like q and these windows, default none."""
     return AttentionFacts(q.shape[1], windows or (None,), q.dtype)

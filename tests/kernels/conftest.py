@@ -21,7 +21,7 @@ def variant(request):
 
 @pytest.fixture
 def ops(variant):
-    """The backend under test. Fallbacks are allowed: see test_fallbacks."""
+    """Return the backend under test. Fallbacks are allowed: see test_fallbacks."""
     return EagerBackend(torch.device("cpu")) if variant == "eager" else cpu.CPUBackend(lambda fallback: None, variant)
 
 

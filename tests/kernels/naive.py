@@ -33,7 +33,7 @@ def rope(x, cos, sin):
 
 
 def attention(q, k, v, first, case):
-    """q [n, H, D] at positions first.. over k, v [length, K, D]; one query at a time, in numpy: no pool to wait for."""
+    """Attend with q [n, H, D] at positions first.. to k, v [length, K, D], one query at a time, in numpy (no pool)."""
     q_nHD, k_LKD, v_LKD = (x.double().numpy() for x in (q, k, v))
     out = torch.empty(q.shape, dtype=torch.float64)
     group = case.heads // case.kv_heads

@@ -17,7 +17,7 @@ def kind(request):
 
 
 def _exact_in_float32(matrix):
-    """What `float` computes, worked out in float64; a row that 16 bits do not hold keeps the panels of it float32."""
+    """Compute `float` in float64; a row that 16 bits do not hold keeps the panels of it float32."""
     scales = matrix.scales_OG.double().repeat_interleave(BLOCK, 1)
     weights = matrix.values_OI.double() * scales
     if matrix.mins_OG is not None:

@@ -15,7 +15,7 @@ NUMBERS = {"int64_t": "n", "int": "i", "float": "f"}
 
 
 def letter_of(declaration: str) -> str:
-    """The letter of a parameter or field such as `const float* x`."""
+    """Return the letter of a parameter or field such as `const float* x`."""
     return "p" if "*" in declaration else NUMBERS[declaration.split()[0]]
 
 
@@ -32,7 +32,7 @@ def fields_in_source(struct: str) -> list[str]:
 
 
 def loaded_with(monkeypatch: pytest.MonkeyPatch, **changes: object) -> str | None:
-    """What `problem` says where parts of `library` are other ones."""
+    """Return the message of `problem` if parts of `library` are replaced."""
     for name, value in changes.items():
         monkeypatch.setattr(library, name, value)
     monkeypatch.setattr(library, "load", library.load.__wrapped__)

@@ -37,7 +37,7 @@ def _close(got, expected, dtype):
 
 @functools.cache
 def _expected_norm(shape, dtype, offset, with_residual):
-    """Computed once for all backends, as all that loops."""
+    """Compute the naive result once for all backends, because it loops."""
     x = _random(*shape, dtype=dtype)
     if with_residual:
         x = x + _random(*shape, dtype=dtype, seed=2)
@@ -74,7 +74,7 @@ def test_rms_norm_of_a_strided_view_equals_that_of_its_copy(ops, dtype):
 
 @functools.cache
 def _turned(shape, dtype):
-    """What to turn and its angles, and the same turned."""
+    """Return inputs with their angles, and the rotated result."""
     tokens, heads, size, pairs = shape
     whole = _random(tokens, heads + 2, size, dtype=dtype)  # a view of fused heads, as attention passes it
     angles = _random(tokens, pairs, seed=1) * 100
@@ -104,7 +104,7 @@ def test_rope_turns_in_place_and_leaves_the_rest(ops, shape, dtype):
 
 
 def _room(tokens, heads, size, dtype):
-    """An empty cache of blocks of 3 slots."""
+    """Return an empty cache of blocks with 3 slots."""
     return torch.full((-(-tokens // 3), 2, heads, 3, size), torch.nan, dtype=dtype)
 
 
@@ -170,7 +170,7 @@ class Batch:
         self.case = case
 
     def new(self, context):
-        """The part of keys or values that this step brings."""
+        """Return the keys or values of this step."""
         return torch.cat([c[len(c) - n :] for c, (n, _) in zip(context, self.case.sequences, strict=True)])
 
     def write(self, ops):

@@ -28,7 +28,7 @@ def _parse(**changes):
 
 
 def _old(rope, kind="rope_type"):
-    """The form of before transformers 5."""
+    """Return the form used before transformers 5."""
     scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "rope_type")}
     return {"rope_theta": rope["rope_theta"], "rope_scaling": {kind: rope["rope_type"], **scaling}}
 

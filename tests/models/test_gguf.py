@@ -193,7 +193,7 @@ def test_a_converted_model_computes_the_same(name: str, tmp_path: Path) -> None:
 
 
 def quantized_file(path: Path, ggml_type: GGMLType, rows: int, columns: int) -> np.ndarray:
-    """A llama file with one tensor of random bytes of this type; gives the bytes."""
+    """Write a llama file with one tensor of random bytes of this type, and return the bytes."""
     block, block_bytes = gguf.GGML_QUANT_SIZES[ggml_type]
     rng = np.random.default_rng(int(ggml_type))
     raw = rng.integers(0, 256, (rows, columns // block * block_bytes), dtype=np.uint8)

@@ -26,7 +26,7 @@ _HIDDEN, _FEED, _VOCABULARY = 64, 96, 97
 
 
 def write_blocks(path, types, tied=False, scale=None, feed=_FEED):
-    """A llama of two layers with random weights: `types` gives the type of each matrix by its GGUF name's last word.
+    """Write a random llama of two layers: `types` gives the type of each matrix by its GGUF name's last word.
 
     `scale` replaces the scale of the first block of every matrix that has one.
     """
@@ -71,14 +71,14 @@ def _logits(decoder):
 
 
 def _with_and_without(path, monkeypatch):
-    """Decoders of the same file: as it is loaded, and from float32 weights."""
+    """Return decoders of the same file: as loaded, and from float32 weights."""
     kept = load_decoder(path)
     monkeypatch.setattr(GGUFFile, "read_blocks", lambda file, part: None)
     return kept, load_decoder(path)
 
 
 def _in_blocks(decoder):
-    """The names of the matrices that are."""
+    """Return the names of the matrices that are."""
     if isinstance(decoder.embedding.matrix, DenseMatrix):
         pytest.skip("the eager backend keeps float32")
     linears = {name: module.matrix for name, module in decoder.named_modules() if isinstance(module, Linear)}

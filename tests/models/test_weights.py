@@ -28,7 +28,7 @@ def _logits(path, precision=EXACT):
 
 
 def _rewrite(folder, change):
-    """Changes the tensors of a saved model; `change` gets the dict."""
+    """Change the tensors of a saved model; `change` gets the dict."""
     file = folder / "model.safetensors"
     tensors = load_file(file)
     change(tensors)
@@ -68,7 +68,7 @@ def test_dtypes_are_converted_while_reading(tmp_path):
 
 
 def test_loading_imports_nothing_slow(tmp_path):
-    """torch's symbolic shapes and sympy take half a second, and some innocent functions of torch import them."""
+    """Symbolic shapes of torch and sympy take half a second, and some innocent functions of torch import them."""
     build("llama", tmp_path)
     script = (
         "import pathlib, sys, torch; from batchinfer.models.weights import load_decoder; "

@@ -123,7 +123,7 @@ class Paged:
 
     @torch.inference_mode()
     def step(self, work: dict[int, list[int]]) -> torch.Tensor:
-        """Computes the next tokens of some sequences; logits [T, V] of all these tokens."""
+        """Compute the next tokens of some sequences; logits [T, V] of all these tokens."""
         rows, starts, lengths, positions, slots = list(work), [0], [], [], []
         for sequence, tokens in work.items():
             first = self.computed[sequence]
