@@ -71,18 +71,36 @@ class PackedMatrix(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class BlockMatrix:
-    """Weights in 4 or 8 bits as GGUF files hold them: values * scales + mins per block, exactly, in float32."""
+class ValuesMatrix:
+    """Base of matrices that are held as rows of values, for any backend to read."""
 
-    values_OI: Tensor  # int8: -128 .. 127; in 4 bits 0 .. 15 with minima, -8 .. 7 without
-    scales_OG: Tensor  # float16, finite
-    mins_OG: Tensor | None  # float16, finite
-    bits: int  # 4 or 8
+    values_OI: Tensor
 
     @property
     def shape(self) -> tuple[int, int]:
         rows, columns = self.values_OI.shape
         return rows, columns
+
+    @property
+    def nbytes(self) -> int:
+        return self.values_OI.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class BlockMatrix(ValuesMatrix):
+    """Weights in 4 or 8 bits as GGUF files hold them: values * scales + mins per block, exactly, in float32.
+
+    values_OI: int8, -128 .. 127; in 4 bits 0 .. 15 with minima, -8 .. 7 without.
+    """
+
+    scales_OG: Tensor  # float16, finite
+    mins_OG: Tensor | None  # float16, finite
+    bits: int  # 4 or 8
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of values, scales and minima."""
+        return sum(x.nbytes for x in (self.values_OI, self.scales_OG, self.mins_OG) if x is not None)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -14,10 +14,10 @@ from batchinfer_kernels.formats import BLOCK, BlockMatrix, Precision
 
 
 @dataclass(frozen=True, slots=True)
-class PackedLinear:
-    """Float32 matrix as the compiled variant reads it; `functions` are that variant's."""
+class PanelMatrix:
+    """Matrix [O, I] in panels of output features, as a compiled variant reads it; `functions` are that variant's."""
 
-    panels: Tensor  # [ceil(O / panel), I, panel], zeros beyond O; in 16 bits if that is exact
+    panels: Tensor
     in_features: int
     out_features: int
     functions: Functions
@@ -36,44 +36,26 @@ class PackedLinear:
 
 
 @dataclass(frozen=True, slots=True)
-class PackedBlocks:
-    """Matrix in blocks, as csrc/block_linear.h reads it: multiplied as the float32 numbers that it stands for."""
+class PackedLinear(PanelMatrix):
+    """Float32 matrix. panels [ceil(O / panel), I, panel], zeros beyond O; in 16 bits if that is exact."""
 
-    panels: Tensor  # uint8 [ceil(O / panel), groups of I, bytes of panel features of a group], zeros beyond O
+
+@dataclass(frozen=True, slots=True)
+class PackedBlocks(PanelMatrix):
+    """Matrix in blocks, as csrc/block_linear.h reads it: multiplied as the float32 numbers that it stands for.
+
+    panels: uint8 [ceil(O / panel), groups of I, bytes of panel features of a group], zeros beyond O.
+    """
+
     type: int  # csrc/ops.cpp's
-    in_features: int
-    out_features: int
-    functions: Functions
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.out_features, self.in_features
-
-    @property
-    def nbytes(self) -> int:
-        return self.panels.nbytes
-
-    @property
-    def precision(self) -> Precision:
-        return Precision.FLOAT32
 
 
 @dataclass(frozen=True, slots=True)
-class RoundedPanels:
-    """Matrix rounded to bfloat16, as csrc/rounded_linear.h reads it."""
+class RoundedPanels(PanelMatrix):
+    """Matrix rounded to bfloat16, as csrc/rounded_linear.h reads it.
 
-    panels: Tensor  # bfloat16 [ceil(O / panel), ceil(I / together), panel, together], zeros beyond O and I
-    in_features: int
-    out_features: int
-    functions: Functions
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.out_features, self.in_features
-
-    @property
-    def nbytes(self) -> int:
-        return self.panels.nbytes
+    panels: bfloat16 [ceil(O / panel), ceil(I / together), panel, together], zeros beyond O and I.
+    """
 
     @property
     def precision(self) -> Precision:
@@ -81,22 +63,14 @@ class RoundedPanels:
 
 
 @dataclass(frozen=True, slots=True)
-class QuantizedPanels:
-    """Matrix in 8 bits, as csrc/quantized_linear.h reads it."""
+class QuantizedPanels(PanelMatrix):
+    """Matrix in 8 bits, as csrc/quantized_linear.h reads it.
 
-    panels: Tensor  # int8 [ceil(O / panel), whole groups of I / 4, panel, 4], zeros beyond O and I
+    panels: int8 [ceil(O / panel), whole groups of I / 4, panel, 4], zeros beyond O and I.
+    """
+
     offsets: Tensor  # int32 [ceil(O / panel), groups, panel]
     scales_O: Tensor  # float32 [O]
-    in_features: int
-    functions: Functions
-
-    @property
-    def out_features(self) -> int:
-        return len(self.scales_O)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.out_features, self.in_features
 
     @property
     def nbytes(self) -> int:
@@ -173,7 +147,7 @@ def _pack_blocks(functions: Functions, matrix: BlockMatrix) -> PackedBlocks:
         kind,
         torch.get_num_threads(),
     )
-    return PackedBlocks(panels, kind, in_features, out_features, functions)
+    return PackedBlocks(panels, in_features, out_features, functions, kind)
 
 
 def _pack_quantized(functions: Functions, weight_OI: Tensor | BlockMatrix) -> QuantizedPanels:
@@ -185,7 +159,7 @@ def _pack_quantized(functions: Functions, weight_OI: Tensor | BlockMatrix) -> Qu
     offsets = torch.empty(count, groups, panel, dtype=torch.int32)
     values, threads = matrix.values_OI.data_ptr(), torch.get_num_threads()
     functions.pack_quantized(values, in_features, out_features, panels.data_ptr(), offsets.data_ptr(), threads)
-    return QuantizedPanels(panels, offsets, matrix.scales_O, in_features, functions)
+    return QuantizedPanels(panels, in_features, out_features, functions, offsets, matrix.scales_O)
 
 
 def _smallest_exact(weight_OI: Tensor) -> torch.dtype:

@@ -14,25 +14,14 @@ from torch import Tensor
 from batchinfer_kernels.eager.activation import gelu_mul, silu_mul
 from batchinfer_kernels.eager.quantized_linear import QuantizedMatrix, pack_quantized, quantized_linear
 from batchinfer_kernels.eager.rounded_linear import RoundedMatrix, pack_rounded, rounded_linear
-from batchinfer_kernels.formats import Activation, BlockMatrix, PackedMatrix, Precision, keeps_numbers
+from batchinfer_kernels.formats import Activation, BlockMatrix, PackedMatrix, Precision, ValuesMatrix, keeps_numbers
 
 _ACTIVATIONS = {"silu": silu_mul, "gelu": gelu_mul}
 
 
 @dataclass(frozen=True, slots=True)
-class DenseMatrix:
+class DenseMatrix(ValuesMatrix):
     """Weights as they are; float32 if they came in blocks."""
-
-    values_OI: Tensor
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        rows, columns = self.values_OI.shape
-        return rows, columns
-
-    @property
-    def nbytes(self) -> int:
-        return self.values_OI.nbytes
 
     @property
     def precision(self) -> Precision:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from batchinfer_kernels.formats import BlockMatrix, Precision
+from batchinfer_kernels.formats import BlockMatrix, Precision, ValuesMatrix
 
 STEPS = 127  # of either sign
 GROUP = 64  # input features that share a scale
@@ -20,16 +20,13 @@ _NOTHING = 1e-30  # smaller inputs count as zero: their reciprocal would not be 
 
 
 @dataclass(frozen=True, slots=True)
-class QuantizedMatrix:
-    """Weights in 8 bits: values * scales, by row."""
+class QuantizedMatrix(ValuesMatrix):
+    """Weights in 8 bits: values * scales, by row.
 
-    values_OI: Tensor  # int8, -127 .. 127
+    values_OI: int8, -127 .. 127.
+    """
+
     scales_O: Tensor  # float32
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        rows, columns = self.values_OI.shape
-        return rows, columns
 
     @property
     def nbytes(self) -> int:

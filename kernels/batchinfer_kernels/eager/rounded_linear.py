@@ -11,23 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from batchinfer_kernels.formats import Precision
+from batchinfer_kernels.formats import Precision, ValuesMatrix
 
 
 @dataclass(frozen=True, slots=True)
-class RoundedMatrix:
-    """Weights rounded to bfloat16, multiplied with activations that are rounded as well."""
+class RoundedMatrix(ValuesMatrix):
+    """Weights rounded to bfloat16, multiplied with activations that are rounded as well.
 
-    values_OI: Tensor  # float32 numbers that bfloat16 holds
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        rows, columns = self.values_OI.shape
-        return rows, columns
-
-    @property
-    def nbytes(self) -> int:
-        return self.values_OI.nbytes
+    values_OI: float32 numbers that bfloat16 holds.
+    """
 
     @property
     def precision(self) -> Precision:
