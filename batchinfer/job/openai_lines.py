@@ -7,7 +7,6 @@ the prefix cache held, depends on what ran before. `batchinfer.openai` writes th
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -52,9 +51,9 @@ class ResponseWriter:
             return result
         body = self._body(result, number, parsed, completion)
         if not self._lines:
-            return replace(result, response=dump_json(body).decode())
+            return result._replace(response=dump_json(body).decode())
         samples = [RowSample("", sample.finish_reason, sample.tokens) for sample in result.samples]
-        return replace(result, samples=samples, response=dump_json(_response(number, 200, body)).decode())
+        return result._replace(samples=samples, response=dump_json(_response(number, 200, body)).decode())
 
     def _body(self, result: RowResult, number: int, parsed: ParsedRequest, completion: Completion) -> dict[str, Any]:
         returned = parsed.returns_token_ids

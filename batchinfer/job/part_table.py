@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -50,7 +49,7 @@ def _as_written(layout: OutputLayout, name: str, column: pa.ChunkedArray) -> pa.
 def _single_samples(result: RowResult) -> list[RowResult]:
     """Return one result per sample; the response of the whole row stands beside the first."""
     return [
-        replace(result, samples=[sample], response=result.response if number == 0 else None)
+        result._replace(samples=[sample], response=result.response if number == 0 else None)
         for number, sample in enumerate(result.samples)
     ] or [result]
 

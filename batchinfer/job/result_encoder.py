@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from batchinfer.errors import RowError
@@ -12,7 +11,7 @@ from batchinfer.job.results import RowFailure, RowResult, RowSample, plain_logpr
 from batchinfer.job.row_prompts import LineRequest
 from batchinfer.openai.parse import ModelFacts
 from batchinfer.openai.sampling_fields import error_param
-from batchinfer.request import Completion, CompletionOutput
+from batchinfer.request import Completion, CompletionOutput, Score
 
 
 class ResultEncoder:
@@ -47,11 +46,15 @@ class ResultEncoder:
             [self._sample(output, shows_ids) for output in completion.outputs],
             prompt_ids=prompt if self._ids else None,
             prompt_logprobs=None if entries is None else plain_logprobs(entries),
-            scored_tokens=sum(len(score.token_ids) for score in completion.scores or ()),
         )
-        if self._responses is None or parsed is None:
-            return replace(result, columns=_task_columns(completion))
-        return self._responses.add_response(result, number, parsed, completion)
+        if self._responses is not None and parsed is not None:
+            return self._responses.add_response(result, number, parsed, completion)
+        if completion.embedding is not None:
+            return result._replace(columns={"embedding": completion.embedding})
+        if completion.scores is not None:
+            scored = sum(len(score.token_ids) for score in completion.scores)
+            return result._replace(columns=_score_columns(completion.scores, completion.choice), scored_tokens=scored)
+        return result
 
     def _failed(
         self, offset: int, number: int, completion: Completion, error: RowError, request: LineRequest | None
@@ -77,20 +80,14 @@ def _failure(error: RowError, of_request: bool) -> RowFailure:
     return RowFailure(error.kind, message, error_param(error) if of_request else None)
 
 
-def _task_columns(completion: Completion) -> dict[str, Any]:
-    """Return the values of the columns of a task that scores or embeds."""
-    if completion.embedding is not None:
-        return {"embedding": completion.embedding}
-    scores = completion.scores
-    if scores is None:
-        return {}
+def _score_columns(scores: list[Score], choice: int | None) -> dict[str, Any]:
+    """Return the values of the columns of a task that scores. choice: index of the most likely continuation."""
     first = scores[0]
     values: dict[str, Any] = {
         "logprob": first.logprob,
         "num_tokens": len(first.token_ids),
         "is_greedy": first.is_greedy,
     }
-    if completion.choice is not None:
-        choice = completion.choice
+    if choice is not None:
         values |= {"choice": scores[choice].text, "choice_index": choice, "scores": [one.logprob for one in scores]}
     return values

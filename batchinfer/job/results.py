@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -18,8 +18,7 @@ from batchinfer.request import TokenLogprob
 PlainLogprobs = list[list[Any] | None]
 
 
-@dataclass(frozen=True, slots=True)
-class RowSample:
+class RowSample(NamedTuple):
     """Sample of a row. `text` is None if the part from which it was read does not hold the sample's answer."""
 
     text: str | None
@@ -29,8 +28,7 @@ class RowSample:
     logprobs: PlainLogprobs | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class RowFailure:
+class RowFailure(NamedTuple):
     """Error of a row. `param`: the request's field at fault, for openai-batch rows."""
 
     kind: str
@@ -38,8 +36,7 @@ class RowFailure:
     param: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class RowResult:
+class RowResult(NamedTuple):
     """A finished row: samples, or the columns of a task that scores or embeds, or a failure.
 
     offset: counts from the first row of the chunk. columns: values of the task's own columns. scored_tokens: of
@@ -49,11 +46,11 @@ class RowResult:
 
     offset: int
     prompt_tokens: int
-    samples: list[RowSample] = field(default_factory=list)
+    samples: list[RowSample] = []  # noqa: RUF012 - a default is never changed
     failure: RowFailure | None = None
     prompt_ids: list[int] | None = None
     prompt_logprobs: PlainLogprobs | None = None
-    columns: dict[str, Any] = field(default_factory=dict)
+    columns: dict[str, Any] = {}  # noqa: RUF012
     scored_tokens: int = 0
     response: str | None = None
 
@@ -71,12 +68,23 @@ class RowCounts:
     scored_tokens: int = 0
 
 
+_RARE = RowResult._fields[4:]
+_DEFAULTS = RowResult._field_defaults
+
+
 def encode_result(result: RowResult) -> bytes:
     """Return a result as a line, without its newline."""
+    # millions of lines: fields that have their default are left out
+    values: dict[str, Any] = {"offset": result.offset, "prompt_tokens": result.prompt_tokens}
+    values["samples"] = [sample._asdict() for sample in result.samples]
+    if result.failure is not None:
+        values["failure"] = result.failure._asdict()
+    rare = zip(_RARE, result[-len(_RARE) :], strict=True)
+    values |= {name: value for name, value in rare if value is not None and value != _DEFAULTS[name]}
     try:
-        return orjson.dumps(result)
+        return orjson.dumps(values)
     except TypeError:  # half of a surrogate pair, which no text column can hold
-        return orjson.dumps(_encodable(asdict(result)))
+        return orjson.dumps(_encodable(values))
 
 
 def decode_results(lines: bytes) -> list[RowResult]:
@@ -86,9 +94,10 @@ def decode_results(lines: bytes) -> list[RowResult]:
 
 
 def _decoded(values: dict[str, Any]) -> RowResult:
-    samples = [RowSample(**sample) for sample in values.pop("samples")]
-    failure = values.pop("failure")
-    return RowResult(**values, samples=samples, failure=failure and RowFailure(**failure))
+    values["samples"] = [RowSample(**sample) for sample in values["samples"]]
+    if "failure" in values:
+        values["failure"] = RowFailure(**values["failure"])
+    return RowResult(**values)
 
 
 def _encodable(value: Any) -> Any:

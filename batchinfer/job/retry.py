@@ -8,7 +8,6 @@ sees every row once at any moment. An interrupted pass continues with the same c
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
 from pathlib import Path
 
 from batchinfer.errors import RETRYABLE_KINDS, OutputConflict, UsageError
@@ -109,5 +108,5 @@ def _with_scored(rows: list[RowResult], tokens: int) -> list[RowResult]:
     """Give the first row without an error all scored tokens: a part does not say how many each row has."""
     first = next((place for place, row in enumerate(rows) if row.failure is None), None)
     if first is not None and tokens:
-        rows[first] = replace(rows[first], scored_tokens=tokens)
+        rows[first] = rows[first]._replace(scored_tokens=tokens)
     return rows
