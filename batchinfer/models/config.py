@@ -1,4 +1,4 @@
-"""A model's architectural facts, read from a Hugging Face config.json (or what a GGUF file says in its place)."""
+"""Architecture of a model: facts from a Hugging Face config.json, or from the metadata of a GGUF file."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _MOST_LAYERS = 10_000
 
 
 class LayerConfig(NamedTuple):
-    """What differs between layers: the attention window in tokens, and which of the model's ropes, if any."""
+    """Facts that differ between layers: attention window in tokens, and index of the rotary embedding, if any."""
 
     window: int | None
     rope: int | None
 
 
 class Multipliers(NamedTuple):
-    """Granite's and Gemma's factors: embedding and each branch are multiplied, logits divided, then soft-capped."""
+    """Scale factors of Granite and Gemma: embedding and branches are multiplied, logits divided, then soft-capped."""
 
     embedding: float = 1.0
     residual: float = 1.0
@@ -38,7 +38,7 @@ class Multipliers(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that decides the computation. `context_tokens` is the longest sequence that the model is run on."""
+    """All facts that decide the computation. `context_tokens`: length of the longest sequence it is run on."""
 
     architecture: str
     family: Family
@@ -56,12 +56,12 @@ class ModelConfig:
 
     @property
     def kv_shape(self) -> tuple[int, int, int]:
-        """Layers, kv heads, head size: a token's keys have this many numbers, and its values as many."""
+        """Return (layers, kv heads, head size), the shape of one token's keys and of its values."""
         return len(self.layers), self.attention.num_kv_heads, self.attention.head_size
 
 
 def load_config(path: Path) -> ModelConfig:
-    """From a directory with config.json, or from a .gguf file. Raises ModelError."""
+    """Read the config of a directory with config.json, or of a .gguf file. Raises ModelError."""
     if path.suffix == ".gguf":
         return parse_config(GGUFFile(path).config_dict(), str(path))
     file = path / "config.json"
@@ -71,7 +71,7 @@ def load_config(path: Path) -> ModelConfig:
 
 
 def parse_config(values: HFConfig, where: str) -> ModelConfig:
-    """From config.json's content; `where` names it in errors. Raises ModelError."""
+    """Parse the content of a config.json; `where` names it in errors. Raises ModelError."""
     architecture = architecture_of(values, where)
     family = family_of(architecture)
     method = quant_method(values, where)
@@ -96,7 +96,7 @@ def parse_config(values: HFConfig, where: str) -> ModelConfig:
 
 
 class _Facts:
-    """config.json's values, read with their type checked. null counts as left out."""
+    """Typed access to the values of a config.json. null counts as left out."""
 
     def __init__(self, values: HFConfig, where: str) -> None:
         self.values = {key: value for key, value in values.items() if value is not None}
@@ -192,7 +192,7 @@ def _layers(facts: _Facts, family: Family, rope_of: Mapping[bool, int]) -> tuple
 
 
 def _ropes(facts: _Facts, family: Family) -> tuple[tuple[RopeConfig, ...], dict[bool, int]]:
-    """All ropes of the model, and which one layers with (True) and without a window use.
+    """Return the rotary embeddings of the model, and the index that layers with (True) and without a window use.
 
     transformers 5 writes `rope_parameters`, one dict or one per layer type; before, `rope_scaling` stood beside
     `rope_theta`, and Gemma 3's windowed layers had `rope_local_base_freq` without scaling.
@@ -245,7 +245,7 @@ _NUMBERS = _POSITIVE | {"beta_fast", "beta_slow", "mscale", "mscale_all_dim", "a
 
 
 def _rope_size(facts: _Facts, rope: _Facts) -> int:
-    """Numbers of a head that the rope turns."""
+    """Return how many numbers of a head are rotated."""
     part = rope.number("partial_rotary_factor", facts.number("partial_rotary_factor", 1.0))
     size = int(_head_size(facts) * part)
     if size % 2 or size < 2:
@@ -254,7 +254,7 @@ def _rope_size(facts: _Facts, rope: _Facts) -> int:
 
 
 def _check_scaling(rope: _Facts, used: Mapping[str, Any], size: int) -> None:
-    """Raises ModelError for what cannot be computed with."""
+    """Raise ModelError for values that no computation is possible with."""
     for key in used.keys() & _NUMBERS:
         rope.positive(key) if key in _POSITIVE else rope.number(key)
     for key in used.keys() & _PER_PAIR:
@@ -267,7 +267,7 @@ def _check_scaling(rope: _Facts, used: Mapping[str, Any], size: int) -> None:
 
 
 def _context_tokens(facts: _Facts, ropes: tuple[RopeConfig, ...]) -> int:
-    """max_position_embeddings; YaRN is often switched on without raising it, so its reach counts if it is longer."""
+    """Return max_position_embeddings, or YaRN's reach if longer: files often add YaRN without raising the limit."""
     context = facts.size("max_position_embeddings", 2048)
     for rope in ropes:
         if rope.kind == "yarn":

@@ -1,4 +1,4 @@
-"""The table of dense families: what tells each one from the others, as facts about its config.json and its weights.
+"""Table of dense families: facts of config.json and of the weights in which a family differs from Llama.
 
 Everything that is the same for all (names of sizes, of projections, of activations) is in models.config and
 models.weights. A new family is a new entry in FAMILIES; it needs code only if it has a fact that no family had.
@@ -13,7 +13,7 @@ from typing import Any, Literal
 from batchinfer.errors import ModelError
 
 HFConfig = Mapping[str, Any]
-"""config.json as read, the family's defaults filled in."""
+"""Values of config.json with the family's defaults filled in."""
 
 # Norms of a layer: ours → Hugging Face's. Which of them a family has is where it places its norms.
 _BEFORE = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
@@ -36,7 +36,7 @@ def _everywhere(config: HFConfig) -> list[bool]:
 
 
 def _by_type(config: HFConfig, otherwise: Callable[[int], bool]) -> list[bool]:
-    """`layer_types` if there; older files leave it to a rule of the family."""
+    """Return `layer_types` if the file has it; older files leave it to a rule of the family."""
     if config.get("layer_types") is not None:
         return [kind == "sliding_attention" for kind in config["layer_types"]]
     return [otherwise(layer) for layer in range(config["num_hidden_layers"])]
@@ -65,7 +65,7 @@ def _smollm3_windows(config: HFConfig) -> list[bool]:
 
 
 def _smollm3_rope(config: HFConfig) -> list[bool]:
-    """`no_rope_layers` holds 1 where a layer does turn its heads."""
+    """Return the layers with a rotary embedding; `no_rope_layers` holds 1 for a layer that has one."""
     if config.get("no_rope_layers") is not None:
         return [bool(uses) for uses in config["no_rope_layers"]]
     interval = config.get("no_rope_layer_interval") or 4
@@ -74,7 +74,7 @@ def _smollm3_rope(config: HFConfig) -> list[bool]:
 
 @dataclass(frozen=True)
 class Family:
-    """One row of the table. `defaults` are config.json keys that a file may leave out, with Hugging Face's values."""
+    """Entry of the table. `defaults`: config.json keys that a file may leave out, with Hugging Face's values."""
 
     norms: Mapping[str, str] = field(default_factory=lambda: _BEFORE)
     norm_offset: float = 0.0
@@ -214,7 +214,7 @@ def _unsupported(architecture: str) -> str:
 
 
 def family_of(architecture: str) -> Family:
-    """Raises ModelError with the list of known architectures."""
+    """Raise ModelError with the list of known architectures."""
     family = FAMILIES.get(architecture)
     if family is None:
         raise ModelError(_unsupported(architecture))

@@ -1,4 +1,4 @@
-"""What a model's file holds in place of its content: the usual outcomes of a download that went wrong."""
+"""Detection of files that a failed download left in place of a model's file: LFS pointers, HTML pages and the like."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _KINDS = (
 
 
 def misplaced_content(path: Path) -> str:
-    """Return what the file is instead, and what to do; an empty text where nothing is known to be wrong.
+    """Return what the file is instead, and what to do; an empty text if nothing is known to be wrong.
 
     Git LFS pointer: https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md.
     """

@@ -1,4 +1,4 @@
-"""GGUF files as Hugging Face models: configuration, and weights under Hugging Face names, de-quantised or in blocks.
+"""GGUF files read as Hugging Face models: config, and weights by Hugging Face name, dequantised or in blocks.
 
 llama.cpp's converter changes tensors on the way in (rows of q and k permuted for its rope, Gemma's norms stored as
 1 + w); reading undoes that. Sizes and layouts of the types are the `gguf` package's.
@@ -37,10 +37,10 @@ _THREADS = 2  # numpy releases the GIL here; more threads only share the memory 
 
 
 class GGUFFile:
-    """An open GGUF file, a Checkpoint. Tensor bytes are memory-mapped and read when asked for."""
+    """Checkpoint in a GGUF file. Tensor bytes are memory-mapped and read lazily."""
 
     def __init__(self, path: str | Path) -> None:
-        """Raises ModelError for a missing, truncated or damaged file and for an architecture that is not known."""
+        """Open the file. Raises ModelError if it is missing, truncated, damaged or of an unknown architecture."""
         self.path = Path(path)
         self.header = read_header(self.path)
         self.metadata = self.header.metadata
@@ -131,7 +131,7 @@ class GGUFFile:
             yield self._unpermuted(name, whole[rows.start : rows.stop, columns])
 
     def _unpermuted(self, name: str, values: np.ndarray) -> np.ndarray:
-        """Rows of each head from interleaved pairs to two halves: the inverse of llama.cpp's `LlamaModel.permute`.
+        """Reorder each head's rows from interleaved pairs to halves: the inverse of llama.cpp's `LlamaModel.permute`.
 
         `values` are rows of whole heads, all of them or a rank's.
         """

@@ -1,4 +1,7 @@
-"""GGUF matrices of the types Q4_0, Q4_1 and Q8_0 as BlockMatrix, without de-quantising. O output features"""
+"""GGUF matrices of types Q4_0, Q4_1 and Q8_0 as BlockMatrix, without dequantising.
+
+O output features
+"""
 
 from __future__ import annotations
 

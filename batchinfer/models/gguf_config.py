@@ -1,4 +1,4 @@
-"""What llama.cpp's metadata keys and tensor names are in Hugging Face's terms, per architecture.
+"""Translation of llama.cpp's metadata keys and tensor names to Hugging Face's, per architecture.
 
 Source: llama.cpp's convert_hf_to_gguf.py read backwards; facts that it does not store are the constants that
 llama.cpp's own model code has for them (Gemma's window pattern and local rope base, SmolLM3's layers without rope).
@@ -47,7 +47,7 @@ Extra = Callable[[GGUFHeader, dict[str, Any]], dict[str, Any]]
 
 @dataclass(frozen=True)
 class GGUFFamily:
-    """One value of general.architecture. `extra` adds the keys that only this architecture has."""
+    """Value of general.architecture. `extra` adds the keys that only this architecture has."""
 
     architecture: str
     model_type: str
@@ -102,7 +102,7 @@ def _olmo2(header: GGUFHeader, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _gemma(header: GGUFHeader, config: dict[str, Any], pattern: int, largest: int) -> dict[str, Any]:
-    """Every `pattern`-th layer is full attention; the family's model of `largest` layers scales by hidden/heads."""
+    """Return Gemma's extra keys: full attention in every `pattern`-th layer; `largest` layers scale by hidden/heads."""
     layers = config["num_hidden_layers"]
     scalar = config["hidden_size"] // config["num_attention_heads"] if layers == largest else config["head_dim"]
     return {
@@ -140,7 +140,7 @@ FAMILIES: dict[str, GGUFFamily] = {
 
 
 def family(header: GGUFHeader) -> GGUFFamily:
-    """Raises ModelError, with the list of those known, for an architecture that is not in the table."""
+    """Raise ModelError, with the list of known ones, for an architecture that is not in the table."""
     name = header.need("general.architecture")
     if name not in FAMILIES:
         raise ModelError(f"{header.path}: GGUF architecture {name!r} is not supported; known: {', '.join(FAMILIES)}")
@@ -150,12 +150,12 @@ def family(header: GGUFHeader) -> GGUFFamily:
 
 
 def is_rope_factors(name: str) -> bool:
-    """Tensors that are configuration, not weights."""
+    """Return the names of tensors that are configuration, not weights."""
     return name in _ROPE_FACTORS
 
 
 def hf_name(header: GGUFHeader, name: str) -> str:
-    """`blk.3.attn_q.weight` → `model.layers.3.self_attn.q_proj.weight`. Raises ModelError for an unknown name."""
+    """Map `blk.3.attn_q.weight` to `model.layers.3.self_attn.q_proj.weight`. Raises ModelError if unknown."""
     stem, _, kind = name.rpartition(".")
     if stem in _TOP and kind in ("weight", "bias"):
         return f"{_TOP[stem]}.{kind}"
@@ -170,14 +170,14 @@ def hf_name(header: GGUFHeader, name: str) -> str:
 
 
 def head_counts(header: GGUFHeader) -> tuple[int, int]:
-    """(query heads, key-value heads)"""
+    """Return (query heads, key-value heads)."""
     heads = _one(header, "attention.head_count")
     kv_heads = _value(header, "attention.head_count_kv", heads)
     return heads, _one(header, "attention.head_count_kv") if kv_heads != heads else heads
 
 
 def config_dict(header: GGUFHeader, factors: Factors) -> dict[str, Any]:
-    """config.json's keys. `factors` are the file's rope factor tensors, de-quantised."""
+    """Return the keys of config.json. `factors`: the file's rope factor tensors, dequantised."""
     facts = family(header)
     heads, kv_heads = head_counts(header)
     hidden = _one(header, "embedding_length")
@@ -207,7 +207,7 @@ def config_dict(header: GGUFHeader, factors: Factors) -> dict[str, Any]:
 
 
 def _one(header: GGUFHeader, name: str) -> int:
-    """An integer fact; a list of one per layer is allowed if they are all equal."""
+    """Return an integer fact; a list with one entry per layer is accepted if all are equal."""
     value = header.need(f"{header.metadata['general.architecture']}.{name}")
     values = set(value) if isinstance(value, list) else {value}
     if len(values) != 1 or not isinstance(one := values.pop(), int) or one < 1:
@@ -239,7 +239,7 @@ def _rope_scaling(header: GGUFHeader, factors: Factors) -> dict[str, Any] | None
 
 
 def _llama3_scaling(header: GGUFHeader, divisors: np.ndarray) -> dict[str, Any]:
-    """Llama 3's four numbers back from the divisors that the converter made of them.
+    """Recover Llama 3's four rope parameters from the divisors that the converter made of them.
 
     Between the two wavelengths, 1/divisor = (1 - s)/factor + s with s = (original/wavelength - low)/(high - low):
     linear in 1/wavelength. Scaling (original, low, high) together changes nothing, so low = 1 is free to choose.
@@ -272,5 +272,5 @@ def _llama3_scaling(header: GGUFHeader, divisors: np.ndarray) -> dict[str, Any]:
 
 
 def _whole(value: float, within: float) -> float:
-    """Published numbers are whole; what was fitted to them nearly is."""
+    """Round to the whole number that was published, if the fitted one is close to it."""
     return float(round(value)) if abs(value - round(value)) < within else value

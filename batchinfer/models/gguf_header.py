@@ -1,4 +1,4 @@
-"""The head of a GGUF file: metadata and the table of tensors. Imports neither numpy nor torch.
+"""Header of a GGUF file: metadata and the table of tensors. Imports neither numpy nor torch.
 
 Follows https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian. The `gguf` package
 reads the same, but takes 4 s for a vocabulary of 49,152 tokens; this takes 0.1 s.
@@ -26,7 +26,7 @@ _MAX_DIMS = 4
 
 
 class TensorInfo(NamedTuple):
-    """`shape` in torch's order (rows first), `ggml_type` the id in the file, `offset` in bytes from `data_start`."""
+    """Entry of the tensor table: `shape` row-major as in torch, `offset` in bytes from `data_start`."""
 
     name: str
     shape: tuple[int, ...]
@@ -36,7 +36,7 @@ class TensorInfo(NamedTuple):
 
 @dataclass(frozen=True)
 class GGUFHeader:
-    """What a GGUF file says of itself; `data_start` is the byte where tensor data begins."""
+    """Metadata and tensor table of a GGUF file; `data_start` is the byte offset of the tensor data."""
 
     path: Path
     metadata: dict[str, Any]
@@ -44,7 +44,7 @@ class GGUFHeader:
     data_start: int
 
     def need(self, key: str) -> Any:
-        """The metadata value of `key`. Raises ModelError where it is missing."""
+        """Return the metadata value of `key`. Raises ModelError if it is missing."""
         if key not in self.metadata:
             raise ModelError(f"{self.path}: the GGUF metadata has no {key!r}; convert the model again")
         return self.metadata[key]
@@ -56,7 +56,7 @@ _turn = threading.Lock()  # of whoever parses: the next one finds it parsed
 
 
 def read_header(path: Path) -> GGUFHeader:
-    """The header of a file, which nobody changes: one that somebody else still has is not parsed again.
+    """Return the header of a file, parsed once while anybody holds it; do not change it.
 
     Raises ModelError for a file that is missing, not GGUF, truncated or damaged.
     """
@@ -79,7 +79,7 @@ def _mapped(path: Path, file: BinaryIO) -> GGUFHeader:
 
 @contextmanager
 def shared_header(path: Path | None) -> Iterator[None]:
-    """Within it, the header of a GGUF file is parsed at most once. None and directories: nothing to share."""
+    """Keep the header of a GGUF file parsed within the context. None and directories have no header."""
     header = read_header(path) if path is not None and path.is_file() else None
     try:
         yield
@@ -115,7 +115,7 @@ def _parse(path: Path, data: mmap.mmap) -> GGUFHeader:
 
 
 class _HeaderReader:
-    """A cursor over the file. Raises ValueError at a read past the end."""
+    """Cursor over the file. Raises ValueError at a read past the end."""
 
     def __init__(self, data: mmap.mmap, position: int) -> None:
         self._data = data
@@ -155,7 +155,7 @@ class _HeaderReader:
         return TensorInfo(name, shape, ggml_type, offset)
 
     def _strings(self, count: int) -> list[str]:
-        """One loop without calls: a vocabulary has 150,000 strings."""
+        """Read strings in one loop without calls: a vocabulary has 150,000 of them."""
         self._check(count * 8)
         data, position, size = self._data, self.position, self._size
         strings = []
@@ -181,7 +181,7 @@ class _HeaderReader:
 
 
 def _shortest(value: float) -> float:
-    """The shortest decimal that is this float32: 1e-05 was written, not 9.999999747378752e-06."""
+    """Return the shortest decimal that is this float32: 1e-05 was written, not 9.999999747378752e-06."""
     if not abs(value) < 1e38:  # infinite, not a number, or where a rounded decimal could overflow
         return value
     packed = struct.pack("<f", value)

@@ -12,7 +12,7 @@ from batchinfer.models.file_kind import said
 
 
 def read_json(path: Path) -> Any:
-    """Return what the file says. Raises ModelError for one that cannot be read, FileNotFoundError where there is none.
+    """Return the parsed file. Raises ModelError if it cannot be read, FileNotFoundError if it does not exist.
 
     Half a surrogate pair in a text is damage: neither a tokenizer nor a template could be given it.
     """
@@ -44,7 +44,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def end_ids(values: Mapping[str, Any]) -> frozenset[int]:
-    """Return the ids of `eos_token_id`: a number or a list of them; what is no token id is left out."""
+    """Return the ids of `eos_token_id`: a number or a list of them; other values are left out."""
     given = values.get("eos_token_id")
     listed = given if isinstance(given, list) else [given]
     return frozenset(token for token in listed if type(token) is int and token >= 0)
