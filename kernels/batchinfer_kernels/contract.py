@@ -116,9 +116,12 @@ class Fallbacks:
         self._seen: set[tuple[str, str, str]] = set()
 
     def note(self, op: str, why: str, *arguments: Tensor | PackedMatrix) -> None:
-        """Report `op` unless it has fallen back for the same reason, with arguments of the same dtypes, before."""
+        """Report `op` unless it has fallen back for the same reason, with arguments of the same dtypes, before.
+
+        All strides are one reason: theirs may change with every step.
+        """
         dtypes = ", ".join(map(_type_name, arguments))
-        kind = op, dtypes, why
+        kind = op, dtypes, why.partition(" (")[0]
         if kind not in self._seen:
             self._seen.add(kind)
             self._report(Fallback(op, dtypes, ", ".join(str(list(x.shape)) for x in arguments), why))

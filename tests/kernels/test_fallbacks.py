@@ -68,6 +68,19 @@ def test_a_new_shape_is_no_new_report_but_a_new_dtype_is(backend, reported):
     ]
 
 
+def test_strides_are_one_reason_however_they_change_with_the_step(backend, reported):
+    for rows in (3, 4, 5):
+        backend.silu_mul(_x(8, rows).T)
+    assert [one.why for one in reported] == ["strides (1, 3)"]
+
+
+def test_a_dtype_is_the_reason_whatever_the_strides(backend, reported):
+    for tokens in (3, 1):  # one token has no gaps
+        heads = _x(tokens, 4, 8, dtype=HALF)[:, :2]
+        backend.rms_norm(heads, torch.ones(8, dtype=HALF), 1e-5)
+    assert [one.why for one in reported] == ["dtype"]
+
+
 def test_half_precision_matrices_fall_back_when_packed_and_when_multiplied(backend, reported):
     x, weight = _x(3, 32, dtype=HALF), _x(64, 32, dtype=HALF)
     packed = backend.pack(weight, Precision.FLOAT16)

@@ -158,7 +158,7 @@ class CPUBackend:
         index: CPUStepIndex,
     ) -> None:
         if not rope_kv_write(self.functions, q_THD, k_TKD, v_TKD, cos_sin, kv_N2KBD, index):
-            self._note("rope_kv_write", q_THD, k_TKD, v_TKD, *(cos_sin or ()), kv_N2KBD)
+            self._note("rope_kv_write", q_THD, k_TKD, v_TKD, *(cos_sin or ()), cache=kv_N2KBD)
             self._eager.rope_kv_write(q_THD, k_TKD, v_TKD, cos_sin, kv_N2KBD, self._eager_index(index))
 
     def paged_attention(
@@ -167,7 +167,7 @@ class CPUBackend:
         done_THD = paged_attention(self.functions, q_THD, kv_N2KBD, index, rule, out_THD)
         if done_THD is not None:
             return done_THD
-        self._note("paged_attention", q_THD, kv_N2KBD)
+        self._note("paged_attention", q_THD, cache=kv_N2KBD)
         return self._eager.paged_attention(q_THD, kv_N2KBD, self._eager_index(index), rule, out_THD)
 
     # -- layers and KV cache --------------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ class CPUBackend:
 
     def copy_blocks(self, caches: Sequence[Tensor], sources: Sequence[int], targets: Sequence[int]) -> None:
         if not copy_blocks(self.functions, caches, sources, targets):
-            self._note("copy_blocks", caches[0])
+            self._note("copy_blocks", cache=caches[0])
             self._eager.copy_blocks(caches, sources, targets)
 
     # -- fallbacks ------------------------------------------------------------------------------------------------
@@ -190,9 +190,12 @@ class CPUBackend:
         self._fallbacks.note("pack", "dtype", packed)
         return packed
 
-    def _note(self, op: str, *arguments: Tensor) -> None:
-        gaps = [str(x.stride()) for x in arguments if not x.is_contiguous()]
-        self._fallbacks.note(op, f"strides {', '.join(gaps)}" if gaps else "dtype", *arguments)
+    def _note(self, op: str, *arguments: Tensor, cache: Tensor | None = None) -> None:
+        """Report a fallback: for the dtype of an argument, or else for the gaps in one."""
+        everything = arguments if cache is None else (*arguments, cache)
+        gaps = [str(x.stride()) for x in everything if not x.is_contiguous()]
+        known = all(x.dtype == torch.float32 for x in arguments) and (cache is None or cache.dtype in library.TYPES)
+        self._fallbacks.note(op, f"strides {', '.join(gaps)}" if known and gaps else "dtype", *everything)
 
     def _eager_index(self, index: CPUStepIndex) -> EagerStepIndex:
         """Return the eager index of the same step, built when the first op of the step falls back."""
