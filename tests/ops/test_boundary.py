@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import re
 import tokenize
 
+import pytest
+
 from tests.test_budgets import ROOT
 
-NAMES = re.compile(r"(?<![a-z])(cpu|cuda|gpu|avx\w*|amx|vnni|triton|eager)(?![a-z])", re.IGNORECASE)
+NAMES = re.compile(
+    r"(?i:(?<![a-z])(cpu|cuda|gpu|avx\w*|amx|vnni|triton|eager)(?![a-z]))"
+    r"|(CPU|Cpu|CUDA|Cuda|GPU|Gpu|AVX|Avx|AMX|Amx|VNNI|Vnni|Triton|Eager)(?![a-z])"  # within a class's name
+)
 NAMED = {
     # the processor of the machine that a benchmark describes
     "batchinfer/bench/machine.py": {"cpu", "cpu_count", "_cpu_name"},
@@ -34,20 +40,47 @@ def test_no_code_above_the_boundary_names_a_device():
     assert not found, "\n".join(found)
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        *('x = "cuda:0"', "x = '''cpu'''", 'x = """cpu"""', 'f(f"{name}:cpu")', "x.is_cuda", "torch.device(CPU)"),
+        *("import kernels.cpu", "from kernels.cpu import linear", "x = kernels.cpu.linear", "run = x.cpu"),
+        *(
+            "CPUBackend()",
+            "from kernels import EagerBackend",
+            "make_cpu_backend()",
+            "isinstance(x, CudaGraphs)",
+            "onCPU",
+        ),
+    ],
+)
+def test_a_name_of_a_device_is_found_however_it_is_written(source):
+    assert _named(source)
+
+
+def test_prose_and_copies_to_the_host_name_no_device():
+    assert not _named('def f():\n    """On a GPU."""\n    return x.cpu()  # from the GPU')
+
+
 def _named(source: str) -> list[tuple[int, str]]:
     """Return (line, text) of identifiers and string literals that name one, docstrings apart.
 
-    `x.cpu()` is torch's name for a copy to the host, and counts as no name of a device.
+    A call `x.cpu()` is torch's name for a copy to the host, and counts as no name of a device.
     """
-    found, before = [], ""
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+    docstrings = {
+        (node.lineno, node.col_offset)
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
+    tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
+    found = []
+    for at, token in enumerate(tokens):
         text = token.string
-        docstring = text.startswith('"""')
+        copy = text == "cpu" and tokens[at - 1].string == "." and tokens[at + 1].string == "("
         kind = tokenize.tok_name[token.type]
-        copy = text == "cpu" and before == "."
-        if kind in ("NAME", "STRING", "FSTRING_MIDDLE") and NAMES.search(text) and not docstring and not copy:
+        code = kind in ("NAME", "STRING", "FSTRING_MIDDLE") and not copy and token.start not in docstrings
+        if code and NAMES.search(text):
             found.append((token.start[0], text))
-        before = text
     return found
 
 
