@@ -24,6 +24,7 @@ from batchinfer_kernels.contract import (
     CosSin,
     KVMemory,
     LayerStack,
+    Report,
     ScoreRule,
     StepIndex,
     StepInputs,
@@ -144,3 +145,13 @@ class Backend(Protocol):
 
     def copy_blocks(self, caches: Sequence[Tensor], sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy whole blocks within each layer's cache; a target may be a source too, and is read first."""
+
+
+class BackendModule(Protocol):
+    """Module of a backend, as the table of devices names it."""
+
+    def problem(self, device: str) -> str | None:
+        """Return why the backend cannot serve the device on this machine, None if it can. Never raises."""
+
+    def make_backend(self, device: str, report: Report) -> Backend:
+        """Return the backend of a device; it calls `report` once for each kind of fallback (see contract.Fallbacks)."""

@@ -8,7 +8,7 @@ AUTO = "auto"
 BACKENDS: dict[str, tuple[str, ...]] = {
     "cpu": ("batchinfer_kernels.cpu", "batchinfer_kernels.eager"),
 }
-"""Name of a device, as torch and `engine.device` know it → modules of its backends, the best first."""
+"""Name of a device, as torch and `engine.device` know it → modules of its backends; the best of both come first."""
 
 
 def check_device(name: str) -> None:
@@ -18,7 +18,7 @@ def check_device(name: str) -> None:
         raise ValueError(f"must be one of {', '.join(known)}; no backend serves {name!r}{suggest(name, known)}")
 
 
-def resolve_device(name: str) -> str:
-    """Return the device that `auto` stands for, the first of the table, or `name` itself. Raises ValueError."""
+def candidate_devices(name: str) -> tuple[str, ...]:
+    """Return the devices to try for `name`, the best first: all of the table for `auto`. Raises ValueError."""
     check_device(name)
-    return next(iter(BACKENDS)) if name == AUTO else name
+    return tuple(BACKENDS) if name == AUTO else (name,)

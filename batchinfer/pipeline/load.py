@@ -96,7 +96,10 @@ def _load_model(engine: EngineSpec, path: Path) -> _LoadedModel:
     from batchinfer.runner.model_runner import ModelRunner
 
     use_threads(engine.num_threads)
-    backend = load_backend(engine.device)
+    try:
+        backend = load_backend(engine.device)
+    except ValueError as error:
+        raise ModelError(f"engine.device: {error}") from None
     kv_dtype: torch.dtype = getattr(torch, engine.kv_cache_dtype or engine.dtype or "float32")
     precision = weight_precision(engine.dtype, engine.quantization)
     decoder = load_decoder(path, precision, engine.max_model_len, backend)

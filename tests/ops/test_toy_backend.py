@@ -6,9 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from batchinfer_kernels import eager
 
 from batchinfer import LLM, SamplingParams
-from batchinfer.errors import UsageError
+from batchinfer.errors import ModelError, UsageError
+from batchinfer.ops import choose, devices
 from batchinfer.ops.devices import BACKENDS
 from batchinfer.request import Completion
 from tests.bench.conftest import tiny_model  # noqa: F401 - a fixture
@@ -56,3 +59,25 @@ def _tokens(completion: Completion) -> list[int]:
 def test_a_device_that_no_backend_serves_is_refused_before_the_model_is_looked_for(name, near):
     with pytest.raises(UsageError, match=f"device: must be one of auto, cpu; no backend serves '{name}'.*{near}"):
         LLM("no/such/model", device=name)
+
+
+def test_auto_takes_the_next_device_where_no_backend_serves_the_best(monkeypatch, capsys):
+    monkeypatch.setattr(toy, "PROBLEM", ["no toy is plugged in"])
+    ordered = {"toy": ("tests.ops.toy",), **BACKENDS}
+    monkeypatch.setattr(choose, "BACKENDS", ordered)
+    monkeypatch.setattr(devices, "BACKENDS", ordered)
+    assert choose.load_backend("auto").device.type == "cpu"
+    assert choose.available_backends("auto") and not choose.available_backends("toy")
+    assert "no toy" not in capsys.readouterr().err
+
+
+def test_a_device_whose_backends_cannot_serve_here_is_refused_with_why(model, monkeypatch):
+    monkeypatch.setitem(BACKENDS, "toy", ("tests.ops.toy",))
+    monkeypatch.setattr(toy, "PROBLEM", ["no toy is plugged in"])
+    with pytest.raises(ModelError, match=r"engine\.device: no backend of toy can serve .*: no toy is plugged in"):
+        LLM(model, device="toy")
+
+
+def test_the_eager_backend_serves_no_device_that_torch_lacks():
+    assert eager.problem("cpu") is None
+    assert (eager.problem("cuda") is None) == torch.cuda.is_available()

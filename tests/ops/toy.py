@@ -22,8 +22,11 @@ class CountingBackend:
         return getattr(self._eager, name)
 
 
-def problem() -> str | None:
-    return None
+PROBLEM: list[str] = []
+
+
+def problem(device: str) -> str | None:
+    return PROBLEM[0] if PROBLEM else None
 
 
 def make_backend(device: str, report: Any) -> CountingBackend:

@@ -204,7 +204,7 @@ class CPUBackend:
         return index.eager
 
 
-def problem() -> str | None:
+def problem(device: str = "cpu") -> str | None:
     """Return why the compiled library cannot be used, None if it can."""
     why = library.problem()
     return None if why is None else f"the C++ kernels are not there: {why}"

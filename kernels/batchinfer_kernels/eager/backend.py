@@ -125,8 +125,12 @@ class EagerBackend:
         copy_blocks(caches, sources, targets)
 
 
-def problem() -> str | None:
-    """Return None: torch is always there."""
+def problem(device: str) -> str | None:
+    """Return why torch has no such device here, None if it has."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # a device that torch has not, or was built without
+        return f"torch: {str(error).splitlines()[0]}"
     return None
 
 
