@@ -15,7 +15,7 @@ from batchinfer.job.row_feed import RowFeed, Window
 from batchinfer.job.row_prompts import LineRequest
 from batchinfer.job.run_state import Pass, RunCounts, Worker
 from batchinfer.job.spool import Spool
-from batchinfer.job.summary_writer import Folder
+from batchinfer.job.summary_writer import SummaryWriter
 from batchinfer.llm import Answerer
 
 Recover = Callable[[int], list[RowResult]]
@@ -36,11 +36,11 @@ class PassRun:
 class ChunkLoop:
     """Runs the chunks of a pass. It follows what happens to them (`ChunkEvents`), each event in the thread it names."""
 
-    def __init__(self, run: PassRun, counts: RunCounts, folder: Folder, recover: Recover) -> None:
-        """recover: the results of a chunk that are there already. folder: is told of each commit."""
+    def __init__(self, run: PassRun, counts: RunCounts, summaries: SummaryWriter, recover: Recover) -> None:
+        """recover: the results of a chunk that are there already. summaries: is told of each commit."""
         self._run = run
         self._counts = counts
-        self._folder = folder
+        self._summaries = summaries
         self._recover = recover
         self._requests: dict[int, LineRequest] = {}  # of openai-batch rows in the engine, by index
         writer = PartWriter(run.job.ledger, run.job.layout, run.spool, run.todo.number)
@@ -89,4 +89,4 @@ class ChunkLoop:
         """Count a commit and make room for more rows; in a committing thread."""
         self._counts.count_committed()
         self._run.window.leave(self._run.job.plan.chunks[record.chunk].count)
-        self._folder.add_record(record)
+        self._summaries.add_record(record)

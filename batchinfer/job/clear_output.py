@@ -29,7 +29,7 @@ def clear_output(folder: Path) -> None:
         try:
             plan = JobPlan.from_bytes(data)
         except OutputConflict as error:
-            log.warning("an output is kept, since it is not known whose it is", output=store.url, why=str(error))
+            log.warning("output not deleted: it cannot be told which job wrote it", output=store.url, why=str(error))
             return
         store.delete([*_own(store, plan), PLAN])  # the plan last: it says what is whose
     store.remove_folders([*(name.rstrip("/") for name in FOLDERS), ""])

@@ -28,7 +28,7 @@ def refuse_too_many_errors(job: PreparedJob, counts: RunCounts) -> None:
     if manifest is None:
         ending = "other workers are not done"
     if tally.max_errors is None:
-        ending += "; with errors.max: 100% that counts as done"
+        ending += "; set errors.max: 100% to accept this"
     raise tally.refusal(rows, errors, ending, "" if tally.examples else _first_error(job))
 
 

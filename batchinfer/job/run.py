@@ -21,7 +21,7 @@ from batchinfer.job.run_state import Dependencies, Pass, Reporter, RunCounts, Wo
 from batchinfer.job.salvage import Salvage
 from batchinfer.job.shard import Shard
 from batchinfer.job.spool import Spool
-from batchinfer.job.summary_writer import Folder
+from batchinfer.job.summary_writer import SummaryWriter
 from batchinfer.log import log
 from batchinfer.spec import JobSpec
 
@@ -104,9 +104,9 @@ class JobRun:
             stack.enter_context(Repeat(worker.dependencies.salvage_every_s, salvage.save_journal, "saving the salvage"))
             counts.clock.enter("running")
             try:
-                folder = Folder(listing, worker.shard, todo.number, todo.chunks, todo.before)
+                summaries = SummaryWriter(listing, worker.shard, todo.number, todo.chunks, todo.before)
                 run = PassRun(job, worker, todo, llm, spool, window)
-                ChunkLoop(run, counts, folder, lambda chunk: kept(chunk) + salvage.results_of(chunk)).run_chunks()
+                ChunkLoop(run, counts, summaries, lambda chunk: kept(chunk) + salvage.results_of(chunk)).run_chunks()
             except Drained:
                 quiet.set()
                 worker.drain.wait_saved()
@@ -149,4 +149,4 @@ def _save_quietly(salvage: Salvage) -> None:
     try:
         salvage.save_journal()
     except Exception as error:
-        log.warning("the salvage could not be saved; its rows will be computed again", error=str(error))
+        log.warning("saving the salvage journal failed; its rows will be computed again", error=str(error))

@@ -3,11 +3,11 @@
 A summary is a cache. The records stay, and are what counts: an entry is used only while the listing shows its record
 with the entry's size and mark, else the record itself is read, as it is where no summary exists.
 
-- What: the records of one stretch, every `step`-th chunk from `first` on, `length` of them, in one pass. The name says
-  which, and carries the plan's mark. The content follows from the records alone: whoever writes it, writes the same.
-- Who and when: a worker whose commit ends a stretch of 16, 256 or 4,096 of its own chunks (job.folding), so that at any
-  moment few records of a worker are in no summary; and whoever ends the job, for stretches that several workers shared.
-  It is put if absent, and a failure to do so fails nothing.
+- Content: the records of one stretch, every `step`-th chunk from `first` on, `length` of them, in one pass. The name
+  identifies the stretch and carries the plan's mark. The bytes follow from the records alone.
+- Writer: a worker whose commit ends a stretch of 16, 256 or 4,096 of its own chunks (`job.summary_writer`), so that few
+  of its records are in no summary at any moment; at the end of the job its last worker, for stretches that several
+  workers shared. It is put if absent; a failure to write it is logged and harmless.
 - Proof: where a store marks an object with the MD5 of its bytes, as S3 does, an entry's mark is computed from the entry
   and agrees only if the record has these very bytes. Where marks are something else (encrypted buckets, other clouds),
   the summary lists those under which the records were found. Where there are none (local disk), no summary is written

@@ -12,7 +12,7 @@ from batchinfer.job.summaries import MIN_RECORDS, SIZES, Entry, Stretch, encode,
 from batchinfer.log import log
 
 
-class Folder:
+class SummaryWriter:
     """Told of each commit of pass `number`, it writes the summary of the largest stretch that the commit ends.
 
     Chunks count in the order of this worker's share: stretch k of a size has those from k · size on.

@@ -159,7 +159,7 @@ class ModelRunner:
 
     def _check(self, tokens_T: Ints, num_tokens: int, longest: int) -> None:
         """Bounds-check the plan on the host: on a GPU an invalid index aborts the process, or reads wrong memory."""
-        assert len(tokens_T) == num_tokens, f"a plan of {num_tokens} tokens brings {len(tokens_T)}"
+        assert len(tokens_T) == num_tokens, f"a plan declares {num_tokens} tokens but carries {len(tokens_T)}"
         limit = self._tables_SW.shape[1] * self.cache.block_size
         if longest > limit:
             raise ValueError(f"a sequence of {longest} tokens is beyond the context of {limit}")

@@ -36,7 +36,7 @@ _RANDOM, _EDITED, _PENALISED, _LOGPROBS, _REFUSED, _CONSTRAINED = 1, 2, 4, 8, 16
 _COLDEST = 1e-5  # a lower temperature is greedy: logits divided by it would overflow (vLLM's limit)
 _HOTTEST = 1e30  # float32 divides by it without underflow to NaN; the distribution is uniform long before
 _NOTHING_LEFT = (
-    "structured_outputs, allowed_token_ids, bad_words, logit_bias and min_tokens together leave no token to choose"
+    "structured_outputs, allowed_token_ids, bad_words, logit_bias and min_tokens together exclude every token"
 )
 
 

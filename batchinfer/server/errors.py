@@ -72,7 +72,7 @@ def as_api_error(error: Exception) -> ApiError:
     """Return an ApiError as it is; log any other exception, which is a bug, with its traceback."""
     if isinstance(error, ApiError):
         return error
-    log.error("a request failed in a way that it should not", traceback="".join(traceback.format_exception(error)))
+    log.error("internal error while handling a request", traceback="".join(traceback.format_exception(error)))
     return internal_error(error)
 
 

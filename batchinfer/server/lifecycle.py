@@ -151,12 +151,12 @@ class Endpoint:
         while not self._signal.is_set():
             now = time.monotonic()
             if limits.lifetime_s is not None and now - started_s >= limits.lifetime_s:
-                log.info("the lifetime is over", seconds=limits.lifetime_s)
+                log.info("maximum lifetime reached", seconds=limits.lifetime_s)
                 return
             busy = self._gate.in_flight or (self._background is not None and self._background.busy)
             idle_s = 0.0 if busy else now - self._gate.last_used_s
             if limits.idle_s is not None and idle_s >= limits.idle_s:
-                log.info("no request for a while", seconds=limits.idle_s)
+                log.info("idle timeout reached", seconds=limits.idle_s)
                 return
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._signal.wait(), self._nap_s(now - started_s, idle_s))

@@ -141,7 +141,7 @@ def test_random_requests_equal_the_naive_sampler(vocab):
         for number, one in enumerate(batch.requests):
             row = naive_edits(logits[number].numpy(), one, before[number])
             if not np.isfinite(row.max()):
-                assert result.failed and "leave no token" in result.failed[number]
+                assert result.failed and "exclude every token" in result.failed[number]
                 continue
             assert not (result.failed and number in result.failed)
             token, margins = naive_sample(logits[number].numpy(), one, before[number])
@@ -285,7 +285,7 @@ def test_parameters_that_the_model_cannot_honour_fail_their_row_alone():
     result = Batch(requests, 100).step(torch.randn(5, 100))
     assert result.failed[0] == "allowed_token_ids names token 100, and the model's vocabulary has 100 tokens"
     assert result.failed[1].startswith("logit_bias names token -1")
-    assert "leave no token" in result.failed[2]
+    assert "exclude every token" in result.failed[2]
     assert set(result.failed) == {0, 1, 2} and result.tokens[3] == 5
 
 
