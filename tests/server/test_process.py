@@ -194,7 +194,7 @@ def test_openai_client_uses_every_route(processes):
     ("arguments", "said"),
     [
         (["fake", "--host", "nowhere.invalid"], "cannot listen on nowhere.invalid"),
-        (["fake", "--set", "output.path=x"], "beside a model"),
+        (["fake", "--set", "output.path=x"], "with a model only"),
         (["fake", "--api-key", ""], "--api-key is empty"),
         (["fake", "--port", "99999"], "--port"),
     ],
