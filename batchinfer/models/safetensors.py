@@ -36,7 +36,7 @@ _OTHERS = {
     "F8_E5M2": "float8_e5m2",
 }
 _NAMES = {code: str(dtype).removeprefix("torch.") for code, dtype in _FLOATS.items()} | _OTHERS
-_BUFFER_BYTES = 4 << 20  # stays in the cache between the read and the conversion
+_BUFFER_BYTES = 16 << 20
 
 
 class SafetensorsFiles:

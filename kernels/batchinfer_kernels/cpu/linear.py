@@ -83,6 +83,7 @@ class QuantizedPanels(PanelMatrix):
 
 Panels = PackedLinear | RoundedPanels | PackedBlocks | QuantizedPanels
 
+_COMPARED_NUMBERS = 1 << 22  # at once
 _ROUNDED = 6  # csrc/ops.cpp's type
 _BLOCK_TYPES = {(8, False): 3, (4, False): 4, (4, True): 5}  # (bits, with minima)
 
@@ -163,9 +164,10 @@ def _pack_quantized(functions: Functions, weight_OI: Tensor | BlockMatrix) -> Qu
 
 
 def _smallest_exact(weight_OI: Tensor) -> torch.dtype:
-    sample = weight_OI[:1]
+    """Return the narrowest dtype that holds every weight. Compares chunk by chunk: no copies of the whole matrix."""
+    chunks = torch.split(weight_OI, max(1, _COMPARED_NUMBERS // max(1, weight_OI.shape[1])))
     for dtype in (torch.bfloat16, torch.float16):
-        if torch.equal(sample.to(dtype).float(), sample) and torch.equal(weight_OI.to(dtype).float(), weight_OI):
+        if all(torch.equal(chunk.to(dtype).float(), chunk) for chunk in chunks):
             return dtype
     return torch.float32
 
