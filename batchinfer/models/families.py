@@ -1,7 +1,7 @@
 """Table of dense families: facts of config.json and of the weights in which a family differs from Llama.
 
 Everything that is the same for all (names of sizes, of projections, of activations) is in models.config and
-models.weights. A new family is a new entry in FAMILIES; it needs code only if it has a fact that no family had.
+models.places. A new family is a new entry in FAMILIES; it needs code only if it has a fact that no family had.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ def test_shares_of_three_ranks_make_the_whole(name: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("kind", [GGMLType.Q4_0, GGMLType.Q4_1, GGMLType.Q8_0, GGMLType.F16, GGMLType.Q5_1])
 def test_shares_of_a_gguf_file_make_the_whole(kind: GGMLType, tmp_path: Path) -> None:
-    """In blocks, whose 97 vocabulary rows are padded with zeros, and de-quantised; q and k are permuted by heads."""
+    """Blocks, whose 97 vocabulary rows are padded with zeros, and de-quantised types; q and k are permuted by heads."""
     write_blocks(tmp_path / "m.gguf", {"*": kind}, feed=128)
     assert_shares_make_the_whole(tmp_path / "m.gguf", 2)
 
@@ -130,7 +130,7 @@ def test_a_rank_beyond_the_ranks_is_refused(cut: Cut, tmp_path: Path) -> None:
         check_cut(load_config(tmp_path), cut, "here")
 
 
-def test_feed_forward_features_count_too(tmp_path: Path) -> None:
+def test_feed_forward_features_must_be_a_multiple_of_the_ranks(tmp_path: Path) -> None:
     build("llama", tmp_path)
     config = load_config(tmp_path)
     assert fits(config, 4) and not fits(replace(config, mlp=replace(config.mlp, size=50)), 4)

@@ -303,7 +303,7 @@ def test_a_truncated_file_is_an_error_wherever_it_ends(tmp_path: Path) -> None:
 @settings(deadline=None, max_examples=300)
 @given(seed=st.integers(0, 2**32))
 def test_a_damaged_header_is_an_error_or_harmless(seed: int, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Whatever bytes of the header are overwritten: a ModelError, or a file that still reads."""
+    """Any bytes of the header may be overwritten: a ModelError, or a file that still reads."""
     folder = tmp_path_factory.getbasetemp() / "damage"
     folder.mkdir(exist_ok=True)
     if not (folder / "tiny.gguf").exists():

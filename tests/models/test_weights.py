@@ -113,8 +113,8 @@ def test_a_tied_model_whose_file_has_another_head_uses_the_file_s(tmp_path, capf
     assert torch.equal(found, _logits(tmp_path))
 
 
-def test_weights_without_the_model_prefix_load_alike(tmp_path):
-    """As a base class saves them, and with a head beside them."""
+def test_weights_without_the_model_prefix_give_the_same_logits(tmp_path):
+    """A base class saves them so; the head lies beside them."""
     build("llama", tmp_path)
     expected = _logits(tmp_path)
 
@@ -137,7 +137,7 @@ def test_weights_without_the_model_prefix_load_alike(tmp_path):
     ],
 )
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
-def test_a_file_that_holds_something_else_is_said_to(content, expected, name, tmp_path):
+def test_a_file_of_another_kind_is_named_as_such(content, expected, name, tmp_path):
     build("llama", tmp_path)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ModelError, match=f"{name} is {expected}"):
