@@ -91,7 +91,7 @@ inline float largest_of(vec v) {
 #endif
 }
 
-// In place of linear.h's Output, where a panel's sums go nowhere as they stand
+// Replacement of linear.h's Output that stores no sums.
 struct Sums {
     static constexpr int64_t stride_N = 0;
 
@@ -99,7 +99,7 @@ struct Sums {
     static void begin(int64_t, float* sums) { memset(sums, 0, PANEL * sizeof(float)); }
 };
 
-// What a panel's largest sum of a row is at least, and at most
+// Lower and upper bound of a row's largest sum in a panel.
 struct Bounds : Sums {
     const float *lengths_O, *errors_O;
     const RowError* errors_N;
@@ -130,7 +130,7 @@ struct Bounds : Sums {
 // The first of the largest numbers; a NaN is larger than all others
 inline bool is_better(float value, float than) { return !(value <= than) && than == than; }
 
-// The largest exact sum of some rows' panel, and which it is
+// The largest exact sum of each row in a panel, and its index.
 struct Best : Sums {
     const int64_t* rows_R;
     float* values_N;

@@ -1,4 +1,4 @@
-// Which of the compiled instruction sets this processor has.
+// Detection of the compiled instruction sets that this processor supports.
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -15,7 +15,7 @@ bool has_tile_registers() {
     return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && (d >> 24 & 1) && (d >> 25 & 1);
 }
 
-// A process has to ask the system for them, once.
+// Linux grants AMX tile data per process, on request, once.
 bool may_use_tile_registers() {
 #if defined(__linux__)
     constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // of arch_prctl, and the component of XSAVE

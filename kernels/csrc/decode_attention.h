@@ -206,7 +206,7 @@ __attribute__((noinline)) void score_keys(
     }
 }
 
-// scores to weights, in place; the maximum and the sum of each head. Fetches from `later` on meanwhile
+// Turn scores to weights in place, with each head's maximum and sum; prefetch from `later` on meanwhile.
 template <int G>
 void weigh(float* scores, int64_t keys, float cap_scale, const void* later, float* maximum, float* sum) {
     constexpr int LANES = lanes_of(G);
@@ -262,7 +262,7 @@ __attribute__((noinline)) void sum_values(
     });
 }
 
-// Partial result of a piece, one kv head's after another
+// Compute the partial result of a piece, one kv head after another.
 template <class KV>
 void attend_piece(const Attention& a, const Span& at, const Span& next, DecodeSpace<KV>& space, float* partial) {
     const int64_t group = a.group(), size = a.head_size, padded = round_up(size, VL), keys = at.keys();
@@ -334,7 +334,7 @@ void attend_piece(const Attention& a, const Span& at, const Span& next, DecodeSp
     });
 }
 
-// The output of one query and kv head from its context's partial results, in order, `stride` apart
+// Merge the partial results of a context, in order and `stride` apart, to the output of one query and kv head.
 template <class KV>
 void join_pieces(
     const Attention& a, int64_t sequence, int64_t kv_head, float* partials, int64_t stride, int64_t pieces) {

@@ -6,7 +6,7 @@
 
 namespace {
 
-// body(index, count) over 0 .. n - 1 in whole vectors, then once for the rest
+// Call body(index, count) over 0 .. n - 1 in whole vectors, then once for the tail.
 template <class Body>
 inline void over_vectors(int64_t n, Body&& body) {
     int64_t i = 0;
@@ -33,7 +33,7 @@ inline float lane_sum(vec v) {
     return sum;
 }
 
-// out = x / rms(x) * (offset + weight); where there is a residual, it gets x added first and is what is normed
+// out = x / rms(x) * (offset + weight). A residual, if given, first has x added and is normed in place of x.
 inline void norm_row(const float* x, float* residual, const float* weight, int64_t size, float eps, float offset, float* out) {
     vec squares[2] = {};
     int turn = 0;
@@ -53,7 +53,7 @@ inline void norm_row(const float* x, float* residual, const float* weight, int64
     });
 }
 
-// the pairs (i, i + R) of one head
+// Rotate the pairs (i, i + R) of one head.
 inline void rope_head(float* x, const float* cos, const float* sin, int64_t pairs) {
     over_vectors(pairs, [&](int64_t i, int count) {
         const vec first = load_some(x + i, count), second = load_some(x + pairs + i, count);

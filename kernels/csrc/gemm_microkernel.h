@@ -69,7 +69,7 @@ struct Ahead {
 #else
 #define ADD_PRODUCT(operands) "vfmadd231ps " operands "\n"
 #endif
-// Where a tile has this row
+// Emit `what` only if the tile has this row.
 #define IF_ROW(row, what) ".if %c[rows] > " #row "\n" what ".endif\n"
 // Of one row and input feature i from here
 #define PRODUCTS(i, at, copy, sum0, sum1) \

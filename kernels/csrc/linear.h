@@ -106,7 +106,7 @@ inline void for_panels(int threads, const Blocks& blocks, int64_t panels, Body&&
     });
 }
 
-// A block times a panel, whose pieces piece_of(start, depth) gives; fetches what this thread will probably need next
+// Multiply a block by a panel, read by piece_of(start, depth); prefetch what this thread probably needs next.
 template <class Number, class Out, class PieceOf>
 inline void multiply_panel(
     const LinearOf<Number, Out>& l, const Block& block, int64_t number, Ahead next, PieceOf&& piece_of) {
@@ -167,7 +167,7 @@ struct Plain {
     }
 };
 
-// All rows times all panels of a matrix that is kept so; throws std::bad_alloc, before any thread starts
+// Multiply all rows by all panels of a matrix in this form; throws std::bad_alloc before any thread starts.
 template <class Kept, class Number, class Out>
 inline void multiply(LinearOf<Number, Out> l, int threads) {
     thread_local Arena arena;

@@ -1,8 +1,8 @@
 // The ops as C functions over raw pointers and sizes. Compiled once per instruction set, with VARIANT in the names.
 //
 // T tokens · H query heads · K kv heads · D head size · N blocks, or rows · B slots per block · E features · R pairs ·
-// F feed-forward size ·
-// I input features · O output features. Strides are in numbers; the last axis is always dense. `threads` is the most that may be used.
+// F feed-forward size · I input features · O output features. Strides count numbers; the last axis is always dense.
+// `threads` is the maximum that may be used.
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -29,7 +29,7 @@ constexpr int64_t GRAIN = 1 << 14;  // numbers that are worth a thread
 
 enum Type { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, BLOCKS_8 = 3, BLOCKS_4 = 4, BLOCKS_4_MINS = 5, ROUNDED = 6 };
 
-// body(its form), for a type in blocks
+// Call body(form) with the block form of a weight type.
 template <class Body>
 void with_form(int type, Body&& body) {
     if (type == BLOCKS_8) body(BlockForm<8, false>{});
@@ -37,7 +37,7 @@ void with_form(int type, Body&& body) {
     else body(BlockForm<4, true>{});
 }
 
-// body(how a matrix of this type is kept)
+// Call body(form) with the storage form of a matrix of this type.
 template <class Body>
 void with_kept(int type, Body&& body) {
     if (type == FLOAT32) body(Plain<float>{});
@@ -63,7 +63,7 @@ void write_slots(
 
 }  // namespace
 
-// 0, or 1 if there was no memory
+// Return 0, or 1 if out of memory.
 OP(paged_attention)(
     const float* q_THD, int64_t q_stride_T, int64_t q_stride_H, float* out_THD, const void* kv_N2KBD, int kv_type,
     const int32_t* tables_SX, int64_t table_stride, const int64_t* query_starts, const int64_t* lengths,
@@ -81,7 +81,7 @@ OP(paged_attention)(
     return 0;
 }
 
-// queries and keys turned in place where there are angles; then keys and values into a cache of any type
+// Rotate queries and keys in place if angles are given, then write keys and values to a cache of any type.
 OP(rope_kv_write)(
     float* q_THD, int64_t q_stride_T, int64_t q_stride_H, int64_t heads, float* k_TKD, int64_t k_stride_T,
     int64_t k_stride_K, const float* v_TKD, int64_t v_stride_T, int64_t v_stride_K, const float* cos_TR,
@@ -107,7 +107,8 @@ OP(rope_kv_write)(
     return 0;
 }
 
-// whole blocks within each of some tensors, all sources read before a target is written. 0, or 1 if there was no memory
+// Copy whole blocks within each tensor; all sources are read before any target is written.
+// Return 0, or 1 if out of memory.
 OP(copy_blocks)(
     char* const* tensors, int64_t count, int64_t block_bytes, const int64_t* sources, const int64_t* targets,
     int64_t copies, int threads) {
@@ -138,7 +139,8 @@ OP(populate)(char* const* tensors, int64_t count, int64_t first, int64_t last, i
     return 0;
 }
 
-// rows in two strided axes, in out a stride apart. The residual, where there is one, is dense and changed
+// Rows have two strided axes; rows of `out` are one stride apart. The residual, if given, is dense
+// and updated in place.
 OP(rms_norm)(
     const float* x, int64_t outer, int64_t inner, int64_t outer_stride, int64_t inner_stride, float* residual,
     const float* weight_E, int64_t size, float eps, float offset, float* out, int64_t out_stride, int threads) {
@@ -172,7 +174,7 @@ OP(quantized_group)() { return GROUP; }
 // input features that lie side by side in the panels of a rounded matrix
 OP(rounded_together)() { return TOGETHER<RoundedWeight>; }
 
-// the panels of `linear`, in a type that holds each weight exactly, or rounded
+// Pack the panels of `linear` in a type that holds each weight exactly, or rounded.
 OP(pack_linear)(
     const float* w_OI, int64_t in_features, int64_t out_features, void* panels, int type, int threads) {
     if (type == FLOAT32) pack(w_OI, in_features, out_features, (float*)panels, threads);
@@ -182,7 +184,7 @@ OP(pack_linear)(
     return 0;
 }
 
-// 0, or 1 if there was no memory. With an activation out has half of the output features
+// Return 0, or 1 if out of memory. With an activation, `out` has half of the output features.
 OP(linear)(
     const float* x_NI, int64_t stride_N, const void* panels, int type, const float* bias_O, float* out, int64_t out_stride_N,
     int activation, int64_t rows, int64_t in_features, int64_t out_features, int threads) {
@@ -204,7 +206,7 @@ OP(block_bytes)(int type) {
     return bytes;
 }
 
-// the panels of `linear` in the types of blocks
+// Pack the panels of `linear` in the block types.
 OP(pack_blocks)(
     const int8_t* values_OI, const void* scales_OG, const void* mins_OG, int64_t in_features, int64_t out_features,
     void* panels, int type, int threads) {
@@ -232,7 +234,7 @@ OP(make_screen)(
     return 0;
 }
 
-// of each row the largest output feature of `linear`, the first of equals, and its number. 0, or 1 if there was no memory
+// Write each row's largest output of `linear` and its index (the first on ties). Return 0, or 1 if out of memory.
 OP(linear_argmax)(
     const float* x_NI, int64_t stride_N, const void* rounded, const float* lengths_O, const float* errors_O,
     const void* panels, int type, float* values_N, int64_t* ids_N, int64_t rows, int64_t in_features,
@@ -249,14 +251,14 @@ OP(linear_argmax)(
     return 0;
 }
 
-// panels of whole groups of input features, zeros beyond
+// Pack panels of whole groups of input features, padded with zeros.
 OP(pack_quantized)(
     const int8_t* w_OI, int64_t in_features, int64_t out_features, int8_t* panels, int32_t* offsets, int threads) {
     pack_quantized(w_OI, in_features, out_features, panels, offsets, threads);
     return 0;
 }
 
-// 0, or 1 if there was no memory
+// Return 0, or 1 if out of memory.
 OP(quantized_linear)(
     const float* x_NI, int64_t stride_N, const int8_t* panels, const int32_t* offsets, const float* scales_O,
     const float* bias_O, float* out, int64_t out_stride_N, int activation, int64_t rows, int64_t in_features,
@@ -272,7 +274,7 @@ OP(quantized_linear)(
 
 #include "fused_layers.h"
 
-// 0, or 1 if there was no memory
+// Return 0, or 1 if out of memory.
 OP(decoder_layers)(const Model* model, const Step* step, int threads) {
     try {
         LayersRun{*model, *step, threads}.run();

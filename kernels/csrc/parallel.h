@@ -13,7 +13,7 @@ extern "C" void GOMP_parallel(void (*body)(void*), void* data, unsigned num_thre
 
 namespace {
 
-// body(thread) on each of `threads` threads, numbered from 0
+// Run body(thread) on each of `threads` threads, numbered from 0.
 template <class Body>
 void on_threads(int threads, Body& body) {
     if (threads <= 1) {
@@ -32,7 +32,7 @@ void on_threads(int threads, Body& body) {
         &job, (unsigned)threads, 0);
 }
 
-// body(thread, task) for each task; whoever is free takes the next
+// Run body(thread, task) for each task; a free thread takes the next task.
 template <class Body>
 void for_tasks(int threads, int64_t tasks, Body&& body) {
     int64_t taken = 0;
@@ -114,7 +114,7 @@ void for_ranges(int threads, int64_t n, int64_t grain, Body&& body) {
     on_threads(threads, work);
 }
 
-// Memory that is kept for the next call, aligned to a cache line. One per calling thread.
+// Scratch memory reused by the next call, aligned to a cache line; one per calling thread.
 struct Arena {
     char* start = nullptr;
     size_t size = 0;

@@ -82,7 +82,7 @@ inline void gemm(
     for (; m < rows; m++) gemm_rows<1, W>(a + m * a_m, a_m, a_k, b, depth, c + m * W * VL, factor);
 }
 
-// Cap and mask of scores [keys, P], whose first key is at `position`
+// Cap and mask scores [keys, P]; the first key is at `position`.
 template <int W>
 void shape_scores(const Attention& a, float* score, int64_t position, int64_t keys, const int32_t* last, bool masked) {
     if (a.soft_cap > 0) {
@@ -101,7 +101,7 @@ void shape_scores(const Attention& a, float* score, int64_t position, int64_t ke
     }
 }
 
-// One tile of keys against one panel of W vectors of rows, the first of them row `row`
+// Attend one panel of W vectors of rows, starting at row `row`, to one tile of keys.
 template <int W>
 void attend_panel(const Attention& a, PromptSpace& s, int64_t row, int64_t position, int64_t keys, bool masked) {
     const int64_t size = a.head_size;
