@@ -94,6 +94,8 @@ def decode_results(lines: bytes) -> list[RowResult]:
 
 
 def _decoded(values: dict[str, Any]) -> RowResult:
+    if "samples" not in values:  # raises TypeError for what is no object
+        raise ValueError("a line is not a result")
     values["samples"] = [RowSample(**sample) for sample in values["samples"]]
     if "failure" in values:
         values["failure"] = RowFailure(**values["failure"])

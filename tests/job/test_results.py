@@ -114,6 +114,14 @@ def test_batch_lines_give_back_the_rows_they_were_made_from(answers, chat):
     assert decode_results(b"\n".join(map(encode_result, back))) == back
 
 
+@pytest.mark.parametrize(
+    "line", [b"5", b"null", b"{}", b'{"offset":0,"prompt_tokens":1}', b"[0,1]", b"[]", b'"samples"']
+)
+def test_damaged_lines_raise_what_salvage_catches(line: bytes):
+    with pytest.raises((ValueError, TypeError)):
+        decode_results(line + b"\n")
+
+
 def test_surrogates_in_an_error_do_not_stop_a_job():
     completion = Completion(0, [], error=ROW_ERRORS[0]("bad \ud800 text"))
     line = encode_result(ResultEncoder(layout_of(), MODEL).result(0, 0, completion, None))
