@@ -42,3 +42,15 @@ def test_class_names_are_unique():
 def test_noun_clause_is_found_whatever_its_node():
     source = '"""Where, in a module."""\nclass A:\n    """In-memory store."""\n    def f(self):\n        """Of it."""\n'
     assert list(noun_clauses(ast.parse(source))) == [(1, "Where, in a module."), (4, "Of it.")]
+
+
+def test_comments_of_the_kernels_open_with_a_verb_or_a_noun():
+    found = []
+    for path in sorted((ROOT / "kernels" / "csrc").iterdir()):
+        before = False
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            comment = re.match(r"\s*//+\s*([A-Za-z]*)", line)
+            if comment and not before and comment[1].lower() in NOUN_CLAUSE:
+                found.append(f"{path.name}:{number} {line.strip()}")
+            before = comment is not None
+    assert not found, "say what it does, in the imperative:\n" + "\n".join(found)

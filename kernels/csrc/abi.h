@@ -53,7 +53,7 @@ struct InterfaceText {
 
 #define FUNCTION(name) interface.function(#name, &CALL(name))
 
-// at most `size` bytes of the text with a zero at its end; returns how many all of it takes
+// Write at most `size` bytes of the text, zero-terminated; return the size of the whole text in bytes
 OP(interface)(char* text, int64_t size) {
     InterfaceText interface{text, size};
     FUNCTION(paged_attention);

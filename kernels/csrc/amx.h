@@ -17,8 +17,8 @@ constexpr int64_t PANEL_LINE = 2 * LINE;                       // a row of both 
 constexpr int64_t PANEL_TILES = TILE_ROWS * PANEL_LINE;        // both, in bytes
 static_assert(PANEL == 2 * TILE_ROWS && VL == TILE_ROWS, "a panel is two tiles wide");
 
-// In use for as long as this lives, on this thread. Tiles of rows and sums have as many rows as there are, at most 16: what
-// is not there is neither read nor written.
+// Tile configuration of this thread for the lifetime of the object. Tiles of rows and sums have as many rows as there are,
+// at most 16: rows beyond are neither read nor written.
 struct TileRegisters {
     struct alignas(64) Shapes {
         uint8_t palette = 1, start_row = 0, reserved[14] = {};

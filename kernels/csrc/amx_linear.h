@@ -34,7 +34,7 @@ inline void add_products() {
     if constexpr (ROW_TILES == 2) asm volatile("tdpbf16ps %tmm6, %tmm5, %tmm2\n" "tdpbf16ps %tmm7, %tmm5, %tmm3");
 }
 
-// What planes are cut with, in registers: left to itself, GCC makes constants anew at each use
+// Constants that cut planes, held in registers: GCC would rebuild them at each use
 struct Cut {
     uvec high = uvec{} + 0xffff0000u, half = uvec{} + 0x8000u;
 
@@ -61,8 +61,8 @@ INLINE void put_planes(const Cut& cut, vec first, vec second, char* to, int64_t 
     store((float*)(to + 2 * apart), bits_as<vec>(bits_as<uvec>(first) >> 16 | (bits_as<uvec>(second) & high)));
 }
 
-// How a kept matrix is taken apart: X_PLANES of x by W_PLANES of weights. `put_pair` writes a panel's input features k and
-// k + 1, or zeros for the second. PAIR: bytes that they take, about
+// Decomposition of a kept matrix: X_PLANES of x times W_PLANES of weights. `put_pair` writes a panel's input features k and
+// k + 1, or zeros for the second. PAIR: their size in bytes, about
 template <class Kept>
 struct Planes;
 
@@ -159,8 +159,8 @@ inline void cut_rows(const float* x_NI, int64_t stride, int64_t rows, int64_t in
     }
 }
 
-// What one thread does: panels times rows, and between the products whatever vector units have to do. That has to be
-// little code: what it waits for and what the tiles wait for are looked at together, a few hundred instructions ahead.
+// Work of one thread: panels times rows on the tile unit, and the vector units' work interleaved between tile products.
+// That work must be little code: the reorder buffer overlaps both only within a few hundred instructions.
 template <class Kept, class Out>
 struct PanelWorker {
     using P = Planes<Kept>;
@@ -190,7 +190,7 @@ struct PanelWorker {
         float* held;
         alignas(64) float values[GROUP_ROWS * PANEL];
     };
-    // What is done between the products. Nothing else refers to it, so that it stays in registers
+    // Work interleaved between the products. Nothing else refers to it, so that it stays in registers
     struct Between {
         const char* panel;
         int64_t at, end, step;  // input features that are taken apart, and how many with every call: pairs
@@ -254,7 +254,7 @@ struct PanelWorker {
 
     PanelWorker(const LinearOf<float, Out>& l, const char* x_tiles, float* held) : l(l), x_tiles(x_tiles), held(held) {}
 
-    // what comes after the piece of now; `following` is the panel after that
+    // Set up the piece after the current one; `following` is the panel after that
     void prepare(int64_t number, int64_t chunk, int64_t following) {
         const char* beyond = P::panel(l.panels, l.in_features, following < 0 ? number : following) - panel_bytes;
         next = {P::panel(l.panels, l.in_features, number), beyond, number, chunk, std::min(most, chunks - chunk)};

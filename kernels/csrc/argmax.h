@@ -61,7 +61,7 @@ inline void make_screen(const void* panels, int64_t in_features, int64_t out_fea
 // Tile registers take numbers below 2^-126 for zero, and of a float32 number's three parts the last is 2^16 times smaller
 constexpr float LOST = 1e-33f;
 
-// How far a row's sums may be off: `a_length` times |w|, `an_error` times |w - ŵ|, and what is lost of the smallest numbers
+// Error bound of a row's sums: `a_length` times |w|, `an_error` times |w - ŵ|, and `lost` for underflow of the smallest
 struct RowError {
     float a_length, an_error, lost;
 

@@ -1,4 +1,4 @@
-// What decodes and prompt chunks share: the call's arguments, and where a position's key lies.
+// Shared by decode and prefill attention: the arguments of a call, and the address of a position's key.
 //
 // T tokens of the step · S sequences · H query heads · K kv heads · G = H / K · N blocks · B slots per block · D head size
 #pragma once
@@ -33,19 +33,19 @@ struct Attention {
     int64_t queries(int64_t sequence) const { return query_starts[sequence + 1] - query_starts[sequence]; }
     // the results of a prompt do not depend on how it is cut, even into single queries
     bool is_decode(int64_t sequence) const { return queries(sequence) == 1 && !prompts[sequence]; }
-    // to the power of two's exponent: of q · k, and after the cap
+    // Factors to the base-2 exponent: of q · k, and after the soft cap
     float score_scale() const { return soft_cap > 0 ? scale / soft_cap : scale * LOG2_E; }
     float cap_scale() const { return soft_cap * LOG2_E; }
     int64_t first_seen(int64_t position) const {
         return window > 0 && position >= window ? position - window + 1 : 0;
     }
-    // where a key, `part` 0, or a value, 1, begins that lies in a slot of a sequence's block number `block`
+    // Address of the key (`part` 0) or value (1) in a slot of the sequence's block number `block`
     template <class KV>
     const KV* place(int part, int64_t sequence, int64_t kv_head, int64_t block, int64_t slot) const {
         const int64_t number = tables[sequence * table_stride + block];
         return (const KV*)kv_N2KBD + (((number * 2 + part) * kv_heads + kv_head) * block_size + slot) * head_size;
     }
-    // where keys, or values, of positions first .. last - 1 begin
+    // Addresses of the keys, or values, of positions first .. last - 1
     template <class KV>
     void find(int part, int64_t sequence, int64_t kv_head, int64_t first, int64_t last, const KV** to) const {
         int64_t block = first / block_size, slot = first % block_size;

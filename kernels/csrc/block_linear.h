@@ -25,7 +25,7 @@ struct BlockForm {
     static const f16* mins(const uint8_t* block) { return scales(block) + PANEL; }
 };
 
-// of a block's scales; value * scale is exact in float32, so a weight has one rounding: of the sum
+// Scales of a block; value * scale is exact in float32, so a weight is rounded once: in the sum
 template <class Form>
 struct Widener {
     vec scales[PANEL_VECTORS], mins[PANEL_VECTORS];

@@ -20,7 +20,7 @@ constexpr int64_t MOST_APART = 8;      // runs, where a page has more
 
 constexpr int lanes_of(int heads) { return heads == 3 ? 4 : heads; }
 
-// What a piece is about: positions first .. last - 1, at most PIECE, of `heads` kv heads from `kv_head` on, which change
+// Extent of a piece: positions first .. last - 1, at most PIECE, of `heads` kv heads from `kv_head` on, which change
 // every `turn` keys (at most LONG_TURN)
 struct Span {
     int64_t sequence, kv_head, heads, turn, first, last;
@@ -42,7 +42,7 @@ struct DecodeSpace {
     float* scores;  // [kv heads], per HEADS heads [PIECE + VL keys, lanes]
     float* staged;  // [LONG_TURN, P]
 
-    // of a kv head in a piece: they end where a turn does and where a block does
+    // Upper bound of a kv head's runs in a piece: a run ends with a turn and with a block
     static int64_t most_runs(int64_t block_size) { return PIECE / SHORT_TURN + PIECE / block_size + 2; }
     static int64_t most_places(int64_t block_size) {
         return 3 * most_runs(block_size) + std::max(MOST_AHEAD + 1, 2 * MOST_BESIDE * MOST_APART);
@@ -125,7 +125,7 @@ __attribute__((always_inline)) inline void over_parts(int64_t padded, Body&& bod
     if (d < padded) body(std::integral_constant<int, 1>{}, d);
 }
 
-// whether `load_two` takes the numbers of a head out of their order; copies of heads of no whole vectors are float32
+// True if `load_two` permutes the numbers of a head; heads that are no whole vectors are copied as float32
 template <class KV>
 inline bool is_arranged(int64_t size) {
     return std::is_same_v<KV, bf16> && size % VL == 0;
@@ -137,7 +137,7 @@ inline void load_part(const KV* from, vec* to) {
     else for (int w = 0; w < W; w += 2) load_two(from + w * VL, to + w);
 }
 
-// What is fetched while a run is computed: for each line that is read, one that is read later.
+// Prefetch during the computation of a run: for each cache line that is read, one that is read later.
 
 struct Nothing {};
 
@@ -174,8 +174,8 @@ inline void fetch(const SideBySide<KV>* later, const KV*, int64_t i, int64_t pad
     prefetch(later->places[which * later->apart] + row * padded + d, W * VL * (int64_t)sizeof(KV));
 }
 
-// Of keys `padded` apart, scores [keys, lanes_of(G)] of q [G, padded], arranged as KV; there is room for up to a vector
-// beyond
+// Compute scores [keys, lanes_of(G)] of q [G, padded], arranged as KV, against keys `padded` apart; the output has room for
+// up to a vector beyond
 template <int G, class KV, class Later>
 __attribute__((noinline)) void score_keys(
     const float* q, const KV* at, Later later, int64_t keys, int64_t padded, float* scores) {

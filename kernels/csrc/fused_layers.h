@@ -99,7 +99,7 @@ struct LayersRun {
         }
     }
 
-    // from x to `attended`
+    // Compute attention of a layer, from x to `attended`
     void attend(const Layer& layer, void* cache) {
         const auto [from, stride] = begin_branch(layer.attention_norm);
         multiply(layer.qkv, from, stride, qkv, qkv_size);
@@ -135,7 +135,7 @@ struct LayersRun {
         if (factor != 1) for_numbers(rows * hidden, [&](int64_t i) { x[i] *= factor; });
     }
 
-    // in place, each `norm.size` of the first `size` numbers of each row
+    // Normalise in place each group of `norm.size` of the first `size` numbers of each row
     void norm_parts(const Norm& norm, float* from, int64_t size, int64_t stride) const {
         if (!norm.weight) return;
         const int64_t parts = size / norm.size;

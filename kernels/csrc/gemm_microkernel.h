@@ -30,7 +30,7 @@ struct Ahead {
 
 #if defined(__AVX2__)
 
-// By hand, because GCC 12 moves the sums from register to register, up to once a product. The sums are in the first
+// Written by hand, because GCC 12 moves the sums from register to register, up to once a product. The sums are in the first
 // registers, two a row, and the weights and a number of x, in every lane, in the last four. With AVX-512 every other row
 // is multiplied straight from memory: an instruction less, and a load more. Both matter where the core is shared with
 // another thread, and little where it is not.
@@ -71,7 +71,7 @@ struct Ahead {
 #endif
 // Emit `what` only if the tile has this row.
 #define IF_ROW(row, what) ".if %c[rows] > " #row "\n" what ".endif\n"
-// Of one row and input feature i from here
+// Products of one row with input feature i, counted from here
 #define PRODUCTS(i, at, copy, sum0, sum1) \
     "vbroadcastss 4 * " #i at ", " copy "\n" \
     ADD_PRODUCT(copy ", " WEIGHTS_0 ", " VECTOR #sum0) \
@@ -98,7 +98,7 @@ struct Ahead {
     EVEN_ROW(i, 12, x12, 24, 25) ODD_ROW(i, 13, x12, 26, 27)
 #define POINT(row, x, before) IF_ROW(row, "lea (%[" #before "], %[stride], 2), %[" #x "]\n")
 #define ADVANCE(count, row, x) IF_ROW(row, "add $4 * " #count ", %[" #x "]\n")
-// On to the input feature that is `count` further
+// Advance by `count` input features
 #define PASS(count) \
     "add $" #count " * 2 * " BYTES " * %c[bytes] / 4, %[piece]\n" \
     ADVANCE(count, 0, x0) ADVANCE(count, 2, x2) ADVANCE(count, 4, x4) ADVANCE(count, 6, x6) \

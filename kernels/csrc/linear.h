@@ -24,11 +24,11 @@ constexpr int64_t BLOCK_BYTES = 512 << 10;  // rows that all panels are multipli
 constexpr int64_t FEWEST_TILES = 5, MOST_TILES = 18;  // of such a block
 constexpr int64_t SETS = 64 * 16;           // floats after which a line falls into the same set of the first cache
 
-// From row to row of what a linear layer reads next: rows of a tile are not to drive each other out of the first cache.
+// Row stride of a linear layer's next input: rows of a tile must not evict each other from the L1 cache.
 inline int64_t row_stride(int64_t width) { return width % (SETS / 2) == 0 ? width + 16 : width; }
 
-// What becomes of a panel's sums. With an activation the first half of the output features are gates, the second what
-// they multiply, and a panel holds a vector of the one and the same vector of the other.
+// Epilogue of a panel's sums. With an activation the first half of the output features are gates and the second half their
+// factors; a panel holds a vector of gates and the same vector of factors.
 struct Output {
     const float* bias_O;  // or null
     float* out;
@@ -36,7 +36,7 @@ struct Output {
     Activation activation;
 
     int64_t width(int64_t number) const { return std::min<int64_t>(PANEL, out_features - number * PANEL); }
-    // where a panel's sums may go as they stand, or null
+    // Address that a panel's sums can be stored at unchanged, or null
     float* straight(int64_t row, int64_t number) const {
         return activation == NO_ACTIVATION && width(number) == PANEL ? at(row, number) : nullptr;
     }
@@ -188,7 +188,7 @@ inline void multiply(LinearOf<Number, Out> l, int threads) {
     });
 }
 
-// what is missing of the last panel, and of the last pair, is zero
+// Zeros pad the last panel and the last pair
 template <class Weight>
 inline void pack(const float* w_OI, int64_t in_features, int64_t out_features, Weight* panels, int threads) {
     const int64_t count = (out_features + PANEL - 1) / PANEL, numbers = numbers_of<Weight>(in_features);

@@ -66,10 +66,10 @@ void write_slots(
 // Return 0, or 1 if out of memory.
 OP(paged_attention)(
     const float* q_THD, int64_t q_stride_T, int64_t q_stride_H, float* out_THD, const void* kv_N2KBD, int kv_type,
-    const int32_t* tables_SX, int64_t table_stride, const int64_t* query_starts, const int64_t* lengths,
+    const int32_t* tables_SW, int64_t table_stride, const int64_t* query_starts, const int64_t* lengths,
     const bool* prompts, int64_t num_sequences, int64_t heads, int64_t kv_heads, int64_t head_size, int64_t block_size,
     float scale, int64_t window, float soft_cap, int threads) {
-    const Attention a{q_THD, q_stride_T, q_stride_H, out_THD, kv_N2KBD, tables_SX, table_stride, query_starts,
+    const Attention a{q_THD, q_stride_T, q_stride_H, out_THD, kv_N2KBD, tables_SW, table_stride, query_starts,
                       lengths, prompts, num_sequences, heads, kv_heads, head_size, block_size, scale, window, soft_cap};
     try {
         if (kv_type == FLOAT32) attend<float>(a, threads);
@@ -223,7 +223,7 @@ OP(block_rows)(
     return 0;
 }
 
-// what `linear_argmax` needs beside the panels of `linear`: rounded panels, and of each output feature two lengths
+// Make the bounds of `linear_argmax`, beside the panels of `linear`: rounded panels, and two lengths per output feature
 OP(make_screen)(
     const void* panels, int type, int64_t in_features, int64_t out_features, void* rounded, float* lengths_O,
     float* errors_O, int threads) {

@@ -88,7 +88,7 @@ struct Tasks {
         }
     }
 
-    // of the units from `first` on, `each` of them of a sequence
+    // List the pieces of the units from `first` on, `each` units of a sequence
     void list_pieces(int64_t first, int64_t each) {
         const int64_t end = (int64_t)units.size();
         int64_t from = units[first].seen.first, to = units[first].seen.last;

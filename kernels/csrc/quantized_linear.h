@@ -32,7 +32,7 @@ struct QuantizedLinear {
     int64_t panel_count() const { return (output.out_features + PANEL - 1) / PANEL; }
 };
 
-// to an integer, ties to even; not fused with what made x, which would round other numbers than torch does
+// Round to an integer, ties to even; not fused with the operation that made x, so that it rounds what torch rounds
 inline ivec nearest(vec x) {
 #if defined(__AVX512F__)
     return (ivec)_mm512_cvtps_epi32(x);

@@ -237,7 +237,7 @@ inline vec tanh_of(vec x) {
     return size < 0.625f ? p * z * x + x : signed_far;
 }
 
-// In segments of 2 H lanes, the first halves of a and the second halves of b
+// Blend segments of 2 H lanes: the first half from a, the second half from b
 template <int H, size_t... LANE>
 __attribute__((always_inline)) inline vec outer_halves(vec a, vec b, std::index_sequence<LANE...>) {
     return ivec{(LANE / H % 2 ? -1 : 0)...} ? b : a;
@@ -249,7 +249,7 @@ __attribute__((always_inline)) inline vec inner_halves(vec a, vec b, std::index_
     return pick(a, b, std::index_sequence<LANE / H % 2 * VL + (LANE ^ H)...>{});
 }
 
-// In each lane what `join` makes of all that lie a multiple of EACH lanes apart
+// Reduce with `join` over lanes that lie a multiple of EACH apart; every lane holds its result
 template <int EACH, class Join>
 inline vec across(vec v, Join&& join) {
     if constexpr (EACH == VL) return v;
