@@ -21,14 +21,15 @@ _STRING = rb'(?:[^"\\]++|\\.)*+'  # the inside of a string
 def _nested(levels: int) -> bytes:
     """Return a pattern for the inside of an object or list, with brackets nested up to `levels` deep."""
     inside = rb'[^"{}\[\]]++|"' + _STRING + b'"'
-    return b"(?:" + inside + (rb"|[{\[]" + _nested(levels - 1) + rb"[}\]]" if levels else b"") + b")*+"
+    item = inside + (rb"|[{\[]" + _nested(levels - 1) + rb"[}\]]" if levels else b"")
+    # an atomic group: before Python 3.11.5 a possessive repeat of items that can fail half-way loses its position
+    # (https://github.com/python/cpython/issues/106052)
+    return b"(?>(?:" + item + b")*)"
 
 
 _BLANK = re.compile(rb"[ \t\r\n]*+")
 _NEXT = re.compile(rb"[ \t\r\n]*+,[ \t\r\n]*+(\{" + _nested(4) + rb"\})", re.DOTALL)  # matches nearly all elements
-_STRUCTURE = re.compile(
-    rb'[{}\[\]]|"(?:' + _STRING + b'")?+', re.DOTALL
-)  # complete strings, or the opening quote of one
+_STRUCTURE = re.compile(rb'[{}\[\]]|"(?:' + _STRING + b'"|)', re.DOTALL)  # whole strings, or an opening quote
 _IN_STRING = re.compile(_STRING, re.DOTALL)
 _SCALAR = re.compile(rb'[^,\[\]{}" \t\r\n]*+')
 _QUOTE = 0x22
