@@ -7,7 +7,7 @@ from typing import Any
 from batchinfer.errors import RowError
 from batchinfer.job.columns import BODY, OutputLayout
 from batchinfer.job.openai_lines import ResponseWriter
-from batchinfer.job.results import RowFailure, RowResult, RowSample, plain_logprobs
+from batchinfer.job.results import RowFailure, RowResult, RowSample, plain_logprobs, without_surrogates
 from batchinfer.job.row_prompts import LineRequest
 from batchinfer.openai.parse import ModelFacts
 from batchinfer.openai.sampling_fields import error_param
@@ -75,9 +75,8 @@ class ResultEncoder:
 
 
 def _failure(error: RowError, of_request: bool) -> RowFailure:
-    """Return the error as columns can hold it: without halves of surrogate pairs."""
-    message = str(error).encode("utf-8", "replace").decode()
-    return RowFailure(error.kind, message, error_param(error) if of_request else None)
+    """Return the error as columns can hold it."""
+    return RowFailure(error.kind, without_surrogates(str(error)), error_param(error) if of_request else None)
 
 
 def _score_columns(scores: list[Score], choice: int | None) -> dict[str, Any]:

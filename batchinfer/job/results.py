@@ -83,7 +83,7 @@ def encode_result(result: RowResult) -> bytes:
     values |= {name: value for name, value in rare if value is not None and value != _DEFAULTS[name]}
     try:
         return orjson.dumps(values)
-    except TypeError:  # half of a surrogate pair, which no text column can hold
+    except TypeError:  # half of a surrogate pair
         return orjson.dumps(_encodable(values))
 
 
@@ -102,9 +102,14 @@ def _decoded(values: dict[str, Any]) -> RowResult:
     return RowResult(**values)
 
 
+def without_surrogates(text: str) -> str:
+    """Replace halves of surrogate pairs, which neither UTF-8 nor a text column can hold."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def _encodable(value: Any) -> Any:
     if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode()
+        return without_surrogates(value)
     if isinstance(value, dict):
         return {name: _encodable(item) for name, item in value.items()}
     return [_encodable(item) for item in value] if isinstance(value, list | tuple) else value

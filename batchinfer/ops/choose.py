@@ -52,7 +52,7 @@ def available_backends(device: str = AUTO) -> list[Backend]:
 
 def log_fallback(fallback: Fallback) -> None:
     """Log that an op is done by a slower backend. A backend calls it once for each kind of fallback."""
-    log.warning(f"{fallback.op} falls back to slower code", **{**fallback._asdict(), "op": fallback.op})
+    log.warning(f"{fallback.op} falls back to slower code", **fallback._asdict())
 
 
 def _modules(device: str) -> Iterator[BackendModule]:
