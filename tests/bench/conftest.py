@@ -7,23 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from batchinfer.bench import machine
 from batchinfer.cli.main import main
-from tests.models.tiny import SIZES, build
+from tests.models.tiny import build, write_word_tokenizer
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny") / "llama"
     build("llama", folder)
-    words = {f"w{number}": number for number in range(SIZES["vocab_size"])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"eos_token": "w2", "bos_token": "w1"}')
+    write_word_tokenizer(folder)
     return folder
 
 

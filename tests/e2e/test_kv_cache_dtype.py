@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 
 from batchinfer import LLM, SamplingParams
 from batchinfer.errors import UsageError
 from batchinfer.request import CompletionOutput
 from batchinfer.runner import kv_cache
 from tests.harness import expect_short_answers
-from tests.models.tiny import SIZES, build
+from tests.models.tiny import SIZES
 
 GREEDY = SamplingParams(temperature=0, max_tokens=14, logprobs=0)
 KINDS = ("float32", "bfloat16", "float16")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    build("llama", folder)
-    words = {f"w{number}": number for number in range(SIZES["vocab_size"])}
-    Tokenizer(WordLevel(words, unk_token="w0")).save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "w2"}))
-    return folder
 
 
 def answers(model: Path, preempt: bool = False, **options: object) -> list[CompletionOutput]:

@@ -10,7 +10,7 @@ import torch
 from batchinfer import LLM, SamplingParams
 from batchinfer.errors import UsageError
 from tests.e2e.same_tokens import same_tokens
-from tests.e2e.test_kv_cache_dtype import answers, model  # noqa: F401 - a fixture
+from tests.e2e.test_kv_cache_dtype import answers
 
 GREEDY = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, logprobs=0)
 
@@ -25,7 +25,7 @@ each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(kin
 
 @each_kind
 def test_cache_chunks_and_preemption_change_no_token(
-    model: Path,  # noqa: F811
+    model: Path,
     kind: dict[str, str],
     plain_torch: bool,
 ) -> None:
@@ -35,7 +35,7 @@ def test_cache_chunks_and_preemption_change_no_token(
 
 
 @each_kind
-def test_quantized_logprobs_differ_by_little_and_not_by_nothing(model: Path, kind: dict[str, str]) -> None:  # noqa: F811
+def test_quantized_logprobs_differ_by_little_and_not_by_nothing(model: Path, kind: dict[str, str]) -> None:
     exact, rounded = answers(model), answers(model, **kind)
     firsts = [
         (a.logprobs[0].logprob, b.logprobs[0].logprob)
@@ -50,7 +50,7 @@ def test_quantized_logprobs_differ_by_little_and_not_by_nothing(model: Path, kin
     ("dtype", "quantization", "layers", "ends"),
     [(None, None, False, False), ("bfloat16", None, True, True), ("bfloat16", "int8", False, True)],
 )
-def test_bfloat16_rounds_matrices_and_nothing_else(model: Path, dtype, quantization, layers, ends) -> None:  # noqa: F811
+def test_bfloat16_rounds_matrices_and_nothing_else(model: Path, dtype, quantization, layers, ends) -> None:
     """Every matrix and what it is multiplied with; what comes out of it is float32."""
     decoder = LLM(model, dtype=dtype, quantization=quantization)._engine._runner.decoder
     x = torch.randn(3, decoder.config.hidden_size, generator=torch.Generator().manual_seed(1))

@@ -11,7 +11,7 @@ from batchinfer import LLM, SamplingParams
 from batchinfer.engine.stats import EngineStats
 from batchinfer.request import CompletionOutput
 from tests.e2e.same_tokens import same_tokens
-from tests.e2e.test_kv_cache_dtype import model, tokens  # noqa: F401 - a fixture
+from tests.e2e.test_kv_cache_dtype import tokens
 from tests.harness import expect_short_answers
 from tests.models.tiny import SIZES
 
@@ -55,7 +55,7 @@ def check_equal(found: list[CompletionOutput], wanted: list[CompletionOutput], p
 
 
 @pytest.mark.parametrize("most", [1, 4, 16])
-def test_answers_and_logprobs_are_equal_bit_by_bit(model: Path, most: int, plain_torch: bool) -> None:  # noqa: F811
+def test_answers_and_logprobs_are_equal_bit_by_bit(model: Path, most: int, plain_torch: bool) -> None:
     """Without a prefix cache: what a prompt finds in it depends on when it comes, and with that its last bits."""
     plain, without = answers(model, 0, enable_prefix_caching=False)
     drafted, stats = answers(model, most, enable_prefix_caching=False)
@@ -65,7 +65,7 @@ def test_answers_and_logprobs_are_equal_bit_by_bit(model: Path, most: int, plain
     assert stats.generated_tokens == without.generated_tokens
 
 
-def test_drafts_change_no_token_with_prefix_cache_preemption_and_short_steps(model: Path) -> None:  # noqa: F811
+def test_drafts_change_no_token_with_prefix_cache_preemption_and_short_steps(model: Path) -> None:
     plain, _ = answers(model, 0)
     drafted, stats = answers(model, 4)
     assert stats.prompt_tokens_reused > 0 and stats.accepted_tokens > 0

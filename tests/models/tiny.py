@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 from batchinfer_kernels.contract import StepInputs
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from batchinfer.models.decoder import Decoder
 
@@ -103,6 +104,16 @@ def build(name: str, folder: Path, **more: Any) -> transformers.PreTrainedModel:
         weight.data.add_(torch.randn_like(weight) * 0.15)
     model.save_pretrained(folder)
     return model
+
+
+def write_word_tokenizer(folder: Path) -> None:
+    """Write a tokenizer beside a tiny model: a token per word, w0 to w95, as many as the model's vocabulary."""
+    words = {f"w{number}": number for number in range(SIZES["vocab_size"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "w2", "bos_token": "w1"}')
 
 
 class Paged:

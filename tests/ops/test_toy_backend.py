@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,7 @@ from batchinfer.errors import ModelError, UsageError
 from batchinfer.ops import choose, devices
 from batchinfer.ops.devices import BACKENDS
 from batchinfer.request import Completion
-from tests.bench.conftest import tiny_model  # noqa: F401 - a fixture
-from tests.models.tiny import build
+from tests.models.tiny import build, write_word_tokenizer
 from tests.ops import toy
 
 OPS = {
@@ -26,11 +24,10 @@ PARAMS = [SamplingParams(temperature=t, max_tokens=12, ignore_eos=True) for t in
 
 
 @pytest.fixture
-def model(tmp_path: Path, tiny_model: Path) -> Path:  # noqa: F811
+def model(tmp_path: Path) -> Path:
     """Build a model with norms of queries and keys and a head of its own, so that every op is called."""
     build("qwen3", tmp_path)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(tiny_model / name, tmp_path)
+    write_word_tokenizer(tmp_path)
     return tmp_path
 
 

@@ -217,13 +217,6 @@ def alone(decoder, one: Request) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def tiny_llama(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llama")
-    build("llama", folder)
-    return load_decoder(folder)
-
-
-@pytest.fixture(scope="module")
 def expected(tiny_llama):
     return {one.request_id: alone(tiny_llama, one) for one in requests_of(30, VOCAB)}
 

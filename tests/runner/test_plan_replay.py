@@ -7,15 +7,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
-import pytest
 
 from batchinfer.engine.engine import Engine
 from batchinfer.engine.plan import StepPlan, StepResult
-from batchinfer.models.weights import load_decoder
 from batchinfer.request import Constraint, Finished, Request, SamplingParams
 from batchinfer.runner.model_runner import ModelRunner
 from tests.harness import decoder_runner, expect_short_answers, make_engine, run_requests
-from tests.models.tiny import SIZES, build
+from tests.models.tiny import SIZES
 from tests.runner.test_grammar_mask import SetConstraint
 
 VOCAB = SIZES["vocab_size"]
@@ -86,13 +84,6 @@ def workload(count: int) -> list[Request]:
         for sample in range(params.n):
             requests.append(replace(one, request_id=len(requests), key=number * 7919 + sample))
     return requests
-
-
-@pytest.fixture(scope="module")
-def tiny_llama(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llama")
-    build("llama", folder)
-    return load_decoder(folder)
 
 
 def runner_of(decoder) -> ModelRunner:
