@@ -220,6 +220,7 @@ class _NoArithmetic(Decoder):
     def forward(self, inputs: StepInputs, caches: Sequence[Tensor]) -> Tensor:
         self.prepare(inputs, caches)
         self.called = perf_counter()
+        assert inputs.output_rows_N is not None, "a runner on the host names the rows"
         return self._logits_NV[: len(inputs.output_rows_N)]
 
     def largest_logits(self, hidden_NE: Tensor) -> None:

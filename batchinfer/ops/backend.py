@@ -32,6 +32,8 @@ from batchinfer_kernels.contract import (
 from batchinfer_kernels.formats import Activation, BlockMatrix, DecoderFacts, PackedMatrix, Precision
 from torch import Tensor
 
+from batchinfer.ops.step_kernels import StepKernels
+
 
 class Backend(Protocol):
     """Kernels of one device. Every backend gives an op the same meaning: that of tests/kernels/naive.py."""
@@ -42,6 +44,10 @@ class Backend(Protocol):
 
     @property
     def capabilities(self) -> Capabilities: ...
+
+    @property
+    def steps(self) -> StepKernels | None:
+        """Return the ops of steps whose tokens stay on the device; None: the host waits for each step."""
 
     # -- norms and activations ------------------------------------------------------------------------------------
 

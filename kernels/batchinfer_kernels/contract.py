@@ -30,17 +30,24 @@ class StepInputs:
     lengths_S[s] tokens, these included. Position p of its context lies in slot p % block_size of block
     block_tables_SW[s, p // block_size]. Every sequence has at least one token in the step. Table entries beyond the
     context are never used and may hold anything.
+
+    Static buffers have padding at their ends: sequences without tokens, of length 0, which start where the tokens end,
+    and tokens of no sequence in slot -1, whose keys and values go nowhere (or into the last block, which then belongs
+    to no sequence) and whose hidden states are undefined.
     """
 
-    tokens_T: Tensor  # int64
-    positions_T: Tensor  # int64
-    slots_T: Tensor  # int64, block * block_size + offset: where the token's key and value go
+    tokens_T: Tensor  # int64 or int32, as all indices here
+    positions_T: Tensor
+    slots_T: Tensor  # block * block_size + offset: where the token's key and value go
     block_tables_SW: Tensor  # int32, W ≥ ceil(max_length / block_size)
-    query_starts_X: Tensor  # int64, from 0 to T
-    lengths_S: Tensor  # int64
+    query_starts_X: Tensor  # from 0 to T
+    lengths_S: Tensor
     prompt_S: Tensor  # bool: tokens of a prompt, however few: computed alike however the prompt is cut into chunks
-    output_rows_N: Tensor  # int64, indices into T: rows whose hidden states come out
+    output_rows_N: Tensor | None  # indices into T: rows whose hidden states come out; None: all
     max_length: int  # upper bound of lengths_S
+    seats_S: Tensor | None = None  # each sequence's row of block_tables_SW; None: sequence s has row s
+    has_prompts: bool = True  # False promises: all sequences have at most `max_queries` tokens, and none is a prompt
+    max_queries: int = 1  # other sequences than prompts are computed as decodes up to this many tokens
 
 
 class AttentionFacts(NamedTuple):
@@ -71,6 +78,8 @@ class Capabilities:
     drafts_as_sequences: bool  # draft tokens are computed faster as sequences of one token each
     max_draft_rows: int  # rows of a step up to which verifying drafts pays
     slow_int8: str | None  # why products of 8-bit matrices are no faster than float32's; None: they are faster
+    dtype_of_activations: bool = False  # engine.dtype is the dtype of activations too, by default the checkpoint's
+    captures_graphs: bool = False  # a forward pass reads device memory alone and can be replayed as a graph
 
 
 class LayerStack(Protocol):

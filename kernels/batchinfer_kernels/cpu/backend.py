@@ -51,6 +51,8 @@ from batchinfer_kernels.formats import Activation, BlockMatrix, DecoderFacts, Pa
 class CPUBackend:
     """See batchinfer.ops.backend.Backend for what each op means. `variant` None: the best for this processor."""
 
+    steps = None  # the host waits for each step
+
     def __init__(self, report: Report, variant: str | None = None) -> None:
         """Load the library. Raises OSError without it, InterfaceMismatch if it was built from other sources."""
         self.device = torch.device("cpu")

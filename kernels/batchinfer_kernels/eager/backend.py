@@ -52,6 +52,8 @@ class TensorMemory:
 class EagerBackend:
     """See batchinfer.ops.backend.Backend for what each op means."""
 
+    steps = None  # the host waits for each step
+
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.capabilities = _CAPABILITIES
