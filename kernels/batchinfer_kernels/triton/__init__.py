@@ -1,0 +1,1 @@
+"""Triton backend: GPU kernels, one file per op, and the vendor's matrix products."""
