@@ -12,6 +12,7 @@ from batchinfer.log import log
 from batchinfer.ops.devices import BACKENDS
 
 pytest_plugins = ["tests.sampling", "tests.servers"]
+os.environ["TRITON_INTERPRET"] = "1"  # before a module with GPU kernels is imported: the CPU runs them
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the command line sets it, for the reason given there
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # workers share the cores, and so do their subprocesses
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
