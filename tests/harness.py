@@ -7,15 +7,16 @@ The model behind an engine is a runner: `CheckingRunner` (tests/engine/checking.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from batchinfer.engine.blocks import BlockPool
 from batchinfer.engine.engine import Engine, StepRunner
 from batchinfer.engine.fake import FakeAnswer, FakeRunner
 from batchinfer.engine.length_estimator import OutputLengthEstimator
+from batchinfer.engine.plan import StepPlan, StepResult
 from batchinfer.engine.scheduler import Scheduler
-from batchinfer.request import Finished, Request, SamplingParams
+from batchinfer.request import Constraint, Finished, Request, SamplingParams
 
 GREEDY = SamplingParams(temperature=0)
 _MOST_STEPS = 100_000
@@ -38,6 +39,26 @@ def make_scheduler(
 def make_engine(runner: StepRunner, num_blocks: int, block_size: int = 4, **limits: Any) -> Engine:
     """limits: those of `make_scheduler`."""
     return Engine(make_scheduler(num_blocks, block_size, **limits), runner)
+
+
+class InstantRunner:
+    """A runner whose step is done when `launch` returns, with its result: what a subclass defines."""
+
+    depth = 0
+
+    def launch(self, plan: StepPlan, constraints: Mapping[int, Constraint]) -> StepResult:
+        raise NotImplementedError
+
+    def collect(self, ticket: StepResult) -> StepResult:
+        return ticket
+
+    def discard(self) -> None:
+        pass
+
+
+def run_step(runner: StepRunner, plan: StepPlan) -> StepResult:
+    """Launch a step without grammars and collect its result."""
+    return runner.collect(runner.launch(plan, {}))
 
 
 def fake_runner(shortest: int, longest: int, vocabulary: Iterable[int], eos_id: int) -> FakeRunner:

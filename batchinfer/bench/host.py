@@ -168,7 +168,7 @@ class _Load:
         added = perf_counter()
         plan = scheduler.schedule()
         planned = perf_counter()
-        result = runner.run_step(plan)
+        result = runner.answer(plan)
         answered = perf_counter()
         scheduler.update(result)
         updated = perf_counter()
@@ -200,13 +200,13 @@ class _HostRunner:
         self._fake = FakeRunner(FakeAnswer(*_ANSWER_TOKENS, plain, _EOS))
         self.build_s = self.sample_s = 0.0
 
-    def run_step(self, plan: StepPlan) -> StepResult:
+    def answer(self, plan: StepPlan) -> StepResult:
         start = perf_counter()
-        self._runner.run_step(plan)
+        self._runner.collect(self._runner.launch(plan))
         end = perf_counter()
         self.build_s = self._decoder.called - start
         self.sample_s = end - self._decoder.answered
-        return self._fake.run_step(plan)
+        return self._fake.collect(self._fake.launch(plan))
 
 
 class _NoArithmetic(Decoder):

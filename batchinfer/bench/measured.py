@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from batchinfer.bench.cost import LinearCost, StepWork
 from batchinfer.engine.blocks import BlockPool
-from batchinfer.engine.engine import Engine, StepRunner
+from batchinfer.engine.engine import Engine, StepRunner, Ticket
 from batchinfer.engine.plan import StepPlan, StepResult
 from batchinfer.io.fetch import ModelFiles, fetch_model
 from batchinfer.llm import LLM, Defaults, make_engine
@@ -23,18 +23,33 @@ if TYPE_CHECKING:
 
 
 class NotingRunner:
-    """Runner that delegates to another one and records completed steps in `steps`. Failed steps are not recorded."""
+    """Runner that delegates to another one and records completed steps in `steps`. Failed steps are not recorded.
+
+    A step takes from its launch, or from the end of the step before if that is later, until its result has come.
+    """
 
     def __init__(self, runner: StepRunner) -> None:
+        self.depth = runner.depth
         self.runner = runner
         self.steps: list[StepWork] = []
+        self._ended = 0.0  # of the last step, in seconds
 
-    def run_step(self, plan: StepPlan, constraints: Mapping[int, Constraint]) -> StepResult:
+    def launch(self, plan: StepPlan, constraints: Mapping[int, Constraint]) -> tuple[Ticket, StepPlan, float]:
         start = perf_counter()
-        result = self.runner.run_step(plan, constraints)
-        seconds = perf_counter() - start
-        self.steps.append(StepWork(len(plan.tokens), len(result.tokens), len(plan.seats), seconds))
+        return self.runner.launch(plan, constraints), plan, start
+
+    def collect(self, ticket: tuple[Ticket, StepPlan, float]) -> StepResult:
+        inner, plan, start = ticket
+        result = self.runner.collect(inner)
+        end = perf_counter()
+        self.steps.append(
+            StepWork(len(plan.tokens), len(result.tokens), len(plan.seats), end - max(start, self._ended))
+        )
+        self._ended = end
         return result
+
+    def discard(self) -> None:
+        self.runner.discard()
 
 
 class MeasuredLLM(LLM):

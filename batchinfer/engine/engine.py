@@ -1,4 +1,4 @@
-"""The inner loop: schedule, run, update. Token ids in, token ids out.
+"""The inner loop: schedule, launch, collect, update. Token ids in, token ids out.
 
 State: the scheduler's, the subscriptions, and how many steps failed in a row. Owner: the one thread that calls `step`.
 Flow: `add` queues a request; `step` asks the scheduler for a plan, the runner for its result, gives the result to the
@@ -9,7 +9,7 @@ sequence at fault; EngineError after too many failed steps in a row.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from batchinfer.engine.output import StepOutput, Subscriptions
 from batchinfer.engine.plan import StepPlan, StepResult
@@ -21,12 +21,31 @@ from batchinfer.request import Constraint, Request
 
 _MAX_FAILED_STEPS = 64
 
+Ticket = Any  # for the result of a launched step: only its runner looks into it
+
 
 class StepRunner(Protocol):
-    """Computes steps. An exception means that nothing of the step counts; the runner stays usable."""
+    """Computes steps, in the order of their launches. An exception means that nothing of the step counts.
 
-    def run_step(self, plan: StepPlan, constraints: Mapping[int, Constraint]) -> StepResult:
-        """Run a plan. `constraints`: compiled grammars of the sequences that join with it, by seat."""
+    depth: steps that may be in flight while another one is launched. 0: a step's result is collected before the next
+    step is planned.
+    """
+
+    depth: int
+
+    def launch(self, plan: StepPlan, constraints: Mapping[int, Constraint]) -> Ticket:
+        """Start a step. `constraints`: compiled grammars of the sequences that join with it, by seat.
+
+        Raises OutOfDeviceMemory, or whatever goes wrong; the runner stays usable, and its steps in flight do too.
+        """
+        ...
+
+    def collect(self, ticket: Ticket) -> StepResult:
+        """Wait for the oldest step in flight. Raises what `launch` raises; the steps after it are then discarded."""
+        ...
+
+    def discard(self) -> None:
+        """Forget all steps in flight: nothing of them counts, and their sequences join again or are gone."""
         ...
 
 
@@ -55,7 +74,7 @@ class Engine:
         plan = self.scheduler.schedule()
         if plan.seats:
             try:
-                result = self._runner.run_step(plan, self._constraints(plan))
+                result = self._runner.collect(self._runner.launch(plan, self._constraints(plan)))
             except Exception as error:
                 self._recover(error)
             else:

@@ -31,7 +31,9 @@ class FakeAnswer:
 
 
 class FakeRunner:
-    """Answers every plan; `step_s` is how long a step takes, in seconds."""
+    """Answers every plan; `step_s` is how long a step takes, in seconds. A step is done when `launch` returns."""
+
+    depth = 0
 
     def __init__(self, answer: FakeAnswer, step_s: float = 0.0) -> None:
         self._answer = answer
@@ -40,7 +42,7 @@ class FakeRunner:
         self._joins: dict[int, Join] = {}  # by seat
         self._with_logprobs: set[int] = set()  # seats
 
-    def run_step(self, plan: StepPlan, constraints: Mapping[int, Constraint] | None = None) -> StepResult:
+    def launch(self, plan: StepPlan, constraints: Mapping[int, Constraint] | None = None) -> StepResult:
         """Sample for every sequence that samples. Nothing is computed, and no grammar is followed."""
         if self._step_s:
             time.sleep(self._step_s)
@@ -55,6 +57,13 @@ class FakeRunner:
         logprobs = None if self._with_logprobs.isdisjoint(plan.seats) else self._logprobs(plan, tokens)
         readings = [self._read_prompt(self._joins[plan.seats[read.place]], read) for read in plan.reads]
         return StepResult(tokens, logprobs, readings=readings)
+
+    def collect(self, ticket: StepResult) -> StepResult:
+        """Return the result that `launch` returned."""
+        return ticket
+
+    def discard(self) -> None:
+        """Do nothing: no step is in flight."""
 
     def _seat_sequence(self, join: Join) -> None:
         answer, prompt, seat = self._answer, len(join.prompt), join.seat

@@ -1,12 +1,12 @@
 """One step as frozen values: the plan that the scheduler made, and the result that the runner returned.
 
 State: none; plans and results are never changed after construction. Owner: the scheduler builds plans, runners build
-results. Flow: `Scheduler.schedule` → `StepPlan` → `StepRunner.run_step` → `StepResult` → `Scheduler.update`. Failure: a
-runner that raises returns no result, and nothing of the plan counts.
+results. Flow: `Scheduler.schedule` → `StepPlan` → `StepRunner.launch` → `StepRunner.collect` → `StepResult` →
+`Scheduler.update`. Failure: a runner that raises returns no result, and nothing of the plan counts.
 
 A plan is plain data and all that crosses to other ranks: pickle it, replay the pickles in order from the first, and a
 second runner holds the same state. It names no compiled grammar and no stop check. These are objects of the scheduler's
-process: grammars reach the runner that samples as a second argument of `run_step`, stop checks stay in the scheduler.
+process: grammars reach the runner that samples as a second argument of `launch`, stop checks stay in the scheduler.
 
 A running sequence holds a *seat*, a small integer that indexes the runner's per-sequence tensors (block table, sampling
 parameters), so that a plan carries only deltas: the sequences that take a seat (`joins`), the blocks appended to block

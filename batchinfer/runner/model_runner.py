@@ -41,7 +41,9 @@ class _Sampled(NamedTuple):
 
 
 class ModelRunner:
-    """Executes plans in the order in which the scheduler made them."""
+    """Executes plans in the order in which the scheduler made them. A step is done when `launch` returns."""
+
+    depth = 0
 
     def __init__(
         self,
@@ -63,7 +65,7 @@ class ModelRunner:
         self._tables_SW = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int32)
 
     @torch.inference_mode()
-    def run_step(self, plan: StepPlan, constraints: Mapping[int, Constraint] | None = None) -> StepResult:
+    def launch(self, plan: StepPlan, constraints: Mapping[int, Constraint] | None = None) -> StepResult:
         """Run one forward pass over the plan's tokens. `constraints`: grammars of sequences that join, by seat.
 
         Raises whatever goes wrong; the runner stays usable.
@@ -84,6 +86,13 @@ class ModelRunner:
             return result
         rows = max(1, _READ_LOGITS_BYTES // (4 * self.decoder.config.vocab_size))
         return result._replace(readings=self.reader.read_prompts(hidden_NE[len(sampled.seats_N) :], plan, rows))
+
+    def collect(self, ticket: StepResult) -> StepResult:
+        """Return the result that `launch` returned."""
+        return ticket
+
+    def discard(self) -> None:
+        """Do nothing: no step is in flight."""
 
     def _inputs(self, plan: StepPlan) -> tuple[StepInputs, _Sampled]:
         seats_S = np.array(plan.seats, dtype=np.int64)

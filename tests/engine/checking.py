@@ -9,7 +9,7 @@ from typing import Any
 from batchinfer.engine.engine import Engine
 from batchinfer.engine.plan import Join, Reading, StepPlan, StepResult
 from batchinfer.request import Constraint, Request, SamplingParams, TokenLogprob
-from tests.harness import make_engine
+from tests.harness import InstantRunner, make_engine
 
 VOCAB = 50
 EOS = 0
@@ -33,7 +33,7 @@ def state(context: list[int]) -> array[float]:
     return array("d", [hash((*context, axis)) % 1009 for axis in range(3)])
 
 
-class CheckingRunner:
+class CheckingRunner(InstantRunner):
     """Writes all of a step's slots before any is read, as rope_kv_write precedes attention in every layer."""
 
     def __init__(self, block_size: int) -> None:
@@ -45,7 +45,7 @@ class CheckingRunner:
         self.fail_if = lambda plan: False
         self.poison: int | None = None
 
-    def run_step(self, plan: StepPlan, constraints: Mapping[int, Constraint]) -> StepResult:
+    def launch(self, plan: StepPlan, constraints: Mapping[int, Constraint]) -> StepResult:
         for join in plan.joins:
             self._tables[join.seat] = []
             self._known[join.seat] = [*join.prompt, *join.output]

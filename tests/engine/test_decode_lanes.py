@@ -11,12 +11,12 @@ import pytest
 from batchinfer.engine.plan import StepPlan, StepResult
 from batchinfer.request import Finished, Request, SamplingParams, TokenLogprob
 from tests.engine.checking import REPEATS, checking_engine, make_reading, make_request, naive
-from tests.harness import expect_short_answers, make_engine, run_requests
+from tests.harness import InstantRunner, expect_short_answers, make_engine, run_requests
 
 GREEDY = SamplingParams(temperature=0)
 
 
-class Counting:
+class Counting(InstantRunner):
     """Token 10 for the first row of every step, 11 for the second; `more` is the rest of a result."""
 
     def __init__(self, more: Callable[[int], dict[str, object]] = lambda step: {}) -> None:
@@ -24,7 +24,7 @@ class Counting:
         self.decoded: list[list[int]] = []  # seats, by step
         self.tokens: list[int] = []  # computed, by step
 
-    def run_step(self, plan: StepPlan, constraints: object) -> StepResult:
+    def launch(self, plan: StepPlan, constraints: object) -> StepResult:
         self.decoded.append([seat for seat, count in zip(plan.seats, plan.counts, strict=True) if count == 1])
         self.tokens.append(len(plan.tokens))
         return StepResult([10 + row for row in range(sum(plan.samples))], **self._more(plan.step))
@@ -164,15 +164,15 @@ def test_a_sequence_already_in_the_plan_can_be_preempted(block_size: int) -> Non
     requests = [make_request(number, [1 + number, 2, 3], 2 + number % 11) for number in range(150)]
     engine, runner = checking_engine(24 // block_size, block_size)
     expect_short_answers(engine.scheduler)
-    run_step = runner.run_step
+    launch = runner.launch
 
     def only_who_runs_grows(plan: StepPlan, constraints: object) -> StepResult:
         assert {grown.seat for grown in plan.grown} <= engine.scheduler.running.keys()
         for due in engine.scheduler._lanes._calendar.values():
             shuffle(due)
-        return run_step(plan, constraints)
+        return launch(plan, constraints)
 
-    runner.run_step = only_who_runs_grows
+    runner.launch = only_who_runs_grows
     found = run_requests(engine, requests)
     assert {number: answer.token_ids for number, answer in found.items()} == {n.request_id: naive(n) for n in requests}
     assert engine.stats.preemptions > 20

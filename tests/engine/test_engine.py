@@ -14,7 +14,7 @@ from batchinfer.engine.plan import PromptRead, Reading, StepPlan, StepResult
 from batchinfer.errors import EngineError, TooLong
 from batchinfer.request import Request, SamplingParams
 from tests.engine.checking import EOS, checking_engine, make_reading, make_request, naive, naive_reading
-from tests.harness import expect_short_answers, fake_runner, make_engine, make_scheduler, run_requests
+from tests.harness import InstantRunner, expect_short_answers, fake_runner, make_engine, make_scheduler, run_requests
 
 
 @pytest.mark.parametrize("caching", [True, False])
@@ -230,8 +230,8 @@ def test_engine_gives_up_when_every_step_fails() -> None:
 
 
 def test_failed_rows_of_a_result_end_alone() -> None:
-    class Flaky:
-        def run_step(self, plan: StepPlan, constraints: object) -> StepResult:
+    class Flaky(InstantRunner):
+        def launch(self, plan: StepPlan, constraints: object) -> StepResult:
             return StepResult([7] * sum(plan.samples), failed={0: "logits are not finite"})
 
     engine = make_engine(Flaky(), 100, seats=4, step_tokens=64)

@@ -73,13 +73,13 @@ def test_a_step_that_hangs_does_not_lose_the_finished_rows(tmp_path):
     code = f"""
 from batchinfer.engine import fake
 import pathlib, time
-run = fake.FakeRunner.run_step
+run = fake.FakeRunner.launch
 def hang(self, plan, *rest):
     if plan.step == 150:
         pathlib.Path({str(tmp_path)!r}, "hangs").touch()
         time.sleep(1000)
     return run(self, plan, *rest)
-fake.FakeRunner.run_step = hang
+fake.FakeRunner.launch = hang
 """
     # answers of 1 to 200 tokens: some rows of a chunk are done, its longest is not
     engine = {"max_num_seqs": 64, "speculative_tokens": 0}  # at least 150 steps

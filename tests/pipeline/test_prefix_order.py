@@ -17,6 +17,7 @@ from batchinfer.pipeline import stream
 from batchinfer.pipeline.prefix_order import PrefixOrder, longest_first
 from batchinfer.pipeline.prompt import Prepared
 from batchinfer.spec import FakeSpec
+from tests.harness import InstantRunner
 
 GREEDY = SamplingParams(temperature=0)
 
@@ -119,7 +120,7 @@ def test_a_thousand_turns_of_one_session() -> None:
     assert ordered(turns) == list(range(1000)), "every turn begins with all of the one before"
 
 
-class Recording:
+class Recording(InstantRunner):
     """Passes plans on; counts steps, and keeps the answer lengths that the first one has."""
 
     def __init__(self, llm: LLM) -> None:
@@ -129,12 +130,12 @@ class Recording:
         self._inner = llm._engine._runner
         llm._engine._runner = self
 
-    def run_step(self, plan: StepPlan, constraints: object) -> StepResult:
+    def launch(self, plan: StepPlan, constraints: object) -> StepResult:
         if not self.steps:
             self.first = [join.params.max_tokens for join in plan.joins]
         self.steps += 1
         self.begun.set()
-        return self._inner.run_step(plan, constraints)
+        return self._inner.launch(plan, constraints)
 
 
 def lengths(count_: int) -> list[int]:

@@ -13,6 +13,7 @@ from batchinfer.pipeline.dedup import Repeats, identity
 from batchinfer.pipeline.prompt import Prepared, Prompt
 from batchinfer.request import CompletionOutput, Request
 from batchinfer.spec import FakeSpec
+from tests.harness import InstantRunner
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20)
 
@@ -62,11 +63,11 @@ def test_what_chance_or_other_parameters_decide_is_not_shared() -> None:
 
 
 def test_an_error_reaches_the_followers_and_is_not_kept() -> None:
-    class Broken:
+    class Broken(InstantRunner):
         def __init__(self) -> None:
             self.failing = True
 
-        def run_step(self, plan: StepPlan, constraints: object) -> StepResult:
+        def launch(self, plan: StepPlan, constraints: object) -> StepResult:
             count = sum(plan.samples)
             failed = dict.fromkeys(range(count), "broken") if self.failing else None
             return StepResult([7] * count, failed=failed)

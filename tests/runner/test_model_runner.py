@@ -19,7 +19,7 @@ from batchinfer.ops.choose import load_backend
 from batchinfer.request import Request, SamplingParams
 from batchinfer.runner.model_runner import ModelRunner
 from batchinfer.runner.sampler import Sampler
-from tests.harness import decoder_engine, run_requests
+from tests.harness import decoder_engine, run_requests, run_step
 from tests.models.tiny import SIZES, Paged, build
 
 VOCAB = SIZES["vocab_size"]
@@ -94,7 +94,7 @@ def test_inputs_equal_plain_loops():
             tokens = generator.integers(0, 40, count).tolist()
             work.append((seat, computed[seat], tokens, bool(generator.random() < 0.6)))
             computed[seat] += count
-        result = runner.run_step(plan(joins, grown, work))
+        result = run_step(runner, plan(joins, grown, work))
         inputs = decoder.seen[-1]
         flat = [(seat, start + i, token) for seat, start, tokens, _ in work for i, token in enumerate(tokens)]
         assert inputs.tokens_T.tolist() == [token for *_, token in flat]
@@ -127,13 +127,13 @@ def test_only_sampled_rows_reach_the_head():
     runner = ModelRunner(decoder, 10, 4, 3, 16)
     joins = [Join.of_request(seat, greedy([1, 2, 3, 4])) for seat in range(3)]
     grown = [(seat, 0, (seat,)) for seat in range(3)]
-    result = runner.run_step(
-        plan(joins, grown, [(0, 0, [1, 2, 3, 4], True), (1, 0, [1, 2], False), (2, 0, [5], False)])
+    result = run_step(
+        runner, plan(joins, grown, [(0, 0, [1, 2, 3, 4], True), (1, 0, [1, 2], False), (2, 0, [5], False)])
     )
     assert len(result.tokens) == decoder.head_rows == 1
-    result = runner.run_step(plan((), (), [(1, 2, [3], False)]))
+    result = run_step(runner, plan((), (), [(1, 2, [3], False)]))
     assert result.tokens == [] and result.logprobs is None and decoder.head_rows == 1
-    assert runner.run_step(plan()).tokens == [] and len(decoder.seen) == 2
+    assert run_step(runner, plan()).tokens == [] and len(decoder.seen) == 2
 
 
 def test_rows_go_through_the_head_in_parts(monkeypatch):
@@ -147,7 +147,7 @@ def test_rows_go_through_the_head_in_parts(monkeypatch):
     for size in (1 << 29, 4 * 40 * 3):
         monkeypatch.setattr("batchinfer.runner.model_runner._LOGITS_BYTES", size)
         decoder = Echo()
-        results.append(ModelRunner(decoder, 20, 4, 11, 8).run_step(step))
+        results.append(run_step(ModelRunner(decoder, 20, 4, 11, 8), step))
         assert decoder.head_rows == 10
     assert results[0] == results[1] and len(results[0].tokens) == 10
 
@@ -160,7 +160,7 @@ def test_failed_rows_keep_their_number_across_parts(monkeypatch):
     joins = [Join.of_request(seat, greedy([1])) for seat in range(5)]
     tokens = [4, 5, 9, 6, 9]
     work = [(seat, 0, [tokens[seat]], True) for seat in range(5)]
-    result = runner.run_step(plan(joins, [(seat, 0, (seat,)) for seat in range(5)], work))
+    result = run_step(runner, plan(joins, [(seat, 0, (seat,)) for seat in range(5)], work))
     assert set(result.failed) == {2, 4} and len(result.tokens) == 5
 
 
@@ -169,15 +169,15 @@ def test_tokens_beyond_the_vocabulary_never_reach_the_model(token):
     decoder = Echo()
     runner = ModelRunner(decoder, 4, 4, 1, 8)
     with pytest.raises(ValueError, match=f"token {token} is not in the model's vocabulary of 40 tokens"):
-        runner.run_step(plan([Join.of_request(0, greedy([1]))], [(0, 0, (0,))], [(0, 0, [1, token], True)]))
+        run_step(runner, plan([Join.of_request(0, greedy([1]))], [(0, 0, (0,))], [(0, 0, [1, token], True)]))
     assert not decoder.seen
 
 
 def test_a_sequence_beyond_the_context_is_refused():
     runner = ModelRunner(Echo(), 8, 4, 1, 8)
-    runner.run_step(plan([Join.of_request(0, greedy([1]))], [(0, 0, (0, 1))], [(0, 0, [1] * 8, True)]))
+    run_step(runner, plan([Join.of_request(0, greedy([1]))], [(0, 0, (0, 1))], [(0, 0, [1] * 8, True)]))
     with pytest.raises(ValueError, match="9 tokens is beyond the context of 8"):
-        runner.run_step(plan((), (), [(0, 8, [1], True)]))
+        run_step(runner, plan((), (), [(0, 8, [1], True)]))
 
 
 def requests_of(count: int, vocab: int) -> list[Request]:
@@ -290,7 +290,7 @@ def test_a_16_bit_cache_holds_a_float32_model(tiny_llama):
     runner = ModelRunner(tiny_llama, 20, 4, 2, 64, kv_dtype=torch.bfloat16)
     assert runner.cache.layers[0].dtype == torch.bfloat16
     request = greedy([5, 6, 7, 8])
-    result = runner.run_step(plan([Join.of_request(0, request)], [(0, 0, (3,))], [(0, 0, request.prompt, True)]))
+    result = run_step(runner, plan([Join.of_request(0, request)], [(0, 0, (3,))], [(0, 0, request.prompt, True)]))
     exact = Paged(tiny_llama, sequences=1).step({0: request.prompt})[-1]
     assert exact[result.tokens[0]] > exact.max() - 0.1
 

@@ -12,7 +12,7 @@ from batchinfer.engine.engine import Engine
 from batchinfer.engine.plan import StepPlan, StepResult
 from batchinfer.request import Constraint, Finished, Request, SamplingParams
 from batchinfer.runner.model_runner import ModelRunner
-from tests.harness import decoder_runner, expect_short_answers, make_engine, run_requests
+from tests.harness import InstantRunner, decoder_runner, expect_short_answers, make_engine, run_requests, run_step
 from tests.models.tiny import SIZES
 from tests.runner.test_grammar_mask import SetConstraint
 
@@ -20,7 +20,7 @@ VOCAB = SIZES["vocab_size"]
 BLOCKS, BLOCK_SIZE, SEATS, CONTEXT = 40, 4, 8, 128
 
 
-class PicklingRunner:
+class PicklingRunner(InstantRunner):
     """Runs what unpickling a plan gives; keeps the pickles and the results."""
 
     def __init__(self, runner: ModelRunner) -> None:
@@ -29,9 +29,9 @@ class PicklingRunner:
         self.results: list[StepResult] = []
         self.drafted = False
 
-    def run_step(self, plan: StepPlan, constraints: Mapping[int, Constraint]) -> StepResult:
+    def launch(self, plan: StepPlan, constraints: Mapping[int, Constraint]) -> StepResult:
         self.pickles.append(pickle.dumps(plan))
-        self.results.append(self._runner.run_step(pickle.loads(self.pickles[-1]), constraints))
+        self.results.append(self._runner.launch(pickle.loads(self.pickles[-1]), constraints))
         self.drafted |= max(plan.samples) > 1
         return self.results[-1]
 
@@ -105,7 +105,7 @@ def test_replayed_pickles_rebuild_results_on_a_second_runner(tiny_llama):
     assert any(answer.prompt_logprobs for answer in answers.values()) and any(a.hidden for a in answers.values())
     second = runner_of(tiny_llama)
     for pickled, result in zip(first.pickles, first.results, strict=True):
-        assert second.run_step(pickle.loads(pickled)) == result
+        assert run_step(second, pickle.loads(pickled)) == result
 
 
 def test_plans_with_grammars_pickle_and_the_sampling_runner_follows_the_grammar(tiny_llama):

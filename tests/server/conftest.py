@@ -26,6 +26,7 @@ from batchinfer.server.frontend import Frontend, ServedModel
 from batchinfer.server.metrics import Metrics
 from batchinfer.spec import FakeSpec
 from batchinfer.text.pieces import BYTE_ALPHABET
+from tests.harness import InstantRunner
 
 
 class Endpoint:
@@ -116,7 +117,7 @@ def error_of(response: httpx.Response) -> dict:
     return body["error"]
 
 
-class Held:
+class Held(InstantRunner):
     """Runner that waits before every step until the test releases it."""
 
     def __init__(self, runner) -> None:
@@ -125,11 +126,11 @@ class Held:
         self.free = threading.Event()
         self.steps = 0
 
-    def run_step(self, plan: StepPlan, constraints: Mapping[int, Constraint]) -> StepResult:
+    def launch(self, plan: StepPlan, constraints: Mapping[int, Constraint]) -> StepResult:
         while not self.free.is_set() and not self._go.acquire(timeout=0.01):
             pass
         self.steps += 1
-        return self._runner.run_step(plan, constraints)
+        return self._runner.launch(plan, constraints)
 
     def step(self, count: int = 1) -> None:
         for _ in range(count):
@@ -146,7 +147,7 @@ class Held:
         while self.steps < after:
             assert time.monotonic() < end, "the steps did not run"
             time.sleep(0.005)
-        self._runner.run_step = broken
+        self._runner.launch = broken
         self.free.set()
 
 

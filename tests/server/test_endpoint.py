@@ -306,7 +306,7 @@ def test_failed_engine_is_a_500_for_every_request(held):
     def broken(plan, constraints):
         raise RuntimeError("no memory left")
 
-    runner._runner.run_step = broken
+    runner._runner.launch = broken
     endpoint.frontend.model.parts.engine._recover = _give_up
     runner.free.set()
     whole, streamed = (one.result(10) for one in waiting)
@@ -325,14 +325,14 @@ def _give_up(error):
 
 def test_failed_step_fails_one_request_only(held):
     endpoint, runner = held
-    real = runner._runner.run_step
+    real = runner._runner.launch
 
     def picky(plan, constraints):
         if any(seat_prompt(endpoint, seat) == [66] for seat in plan.seats):
             raise ValueError("bad row")
         return real(plan, constraints)
 
-    runner._runner.run_step = picky
+    runner._runner.launch = picky
     runner.free.set()
     assert endpoint.refused(COMPLETIONS, {"prompt": "B"}, 500)["code"] == "engine_failure"
     assert endpoint.completion(prompt="A", max_tokens=2)
