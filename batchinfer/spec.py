@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from batchinfer.errors import BadParameters, SpecError, format_value
 from batchinfer.log import log
 from batchinfer.numeric import to_integer
-from batchinfer.ops.devices import check_device
+from batchinfer.ops.devices import AUTO, BACKENDS, check_device
 from batchinfer.request import SamplingParams
 from batchinfer.spec_problems import Problem, unknown_keys, wrong_value
 from batchinfer.yaml_text import MAX_BYTES, Document, Place, dotted, read_yaml
@@ -156,7 +156,8 @@ class EngineSpec(_Section):
 
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None,
-        description="type of weights and activations; default float32. bfloat16: faster with AMX or AVX512_BF16",
+        description="type of weights and activations; default float32, on GPUs the checkpoint's. On CPUs bfloat16 is "
+        "faster with AMX or AVX512_BF16",
     )
     kv_cache_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="type of the KV cache; default: dtype. 16 bits hold twice the tokens, rounded"
@@ -176,7 +177,9 @@ class EngineSpec(_Section):
     max_model_len: Integer | None = Field(None, ge=1, description="context limit; default the model's")
     enable_prefix_caching: bool = Field(True, description="reuse KV blocks of shared prefixes")
     block_size: Integer = Field(16, ge=1, le=1024, description="tokens per KV block")
-    device: str = Field("auto", description="device that computes; auto: the best that there is")
+    device: str = Field(
+        AUTO, description=f"device that computes: {AUTO} (the best that there is), {', '.join(BACKENDS)}"
+    )
     num_threads: Integer | None = Field(
         None, ge=1, description="CPU threads of the model; default: cores, limited by the container's quota"
     )

@@ -21,7 +21,10 @@ _SHOWN_CHARS = 120
 
 
 def fingerprint(spec: JobSpec, layout: OutputLayout, identities: Mapping[str, str], files_hash: str) -> dict[str, str]:
-    """Named parts. `identities` hold the hashes of the model (weights, config, tokenizer, generation_config)."""
+    """Named parts. `identities` hold the hashes of the model (weights, config, tokenizer, generation_config).
+
+    They also name the device (engine.device), unless it is the host's processor.
+    """
     parts = {"format": FORMAT_VERSION, "seed": str(spec.seed), "input.files": files_hash}
     parts |= {name: value for name, value in identities.items() if value}
     if spec.model == FAKE_MODEL:

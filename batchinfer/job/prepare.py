@@ -18,6 +18,7 @@ from batchinfer.job.plan import PLAN, JobPlan, make_plan, save_plan
 from batchinfer.job.row_prompts import RowPrompts
 from batchinfer.job.same_inputs import same_inputs
 from batchinfer.log import log
+from batchinfer.ops.fingerprint_device import fingerprint_device
 from batchinfer.spec import FAKE_MODEL, JobSpec
 from batchinfer.structured import StructuredOutputs
 from batchinfer.text.grammar import validate
@@ -69,6 +70,9 @@ def draft_plan(spec: JobSpec, weights: bool = False, known: JobPlan | None = Non
     identities = {"model": files.identity if files is not None else FAKE_MODEL}
     if spec.tokenizer is not None:
         identities["tokenizer"] = fetch_model(spec.tokenizer, spec.storage, weights=False).identity
+    device = fingerprint_device(spec.engine.device) if files is not None else None
+    if device is not None:
+        identities["engine.device"] = device
     return Draft(spec, make_plan(spec, inputs, layout, identities, taken), layout, rows, files)
 
 

@@ -70,6 +70,19 @@ def load_config(path: Path) -> ModelConfig:
     return parse_config(read_object(file), str(file))
 
 
+def stored_dtype(path: Path) -> str | None:
+    """Return the dtype that a directory's config.json names; None if it names none, and for a .gguf file."""
+    if path.suffix == ".gguf":
+        return None
+    values = read_object(path / "config.json")
+    text = values.get("text_config")
+    for facts in (text if isinstance(text, dict) else {}, values):
+        dtype = facts.get("dtype") or facts.get("torch_dtype")
+        if dtype is not None:
+            return str(dtype).removeprefix("torch.")
+    return None
+
+
 def parse_config(values: HFConfig, where: str) -> ModelConfig:
     """Parse the content of a config.json; `where` names it in errors. Raises ModelError."""
     architecture = architecture_of(values, where)

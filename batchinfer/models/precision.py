@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from batchinfer_kernels.contract import Capabilities
 from batchinfer_kernels.formats import Precision
+
+from batchinfer.errors import ModelError
 
 
 class WeightPrecision(NamedTuple):
@@ -38,6 +41,29 @@ _PRECISIONS = {
 }
 
 
-def weight_precision(dtype: str | None, quantization: str | None) -> WeightPrecision:
-    """Return the precisions that a job's `engine.dtype` (default float32) and `engine.quantization` ask for."""
-    return _PRECISIONS[dtype or "float32", quantization]
+_DTYPES_OF_ACTIVATIONS = frozenset({"float16", "bfloat16"})
+
+
+def default_dtype(capabilities: Capabilities, stored: str | None) -> str:
+    """Return the default of `engine.dtype`: float32, or on backends that compute activations in it the checkpoint's.
+
+    `stored`: the checkpoint's dtype, None if it names none. bfloat16 stands in for all that has more than 16 bits.
+    """
+    if not capabilities.dtype_of_activations:
+        return "float32"
+    return stored if stored in _DTYPES_OF_ACTIVATIONS else "bfloat16"
+
+
+def weight_precision(dtype: str, quantization: str | None, capabilities: Capabilities | None = None) -> WeightPrecision:
+    """Return the precisions that a job's `engine.dtype` and `engine.quantization` ask for.
+
+    Raises ModelError if the backend has no kernels for them.
+    """
+    if capabilities is None or not capabilities.dtype_of_activations:
+        return _PRECISIONS[dtype, quantization]
+    if quantization is not None:
+        raise ModelError(
+            f"engine.quantization: {quantization} has no kernels in {capabilities.name}: leave it out, or choose "
+            "another engine.device"
+        )
+    return WeightPrecision.of_all(Precision(dtype))

@@ -41,6 +41,14 @@ def _warn_of_slower(device: str, problems: list[str]) -> None:
         log.warning("a slower backend serves this device", device=device, why=why)
 
 
+def serving_device(device: str = AUTO) -> str:
+    """Return the device of the backend that `load_backend` returns. Raises ValueError if none can serve."""
+    for name in candidate_devices(device):
+        if any(module.problem(name) is None for module in _modules(name)):
+            return name
+    raise ValueError(f"no backend of {device} can serve on this machine")
+
+
 def available_backends(device: str = AUTO) -> list[Backend]:
     """Return all backends of the device that `load_backend` chooses which can serve here, the best first."""
     for name in candidate_devices(device):

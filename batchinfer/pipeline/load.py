@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 FAKE_CONTEXT_TOKENS = 32768
 _FAKE_DRAFT_ROWS = 128
+_WIDE = ("float32", "float64")
 _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -88,7 +89,8 @@ def _load_model(engine: EngineSpec, path: Path) -> _LoadedModel:
     # torch takes seconds to import: only here, where a model is really wanted
     import torch
 
-    from batchinfer.models.precision import weight_precision
+    from batchinfer.models.config import stored_dtype
+    from batchinfer.models.precision import default_dtype, weight_precision
     from batchinfer.models.weights import load_decoder
     from batchinfer.ops.choose import load_backend
     from batchinfer.ops.resources import use_threads
@@ -100,8 +102,10 @@ def _load_model(engine: EngineSpec, path: Path) -> _LoadedModel:
         backend = load_backend(engine.device)
     except ValueError as error:
         raise ModelError(f"engine.device: {error}") from None
-    kv_dtype: torch.dtype = getattr(torch, engine.kv_cache_dtype or engine.dtype or "float32")
-    precision = weight_precision(engine.dtype, engine.quantization)
+    stored = stored_dtype(path)
+    dtype = engine.dtype or default_dtype(backend.capabilities, stored)
+    precision = weight_precision(dtype, engine.quantization, backend.capabilities)
+    kv_dtype: torch.dtype = getattr(torch, engine.kv_cache_dtype or dtype)
     decoder = load_decoder(path, precision, engine.max_model_len, backend)
     context = decoder.config.context_tokens
     kv_tokens = engine.kv_cache_tokens
@@ -119,7 +123,7 @@ def _load_model(engine: EngineSpec, path: Path) -> _LoadedModel:
         device=str(backend.device),
         kernels=backend.capabilities.name,
         architecture=decoder.config.architecture,
-        dtype=engine.dtype or "float32",
+        dtype=dtype,
         quantization=engine.quantization or "none",
         kv_cache_dtype=str(kv_dtype).removeprefix("torch."),
         context_tokens=context,
@@ -127,6 +131,7 @@ def _load_model(engine: EngineSpec, path: Path) -> _LoadedModel:
         threads=torch.get_num_threads(),
     )
     _warn_of_slow_int8(engine, backend.capabilities)
+    _tell_of_rounding(engine, backend.capabilities, stored)
     _tell_of_longrope(decoder.config.ropes, context)
     pool = BlockPool(num_blocks, engine.block_size, engine.enable_prefix_caching)
     return _LoadedModel(runner, pool, context, decoder.config.vocab_size, backend.capabilities.max_draft_rows)
@@ -139,6 +144,12 @@ def _warn_of_slow_int8(engine: EngineSpec, capabilities: Capabilities) -> None:
             f"engine.quantization: int8 will not be faster than float32 here: {capabilities.slow_int8}",
             kernels=capabilities.name,
         )
+
+
+def _tell_of_rounding(engine: EngineSpec, capabilities: Capabilities, stored: str | None) -> None:
+    """Log that the checkpoint's numbers are rounded although no setting asks for it, if that is so."""
+    if capabilities.dtype_of_activations and engine.dtype is None and stored in _WIDE:
+        log.info(f"the checkpoint's {stored} numbers are rounded to bfloat16; engine.dtype: float32 keeps them")
 
 
 def _tell_of_longrope(ropes: Sequence[RopeConfig], context_tokens: int) -> None:

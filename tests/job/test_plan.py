@@ -14,8 +14,10 @@ from batchinfer.io.rows import InputFile, Inputs, scan_inputs
 from batchinfer.job.ledger import CommitRecord, Ledger, open_output, save_spec
 from batchinfer.job.plan import CHUNK_BYTES, JobPlan, load_plan, make_plan, save_plan
 from batchinfer.job.prepare import draft_plan
+from batchinfer.ops import choose, devices
 from batchinfer.spec import StorageSpec
 from tests.job.doubles import MemoryStore, ScriptedLLM, job, run, write_parquet
+from tests.ops import toy
 
 SCHEMA = pa.schema([("id", pa.int64()), ("text", pa.string())])
 
@@ -101,6 +103,25 @@ def test_a_rounded_cache_decides_the_answers_and_its_size_does_not(tmp_path):
     run(job(tmp_path, engine={"kv_cache_dtype": "bfloat16", "kv_cache_tokens": 999}), ScriptedLLM())
     with pytest.raises(OutputConflict, match=r'engine\.kv_cache_dtype: was "bfloat16", is not set'):
         run(job(tmp_path, engine={"kv_cache_tokens": 999}), ScriptedLLM())
+
+
+def test_a_device_with_formats_of_its_own_decides_the_answers(tmp_path, monkeypatch):
+    table = {"toy": ("tests.ops.toy",), **devices.BACKENDS}
+    monkeypatch.setattr(devices, "BACKENDS", table)
+    monkeypatch.setattr(choose, "BACKENDS", table)
+    write_parquet(tmp_path / "in.parquet", 4)
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (tmp_path / "model" / name).write_text("{}")
+    spec = job(tmp_path, model=str(tmp_path / "model"))
+    monkeypatch.setattr(toy, "PROBLEM", ["no toy is plugged in"])
+    assert "engine.device" not in draft_plan(spec).plan.fingerprint
+    run(spec, ScriptedLLM())
+    monkeypatch.setattr(toy, "PROBLEM", [])
+    with pytest.raises(OutputConflict, match=r"engine\.device: was not set, is toy"):
+        run(spec, ScriptedLLM())
+    host = job(tmp_path, model=str(tmp_path / "model"), engine={"device": list(table)[-1]})
+    run(host, ScriptedLLM())
 
 
 def test_limit_with_where_covers_up_to_the_row_that_fills_it(tmp_path):

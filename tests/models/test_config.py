@@ -8,7 +8,7 @@ import json
 import pytest
 
 from batchinfer.errors import ModelError
-from batchinfer.models.config import LayerConfig, load_config, parse_config
+from batchinfer.models.config import LayerConfig, load_config, parse_config, stored_dtype
 from batchinfer.models.families import FAMILIES, MODEL_TYPES, architecture_of
 from tests.models.tiny import LLAMA3, LONGROPE, YARN
 
@@ -196,3 +196,20 @@ def test_files_that_are_no_config_are_refused(tmp_path):
         load_config(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     assert load_config(tmp_path).hidden_size == 32
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype"),
+    [
+        ({"dtype": "bfloat16"}, "bfloat16"),
+        ({"torch_dtype": "float16"}, "float16"),
+        ({"torch_dtype": "torch.float32"}, "float32"),
+        ({"text_config": {"torch_dtype": "bfloat16"}, "torch_dtype": "float32"}, "bfloat16"),
+        ({"text_config": {}, "dtype": "float32"}, "float32"),
+        ({"dtype": None, "text_config": None}, None),
+    ],
+)
+def test_the_dtype_that_a_checkpoint_names(tmp_path, values, dtype):
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert stored_dtype(tmp_path) == dtype
+    assert stored_dtype(tmp_path / "m.gguf") is None
