@@ -28,6 +28,7 @@ from batchinfer_kernels.eager.paged_attention import paged_attention
 from batchinfer_kernels.eager.rms_norm import add_rms_norm, rms_norm
 from batchinfer_kernels.eager.rope_kv_write import rope_kv_write
 from batchinfer_kernels.eager.step_index import EagerStepIndex, prepare
+from batchinfer_kernels.eager.step_kernels import EagerStepKernels
 from batchinfer_kernels.formats import Activation, BlockMatrix, DecoderFacts, PackedMatrix, Precision
 
 _CAPABILITIES = Capabilities(
@@ -52,11 +53,11 @@ class TensorMemory:
 class EagerBackend:
     """See batchinfer.ops.backend.Backend for what each op means."""
 
-    steps = None  # the host waits for each step
-
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.capabilities = _CAPABILITIES
+        # on the host nothing is gained by running ahead: the host waits for each step
+        self.steps = None if device.type == "cpu" else EagerStepKernels()
 
     def rms_norm(self, x_NE: Tensor, weight_E: Tensor, eps: float, offset: float = 0.0) -> Tensor:
         return rms_norm(x_NE, weight_E, eps, offset)
