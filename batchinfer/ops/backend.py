@@ -20,6 +20,7 @@ import torch
 from batchinfer_kernels.contract import (
     ArgmaxBounds,
     AttentionFacts,
+    BlockNumbers,
     Capabilities,
     CosSin,
     KVMemory,
@@ -149,8 +150,11 @@ class Backend(Protocol):
         Raises RuntimeError if there is no room.
         """
 
-    def copy_blocks(self, caches: Sequence[Tensor], sources: Sequence[int], targets: Sequence[int]) -> None:
-        """Copy whole blocks within each layer's cache; a target may be a source too, and is read first."""
+    def copy_blocks(self, caches: Sequence[Tensor], sources: BlockNumbers, targets: BlockNumbers) -> None:
+        """Copy whole blocks within each layer's cache; a target may be a source too, and is read first.
+
+        With numbers on the device nothing waits for it.
+        """
 
 
 class BackendModule(Protocol):

@@ -20,6 +20,7 @@ from batchinfer_kernels.formats import PackedMatrix
 StepIndex = Any  # made by `prepare`; only the backend that made it reads it
 ArgmaxBounds = Any  # made by `argmax_bounds`, likewise
 CosSin = tuple[Tensor, Tensor]  # float32 [T, R] each
+BlockNumbers = Sequence[int] | Tensor  # numbers of blocks: on the host, or int32 [C] on the device
 
 
 @dataclass(frozen=True, slots=True)

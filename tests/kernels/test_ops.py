@@ -240,13 +240,14 @@ def test_writing_changes_its_slots_alone(ops, name):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_copied_blocks_are_what_their_sources_were(ops, dtype):
+@pytest.mark.parametrize("numbers", [list, lambda blocks: torch.tensor(blocks, dtype=torch.int32)])
+def test_copied_blocks_are_what_their_sources_were(ops, dtype, numbers):
     """Also where a source is a target, of another copy or of its own, and where the tensors are not dense."""
     dense = [_random(7, 2, 2, 4, 8, dtype=dtype, seed=i) for i in range(3)]
     sparse = [_random(7, 2, 2, 4, 16, dtype=dtype)[..., ::2]]
     for caches in (dense, sparse):
         before = [cache.clone() for cache in caches]
-        ops.copy_blocks(caches, [0, 1, 3, 0, 6], [1, 2, 3, 4, 0])
+        ops.copy_blocks(caches, numbers([0, 1, 3, 0, 6]), numbers([1, 2, 3, 4, 0]))
         for old, cache in zip(before, caches, strict=True):
             assert torch.equal(cache, old[[6, 0, 1, 3, 0, 5, 6]])
     for wrong in (7, 100):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from batchinfer_kernels.contract import (
     AttentionFacts,
+    BlockNumbers,
     Capabilities,
     CosSin,
     Fallbacks,
@@ -180,7 +181,7 @@ class CPUBackend:
     def allocate_kv(self, shape: Sequence[int], num_layers: int, dtype: torch.dtype) -> KVMemory:
         return PagedMemory(self.functions, [torch.empty(*shape, dtype=dtype) for _ in range(num_layers)])
 
-    def copy_blocks(self, caches: Sequence[Tensor], sources: Sequence[int], targets: Sequence[int]) -> None:
+    def copy_blocks(self, caches: Sequence[Tensor], sources: BlockNumbers, targets: BlockNumbers) -> None:
         if not copy_blocks(self.functions, caches, sources, targets):
             self._note("copy_blocks", cache=caches[0])
             self._eager.copy_blocks(caches, sources, targets)

@@ -11,11 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from batchinfer_kernels.contract import BlockNumbers
 from batchinfer_kernels.cpu.library import Functions, checked
 
 
-def copy_blocks(functions: Functions, caches: Sequence[Tensor], sources: Sequence[int], targets: Sequence[int]) -> bool:
+def copy_blocks(functions: Functions, caches: Sequence[Tensor], sources: BlockNumbers, targets: BlockNumbers) -> bool:
     """Copy blocks of dense caches of one shape and dtype; return False, with nothing done, for others."""
+    sources, targets = (one.tolist() if isinstance(one, Tensor) else one for one in (sources, targets))
     first = caches[0]
     if not all(x.is_contiguous() and x.shape == first.shape and x.dtype == first.dtype for x in caches):
         return False

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from batchinfer_kernels.contract import (
     AttentionFacts,
+    BlockNumbers,
     Capabilities,
     CosSin,
     KVMemory,
@@ -124,7 +125,7 @@ class EagerBackend:
     def allocate_kv(self, shape: Sequence[int], num_layers: int, dtype: torch.dtype) -> KVMemory:
         return TensorMemory([torch.empty(*shape, dtype=dtype, device=self.device) for _ in range(num_layers)])
 
-    def copy_blocks(self, caches: Sequence[Tensor], sources: Sequence[int], targets: Sequence[int]) -> None:
+    def copy_blocks(self, caches: Sequence[Tensor], sources: BlockNumbers, targets: BlockNumbers) -> None:
         copy_blocks(caches, sources, targets)
 
 

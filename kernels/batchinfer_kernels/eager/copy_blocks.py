@@ -10,10 +10,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from batchinfer_kernels.contract import BlockNumbers
 
-def copy_blocks(caches: Sequence[Tensor], sources: Sequence[int], targets: Sequence[int]) -> None:
+
+def copy_blocks(caches: Sequence[Tensor], sources: BlockNumbers, targets: BlockNumbers) -> None:
     """Copy blocks of caches [N, 2, K, B, D]. A target may be a source too: all sources are read first."""
     device = caches[0].device
-    from_C, to_C = torch.tensor(sources, device=device), torch.tensor(targets, device=device)
+    from_C, to_C = torch.as_tensor(sources, device=device), torch.as_tensor(targets, device=device)
     for kv_N2KBD in caches:
         kv_N2KBD[to_C] = kv_N2KBD[from_C]

@@ -51,7 +51,9 @@ class EagerStepIndex:
 class _BucketFacts:
     """Step and cache as the functions below read them: small arrays on the host, block tables where they are."""
 
-    tables_SW: Tensor
+    tables_SW: Tensor  # by seat if the step has seats
+    seats_S: Ints
+    num_rows: int  # rows of queries, those of padding included
     query_starts_X: Ints
     lengths_S: Ints
     num_kv_heads: int
@@ -70,6 +72,8 @@ def prepare(step: StepInputs, kv_N2KBD: Tensor, attention: AttentionFacts) -> Ea
     num_kv_heads, block_size, head_size = kv_N2KBD.shape[2:]
     facts = _BucketFacts(
         tables_SW=step.block_tables_SW,
+        seats_S=np.arange(len(step.lengths_S)) if step.seats_S is None else step.seats_S.cpu().numpy(),
+        num_rows=len(step.slots_T),
         query_starts_X=step.query_starts_X.cpu().numpy(),
         lengths_S=step.lengths_S.cpu().numpy(),
         num_kv_heads=num_kv_heads,
@@ -151,7 +155,7 @@ def _bucket(facts: _BucketFacts, tiles: _Tiles, window: int | None) -> Bucket:
     values_M = keys_M + facts.num_kv_heads * facts.block_size
     positions_IQ = tiles.position[:, None] + query_IQ
     bias_I1XL = _bias(wanted_IL[:, None, :], positions_IQ[:, :, None], window, facts.group, facts.dtype)
-    whole = num_queries == 1 and len(tiles.row) == facts.query_starts_X[-1]
+    whole = num_queries == 1 and len(tiles.row) == facts.num_rows
     device = keys_M.device
     return Bucket(
         queries_M=None if whole else torch.from_numpy(row_IQ.reshape(-1)).to(device),
@@ -166,9 +170,9 @@ def _bucket(facts: _BucketFacts, tiles: _Tiles, window: int | None) -> Bucket:
 def _key_rows(facts: _BucketFacts, sequence_I: Ints, position_IL: Ints) -> Tensor:
     """Return int32 [I * K * L]: row of each key in the cache seen as [N * 2 * K * B, D]. Tables stay on the device."""
     device, size = facts.tables_SW.device, facts.block_size
-    sequence_I1 = torch.from_numpy(sequence_I[:, None]).to(device)
+    seat_I1 = torch.from_numpy(facts.seats_S[sequence_I][:, None]).to(device)
     position = torch.from_numpy(position_IL).to(device)
-    block_IL = facts.tables_SW[sequence_I1, position // size].long()
+    block_IL = facts.tables_SW[seat_I1, position // size].long()
     head_K1 = torch.arange(facts.num_kv_heads, device=device)[:, None]
     keys_IKL = (block_IL[:, None, :] * 2 * facts.num_kv_heads + head_K1) * size
     return keys_IKL.add_((position % size)[:, None, :]).view(-1).int()
