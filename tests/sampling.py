@@ -1,7 +1,8 @@
 """Sampling of large parameter tables: `pytest` runs some cases of each, `pytest --all` runs every one.
 
 A table is the parameter list of one test function marked `sampled`, for each backend of the kernels. A sample keeps the
-edge cases of the table, `sampled(edges)`, where an edge is a parameter's value, and a random MOST of the rest. The seed
+edge cases of the table, `sampled(edges)`, where an edge is a parameter's value, and a random MOST of the rest; of
+Triton's interpreter, which takes a thousand times as long, a random MOST_INTERPRETED of both together. The seed
 is the release's version: within a release every run tests the same cases; over the releases every case gets its turn.
 Tests named on the command line (`::` or -k) always run.
 """
@@ -16,6 +17,8 @@ import pytest
 from batchinfer import __version__
 
 MOST = 16
+MOST_INTERPRETED = 5
+INTERPRETED = "triton"  # parameter of the fixture `variant` of the kernels' tests
 
 _left_out = pytest.StashKey[int]()
 
@@ -44,15 +47,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def sample(items: Iterable[pytest.Item]) -> set[pytest.Item]:
     """Return the items to run."""
     chosen: set[pytest.Item] = set()
-    tables: dict[str, list[pytest.Item]] = {}
+    tables: dict[tuple[str, str], list[pytest.Item]] = {}
     for item in items:
         mark = item.get_closest_marker("sampled")
-        if mark is None or _is_edge(item, *mark.args):
+        if mark is None or (_variant(item) != INTERPRETED and _is_edge(item, *mark.args)):
             chosen.add(item)
         else:
-            tables.setdefault(_table_of(item), []).append(item)
-    for name, table in tables.items():
-        chosen.update(random_sample(table, MOST, name))
+            tables.setdefault((item.nodeid.split("[")[0], _variant(item)), []).append(item)
+    for (name, variant), table in tables.items():
+        most = MOST_INTERPRETED if variant == INTERPRETED else MOST
+        chosen.update(random_sample(table, most, f"{name} {variant}"))
     return chosen
 
 
@@ -65,8 +69,8 @@ def _is_edge(item: pytest.Item, edges: Sequence[object] = ()) -> bool:
     return any(value in edges for value in item.callspec.params.values())
 
 
-def _table_of(item: pytest.Item) -> str:
-    return f"{item.nodeid.split('[')[0]} {item.callspec.params.get('backend', '')}"
+def _variant(item: pytest.Item) -> str:
+    return str(item.callspec.params.get("variant", "")) if hasattr(item, "callspec") else ""
 
 
 @pytest.hookimpl(optionalhook=True)

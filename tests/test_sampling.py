@@ -17,15 +17,15 @@ class FakeItem:
     function: str
     case: int
     marked: bool = True
-    backend: str = field(default="")
+    variant: str = field(default="")
 
     @property
     def nodeid(self) -> str:
-        return f"tests/test_x.py::{self.function}[{self.backend}-{self.case}]"
+        return f"tests/test_x.py::{self.function}[{self.variant}-{self.case}]"
 
     @property
     def callspec(self) -> SimpleNamespace:
-        return SimpleNamespace(params={"n": self.case} | ({"backend": self.backend} if self.backend else {}))
+        return SimpleNamespace(params={"n": self.case} | ({"variant": self.variant} if self.variant else {}))
 
     def get_closest_marker(self, name: str) -> pytest.Mark | None:
         return pytest.mark.sampled([EDGE]).mark if self.marked and name == "sampled" else None
@@ -51,10 +51,15 @@ def test_large_table_is_sampled_and_keeps_its_edge_cases():
 
 
 def test_each_backend_gets_its_own_sample():
-    items = [FakeItem("test_op", n, backend=backend) for n in range(50) for backend in "ab"]
+    items = [FakeItem("test_op", n, variant=variant) for n in range(50) for variant in "ab"]
     chosen = sampling.sample(items)
-    cases = {backend: {item.case for item in chosen if item.backend == backend} for backend in "ab"}
+    cases = {variant: {item.case for item in chosen if item.variant == variant} for variant in "ab"}
     assert len(cases["a"]) == len(cases["b"]) == sampling.MOST and cases["a"] != cases["b"]
+
+
+def test_interpreted_kernels_get_a_small_sample_of_edges_and_others():
+    items = [FakeItem("test_op", n, variant=sampling.INTERPRETED) for n in range(EDGE + 1)]
+    assert len(sampling.sample(items)) == sampling.MOST_INTERPRETED
 
 
 def test_sample_changes_only_with_the_version(monkeypatch: pytest.MonkeyPatch):

@@ -1,32 +1,66 @@
-"""Run every test of an op on every backend that this machine has: plain torch, and C++ with each instruction set."""
+"""Run every test of an op on every backend: plain torch, C++ with each instruction set, and Triton's interpreter."""
 
 from __future__ import annotations
+
+import importlib.util
 
 import pytest
 import torch
 from batchinfer_kernels import cpu
 from batchinfer_kernels.cpu import library
 from batchinfer_kernels.eager import EagerBackend
+from batchinfer_kernels.triton import make_backend
 
-_VARIANTS = [] if cpu.problem() else library.variants()
+_COMPILED = library.variants() if cpu.problem() is None else ["C++"]
+_TRITON = importlib.util.find_spec("triton") is not None
+_MISSING = {} if cpu.problem() is None else {"C++": str(cpu.problem())}
+if not _TRITON:
+    _MISSING["triton"] = "triton is not installed"
 
 
-@pytest.fixture(params=["eager", *(_VARIANTS or [pytest.param("C++", marks=pytest.mark.skip(str(cpu.problem())))])])
+@pytest.fixture(params=["eager", *_COMPILED, "triton"])
 def variant(request):
-    """`eager`, or the name of a C++ variant."""
+    """`eager`, `triton`, or the name of a C++ variant."""
+    if request.param in _MISSING:
+        pytest.skip(_MISSING[request.param])
     if request.param != "eager" and request.config.getoption("--eager-kernels"):
         pytest.skip("--eager-kernels")
+    if request.param == "triton" and torch.float64 in _parameters(request):
+        pytest.skip("computes in float32")
     return request.param
+
+
+def _parameters(request):
+    return request.node.callspec.params.values() if hasattr(request.node, "callspec") else ()
+
+
+def make_interpreted_backend():
+    from tests.kernels import interpreter  # imports triton
+
+    interpreter.install()
+    return make_backend("cpu", lambda fallback: None)
 
 
 @pytest.fixture
 def ops(variant):
     """Return the backend under test. Fallbacks are allowed: see test_fallbacks."""
-    return EagerBackend(torch.device("cpu")) if variant == "eager" else cpu.CPUBackend(lambda fallback: None, variant)
+    if variant == "eager":
+        return EagerBackend(torch.device("cpu"))
+    if variant == "triton":
+        return make_interpreted_backend()
+    return cpu.CPUBackend(lambda fallback: None, variant)
+
+
+@pytest.fixture
+def interpreted():
+    """Return the Triton backend alone, in the interpreter."""
+    if not _TRITON:
+        pytest.skip("triton is not installed")
+    return make_interpreted_backend()
 
 
 @pytest.fixture
 def compiled(variant):
     """For what is about C++ alone."""
-    if variant == "eager":
+    if variant not in _COMPILED:
         pytest.skip("about C++")

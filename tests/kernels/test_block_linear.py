@@ -64,7 +64,7 @@ def test_packed_rows_are_the_matrix_s_rows(ops, kind):
 
 
 def test_blocks_take_their_bits_and_those_of_scales(ops, variant, kind):
-    if variant == "eager":
+    if variant in ("eager", "triton"):
         pytest.skip("keeps the matrix in float32")
     bits, with_mins = kind
     stored = ops.pack(make_blocks(320, 96, *kind), Precision.FLOAT32).nbytes

@@ -61,6 +61,7 @@ def test_gated_linear_equals_its_two_ops_bit_for_bit(ops, shape, form, activatio
         assert torch.equal(got, expected) and got.std() > 0.01
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("precision", [Precision.INT8, Precision.BFLOAT16])
 @pytest.mark.parametrize("activation", ["silu", "gelu"])
 @pytest.mark.parametrize("shape", [(1, 64, 16), (3, 101, 48), (40, 160, 24), (70, 576, 1536)], ids=str)
@@ -84,7 +85,7 @@ def test_what_comes_out_goes_into_a_linear_layer_without_a_copy(ops, variant):
     """Its rows do not fall into the same lines of a cache; torch and other ops take them as they are."""
     x, weight, _ = _inputs((6, 64, 512))
     out = ops.gated_linear(x, ops.pack_gated(weight, Precision.FLOAT32), None, "silu")
-    assert out.stride(0) == (512 if variant == "eager" else 528)
+    assert out.stride(0) == (512 if variant in ("eager", "triton") else 528)
     down = ops.pack(_inputs((1, 512, 20))[1], Precision.FLOAT32)
     assert torch.equal(ops.linear(out, down, None), ops.linear(out.contiguous(), down, None))
     normed = ops.rms_norm(out, torch.ones(512), 1e-5)

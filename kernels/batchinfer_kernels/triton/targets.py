@@ -94,7 +94,7 @@ _LAUNCHES: Mapping[str, Mapping[str, Sequence[Launch]]] = {
         "": (Launch(4, up_to_bytes=4096), Launch(8, up_to_bytes=16384), Launch(16)),
         "gfx942": (Launch(4, up_to_bytes=8192), Launch(8)),
     },
-    "activation": {"": (Launch(4, block_n=1024),)},
+    "activation": {"": (Launch(4, block_n=2048),)},
     "rope_kv_write": {"": (Launch(4),)},
     "copy_blocks": {"": (Launch(4, block_n=2048),)},
     "step_inputs": {"": (Launch(4),)},
