@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import dropwhile, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,16 +72,8 @@ def bound_with_margin(registers: int, shared_bytes: int, most_registers: int) ->
 
 
 def _table(text: str) -> list[str]:
-    lines = iter(text.splitlines())
-    for line in lines:
-        if line.startswith(f"| {_HEADING} |"):
-            table = [line]
-            for row in lines:
-                if not row.startswith("|"):
-                    break
-                table.append(row)
-            return table
-    return []
+    from_heading = dropwhile(lambda line: not line.startswith(f"| {_HEADING} |"), text.splitlines())
+    return list(takewhile(lambda line: line.startswith("|"), from_heading))
 
 
 def _cells(line: str) -> list[str]:

@@ -45,7 +45,7 @@ def kernel_modules() -> list[str]:
 
 
 def unlisted_kernels() -> list[str]:
-    """Return the kernels that no wrapper could launch ahead of time tested: files with them lack `aot_cases`."""
+    """Return the names of files that have kernels and no `aot_cases`."""
     package = batchinfer_kernels.triton
     modules = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
     return [module.__name__ for module in modules if not hasattr(module, "aot_cases") and _own_kernels(module)]
