@@ -12,7 +12,6 @@ from batchinfer.layers.attention import AttentionConfig
 from batchinfer.layers.mlp import ACTIVATIONS, MLPConfig
 from batchinfer.layers.rotary import SCALINGS, RopeConfig
 from batchinfer.models.families import Family, HFConfig, architecture_of, family_of
-from batchinfer.models.gguf import GGUFFile
 from batchinfer.models.json_file import read_object
 from batchinfer.models.schemes import quant_method
 
@@ -63,6 +62,8 @@ class ModelConfig:
 def load_config(path: Path) -> ModelConfig:
     """Read the config of a directory with config.json, or of a .gguf file. Raises ModelError."""
     if path.suffix == ".gguf":
+        from batchinfer.models.gguf import GGUFFile  # a configuration alone needs no package of formats
+
         return parse_config(GGUFFile(path).config_dict(), str(path))
     file = path / "config.json"
     if not file.exists():

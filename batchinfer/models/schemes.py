@@ -7,14 +7,16 @@ stacked of several weights. A quantized format is one more class and one more li
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from batchinfer_kernels.formats import BlockMatrix, stacked_blocks
 from torch import Tensor
 
 from batchinfer.errors import ModelError
 from batchinfer.models.checkpoint import Checkpoint, StoredTensor, TensorSlice
-from batchinfer.models.gguf import GGUFFile
+
+if TYPE_CHECKING:
+    from batchinfer.models.gguf import GGUFFile
 
 _FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
 _NARROW_FLOATS = ("float8", "F8", "F6", "F4")  # meaningless without a scale

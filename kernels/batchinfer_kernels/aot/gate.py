@@ -39,21 +39,27 @@ class Compiled(NamedTuple):
 
 def kernel_modules() -> list[str]:
     """Return the names of the kernel files: modules of the Triton backend that have `aot_cases`."""
+    return [module.__name__ for module in _modules() if hasattr(module, "aot_cases")]
+
+
+def kernels_without_case(targets: Sequence[str]) -> list[str]:
+    """Return the kernels of the Triton backend that no case compiles: functions of @triton.jit named *_kernel."""
+    kernels = {
+        id(value): f"{module.__name__}.{name}"
+        for module in _modules()
+        for name, value in vars(module).items()
+        if name.endswith("_kernel") and type(value).__name__ in ("JITFunction", "InterpretedFunction")
+    }
+    for module in kernel_modules():
+        for target in targets:
+            for case in _cases(module, target).values():
+                kernels.pop(id(case.function), None)
+    return sorted(kernels.values())
+
+
+def _modules() -> list[ModuleType]:
     package = batchinfer_kernels.triton
-    names = [f"{package.__name__}.{module.name}" for module in pkgutil.iter_modules(package.__path__)]
-    return [name for name in names if hasattr(importlib.import_module(name), "aot_cases")]
-
-
-def unlisted_kernels() -> list[str]:
-    """Return the names of files that have kernels and no `aot_cases`."""
-    package = batchinfer_kernels.triton
-    modules = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
-    return [module.__name__ for module in modules if not hasattr(module, "aot_cases") and _own_kernels(module)]
-
-
-def _own_kernels(module: ModuleType) -> bool:
-    kinds = ("JITFunction", "InterpretedFunction")
-    return any(type(x).__name__ in kinds and x.__module__ == module.__name__ for x in vars(module).values())
+    return [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
 
 
 def jobs_of(modules: Sequence[str], targets: Sequence[str], kernel: str | None) -> list[Job]:
