@@ -12,7 +12,6 @@ from batchinfer.log import log
 from batchinfer.ops.devices import BACKENDS
 
 pytest_plugins = ["tests.sampling", "tests.servers"]
-os.environ["TRITON_INTERPRET"] = "1"  # before a module with GPU kernels is imported: the CPU runs them
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the command line sets it, for the reason given there
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # workers share the cores, and so do their subprocesses
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
@@ -25,8 +24,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.option.markexpr != "gpu":  # before a module with GPU kernels is imported: the CPU runs them
+        os.environ["TRITON_INTERPRET"] = "1"
     if config.getoption("--eager-kernels"):
         BACKENDS["cpu"] = BACKENDS["cpu"][-1:]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not _gpu_available():
+            item.add_marker(pytest.mark.skip(reason="torch finds no CUDA device"))
+
+
+def _gpu_available() -> bool:
+    import torch  # collecting tests that need no torch does not import it
+
+    return torch.cuda.is_available()
 
 
 @pytest.fixture(autouse=True)

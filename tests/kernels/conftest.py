@@ -1,4 +1,7 @@
-"""Run every test of an op on every backend: plain torch, C++ with each instruction set, and Triton's interpreter."""
+"""Run every test of an op on every backend: plain torch, C++ with each instruction set, and Triton's interpreter.
+
+With `pytest -m gpu` on a GPU instead.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ from batchinfer_kernels.cpu import library
 from batchinfer_kernels.eager import EagerBackend
 from batchinfer_kernels.triton import make_backend
 
+from tests.kernels.on_device import OnDevice
+
 _COMPILED = library.variants() if cpu.problem() is None else ["C++"]
 _TRITON = importlib.util.find_spec("triton") is not None
 _MISSING = {} if cpu.problem() is None else {"C++": str(cpu.problem())}
@@ -18,14 +23,21 @@ if not _TRITON:
     _MISSING["triton"] = "triton is not installed"
 
 
-@pytest.fixture(params=["eager", *_COMPILED, "triton"])
+def pytest_generate_tests(metafunc):
+    if "variant" in metafunc.fixturenames:
+        on_gpu = metafunc.config.option.markexpr == "gpu"
+        variants = [pytest.param("cuda", marks=pytest.mark.gpu)] if on_gpu else ["eager", *_COMPILED, "triton"]
+        metafunc.parametrize("variant", variants, indirect=True)
+
+
+@pytest.fixture
 def variant(request):
-    """`eager`, `triton`, or the name of a C++ variant."""
+    """`eager`, `triton`, `cuda`, or the name of a C++ variant."""
     if request.param in _MISSING:
         pytest.skip(_MISSING[request.param])
     if request.param != "eager" and request.config.getoption("--eager-kernels"):
         pytest.skip("--eager-kernels")
-    if request.param == "triton" and torch.float64 in _parameters(request):
+    if request.param in ("triton", "cuda") and torch.float64 in _parameters(request):
         pytest.skip("computes in float32")
     return request.param
 
@@ -46,6 +58,8 @@ def ops(variant):
     """Return the backend under test. Fallbacks are allowed: see test_fallbacks."""
     if variant == "eager":
         return EagerBackend(torch.device("cpu"))
+    if variant == "cuda":
+        return OnDevice(make_backend("cuda", lambda fallback: None), "cuda")
     if variant == "triton":
         return make_interpreted_backend()
     return cpu.CPUBackend(lambda fallback: None, variant)
