@@ -13,9 +13,9 @@ from batchinfer.ops.backend import Backend, BackendModule
 from batchinfer.ops.devices import AUTO, BACKENDS, candidate_devices
 
 if TYPE_CHECKING:  # the shipped backends satisfy the protocol
-    from batchinfer_kernels import cpu, eager
+    from batchinfer_kernels import cpu, eager, triton
 
-    _CHECKED: tuple[BackendModule, ...] = (cpu, eager)
+    _CHECKED: tuple[BackendModule, ...] = (cpu, eager, triton)
 
 
 def load_backend(device: str = AUTO) -> Backend:

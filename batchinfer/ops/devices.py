@@ -6,6 +6,7 @@ from batchinfer.errors import suggest
 
 AUTO = "auto"
 BACKENDS: dict[str, tuple[str, ...]] = {
+    "cuda": ("batchinfer_kernels.triton", "batchinfer_kernels.eager"),
     "cpu": ("batchinfer_kernels.cpu", "batchinfer_kernels.eager"),
 }
 """Name of a device, as torch and `engine.device` know it → modules of its backends; the best of both come first."""

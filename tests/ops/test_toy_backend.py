@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from batchinfer_kernels import eager
+from batchinfer_kernels import eager, triton
 
 from batchinfer import LLM, SamplingParams
 from batchinfer.errors import ModelError, UsageError
@@ -51,10 +54,10 @@ def _tokens(completion: Completion) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("name", "near"), [("cuda", ""), ("Auto", "did you mean 'auto'"), ("cpus", "did you mean 'cpu'")]
+    ("name", "near"), [("tpu", ""), ("Auto", "did you mean 'auto'"), ("cpus", "did you mean 'cpu'")]
 )
 def test_a_device_that_no_backend_serves_is_refused_before_the_model_is_looked_for(name, near):
-    with pytest.raises(UsageError, match=f"device: must be one of auto, cpu; no backend serves '{name}'.*{near}"):
+    with pytest.raises(UsageError, match=f"device: must be one of auto, cuda, cpu; no backend serves '{name}'.*{near}"):
         LLM("no/such/model", device=name)
 
 
@@ -73,6 +76,34 @@ def test_a_device_whose_backends_cannot_serve_here_is_refused_with_why(model, mo
     monkeypatch.setattr(toy, "PROBLEM", ["no toy is plugged in"])
     with pytest.raises(ModelError, match=r"engine\.device: no backend of toy can serve .*: no toy is plugged in"):
         LLM(model, device="toy")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+class TestWithoutGPU:
+    def test_auto_finds_the_host_s_backend_in_silence_and_loads_no_compiler_of_kernels(self):
+        code = (
+            "import sys, warnings; warnings.simplefilter('error')\n"
+            "from batchinfer.ops.choose import load_backend\n"
+            "assert load_backend('auto').device.type == 'cpu'\n"
+            "assert 'batchinfer_kernels.triton' in sys.modules\n"
+            "print([name for name in sys.modules if name.split('.')[0] == 'triton' or name.endswith('triton.backend')])"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert (done.stdout, done.stderr) == ("[]\n", "")
+
+    def test_its_device_is_refused_with_why(self, model):
+        with pytest.raises(
+            ModelError, match=r"no backend of cuda can serve on this machine: torch finds no .*; torch: "
+        ):
+            LLM(model, device="cuda")
+
+
+def test_a_gpu_without_the_compiler_of_kernels_is_served_in_plain_torch(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert triton.problem("cuda") == "triton is not installed"
+    monkeypatch.undo()
+    assert (triton.problem("cuda") is None) == torch.cuda.is_available()
 
 
 def test_the_eager_backend_serves_no_device_that_torch_lacks():

@@ -8,13 +8,13 @@ device memory, so a captured graph replays it. Nothing waits for the device. Fai
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from batchinfer_kernels.contract import (
     AttentionFacts,
+    BlockNumbers,
     Capabilities,
     CosSin,
     Fallbacks,
@@ -25,20 +25,16 @@ from batchinfer_kernels.contract import (
     StepInputs,
 )
 from batchinfer_kernels.eager.backend import EagerBackend, TensorMemory
-from batchinfer_kernels.eager.step_index import EagerStepIndex
 from batchinfer_kernels.formats import Activation, BlockMatrix, DecoderFacts, PackedMatrix, Precision
 from batchinfer_kernels.triton import rms_norm as norms
 from batchinfer_kernels.triton.activation import gelu_mul, silu_mul
 from batchinfer_kernels.triton.copy_blocks import copy_blocks
+from batchinfer_kernels.triton.paged_attention import paged_attention
 from batchinfer_kernels.triton.rope_kv_write import rope_kv_write
+from batchinfer_kernels.triton.step_index import TritonStepIndex, prepare
 from batchinfer_kernels.triton.targets import target_of
 
 _GATED = {"silu": silu_mul, "gelu": gelu_mul}
-
-
-class _Index(NamedTuple):
-    step: StepInputs
-    eager: EagerStepIndex
 
 
 class TritonBackend:
@@ -118,8 +114,8 @@ class TritonBackend:
 
     # -- attention ------------------------------------------------------------------------------------------------
 
-    def prepare(self, step: StepInputs, kv_N2KBD: Tensor, attention: AttentionFacts) -> _Index:
-        return _Index(step, self._eager.prepare(step, kv_N2KBD, attention))
+    def prepare(self, step: StepInputs, kv_N2KBD: Tensor, attention: AttentionFacts) -> TritonStepIndex:
+        return prepare(step, kv_N2KBD, attention)
 
     def rope_kv_write(
         self,
@@ -128,14 +124,14 @@ class TritonBackend:
         v_TKD: Tensor,
         cos_sin: CosSin | None,
         kv_N2KBD: Tensor,
-        index: _Index,
+        index: TritonStepIndex,
     ) -> None:
         rope_kv_write(q_THD, k_TKD, v_TKD, cos_sin, kv_N2KBD, index.step.slots_T)
 
     def paged_attention(
-        self, q_THD: Tensor, kv_N2KBD: Tensor, index: _Index, rule: ScoreRule, out_THD: Tensor | None = None
+        self, q_THD: Tensor, kv_N2KBD: Tensor, index: TritonStepIndex, rule: ScoreRule, out_THD: Tensor | None = None
     ) -> Tensor:
-        return self._eager.paged_attention(q_THD, kv_N2KBD, index.eager, rule, out_THD)
+        return paged_attention(q_THD, kv_N2KBD, index, rule, out_THD)
 
     # -- layers and KV cache --------------------------------------------------------------------------------------
 
@@ -147,7 +143,7 @@ class TritonBackend:
         kv_LN2KBD = torch.empty(num_layers, *shape, dtype=dtype, device=self.device)
         return TensorMemory(list(kv_LN2KBD.unbind()))
 
-    def copy_blocks(self, caches: Sequence[Tensor], sources: Sequence[int], targets: Sequence[int]) -> None:
+    def copy_blocks(self, caches: Sequence[Tensor], sources: BlockNumbers, targets: BlockNumbers) -> None:
         if all(cache.is_contiguous() for cache in caches):
             copy_blocks(caches, sources, targets)
         else:

@@ -14,36 +14,44 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from batchinfer_kernels.contract import BlockNumbers
 from batchinfer_kernels.triton.targets import AotCase, Target, config
 
 
-def copy_blocks(caches: Sequence[Tensor], sources: Sequence[int], targets: Sequence[int]) -> None:
+def copy_blocks(caches: Sequence[Tensor], sources: BlockNumbers, targets: BlockNumbers) -> None:
     """Copy blocks of dense caches [N, 2, K, B, D]. A target may be a source too: all sources are read first.
 
-    Raises IndexError for blocks that a cache does not have.
+    Raises IndexError for blocks that a cache does not have; numbers on the device are not checked.
     """
-    lowest, highest = min(*sources, *targets), max(*sources, *targets)
-    if lowest < 0 or highest >= len(caches[0]):
-        raise IndexError(f"blocks {lowest} to {highest} of a cache of {len(caches[0])}")
-    blocks_2C = _upload([sources, targets], caches[0].device)
-    overlap = not set(sources).isdisjoint(targets)
+    if isinstance(sources, Tensor) or isinstance(targets, Tensor):
+        device = caches[0].device
+        from_C, to_C = torch.as_tensor(sources, device=device), torch.as_tensor(targets, device=device)
+        overlap = True  # for all that the host knows
+    else:
+        _check_blocks(sources, targets, len(caches[0]))
+        from_C, to_C = _upload([sources, targets], caches[0].device)
+        overlap = not set(sources).isdisjoint(targets)
     for layers_LNU in _stacked(caches):
         if overlap:
-            there_C = torch.arange(len(sources), dtype=torch.int32, device=blocks_2C.device)
-            shape = (len(layers_LNU), len(sources), layers_LNU.shape[2])
+            there_C = torch.arange(len(from_C), dtype=torch.int32, device=from_C.device)
+            shape = (len(layers_LNU), len(from_C), layers_LNU.shape[2])
             read_LCU = torch.empty(shape, dtype=layers_LNU.dtype, device=layers_LNU.device)
-            _copy(layers_LNU, blocks_2C[0], read_LCU, there_C)
-            _copy(read_LCU, there_C, layers_LNU, blocks_2C[1])
+            _copy(layers_LNU, from_C, read_LCU, there_C)
+            _copy(read_LCU, there_C, layers_LNU, to_C)
         else:
-            _copy(layers_LNU, blocks_2C[0], layers_LNU, blocks_2C[1])
+            _copy(layers_LNU, from_C, layers_LNU, to_C)
 
 
-def _upload(blocks: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Copy block numbers to the device without waiting for it."""
-    host_2C = torch.tensor(blocks, dtype=torch.int32, device="cpu")
-    if device.type == host_2C.device.type:
-        return host_2C
-    return host_2C.pin_memory().to(device, non_blocking=True)
+def _check_blocks(sources: Sequence[int], targets: Sequence[int], blocks: int) -> None:
+    lowest, highest = min(*sources, *targets), max(*sources, *targets)
+    if lowest < 0 or highest >= blocks:
+        raise IndexError(f"blocks {lowest} to {highest} of a cache of {blocks}")
+
+
+def _upload(numbers: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Copy numbers to the device without waiting for it."""
+    host = torch.tensor(numbers, dtype=torch.int32)
+    return host if device.type == host.device.type else host.pin_memory().to(device, non_blocking=True)
 
 
 def _stacked(caches: Sequence[Tensor]) -> list[Tensor]:
@@ -66,9 +74,9 @@ def _copy(from_LNU: Tensor, from_C: Tensor, to_LNU: Tensor, to_C: Tensor) -> Non
     launch = config("copy_blocks", from_LNU.device)
     copy_blocks_kernel[len(from_C), layers, triton.cdiv(units, launch.block_n)](
         from_LNU,
-        from_C,
+        from_C.contiguous(),
         to_LNU,
-        to_C,
+        to_C.contiguous(),
         *from_LNU.stride()[:2],
         *to_LNU.stride()[:2],
         units,
