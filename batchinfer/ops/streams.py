@@ -9,12 +9,15 @@ launched before show when a download is waited for.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+Upload = Callable[[npt.NDArray[Any]], Tensor]
+"""Copy of a contiguous array where a device's tensors are. On the host it may be the array itself."""
 
 _ALIGNMENT = 16  # bytes: kernels read uploaded values with wide loads
 _LEAST_BYTES = 1 << 16
@@ -85,11 +88,6 @@ class UploadBuffer:
         host.numpy().view(values.dtype)[:] = values.reshape(-1)
         self._streams.upload(host, device)
         return device.view(dtype).view(values.shape)
-
-    def place_words(self, num_words: int) -> tuple[npt.NDArray[np.int32], Tensor]:
-        """Return room for int32 words on the host and on the device. The caller fills and uploads it with `upload`."""
-        host, device = self._reserve(4 * num_words)
-        return host.numpy().view(np.int32), device.view(torch.int32)
 
     def clear(self) -> None:
         """Forget all values. Call it when the step that uploaded them is known to be done."""

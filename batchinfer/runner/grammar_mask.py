@@ -20,6 +20,7 @@ from torch import Tensor
 
 from batchinfer.errors import BadParameters
 from batchinfer.ops.resources import HOST
+from batchinfer.ops.streams import Upload
 from batchinfer.request import Constraint, Matcher
 
 Ints = npt.NDArray[np.int64]
@@ -54,7 +55,12 @@ class GrammarMasks:
         self._held[seat] = _Held(constraint, constraint.matcher(output))
         return True
 
-    def apply(self, logits_NV: Tensor, rows_R: Ints, seats_R: Ints) -> dict[int, BadParameters]:
+    def going_on(self, seats_R: Ints) -> npt.NDArray[np.bool_]:
+        """Return for which seats something may follow: their answers are neither complete nor failed."""
+        matchers = [self._held[seat].matcher for seat in seats_R.tolist()]
+        return np.array([not (one.complete or one.error) for one in matchers], dtype=bool)
+
+    def apply(self, logits_NV: Tensor, rows_R: Ints, seats_R: Ints, upload: Upload) -> dict[int, BadParameters]:
         """Set logits that the grammars of these rows forbid to -inf, in place. Return errors of grammars by row."""
         if len(rows_R) > len(self._masks_RW):
             self._masks_RW = np.zeros((2 * len(rows_R), self._masks_RW.shape[1]), dtype=np.int32)
@@ -65,7 +71,8 @@ class GrammarMasks:
         size = max(1, _TOGETHER // self._vocab_size)
         for start in range(0, len(rows_R), size):
             some = slice(start, start + size)
-            _lower(logits_NV, rows_R[some], _caps(masks_RW[some], self._vocab_size, logits_NV.device))
+            caps_RV = _caps(masks_RW[some], self._vocab_size, logits_NV.device, upload)
+            _lower(logits_NV, rows_R[some], caps_RV, upload)
         return _failures(rows_R, matchers)
 
     def append_tokens(self, rows_R: Ints, seats_R: Ints, tokens_R: Ints) -> Accepted:
@@ -85,7 +92,7 @@ def _failures(rows_R: Ints, matchers: list[Matcher]) -> dict[int, BadParameters]
     }
 
 
-def _lower(logits_NV: Tensor, rows_R: Ints, caps_RV: Tensor) -> None:
+def _lower(logits_NV: Tensor, rows_R: Ints, caps_RV: Tensor, upload: Upload) -> None:
     """Set rows to the minimum of logits and caps, in place. NaN stays NaN.
 
     (masked_fill branches on every logit, and is slower.)
@@ -95,17 +102,17 @@ def _lower(logits_NV: Tensor, rows_R: Ints, caps_RV: Tensor) -> None:
         part_RV = logits_NV[first : first + len(rows_R)]
         torch.minimum(part_RV, caps_RV, out=part_RV)
     else:
-        index_R = torch.from_numpy(rows_R).to(logits_NV.device)
+        index_R = upload(rows_R)
         logits_NV[index_R] = torch.minimum(logits_NV[index_R], caps_RV)
 
 
-def _caps(masks_RW: npt.NDArray[np.int32], vocab_size: int, device: torch.device) -> Tensor:
+def _caps(masks_RW: npt.NDArray[np.int32], vocab_size: int, device: torch.device, upload: Upload) -> Tensor:
     """Return float32 [R, V]: infinity if bit v of the row is set (least significant bit first), else -infinity."""
     if device.type == HOST.type:
         bits_RV = np.unpackbits(masks_RW.view(np.uint8), axis=1, count=vocab_size, bitorder="little")
         set_RV = torch.from_numpy(bits_RV)
     else:
-        set_RV = _bits(torch.from_numpy(masks_RW).to(device), vocab_size)  # only the bits travel
+        set_RV = _bits(upload(masks_RW), vocab_size)  # only the bits travel
     return set_RV.to(torch.float32).sub_(0.5).mul_(math.inf)
 
 

@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from batchinfer.engine.plan import Join
+from batchinfer.ops.streams import Upload
 
 Ints = npt.NDArray[np.int64]
 _ALWAYS = np.iinfo(np.int64).max
@@ -78,22 +78,22 @@ class LogitEdits:
             self._tails_SL[seat, length - len(tail) :] = tail
         return True
 
-    def apply(self, logits_NV: Tensor, seats_N: Ints, num_output_N: Ints) -> None:
+    def apply(self, logits_NV: Tensor, seats_N: Ints, num_output_N: Ints, upload: Upload) -> None:
         """Edit the rows in place. seats_N: the seat of each row; num_output_N: output tokens of its sequence."""
         tables = self._tables = self._tables or self._join_tables()
         rows_of = np.full(len(self._tails_SL), -1, dtype=np.int64)  # by seat
         rows_of[seats_N] = np.arange(len(seats_N))
         if len(tables.allowed_ids_M):
-            _keep_only(logits_NV, *_select(rows_of, tables.allowed_seats_M, tables.allowed_ids_M))
+            _keep_only(logits_NV, *_select(rows_of, tables.allowed_seats_M, tables.allowed_ids_M), upload)
         rows_M = rows_of[tables.added_seats_M]
         # a seat that is not in this step has row -1, which reads num_output_N[-1]; the mask drops it
         acts_M = (rows_M >= 0) & (num_output_N[rows_M] < tables.until_M)
-        _add(logits_NV, rows_M[acts_M], tables.added_ids_M[acts_M], tables.added_M[acts_M])
+        _add(logits_NV, rows_M[acts_M], tables.added_ids_M[acts_M], tables.added_M[acts_M], upload)
         if len(tables.last_ids_M):
             tails_ML = self._tails_SL[tables.word_seats_M]
             hit_M = ((tables.prefix_ML == -1) | (tables.prefix_ML == tails_ML)).all(1)
             rows_M, ids_M = _select(rows_of, tables.word_seats_M[hit_M], tables.last_ids_M[hit_M])
-            _add(logits_NV, rows_M, ids_M, np.full(len(ids_M), -math.inf, dtype=np.float32))
+            _add(logits_NV, rows_M, ids_M, np.full(len(ids_M), -math.inf, dtype=np.float32), upload)
 
     def append_tokens(self, seats_N: Ints, tokens_N: Ints) -> None:
         """Shift the tokens that these seats generated in this step into their tails."""
@@ -161,17 +161,14 @@ def _select(rows_of: Ints, seats_M: Ints, ids_M: Ints) -> tuple[Ints, Ints]:
     return rows_M[here_M], ids_M[here_M]
 
 
-def _add(logits_NV: Tensor, rows_M: Ints, ids_M: Ints, amounts_M: npt.NDArray[np.float32]) -> None:
+def _add(logits_NV: Tensor, rows_M: Ints, ids_M: Ints, amounts_M: npt.NDArray[np.float32], upload: Upload) -> None:
     """Add amounts in place. Amounts for the same logit add up: a banned token stays banned whatever its bias."""
-    device = logits_NV.device
-    place = (torch.from_numpy(rows_M).to(device), torch.from_numpy(ids_M).to(device))
-    logits_NV.index_put_(place, torch.from_numpy(amounts_M).to(device), accumulate=True)
+    logits_NV.index_put_((upload(rows_M), upload(ids_M)), upload(amounts_M), accumulate=True)
 
 
-def _keep_only(logits_NV: Tensor, rows_M: Ints, ids_M: Ints) -> None:
+def _keep_only(logits_NV: Tensor, rows_M: Ints, ids_M: Ints, upload: Upload) -> None:
     """Set all logits but those of the given ids to -inf, in the rows that have any ids."""
-    device = logits_NV.device
-    place = (torch.from_numpy(rows_M).to(device), torch.from_numpy(ids_M).to(device))
+    place = (upload(rows_M), upload(ids_M))
     kept_M = logits_NV[place]
-    logits_NV[torch.from_numpy(np.unique(rows_M)).to(device)] = -math.inf
+    logits_NV.index_fill_(0, upload(np.unique(rows_M)), -math.inf)
     logits_NV[place] = kept_M

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from batchinfer.engine.plan import Join
+from batchinfer.ops.streams import Upload
 
 Ints = npt.NDArray[np.int64]
 _NONE = -1
@@ -64,7 +65,7 @@ class Penalties:
         self._amounts_P3[place] = amounts
         return True
 
-    def apply(self, logits_NV: Tensor, rows_R: Ints, seats_R: Ints) -> None:
+    def apply(self, logits_NV: Tensor, rows_R: Ints, seats_R: Ints, upload: Upload) -> None:
         """Penalise the logits of the given rows, which belong to the given seats, in place."""
         places_R = self._places[seats_R]
         lengths_R = self._lengths_P[places_R]
@@ -74,9 +75,9 @@ class Penalties:
         counts_M = self._counts_PL[places_R, :width][filled_RL]
         amounts_M3 = np.repeat(self._amounts_P3[places_R], lengths_R, axis=0)
         flat_M = np.repeat(rows_R, lengths_R) * logits_NV.shape[1] + tokens_M
-        repetition_M, presence_M, frequency_M = (_to(amounts, logits_NV) for amounts in amounts_M3.T)
-        count_M = _to(counts_M, logits_NV).float()
-        index_M = _to(flat_M, logits_NV)
+        repetition_M, presence_M, frequency_M = upload(np.ascontiguousarray(amounts_M3.T))
+        count_M = upload(counts_M).float()
+        index_M = upload(flat_M)
         flat = logits_NV.view(-1)
         values_M = flat[index_M]
         values_M = torch.where(values_M > 0, values_M / repetition_M, values_M * repetition_M)
@@ -115,7 +116,3 @@ class Penalties:
             added = max(needed, min(2 * width, self._vocab_size), 64) - width
             self._tokens_PL = np.pad(self._tokens_PL, ((0, 0), (0, added)))
             self._counts_PL = np.pad(self._counts_PL, ((0, 0), (0, added)))
-
-
-def _to(values: npt.NDArray[np.generic], like: Tensor) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values)).to(like.device)

@@ -42,13 +42,6 @@ def test_a_buffer_grows_and_keeps_what_was_placed(streams):
     streams.synchronize()
 
 
-def test_words_are_filled_by_the_caller(streams):
-    host, device = UploadBuffer(streams, HOST).place_words(6)
-    host[:] = np.arange(6)
-    streams.upload(torch.from_numpy(host), device)
-    assert device.tolist() == list(range(6))
-
-
 def test_a_ring_reuses_buffers_of_steps_that_are_done(streams):
     ring = UploadRing(streams, HOST)
     first = ring.take()

@@ -163,7 +163,7 @@ def test_bits_become_masks_alike_on_host_and_device():
     rng = np.random.default_rng(0)
     for vocab in (1, 31, 32, 33, 64, 75, 96):
         masks = rng.integers(-(2**31), 2**31, (5, -(-vocab // 32)), dtype=np.int32)
-        host = _caps(masks, vocab, torch.device("cpu"))
+        host = _caps(masks, vocab, torch.device("cpu"), torch.from_numpy)
         assert host.shape == (5, vocab) and host.isinf().all()
         assert torch.equal(host > 0, _bits(torch.from_numpy(masks), vocab) == 1)
         assert all(

@@ -352,7 +352,7 @@ def test_bad_words_end_no_matching_output():
 def test_penalty_memory_follows_the_text_not_the_vocabulary():
     vocab = 250_000
     sampler = Sampler(1024, vocab)
-    penalties = sampler._penalties
+    penalties = sampler._seats._penalties
     assert penalties._tokens_PL.size == 0
     for seat in range(20):
         one = request(SamplingParams(repetition_penalty=1.1), prompt=range(100))
