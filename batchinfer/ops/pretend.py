@@ -11,14 +11,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from time import perf_counter, sleep
 
 import torch
+from batchinfer_kernels.eager.backend import EagerBackend
+from batchinfer_kernels.eager.step_kernels import EagerStepKernels
 from torch import Tensor
 
 from batchinfer.ops.graphs import GraphBody
 from batchinfer.ops.resources import HOST
 from batchinfer.ops.streams import DeviceMemory, Download
+
+_DRAFT_ROWS = 32
+
+
+class PretendBackend(EagerBackend):
+    """The eager backend with the capabilities of a device whose host runs ahead."""
+
+    def __init__(self) -> None:
+        super().__init__(HOST)
+        self.capabilities = replace(
+            self.capabilities,
+            name="pretend device",
+            drafts_as_sequences=False,
+            max_draft_rows=_DRAFT_ROWS,
+            captures_graphs=True,
+        )
+        self.steps = EagerStepKernels()
 
 
 class PretendStreams:
@@ -127,3 +147,8 @@ def _check_padding(body: GraphBody, num_tokens: int) -> None:
     assert int(lengths_S.max()) <= inputs.max_length, "a context is longer than the graph was captured for"
     assert inputs.has_prompts or int(counts_S.max()) <= inputs.max_queries, "a sequence has too many tokens"
     assert inputs.has_prompts or not inputs.prompt_S.any(), "a prompt in a graph without"
+
+
+def pretend_backend() -> PretendBackend:
+    """Return the backend of the pretend device."""
+    return PretendBackend()

@@ -30,6 +30,13 @@ class StepFacts(NamedTuple):
     max_queries: int  # most tokens of one sequence
     has_prompts: bool
 
+    def bounds(self) -> Rung:
+        """Return the rung without padding: how the step is launched if there is no graph for it."""
+        if self.has_prompts or self.max_queries > _DRAFT_QUERIES:
+            return Rung(self.tokens, self.sequences, self.max_length, 1, True)
+        queries = 1 if self.max_queries == 1 else _DRAFT_QUERIES
+        return Rung(self.tokens, self.sequences, self.max_length, queries, False)
+
 
 class Rung(NamedTuple):
     """Size of a captured step: upper bounds of its facts. Fields as in StepFacts and StepInputs."""

@@ -51,3 +51,20 @@ def token_logprobs(
             values = (logits_RV[row, ids_K].double() - norm_R1[row]).tolist()
             entries[row] = entries[row]._replace(top=tuple(zip(named, values, strict=True)))
     return entries
+
+
+def listed_logprobs(
+    tokens_R: Ints,
+    values_RC: npt.NDArray[np.float64],
+    ids_RK: npt.NDArray[np.int32],
+    counts_R: Ints,
+) -> list[TokenLogprob]:
+    """Return logprobs as a device gathered them: each row's own first, then those of its `counts` listed ids.
+
+    C = 1 + K
+    """
+    rows = zip(tokens_R.tolist(), values_RC.tolist(), ids_RK.tolist(), counts_R.tolist(), strict=True)
+    return [
+        TokenLogprob(token, values[0], tuple(zip(ids[:count], values[1 : 1 + count], strict=True)))
+        for token, values, ids, count in rows
+    ]

@@ -10,6 +10,7 @@ T tokens of a step · R rows that are read · E hidden size · V vocabulary
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -55,7 +56,8 @@ class PromptReader:
         parts = [slice(end - read.rows, end) for read, end in zip(plan.reads, ends, strict=True)]
         joins = [self._joins[plan.seats[read.place]] for read in plan.reads]
         readings: list[Reading | None] = [
-            None if join.pooling is None else _pooled(hidden_RE[part]) for join, part in zip(joins, parts, strict=True)
+            None if join.pooling is None else pooled_reading(pooled_states(hidden_RE[part]).tolist())
+            for join, part in zip(joins, parts, strict=True)
         ]
         scored = [place for place, reading in enumerate(readings) if reading is None]
         if len(scored) < len(readings) and scored:
@@ -69,14 +71,7 @@ class PromptReader:
     def _score_prompts(
         self, hidden_RE: Tensor, reads: list[PromptRead], joins: list[Join], slice_rows: int
     ) -> list[Reading]:
-        targets_R = np.concatenate(
-            [
-                np.array(join.prompt[read.first + 1 : read.first + 1 + read.rows], dtype=np.int64)
-                for read, join in zip(reads, joins, strict=True)
-            ]
-        )
-        counts = [read.rows for read in reads]
-        best_R = np.repeat([join.params.prompt_logprobs or 0 for join in joins], counts)
+        targets_R, best_R = scored_tokens(reads, joins)
         entries: list[TokenLogprob] = []
         unsound = np.zeros(len(targets_R), dtype=bool)
         for start in range(0, len(targets_R), slice_rows):
@@ -85,16 +80,38 @@ class PromptReader:
             largest_R = argmax(logits_RV)[0]
             unsound[rows] = (~largest_R.isfinite()).cpu().numpy()
             entries += token_logprobs(logits_RV, largest_R, targets_R[rows], best_R[rows])
-        readings = []
-        first = 0
-        for count in counts:
-            sound = not unsound[first : first + count].any()
-            readings.append(Reading(entries[first : first + count]) if sound else Reading(failure=NOT_FINITE))
-            first += count
-        return readings
+        return cut_readings(reads, entries, unsound)
 
 
-def _pooled(hidden_RE: Tensor) -> Reading:
-    """Return the sum of the rows in float64, so that it does not depend on how the rows are cut into steps."""
-    total = array("d", hidden_RE.double().sum(0).tolist())
+def scored_tokens(reads: Sequence[PromptRead], joins: Sequence[Join]) -> tuple[Ints, Ints]:
+    """Return the prompt token that each row of these reads scores, and how many of the best tokens it lists."""
+    targets = [
+        np.array(join.prompt[read.first + 1 : read.first + 1 + read.rows], dtype=np.int64)
+        for read, join in zip(reads, joins, strict=True)
+    ]
+    best = [join.params.prompt_logprobs or 0 for join in joins]
+    return np.concatenate(targets), np.repeat(best, [read.rows for read in reads])
+
+
+def cut_readings(
+    reads: Sequence[PromptRead], entries: list[TokenLogprob], unsound_R: npt.NDArray[np.bool_]
+) -> list[Reading]:
+    """Return the reading of each read. unsound_R: rows whose logits are not finite."""
+    readings = []
+    first = 0
+    for read in reads:
+        rows = slice(first, first + read.rows)
+        readings.append(Reading(failure=NOT_FINITE) if unsound_R[rows].any() else Reading(entries[rows]))
+        first += read.rows
+    return readings
+
+
+def pooled_states(hidden_RE: Tensor) -> Tensor:
+    """Return the sum of the rows in float64 [E], so that it does not depend on how the rows are cut into steps."""
+    return hidden_RE.double().sum(0)
+
+
+def pooled_reading(total_E: Sequence[float]) -> Reading:
+    """Return the reading of a sum of hidden states."""
+    total = array("d", total_E)
     return Reading(hidden=total) if np.isfinite(total).all() else Reading(failure=_NOT_FINITE_STATES)
