@@ -28,15 +28,14 @@ class RopeConfig:
 
 
 class Rotary:
-    """cos and sin for a step's positions. `context_tokens` is the longest context that will be asked for."""
+    """cos and sin for a step's positions, which are on `device`. `context_tokens`: the longest context in use."""
 
-    def __init__(self, config: RopeConfig, context_tokens: int) -> None:
-        self.frequencies_R, self.factor = SCALINGS[config.kind].compute(config, context_tokens)
+    def __init__(self, config: RopeConfig, context_tokens: int, device: torch.device = HOST) -> None:
+        frequencies_R, self.factor = SCALINGS[config.kind].compute(config, context_tokens)
+        self.frequencies_R = frequencies_R.to(device)
 
     def cos_sin(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
         """Float32 [T, R], times the scaling's attention factor."""
-        if self.frequencies_R.device != positions_T.device:
-            self.frequencies_R = self.frequencies_R.to(positions_T.device)
         angles_TR = positions_T[:, None].float() * self.frequencies_R
         cos_TR, sin_TR = angles_TR.cos(), angles_TR.sin()
         if self.factor != 1.0:

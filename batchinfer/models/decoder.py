@@ -126,7 +126,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(backend, config, layer) for layer in config.layers)
         self.norm = RMSNorm(config.hidden_size, backend, config.norm_eps, config.family.norm_offset)
         self.head = None if config.tied else Linear(backend, config.hidden_size, config.vocab_size)
-        self.rotaries = [Rotary(rope, config.context_tokens) for rope in config.ropes]
+        self.rotaries = [Rotary(rope, config.context_tokens, backend.device) for rope in config.ropes]
         windows = tuple(layer.window for layer in config.layers)
         self._attention = AttentionFacts(config.attention.num_heads, windows, self.dtype)
         self._stack: LayerStack | None = None

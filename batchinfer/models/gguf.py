@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from batchinfer.errors import ModelError
 from batchinfer.models import gguf_blocks, gguf_config
 from batchinfer.models.checkpoint import StoredTensor, TensorSlice
 from batchinfer.models.gguf_header import TensorInfo, read_header
+from batchinfer.ops.staging import HOST_WRITES, Staging
 
 SUPPORTED = frozenset(
     {
@@ -39,9 +40,10 @@ _THREADS = 2  # numpy releases the GIL here; more threads only share the memory 
 class GGUFFile:
     """Checkpoint in a GGUF file. Tensor bytes are memory-mapped and read lazily."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, staging: Staging = HOST_WRITES) -> None:
         """Open the file. Raises ModelError if it is missing, truncated, damaged or of an unknown architecture."""
         self.path = Path(path)
+        self._staging = staging
         self.header = read_header(self.path)
         self.metadata = self.header.metadata
         self.tensors = self.header.tensors
@@ -96,7 +98,7 @@ class GGUFFile:
             return
         ggml_type, first = self._type(self.tensors[name]), 0
         for raw_rows in self._raw_rows(name, part):
-            _dequantize(raw_rows.reshape(-1), ggml_type, out[first : first + len(raw_rows)].view(-1))
+            self._staging.write(out[first : first + len(raw_rows)], partial(_fill_rows, raw_rows, ggml_type))
             first += len(raw_rows)
 
     def read_blocks(self, part: TensorSlice) -> BlockMatrix | None:
@@ -170,6 +172,10 @@ class GGUFFile:
                 "the file is truncated, download it again"
             )
         return self._data[start:end]
+
+
+def _fill_rows(raw_rows: np.ndarray, ggml_type: GGMLType, rows: range, out: torch.Tensor) -> None:
+    _dequantize(raw_rows[rows.start : rows.stop].reshape(-1), ggml_type, out.view(-1))
 
 
 def _dequantize(raw: np.ndarray, ggml_type: GGMLType, out: torch.Tensor) -> None:

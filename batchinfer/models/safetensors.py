@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from batchinfer.errors import ModelError
 from batchinfer.models.checkpoint import StoredTensor, TensorSlice
 from batchinfer.models.file_kind import said
 from batchinfer.models.json_file import read_json
-from batchinfer.ops.resources import HOST
+from batchinfer.ops.staging import Staging
 
 _ONE_FILE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -42,8 +43,9 @@ _BUFFER_BYTES = 16 << 20
 class SafetensorsFiles:
     """Tensors of model.safetensors, or of all the files that its index names. See Checkpoint."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, staging: Staging) -> None:
         """Read the headers. Raises ModelError for files that are missing, not whole or something else."""
+        self._staging = staging
         self._stored: dict[str, StoredTensor] = {}
         self._places: dict[str, tuple[torch.dtype | None, int]] = {}  # dtype if it is a float, offset in the file
         self._buffer = torch.empty(_BUFFER_BYTES, dtype=torch.uint8)
@@ -68,18 +70,19 @@ class SafetensorsFiles:
             reader = _SliceReader(opened.fileno(), f"{file} ends inside {part.name}", offset + skipped, row_bytes)
             targets = torch.split(out.view(part.num_rows, len(columns)), [len(rows) for rows in part.rows])
             for rows, target in zip(part.rows, targets, strict=True):
-                self._read_range(reader, rows, dtype, target)
+                self._staging.write(target, partial(self._read_range, reader, rows.start, dtype))
 
-    def _read_range(self, reader: _SliceReader, rows: range, dtype: torch.dtype, out_NC: Tensor) -> None:
-        """Read rows into `out_NC`: straight into its memory if that takes no conversion, else through the buffer."""
-        columns = out_NC.shape[1]
+    def _read_range(self, reader: _SliceReader, start: int, dtype: torch.dtype, rows: range, out_NC: Tensor) -> None:
+        """Read rows from `start` on: straight into the memory if that takes no conversion, else through the buffer."""
+        first, columns = start + rows.start, out_NC.shape[1]
+        if out_NC.dtype == dtype:
+            reader.read_rows(first, out_NC)
+            return
         for chunk in torch.split(out_NC, self._rows_at_once(columns * dtype.itemsize)):
-            direct = chunk.dtype == dtype and chunk.device == HOST
-            numbers = chunk if direct else self._scratch(dtype, len(chunk), columns)
-            reader.read_rows(rows.start, numbers)
-            rows = rows[len(chunk) :]
-            if not direct:
-                chunk.copy_(numbers)
+            numbers = self._scratch(dtype, len(chunk), columns)
+            reader.read_rows(first, numbers)
+            chunk.copy_(numbers)
+            first += len(chunk)
 
     def _rows_at_once(self, width: int) -> int:
         if width > len(self._buffer):

@@ -1,8 +1,9 @@
 """Weights from disk into a decoder, matrix by matrix: each is read, packed on its device and freed before the next.
 
-State: none but the decoder that is built. Memory: what is packed already, one matrix in the dtype of activations, and
-a buffer of a few megabytes. Failure: a checkpoint that does not go with its configuration raises ModelError before
-the first weight is read, with file, tensor and shapes.
+State: none but the decoder that is built. Memory: what is packed already, one matrix in the dtype of activations (which
+is the packed one, where a backend computes with it as it is), and on the host buffers of megabytes. Failure: a
+checkpoint that does not go with its configuration raises ModelError before the first weight is read, with file, tensor
+and shapes.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from batchinfer.models.safetensors import SafetensorsFiles
 from batchinfer.models.schemes import SCHEMES, GGUFScheme, PlainScheme, Scheme
 from batchinfer.ops.backend import Backend
 from batchinfer.ops.choose import load_backend
+from batchinfer.ops.staging import Staging, make_staging
 
 _NEVER_NEEDED = ".rotary_emb.inv_freq"  # old Llama files hold what follows from the config
 _COMPARED_NUMBERS = 1 << 22  # at once, of two tensors
@@ -50,14 +52,17 @@ def load_decoder(
     max_model_len: int | None = None,
     backend: Backend | None = None,
     cut: Cut = WHOLE,
+    staging: Staging | None = None,
 ) -> Decoder:
     """Load a decoder from a directory with config.json and safetensors, or from a .gguf file. Raises ModelError.
 
     `max_model_len` shortens the context: decoder.config.context_tokens. `backend` None: the best there is here. With
-    `cut` the decoder holds one rank's share of the weights, and its config one rank's sizes.
+    `cut` the decoder holds one rank's share of the weights, and its config one rank's sizes. `staging`: the way of the
+    weights to the backend's device; None: the device's usual one.
     """
     backend = backend or load_backend()
-    source = _open_source(path, precision)
+    keep_blocks = precision == EXACT and not backend.capabilities.dtype_of_activations
+    source = _open_source(path, staging or make_staging(backend.device), keep_blocks)
     config = _shortened(source.config, max_model_len)
     check_cut(config, cut, str(path))
     decoder = _empty(rank_config(config, cut), precision.activations.dtype, backend)
@@ -70,15 +75,13 @@ def load_decoder(
     return decoder.eval()
 
 
-def _open_source(path: Path, precision: WeightPrecision) -> _WeightSource:
+def _open_source(path: Path, staging: Staging, keep_blocks: bool) -> _WeightSource:
     if path.suffix == ".gguf":
-        gguf = GGUFFile(path)
+        gguf = GGUFFile(path, staging)
         config = parse_config(gguf.config_dict(), str(path))
-        return _WeightSource(
-            path, config, gguf, GGUFScheme(gguf, keep_blocks=precision == EXACT), config.family.prefixes[0]
-        )
+        return _WeightSource(path, config, gguf, GGUFScheme(gguf, keep_blocks), config.family.prefixes[0])
     config = load_config(path)
-    files = SafetensorsFiles(path)
+    files = SafetensorsFiles(path, staging)
     prefix = _prefix(config, files.stored)
     if config.tied and _own_head(path, files, prefix):
         config = replace(config, tied=False)

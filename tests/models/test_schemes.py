@@ -15,6 +15,7 @@ from batchinfer.models.checkpoint import TensorSlice
 from batchinfer.models.safetensors import SafetensorsFiles
 from batchinfer.models.weights import load_decoder
 from batchinfer.ops.resources import HOST
+from batchinfer.ops.staging import HOST_WRITES
 from tests.models.tiny import build
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
@@ -65,7 +66,7 @@ def test_slices_are_read_through_a_buffer_of_any_size(
     monkeypatch.setattr(safetensors, "_BUFFER_BYTES", buffer_bytes)
     tensor = torch.randn(23, 17).to(dtype)
     save_file({"x": tensor}, tmp_path / "model.safetensors")
-    files = SafetensorsFiles(tmp_path)
+    files = SafetensorsFiles(tmp_path, HOST_WRITES)
     for columns in (range(17), range(3, 4), range(9, 17)):
         for rows in ((range(23),), (range(2, 5), range(20, 23)), (range(4, 4),)):
             expected = torch.cat([tensor[part.start : part.stop, columns.start : columns.stop] for part in rows])
@@ -77,7 +78,7 @@ def test_slices_are_read_through_a_buffer_of_any_size(
 
 def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path) -> None:
     save_file({"x": torch.ones(4, 4)}, tmp_path / "model.safetensors")
-    files = SafetensorsFiles(tmp_path)
+    files = SafetensorsFiles(tmp_path, HOST_WRITES)
     content = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(content[:-8])
     with pytest.raises(ModelError, match=r"model\.safetensors ends inside x"):
