@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -50,9 +51,11 @@ class Launch:
     """One launch of a kernel. An access moves each of its addresses once, however many lanes share one."""
 
     kernel: str
-    extents: list[_Extent]
+    names: dict[_Extent, str]  # tensor arguments
     loaded_bytes: int = 0
     stored_bytes: int = 0
+    loaded_from: Counter[str] = field(default_factory=Counter)  # bytes by name of the argument
+    stored_to: Counter[str] = field(default_factory=Counter)
     loads: dict[_Program, list[np.ndarray]] = field(default_factory=dict, repr=False)
     stores: dict[_Program, list[np.ndarray]] = field(default_factory=dict, repr=False)
 
@@ -60,18 +63,22 @@ class Launch:
         """Count one access; raise OutOfBounds."""
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
         addresses = np.unique(pointers.data[np.broadcast_to(np.asarray(mask), pointers.data.shape)].astype(np.int64))
-        extents = pointers.attr.get("extent") or self.extents
-        inside = [(addresses >= low) & (addresses + size <= high) for low, high in extents]
-        outside = len(addresses) - int(np.logical_or.reduce(inside, axis=0).sum()) if extents else len(addresses)
-        if outside:
+        extents = pointers.attr.get("extent") or list(self.names)
+        inside = np.zeros(len(addresses), bool)
+        for low, high in extents:
+            inside |= (addresses >= low) & (addresses + size <= high)
+        if outside := len(addresses) - int(inside.sum()):
             raise OutOfBounds(f"{self.kernel}, {_line()}, program {program}: {kind} of {outside} numbers out of bounds")
         numbers = len(addresses) * size
         accesses = self.loads if kind == "load" else self.stores
         accesses.setdefault(program, []).append((addresses[:, None] + np.arange(size)).ravel())
+        name = self.names[extents[0]] if "extent" in pointers.attr and extents else ""
         if kind == "load":
             self.loaded_bytes += numbers
+            self.loaded_from[name] += numbers
         else:
             self.stored_bytes += numbers
+            self.stored_to[name] += numbers
 
     def check_races(self) -> None:
         """Raise Race. Addresses are compared byte by byte."""
@@ -163,7 +170,9 @@ def _recording(access, kind: str, launches: list[Launch]):
 
 def _launching(call, launches: list[Launch]):
     def wrapped(self, *arguments, **options):
-        launches.append(Launch(self.fn.__name__, list(_extents([*arguments, *options.values()]))))
+        named = zip([*self.arg_names[: len(arguments)], *options], [*arguments, *options.values()], strict=True)
+        names = {extent: name for name, argument in named for extent in _extents(argument)}
+        launches.append(Launch(self.fn.__name__, names))
         call(self, *arguments, **options)
         launches[-1].check_races()
 

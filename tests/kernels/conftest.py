@@ -66,6 +66,12 @@ def ops(variant):
 
 
 @pytest.fixture
+def eager():
+    """Return the eager backend alone."""
+    return EagerBackend(torch.device("cpu"))
+
+
+@pytest.fixture
 def interpreted():
     """Return the Triton backend alone, in the interpreter."""
     if not _TRITON:

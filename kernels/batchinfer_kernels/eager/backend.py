@@ -26,7 +26,7 @@ from batchinfer_kernels.eager.activation import gelu_mul, silu_mul
 from batchinfer_kernels.eager.copy_blocks import copy_blocks
 from batchinfer_kernels.eager.linear import DenseMatrix, gated_linear, linear, pack_linear, packed_rows
 from batchinfer_kernels.eager.paged_attention import paged_attention
-from batchinfer_kernels.eager.rms_norm import add_rms_norm, rms_norm
+from batchinfer_kernels.eager.rms_norm import add_rms_norm, rms_norm, rms_norm_quantized
 from batchinfer_kernels.eager.rope_kv_write import rope_kv_write
 from batchinfer_kernels.eager.step_index import EagerStepIndex, prepare
 from batchinfer_kernels.eager.step_kernels import EagerStepKernels
@@ -67,6 +67,18 @@ class EagerBackend:
         self, x_NE: Tensor, residual_NE: Tensor, weight_E: Tensor, eps: float, offset: float = 0.0
     ) -> Tensor:
         return add_rms_norm(x_NE, residual_NE, weight_E, eps, offset)
+
+    def rms_norm_quantized(
+        self,
+        x_NE: Tensor,
+        residual_NE: Tensor | None,
+        weight_E: Tensor,
+        eps: float,
+        offset: float,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the norm as float8_e4m3fn or int8 with one scale per row, for products of 8-bit numbers."""
+        return rms_norm_quantized(x_NE, residual_NE, weight_E, eps, offset, dtype)
 
     def silu_mul(self, x_T2F: Tensor) -> Tensor:
         return silu_mul(x_T2F)

@@ -24,7 +24,15 @@ def rope_kv_write(
         _turn(k_TKD, *cos_sin)
     blocks_T, offsets_T = index.places_T
     for number, new_TKD in enumerate((k_TKD, v_TKD)):
-        kv_N2KBD[blocks_T, number, :, offsets_T] = new_TKD.to(kv_N2KBD.dtype)
+        kv_N2KBD[blocks_T, number, :, offsets_T] = _stored(new_TKD, kv_N2KBD.dtype)
+
+
+def _stored(x_TKD: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return keys or values in the cache's dtype. float8_e4m3fn saturates, as on GPUs; NaN stays NaN."""
+    if dtype == torch.float8_e4m3fn:
+        largest = torch.finfo(dtype).max
+        x_TKD = x_TKD.clamp(-largest, largest)
+    return x_TKD.to(dtype)
 
 
 def _turn(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> None:
