@@ -84,3 +84,10 @@ def compiled(variant):
     """For what is about C++ alone."""
     if variant not in _COMPILED:
         pytest.skip("about C++")
+
+
+@pytest.fixture
+def not_compiled(variant):
+    """For what C++ is never given."""
+    if variant in _COMPILED:
+        pytest.skip("C++ gets steps without padding")

@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 from batchinfer_kernels.contract import AttentionFacts, ScoreRule, StepInputs
-from batchinfer_kernels.eager.backend import EagerBackend
 
 HEADS, KV_HEADS, SIZE, BLOCK, BLOCKS = 4, 2, 8, 4, 40
 
@@ -52,15 +51,17 @@ def padded(step: StepInputs, tokens: int, sequences: int, seats: list[int]) -> S
     )
 
 
+@pytest.mark.sampled([0, 5])
+@pytest.mark.usefixtures("not_compiled")
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("counts", [[1, 1, 1, 1], [1, 6, 1, 3], [9, 1, 2, 14]])
 @pytest.mark.parametrize(("tokens", "sequences"), [(0, 0), (5, 0), (0, 3), (5, 3)])
-def test_padding_changes_nothing(window, counts, tokens, sequences):
+def test_padding_changes_nothing(ops, window, counts, tokens, sequences):
     generator = torch.Generator().manual_seed(sum(counts))
     lengths = [20, 14, 3, 17]
     blocks = torch.randperm(BLOCKS - 1, generator=generator).view(-1)[:20].view(4, 5).tolist()
     step = step_of(lengths, counts, blocks)
-    backend, rule = EagerBackend(torch.device("cpu")), ScoreRule(0.3, window)
+    rule = ScoreRule(0.3, window)
     cache = torch.randn(BLOCKS, 2, KV_HEADS, BLOCK, SIZE, generator=generator)
     cache[-1] = math.nan
     rows = sum(counts)
@@ -69,10 +70,10 @@ def test_padding_changes_nothing(window, counts, tokens, sequences):
     results = []
     for one in (step, padded(step, tokens, sequences, [7, 2, 5, 0])):
         kv = cache.clone()
-        index = backend.prepare(one, kv, AttentionFacts(HEADS, (window,), torch.float32))
+        index = ops.prepare(one, kv, AttentionFacts(HEADS, (window,), torch.float32))
         q, k, v = (part.clone() for part in qkv[: len(one.slots_T)].split([HEADS, KV_HEADS, KV_HEADS], dim=1))
-        backend.rope_kv_write(q, k, v, None, kv, index)
-        results.append((backend.paged_attention(q, kv, index, rule)[:rows], kv[:-1]))
+        ops.rope_kv_write(q, k, v, None, kv, index)
+        results.append((ops.paged_attention(q, kv, index, rule)[:rows], kv[:-1]))
     (plain, plain_kv), (out, kv) = results
     assert torch.equal(kv, plain_kv)
     torch.testing.assert_close(out, plain)
