@@ -17,7 +17,8 @@ T tokens of a step · N rows that are sampled · E hidden size
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +29,7 @@ from batchinfer_kernels.steps import SampleRows
 from torch import Tensor
 
 from batchinfer.engine.plan import StepPlan, StepResult
-from batchinfer.errors import RowError
+from batchinfer.errors import OutOfDeviceMemory, RowError
 from batchinfer.models.decoder import Decoder
 from batchinfer.ops.graphs import GraphBody, Graphs
 from batchinfer.ops.streams import Download, Streams, UploadBuffer, UploadRing
@@ -116,48 +117,16 @@ class DeviceRunner:
     def launch(self, plan: StepPlan, constraints: Mapping[int, Constraint] | None = None) -> Ticket:
         """Start a step. `constraints`: grammars of sequences that join, by seat.
 
-        Raises ValueError for a plan that is out of bounds, and torch's errors.
+        Raises ValueError for a plan that is out of bounds, OutOfDeviceMemory, and torch's errors.
         """
-        assert len(self._flying) <= self.depth and not any(ticket.waiting for ticket in self._flying)
-        joins = list({join.seat: join for join in plan.joins}.values())
-        for join in joins:
-            self._sampler.seat_sequence(join, constraints.get(join.seat) if constraints else None)
-            self._reader.seat_sequence(join)
-        step = HostStep.of_plan(plan)
-        facts = step.facts(self._sampler.seats.prompt_tokens)
-        if plan.seats:
-            check_plan(plan, facts, self._limits, in_flight=bool(self._flying))
-        uploads = self._ring.take()
-        rows = self._sampler.rows_of(step.seats_N, step.positions_N)
-        waits_N = (rows.flags_N & ON_HOST) != 0
-        order_N = np.argsort(waits_N, kind="stable")  # rows that wait come last
-        packed = pack_plan(plan, step, self._sampler.join_words(joins), order_N, uploads.place)
-        if plan.joins or plan.grown:
-            self._steps.update_seats(packed.updates, self._state)
-        ticket = Ticket(uploads, len(order_N), [], None, None)
-        if plan.seats:
-            self._compute(plan, packed, facts)
-            self._sample(ticket, rows.select(order_N), packed.rows, len(order_N) - int(waits_N.sum()))
-            if plan.reads:
-                ticket.reads = self._reader.launch(self._hidden_TE, plan, step.query_starts_X, uploads.place)
-        if not (ticket.samples or ticket.waiting or ticket.reads):
-            ticket.done = self._streams.download(packed.step.query_starts_X)
-        self._flying.append(ticket)
-        return ticket
+        with _device_memory():
+            return self._launch(plan, constraints)
 
     @torch.inference_mode()
     def collect(self, ticket: Ticket) -> StepResult:
-        """Wait for the oldest step in flight. Raises what the device could not do."""
-        assert ticket is self._flying[0], "steps are collected in the order of their launches"
-        samples = [(flight.rows, self._sampler.collect(flight)) for flight in ticket.samples]
-        self._flying.popleft()
-        if self._flying:  # its rows that waited for these tokens
-            self._sample_waiting(self._flying[0])
-        readings = [] if ticket.reads is None else self._reader.collect(ticket.reads)
-        if ticket.done is not None:
-            ticket.done.wait()
-        self._ring.give_back(ticket.uploads)
-        return _merge(ticket.num_rows, samples)._replace(readings=readings)
+        """Wait for the oldest step in flight. Raises what the device could not do, as `launch` does."""
+        with _device_memory():
+            return self._collect(ticket)
 
     def discard(self) -> None:
         """Forget all steps in flight: nothing of them counts, and their sequences join again or are gone."""
@@ -195,7 +164,47 @@ class DeviceRunner:
 
         return GraphBody(run, inputs, caches, hidden_TE)
 
-    # -- parts of a launch ------------------------------------------------------------------------------------------
+    # -- parts of a step --------------------------------------------------------------------------------------------
+
+    def _launch(self, plan: StepPlan, constraints: Mapping[int, Constraint] | None) -> Ticket:
+        assert len(self._flying) <= self.depth and not any(ticket.waiting for ticket in self._flying)
+        joins = list({join.seat: join for join in plan.joins}.values())
+        for join in joins:
+            self._sampler.seat_sequence(join, constraints.get(join.seat) if constraints else None)
+            self._reader.seat_sequence(join)
+        step = HostStep.of_plan(plan)
+        facts = step.facts(self._sampler.seats.prompt_tokens)
+        if plan.seats:
+            check_plan(plan, facts, self._limits, in_flight=bool(self._flying))
+        uploads = self._ring.take()
+        rows = self._sampler.rows_of(step.seats_N, step.positions_N)
+        waits_N = (rows.flags_N & ON_HOST) != 0
+        order_N = np.argsort(waits_N, kind="stable")  # rows that wait come last
+        packed = pack_plan(plan, step, self._sampler.join_words(joins), order_N, uploads.place)
+        if plan.joins or plan.grown:
+            self._steps.update_seats(packed.updates, self._state)
+        ticket = Ticket(uploads, len(order_N), [], None, None)
+        if plan.seats:
+            self._compute(plan, packed, facts)
+            self._sample(ticket, rows.select(order_N), packed.rows, len(order_N) - int(waits_N.sum()))
+            if plan.reads:
+                ticket.reads = self._reader.launch(self._hidden_TE, plan, step.query_starts_X, uploads.place)
+        if not (ticket.samples or ticket.waiting or ticket.reads):
+            ticket.done = self._streams.download(packed.step.query_starts_X)
+        self._flying.append(ticket)
+        return ticket
+
+    def _collect(self, ticket: Ticket) -> StepResult:
+        assert ticket is self._flying[0], "steps are collected in the order of their launches"
+        samples = [(flight.rows, self._sampler.collect(flight)) for flight in ticket.samples]
+        self._flying.popleft()
+        if self._flying:  # its rows that waited for these tokens
+            self._sample_waiting(self._flying[0])
+        readings = () if ticket.reads is None else self._reader.collect(ticket.reads)
+        if ticket.done is not None:
+            ticket.done.wait()
+        self._ring.give_back(ticket.uploads)
+        return _merge(ticket.num_rows, samples)._replace(readings=readings)
 
     def _compute(self, plan: StepPlan, packed: PackedPlan, facts: StepFacts) -> None:
         """Run the forward pass: hidden states of the step's tokens come first in `_hidden_TE`."""
@@ -230,6 +239,15 @@ class DeviceRunner:
             ticket.waiting = None
             flight = self._sampler.launch(waiting.hidden_NE, waiting.rows, waiting.where, ticket.uploads.place)
             ticket.samples.append(flight)
+
+
+@contextmanager
+def _device_memory() -> Iterator[None]:
+    """Raise OutOfDeviceMemory where torch says that the device has no room."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfDeviceMemory(str(error).partition("\n")[0]) from error
 
 
 def _merge(num_rows: int, found: list[tuple[HostRows, Samples]]) -> StepResult:

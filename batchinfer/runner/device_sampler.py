@@ -28,7 +28,7 @@ from batchinfer.ops.step_kernels import StepKernels
 from batchinfer.ops.streams import Download, Streams, Upload
 from batchinfer.request import MAX_LOGPROBS, Constraint, TokenLogprob
 from batchinfer.runner.logprobs import NOT_FINITE, listed_logprobs
-from batchinfer.runner.sampling_seats import LOGPROBS, NOTHING_LEFT, ON_HOST, RANDOM, SamplingSeats
+from batchinfer.runner.sampling_seats import LOGPROBS, NOTHING_LEFT, ON_HOST, RANDOM, REFUSED, SamplingSeats
 
 Ints = npt.NDArray[np.int64]
 Words = npt.NDArray[np.int32]
@@ -116,9 +116,10 @@ class DeviceSampler:
         return words_J12
 
     def rows_of(self, seats_N: Ints, positions_N: Ints) -> HostRows:
-        """Return all rows of a step."""
-        places_N = np.arange(len(seats_N))
-        return HostRows(places_N, seats_N, positions_N, self.seats.flags[seats_N], self._taken[seats_N])
+        """Return all rows of a step. Refused ones have no logprobs: what they name may be no token."""
+        flags_N = self.seats.flags[seats_N]
+        flags_N[(flags_N & REFUSED) != 0] &= ~np.uint8(LOGPROBS)
+        return HostRows(np.arange(len(seats_N)), seats_N, positions_N, flags_N, self._taken[seats_N])
 
     def launch(self, hidden_NE: Tensor, rows: HostRows, where: SampleRows, upload: Upload) -> SamplesInFlight:
         """Sample from the hidden states of rows. Processors of these rows know all tokens before.
