@@ -1,7 +1,12 @@
-"""Ops of steps on the device: the same tokens and logprobs as the host's sampler, and nothing that waits."""
+"""Ops of steps on the device: the same tokens and logprobs as the host's sampler, and nothing that waits.
+
+Torch's ops and Triton's kernels are tested alike, the kernels in the interpreter, with every access checked. The
+interpreter's exp is replaced by torch's, so that equality is exact; other devices' differ in the last bits.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import math
 
 import numpy as np
@@ -21,10 +26,47 @@ from tests.kernels.seats import GREEDY, Seat, ints, sample_rows_of, sampled_rows
 from tests.runner.test_sample_tokens import chi_square, kept
 
 
+@pytest.fixture(params=["eager", "triton"])
+def unchecked(request, monkeypatch):
+    """Return the kernels under test. Triton's have the exp, and so the weights, of torch's, bit for bit."""
+    if request.param == "eager":
+        return EagerStepKernels()
+    steps = interpreted_kernels()
+    exp_of_torch(monkeypatch)
+    return steps
+
+
 @pytest.fixture
-def steps():
-    """Return the kernels under test."""
-    return EagerStepKernels()
+def steps(unchecked):
+    """Return the same, with every access of Triton's checked."""
+    if isinstance(unchecked, EagerStepKernels):
+        yield unchecked
+        return
+    from tests.kernels.access_checker import checked_accesses
+
+    with checked_accesses():
+        yield unchecked
+
+
+def interpreted_kernels():
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    from batchinfer_kernels.triton.step_kernels import TritonStepKernels
+
+    from tests.kernels import interpreter
+
+    interpreter.install()
+    return TritonStepKernels()
+
+
+def exp_of_torch(monkeypatch):
+    from triton.runtime import interpreter
+
+    def create_exp(self, values):
+        exp = torch.from_numpy(np.ascontiguousarray(values.data)).exp().numpy()
+        return interpreter.TensorHandle(exp, values.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_exp", create_exp)
 
 
 def sample(steps, logits_NV, seats, positions=None, parameters=None):
@@ -82,11 +124,10 @@ SEATS = {
 }
 
 
-@pytest.mark.parametrize("step", [0.0, 0.5])
-@pytest.mark.parametrize("vocab", [1, 33, 1000, 3001])
+@pytest.mark.parametrize(("vocab", "step"), [(1, 0.0), (33, 0.5), (1000, 0.0), (3001, 0.5)])
 def test_tokens_are_those_of_the_hosts_sampler(steps, vocab, step):
-    """Rows of all parameters in one call, each at several positions; logits in steps tie at every threshold."""
-    seats = list(SEATS.values()) * 4
+    """Rows of all parameters in one call; logits in steps tie at every threshold."""
+    seats = list(SEATS.values())
     positions = [position * 1000 for position in range(len(seats))]
     logits_NV = random_logits(len(seats), vocab, vocab, step=step)
     tokens, status, state = sample(steps, logits_NV, seats, positions)
@@ -95,11 +136,11 @@ def test_tokens_are_those_of_the_hosts_sampler(steps, vocab, step):
     assert state.last_tokens_P.tolist() == [*tokens, 0]
 
 
-@pytest.mark.parametrize("vocab", [49_152, 262_144])
-def test_tokens_of_large_vocabularies(steps, vocab):
-    seats = list(SEATS.values())
+@pytest.mark.parametrize("vocab", [50_257, 262_147])
+def test_tokens_of_large_vocabularies(unchecked, vocab):
+    seats = [SEATS[case] for case in ("greedy", "top_p", "all")]
     logits_NV = random_logits(len(seats), vocab, spread=4.0)
-    assert sample(steps, logits_NV, seats)[0] == host_tokens(logits_NV, seats, [3] * len(seats))
+    assert sample(unchecked, logits_NV, seats)[0] == host_tokens(logits_NV, seats, [3] * len(seats))
 
 
 @st.composite
@@ -113,17 +154,60 @@ def seats_of(draw_value):
     )
 
 
-@given(
-    st.lists(seats_of(), min_size=1, max_size=8),
+mixes = given(
+    st.lists(seats_of(), min_size=1, max_size=4),
     st.integers(2, 300),
     st.integers(0, 2**20),
     st.sampled_from([0.0, 0.25, 4.0]),
 )
-@settings(max_examples=60, deadline=None)
-def test_any_mix_of_parameters(seats, vocab, position, step):
+
+
+def check_mix(steps, seats, vocab, position, step):
     logits_NV = random_logits(len(seats), vocab, vocab + position, step=step)
     positions = [position] * len(seats)
-    assert sample(EagerStepKernels(), logits_NV, seats, positions)[0] == host_tokens(logits_NV, seats, positions)
+    assert sample(steps, logits_NV, seats, positions)[0] == host_tokens(logits_NV, seats, positions)
+
+
+@mixes
+@settings(max_examples=80, deadline=None)
+def test_any_mix_of_parameters(seats, vocab, position, step):
+    check_mix(EagerStepKernels(), seats, vocab, position, step)
+
+
+def test_any_mix_of_parameters_in_triton(monkeypatch):
+    steps = interpreted_kernels()
+    exp_of_torch(monkeypatch)
+
+    @mixes
+    @settings(max_examples=8, deadline=None)
+    def check(seats, vocab, position, step):
+        check_mix(steps, seats, vocab, position, step)
+
+    check()
+
+
+def test_another_exp_changes_next_to_nothing():
+    """NumPy's exp: a weight's last bits change no token of these rows, and the eighth digit of a logprob at most."""
+    steps = interpreted_kernels()
+    seats = list(SEATS.values())
+    logits_NV = random_logits(len(seats), 1000)
+    tokens = sample(steps, logits_NV, seats)[0]
+    assert tokens == host_tokens(logits_NV, seats, [3] * len(seats))
+    mine = steps.gather_logprobs(logits_NV, ints(tokens), 5)
+    theirs = EagerStepKernels().gather_logprobs(logits_NV, ints(tokens), 5)
+    assert torch.equal(mine.ids_NC, theirs.ids_NC)
+    assert (mine.values_NC - theirs.values_NC).abs().max() < 1e-7
+
+
+def test_greedy_rows_cost_one_pass_and_plain_draws_two():
+    steps = interpreted_kernels()
+    from tests.kernels.access_checker import checked_accesses
+
+    logits_NV = random_logits(2, 12_288)
+    for seat, passes in ((GREEDY, 1), (Seat(), 2)):
+        with checked_accesses() as launches:
+            sample(steps, logits_NV, [seat] * 2)
+        assert sum(launch.loaded_bytes for launch in launches) < 1.1 * passes * logits_NV.nbytes
 
 
 def test_a_row_depends_on_nothing_beside_it(steps):

@@ -32,6 +32,7 @@ from batchinfer_kernels.triton.copy_blocks import copy_blocks
 from batchinfer_kernels.triton.paged_attention import paged_attention
 from batchinfer_kernels.triton.rope_kv_write import rope_kv_write
 from batchinfer_kernels.triton.step_index import TritonStepIndex, prepare
+from batchinfer_kernels.triton.step_kernels import TritonStepKernels
 from batchinfer_kernels.triton.targets import target_of
 
 _GATED = {"silu": silu_mul, "gelu": gelu_mul}
@@ -40,7 +41,7 @@ _GATED = {"silu": silu_mul, "gelu": gelu_mul}
 class TritonBackend:
     """See batchinfer.ops.backend.Backend for what each op means."""
 
-    steps = None
+    steps = TritonStepKernels()
 
     def __init__(self, device: torch.device, report: Report) -> None:
         self.device = device

@@ -58,46 +58,34 @@ class Launch(NamedTuple):
 
 _LAUNCHES: Mapping[str, Mapping[str, Sequence[Launch]]] = {
     # kernel → target, or "" for targets without a line → configurations, narrow rows first
-    "decode_attention": {  # block_m follows from the queries and the group
+    "decode_attention": {
         "": (
-            Launch(4, 4, block_n=64, up_to_bytes=256),
-            Launch(4, 4, block_n=32, up_to_bytes=512),
-            Launch(4, 2, block_n=32),
-        ),
-        "sm_80": (
-            Launch(4, 3, block_n=64, up_to_bytes=256),
-            Launch(4, 3, block_n=32, up_to_bytes=512),
-            Launch(4, 2, block_n=32),
+            Launch(4, 3, block_n=64, block_m=16, up_to_bytes=256),
+            Launch(4, 2, block_n=64, block_m=16, up_to_bytes=512),
+            Launch(4, 2, block_n=32, block_m=16),
         ),
         "sm_89": (
-            Launch(4, 3, block_n=64, up_to_bytes=128),
-            Launch(4, 3, block_n=32, up_to_bytes=512),
-            Launch(4, 2, block_n=16),
+            Launch(4, 3, block_n=64, block_m=16, up_to_bytes=128),
+            Launch(4, 2, block_n=64, block_m=16, up_to_bytes=256),
+            Launch(4, 2, block_n=32, block_m=16),
         ),
-        "gfx942": (Launch(4, 2, block_n=64, up_to_bytes=256), Launch(4, 2, block_n=32)),
+        "gfx942": (
+            Launch(4, 2, block_n=64, block_m=16, up_to_bytes=256),
+            Launch(4, 2, block_n=32, block_m=16),
+        ),
     },
     "prompt_attention": {
         "": (
             Launch(4, 3, block_n=64, block_m=128, up_to_bytes=128),
             Launch(8, 3, block_n=64, block_m=128, up_to_bytes=256),
-            Launch(8, 3, block_n=32, block_m=64, up_to_bytes=512),
             Launch(8, 2, block_n=32, block_m=64),
         ),
-        "sm_80": (
-            Launch(4, 3, block_n=64, block_m=64, up_to_bytes=128),
-            Launch(4, 3, block_n=32, block_m=64, up_to_bytes=256),
-            Launch(8, 3, block_n=32, block_m=64, up_to_bytes=512),
-            Launch(8, 2, block_n=32, block_m=32),
-        ),
         "sm_89": (
-            Launch(4, 3, block_n=64, block_m=64, up_to_bytes=128),
-            Launch(4, 3, block_n=32, block_m=64, up_to_bytes=256),
-            Launch(4, 3, block_n=32, block_m=32, up_to_bytes=512),
-            Launch(4, 2, block_n=16, block_m=32),
+            Launch(4, 2, block_n=64, block_m=64, up_to_bytes=256),
+            Launch(4, 2, block_n=32, block_m=32),
         ),
         "gfx942": (
-            Launch(4, 2, block_n=64, block_m=64, up_to_bytes=128),
-            Launch(4, 2, block_n=32, block_m=64, up_to_bytes=256),
+            Launch(4, 2, block_n=64, block_m=64, up_to_bytes=256),
             Launch(4, 2, block_n=32, block_m=32),
         ),
     },
@@ -111,7 +99,7 @@ _LAUNCHES: Mapping[str, Mapping[str, Sequence[Launch]]] = {
     "copy_blocks": {"": (Launch(4, block_n=2048),)},
     "step_inputs": {"": (Launch(4),)},
     "update_seats": {"": (Launch(4),)},
-    "sample_rows": {"": (Launch(8, block_n=4096),)},
+    "sample_rows": {"": (Launch(8, block_n=4096),), "sm_89": (Launch(8, block_n=2048),)},
     "gather_logprobs": {"": (Launch(8, block_n=4096),)},
 }
 
