@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,7 +18,6 @@ from typing import Any, NamedTuple, Protocol
 from batchinfer.bench.measured import MeasuredLLM
 from batchinfer.errors import InputError, InputMissing, UsageError, suggest
 from batchinfer.llm import Prompt
-from batchinfer.pipeline.prepare import ModelLimits
 from batchinfer.request import SamplingParams
 
 _KEYS = ("id", "ids", "max_tokens")
@@ -45,6 +45,13 @@ def parse_span(option: str, text: str) -> TokenSpan:
 
 
 _INPUT, _OUTPUT = TokenSpan(128, 128), TokenSpan(64, 64)
+
+
+class TokenPrompt(NamedTuple):
+    """Prompt of token ids, answered by `max_tokens` tokens."""
+
+    ids: list[int]
+    max_tokens: int
 
 
 class Workload(Protocol):
@@ -81,20 +88,23 @@ class Synthetic:
 
     def prompts(self, llm: MeasuredLLM) -> list[Prompt]:
         """Return the prompts. Raises UsageError if they exceed the model's context."""
-        limits = llm.limits
+        return _greedy(self.token_prompts(llm.limits.vocab_size, llm.limits.context))
+
+    def token_prompts(self, vocab_size: int, context: int) -> list[TokenPrompt]:
+        """Return the prompts' ids and the lengths of their answers. Raises UsageError if they exceed the context."""
         longest = self.input_tokens.high + self.output_tokens.high
-        if longest > limits.context:
+        if longest > context:
             raise UsageError(
                 f"--input-tokens {self.input_tokens} and --output-tokens {self.output_tokens} are up to {longest} "
-                f"tokens, and the context has {limits.context}"
+                f"tokens, and the context has {context}"
             )
         rng = random.Random(self.seed)
-        shared = rng.choices(range(limits.vocab_size), k=self.shared_prefix)
+        shared = rng.choices(range(vocab_size), k=self.shared_prefix)
         prompts = []
-        for index in range(self.requests):
+        for _ in range(self.requests):
             own = rng.randint(*self.input_tokens) - self.shared_prefix
-            ids = shared + rng.choices(range(limits.vocab_size), k=own)
-            prompts.append(_greedy(index, ids, rng.randint(*self.output_tokens)))
+            ids = shared + rng.choices(range(vocab_size), k=own)
+            prompts.append(TokenPrompt(ids, rng.randint(*self.output_tokens)))
         return prompts
 
 
@@ -132,26 +142,25 @@ class WorkloadFile:
         return f"{self.path}: {len(self.lines):,} requests"
 
     def prompts(self, llm: MeasuredLLM) -> list[Prompt]:
-        """Return the prompts.
+        """Return the prompts. Raises InputError, with file and line, for what the model does not support."""
+        return _greedy(self.token_prompts(llm.limits.vocab_size, llm.limits.context))
 
-        Raises InputError, with file and line, for ids or lengths that the model does not support.
-        """
+    def token_prompts(self, vocab_size: int, context: int) -> list[TokenPrompt]:
+        """Return the lines' prompts. Raises InputError, with file and line, for ids or lengths beyond the model's."""
         for line in self.lines:
-            self._check(line, llm.limits)
-        return [_greedy(index, line.ids, line.max_tokens) for index, line in enumerate(self.lines)]
+            self._check(line, vocab_size, context)
+        return [TokenPrompt(line.ids, line.max_tokens) for line in self.lines]
 
-    def _check(self, line: WorkloadLine, limits: ModelLimits) -> None:
+    def _check(self, line: WorkloadLine, vocab_size: int, context: int) -> None:
         where = f"{self.path}:{line.number}"
-        wrong = next((token for token in line.ids if token >= limits.vocab_size), None)
+        wrong = next((token for token in line.ids if token >= vocab_size), None)
         if wrong is not None:
-            raise InputError(
-                f"{where}: ids: token {wrong} is not in the model's vocabulary of {limits.vocab_size} tokens"
-            )
+            raise InputError(f"{where}: ids: token {wrong} is not in the model's vocabulary of {vocab_size} tokens")
         longest = len(line.ids) + line.max_tokens
-        if longest > limits.context:
+        if longest > context:
             raise InputError(
                 f"{where}: {len(line.ids)} ids and max_tokens {line.max_tokens} are {longest} tokens, and the "
-                f"context has {limits.context}"
+                f"context has {context}"
             )
 
 
@@ -173,5 +182,8 @@ def _parse_line(where: str, number: int, text: str) -> WorkloadLine:
     return WorkloadLine(number, ids, max_tokens)
 
 
-def _greedy(index: int, ids: list[int], max_tokens: int) -> Prompt:
-    return Prompt(index, [ids], SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True))
+def _greedy(prompts: Sequence[TokenPrompt]) -> list[Prompt]:
+    return [
+        Prompt(index, [ids], SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True))
+        for index, (ids, max_tokens) in enumerate(prompts)
+    ]

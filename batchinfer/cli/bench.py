@@ -15,8 +15,10 @@ from batchinfer.errors import UsageError
 if TYPE_CHECKING:
     from batchinfer.bench.json_file import Write
     from batchinfer.bench.measured import Subject
+    from batchinfer.bench.processors import Processor
     from batchinfer.bench.session import Session
-    from batchinfer.bench.workload import Synthetic, Workload
+    from batchinfer.bench.step_work import Formats
+    from batchinfer.bench.workload import Synthetic, Workload, WorkloadFile
 
 JOB_FILES = (".yaml", ".yml", ".json")
 _JOB_ROWS = 128  # default number of a job's rows
@@ -38,6 +40,16 @@ Answers = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option(metavar="N", help="Seed of random prompts and lengths. Default: 0.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all results to FILE as JSON.")]
+WorkloadLines = Annotated[
+    Path | None, typer.Option(metavar="FILE", help='Lines {"id", "ids", "max_tokens"}: token ids, greedy answers.')
+]
+Requests = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Number of requests. Default: 128, or the whole workload file.")
+]
+SharedPrefix = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=0, help="Length of the prefix that all prompts share, part of their length."),
+]
 Threads = Annotated[
     int | None, typer.Option(metavar="N", min=1, help="CPU threads. Default: cores, limited by the container's quota.")
 ]
@@ -57,19 +69,11 @@ class ThroughputOptions:
     """Options of `bench throughput`."""
 
     target: ModelOrJob
-    workload: Annotated[
-        Path | None, typer.Option(metavar="FILE", help='Lines {"id", "ids", "max_tokens"}: token ids, greedy answers.')
-    ] = None
-    requests: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="Number of requests. Default: 128, or the whole workload file."),
-    ] = None
+    workload: WorkloadLines = None
+    requests: Requests = None
     input_tokens: Tokens = None
     output_tokens: Answers = None
-    shared_prefix: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=0, help="Length of the prefix that all prompts share, part of their length."),
-    ] = None
+    shared_prefix: SharedPrefix = None
     seed: Seed = None
     settings: Settings = ()  # type: ignore[assignment]  # dataclass defaults must not be lists
     repeat: Annotated[int, typer.Option(metavar="K", min=1, help="Runs; the median counts.")] = 1
@@ -93,27 +97,37 @@ def throughput(options: ThroughputOptions) -> None:
 
 def _workload_and_subject(options: ThroughputOptions) -> tuple[Workload, Subject]:
     from batchinfer.bench.measured import load_subject
+
+    is_job = options.target.endswith(JOB_FILES) and "://" not in options.target
+    if is_job:
+        _refuse_random(options, "a job has its own input", options.workload)
+        return _job_and_subject(options)
+    workload = _token_workload(options)
+    return workload, load_subject(model_spec(options.target, list(options.settings)))
+
+
+def _token_workload(options: ThroughputOptions | RooflineOptions) -> Synthetic | WorkloadFile:
+    """Return the workload file, or random tokens."""
     from batchinfer.bench.workload import WorkloadFile
 
+    if options.workload is None:
+        return _synthetic(options, options.requests, options.shared_prefix)
+    _refuse_random(options, "a workload file has its own prompts")
+    return WorkloadFile.read(options.workload, options.requests)
+
+
+def _refuse_random(options: ThroughputOptions | RooflineOptions, instead: str, workload: Path | None = None) -> None:
+    """Raise UsageError if an option of random tokens is given, or a workload file."""
     made_up = {
         "--input-tokens": options.input_tokens,
         "--output-tokens": options.output_tokens,
         "--shared-prefix": options.shared_prefix,
         "--seed": options.seed,
+        "--workload": workload,
     }
-    is_job = options.target.endswith(JOB_FILES) and "://" not in options.target
-    if is_job or options.workload is not None:
-        instead = "a job has its own input" if is_job else "a workload file has its own prompts"
-        given = [name for name, value in made_up.items() if value is not None]
-        given += ["--workload"] if is_job and options.workload is not None else []
-        if given:
-            raise UsageError(f"{given[0]}: {instead}; leave it out")
-    if is_job:
-        return _job_and_subject(options)
-    spec = model_spec(options.target, list(options.settings))
-    if options.workload is not None:
-        return WorkloadFile.read(options.workload, options.requests), load_subject(spec)
-    return _synthetic(options, options.requests, options.shared_prefix), load_subject(spec)
+    given = [name for name, value in made_up.items() if value is not None]
+    if given:
+        raise UsageError(f"{given[0]}: {instead}; leave it out")
 
 
 def _job_and_subject(options: ThroughputOptions) -> tuple[Workload, Subject]:
@@ -131,7 +145,9 @@ def _job_and_subject(options: ThroughputOptions) -> tuple[Workload, Subject]:
 
 
 def _synthetic(
-    options: ThroughputOptions | LatencyOptions, requests: int | None = None, shared_prefix: int | None = None
+    options: ThroughputOptions | LatencyOptions | RooflineOptions,
+    requests: int | None = None,
+    shared_prefix: int | None = None,
 ) -> Synthetic:
     from batchinfer.bench.workload import Synthetic, parse_span
 
@@ -227,6 +243,84 @@ def kernels(
         _finish(write, "kernels", session, {"shapes": (shapes or measurement.Shapes()).name, "results": results})
 
 
+# -- roofline ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RooflineOptions:
+    """Options of `bench roofline`."""
+
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="Preset such as qwen3-0.6b, config.json, directory, .gguf file, URL or Hugging Face id.",
+            show_default=False,
+        ),
+    ]
+    gpu: Annotated[
+        str, typer.Option(metavar="NAME", help="Such as h200; or cpu: this machine, as measured.", show_default=False)
+    ]
+    workload: WorkloadLines = None
+    requests: Requests = None
+    input_tokens: Tokens = None
+    output_tokens: Answers = None
+    shared_prefix: SharedPrefix = None
+    seed: Seed = None
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE",
+            help="Weights and activations (float8, int8: the layers' matrices). Default: bfloat16; on the CPU float32.",
+        ),
+    ] = None
+    kv_cache_dtype: Annotated[
+        str | None, typer.Option(metavar="TYPE", help="Keys and values. Default: as activations.")
+    ] = None
+    kv_cache_tokens: Annotated[
+        int | None, typer.Option(metavar="N", min=32, help="KV cache size. Default: what fits 0.9 of the memory.")
+    ] = None
+    max_num_seqs: Annotated[int, typer.Option(metavar="N", min=1, help="Sequences that run concurrently.")] = 256
+    max_step_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens per step.")] = 2048
+    json: JsonFile = None
+
+
+@bench.command(help=pages.BENCH_ROOFLINE)
+@takes(RooflineOptions)
+def roofline(options: RooflineOptions) -> None:
+    from batchinfer.bench import roofline as computation
+    from batchinfer.bench.json_file import json_file
+    from batchinfer.bench.presets import find_config
+    from batchinfer.bench.processors import CPU, find_gpu
+
+    with json_file(options.json) as write:
+        gpu = None if options.gpu == CPU else find_gpu(options.gpu)
+        formats = computation.parse_formats(options.dtype, options.kv_cache_dtype, gpu)
+        workload = _token_workload(options)
+        config = find_config(options.target, with_cache(model_spec("fake", [])).storage)
+        prompts = workload.token_prompts(config.vocab_size, config.context_tokens)
+        limits = computation.Limits(options.max_num_seqs, options.max_step_tokens, options.kv_cache_tokens)
+        processor, session = (gpu, None) if gpu is not None else _measure_cpu(formats)
+        found = computation.compute(options.target, config, formats, processor, prompts, limits)
+        print_text(computation.describe(found, workload.describe()))
+        _finish(write, "roofline", session, found.as_json())
+
+
+def _measure_cpu(formats: Formats) -> tuple[Processor, Session]:
+    """Measure this machine on the threads that the engine would use, and print it."""
+    import torch
+
+    from batchinfer.bench.machine import describe
+    from batchinfer.bench.processors import this_cpu
+    from batchinfer.bench.session import Session
+    from batchinfer.ops.resources import use_threads
+
+    use_threads(None)
+    session = Session(getattr(torch, formats.activation_dtype), formats.linear_dtype == "int8")
+    print_text(describe(session.machine) + "\n")
+    return this_cpu(session.machine), session
+
+
 # -- all -----------------------------------------------------------------------------------------------------------
 
 
@@ -241,9 +335,9 @@ def _begin(subject: Subject | None = None) -> Session:
     return session
 
 
-def _finish(write: Write, command: str, session: Session, found: dict[str, Any]) -> None:
-    """Print the notes about the machine after the measurement, and write the JSON file."""
-    values, notes = session.end()
+def _finish(write: Write, command: str, session: Session | None, found: dict[str, Any]) -> None:
+    """Print the notes about the machine after the measurement, and write the JSON file. None: nothing was measured."""
+    values, notes = ({}, []) if session is None else session.end()
     if notes:
         print_text("\n" + "\n".join(f"note: {note}" for note in notes))
     write({"command": command, **values, **found})

@@ -110,7 +110,7 @@ connect to HOST may use it."""
 
 BENCH = """Measure the engine and compare it with the machine's limit.
 
-Every command first prints the machine with its GEMM rate and memory bandwidth, as measured on the threads in use.
+Every command that measures first prints the machine with its GEMM rate and memory bandwidth, on the threads in use.
 --json writes all results to a file."""
 
 BENCH_THROUGHPUT = """Measure tokens per second, from prompts to text.
@@ -154,3 +154,20 @@ no weights.
 \b
   batchinfer bench kernels
   batchinfer bench kernels MODEL --threads 1 --json kernels.json"""
+
+
+BENCH_ROOFLINE = """Compute the least time that a GPU's bandwidth and rates allow for a workload, op by op.
+
+Reads the model's configuration only, and needs no GPU: the engine's scheduler plans every step, and in each step an op
+takes the longer of its bytes over the bandwidth and its operations over the rate of dense products. Host work and
+launches are not in it, speculation neither. A KV cache that the memory does not hold limits the batch.
+
+\b
+GPUs: a100-pcie, a100-sxm, h100-pcie, h100-sxm, h200, b200, l40s, l4, rtx-4090, mi300x. cpu is this machine: it is
+measured, and the roofline holds for the workload of `bench throughput` with the same options.
+
+\b
+  batchinfer bench roofline qwen3-0.6b --gpu h200 --requests 256 --input-tokens 100-1024 --output-tokens 100-1024
+  batchinfer bench roofline llama-3-8b --gpu l4 --dtype float8 --kv-cache-dtype float8
+  batchinfer bench roofline ./config.json --gpu h100-sxm --max-num-seqs 512 --json roofline.json
+  batchinfer bench roofline MODEL --gpu cpu --requests 64"""
