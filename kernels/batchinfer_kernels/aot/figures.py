@@ -2,9 +2,9 @@
 
 K/V buffers are counted in TTGIR: the pipeliner allocates the shared memory of a load that it runs ahead with as
 `ttg.local_alloc : () -> !ttg.memdesc<2x64x128xbf16, …, mutable>`, where the first of three axes counts the buffers. The
-figure is the smallest such count over all pipelined loads of floats, K and V in each of the kernel's loops (integers
-are block ids). On AMD the loads of the next iteration wait in registers until its buffer is free, one more than shared
-memory holds.
+figure is the smallest such count over all pipelined loads of keys and values in each of the kernel's loops: floats,
+or bytes that hold float8 (32-bit integers are block ids). On AMD the loads of the next iteration wait in registers
+until its buffer is free, one more than shared memory holds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _REGISTERS = 65536  # of one multiprocessor
 _SASS = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)", re.MULTILINE)
 _MMA = re.compile(r"[A-Z]G?MMA|UTC[A-Z]*MMA")
 _ASYNC = ("LDGSTS", "UTMALDG", "UBLKCP")  # cp.async, and TMA's two forms
-_BUFFERS = re.compile(r"ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x\d+x(?:bf16|f16|f32|f8\w+)\W.*mutable>")
+_BUFFERS = re.compile(r"ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x\d+x(?:bf16|f16|f32|f8\w+|i8)\W.*mutable>")
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+)")
 
 

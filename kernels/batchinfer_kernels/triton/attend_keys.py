@@ -27,7 +27,6 @@ def attend_keys(
     begin: tl.tensor,
     end: tl.tensor,
     low: tl.tensor,
-    high: tl.tensor,
     scale: tl.tensor,
     soft_cap: tl.tensor,
     stride_block: tl.tensor,
@@ -37,41 +36,41 @@ def attend_keys(
     BLOCK_SIZE: tl.constexpr,
     WINDOW: tl.constexpr,
     CAPPED: tl.constexpr,
-    MASKED: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Add positions begin .. end - 1, a tile of BLOCK_N at a time, to the sum of values, the peak and the total.
 
-    `begin` is a multiple of BLOCK_N. Keys outside low .. high - 1 are not read. Unless MASKED, all positions are in
-    this range and seen by every row. `peak_M` and `total_M` are in powers of two. keys: the head's first key in block
+    A score's weight is exp2((score - peak) * `score_factor`). `begin` is a multiple of BLOCK_N, so that sums run in one
+    order wherever a context is entered. Keys outside low .. end - 1 are not read. keys: the head's first key in block
     0; table: the sequence's first entry; WINDOW 0: none.
     """
     n_N = tl.arange(0, BLOCK_N)
     d_1D = tl.arange(0, q_MD.shape[1])[None, :]
-    block_N = tl.load(table + (begin + n_N) // BLOCK_SIZE, mask=begin + n_N < high, other=0)
+    factor = score_factor(scale, CAPPED)
+    block_N = tl.load(table + (begin + n_N) // BLOCK_SIZE, mask=begin + n_N < end, other=0)
     for start in tl.range(begin, end, BLOCK_N):
         key_N = start + n_N
         next_N = key_N + BLOCK_N
-        next_block_N = tl.load(table + next_N // BLOCK_SIZE, mask=next_N < high, other=0)
+        next_block_N = tl.load(table + next_N // BLOCK_SIZE, mask=next_N < end, other=0)
         place_N1 = (block_N.to(tl.int64) * stride_block + (key_N % BLOCK_SIZE) * stride_slot)[:, None]
-        at_ND = keys + place_N1 + d_1D
-        read_N = (key_N >= low) & (key_N < high)
-        k_ND = widen(load_keys(at_ND, read_N, d_1D, HEAD_SIZE, MASKED), q_MD.dtype)
-        score_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee") * scale
+        read_ND = ((key_N >= low) & (key_N < end))[:, None]
+        if q_MD.shape[1] != HEAD_SIZE:
+            read_ND = read_ND & (d_1D < HEAD_SIZE)
+        k_ND = widen(tl.load(keys + place_N1 + d_1D, mask=read_ND, other=0.0), q_MD.dtype)
+        score_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee")
         if CAPPED:
-            score_MN = cap(score_MN, soft_cap)
-        score_MN *= LOG2E
-        if MASKED:
-            seen_MN = (key_N[None, :] <= position_M[:, None]) & read_N[None, :]
-            if WINDOW:
-                seen_MN &= key_N[None, :] > position_M[:, None] - WINDOW
-            score_MN = tl.where(seen_MN, score_MN, float("-inf"))
+            score_MN = cap(score_MN * scale, soft_cap)
+        # keys that are not read lie beyond a row's position or before its window
+        seen_MN = key_N[None, :] <= position_M[:, None]
+        if WINDOW:
+            seen_MN &= key_N[None, :] > position_M[:, None] - WINDOW
+        score_MN = tl.where(seen_MN, score_MN, float("-inf"))
         new_peak_M = tl.maximum(peak_M, tl.max(score_MN, 1))
         # a row that has seen no key yet: its weights become exp2(-inf), not NaN
-        base_M = tl.where(new_peak_M == float("-inf"), 0.0, new_peak_M)
-        weight_MN = tl.exp2(score_MN - base_M[:, None])
-        kept_M = tl.exp2(peak_M - base_M)
-        v_ND = widen(load_keys(at_ND + stride_part, read_N, d_1D, HEAD_SIZE, MASKED), q_MD.dtype)
+        base_M = tl.where(new_peak_M == float("-inf"), 0.0, new_peak_M) * factor
+        weight_MN = tl.exp2(score_MN * factor - base_M[:, None])
+        kept_M = tl.exp2(peak_M * factor - base_M)
+        v_ND = widen(tl.load(keys + stride_part + place_N1 + d_1D, mask=read_ND, other=0.0), q_MD.dtype)
         total_M = total_M * kept_M + tl.sum(weight_MN, 1)
         acc_MD = tl.dot(weight_MN.to(q_MD.dtype), v_ND, acc_MD * kept_M[:, None], input_precision="ieee")
         peak_M = new_peak_M
@@ -80,14 +79,9 @@ def attend_keys(
 
 
 @triton.jit
-def load_keys(
-    at_ND: tl.tensor, read_N: tl.tensor, d_1D: tl.tensor, HEAD_SIZE: tl.constexpr, MASKED: tl.constexpr
-) -> tl.tensor:
-    """Load keys or values; those that are not read, and a head's padding, are 0."""
-    if at_ND.shape[1] == HEAD_SIZE:
-        return tl.load(at_ND, mask=read_N[:, None], other=0.0) if MASKED else tl.load(at_ND)
-    real_1D = d_1D < HEAD_SIZE
-    return tl.load(at_ND, mask=read_N[:, None] & real_1D if MASKED else real_1D, other=0.0)
+def score_factor(scale: tl.tensor, CAPPED: tl.constexpr) -> tl.tensor:
+    """Return the factor of scores in powers of two; capped scores are scaled already."""
+    return LOG2E if CAPPED else scale * LOG2E
 
 
 @triton.jit

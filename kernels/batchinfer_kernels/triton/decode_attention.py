@@ -9,10 +9,14 @@ S sequences · W blocks per table · X = S + 1 · M rows of a tile
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
-from batchinfer_kernels.triton.attend_keys import attend_keys
+from batchinfer_kernels.triton.attend_keys import attend_keys, score_factor
+from batchinfer_kernels.triton.attention_launch import attention_case
+from batchinfer_kernels.triton.step_index import SPLIT_TOKENS
+from batchinfer_kernels.triton.targets import AotCase, Target
 
 
 @triton.jit
@@ -62,7 +66,7 @@ def decode_attention_kernel(
     if (split >= end_split) | (first_row >= count * GROUP):
         return
     begin = split * SPLIT_TOKENS
-    high = tl.minimum(begin + SPLIT_TOKENS, length)
+    end = tl.minimum(begin + SPLIT_TOKENS, length)
     low = begin
     if WINDOW:
         low = tl.maximum(begin, length - count - WINDOW + 1)
@@ -87,9 +91,8 @@ def decode_attention_kernel(
         kv_N2KBD + kv_head.to(tl.int64) * kv_stride_K,
         block_tables_SW + seat.to(tl.int64) * table_stride,
         begin,
-        high,
+        end,
         low,
-        high,
         scale,
         soft_cap,
         kv_stride_N,
@@ -99,7 +102,6 @@ def decode_attention_kernel(
         BLOCK_SIZE,
         WINDOW,
         CAPPED,
-        True,
         BLOCK_N,
     )
     acc_MD /= tl.where(total_M > 0, total_M, 1.0)[:, None]
@@ -110,7 +112,7 @@ def decode_attention_kernel(
     kv_heads = tl.num_programs(1) // TILES
     part = (sequence * kv_heads + kv_head).to(tl.int64) * tl.num_programs(2) + slot
     part_row_M = part * (MAX_QUERIES * GROUP) + row_M
-    tl.store(logsums + part_row_M, peak_M + tl.log2(total_M), mask=query_M < count)
+    tl.store(logsums + part_row_M, peak_M * score_factor(scale, CAPPED) + tl.log2(total_M), mask=query_M < count)
     tl.store(parts + part_row_M[:, None] * HEAD_SIZE + d_1D, acc_MD, mask=real_MD)
 
 
@@ -140,3 +142,23 @@ def splits_of(
         first_split = tl.maximum(length - count - WINDOW + 1, 0) // SPLIT_TOKENS
     end_split = (length + SPLIT_TOKENS - 1) // SPLIT_TOKENS
     return first_split, tl.where(count > 0, end_split, first_split)
+
+
+def aot_cases(target: Target) -> list[AotCase]:
+    """Return one query per sequence for each head size, and drafts of a large group."""
+    shapes = [("", torch.bfloat16, 64, 7, 1), ("", torch.bfloat16, 128, 4, 1), ("", torch.bfloat16, 256, 2, 1)]
+    shapes += [("", torch.float8_e4m3fn, 128, 5, 1), (" drafts", torch.bfloat16, 128, 8, 8)]
+    cases = []
+    for suffix, dtype, size, group, queries in shapes:
+        constants = {"GROUP": group, "MAX_QUERIES": queries, "SPLIT_TOKENS": SPLIT_TOKENS}
+        constants["BLOCK_M"] = block_rows(group, queries)
+        cases.append(
+            attention_case("decode_attention", suffix, decode_attention_kernel, target, dtype, size, constants)
+        )
+    return cases
+
+
+def block_rows(group: int, max_queries: int) -> int:
+    """Return the rows of a program; more queries and heads are further programs."""
+    rows: int = triton.next_power_of_2(max_queries * group)
+    return min(max(16, rows), 64)

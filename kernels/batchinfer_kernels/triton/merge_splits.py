@@ -9,6 +9,10 @@ import triton
 import triton.language as tl
 
 from batchinfer_kernels.triton.decode_attention import load_decode, splits_of
+from batchinfer_kernels.triton.step_index import SPLIT_TOKENS
+from batchinfer_kernels.triton.targets import AotCase, Target, config
+
+BLOCK_C = 8
 
 
 @triton.jit
@@ -64,3 +68,21 @@ def merge_splits_kernel(
         acc_D += tl.sum(weight_C[:, None] * part_CD, 0)
     out_at_D = out_THD + (query_start + query).to(tl.int64) * out_stride_T + head * out_stride_H + d_D
     tl.store(out_at_D, (acc_D / total).to(out_THD.dtype.element_ty), mask=d_D < HEAD_SIZE)
+
+
+def aot_cases(target: Target) -> list[AotCase]:
+    """Return the merge of one query per sequence for the commonest head size."""
+    types = {"parts": "*fp32", "logsums": "*fp32", "out_THD": "*bf16", "prompt_S": "*i1", "num_slots": "i32"}
+    types |= {"query_starts_X": "*i32", "lengths_S": "*i32", "out_stride_T": "i32", "out_stride_H": "i32"}
+    constants = {"GROUP": 4, "HEAD_SIZE": 128, "HEAD_WIDTH": 128, "WINDOW": 0, "MAX_QUERIES": 1}
+    constants |= {"SPLIT_TOKENS": SPLIT_TOKENS, "BLOCK_C": BLOCK_C}
+    return [
+        AotCase(
+            name="merge_splits 128",
+            function=merge_splits_kernel,
+            signature={name: types[name] for name in merge_splits_kernel.arg_names if name in types},
+            constexprs=constants,
+            launch=config("merge_splits", target),
+            divisible=[name for name in types if name != "num_slots"],
+        )
+    ]

@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from batchinfer_kernels.contract import ScoreRule
-from batchinfer_kernels.triton.decode_attention import decode_attention_kernel
-from batchinfer_kernels.triton.merge_splits import merge_splits_kernel
+from batchinfer_kernels.triton.attention_launch import attention_launch, dot_dtype
+from batchinfer_kernels.triton.decode_attention import block_rows, decode_attention_kernel
+from batchinfer_kernels.triton.merge_splits import BLOCK_C, merge_splits_kernel
 from batchinfer_kernels.triton.prompt_attention import prompt_attention_kernel
 from batchinfer_kernels.triton.step_index import TritonStepIndex
 from batchinfer_kernels.triton.targets import config, target_of
-
-MOST_ROWS = 64  # of a decode program; more queries and heads are further programs
-MERGED_SPLITS = 8  # at a time
 
 
 def paged_attention(
@@ -42,15 +39,15 @@ def _attend_decodes(q_THD: Tensor, kv_N2KBD: Tensor, index: TritonStepIndex, rul
     heads, size = q_THD.shape[1:]
     kv_heads = kv_N2KBD.shape[2]
     rows = step.max_queries * (heads // kv_heads)
-    launch = config("decode_attention", q_THD.device, size * kv_N2KBD.element_size())
-    block_rows = min(max(16, triton.next_power_of_2(rows)), MOST_ROWS)
+    launch = attention_launch("decode_attention", q_THD.device, size, kv_N2KBD.dtype)
+    block_m = block_rows(heads // kv_heads, step.max_queries)
     slots = num_slots(index, rule.window)
     sequences = len(step.lengths_S)
     many = slots > 1
     space = (sequences, kv_heads, slots, rows)
     parts = torch.empty(*space, size, dtype=torch.float32, device=q_THD.device) if many else out_THD
     logsums = torch.empty(space, dtype=torch.float32, device=q_THD.device) if many else out_THD
-    decode_attention_kernel[sequences, kv_heads * triton.cdiv(rows, block_rows), slots](
+    decode_attention_kernel[sequences, kv_heads * triton.cdiv(rows, block_m), slots](
         q_THD,
         kv_N2KBD,
         out_THD,
@@ -61,8 +58,8 @@ def _attend_decodes(q_THD: Tensor, kv_N2KBD: Tensor, index: TritonStepIndex, rul
         *_constants(q_THD, kv_N2KBD, rule),
         step.max_queries,
         index.split_tokens,
-        _dot_dtype(q_THD.dtype, kv_N2KBD.dtype),
-        block_rows,
+        dot_dtype(q_THD.dtype, kv_N2KBD.dtype),
+        block_m,
         launch.block_n,
         **launch.options,
     )
@@ -84,7 +81,7 @@ def _attend_decodes(q_THD: Tensor, kv_N2KBD: Tensor, index: TritonStepIndex, rul
         rule.window or 0,
         step.max_queries,
         index.split_tokens,
-        MERGED_SPLITS,
+        BLOCK_C,
         **launch.options,
     )
 
@@ -94,10 +91,10 @@ def _attend_prompts(q_THD: Tensor, kv_N2KBD: Tensor, index: TritonStepIndex, rul
     tokens, heads, size = q_THD.shape
     kv_heads = kv_N2KBD.shape[2]
     group = heads // kv_heads
-    launch = config("prompt_attention", q_THD.device, size * kv_N2KBD.element_size())
-    block_rows = max(launch.block_m, triton.next_power_of_2(group))
+    launch = attention_launch("prompt_attention", q_THD.device, size, kv_N2KBD.dtype)
+    block_m = max(launch.block_m, triton.next_power_of_2(group))
     sequences = len(step.lengths_S)
-    prompt_attention_kernel[tokens // (block_rows // group) + sequences, kv_heads](
+    prompt_attention_kernel[tokens // (block_m // group) + sequences, kv_heads](
         q_THD,
         kv_N2KBD,
         out_THD,
@@ -106,8 +103,8 @@ def _attend_prompts(q_THD: Tensor, kv_N2KBD: Tensor, index: TritonStepIndex, rul
         *_layer_arguments(q_THD, kv_N2KBD, index, rule, out_THD),
         *_constants(q_THD, kv_N2KBD, rule),
         step.max_queries,
-        _dot_dtype(q_THD.dtype, kv_N2KBD.dtype),
-        block_rows,
+        dot_dtype(q_THD.dtype, kv_N2KBD.dtype),
+        block_m,
         launch.block_n,
         **launch.options,
     )
@@ -144,9 +141,3 @@ def _constants(q_THD: Tensor, kv_N2KBD: Tensor, rule: ScoreRule) -> tuple[int | 
     kv_heads, block_size = kv_N2KBD.shape[2:4]
     width = max(16, triton.next_power_of_2(size))  # the least that a tensor core's product takes
     return heads // kv_heads, size, width, block_size, rule.window or 0, rule.soft_cap is not None
-
-
-def _dot_dtype(queries: torch.dtype, cache: torch.dtype) -> tl.dtype:
-    if queries == torch.float32:
-        return tl.float32
-    return {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}.get(cache, tl.float16)

@@ -9,10 +9,13 @@ S sequences · W blocks per table · X = S + 1 · M rows of a tile
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
 from batchinfer_kernels.triton.attend_keys import attend_keys
+from batchinfer_kernels.triton.attention_launch import attention_case
+from batchinfer_kernels.triton.targets import AotCase, Target
 
 
 @triton.jit
@@ -76,37 +79,28 @@ def prompt_attention_kernel(
     if WINDOW:
         low = tl.maximum(first_position - WINDOW + 1, 0)
     begin = low // BLOCK_N * BLOCK_N
-    middle = begin
-    acc_MD = tl.zeros([BLOCK_M, HEAD_WIDTH], tl.float32)
-    peak_M = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total_M = tl.zeros([BLOCK_M], tl.float32)
-    for masked in tl.static_range(WINDOW > 0, 2):
-        if not masked:
-            middle = (first_position + 1) // BLOCK_N * BLOCK_N  # every query sees all keys before this one
-        acc_MD, peak_M, total_M = attend_keys(
-            acc_MD,
-            peak_M,
-            total_M,
-            q_MD,
-            first_position + row_M // GROUP,
-            kv_N2KBD + kv_head.to(tl.int64) * kv_stride_K,
-            block_tables_SW + seat.to(tl.int64) * table_stride,
-            middle if masked else begin,
-            high if masked else middle,
-            low,
-            high,
-            scale,
-            soft_cap,
-            kv_stride_N,
-            kv_stride_2,
-            kv_stride_B,
-            HEAD_SIZE,
-            BLOCK_SIZE,
-            WINDOW,
-            CAPPED,
-            masked,
-            BLOCK_N,
-        )
+    acc_MD, _, total_M = attend_keys(
+        tl.zeros([BLOCK_M, HEAD_WIDTH], tl.float32),
+        tl.full([BLOCK_M], float("-inf"), tl.float32),
+        tl.zeros([BLOCK_M], tl.float32),
+        q_MD,
+        first_position + row_M // GROUP,
+        kv_N2KBD + kv_head.to(tl.int64) * kv_stride_K,
+        block_tables_SW + seat.to(tl.int64) * table_stride,
+        begin,
+        high,
+        low,
+        scale,
+        soft_cap,
+        kv_stride_N,
+        kv_stride_2,
+        kv_stride_B,
+        HEAD_SIZE,
+        BLOCK_SIZE,
+        WINDOW,
+        CAPPED,
+        BLOCK_N,
+    )
     acc_MD /= tl.where(total_M > 0, total_M, 1.0)[:, None]
     out_at_MD = out_THD + (token_M * out_stride_T + head_M * out_stride_H)[:, None] + d_1D
     tl.store(out_at_MD, acc_MD.to(out_THD.dtype.element_ty), mask=real_MD)
@@ -125,3 +119,19 @@ def find_sequence(
         low = tl.where(is_later, low, middle)
         high = tl.where(is_later, middle, high)
     return low
+
+
+def aot_cases(target: Target) -> list[AotCase]:
+    """Return a prompt for each head size, over keys of 16 and of 8 bits."""
+    shapes = [
+        (torch.bfloat16, 64, 7),
+        (torch.bfloat16, 128, 4),
+        (torch.bfloat16, 256, 2),
+        (torch.float8_e4m3fn, 128, 5),
+    ]
+    return [
+        attention_case(
+            "prompt_attention", "", prompt_attention_kernel, target, dtype, size, {"GROUP": group, "MAX_QUERIES": 1}
+        )
+        for dtype, size, group in shapes
+    ]

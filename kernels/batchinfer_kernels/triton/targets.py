@@ -58,34 +58,46 @@ class Launch(NamedTuple):
 
 _LAUNCHES: Mapping[str, Mapping[str, Sequence[Launch]]] = {
     # kernel → target, or "" for targets without a line → configurations, narrow rows first
-    "decode_attention": {
+    "decode_attention": {  # block_m follows from the queries and the group
         "": (
-            Launch(4, 3, block_n=64, block_m=16, up_to_bytes=256),
-            Launch(4, 2, block_n=64, block_m=16, up_to_bytes=512),
-            Launch(4, 2, block_n=32, block_m=16),
+            Launch(4, 4, block_n=64, up_to_bytes=256),
+            Launch(4, 4, block_n=32, up_to_bytes=512),
+            Launch(4, 2, block_n=32),
+        ),
+        "sm_80": (
+            Launch(4, 3, block_n=64, up_to_bytes=256),
+            Launch(4, 3, block_n=32, up_to_bytes=512),
+            Launch(4, 2, block_n=32),
         ),
         "sm_89": (
-            Launch(4, 3, block_n=64, block_m=16, up_to_bytes=128),
-            Launch(4, 2, block_n=64, block_m=16, up_to_bytes=256),
-            Launch(4, 2, block_n=32, block_m=16),
+            Launch(4, 3, block_n=64, up_to_bytes=128),
+            Launch(4, 3, block_n=32, up_to_bytes=512),
+            Launch(4, 2, block_n=16),
         ),
-        "gfx942": (
-            Launch(4, 2, block_n=64, block_m=16, up_to_bytes=256),
-            Launch(4, 2, block_n=32, block_m=16),
-        ),
+        "gfx942": (Launch(4, 2, block_n=64, up_to_bytes=256), Launch(4, 2, block_n=32)),
     },
     "prompt_attention": {
         "": (
             Launch(4, 3, block_n=64, block_m=128, up_to_bytes=128),
             Launch(8, 3, block_n=64, block_m=128, up_to_bytes=256),
+            Launch(8, 3, block_n=32, block_m=64, up_to_bytes=512),
             Launch(8, 2, block_n=32, block_m=64),
         ),
+        "sm_80": (
+            Launch(4, 3, block_n=64, block_m=64, up_to_bytes=128),
+            Launch(4, 3, block_n=32, block_m=64, up_to_bytes=256),
+            Launch(8, 3, block_n=32, block_m=64, up_to_bytes=512),
+            Launch(8, 2, block_n=32, block_m=32),
+        ),
         "sm_89": (
-            Launch(4, 2, block_n=64, block_m=64, up_to_bytes=256),
-            Launch(4, 2, block_n=32, block_m=32),
+            Launch(4, 3, block_n=64, block_m=64, up_to_bytes=128),
+            Launch(4, 3, block_n=32, block_m=64, up_to_bytes=256),
+            Launch(4, 3, block_n=32, block_m=32, up_to_bytes=512),
+            Launch(4, 2, block_n=16, block_m=32),
         ),
         "gfx942": (
-            Launch(4, 2, block_n=64, block_m=64, up_to_bytes=256),
+            Launch(4, 2, block_n=64, block_m=64, up_to_bytes=128),
+            Launch(4, 2, block_n=32, block_m=64, up_to_bytes=256),
             Launch(4, 2, block_n=32, block_m=32),
         ),
     },
