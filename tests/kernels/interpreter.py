@@ -125,7 +125,7 @@ def _correct_arithmetic() -> None:
 
     def clamp(self, value, low, high, propagate_nans):
         kept = self.create_minnumf(self.create_maxnumf(value, low), high)
-        if propagate_nans == tl.PropagateNan.NONE.value:
+        if propagate_nans == tl.PropagateNan.NONE:
             return kept
         return self.create_select(self.create_fcmpUNE(value, value), value, kept)
 

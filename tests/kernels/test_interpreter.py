@@ -55,6 +55,14 @@ def masked_sum_kernel(x_N, y_1, count, OTHER: tl.constexpr, N: tl.constexpr):
     tl.store(y_1, tl.sum(tl.load(x_N + n, mask=n < count, other=OTHER), 0))
 
 
+@triton.jit
+def clamp_kernel(x_N, out_2N, N: tl.constexpr):
+    n = tl.arange(0, N)
+    x = tl.load(x_N + n)
+    tl.store(out_2N + n, tl.clamp(x, -1.0, 1.0))
+    tl.store(out_2N + N + n, tl.clamp(x, -1.0, 1.0, propagate_nan=tl.PropagateNan.ALL))
+
+
 def _run(kernel, *arguments, programs=1):
     kernel[(programs,)](*arguments)
     return arguments
@@ -111,6 +119,13 @@ def test_a_number_wins_over_nan_as_on_gpus():
     assert torch.equal(out[192:], torch.full((64,), 2.0 - 128.0))
     *_, out, _ = _run(arithmetic_kernel, x, x, torch.empty(256), 64)  # without a warning
     assert out.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_clamp_keeps_nan_only_if_it_is_told_to(dtype):
+    _, out, _ = _run(clamp_kernel, torch.tensor([torch.nan, 0.5, -3.0, 9.0]).to(dtype), torch.empty(8, dtype=dtype), 4)
+    assert out[:4].tolist() == [-1.0, 0.5, -1.0, 1.0]
+    assert out[4].isnan() and out[5:].tolist() == [0.5, -1.0, 1.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64], ids=str)
