@@ -25,7 +25,7 @@ from batchinfer import __version__
 from batchinfer.bench.table import facts, number
 from batchinfer.bench.timing import time_in_turn
 from batchinfer.ops.choose import available_backends
-from batchinfer.ops.resources import HOST, free_bytes
+from batchinfer.ops.resources import free_bytes
 
 _GEMM_SIZES = (1024, 2048)
 _GEMM_BUDGET_S = 1.0
@@ -194,7 +194,7 @@ def _fastest(works: dict[str, Callable[[], object]], budget_s: float) -> float:
 
 
 def _largest_buffer() -> int:
-    room = free_bytes(HOST) // _FREE_SHARE
+    room = free_bytes() // _FREE_SHARE
     return min(_MOST_BYTES, max(_LEAST_BYTES, 1 << (max(room, 1).bit_length() - 1)))
 
 

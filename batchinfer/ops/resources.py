@@ -1,4 +1,4 @@
-"""Resources of the host and of devices: free memory, the share a KV cache may take, threads within the quota."""
+"""Resources of the host: free memory, the share a KV cache may take, threads within the quota."""
 
 from __future__ import annotations
 
@@ -11,19 +11,12 @@ import torch
 HOST = torch.device("cpu")
 """Where files are read, plans are made and tokens are handed out, whatever device computes."""
 
-_HOST_SHARE = 0.25  # of the memory that is free: the rest is for whatever else the machine does
-_DEVICE_SHARE = 0.85  # of what the weights leave: the rest is for activations and logits
+KV_CACHE_SHARE = 0.25
+"""Share of the host's free memory that a KV cache may take by default: the rest is for whatever else runs there."""
 
 
-def kv_cache_share(device: torch.device) -> float:
-    """Return the share of `free_bytes` that a KV cache may take by default."""
-    return _HOST_SHARE if device.type == HOST.type else _DEVICE_SHARE
-
-
-def free_bytes(device: torch.device, root: Path = Path("/")) -> int:
-    """Return the memory that can be allocated now: the device's, or the machine's within the container's limit."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+def free_bytes(root: Path = Path("/")) -> int:
+    """Return the memory of the host that can be allocated now, within the container's limit."""
     return min([_machine_free_bytes(root), *_cgroup_free_bytes(root)])
 
 

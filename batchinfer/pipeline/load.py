@@ -22,9 +22,11 @@ from batchinfer.text.chat import ChatTemplate
 from batchinfer.text.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
+    import torch
     from batchinfer_kernels.contract import Capabilities
 
     from batchinfer.layers.rotary import RopeConfig
+    from batchinfer.models.decoder import Decoder
 
 FAKE_CONTEXT_TOKENS = 32768
 _FAKE_DRAFT_ROWS = 128
@@ -93,9 +95,8 @@ def _load_model(engine: EngineSpec, path: Path) -> _LoadedModel:
     from batchinfer.models.precision import default_dtype, weight_precision
     from batchinfer.models.weights import load_decoder
     from batchinfer.ops.choose import load_backend
+    from batchinfer.ops.out_of_memory import room_for
     from batchinfer.ops.resources import use_threads
-    from batchinfer.runner.kv_cache import bytes_per_token, default_kv_tokens
-    from batchinfer.runner.model_runner import ModelRunner
 
     use_threads(engine.num_threads)
     try:
@@ -106,18 +107,11 @@ def _load_model(engine: EngineSpec, path: Path) -> _LoadedModel:
     dtype = engine.dtype or default_dtype(backend.capabilities, stored)
     precision = weight_precision(dtype, engine.quantization, backend.capabilities)
     kv_dtype: torch.dtype = getattr(torch, engine.kv_cache_dtype or dtype)
-    decoder = load_decoder(path, precision, engine.max_model_len, backend)
+    with room_for("the weights", "take a smaller model, or a narrower engine.dtype"):
+        decoder = load_decoder(path, precision, engine.max_model_len, backend)
     context = decoder.config.context_tokens
-    kv_tokens = engine.kv_cache_tokens
-    if kv_tokens is None:
-        token_bytes = bytes_per_token(decoder.config.kv_shape, kv_dtype)
-        kv_tokens = default_kv_tokens(token_bytes, engine.max_num_seqs, context, backend.device)
-    num_blocks = kv_tokens // engine.block_size
-    if num_blocks == 0:
-        raise ModelError(
-            f"a KV cache of {kv_tokens} tokens holds no block of {engine.block_size}: lower engine.block_size"
-        )
-    runner = ModelRunner(decoder, num_blocks, engine.block_size, engine.max_num_seqs, context, kv_dtype)
+    make_runner = _host_runner if backend.steps is None else _device_runner
+    runner, num_blocks = make_runner(decoder, engine, kv_dtype)
     log.info(
         "model loaded",
         device=str(backend.device),
@@ -135,6 +129,26 @@ def _load_model(engine: EngineSpec, path: Path) -> _LoadedModel:
     _tell_of_longrope(decoder.config.ropes, context)
     pool = BlockPool(num_blocks, engine.block_size, engine.enable_prefix_caching)
     return _LoadedModel(runner, pool, context, decoder.config.vocab_size, backend.capabilities.max_draft_rows)
+
+
+def _host_runner(decoder: Decoder, engine: EngineSpec, kv_dtype: torch.dtype) -> tuple[StepRunner, int]:
+    """Return a runner that waits for each step, and the blocks of its KV cache."""
+    from batchinfer.runner.kv_cache import bytes_per_token, default_kv_tokens, whole_blocks
+    from batchinfer.runner.model_runner import ModelRunner
+
+    context = decoder.config.context_tokens
+    kv_tokens = engine.kv_cache_tokens
+    if kv_tokens is None:
+        kv_tokens = default_kv_tokens(bytes_per_token(decoder.config.kv_shape, kv_dtype), engine.max_num_seqs, context)
+    num_blocks = whole_blocks(kv_tokens, engine.block_size)
+    return ModelRunner(decoder, num_blocks, engine.block_size, engine.max_num_seqs, context, kv_dtype), num_blocks
+
+
+def _device_runner(decoder: Decoder, engine: EngineSpec, kv_dtype: torch.dtype) -> tuple[StepRunner, int]:
+    """Return a runner that goes on while the device computes, and the blocks of its KV cache."""
+    from batchinfer.runner.memory import load_device_runner
+
+    return load_device_runner(decoder, engine, kv_dtype)
 
 
 def _warn_of_slow_int8(engine: EngineSpec, capabilities: Capabilities) -> None:

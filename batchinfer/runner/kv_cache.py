@@ -13,7 +13,7 @@ import torch
 from batchinfer.engine.plan import Copy
 from batchinfer.errors import ModelError
 from batchinfer.ops.backend import Backend
-from batchinfer.ops.resources import free_bytes, kv_cache_share
+from batchinfer.ops.resources import KV_CACHE_SHARE, free_bytes
 
 _LEAST_TOKENS = 32  # what engine.kv_cache_tokens asks for at least
 
@@ -62,16 +62,23 @@ def bytes_per_token(kv_shape: tuple[int, int, int], dtype: torch.dtype) -> int:
     return 2 * num_layers * kv_heads * head_size * dtype.itemsize
 
 
-def default_kv_tokens(token_bytes: int, max_num_seqs: int, max_model_len: int, device: torch.device) -> int:
-    """Return what all seats could use, or what fits into a share of the memory that is free now, if that is less.
+def default_kv_tokens(token_bytes: int, max_num_seqs: int, max_model_len: int) -> int:
+    """Return what all seats could use, or what fits into a share of the host's memory that is free, if that is less.
 
     token_bytes: see `bytes_per_token`. Load the weights first. Raises ModelError if next to nothing is free.
     """
-    free = free_bytes(device)
-    tokens = min(int(free * kv_cache_share(device)) // token_bytes, max_num_seqs * max_model_len)
+    free = free_bytes()
+    tokens = min(int(free * KV_CACHE_SHARE) // token_bytes, max_num_seqs * max_model_len)
     if tokens < min(_LEAST_TOKENS, max_model_len):
         raise ModelError(
             f"only {free / 2**20:.0f} MiB of memory are free, too little for a KV cache of {token_bytes} "
             "bytes per token: free some, or set engine.kv_cache_tokens"
         )
     return tokens
+
+
+def whole_blocks(tokens: int, block_size: int) -> int:
+    """Return the blocks that a KV cache of so many tokens has. Raises ModelError if it holds none."""
+    if tokens < block_size:
+        raise ModelError(f"a KV cache of {tokens} tokens holds no block of {block_size}: lower engine.block_size")
+    return tokens // block_size

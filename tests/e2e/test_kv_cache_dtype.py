@@ -57,7 +57,7 @@ def test_the_default_is_what_is_computed_and_16_bits_round(model: Path) -> None:
 def test_a_16_bit_kv_cache_holds_twice_as_many_tokens(
     model: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(kv_cache, "free_bytes", lambda device: 1 << 22)
+    monkeypatch.setattr(kv_cache, "free_bytes", lambda: 1 << 22)
     sizes = [len(LLM(model, kv_cache_dtype=kind)._engine.scheduler.pool.blocks) for kind in (None, *KINDS)]
     assert sizes == [128, 128, 256, 256]
     assert '"kv_cache_dtype": "bfloat16"' in capfd.readouterr().err

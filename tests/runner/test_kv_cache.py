@@ -10,7 +10,7 @@ import torch
 from batchinfer.engine.plan import Copy
 from batchinfer.errors import ModelError
 from batchinfer.ops.choose import load_backend
-from batchinfer.ops.resources import HOST, free_bytes
+from batchinfer.ops.resources import free_bytes
 from batchinfer.runner.kv_cache import KVCache, bytes_per_token, default_kv_tokens
 
 GIB = 2**30
@@ -84,17 +84,17 @@ def test_free_memory_of_a_machine_and_of_containers(tmp_path):
         memory__memory_DOT_usage_in_bytes=f"{5 * GIB}",
         memory__memory_DOT_stat="cache 1\n",
     )
-    assert free_bytes(HOST, plain) == free_bytes(HOST, open_v2) == 8 * GIB
-    assert free_bytes(HOST, limited_v2) == 3 * GIB  # page cache that can go counts as free
-    assert free_bytes(HOST, limited_v1) == 0
+    assert free_bytes(plain) == free_bytes(open_v2) == 8 * GIB
+    assert free_bytes(limited_v2) == 3 * GIB  # page cache that can go counts as free
+    assert free_bytes(limited_v1) == 0
     (tmp_path / "empty").mkdir()
-    assert 0 < free_bytes(HOST, tmp_path / "empty") < 2**50
+    assert 0 < free_bytes(tmp_path / "empty") < 2**50
 
 
 def test_default_size_is_a_share_of_free_memory_or_what_the_seats_can_use(monkeypatch):
-    monkeypatch.setattr("batchinfer.runner.kv_cache.free_bytes", lambda device: 4_000_000)
-    assert default_kv_tokens(1000, 256, 2048, HOST) == 1000
-    assert default_kv_tokens(1000, 2, 100, HOST) == 200
+    monkeypatch.setattr("batchinfer.runner.kv_cache.free_bytes", lambda: 4_000_000)
+    assert default_kv_tokens(1000, 256, 2048) == 1000
+    assert default_kv_tokens(1000, 2, 100) == 200
     with pytest.raises(ModelError, match=r"4 MiB of memory are free.*engine.kv_cache_tokens"):
-        default_kv_tokens(100_000, 256, 2048, HOST)
-    assert default_kv_tokens(100_000, 1, 8, HOST) == 8
+        default_kv_tokens(100_000, 256, 2048)
+    assert default_kv_tokens(100_000, 1, 8) == 8

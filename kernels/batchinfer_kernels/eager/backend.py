@@ -7,6 +7,7 @@ host, ops read them. Failure: torch's own errors. It is no specification: tests/
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -56,9 +57,11 @@ class EagerBackend:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.capabilities = _CAPABILITIES
+        on_host = device.type == "cpu"
+        # other devices have units for 16-bit numbers, and the host's matrices in blocks are of no use to them
+        self.capabilities = _CAPABILITIES if on_host else replace(_CAPABILITIES, dtype_of_activations=True)
         # on the host nothing is gained by running ahead: the host waits for each step
-        self.steps = None if device.type == "cpu" else EagerStepKernels()
+        self.steps = None if on_host else EagerStepKernels()
 
     def rms_norm(self, x_NE: Tensor, weight_E: Tensor, eps: float, offset: float = 0.0) -> Tensor:
         return rms_norm(x_NE, weight_E, eps, offset)
