@@ -12,16 +12,16 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
-from batchinfer.bench.step_work import Formats, ModelWork, StepTokens
-from batchinfer.runner.device_inputs import StepLimits
-from batchinfer.runner.device_runner import DeviceRunner, Ticket
 from torch import Tensor
 
+from batchinfer.bench.step_work import Formats, ModelWork, StepTokens
 from batchinfer.engine.engine import Engine
 from batchinfer.engine.plan import StepPlan, StepResult
 from batchinfer.models.decoder import Decoder
 from batchinfer.ops.streams import DeviceMemory, Download, Streams
 from batchinfer.request import Constraint, Request, SamplingParams
+from batchinfer.runner.device_inputs import StepLimits
+from batchinfer.runner.device_runner import DeviceRunner, Ticket
 from tests.gpu.rig import Rig, make_engine
 
 

@@ -9,8 +9,6 @@ from time import perf_counter
 from typing import NamedTuple
 
 import torch
-from batchinfer.runner.device_inputs import StepLimits
-from batchinfer.runner.device_runner import DeviceRunner
 from batchinfer_kernels.triton import make_backend
 
 from batchinfer.engine.blocks import BlockPool
@@ -21,6 +19,8 @@ from batchinfer.ops.backend import Backend
 from batchinfer.ops.graphs import CudaGraphs, Graphs, NoGraphs
 from batchinfer.ops.pretend import PretendStreams, ReplayedGraphs, pretend_backend
 from batchinfer.ops.streams import CudaStreams, Streams
+from batchinfer.runner.device_inputs import StepLimits
+from batchinfer.runner.device_runner import DeviceRunner
 
 _REPEATS = 5
 

@@ -11,14 +11,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from batchinfer.runner.device_inputs import StepLimits
-from batchinfer.runner.device_runner import DeviceRunner
 from batchinfer_kernels.eager import EagerBackend
 from batchinfer_kernels.steps import PackedStep
 from torch import Tensor
 
 from batchinfer.ops.graphs import NoGraphs
 from batchinfer.request import Finished, Request, SamplingParams
+from batchinfer.runner.device_inputs import StepLimits
+from batchinfer.runner.device_runner import DeviceRunner
 from batchinfer.runner.graph_ladder import Rung
 from tests.gpu.random_model import TINY, random_decoder
 from tests.gpu.rig import Rig, make_engine, make_rig
