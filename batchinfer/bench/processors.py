@@ -13,7 +13,7 @@ from typing import NamedTuple
 from batchinfer.bench.machine import Bandwidth, Machine
 from batchinfer.errors import UsageError, suggest
 from batchinfer.ops.choose import available_backends
-from batchinfer.ops.resources import HOST, free_bytes
+from batchinfer.ops.resources import free_bytes
 
 CPU = "cpu"
 CPU_DTYPES = ("float32", "bfloat16", "float16", "int8")
@@ -85,7 +85,7 @@ def this_cpu(machine: Machine) -> Processor:
         rates["int8"] = machine.int8_per_s
     return Processor(
         machine.cpu,
-        free_bytes(HOST),
+        free_bytes(),
         machine.read_bytes_per_s,
         rates,
         "measured",
