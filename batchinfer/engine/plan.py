@@ -26,6 +26,8 @@ from typing import NamedTuple, Self
 from batchinfer.errors import RowError
 from batchinfer.request import Pooling, Request, SamplingParams, TokenLogprob
 
+IN_FLIGHT = -1  # among the tokens of a plan: the one sampled last at this seat, by a step whose result is to come
+
 
 class Join(NamedTuple):
     """A sequence takes a seat: what a runner needs of its request, as plain data.
@@ -95,10 +97,11 @@ class StepPlan:
     """The work of one forward pass. Lists are parallel and never changed after construction.
 
     Sequence i computes positions `starts[i] .. starts[i] + counts[i] - 1`; its token ids are the next `counts[i]` of
-    `tokens`. Its context is everything before, in the blocks of its seat. A token is sampled from each of
-    the last `samples[i]` of these positions; the result has them in this order. With more than one sample the sequence
-    computes its last known token and a draft, and `counts[i]` is `samples[i]`. `reads` are in the order of their
-    sequences, at most one per sequence. `copies` come first, and all sources are read before any target is written.
+    `tokens`, IN_FLIGHT for one that a step in flight samples. Its context is everything before, in the blocks of its
+    seat. A token is sampled from each of the last `samples[i]` of these positions; the result has them in this order.
+    With more than one sample the sequence computes its last known token and a draft, and `counts[i]` is `samples[i]`.
+    `reads` are in the order of their sequences, at most one per sequence. `copies` come first, and all sources are read
+    before any target is written.
     """
 
     step: int

@@ -1,8 +1,7 @@
 """Builder of a step's plan: what the scheduler has put into the next step so far, and the sequences it belongs to.
 
 State: the parallel lists of a `StepPlan` for the sequences without a decode lane, and the sequences themselves; the
-lanes are read when the plan is built. Owner: the scheduler, one builder per step. It is kept until the step's result
-has come, which is in the order of the plan.
+lanes are read when the plan is built. Owner: the scheduler, one builder per step.
 """
 
 from __future__ import annotations
@@ -15,15 +14,14 @@ from batchinfer.engine.sequence import Sequence
 class PlanBuilder:
     """A plan under construction: first the decode lanes, one token each, then chunks of prompts and drafts.
 
-    `decoding` are the seats of the lanes once the plan is built; until then sequences may leave their lanes. The lists
-    are those of `StepPlan` for `sequences`, and places count from the first of these. `drafts` are in their order.
+    Until the plan is built sequences may leave their lanes. The lists are those of `StepPlan` for `sequences`, and
+    places count from the first of these. `drafts` are in their order.
     """
 
     __slots__ = (
         "_lanes",
         "copies",
         "counts",
-        "decoding",
         "drafts",
         "grown",
         "joins",
@@ -37,7 +35,6 @@ class PlanBuilder:
 
     def __init__(self, lanes: DecodeLanes) -> None:
         self._lanes = lanes
-        self.decoding: list[int] = []
         self.sequences: list[Sequence] = []
         self.joins: list[Join] = []
         self.grown: list[Grown] = []
@@ -82,17 +79,16 @@ class PlanBuilder:
     def build_plan(self, step: int) -> StepPlan:
         """Return the plan, which begins with the decode lanes as they are now."""
         lanes = self._lanes
-        seats = self.decoding = lanes.seats.copy()
-        ones = [1] * len(seats)
+        ones = [1] * len(lanes.seats)
         return StepPlan(
             step=step,
             joins=tuple(self.joins),
             grown=tuple(self.grown),
-            seats=seats + self.seats,
+            seats=lanes.seats + self.seats,
             starts=lanes.positions + self.starts,
             counts=ones + self.counts,
             samples=ones + self.samples,
             tokens=lanes.last_tokens + self.tokens,
-            reads=tuple(read._replace(place=len(seats) + read.place) for read in self.reads),
+            reads=tuple(read._replace(place=len(ones) + read.place) for read in self.reads),
             copies=tuple(self.copies),
         )

@@ -43,13 +43,23 @@ class Lookup:
         length = min(self._length, most)
         if length <= 0 or len(tokens) < max(self._resumes_at, _PATTERN + 1):
             return []
-        text = self._text
-        text += array("i", tokens[len(text) // _TOKEN_BYTES :]).tobytes()
-        after = self._find_match()
+        self._extend_text(tokens)
+        after = self._find_match(_PATTERN)
         if after is None:
             return []
         found = list(tokens[after : after + length])
         return (found * length)[:length]  # a match that reaches the end repeats itself
+
+    def may_draft(self, tokens: Items[int], unknown: int) -> bool:
+        """Return True if there may be a draft after `tokens` and `unknown` tokens more.
+
+        A match of the last tokens begins with one of the known ones among them.
+        """
+        known = _PATTERN - unknown
+        if len(tokens) + unknown < max(self._resumes_at, _PATTERN + 1):
+            return False
+        self._extend_text(tokens)
+        return known <= 0 or self._find_match(known) is not None
 
     def judge_draft(self, drafted: int, accepted: int, known: int) -> None:
         """Adapt to the last draft, of which the first `accepted` tokens were right; `known` tokens are known now."""
@@ -64,14 +74,17 @@ class Lookup:
             self._resumes_at = known + self._pause
             self._pause *= 2
 
-    def _find_match(self) -> int | None:
-        """Return the position after the most recent earlier occurrence of the last tokens."""
-        text, size = self._text, _PATTERN * _TOKEN_BYTES
+    def _extend_text(self, tokens: Items[int]) -> None:
+        self._text += array("i", tokens[len(self._text) // _TOKEN_BYTES :]).tobytes()
+
+    def _find_match(self, count: int) -> int | None:
+        """Return the position after the most recent earlier occurrence of the last `count` tokens."""
+        text, size = self._text, count * _TOKEN_BYTES
         pattern = text[-size:]
         end = len(text) - _TOKEN_BYTES
         while (place := text.rfind(pattern, 0, end)) >= 0:
             if place % _TOKEN_BYTES == 0:
-                return place // _TOKEN_BYTES + _PATTERN
+                return place // _TOKEN_BYTES + count
             end = place + size - 1
         return None
 
@@ -98,6 +111,21 @@ class Speculation:
         while longest > 1 and sum(min(len(draft), longest) for _, draft in found) > room:
             longest -= 1
         return [(sequence, draft[:longest]) for sequence, draft in found[:room]]
+
+    def may_draft(self, lanes: DecodeLanes) -> bool:
+        """Return True if a decoding sequence may want a draft once its tokens in flight are known.
+
+        The known tokens decide: without an earlier occurrence of the last ones, no token makes a match.
+        """
+        if self._most == 0:
+            return False
+        for lane, sequence in enumerate(lanes.settle_all()):
+            lookup = self._lookup_of(sequence.seat, sequence.request)
+            unknown = lanes.positions[lane] + 1 - len(sequence.tokens)
+            room = sequence.limit - lanes.positions[lane] - 2
+            if lookup is not None and room > 0 and lookup.may_draft(sequence.tokens, unknown):
+                return True
+        return False
 
     def judge_draft(self, seat: int, drafted: int, accepted: int, known: int) -> None:
         """Call `Lookup.judge_draft` for the sequence of a seat."""

@@ -2,11 +2,12 @@
 
 State: the waiting queue, the running sequences (in order of admission), free seats, every sequence's progress, and
 through `BlockTables` the blocks. Owner: the engine's thread; nobody else writes to a sequence.
-Flow: `add` → waiting → (`schedule` admits) running → (`update` ends) finished. `schedule` and `update` alternate. A
-running sequence is either in prefill or has a decode lane (`DecodeLanes`), so that a step appends the tokens of all
-decoding sequences without touching them; a sequence that verifies a draft gives its lane up for that step.
+Flow: `add` → waiting → (`schedule` admits) running → (`update` ends) finished. A planned step is in flight until
+`update`; `schedule_ahead` plans the next one meanwhile. A running sequence is either in prefill or has a decode lane
+(`DecodeLanes`), so that a step appends the tokens of all decoding sequences without touching them; a sequence that
+verifies a draft gives its lane up for that step.
 Failure: no free block → the newest running sequence is preempted and computed again later; a sequence that does not fit
-alone → its error; a failed step → `fail` bisects for the sequence at fault.
+alone → its error; a failed step → `fail` bisects for the sequence at fault; out of memory → `shrink`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 from batchinfer.engine.block_tables import BlockTables
 from batchinfer.engine.blocks import Block, BlockPool
 from batchinfer.engine.decode_lanes import DecodeLanes
+from batchinfer.engine.in_flight import Failure, StepsInFlight
 from batchinfer.engine.length_estimator import OutputLengthEstimator
 from batchinfer.engine.plan import Copy, PromptRead, StepPlan, StepResult
 from batchinfer.engine.plan_builder import PlanBuilder
@@ -23,8 +25,6 @@ from batchinfer.engine.stats import EngineStats
 from batchinfer.engine.waiting_queue import WaitingQueue
 from batchinfer.errors import EngineFailure, RowError, TooLong
 from batchinfer.request import Finished, FinishReason, Request
-
-Failures = dict[int, str | RowError]  # by row of a step's result
 
 
 class Scheduler:
@@ -51,13 +51,13 @@ class Scheduler:
         self.length_estimator = OutputLengthEstimator()
         self.waiting = WaitingQueue()
         self.running: dict[int, Sequence] = {}  # by seat, in order of admission
-        self.started: list[int] = []  # ids of requests whose first output token the last step sampled
         self._max_num_seqs = max_num_seqs
         self._max_running = max_num_seqs  # fewer while `fail` bisects for a sequence at fault
         self._free_seats = list(range(max_num_seqs - 1, -1, -1))
         self._tables = BlockTables(pool)
         self._speculation = Speculation(speculative_tokens)
         self._lanes = DecodeLanes(pool.block_size)
+        self._in_flight = StepsInFlight(self._lanes, self._speculation, self.stats)
         self._builder = PlanBuilder(self._lanes)
         self._finished: list[Finished] = []
 
@@ -105,127 +105,104 @@ class Scheduler:
     # -- one step -----------------------------------------------------------------------------------------------
 
     def schedule(self) -> StepPlan:
-        """Decide the next step. An empty plan means that nothing can run."""
-        self.started = []
+        """Decide the next step while none is in flight. An empty plan means that nothing can run."""
+        assert not self._in_flight, "plan ahead, or collect first"
         self._lanes.admit_decoding()
+        return self._plan_step()
+
+    def schedule_ahead(self) -> StepPlan | None:
+        """Decide the step after those in flight, or return None if it depends on their results or is empty.
+
+        It does while `fail` bisects, while a draft is verified or one may be wanted, and if a sequence would have to be
+        preempted, because its tokens are not all known.
+        """
+        if self._max_running < self._max_num_seqs or self._in_flight.verify_drafts or not self.running:
+            return None
+        if not self._fits_without_preemption() or self._may_draft():
+            return None
+        plan = self._plan_step()
+        return plan if plan.seats else None
+
+    def _plan_step(self) -> StepPlan:
+        self.pool.computed()
         builder = self._builder = PlanBuilder(self._lanes)
         budget = self.max_step_tokens - len(self._lanes.seats)
         preemptions = self.stats.preemptions
-        for sequence in self._lanes.visit_due():
-            self._extend_decoding(sequence)
+        for sequence, end in self._lanes.visit_due():
+            self._extend_decoding(sequence, end)
         for sequence in list(self._lanes.prefilling.values()):
             if sequence.seat >= 0 and budget > 0:
                 budget -= self._advance(sequence, budget)
         if self.stats.preemptions > preemptions:
             builder.grown = [grown for grown in builder.grown if grown.seat in self.running]
         self._admit(budget)
-        if builder.num_tokens < self.max_draft_rows:
+        if builder.num_tokens < self.max_draft_rows and not self._in_flight:
             self._speculate()
         self.stats.steps += builder.num_tokens > 0
-        return builder.build_plan(self.stats.steps)
+        plan = builder.build_plan(self.stats.steps)
+        if plan.seats:
+            self._in_flight.launch(builder)
+        return plan
 
-    def update(self, result: StepResult) -> None:
-        """Apply the result of the plan that `schedule` returned last."""
-        builder = self._builder
-        self.pool.computed()
-        failed = dict(result.failed or {})
-        if builder.reads:
-            self._append_readings(result, failed)
-        self._append_decoded(builder.decoding, result, failed)
-        drafts = iter(builder.drafts)
-        row = len(builder.decoding)
-        for sequence, count, samples in zip(builder.sequences, builder.counts, builder.samples, strict=True):
-            sequence.proven = True
-            if samples > 1:
-                self._append_drafted(sequence, next(drafts), row, result, failed)
-            elif samples:
-                self._append_sampled(sequence, row, result, failed)
-            else:
-                sequence.computed(count)
-                if sequence.num_computed == sequence.limit and sequence.seat >= 0:
-                    self._finish(sequence, "length")
-            row += samples
-        self.stats.generated_tokens += row
-        self._max_running = min(self._max_num_seqs, self._max_running * 2)
+    def _fits_without_preemption(self) -> bool:
+        """Return True if free blocks suffice for the next step, and for the prompts begun."""
+        size = self.pool.block_size
+        left = sum(-(-len(one.tokens) // size) - len(one.blocks) for one in self._lanes.prefilling.values())
+        return left + self._lanes.num_growing() <= self.pool.num_free
 
-    def _append_decoded(self, seats: list[int], result: StepResult, failed: Failures) -> None:
-        """Append the first rows of the result to the decode lanes: one token for each of these seats."""
-        ended = self._lanes.append_tokens(result)
-        for row in sorted({*ended, *(row for row in failed if row < len(seats))}):
-            sequence = self.running[seats[row]]
-            if row in failed:
-                self.settle(sequence)
-                del sequence.tokens[-1]  # the token of a failed row is meaningless
-                self._fail_row(sequence, failed[row])
-            else:
-                self._finish(sequence, ended[row])
+    def _may_draft(self) -> bool:
+        """Return True if the next step may have room for a draft, and the tokens known so far suggest one."""
+        prefilling = self._lanes.prefilling.values()
+        tokens = len(self._lanes.seats) + sum(len(one.tokens) - one.num_computed for one in prefilling)
+        room = min(self.max_draft_rows, self.max_step_tokens) - tokens
+        return room > 0 and self._speculation.may_draft(self._lanes)
 
-    def _append_sampled(self, sequence: Sequence, row: int, result: StepResult, failed: Failures) -> bool:
-        """Append the token sampled in a row of the result. Return True if the sequence ended."""
-        failure = failed.get(row) if failed else None
-        if failure is not None:
+    def update(self, result: StepResult) -> list[int]:
+        """Apply the result of the oldest step in flight. Return ids of requests that got their first token."""
+        outcome = self._in_flight.collect(result)
+        for sequence, failure in outcome.failures.items():
             self._fail_row(sequence, failure)
-            return True
-        reason = sequence.append(result.tokens[row], None if result.logprobs is None else result.logprobs[row])
-        if sequence.num_output == 1:
-            self.started.append(sequence.request.request_id)
-        if row in result.ended:
-            reason = "stop"
-        if reason is None:
-            return False
-        self._finish(sequence, reason)
-        return True
+        for sequence, reason in outcome.finished.items():
+            if sequence.seat >= 0:
+                self._finish(sequence, reason)
+        self._max_running = min(self._max_num_seqs, self._max_running * 2)
+        return outcome.started
 
-    def _append_drafted(
-        self, sequence: Sequence, draft: list[int], row: int, result: StepResult, failed: Failures
-    ) -> None:
-        """Append the token of a row, and of each next row while the tokens before it are those of the draft.
-
-        The KV of the rejected rest of the draft does not count: the next step overwrites it.
-        """
-        seat = sequence.seat
-        accepted = 0
-        ended = self._append_sampled(sequence, row, result, failed)
-        while not ended and accepted < len(draft) and sequence.tokens[-1] == draft[accepted]:
-            accepted += 1
-            ended = self._append_sampled(sequence, row + accepted, result, failed)
-        self.stats.draft_tokens += len(draft)
-        self.stats.accepted_tokens += accepted
-        self.stats.generated_tokens -= len(draft) - accepted  # `update` counts all rows
-        self._speculation.judge_draft(seat, len(draft), accepted, len(sequence.tokens))
-
-    def _append_readings(self, result: StepResult, failed: Failures) -> None:
-        """Append what was read of prompts. A sequence whose reading failed ends.
-
-        If it also samples in this step, the failure goes to its row in `failed`, and the sequence ends with that row.
-        """
-        builder = self._builder
-        for read, reading in zip(builder.reads, result.readings, strict=True):
-            sequence = builder.sequences[read.place]
-            if reading.failure is None:
-                assert sequence.rows is not None
-                sequence.rows.append_reading(reading, read.rows)
-            elif builder.samples[read.place]:
-                failed[len(builder.decoding) + sum(builder.samples[: read.place])] = reading.failure
-            else:
-                self._fail_row(sequence, reading.failure)
-
-    def _fail_row(self, sequence: Sequence, failure: str | RowError) -> None:
+    def _fail_row(self, sequence: Sequence, failure: Failure) -> None:
         """End a sequence with this error, and take its blocks out of the prefix index."""
         self.pool.forget(sequence.blocks)
         self._finish(sequence, "error", failure if isinstance(failure, RowError) else EngineFailure(failure))
 
     def fail(self, reason: str) -> None:
-        """Bisect for the sequence that made the step of the last plan raise, and end only that sequence.
+        """Bisect for the sequence that made the oldest step in flight raise, and end only that sequence.
 
         All sequences go back to the queue, first those that have not yet been in a good step, and half as many may run
         at once: the search halves the suspects until a sequence fails alone. Good steps widen the limit again.
         """
-        scheduled = [self.running[seat] for seat in self._builder.decoding] + self._builder.sequences
-        if len(scheduled) == 1:
+        scheduled = self._in_flight.oldest.sequences
+        self._in_flight.discard()
+        running = [sequence for sequence in scheduled if sequence.seat >= 0]  # others: a surplus row of the step
+        if len(scheduled) == len(running) == 1:
             self._finish(scheduled[0], "error", EngineFailure(reason))
-        suspects = [sequence for sequence in scheduled if not sequence.proven]
+        suspects = [sequence for sequence in running if not sequence.proven]
         self._max_running = max(1, (len(suspects) or len(scheduled)) // 2)
+        self._preempt_all()
+
+    def shrink(self) -> bool:
+        """Halve the tokens of a step, because the oldest step in flight did not fit the device's memory.
+
+        All sequences go back to the queue; none is suspected. Return False if a step is as small as it can be.
+        """
+        least = max(self._max_num_seqs, self.pool.block_size)
+        tokens = min(self.max_step_tokens, self._in_flight.oldest.num_tokens)
+        self._in_flight.discard()
+        self._preempt_all()
+        shrinks = self.max_step_tokens > least
+        self.max_step_tokens = max(least, tokens // 2)
+        return shrinks
+
+    def _preempt_all(self) -> None:
+        """Send all sequences back to the queue, and trust no block: nothing of the steps in flight counts."""
         for sequence in sorted(self.running.values(), key=lambda sequence: sequence.proven)[::-1]:
             self._preempt(sequence)
         self.pool.forget_all()
@@ -238,17 +215,19 @@ class Scheduler:
         assert sorted(seats + self._free_seats) == list(range(self._max_num_seqs)), "seats lost or doubled"
         self.waiting.check_integrity()
         self._lanes.check_integrity(self.running)
+        self._in_flight.check_integrity(self.running.values())
         for sequence in self.running.values():
-            sequence.check_integrity(self._lanes.known_tokens(sequence), self.pool.block_size)
+            known, computed = self._lanes.known_tokens(sequence), self._lanes.num_computed(sequence)
+            sequence.check_integrity(known, computed, self.pool.block_size)
 
     # -- growing ------------------------------------------------------------------------------------------------
 
-    def _extend_decoding(self, sequence: Sequence) -> None:
-        """Allocate the next block for a decoding sequence and index full ones for prefix reuse."""
-        known, first = len(sequence.tokens), len(sequence.blocks)
-        if known > first * self._tables.pool.block_size:
-            self._tables.index_full_blocks(sequence, known - 1)
-            if self._grow(sequence, known):
+    def _extend_decoding(self, sequence: Sequence, end: int) -> None:
+        """Allocate the block of a decoding sequence up to position `end`, and index full ones for prefix reuse."""
+        first = len(sequence.blocks)
+        if end > first * self._tables.pool.block_size:
+            self._tables.index_full_blocks(sequence, min(end - 1, len(sequence.tokens)))
+            if self._grow(sequence, end):
                 self._builder.add_blocks(sequence, first)
 
     def _advance(self, sequence: Sequence, budget: int) -> int:
@@ -292,8 +271,9 @@ class Scheduler:
         builder, rows = self._builder, sequence.rows
         if rows is None:
             return
-        if rows.left and rows.at < end:
-            builder.reads.append(PromptRead(len(builder.seats) - 1, rows.at, min(end, rows.end) - rows.at))
+        if rows.left and rows.planned < end:
+            builder.reads.append(PromptRead(len(builder.seats) - 1, rows.planned, min(end, rows.end) - rows.planned))
+            rows.planned = min(end, rows.end)
         builder.samples[-1] &= len(sequence.tokens) < sequence.limit  # no sample if nothing is generated
 
     def _grow(self, sequence: Sequence, end: int) -> bool:
@@ -372,6 +352,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Put a sequence back at the head of the queue; its blocks stay in the cache while memory allows."""
+        assert not self._in_flight, "its tokens are not all known"
         self._leave(sequence, sound=True)
         sequence.proven = False
         self.waiting.push_front(sequence)

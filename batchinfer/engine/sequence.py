@@ -16,13 +16,14 @@ from batchinfer.request import FinishReason, Request, TokenLogprob
 class PromptRows:
     """The rows of a prompt that are still to be read: positions `at` to before `end`. Survives preemption.
 
-    `logprobs` is the answer so far, `hidden` the sum of the pooled rows so far.
+    Reads of the rows before `planned` are in the step being planned, or in flight. `logprobs` is the answer so far,
+    `hidden` the sum of the pooled rows so far.
     """
 
-    __slots__ = ("at", "end", "hidden", "logprobs")
+    __slots__ = ("at", "end", "hidden", "logprobs", "planned")
 
     def __init__(self, request: Request, rows: range) -> None:
-        self.at = rows.start
+        self.at = self.planned = rows.start
         self.end = rows.stop
         self.hidden: array[float] | None = None
         self.logprobs: list[TokenLogprob | None] | None = None
@@ -31,7 +32,8 @@ class PromptRows:
 
     @property
     def left(self) -> bool:
-        return self.at < self.end
+        """True if there are rows whose read is not planned yet."""
+        return self.planned < self.end
 
     def append_reading(self, reading: Reading, count: int) -> None:
         """Add the reading of the next `count` rows."""
@@ -104,14 +106,14 @@ class Sequence:
     def reusable(self) -> int:
         """End of the tokens whose KV may come from the cache: before the last known token and the rows to read."""
         last = len(self.tokens) - 1
-        return last if self.rows is None or not self.rows.left else min(last, self.rows.at)
+        return last if self.rows is None or not self.rows.left else min(last, self.rows.planned)
 
     def next_block(self, start: int, size: int) -> list[int]:
         """Return the tokens of the block that begins at position `start`, as far as they may come from the cache."""
         return self.tokens[start : max(start, min(start + size, self.reusable))]
 
     def computed(self, count: int) -> None:
-        """Count `count` tokens more as computed, with no token sampled after them: see `append`."""
+        """Count `count` tokens more of the prompt, or of the answer before a preemption, as computed or in flight."""
         self._computed += count
 
     def append(self, token: int, logprob: TokenLogprob | None) -> FinishReason | None:
@@ -138,16 +140,19 @@ class Sequence:
         """Reset to nothing computed: new, preempted, or finished. The caller releases the blocks."""
         self.seat = -1
         self._computed = 0
+        if self.rows is not None:
+            self.rows.planned = self.rows.at
         self.decodes = False
         self.blocks: list[Block] = []
         self.num_indexed = 0
         self.chain = ROOT
         self.promised = 0
 
-    def check_integrity(self, tokens: list[int], size: int) -> None:
-        """Assert that a running sequence's counts agree with its blocks of `size` tokens. `tokens` are up to date."""
-        computed = len(tokens) - 1 if self.decodes else self.num_computed
-        assert computed < len(tokens), "nothing left to compute"
+    def check_integrity(self, tokens: list[int], computed: int, size: int) -> None:
+        """Assert that a running sequence's counts agree with its blocks of `size` tokens.
+
+        `tokens` are up to date, and the first `computed` positions are computed or in flight.
+        """
         assert computed <= len(self.blocks) * size, "computed beyond its blocks"
         assert self.num_indexed * size <= computed, "indexed before it is computed"
         for number, block in enumerate(self.blocks):
@@ -157,4 +162,5 @@ class Sequence:
                     "indexed under other tokens"
                 )
         rows = self.rows
-        assert rows is None or not rows.left or rows.at >= computed, "rows passed without being read"
+        assert rows is None or not rows.left or rows.planned >= computed, "rows passed without being read"
+        assert rows is None or rows.at <= rows.planned, "rows read before their read was planned"

@@ -166,7 +166,7 @@ def test_a_sequence_already_in_the_plan_can_be_preempted(block_size: int) -> Non
     expect_short_answers(engine.scheduler)
     launch = runner.launch
 
-    def only_who_runs_grows(plan: StepPlan, constraints: object) -> StepResult:
+    def only_who_runs_grows(plan: StepPlan, constraints: object) -> StepPlan:
         assert {grown.seat for grown in plan.grown} <= engine.scheduler.running.keys()
         for due in engine.scheduler._lanes._calendar.values():
             shuffle(due)

@@ -209,7 +209,7 @@ def test_a_sequence_that_fails_steps_is_found_and_ends_alone() -> None:
     engine, runner = checking_engine(400, seats=16, step_tokens=200)
     requests = [make_request(i, [1 + i, 2, 3], 10) for i in range(40)]
     runner.fail_if = lambda plan: any(
-        runner._known[seat][0] == 18 and start + count > 4
+        runner.prompts[seat][0] == 18 and start + count > 4
         for seat, start, count in zip(plan.seats, plan.starts, plan.counts, strict=True)
     )
     answers = run_requests(engine, requests)
