@@ -82,8 +82,10 @@ def test_a_row_s_result_depends_on_nothing_else(ops, variant, precision):
 
 
 @pytest.mark.parametrize("precision", [Precision.FLOAT32, Precision.BFLOAT16, Precision.INT8])
-def test_threads_do_all_of_the_work_however_many_they_are(ops, precision):
+def test_threads_do_all_of_the_work_however_many_they_are(ops, variant, precision):
     """Also where there are more of them than cores, so that some come when others have begun with their share."""
+    if variant in ("triton", "cuda"):
+        pytest.skip("no threads of the host work")
     x, weight, bias = linear_inputs((1500, 576, 200), torch.float32)
     packed = ops.pack(weight, precision)
     error = TOLERANCE[torch.float32]
