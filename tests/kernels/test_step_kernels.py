@@ -136,11 +136,31 @@ def test_tokens_are_those_of_the_hosts_sampler(steps, vocab, step):
     assert state.last_tokens_P.tolist() == [*tokens, 0]
 
 
-@pytest.mark.parametrize("vocab", [50_257, 262_147])
+@pytest.mark.parametrize("vocab", [49_152, 50_257])
 def test_tokens_of_large_vocabularies(unchecked, vocab):
     seats = [SEATS[case] for case in ("greedy", "top_p", "all")]
     logits_NV = random_logits(len(seats), vocab, spread=4.0)
     assert sample(unchecked, logits_NV, seats)[0] == host_tokens(logits_NV, seats, [3] * len(seats))
+
+
+def test_tokens_of_the_largest_vocabularies():
+    seats = [SEATS[case] for case in ("greedy", "top_p", "all")]
+    logits_NV = random_logits(len(seats), 262_144, spread=4.0)
+    assert sample(EagerStepKernels(), logits_NV, seats)[0] == host_tokens(logits_NV, seats, [3] * len(seats))
+
+
+def test_blocks_widen_with_the_vocabulary(monkeypatch):
+    """Triton's kernels hold one number per block in registers, so larger vocabularies have larger blocks."""
+    steps = interpreted_kernels()
+    from batchinfer_kernels.triton import block_maxima
+
+    monkeypatch.setattr(block_maxima, "_MOST_BLOCKS", 4)
+    seats = [SEATS[case] for case in ("greedy", "plain", "all")]
+    logits_NV = random_logits(len(seats), 2500)
+    tokens = sample(steps, logits_NV, seats)[0]
+    assert tokens == host_tokens(logits_NV, seats, [3] * len(seats))
+    ids_NC = steps.gather_logprobs(logits_NV, ints(tokens), 5).ids_NC
+    assert ids_NC.tolist() == logits_NV.topk(5).indices.tolist()
 
 
 @st.composite
@@ -169,7 +189,7 @@ def check_mix(steps, seats, vocab, position, step):
 
 
 @mixes
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_any_mix_of_parameters(seats, vocab, position, step):
     check_mix(EagerStepKernels(), seats, vocab, position, step)
 
@@ -189,7 +209,7 @@ def test_any_mix_of_parameters_in_triton(monkeypatch):
 def test_another_exp_changes_next_to_nothing():
     """NumPy's exp: a weight's last bits change no token of these rows, and the eighth digit of a logprob at most."""
     steps = interpreted_kernels()
-    seats = list(SEATS.values())
+    seats = [SEATS[case] for case in ("greedy", "plain", "top_p", "wide all")]
     logits_NV = random_logits(len(seats), 1000)
     tokens = sample(steps, logits_NV, seats)[0]
     assert tokens == host_tokens(logits_NV, seats, [3] * len(seats))
@@ -207,11 +227,12 @@ def test_greedy_rows_cost_one_pass_and_plain_draws_two():
     for seat, passes in ((GREEDY, 1), (Seat(), 2)):
         with checked_accesses() as launches:
             sample(steps, logits_NV, [seat] * 2)
+        assert len(launches) == 2
         assert sum(launch.loaded_bytes for launch in launches) < 1.1 * passes * logits_NV.nbytes
 
 
 def test_a_row_depends_on_nothing_beside_it(steps):
-    seats = list(SEATS.values())
+    seats = [SEATS[case] for case in ("greedy", "plain", "top_p", "all")]
     logits_NV = random_logits(len(seats), 500, step=0.125)
     tokens = sample(steps, logits_NV, seats)[0]
     order = np.random.default_rng(0).permutation(len(seats)).tolist()
@@ -220,7 +241,7 @@ def test_a_row_depends_on_nothing_beside_it(steps):
     assert alone == tokens
 
 
-@pytest.mark.parametrize("seat", [GREEDY, Seat(), Seat(top_k=3, top_p=0.5)], ids=["greedy", "plain", "filtered"])
+@pytest.mark.parametrize("seat", [GREEDY, Seat(top_k=3, top_p=0.5)], ids=["greedy", "filtered"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_row_without_a_finite_maximum_is_reported(steps, value, seat):
     logits_NV = random_logits(3, 70)
@@ -293,15 +314,14 @@ def test_uniform_numbers_are_the_hosts(keys, position):
 # -- logprobs ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", [0.0, 0.5])
-@pytest.mark.parametrize("vocab", [3, 33, 1000, 3001])
+@pytest.mark.parametrize(("vocab", "step"), [(3, 0.5), (33, 0.0), (1000, 0.5), (3001, 0.0)])
 def test_logprobs_are_those_of_the_host(steps, vocab, step):
     logits_NV = random_logits(6, vocab, vocab, step=step)
     logits_NV[0, :2] = torch.tensor([0.0, -0.0])  # equal
     tokens = np.array([0, vocab - 1, 1, 2, vocab // 2, 1])
     named = [(), (2, 0, 1, 2), (), (vocab - 1,), (), ()]
     named_NC = ints([[*row, *[-1] * (4 - len(row))] for row in named])
-    for best, names in ((0, None), (1, None), (7, None), (20, named), (2, named)):
+    for best, names in ((0, None), (7, None), (20, named), (2, named)):
         rows = steps.gather_logprobs(logits_NV, ints(tokens), best, None if names is None else named_NC)
         width = best if names is None else max(best, 4)
         assert rows.ids_NC.shape == rows.values_NC.shape == (6, width)

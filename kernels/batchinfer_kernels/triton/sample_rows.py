@@ -167,6 +167,7 @@ def uniform(key: tl.tensor, position: tl.tensor) -> tl.tensor:
 def list_blocks(listed_B: tl.tensor, best_B: tl.tensor, limit: tl.tensor, BLOCKS: tl.constexpr) -> tl.tensor:
     """Store the blocks that have tokens up to a magnitude, in ascending order; return how many these are."""
     is_in_B = (best_B <= limit).to(tl.int32)
+    # a barrier orders global memory too: bar.sync by definition, s_barrier because a program stays on one CU
     tl.debug_barrier()  # the list before may still be read
     tl.store(listed_B + tl.cumsum(is_in_B, axis=0) - 1, tl.arange(0, BLOCKS), mask=is_in_B > 0)
     tl.debug_barrier()
