@@ -6,7 +6,6 @@ import math
 from collections import deque
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import pytest
 import torch
 
@@ -363,27 +362,3 @@ def test_graphs_read_static_inputs_and_block_tables_alone(decoders, monkeypatch)
 
     monkeypatch.setattr(runner._graphs, "replay", amid_garbage)
     assert run_step(runner, first_plan(*requests)) == expected
-
-
-def test_step_inputs_of_random_plans(decoders):
-    """Rows, positions and targets of samples, drafts among them."""
-    from batchinfer.runner.device_inputs import HostStep
-
-    rng = np.random.default_rng(5)
-    for _ in range(30):
-        count = int(rng.integers(1, 6))
-        work = []
-        for seat in rng.permutation(9)[:count].tolist():
-            tokens = int(rng.integers(1, 5))
-            work.append((seat, int(rng.integers(0, 9)), [1] * tokens, int(rng.choice([0, 1, tokens]))))
-        step = HostStep.of_plan(plan((), (), work))
-        expected, first = [], 0
-        for seat, start, tokens, samples in work:
-            for back in range(samples, 0, -1):
-                row = len(tokens) - back
-                expected.append((first + row, seat, start + row + 1, seat if samples == 1 else -1))
-            first += len(tokens)
-        found = zip(
-            step.rows_N.tolist(), step.seats_N.tolist(), step.positions_N.tolist(), step.targets_N.tolist(), strict=True
-        )
-        assert list(found) == expected and int(step.query_starts_X[-1]) == first
