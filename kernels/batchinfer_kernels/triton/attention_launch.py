@@ -20,13 +20,12 @@ _STRIDES = (
     *("table_stride", "q_stride_T", "q_stride_H", "out_stride_T", "out_stride_H"),
     *("kv_stride_N", "kv_stride_2", "kv_stride_K", "kv_stride_B"),
 )
-_NUMBERS = {"scale": "fp32", "soft_cap": "fp32", "num_sequences": "i32"}
+_NUMBERS = {"scale": "fp32", "soft_cap": "fp32", "num_sequences": "i32", "num_slots": "i32"}
 _STORED = {torch.bfloat16: "*bf16", torch.float8_e4m3fn: "*fp8e4nv"}
 
 
 def attention_case(
     kernel: str,
-    suffix: str,
     function: Any,
     target: Target,
     cache: torch.dtype,
@@ -41,7 +40,7 @@ def attention_case(
     tile = {"BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n, "DOT": dot_dtype(torch.bfloat16, cache)}
     signature = {name: types[name] for name in function.arg_names if name in types}
     return AotCase(
-        name=f"{kernel} {str(cache).removeprefix('torch.')} {head_size}{suffix}",
+        name=f"{kernel} {str(cache).removeprefix('torch.')} {head_size}",
         function=function,
         signature=signature,
         constexprs=shape | tile | dict(constants),

@@ -15,7 +15,7 @@ from batchinfer_kernels.triton.targets import AotCase, Target, config
 BLOCK_C = 8
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def merge_splits_kernel(
     parts: tl.tensor,  # as decode_attention writes them
     logsums: tl.tensor,

@@ -11,11 +11,18 @@ from torch import Tensor
 
 from batchinfer_kernels.contract import ScoreRule
 from batchinfer_kernels.triton.attention_launch import attention_launch, dot_dtype
-from batchinfer_kernels.triton.decode_attention import block_rows, decode_attention_kernel
+from batchinfer_kernels.triton.decode_attention import block_rows, decode_attention_kernel, launch_name
 from batchinfer_kernels.triton.merge_splits import BLOCK_C, merge_splits_kernel
 from batchinfer_kernels.triton.prompt_attention import prompt_attention_kernel
 from batchinfer_kernels.triton.step_index import TritonStepIndex
 from batchinfer_kernels.triton.targets import config, target_of
+
+PROGRAMS = 2048
+"""Programs of decodes that fill a GPU several times over: where there are fewer sequences, their splits are spread.
+
+A program without a split is not free, as it waits for room like the others: so where there are as many sequences, each
+has one program per KV head, which computes its splits one by one. Results are the same.
+"""
 
 
 def paged_attention(
@@ -39,21 +46,23 @@ def _attend_decodes(q_THD: Tensor, kv_N2KBD: Tensor, index: TritonStepIndex, rul
     heads, size = q_THD.shape[1:]
     kv_heads = kv_N2KBD.shape[2]
     rows = step.max_queries * (heads // kv_heads)
-    launch = attention_launch("decode_attention", q_THD.device, size, kv_N2KBD.dtype)
     block_m = block_rows(heads // kv_heads, step.max_queries)
+    launch = attention_launch(launch_name(block_m), q_THD.device, size, kv_N2KBD.dtype)
     slots = num_slots(index, rule.window)
     sequences = len(step.lengths_S)
     many = slots > 1
     space = (sequences, kv_heads, slots, rows)
     parts = torch.empty(*space, size, dtype=torch.float32, device=q_THD.device) if many else out_THD
     logsums = torch.empty(space, dtype=torch.float32, device=q_THD.device) if many else out_THD
-    decode_attention_kernel[sequences, kv_heads * triton.cdiv(rows, block_m), slots](
+    tiles = kv_heads * triton.cdiv(rows, block_m)
+    decode_attention_kernel[sequences, tiles, min(slots, triton.cdiv(PROGRAMS, sequences * tiles))](
         q_THD,
         kv_N2KBD,
         out_THD,
         parts,
         logsums,
         *_step_arguments(index),
+        slots,
         *_layer_arguments(q_THD, kv_N2KBD, index, rule, out_THD),
         *_constants(q_THD, kv_N2KBD, rule),
         step.max_queries,
@@ -111,11 +120,11 @@ def _attend_prompts(q_THD: Tensor, kv_N2KBD: Tensor, index: TritonStepIndex, rul
 
 
 def num_slots(index: TritonStepIndex, window: int | None) -> int:
-    """Return how many splits of a context a program of some query can have to read."""
+    """Return how many splits of a context the queries of a decode can see."""
     if window is None:
         return index.num_splits
     seen_tokens = window + index.step.max_queries - 1
-    return min(index.num_splits, -(-seen_tokens // index.split_tokens) + 1)
+    return min(index.num_splits, -(-(seen_tokens - 1) // index.split_tokens) + 1)
 
 
 def _step_arguments(index: TritonStepIndex) -> tuple[Tensor | None, ...]:

@@ -18,7 +18,7 @@ from batchinfer_kernels.triton.attention_launch import attention_case
 from batchinfer_kernels.triton.targets import AotCase, Target
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences"])
 def prompt_attention_kernel(
     q_THD: tl.tensor,
     kv_N2KBD: tl.tensor,
@@ -75,7 +75,7 @@ def prompt_attention_kernel(
         seat = tl.load(seats_S + sequence)
     first_position = length - count + first_query
     high = tl.minimum(first_position + QUERIES, length)
-    low = first_position * 0
+    low = 0
     if WINDOW:
         low = tl.maximum(first_position - WINDOW + 1, 0)
     begin = low // BLOCK_N * BLOCK_N
@@ -111,8 +111,8 @@ def find_sequence(
     tile: tl.tensor, query_starts_X: tl.tensor, num_sequences: tl.tensor, QUERIES: tl.constexpr
 ) -> tl.tensor:
     """Return the last sequence whose first tile is not after `tile`."""
-    low = tile * 0
-    high = low + num_sequences
+    low = 0
+    high = num_sequences
     while high - low > 1:
         middle = (low + high) // 2
         is_later = tl.load(query_starts_X + middle).to(tl.int32) // QUERIES + middle > tile
@@ -131,7 +131,7 @@ def aot_cases(target: Target) -> list[AotCase]:
     ]
     return [
         attention_case(
-            "prompt_attention", "", prompt_attention_kernel, target, dtype, size, {"GROUP": group, "MAX_QUERIES": 1}
+            "prompt_attention", prompt_attention_kernel, target, dtype, size, {"GROUP": group, "MAX_QUERIES": 1}
         )
         for dtype, size, group in shapes
     ]

@@ -76,6 +76,20 @@ _LAUNCHES: Mapping[str, Mapping[str, Sequence[Launch]]] = {
         ),
         "gfx942": (Launch(4, 2, block_n=64, up_to_bytes=256), Launch(4, 2, block_n=32)),
     },
+    "draft_attention": {  # decode attention with more than 16 rows
+        "": (
+            Launch(4, 3, block_n=64, up_to_bytes=256),
+            Launch(4, 3, block_n=32, up_to_bytes=512),
+            Launch(4, 2, block_n=32),
+        ),
+        "sm_80": (Launch(4, 3, block_n=32, up_to_bytes=512), Launch(4, 2, block_n=16)),
+        "sm_89": (
+            Launch(4, 3, block_n=32, up_to_bytes=256),
+            Launch(4, 3, block_n=16, up_to_bytes=512),
+            Launch(4, 2, block_n=16),
+        ),
+        "gfx942": (Launch(4, 2, block_n=32),),
+    },
     "prompt_attention": {
         "": (
             Launch(4, 3, block_n=64, block_m=128, up_to_bytes=128),
