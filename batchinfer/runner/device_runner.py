@@ -32,6 +32,7 @@ from batchinfer.engine.plan import StepPlan, StepResult
 from batchinfer.errors import OutOfDeviceMemory, RowError
 from batchinfer.models.decoder import Decoder
 from batchinfer.ops.graphs import GraphBody, Graphs
+from batchinfer.ops.out_of_memory import is_out_of_memory
 from batchinfer.ops.streams import Download, Streams, UploadBuffer, UploadRing
 from batchinfer.request import Constraint, TokenLogprob
 from batchinfer.runner.device_inputs import (
@@ -110,6 +111,7 @@ class DeviceRunner:
         self._sampler = DeviceSampler(decoder, self._steps, streams, self._state)
         self._reader = DevicePromptReader(decoder, self._steps, streams)
         self._flying: deque[Ticket] = deque()
+        self._ran_out = False  # of memory, in the last call
 
     # -- steps ------------------------------------------------------------------------------------------------------
 
@@ -119,13 +121,13 @@ class DeviceRunner:
 
         Raises ValueError for a plan that is out of bounds, OutOfDeviceMemory, and torch's errors.
         """
-        with _device_memory():
+        with self._device_memory():
             return self._launch(plan, constraints)
 
     @torch.inference_mode()
     def collect(self, ticket: Ticket) -> StepResult:
         """Wait for the oldest step in flight. Raises what the device could not do, as `launch` does."""
-        with _device_memory():
+        with self._device_memory():
             return self._collect(ticket)
 
     def discard(self) -> None:
@@ -163,6 +165,23 @@ class DeviceRunner:
             hidden_TE.copy_(decoder(inputs, caches))
 
         return GraphBody(run, inputs, caches, hidden_TE)
+
+    @contextmanager
+    def _device_memory(self) -> Iterator[None]:
+        """Raise OutOfDeviceMemory where the device has no room.
+
+        The next step finds all memory free that no tensor uses: until then, the error holds the failed step's tensors.
+        """
+        if self._ran_out:
+            self._ran_out = False
+            self._streams.reset_peak()
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            self._ran_out = True
+            raise OutOfDeviceMemory(str(error).partition("\n")[0]) from error
 
     # -- parts of a step --------------------------------------------------------------------------------------------
 
@@ -239,15 +258,6 @@ class DeviceRunner:
             ticket.waiting = None
             flight = self._sampler.launch(waiting.hidden_NE, waiting.rows, waiting.where, ticket.uploads.place)
             ticket.samples.append(flight)
-
-
-@contextmanager
-def _device_memory() -> Iterator[None]:
-    """Raise OutOfDeviceMemory where torch says that the device has no room."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise OutOfDeviceMemory(str(error).partition("\n")[0]) from error
 
 
 def _merge(num_rows: int, found: list[tuple[HostRows, Samples]]) -> StepResult:

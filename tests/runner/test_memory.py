@@ -7,6 +7,8 @@ import json
 import re
 import weakref
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -19,6 +21,7 @@ from batchinfer.ops.streams import DeviceMemory
 from batchinfer.runner import memory
 from batchinfer.runner.memory import BlockSize, DeviceUse, measure_use, size_kv_cache
 from batchinfer.spec import EngineSpec
+from tests.job.doubles import job, rows_of_output, run
 from tests.models.tiny import build, write_word_tokenizer
 from tests.runner.devices import both_decoders, device_runner
 
@@ -175,6 +178,41 @@ def test_a_model_is_loaded_on_a_device_and_answers_as_on_the_host(model, monkeyp
     assert found == answers(device=list(BACKENDS)[-2])[1]
     with pytest.raises(ModelError, match=r"would fit; lower engine\.kv_cache_tokens"):
         answers(device="pretend", kv_cache_tokens=10_000_000)
+
+
+@pytest.mark.parametrize("says", [torch.OutOfMemoryError, RuntimeError])
+def test_a_job_on_a_device_that_runs_out_of_memory_goes_on_in_smaller_steps(model, monkeypatch, capfd, says, tmp_path):
+    texts = [" ".join(f"w{3 + (7 * row + n) % 90}" for n in range(40)) for row in range(9)]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "in.parquet")
+    settings = {"device": "pretend", "max_num_seqs": 4, "max_step_tokens": 64, "kv_cache_tokens": 512}
+
+    def rows(name: str, most_tokens: int) -> list[dict]:
+        llm = LLM(model, **settings)
+        runner = llm._engine._runner
+        decoder = runner._decoder
+        compute = decoder.forward
+
+        def forward(inputs, caches):
+            if inputs.query_starts_X[-1] > most_tokens:
+                raise says("CUDA out of memory. Tried\nto allocate")
+            return compute(inputs, caches)
+
+        freed = []
+        monkeypatch.setattr(decoder, "forward", forward)
+        monkeypatch.setattr(runner._streams, "reset_peak", lambda: freed.append(1))
+        sampling = {"temperature": 0.9, "max_tokens": 12, "ignore_eos": True}
+        place = {"path": str(tmp_path / name)}
+        run(job(tmp_path, model=str(model), sampling=sampling, engine=settings, output=place), llm)
+        assert len(freed) == (0 if most_tokens == 64 else 2)
+        return rows_of_output(tmp_path / name)
+
+    expected = rows("whole", 64)
+    assert "out of device memory" not in capfd.readouterr().err
+    found = rows("short", 16)
+    said = [json.loads(line) for line in capfd.readouterr().err.splitlines() if "out of device memory" in line]
+    budgets = [line["max_step_tokens"] for line in said]
+    assert len(budgets) == 2 and 16 == budgets[1] < budgets[0] <= 32 and "engine.max_num_seqs" in said[0]["message"]
+    assert found == expected and all(row["error"] is None for row in found) and len(found) == 9
 
 
 @pytest.mark.parametrize(
