@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -72,6 +73,19 @@ def plain_answers(wanted: list[Request]) -> dict[int, Finished]:
     runner = ModelRunner(decoder, _NUM_BLOCKS, 16, _LIMITS.max_num_seqs, _LIMITS.max_model_len)
     engine = make_plain_engine(runner, _NUM_BLOCKS, 16, seats=_LIMITS.max_num_seqs, step_tokens=48)
     return run_requests(engine, wanted)
+
+
+def test_answers_on_interpreted_kernels_are_those_of_the_plain_runner():
+    pytest.importorskip("triton")
+    rig = make_rig("interpreted")
+    limits = _LIMITS._replace(max_num_seqs=3, max_step_tokens=24)
+    num_blocks = limits.max_num_seqs * limits.table_blocks
+    decoder = random_decoder(TINY, rig.backend, torch.float32)
+    runner = rig.make_runner(decoder, limits, num_blocks, NoGraphs())
+    wanted = [replace(one, prompt=one.prompt[:20]) for one in requests(6, (2, 4))]
+    answers = run_requests(make_engine(runner, limits, num_blocks), wanted)
+    for number, expected in plain_answers(wanted).items():
+        assert answers[number].token_ids == expected.token_ids, wanted[number].params
 
 
 @pytest.mark.parametrize("drafts", [0, 3])

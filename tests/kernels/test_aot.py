@@ -55,13 +55,19 @@ sys.exit(main({arguments}, modules=["tests.kernels.faulty_kernels"]))
     assert "7 kernels compiled" in done.stdout
 
 
+def test_bounds_leave_room_and_end_where_a_thread_s_registers_do() -> None:
+    assert bound_with_margin(100, 2048, TARGETS["sm_90"]) == Bound(120, 3)
+    assert bound_with_margin(250, 0, TARGETS["sm_90"]) == Bound(255, 0)
+    assert bound_with_margin(500, 0, TARGETS["gfx942"]) == Bound(512, 0)
+
+
 def test_bounds_are_read_and_written(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(f"# Kernels\n{_TABLE}", "utf-8")
     bounds = read_bounds(page)
     assert bounds["greedy"] == {"sm_80": Bound(32, 0)}
     assert bounds["without MMA"] == {"sm_80": Bound(255, 200), "gfx942": Bound(64, 8)}
-    bounds["greedy"]["gfx942"] = bound_with_margin(100, 3000, most_registers=512)
+    bounds["greedy"]["gfx942"] = bound_with_margin(95, 3000, TARGETS["gfx942"])
     write_bounds(page, bounds, ["sm_80", "sm_90", "gfx942"])
     assert read_bounds(page) == bounds
     assert "| greedy | 32 / 0 | – | 120 / 4 |\n" in page.read_text("utf-8")

@@ -100,8 +100,8 @@ def _new_bounds(bounds: Bounds, results: Sequence[Compiled], keep: bool) -> Boun
     }
     for result in results:
         if result.figures is not None:
-            most = 512 if TARGETS[result.job.target].backend == "hip" else 255
-            bound = bound_with_margin(result.figures.registers, result.figures.shared_bytes, most)
+            target = TARGETS[result.job.target]
+            bound = bound_with_margin(result.figures.registers, result.figures.shared_bytes, target)
             new.setdefault(result.job.case, {})[result.job.target] = bound
     return {name: row for name, row in new.items() if row}
 
