@@ -219,12 +219,13 @@ def test_another_exp_changes_next_to_nothing():
     assert (mine.values_NC - theirs.values_NC).abs().max() < 1e-7
 
 
-def test_greedy_rows_cost_one_pass_and_plain_draws_two():
+def test_rows_are_read_once_or_twice():
+    """Once for the maxima of blocks; then greedy tokens and filters need a few blocks, plain draws all of them."""
     steps = interpreted_kernels()
     from tests.kernels.access_checker import checked_accesses
 
-    logits_NV = random_logits(2, 12_288)
-    for seat, passes in ((GREEDY, 1), (Seat(), 2)):
+    logits_NV = random_logits(2, 12_288, spread=4.0)
+    for seat, passes in ((GREEDY, 1), (Seat(), 2), (Seat(top_k=5), 1.6)):
         with checked_accesses() as launches:
             sample(steps, logits_NV, [seat] * 2)
         assert len(launches) == 2

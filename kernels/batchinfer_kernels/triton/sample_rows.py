@@ -5,8 +5,8 @@ has one program per row. Semantics are those of batchinfer.runner.sample_tokens:
 thresholds on scaled logits, inverse CDF in order of ids. So sums are exact in any order, and no sort is needed:
 
 - A scaled logit is at most 0, so its bits without the sign, the *magnitude*, order tokens from best to worst.
-- top_k and top_p are found by bisection on the magnitude. A pass counts or weighs the tokens up to the middle, so it
-  reads only the blocks whose best token lies there; the search then continues between magnitudes that occur.
+- top_k and top_p are found by bisection on the magnitude. A pass counts or weighs the tokens up to the middle, in the
+  blocks that have tokens between the bounds alone; the search then continues between magnitudes that occur.
 - The draw weighs the blocks that have tokens left, finds the block, then the token in it.
 
 B blocks of a row · A blocks at once · E tokens of a block; letters of arguments: see batchinfer_kernels.steps
@@ -110,7 +110,19 @@ def sample_rows_kernel(
         top_k, top_p = tl.load(top_k_P + seat), tl.load(top_p_P + seat)
         if (top_k > 0) & (top_k < vocab):
             limit = find_threshold(
-                logits_V, listed_B, best_B, largest, temperature, limit, top_k, vocab, True, TOKENS, BLOCKS, AT_ONCE
+                logits_V,
+                listed_B,
+                sums_B,
+                best_B,
+                largest,
+                temperature,
+                limit,
+                top_k,
+                vocab,
+                True,
+                TOKENS,
+                BLOCKS,
+                AT_ONCE,
             )
         total = weigh_blocks(
             logits_V, listed_B, sums_B, best_B, largest, temperature, limit, vocab, TOKENS, BLOCKS, AT_ONCE
@@ -119,6 +131,7 @@ def sample_rows_kernel(
             limit = find_threshold(
                 logits_V,
                 listed_B,
+                sums_B,
                 best_B,
                 largest,
                 temperature,
@@ -175,23 +188,18 @@ def list_blocks(listed_B: tl.tensor, best_B: tl.tensor, limit: tl.tensor, BLOCKS
 
 
 @triton.jit
-def load_listed(
+def load_blocks(
     logits_V: tl.tensor,
-    listed_B: tl.tensor,
-    first: tl.tensor,
-    count: tl.tensor,
+    block_A: tl.tensor,
+    real_A: tl.tensor,
     largest: tl.tensor,
     temperature: tl.tensor,
     vocab: tl.tensor,
     TOKENS: tl.constexpr,
-    AT_ONCE: tl.constexpr,
 ) -> tl.tensor:
-    """Return the magnitudes of tokens of listed blocks, [A, E]; INFINITE where there are none."""
-    place_A = first + tl.arange(0, AT_ONCE)
-    block_A = tl.load(listed_B + place_A, mask=place_A < count, other=0)
+    """Return the magnitudes of the tokens of blocks, [A, E]; INFINITE where there are none."""
     token_AE = block_A[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
-    real_AE = (place_A < count)[:, None] & (token_AE < vocab)
-    x_AE = tl.load(logits_V + token_AE, mask=real_AE, other=float("-inf"))
+    x_AE = tl.load(logits_V + token_AE, mask=real_A[:, None] & (token_AE < vocab), other=float("-inf"))
     return magnitudes(x_AE, largest, temperature)
 
 
@@ -199,6 +207,7 @@ def load_listed(
 def find_threshold(
     logits_V: tl.tensor,
     listed_B: tl.tensor,
+    halves_B: tl.tensor,
     best_B: tl.tensor,
     largest: tl.tensor,
     temperature: tl.tensor,
@@ -212,27 +221,38 @@ def find_threshold(
 ) -> tl.tensor:
     """Return the smallest magnitude up to which tokens have the count or weight that is wanted, `limit` at most.
 
-    best_B: each block's smallest magnitude.
+    best_B: each block's smallest magnitude between `low` and `high`; blocks without one are not read again. `halves_B`
+    is scratch for what it becomes: in its low and high 32 bits, if the search continues up to or beyond the middle.
     """
     low, high = limit * 0, limit
+    before = tl.full([], 0, tl.int64)  # of the tokens better than `low`
     while low < high:
         middle = low + (high - low) // 2
         count = list_blocks(listed_B, best_B, middle, BLOCKS)
-        # the occurring magnitudes next to the middle
-        above = tl.min(tl.where(best_B > middle, best_B, INFINITE), axis=0)
-        below = limit * 0
-        total = tl.full([], 0, tl.int64)
+        total, worst = before, limit * 0
         for first in range(0, count, AT_ONCE):
-            m_AE = load_listed(logits_V, listed_B, first, count, largest, temperature, vocab, TOKENS, AT_ONCE)
-            is_in_AE = m_AE <= middle
+            place_A = first + tl.arange(0, AT_ONCE)
+            block_A = tl.load(listed_B + place_A, mask=place_A < count, other=0)
+            m_AE = load_blocks(logits_V, block_A, place_A < count, largest, temperature, vocab, TOKENS)
+            is_in_AE = (m_AE >= low) & (m_AE <= middle)
             if BY_COUNT:
                 total += tl.sum(is_in_AE.to(tl.int32))
             else:
                 total += tl.sum(tl.where(is_in_AE, weights_of(m_AE), 0))
-            below = tl.maximum(below, tl.max(tl.where(is_in_AE, m_AE, 0)))
-            above = tl.minimum(above, tl.min(tl.where(is_in_AE, INFINITE, m_AE)))
-        is_enough = total.to(tl.float64) >= wanted
-        low, high = tl.where(is_enough, low, tl.minimum(above, high)), tl.where(is_enough, below, high)
+            worst = tl.maximum(worst, tl.max(tl.where(is_in_AE, m_AE, 0)))
+            inside_A = tl.min(tl.where(is_in_AE, m_AE, INFINITE), axis=1).to(tl.int64)
+            beyond_A = tl.min(tl.where(m_AE > middle, m_AE, INFINITE), axis=1).to(tl.int64)
+            tl.store(halves_B + block_A, inside_A | (beyond_A << 32), mask=place_A < count)
+        tl.debug_barrier()
+        is_listed_B = best_B <= middle
+        halves = tl.load(halves_B + tl.arange(0, BLOCKS), mask=is_listed_B, other=0)
+        if total.to(tl.float64) >= wanted:
+            high = worst
+            best_B = tl.where(is_listed_B, halves.to(tl.int32), INFINITE)
+        else:
+            best_B = tl.where(is_listed_B, (halves >> 32).to(tl.int32), best_B)
+            low = tl.minimum(tl.min(best_B, axis=0), high)
+            before = total
     return high
 
 
@@ -254,9 +274,10 @@ def weigh_blocks(
     count = list_blocks(listed_B, best_B, limit, BLOCKS)
     total = tl.full([], 0, tl.int64)
     for first in range(0, count, AT_ONCE):
-        m_AE = load_listed(logits_V, listed_B, first, count, largest, temperature, vocab, TOKENS, AT_ONCE)
-        sum_A = tl.sum(tl.where(m_AE <= limit, weights_of(m_AE), 0), axis=1)
         place_A = first + tl.arange(0, AT_ONCE)
+        block_A = tl.load(listed_B + place_A, mask=place_A < count, other=0)
+        m_AE = load_blocks(logits_V, block_A, place_A < count, largest, temperature, vocab, TOKENS)
+        sum_A = tl.sum(tl.where(m_AE <= limit, weights_of(m_AE), 0), axis=1)
         tl.store(sums_B + place_A, sum_A, mask=place_A < count)
         total += tl.sum(sum_A, axis=0)
     tl.debug_barrier()

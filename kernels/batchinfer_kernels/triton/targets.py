@@ -125,7 +125,7 @@ _LAUNCHES: Mapping[str, Mapping[str, Sequence[Launch]]] = {
     "copy_blocks": {"": (Launch(4, block_n=2048),)},
     "step_inputs": {"": (Launch(4),)},
     "update_seats": {"": (Launch(4),)},
-    "sample_rows": {"": (Launch(8, block_n=4096),), "sm_89": (Launch(8, block_n=2048),)},
+    "sample_rows": {"": (Launch(8, block_n=2048),)},
     "gather_logprobs": {"": (Launch(8, block_n=4096),)},
 }
 
