@@ -127,7 +127,7 @@ def check_plan(plan: StepPlan, facts: StepFacts, limits: StepLimits, in_flight: 
 
 
 def pack_plan(plan: StepPlan, step: HostStep, joins_J12: Words, order_N: Ints, upload: Upload) -> PackedPlan:
-    """Upload a plan as one array of words. order_N: the order in which its rows are sampled."""
+    """Upload a plan as one array of words. order_N: its rows in the order of sampling, see `aligned_order`."""
     parts: list[npt.ArrayLike] = [
         _blocks(plan.grown),
         joins_J12.reshape(-1),
@@ -157,6 +157,14 @@ def pack_plan(plan: StepPlan, step: HostStep, joins_J12: Words, order_N: Ints, u
         SampleRows(*views[6:10]),
         (views[10], views[11]),
     )
+
+
+def aligned_order(order_N: Ints, num_direct: int) -> Ints:
+    """Return the order with its first row repeated between its two groups, so that views of both are aligned."""
+    missing = -num_direct % _ALIGNED_WORDS
+    if num_direct == len(order_N) or not missing:
+        return order_N
+    return np.concatenate([order_N[:num_direct], order_N[:1].repeat(missing), order_N[num_direct:]])
 
 
 def _blocks(grown: tuple[Grown, ...]) -> list[int]:
@@ -195,6 +203,7 @@ class StaticInputs:
             return torch.zeros(count, dtype=dtype, device=device)
 
         tokens, seqs = limits.most_tokens, limits.max_num_seqs
+        self._kept: dict[Rung, StepInputs] = {}
         self._whole = StepInputs(
             tokens_T=zeros(tokens),
             positions_T=zeros(tokens),
@@ -226,6 +235,13 @@ class StaticInputs:
             max_queries=size.max_queries,
             has_prompts=size.has_prompts,
         )
+
+    def kept_views(self, rung: Rung) -> StepInputs:
+        """Return the same as `views`, made once: for the rungs of graphs."""
+        found = self._kept.get(rung)
+        if found is None:
+            found = self._kept[rung] = self.views(rung)
+        return found
 
     def clear(self) -> None:
         """Make every view an empty step: padding alone."""

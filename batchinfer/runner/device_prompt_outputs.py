@@ -21,7 +21,7 @@ from batchinfer.models.decoder import Decoder
 from batchinfer.ops.step_kernels import StepKernels
 from batchinfer.ops.streams import Download, Streams, Upload
 from batchinfer.request import TokenLogprob
-from batchinfer.runner.device_sampler import LOGITS_BYTES
+from batchinfer.runner.device_sampler import rows_at_once
 from batchinfer.runner.logprobs import listed_logprobs
 from batchinfer.runner.prompt_outputs import cut_readings, pooled_reading, pooled_states, scored_tokens
 
@@ -87,7 +87,7 @@ class DevicePromptReader:
 
     def _launch_scores(self, hidden_RE: Tensor, tokens_R: Ints, best_R: Ints, upload: Upload) -> list[_ScoredSlice]:
         vocab = self._decoder.config.vocab_size
-        size = max(1, LOGITS_BYTES // (4 * vocab))
+        size = rows_at_once(vocab)
         targets_R = upload(tokens_R.astype(np.int32))
         slices = []
         for start in range(0, len(tokens_R), size):

@@ -40,6 +40,7 @@ from batchinfer.runner.device_inputs import (
     PackedPlan,
     StaticInputs,
     StepLimits,
+    aligned_order,
     check_plan,
     make_seat_state,
     pack_plan,
@@ -48,7 +49,6 @@ from batchinfer.runner.device_prompt_outputs import DevicePromptReader, ReadsInF
 from batchinfer.runner.device_sampler import DeviceSampler, HostRows, Samples, SamplesInFlight
 from batchinfer.runner.graph_ladder import GraphLadder, Rung, StepFacts
 from batchinfer.runner.kv_cache import KVCache
-from batchinfer.runner.sampling_seats import ON_HOST
 
 Ints = npt.NDArray[np.int64]
 
@@ -141,7 +141,7 @@ class DeviceRunner:
         """Capture graphs of these rungs, by default of all, the largest first."""
         for rung in self.ladder.rungs if rungs is None else rungs:
             self._inputs.clear()
-            self._graphs.capture(rung, self._body(self._inputs.views(rung), rung.tokens))
+            self._graphs.capture(rung, self._body(self._inputs.kept_views(rung), rung.tokens))
 
     @torch.inference_mode()
     def run_largest_step(self) -> None:
@@ -196,16 +196,16 @@ class DeviceRunner:
         if plan.seats:
             check_plan(plan, facts, self._limits, in_flight=bool(self._flying))
         uploads = self._ring.take()
-        rows = self._sampler.rows_of(step.seats_N, step.positions_N)
-        waits_N = (rows.flags_N & ON_HOST) != 0
-        order_N = np.argsort(waits_N, kind="stable")  # rows that wait come last
-        packed = pack_plan(plan, step, self._sampler.join_words(joins), order_N, uploads.place)
+        rows, num_direct = self._sampler.rows_of(step.seats_N, step.positions_N)
+        packed = pack_plan(
+            plan, step, self._sampler.join_words(joins), aligned_order(rows.places_N, num_direct), uploads.place
+        )
         if plan.joins or plan.grown:
             self._steps.update_seats(packed.updates, self._state)
-        ticket = Ticket(uploads, len(order_N), [], None, None)
+        ticket = Ticket(uploads, len(rows.places_N), [], None, None)
         if plan.seats:
             self._compute(plan, packed, facts)
-            self._sample(ticket, rows.select(order_N), packed.rows, len(order_N) - int(waits_N.sum()))
+            self._sample(ticket, rows, packed.rows, num_direct)
             if plan.reads:
                 ticket.reads = self._reader.launch(self._hidden_TE, plan, step.query_starts_X, uploads.place)
         if not (ticket.samples or ticket.waiting or ticket.reads):
@@ -231,7 +231,7 @@ class DeviceRunner:
             self._decoder.backend.copy_blocks(self.cache.layers, *packed.copies)
         rung = self.ladder.find(facts)
         if rung is not None and rung in self._graphs:
-            inputs = self._inputs.views(rung)
+            inputs = self._inputs.kept_views(rung)
             self._steps.expand_step(packed.step, self._state, self._limits.block_size, inputs)
             self._graphs.replay(rung)
         else:
@@ -240,15 +240,17 @@ class DeviceRunner:
             self._body(inputs, facts.tokens).run()
 
     def _sample(self, ticket: Ticket, rows: HostRows, where: SampleRows, num_direct: int) -> None:
-        """Sample the first rows now, and the others as soon as the tokens before are known."""
+        """Sample the first rows now, and the others as soon as the tokens before are known. `where`: of all rows."""
         hidden_NE = self._hidden_TE.index_select(0, where.rows_N)
-        parts = slice(0, num_direct), slice(num_direct, len(rows.seats_N))
-        direct, waiting = ((rows.select(part), SampleRows(*(one[part] for one in where))) for part in parts)
         if num_direct:
-            flight = self._sampler.launch(hidden_NE[parts[0]], *direct, ticket.uploads.place)
+            direct = slice(0, num_direct)
+            flight = self._sampler.launch(hidden_NE[direct], rows.select(direct), where, ticket.uploads.place)
             ticket.samples.append(flight)
-        if num_direct < len(rows.seats_N):
-            ticket.waiting = _Waiting(hidden_NE[parts[1]], *waiting)
+        if num_direct < len(rows.places_N):
+            rest = rows.select(slice(num_direct, len(rows.places_N)))
+            first = len(where.rows_N) - len(rest.places_N)
+            where = SampleRows(*(values_N[first:] for values_N in where))
+            ticket.waiting = _Waiting(hidden_NE[first:], rest, where)
             if not self._flying:
                 self._sample_waiting(ticket)
 
@@ -263,15 +265,15 @@ class DeviceRunner:
 def _merge(num_rows: int, found: list[tuple[HostRows, Samples]]) -> StepResult:
     """Return the result of a step whose rows were sampled in groups."""
     tokens_N = np.zeros(num_rows, dtype=np.int64)
-    logprobs: list[TokenLogprob | None] = [None] * num_rows
+    logprobs: list[TokenLogprob | None] | None = None
     failed: dict[int, str | RowError] = {}
     ended: set[int] = set()
     for rows, samples in found:
-        places = rows.places_N.tolist()
         tokens_N[rows.places_N] = samples.tokens_N
-        failed |= {places[row]: reason for row, reason in samples.failed.items()}
-        ended |= {places[row] for row in samples.ended}
-        for row, entry in samples.logprobs.items():
-            logprobs[places[row]] = entry if row not in samples.failed else None
-    asked = any(samples.logprobs for _, samples in found)
-    return StepResult(tokens_N.tolist(), logprobs if asked else None, failed or None, frozenset(ended))
+        failed |= {int(rows.places_N[row]): reason for row, reason in samples.failed.items()}
+        ended |= {int(rows.places_N[row]) for row in samples.ended}
+        if samples.logprobs:
+            logprobs = logprobs or [None] * num_rows
+            for row, entry in samples.logprobs.items():
+                logprobs[rows.places_N[row]] = entry if row not in samples.failed else None
+    return StepResult(tokens_N.tolist(), logprobs, failed or None, frozenset(ended))

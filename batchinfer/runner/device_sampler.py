@@ -39,6 +39,12 @@ LOGITS_BYTES = 1 << 29
 _INT32_MAX = np.iinfo(np.int32).max
 
 
+def rows_at_once(vocab_size: int) -> int:
+    """Return the rows whose logits exist at once; a multiple of 4 keeps views of each slice aligned."""
+    rows = LOGITS_BYTES // (4 * vocab_size)
+    return max(1, rows - rows % 4 if rows > 4 else rows)
+
+
 class HostRows(NamedTuple):
     """Rows that are sampled together, as the host knows them."""
 
@@ -48,7 +54,14 @@ class HostRows(NamedTuple):
     flags_N: npt.NDArray[np.uint8]
     taken_N: Ints  # how often the seat had been taken: tells whether it still has the same sequence
 
+    @property
+    def asked(self) -> int:
+        """Flags that any of the rows has."""
+        return int(np.bitwise_or.reduce(self.flags_N, initial=0))
+
     def select(self, chosen: slice | Ints) -> HostRows:
+        if isinstance(chosen, slice) and chosen == slice(0, len(self.places_N)):
+            return self
         places_N, seats_N, positions_N, flags_N, taken_N = self
         return HostRows(places_N[chosen], seats_N[chosen], positions_N[chosen], flags_N[chosen], taken_N[chosen])
 
@@ -92,7 +105,7 @@ class DeviceSampler:
         self._streams = streams
         self._state = state
         self._taken = np.zeros(count, dtype=np.int64)
-        self._slice_rows = max(1, LOGITS_BYTES // (4 * decoder.config.vocab_size))
+        self._slice_rows = rows_at_once(decoder.config.vocab_size)
 
     def seat_sequence(self, join: Join, constraint: Constraint | None) -> None:
         """Compile the parameters of a sequence that takes a seat; `constraint` is the grammar that it must follow."""
@@ -101,6 +114,8 @@ class DeviceSampler:
 
     def join_words(self, joins: Sequence[Join]) -> Words:
         """Return the rows of `SeatUpdates.joins_J12` of sequences that have taken their seats."""
+        if not joins:
+            return np.zeros((0, JOIN_WORDS), dtype=np.int32)
         seats, seats_J = self.seats, np.array([join.seat for join in joins], dtype=np.int64)
         words_J12 = np.zeros((len(joins), JOIN_WORDS), dtype=np.int32)
         is_random_J = (seats.flags[seats_J] & RANDOM) != 0
@@ -115,18 +130,27 @@ class DeviceSampler:
         words_J12[:, 7:9] = seats.top_p[seats_J].view(np.int32).reshape(-1, 2)
         return words_J12
 
-    def rows_of(self, seats_N: Ints, positions_N: Ints) -> HostRows:
-        """Return all rows of a step. Refused ones have no logprobs: what they name may be no token."""
+    def rows_of(self, seats_N: Ints, positions_N: Ints) -> tuple[HostRows, int]:
+        """Return the rows of a step, and how many of them, the first ones, need nothing of the host.
+
+        Refused rows have no logprobs: what they name may be no token.
+        """
         flags_N = self.seats.flags[seats_N]
-        flags_N[(flags_N & REFUSED) != 0] &= ~np.uint8(LOGPROBS)
-        return HostRows(np.arange(len(seats_N)), seats_N, positions_N, flags_N, self._taken[seats_N])
+        rows = HostRows(np.arange(len(seats_N)), seats_N, positions_N, flags_N, self._taken[seats_N])
+        asked = rows.asked
+        if asked & REFUSED:
+            flags_N[(flags_N & REFUSED) != 0] &= ~np.uint8(LOGPROBS)
+        if not asked & ON_HOST:
+            return rows, len(seats_N)
+        on_host_N = (flags_N & ON_HOST) != 0
+        return rows.select(np.argsort(on_host_N, kind="stable")), len(seats_N) - int(on_host_N.sum())
 
     def launch(self, hidden_NE: Tensor, rows: HostRows, where: SampleRows, upload: Upload) -> SamplesInFlight:
-        """Sample from the hidden states of rows. Processors of these rows know all tokens before.
+        """Sample from the hidden states of rows, which `where` begins with. Their processors know all tokens before.
 
         Rows of an answer that has ended are sampled like others; nobody will look at them.
         """
-        if np.any(rows.flags_N & ON_HOST):
+        if rows.asked & ON_HOST:
             rows = rows._replace(flags_N=self.seats.drop_ended_grammars(rows.seats_N, rows.flags_N))
         count = len(rows.seats_N)
         out_3N = torch.zeros(3, -(-count // 4) * 4, dtype=torch.int32, device=hidden_NE.device)  # aligned rows
@@ -136,19 +160,18 @@ class DeviceSampler:
             part = slice(start, min(start + self._slice_rows, count))
             some, out_3M = rows.select(part), out_3N[:, part]
             logits_MV = self._decoder.logits(hidden_NE[part])
-            raw_MV = logits_MV
-            asks = bool(np.any(some.flags_N & LOGPROBS))
-            if np.any(some.flags_N & ON_HOST):
-                raw_MV = logits_MV.clone() if asks else logits_MV
+            raw_MV, asked = logits_MV, some.asked
+            if asked & ON_HOST:
+                raw_MV = logits_MV.clone() if asked & LOGPROBS else logits_MV
                 out_3M[2] = ~logits_MV.amax(1).isfinite()
                 found = self.seats.edit_logits(logits_MV, some.seats_N, some.positions_N, some.flags_N, upload)
                 broken |= {start + row: error for row, error in found.items()}
             where_M = SampleRows(*(values[part] for values in where))
             self._steps.sample_rows(logits_MV, where_M, self._state, SampledRows(out_3M[0], out_3M[1]))
-            if asks:
+            if asked & LOGPROBS:
                 found_R = self._launch_logprobs(raw_MV, out_3M[0], some, upload)
                 logprobs.append(found_R._replace(rows_R=found_R.rows_R + start))
-        refused = self.seats.refused(rows.seats_N, rows.flags_N)
+        refused = self.seats.refused(rows.seats_N, rows.flags_N) if rows.asked & REFUSED else {}
         return SamplesInFlight(rows, self._streams.download(out_3N), logprobs, refused, broken)
 
     def collect(self, flight: SamplesInFlight) -> Samples:
@@ -165,7 +188,7 @@ class DeviceSampler:
             failed |= dict.fromkeys(np.flatnonzero((unsound_N & ~on_host_N) | (raw_N != 0)).tolist(), NOT_FINITE)
             failed |= flight.refused
         ended: list[int] = []
-        if np.any(rows.flags_N & ON_HOST):
+        if rows.asked & ON_HOST:
             sound_N = np.ones(len(tokens_N), dtype=bool)
             sound_N[list(failed)] = False
             flags_N = np.where(self._taken[rows.seats_N] == rows.taken_N, rows.flags_N, np.uint8(0))

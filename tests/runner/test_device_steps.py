@@ -159,6 +159,7 @@ def test_only_rows_that_the_host_edits_wait_and_only_for_the_step_before(decoder
     second = runner.launch(next_plan(*requests))
     assert len(second.samples) == 1 and second.samples[0].rows.seats_N.tolist() == [0]
     assert second.waiting is not None and second.waiting.rows.seats_N.tolist() == [1]
+    assert all(values.data_ptr() % 16 == 0 for values in second.waiting.where)
     runner.collect(first)
     assert second.waiting is None and len(second.samples) == 2
     runner.collect(second)
@@ -234,8 +235,7 @@ def test_logits_exist_for_a_few_rows_at_once(decoders, monkeypatch):
     monkeypatch.setattr(
         type(decoders[1]), "logits", lambda self, hidden: rows.append(len(hidden)) or logits(self, hidden)
     )
-    for module in ("device_sampler", "device_prompt_outputs"):
-        monkeypatch.setattr(f"batchinfer.runner.{module}.LOGITS_BYTES", 4 * VOCAB * 3)
+    monkeypatch.setattr("batchinfer.runner.device_sampler.LOGITS_BYTES", 4 * VOCAB * 3)
     assert_same(run_requests(device_engine(decoders[1], 100), all_kinds(12)), expected)
     assert max(rows) == 3
 
