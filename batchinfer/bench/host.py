@@ -18,14 +18,14 @@ import torch
 from batchinfer_kernels.contract import StepInputs
 from torch import Tensor
 
+from batchinfer.bench.host_load import ANSWER, BLOCK_SIZE, CONTEXT, VOCAB, make_request, smallest_config
 from batchinfer.bench.table import number, table
 from batchinfer.bench.timing import TURNS, percentile, take_turns
 from batchinfer.engine.blocks import BlockPool
-from batchinfer.engine.fake import FakeAnswer, FakeRunner
+from batchinfer.engine.fake import FakeRunner
 from batchinfer.engine.plan import StepPlan, StepResult
 from batchinfer.engine.scheduler import Scheduler
 from batchinfer.errors import UsageError
-from batchinfer.models.config import ModelConfig, parse_config
 from batchinfer.models.decoder import Decoder
 from batchinfer.ops.choose import available_backends
 from batchinfer.request import Request, SamplingParams
@@ -33,16 +33,9 @@ from batchinfer.runner.model_runner import ModelRunner
 from batchinfer.text.detokenize import StopStrings
 from batchinfer.text.tokenizer import ByteTokenizer
 
-_VOCAB = 32  # so small that finding the largest logit is no work
-_EOS = 2
-_PROMPT_TOKENS = 60
-_ANSWER_TOKENS = (32, 128)
-_BLOCK_SIZE = 16
-_CONTEXT = 192
 _MOST_SEQUENCES = 65536
 _LEAST_STEPS = 30
 _BUDGET_S = 2.0  # of measured steps, for one number of sequences
-_STOP_IDS = frozenset({_EOS})  # one object, as the rows of a job have it
 _STOP = "\x03stop"  # it begins with a token that comes by, and the next letter never does
 
 
@@ -116,7 +109,7 @@ def measure(numbers: Sequence[int]) -> list[HostCost]:
 def _steps(sequences: int) -> Callable[[], tuple[StepSeconds, StepSeconds]]:
     """Return a function that runs one step without and one with stop strings, in warmed-up engines."""
     plain, checked = _Load(sequences, False), _Load(sequences, True)
-    for _ in range(2 * _ANSWER_TOKENS[1]):
+    for _ in range(2 * ANSWER.longest):
         plain.step()
         checked.step()
     return lambda: (plain.step(), checked.step())
@@ -151,8 +144,8 @@ class _Load:
     """An engine with all seats taken, refilled for as long as it is stepped."""
 
     def __init__(self, sequences: int, stop_strings: bool) -> None:
-        blocks = 2 * sequences * _CONTEXT // _BLOCK_SIZE
-        self._scheduler = Scheduler(BlockPool(blocks, _BLOCK_SIZE), sequences, 2 * sequences + 4096, max_draft_rows=0)
+        blocks = 2 * sequences * CONTEXT // BLOCK_SIZE
+        self._scheduler = Scheduler(BlockPool(blocks, BLOCK_SIZE), sequences, 2 * sequences + 4096, max_draft_rows=0)
         self._runner = _HostRunner(sequences, blocks)
         self._waiting = max(64, sequences // 4)  # requests in the queue before each step
         self._rng = random.Random(sequences)
@@ -182,9 +175,7 @@ class _Load:
     def _request(self) -> Request:
         self._made += 1
         check = self._stop.checker() if self._stop is not None else None
-        prompt = self._rng.choices(range(_VOCAB), k=_PROMPT_TOKENS)
-        params = SamplingParams(temperature=0.0)
-        return Request(self._made, prompt, params, _CONTEXT - _PROMPT_TOKENS, stop_ids=_STOP_IDS, stop_check=check)
+        return make_request(self._made, self._rng, SamplingParams(temperature=0.0), check)
 
 
 class _HostRunner:
@@ -195,9 +186,8 @@ class _HostRunner:
 
     def __init__(self, sequences: int, blocks: int) -> None:
         self._decoder = _NoArithmetic(sequences)
-        self._runner = ModelRunner(self._decoder, blocks, _BLOCK_SIZE, sequences, _CONTEXT)
-        plain = [token for token in range(_VOCAB) if token != _EOS]
-        self._fake = FakeRunner(FakeAnswer(*_ANSWER_TOKENS, plain, _EOS))
+        self._runner = ModelRunner(self._decoder, blocks, BLOCK_SIZE, sequences, CONTEXT)
+        self._fake = FakeRunner(ANSWER)
         self.build_s = self.sample_s = 0.0
 
     def answer(self, plan: StepPlan) -> StepResult:
@@ -213,8 +203,8 @@ class _NoArithmetic(Decoder):
     """Decoder that indexes a step's inputs like a real one and returns prepared logits; it records the times."""
 
     def __init__(self, sequences: int) -> None:
-        super().__init__(available_backends()[0], _smallest_config())
-        self._logits_NV = torch.zeros(sequences, _VOCAB)
+        super().__init__(available_backends()[0], smallest_config())
+        self._logits_NV = torch.zeros(sequences, VOCAB)
         self.called = self.answered = 0.0
 
     def forward(self, inputs: StepInputs, caches: Sequence[Tensor]) -> Tensor:
@@ -229,20 +219,6 @@ class _NoArithmetic(Decoder):
     def logits(self, hidden_NE: Tensor) -> Tensor:
         self.answered = perf_counter()
         return hidden_NE
-
-
-def _smallest_config() -> ModelConfig:
-    values = {
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": _VOCAB,
-        "hidden_size": 2,
-        "intermediate_size": 2,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 1,
-        "max_position_embeddings": _CONTEXT,
-        "tie_word_embeddings": True,
-    }
-    return parse_config(values, "the smallest model")
 
 
 def describe(found: Sequence[HostCost]) -> str:

@@ -208,6 +208,7 @@ def host(
     ] = "64,256,1024,4096",
     json: JsonFile = None,
 ) -> None:
+    from batchinfer.bench import device_host
     from batchinfer.bench import host as measurement
     from batchinfer.bench.json_file import json_file
     from batchinfer.ops.resources import use_threads
@@ -218,7 +219,10 @@ def host(
         session = _begin()
         found = measurement.measure(numbers)
         print_text(measurement.describe(found))
-        _finish(write, "host", session, {"results": [one.as_json() for one in found]})
+        beside = device_host.measure(numbers)
+        print_text("\nbeside a pretend device\n" + device_host.describe(beside))
+        results = {"results": [one.as_json() for one in found], "device": [one.as_json() for one in beside]}
+        _finish(write, "host", session, results)
 
 
 @bench.command(help=pages.BENCH_KERNELS)

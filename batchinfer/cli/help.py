@@ -141,6 +141,10 @@ Loads no model: tokens are fake, and the runner's decoder computes nothing. Part
 finished ones), schedule, build (the model's inputs), sample (bookkeeping), update (append tokens). Stop checks are the
 additional time for a stop string in each request. Growth is relative to the row before: 1 is linear in sequences.
 
+A second table is of a pretend device that computes meanwhile, for a time given by the number of sequences. Gap: from a
+step's end on the device to the next launch. With depth 1 a step is launched before the results of the one before are
+known, and host work overlaps. Edited rows have penalties: their sampling waits for the tokens before.
+
 \b
   batchinfer bench host --sequences 256,1024"""
 

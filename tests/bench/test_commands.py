@@ -198,11 +198,17 @@ def test_latency_step_never_exceeds_the_batch(tiny_model):
 
 def test_host_reports_parts_of_a_step(bench, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("batchinfer.bench.host._BUDGET_S", 0.0)
+    monkeypatch.setattr("batchinfer.bench.device_host._STEPS", 20)
     out = tmp_path / "x.json"
     assert bench("host", "--sequences", "2,8", "--json", out) == 0
     assert "ms/step" in capsys.readouterr().out
     found = read(out)
     assert found["machine"]["threads"] == 1
+    cases = [(row["sequences"], row["edited"], row["depth"]) for row in found["device"]]
+    assert cases == [(count, edited, depth) for count in (2, 8) for edited in (False, True) for depth in (0, 1)]
+    for row in found["device"]:
+        assert row["device_ms"] == 1 and row["steps"] == 20 and row["gap_ms"] >= 0 and row["host_ms"] > 0
+        assert row["depth"] or row["gap_ms"] > 0, "without a step ahead the device waits for the host"
     first, second = found["results"]
     parts = ("queue_ms", "schedule_ms", "build_ms", "sample_ms", "update_ms")
     more = {
