@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from tests.gpu import benchmark, engine_rates, op_rates
@@ -23,6 +24,7 @@ def test_all_tables_are_printed():
 
 
 def test_ops_run_on_the_interpreted_kernels():
+    pytest.importorskip("triton")
     rates = list(op_rates.op_rates(make_rig("interpreted"), op_rates.TINY, torch.float32, False))
     assert {rate.op for rate in rates} >= {"decode attention", "prompt attention", "rope_kv_write", "sampling"}
     assert all(rate.seconds > 0 and rate.moved_bytes > 0 for rate in rates)
