@@ -239,6 +239,13 @@ class TestAccesses:
 
 
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_a_norm_after_an_addition_is_that_of_the_residual_as_it_is_stored(interpreted, dtype):
+    x, residual, weight = (seeded(*shape, seed=i, dtype=dtype) for i, shape in enumerate([(5, 40), (5, 40), (40,)]))
+    got = interpreted.add_rms_norm(x, residual, weight, 1e-5)
+    assert torch.equal(got, interpreted.rms_norm(residual, weight, 1e-5))
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
 def test_a_row_s_norm_depends_on_nothing_else(interpreted, dtype):
     x, weight = seeded(21, 100, seed=1, dtype=dtype), seeded(100, seed=2, dtype=dtype)
     together = interpreted.rms_norm(x, weight, 1e-5)
