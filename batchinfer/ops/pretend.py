@@ -109,9 +109,8 @@ class _PretendDownload:
 class ReplayedGraphs:
     """Graphs that run their bodies again, in the conditions of a captured one.
 
-    Before a replay, hidden states of the step before, the last block of every cache (which belongs to no sequence) and
-    the padding's tokens are what a real device could leave there at worst; after it, hidden states beyond the step's
-    tokens are NaN.
+    Before a replay, the step is checked against the bounds of the graph, and all hidden states and the last block of
+    every cache, which belongs to no sequence, become NaN; after it, hidden states beyond the step's tokens do.
     """
 
     def __init__(self) -> None:
