@@ -77,7 +77,8 @@ def decode_attention_kernel(
     seat = sequence
     if seats_S is not None:
         seat = tl.load(seats_S + sequence)
-    for split in tl.range(first_split + tl.program_id(2), end_split, tl.num_programs(2)):
+    # addresses computed before this loop would take registers from the loop over keys
+    for split in tl.range(first_split + tl.program_id(2), end_split, tl.num_programs(2), disable_licm=True):
         begin = split * SPLIT_TOKENS
         end = tl.minimum(begin + SPLIT_TOKENS, length)
         low = begin

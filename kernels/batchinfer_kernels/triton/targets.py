@@ -65,7 +65,8 @@ _LAUNCHES: Mapping[str, Mapping[str, Sequence[Launch]]] = {
             Launch(4, 2, block_n=32),
         ),
         "sm_80": (
-            Launch(4, 3, block_n=64, up_to_bytes=256),
+            Launch(4, 3, block_n=64, up_to_bytes=128),
+            Launch(4, 4, block_n=32, up_to_bytes=256),
             Launch(4, 3, block_n=32, up_to_bytes=512),
             Launch(4, 2, block_n=32),
         ),
