@@ -326,6 +326,33 @@ def test_reads_planned_ahead_are_read_once_and_whole(step_tokens: int, num_block
     assert engine.stats.preemptions > 0 or num_blocks > 12
 
 
+def test_reads_of_a_failed_step_and_of_those_after_it_are_planned_again() -> None:
+    engine, runner = checking_engine(100, step_tokens=8, depth=1)
+    request = make_reading(0, list(range(1, 60)), 0, score_from=1)
+    for one in (endless(1, [3, 2], 30), request):
+        engine.add(one)
+    for _ in range(3):
+        engine.step()
+    runner.fail_late = lambda plan: True
+    engine.step()
+    runner.fail_late = lambda plan: False
+    engine.scheduler.check_integrity()
+    assert run_requests(engine)[0].prompt_logprobs == naive_reading(request)[0]
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_stop_check_sees_the_tokens_of_its_answer_and_no_others(depth: int) -> None:
+    """Not those of surplus rows, nor of the steps in flight when its sequence took a lane."""
+    engine, _ = checking_engine(400, step_tokens=16, depth=depth)
+    seen: dict[int, list[int]] = {number: [] for number in range(40)}
+    for number in range(40):
+        check = seen[number].append  # None: it never stops the answer
+        engine.add(replace(make_request(number, [1 + number, *range(number % 7)], 1 + number % 11), stop_check=check))
+    answers = run_requests(engine)
+    for number in range(40):
+        assert seen[number] == [token for token in answers[number].token_ids if token != EOS]
+
+
 def test_prefixes_of_answers_in_flight_are_found_again() -> None:
     """A block is indexed once all its tokens are known, the last of them one step later than without tickets."""
     for length in range(1, 14):
