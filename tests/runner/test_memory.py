@@ -155,7 +155,7 @@ def test_a_trial_runner_is_gone_once_nobody_holds_it(tmp_path):
 
 @pytest.fixture
 def model(tmp_path, monkeypatch):
-    build("llama", tmp_path)
+    build("llama", tmp_path, num_hidden_layers=2)
     write_word_tokenizer(tmp_path)
     monkeypatch.setitem(BACKENDS, "pretend", ("tests.ops.pretended",))
     return tmp_path
@@ -180,9 +180,8 @@ def test_a_model_is_loaded_on_a_device_and_answers_as_on_the_host(model, monkeyp
         answers(device="pretend", kv_cache_tokens=10_000_000)
 
 
-@pytest.mark.parametrize("says", [torch.OutOfMemoryError, RuntimeError])
-def test_a_job_on_a_device_that_runs_out_of_memory_goes_on_in_smaller_steps(model, monkeypatch, capfd, says, tmp_path):
-    texts = [" ".join(f"w{3 + (7 * row + n) % 90}" for n in range(40)) for row in range(9)]
+def test_a_job_on_a_device_that_runs_out_of_memory_goes_on_in_smaller_steps(model, monkeypatch, capfd, tmp_path):
+    texts = [" ".join(f"w{3 + (7 * row + n) % 90}" for n in range(40)) for row in range(6)]
     pq.write_table(pa.table({"text": texts}), tmp_path / "in.parquet")
     settings = {"device": "pretend", "max_num_seqs": 4, "max_step_tokens": 64, "kv_cache_tokens": 512}
 
@@ -194,7 +193,7 @@ def test_a_job_on_a_device_that_runs_out_of_memory_goes_on_in_smaller_steps(mode
 
         def forward(inputs, caches):
             if inputs.query_starts_X[-1] > most_tokens:
-                raise says("CUDA out of memory. Tried\nto allocate")
+                raise RuntimeError("CUDA out of memory. Tried\nto allocate")
             return compute(inputs, caches)
 
         freed = []
@@ -212,7 +211,7 @@ def test_a_job_on_a_device_that_runs_out_of_memory_goes_on_in_smaller_steps(mode
     said = [json.loads(line) for line in capfd.readouterr().err.splitlines() if "out of device memory" in line]
     budgets = [line["max_step_tokens"] for line in said]
     assert len(budgets) == 2 and 16 == budgets[1] < budgets[0] <= 32 and "engine.max_num_seqs" in said[0]["message"]
-    assert found == expected and all(row["error"] is None for row in found) and len(found) == 9
+    assert found == expected and all(row["error"] is None for row in found) and len(found) == 6
 
 
 @pytest.mark.parametrize(
