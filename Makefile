@@ -47,9 +47,9 @@ check: $(VENV)/.dev
 aot: $(VENV)/.dev
 	$(BIN)/python -m batchinfer_kernels.aot
 
-# in the Python that PYTHON names; tables for docs/benchmarks come out in gpu.md
+# in the Python that PYTHON names; tables for docs/benchmarks come out in output/gpu.md
 gpu:
-	PYTHONPATH=.:kernels $(PYTHON) -m tests.gpu gpu.md
+	PYTHONPATH=.:kernels $(PYTHON) -m tests.gpu output/gpu.md
 
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

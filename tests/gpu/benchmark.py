@@ -34,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda", choices=("cuda", "interpreted", "pretend"))
     parser.add_argument("--tiny", action="store_true", help="sizes that a CPU runs in seconds")
     options = parser.parse_args(arguments)
+    options.file.parent.mkdir(parents=True, exist_ok=True)
     options.file.write_text(measure(make_rig(options.device), options.tiny, sys.stdout.write), "utf-8")
 
 
