@@ -29,11 +29,16 @@ demo: $(VENV)/.base $(MODEL)
 	$(BIN)/batchinfer show $(OUT) --rows 3
 	$(BIN)/batchinfer verify $(OUT)
 
-test: $(VENV)/.dev $(MODEL)
+test: prepared
 	$(PYTEST)
 
-test-all: $(VENV)/.dev $(MODEL)
+test-all: prepared
 	$(PYTEST) --all
+
+# the model is fetched while pip installs
+.PHONY: prepared
+prepared: $(VENV)/.made
+	@$(MAKE) --no-print-directory --jobs 2 $(VENV)/.dev $(MODEL)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

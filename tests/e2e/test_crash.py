@@ -19,6 +19,7 @@ from batchinfer.job.run import run_job
 from batchinfer.spec import parse_spec
 
 ROWS, CHUNK_ROWS, KILLS = 3000, 100, 25
+FEW_KILLS = 10  # without --all
 FINAL = ("parts/", "commits/", "plan.json", "manifest.json", "_SUCCESS")
 
 
@@ -99,13 +100,13 @@ def check(store, storage, whole):
 
 
 @pytest.mark.timeout(300)
-def test_25_kills_and_restarts_lose_and_repeat_no_row(tmp_path, table, seaweed, whole):
+def test_kills_and_restarts_lose_and_repeat_no_row(tmp_path, table, seaweed, whole, pytestconfig):
     url = f"{seaweed.bucket()}/out"
     runs = Job(tmp_path, job(table, url, seaweed.endpoint, step_s=0.003), seaweed.env)
     store = Store.open(url, seaweed.storage)
     rng = random.Random(17)
     startup_s = 0.0
-    for number in range(KILLS):
+    for number in range(KILLS if pytestconfig.getoption("--all") else FEW_KILLS):
         process = runs.start()
         began = time.monotonic()
         if number == 0:  # how long it takes to begin, which the moments below are measured from
