@@ -83,10 +83,14 @@ _LAUNCHES: Mapping[str, Mapping[str, Sequence[Launch]]] = {
             Launch(4, 3, block_n=32, up_to_bytes=512),
             Launch(4, 2, block_n=32),
         ),
-        "sm_80": (Launch(4, 3, block_n=32, up_to_bytes=512), Launch(4, 2, block_n=16)),
+        "sm_80": (
+            Launch(4, 3, block_n=32, up_to_bytes=256),
+            Launch(8, 3, block_n=32, up_to_bytes=512),
+            Launch(4, 2, block_n=16),
+        ),
         "sm_89": (
             Launch(4, 3, block_n=32, up_to_bytes=256),
-            Launch(4, 3, block_n=16, up_to_bytes=512),
+            Launch(8, 3, block_n=16, up_to_bytes=512),
             Launch(4, 2, block_n=16),
         ),
         "gfx942": (Launch(4, 2, block_n=32),),
