@@ -136,6 +136,25 @@ def test_a_step_ahead_gives_the_tokens_of_a_step_after_the_other(decoders, graph
     assert sum(one.failure is not None for one in expected.values()) == 4
 
 
+class LastingConstraint(SetConstraint):
+    """Grammar that may not be asked what follows a complete answer."""
+
+    def fill(self, matchers, address, row_bytes):
+        assert not any(matcher.complete for matcher in matchers), "the answer is complete"
+        super().fill(matchers, address, row_bytes)
+
+
+def test_a_row_of_a_complete_answer_asks_nothing_of_its_grammar(decoders):
+    constraint = LastingConstraint(lambda output: set() if output else {7})
+    one = greedy([5, 6, 7], 1)
+    runner = device_runner(decoders[1], 12, BLOCK, seats=2)
+    first = runner.launch(first_plan(one), {0: constraint})
+    surplus = runner.launch(next_plan(one))
+    result = runner.collect(first)
+    assert result.tokens == [7] and result.ended == {0}
+    assert runner.collect(surplus).ended == frozenset()
+
+
 def one_of_each() -> tuple[Request, Request]:
     """Return a request that is sampled on the device, and one whose rows wait for the tokens before."""
     return greedy([5, 6, 7], 1), greedy([9, 8], 2, repetition_penalty=1.5)
