@@ -18,14 +18,21 @@ NAMES = re.compile(
 NAMED = {
     # the processor of the machine that a benchmark describes
     "batchinfer/bench/machine.py": {"cpu", "cpu_count", "_cpu_name"},
+    # a roofline is a bound of a processor by name, and needs none of its kernels
+    "batchinfer/bench/processors.py": {"CPU", "CPU_DTYPES", "GPUS", "_gpu", "cpu", "find_gpu", "this_cpu"},
+    "batchinfer/bench/roofline.py": {"CPU_DTYPES", "gpu"},
+    "batchinfer/cli/bench.py": {"CPU", "_measure_cpu", "find_gpu", "gpu", "this_cpu"},
     "batchinfer/cli/main.py": {"is_eager"},  # an option of click
 }
 """Identifiers that may stand in a file."""
 
 PROSE = {
     "batchinfer/bench/machine.py": {"{machine.cpu}, ", "/sys/devices/system/cpu/", "/proc/cpuinfo"},
+    "batchinfer/bench/processors.py": {'"cpu"', "--gpu {name}", "NVIDIA Ada GPU architecture white paper"},
+    "batchinfer/bench/roofline.py": {'"a CPU"'},
     # help of options and job fields: users know their machine by these words
-    "batchinfer/cli/bench.py": {"CPU threads. "},
+    "batchinfer/cli/bench.py": {"CPU threads. ", "Such as h200; or cpu", "Weights and activations"},
+    "batchinfer/cli/help.py": {"Compute the least time that a GPU's bandwidth"},
     "batchinfer/spec.py": {"faster with AMX or AVX512_BF16", "CPU threads of the model"},
 }
 """Parts of string literals that may."""
