@@ -12,7 +12,7 @@ BatchInferError
 ├── InfrastructureError   75  a failure of machine or store: run the same command again
 │   ├── StorageError          the store does not respond, or responds wrongly, after all retries
 │   ├── SpoolError            the local spool directory cannot be written (disk full)
-│   ├── EngineError           the engine failed on several steps in a row
+│   ├── EngineError           the engine failed on several steps in a row, or its device is lost
 │   └── OutOfDeviceMemory     a step does not fit the device's memory: the engine redoes it in smaller steps
 ├── VerifyFailed           1  `batchinfer verify` found a difference
 ├── TooManyRowErrors      10  more row errors than `errors.max` allows; without it, every row failed
@@ -124,7 +124,7 @@ class SpoolError(InfrastructureError):
 
 
 class EngineError(InfrastructureError):
-    """Engine that failed on several steps in a row."""
+    """Engine that failed on several steps in a row, or whose device is lost."""
 
 
 class OutOfDeviceMemory(InfrastructureError):

@@ -4,7 +4,7 @@ State: the scheduler's, tickets of the steps in flight, the subscriptions, and h
 the one thread that calls `step`. Flow: `add` queues a request; `step` asks the scheduler for a plan, launches it on the
 runner, gives the result of the oldest step to the scheduler and returns the news. Failure: a step that raises counts
 for nothing, nor do those after it, and the scheduler bisects for the sequence at fault; EngineError after too many
-failed steps in a row, or if the smallest step does not fit the device's memory.
+failed steps in a row, if the smallest step does not fit the device's memory, or if the device is lost.
 """
 
 from __future__ import annotations
@@ -48,7 +48,10 @@ class StepRunner(Protocol):
         ...
 
     def discard(self) -> None:
-        """Forget all steps in flight: nothing of them counts, and their sequences join again or are gone."""
+        """Forget all steps in flight: nothing of them counts, and their sequences join again or are gone.
+
+        Raises EngineError if no later step can succeed.
+        """
         ...
 
 
@@ -77,7 +80,7 @@ class Engine:
     def step(self) -> StepOutput:
         """Launch a step and wait for the oldest one; only for one of both while steps in flight become more or fewer.
 
-        Raises EngineError if step after step fails, whatever is in it.
+        Raises EngineError if step after step fails, whatever is in it, or if the device is lost.
         """
         plan = self.scheduler.schedule_ahead() if self._tickets else self.scheduler.schedule()
         launched = plan is not None and len(plan.seats) > 0 and self._launch(plan)

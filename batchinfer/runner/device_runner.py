@@ -29,7 +29,7 @@ from batchinfer_kernels.steps import SampleRows
 from torch import Tensor
 
 from batchinfer.engine.plan import StepPlan, StepResult
-from batchinfer.errors import OutOfDeviceMemory, RowError
+from batchinfer.errors import EngineError, OutOfDeviceMemory, RowError
 from batchinfer.models.decoder import Decoder
 from batchinfer.ops.graphs import GraphBody, Graphs
 from batchinfer.ops.out_of_memory import is_out_of_memory
@@ -131,8 +131,16 @@ class DeviceRunner:
             return self._collect(ticket)
 
     def discard(self) -> None:
-        """Forget all steps in flight: nothing of them counts, and their sequences join again or are gone."""
-        self._flying.clear()  # with their buffers, which copies may still read
+        """Forget all steps in flight: nothing of them counts, and their sequences join again or are gone.
+
+        Raises EngineError if the device is lost: after a kernel's fault no step can succeed, whoever is in it.
+        """
+        try:
+            self._streams.synchronize()
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise EngineError(f"the device is lost, start again: {reason}") from error
+        self._flying.clear()
 
     # -- what a GPU must have memory and graphs for -----------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from batchinfer.engine.plan import Join, StepResult
-from batchinfer.errors import OutOfDeviceMemory
+from batchinfer.errors import EngineError, OutOfDeviceMemory
 from batchinfer.ops.streams import UploadRing
 from batchinfer.request import Request
 from tests.harness import decoder_engine, decoder_runner, run_requests, run_step
@@ -312,6 +312,26 @@ def test_failed_steps_leave_the_runner_usable(decoders, monkeypatch):
         {n: expected[n] for n in answers if answers[n].error is None},
     )
     assert sum(one.error is not None for one in answers.values()) <= 2
+
+
+def test_a_lost_device_ends_the_engine_and_nobody_is_blamed(decoders, monkeypatch):
+    """After an illegal access every call fails, those for other sequences too."""
+    engine = device_engine(decoders[1], 60)
+    for one in all_kinds(14):
+        engine.add(one)
+    ended = [engine.step().finished for _ in range(3)]
+
+    def lost(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nMuch advice")
+
+    for name in ("upload", "download", "finish", "synchronize"):
+        monkeypatch.setattr(engine._runner._streams, name, lost)
+    with pytest.raises(
+        EngineError, match=r"the device is lost, start again: .* illegal memory access was encountered$"
+    ):
+        ended += [engine.step().finished for _ in range(64)]
+    assert all(one.error is None for answers in ended for one in answers)
+    assert not engine.scheduler.take_finished()
 
 
 # -- planted faults: what the pretend device is there to notice ---------------------------------------------------
