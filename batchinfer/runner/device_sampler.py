@@ -153,7 +153,7 @@ class DeviceSampler:
         if rows.asked & ON_HOST:
             rows = rows._replace(flags_N=self.seats.drop_ended_grammars(rows.seats_N, rows.flags_N))
         count = len(rows.seats_N)
-        out_3N = torch.zeros(3, -(-count // 4) * 4, dtype=torch.int32, device=hidden_NE.device)  # aligned rows
+        out_3N = _aligned_rows(count, hidden_NE.device)
         logprobs: list[_LogprobsInFlight] = []
         broken: dict[int, RowError] = {}
         for start in range(0, count, self._slice_rows):
@@ -205,10 +205,10 @@ class DeviceSampler:
         """Sample as many rows as are sampled at once at most, with logprobs: what takes the most memory."""
         part = slice(0, self._slice_rows)
         logits_MV = self._decoder.logits(hidden_NE[part])
-        out_2M = torch.zeros(2, len(logits_MV), dtype=torch.int32, device=logits_MV.device)
+        out_3M = _aligned_rows(len(logits_MV), logits_MV.device)[:, : len(logits_MV)]
         where_M = SampleRows(*(values[part] for values in where))
-        self._steps.sample_rows(logits_MV, where_M, self._state, SampledRows(out_2M[0], out_2M[1]))
-        self._steps.gather_logprobs(logits_MV, out_2M[0], min(MAX_LOGPROBS, logits_MV.shape[1]))
+        self._steps.sample_rows(logits_MV, where_M, self._state, SampledRows(out_3M[0], out_3M[1]))
+        self._steps.gather_logprobs(logits_MV, out_3M[0], min(MAX_LOGPROBS, logits_MV.shape[1]))
 
     def _launch_logprobs(self, raw_NV: Tensor, tokens_N: Tensor, rows: HostRows, upload: Upload) -> _LogprobsInFlight:
         """Gather the logprobs of the rows that asked, from the log-softmax of the unmodified logits."""
@@ -231,3 +231,8 @@ class DeviceSampler:
         return _LogprobsInFlight(
             rows_R, counts_R, self._streams.download(values_RC), self._streams.download(found.ids_NC)
         )
+
+
+def _aligned_rows(count: int, device: torch.device) -> Tensor:
+    """Return int32 [3, N] with aligned rows: a kernel is compiled once more for addresses that are not."""
+    return torch.zeros(3, -(-count // 4) * 4, dtype=torch.int32, device=device)

@@ -334,6 +334,22 @@ def test_a_lost_device_ends_the_engine_and_nobody_is_blamed(decoders, monkeypatc
     assert not engine.scheduler.take_finished()
 
 
+def test_the_largest_step_writes_rows_that_are_aligned_as_those_of_any_step(decoders, monkeypatch):
+    """Kernels are compiled for the alignment of addresses: otherwise they would be compiled again for the first row."""
+    runner = device_runner(decoders[1], 12, BLOCK, seats=3)
+    places = []
+    sample = runner._steps.sample_rows
+
+    def noting(logits, rows, state, out):
+        places.extend(values.data_ptr() % 16 for values in out)
+        sample(logits, rows, state, out)
+
+    monkeypatch.setattr(runner._steps, "sample_rows", noting)
+    runner.run_largest_step()
+    run_step(runner, first_plan(*one_of_each()))
+    assert not any(places)
+
+
 # -- planted faults: what the pretend device is there to notice ---------------------------------------------------
 
 
