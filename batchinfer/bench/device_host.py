@@ -25,10 +25,18 @@ from batchinfer_kernels.contract import StepInputs
 from batchinfer_kernels.steps import LogprobRows, PackedStep, SampledRows, SampleRows, SeatState, SeatUpdates
 from torch import Tensor
 
-from batchinfer.bench.host_load import ANSWER, BLOCK_SIZE, CONTEXT, VOCAB, make_request, smallest_config
+from batchinfer.bench.host_load import (
+    ANSWER,
+    BLOCK_SIZE,
+    CONTEXT,
+    VOCAB,
+    make_request,
+    make_scheduler,
+    queued_requests,
+    smallest_config,
+)
 from batchinfer.bench.table import number, table
 from batchinfer.bench.timing import percentile
-from batchinfer.engine.blocks import BlockPool
 from batchinfer.engine.engine import Engine
 from batchinfer.engine.fake import FakeRunner
 from batchinfer.engine.plan import StepPlan, StepResult
@@ -76,9 +84,9 @@ def measure(numbers: Sequence[int]) -> list[DeviceHostCost]:
 
 def _measure(sequences: int, edited: bool, depth: int) -> DeviceHostCost:
     streams, device_s = _ClockedStreams(), max(_LEAST_STEP_S, sequences * _STEP_S)
-    runner = _FakeAnswers(sequences, streams, depth)
-    pool = BlockPool(2 * sequences * CONTEXT // BLOCK_SIZE, BLOCK_SIZE)
-    engine = Engine(Scheduler(pool, sequences, 2 * sequences + 4096, max_draft_rows=0), runner)
+    scheduler = make_scheduler(sequences)
+    runner = _FakeAnswers(sequences, streams, depth, scheduler)
+    engine = Engine(scheduler, runner)
     load = _Requests(engine, sequences, edited)
     for _ in range(_WARM_STEPS):
         load.step()
@@ -107,7 +115,7 @@ class _Requests:
 
     def __init__(self, engine: Engine, sequences: int, edited: bool) -> None:
         self._engine = engine
-        self._waiting = max(64, sequences // 4)
+        self._waiting = queued_requests(sequences)
         self._rng = random.Random(sequences)
         self._edited = edited
         self._made = 0
@@ -134,12 +142,12 @@ class _Requests:
 class _FakeAnswers:
     """The runner of devices, with the tokens of a `FakeRunner` in its results."""
 
-    def __init__(self, sequences: int, streams: _ClockedStreams, depth: int) -> None:
+    def __init__(self, sequences: int, streams: _ClockedStreams, depth: int, scheduler: Scheduler) -> None:
         self.depth = depth
         self.fake_s = 0.0
-        limits = StepLimits(sequences, 2 * sequences + 4096, CONTEXT, BLOCK_SIZE, VOCAB)
+        limits = StepLimits(sequences, scheduler.max_step_tokens, CONTEXT, BLOCK_SIZE, VOCAB)
         decoder = _OccupyingDecoder(streams, limits.most_tokens)
-        self._runner = DeviceRunner(decoder, streams, _LaunchedGraphs(), limits, 2 * sequences * CONTEXT // BLOCK_SIZE)
+        self._runner = DeviceRunner(decoder, streams, _LaunchedGraphs(), limits, len(scheduler.pool.blocks))
         self._runner.capture_graphs()
         self._fake = FakeRunner(ANSWER)
 

@@ -18,13 +18,20 @@ import torch
 from batchinfer_kernels.contract import StepInputs
 from torch import Tensor
 
-from batchinfer.bench.host_load import ANSWER, BLOCK_SIZE, CONTEXT, VOCAB, make_request, smallest_config
+from batchinfer.bench.host_load import (
+    ANSWER,
+    BLOCK_SIZE,
+    CONTEXT,
+    VOCAB,
+    make_request,
+    make_scheduler,
+    queued_requests,
+    smallest_config,
+)
 from batchinfer.bench.table import number, table
 from batchinfer.bench.timing import TURNS, percentile, take_turns
-from batchinfer.engine.blocks import BlockPool
 from batchinfer.engine.fake import FakeRunner
 from batchinfer.engine.plan import StepPlan, StepResult
-from batchinfer.engine.scheduler import Scheduler
 from batchinfer.errors import UsageError
 from batchinfer.models.decoder import Decoder
 from batchinfer.ops.choose import available_backends
@@ -144,10 +151,9 @@ class _Load:
     """An engine with all seats taken, refilled for as long as it is stepped."""
 
     def __init__(self, sequences: int, stop_strings: bool) -> None:
-        blocks = 2 * sequences * CONTEXT // BLOCK_SIZE
-        self._scheduler = Scheduler(BlockPool(blocks, BLOCK_SIZE), sequences, 2 * sequences + 4096, max_draft_rows=0)
-        self._runner = _HostRunner(sequences, blocks)
-        self._waiting = max(64, sequences // 4)  # requests in the queue before each step
+        self._scheduler = make_scheduler(sequences)
+        self._runner = _HostRunner(sequences, len(self._scheduler.pool.blocks))
+        self._waiting = queued_requests(sequences)
         self._rng = random.Random(sequences)
         self._stop = StopStrings(ByteTokenizer(), (_STOP,), False, True) if stop_strings else None
         self._made = 0

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from random import Random
 
+from batchinfer.engine.blocks import BlockPool
 from batchinfer.engine.fake import FakeAnswer
+from batchinfer.engine.scheduler import Scheduler
 from batchinfer.models.config import ModelConfig, parse_config
 from batchinfer.request import Request, SamplingParams, StopCheck
 
@@ -17,6 +19,17 @@ _STOP_IDS = frozenset({_EOS})  # one object, as the rows of a job have it
 
 ANSWER = FakeAnswer(32, 128, [token for token in range(VOCAB) if token != _EOS], _EOS)
 """Shape of all answers."""
+
+
+def make_scheduler(sequences: int) -> Scheduler:
+    """Return a scheduler with a seat for each sequence, and blocks and step tokens to spare."""
+    pool = BlockPool(2 * sequences * CONTEXT // BLOCK_SIZE, BLOCK_SIZE)
+    return Scheduler(pool, sequences, 2 * sequences + 4096, max_draft_rows=0)
+
+
+def queued_requests(sequences: int) -> int:
+    """Return the requests that wait before each step, so that all seats stay taken."""
+    return max(64, sequences // 4)
 
 
 def make_request(number: int, rng: Random, params: SamplingParams, check: StopCheck | None = None) -> Request:
