@@ -23,7 +23,7 @@ from batchinfer.ops.streams import Download, Streams, Upload
 from batchinfer.request import TokenLogprob
 from batchinfer.runner.device_sampler import rows_at_once
 from batchinfer.runner.logprobs import listed_logprobs
-from batchinfer.runner.prompt_outputs import cut_readings, pooled_reading, pooled_states, scored_tokens
+from batchinfer.runner.prompt_outputs import PromptJoins, cut_readings, pooled_reading, pooled_states, scored_tokens
 
 Ints = npt.NDArray[np.int64]
 
@@ -45,25 +45,18 @@ class ReadsInFlight(NamedTuple):
     scored: list[_ScoredSlice]
 
 
-class DevicePromptReader:
+class DevicePromptReader(PromptJoins):
     """Reader of prompts, by seat, without a wait but in `collect`."""
 
     def __init__(self, decoder: Decoder, steps: StepKernels, streams: Streams) -> None:
+        super().__init__()
         self._decoder = decoder
         self._steps = steps
         self._streams = streams
-        self._joins: dict[int, Join] = {}
-
-    def seat_sequence(self, join: Join) -> None:
-        """Keep the prompt of a sequence that takes a seat, if it is read."""
-        if join.reads_prompt:
-            self._joins[join.seat] = join
-        else:
-            self._joins.pop(join.seat, None)
 
     def launch(self, hidden_TE: Tensor, plan: StepPlan, query_starts_X: Ints, upload: Upload) -> ReadsInFlight:
         """Read hidden states of the step's tokens, which the next step may overwrite."""
-        joins = [self._joins[plan.seats[read.place]] for read in plan.reads]
+        joins = self.joins_of(plan)
         firsts = [int(query_starts_X[read.place]) + read.first - plan.starts[read.place] for read in plan.reads]
         parts = [hidden_TE[first : first + read.rows] for first, read in zip(firsts, plan.reads, strict=True)]
         pooled = [pooled_states(part) for part, join in zip(parts, joins, strict=True) if join.pooling is not None]

@@ -28,11 +28,10 @@ Ints = npt.NDArray[np.int64]
 _NOT_FINITE_STATES = NOT_FINITE.replace("logits", "hidden states")
 
 
-class PromptReader:
-    """Reader of prompts, by seat: `seat_sequence`, then per step `token_rows` and `read_prompts`."""
+class PromptJoins:
+    """Joins of the sequences whose prompt is read, by seat."""
 
-    def __init__(self, decoder: Decoder) -> None:
-        self._decoder = decoder
+    def __init__(self) -> None:
         self._joins: dict[int, Join] = {}
 
     def seat_sequence(self, join: Join) -> None:
@@ -41,6 +40,18 @@ class PromptReader:
             self._joins[join.seat] = join
         else:
             self._joins.pop(join.seat, None)
+
+    def joins_of(self, plan: StepPlan) -> list[Join]:
+        """Return the join of each read of the plan."""
+        return [self._joins[plan.seats[read.place]] for read in plan.reads]
+
+
+class PromptReader(PromptJoins):
+    """Reader of prompts, by seat: `seat_sequence`, then per step `token_rows` and `read_prompts`."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self._decoder = decoder
 
     def token_rows(self, plan: StepPlan, query_starts: Ints) -> Ints:
         """Return which tokens of the step are read: [R] indices into T. query_starts [S]: first token by sequence."""
@@ -54,7 +65,7 @@ class PromptReader:
         """Return one reading per read of the plan. Logits exist for at most `slice_rows` rows at once."""
         ends = np.cumsum([read.rows for read in plan.reads]).tolist()
         parts = [slice(end - read.rows, end) for read, end in zip(plan.reads, ends, strict=True)]
-        joins = [self._joins[plan.seats[read.place]] for read in plan.reads]
+        joins = self.joins_of(plan)
         readings: list[Reading | None] = [
             None if join.pooling is None else pooled_reading(pooled_states(hidden_RE[part]).tolist())
             for join, part in zip(joins, parts, strict=True)
